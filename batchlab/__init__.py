@@ -6,17 +6,87 @@ in milliseconds.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batchlab.grid import Grid
-    from batchlab.task import Context, File
+    from types import ModuleType
+
+    from batchlab.client.executor import GridExecutor
+    from batchlab.client.grid import Grid
+    from batchlab.client.http import Client
+    from batchlab.client.job_result import JobResult
+    from batchlab.core.errors import BatchlabError, JobFailed, TaskFailed
+    from batchlab.core.job_definition import RetryRule
+    from batchlab.core.model import JobState, Pool
+    from batchlab.core.task_context import Context, File
 
 __version__ = "0.1.0"
-__all__ = ["Context", "File", "Grid", "__version__"]
+__all__ = [
+    "BatchlabError",
+    "Client",
+    "Context",
+    "File",
+    "Grid",
+    "GridExecutor",
+    "JobFailed",
+    "JobResult",
+    "JobState",
+    "Pool",
+    "RetryRule",
+    "TaskFailed",
+    "__version__",
+]
 
-_HOMES = {"Context": "batchlab.task", "File": "batchlab.task", "Grid": "batchlab.grid"}
+_HOMES = {
+    "BatchlabError": "batchlab.core.errors",
+    "Client": "batchlab.client.http",
+    "Context": "batchlab.core.task_context",
+    "File": "batchlab.core.task_context",
+    "Grid": "batchlab.client.grid",
+    "GridExecutor": "batchlab.client.executor",
+    "JobFailed": "batchlab.core.errors",
+    "JobResult": "batchlab.client.job_result",
+    "JobState": "batchlab.core.model",
+    "Pool": "batchlab.core.model",
+    "RetryRule": "batchlab.core.job_definition",
+    "TaskFailed": "batchlab.core.errors",
+}
+
+_PUBLISHED = {
+    "batchlab.errors": "batchlab.core.errors",
+    "batchlab.grid": "batchlab.client.grid",
+    "batchlab.grid.executor": "batchlab.client.executor",
+    "batchlab.grid.joblib": "batchlab.client.joblib",
+    "batchlab.grid.result": "batchlab.client.job_result",
+    "batchlab.jobdef": "batchlab.core.job_definition",
+    "batchlab.model": "batchlab.core.model",
+    "batchlab.task": "batchlab.core.task_context",
+}
+"""Module names of release 0.1.0 that programs and stored pickles use, and the modules they name."""
+
+
+class _PublishedModules:
+    """Importer of the module names of release 0.1.0."""
+
+    def find_spec(self, fullname: str, _path: object, _target: object = None) -> ModuleSpec | None:
+        if fullname not in _PUBLISHED:
+            return None
+        loader: Any = self
+        return ModuleSpec(fullname, loader, is_package=fullname == "batchlab.grid")
+
+    def create_module(self, _spec: ModuleSpec) -> None:
+        """Return None: the import system creates the module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        found = vars(import_module(_PUBLISHED[module.__name__]))
+        vars(module).update({n: one for n, one in found.items() if not n.startswith("__")})
+
+
+_importer: Any = _PublishedModules()
+sys.meta_path.append(_importer)
 
 
 def __getattr__(name: str) -> Any:

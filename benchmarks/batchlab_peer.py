@@ -15,9 +15,9 @@ from adapters.base import Adapter, tree
 from workloads import Lost
 
 from batchlab import Grid
-from batchlab.adapters.process import living
-from batchlab.errors import TaskFailed
-from batchlab.home import Home
+from batchlab.adapters.local.processes import living
+from batchlab.core.errors import TaskFailed
+from batchlab.runtime.home import Home
 
 
 class Batchlab(Adapter):

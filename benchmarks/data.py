@@ -29,13 +29,13 @@ from typing import Any
 from measured import Part, Row, peak_mb, rss_mb, run
 
 from batchlab import Grid
-from batchlab.adapters.local_objects import open_local
-from batchlab.jobdef import InputDef, SplitBy
-from batchlab.manager import split
-from batchlab.manager.plans import PartWriter
-from batchlab.model import JobId, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Objects
+from batchlab.adapters.local.objects import open_local
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.ports import Objects
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs import input_split
+from batchlab.manager.jobs.stage_plans import PartWriter
 
 MB_PER_SECOND = 300
 WITHIN_S = 60
@@ -51,7 +51,7 @@ JOB = JobId("bench-0123456789")
 async def plan(objects: Objects, source: InputDef, stage: str) -> int:
     """Split and plan `source`; answers how many tasks it makes."""
     writer = PartWriter(objects, Patience(Random(1)), JOB, StageName(stage), 0)
-    async for item in split.items(objects, source):
+    async for item in input_split.items(objects, source):
         await writer.add(item)
     return (await writer.commit(TaskSet())).count
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchlab import backends
+from batchlab.runtime import factory
 
 COMPRESS: Mapping[str, float] = {
     "two-tenants": 100,
@@ -138,7 +138,7 @@ def main() -> None:
     names = given.scenario or list(COMPRESS)
     if unknown := [one for one in names if one not in COMPRESS]:
         asked.error(f"there is no scenario {unknown[0]!r}: there are {', '.join(COMPRESS)}")
-    cores = backends.load("local").usual.cores
+    cores = factory.load("local").usual.cores
     print(f"On {given.backend}, on a machine of {cores} cores.\n", flush=True)
     print(f"| {' | '.join(HEADS)} |\n|{' --- |' * len(HEADS)}", flush=True)
     missed = 0

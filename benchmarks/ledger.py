@@ -34,27 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measured import Part, Row, peak_mb, rss_mb, run
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.local.objects import open_local
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.adapters.sql import open_postgres, open_sqlite
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef
-from batchlab.manager.collector import events_queue
-from batchlab.manager.live import Ports
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
+from batchlab.core.model import Bundle, Completion, JobId, JobState, Pool, StageName, TaskSet
+from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, Cut, Fold, Ledger, Outgoing
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import Events, events_message, read_task_message
+from batchlab.core.retry import Patience
+from batchlab.manager.events.collector import events_queue
 from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import (
-    Bundle,
-    Completion,
-    JobId,
-    JobState,
-    Pool,
-    StageName,
-    TaskSet,
-)
-from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, AddCut, AddJob, Cut, Fold, Ledger, Outgoing
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Events, events_message, read_task_message
+from batchlab.manager.state import Ports
 from tests.support.no_fleet import NoFleet
 
 PER_SECOND = 10_000
@@ -155,7 +147,7 @@ def collect(each: int, count: int) -> list[Row]:
         bodies = [events_message(Events(pack)) for pack in packs]
         for first in range(0, len(bodies), MAX_BATCH):
             some = bodies[first : first + MAX_BATCH]
-            await ports.queue.send(naming.EVENTS, [Outgoing(body) for body in some])
+            await ports.queue.send(object_keys.EVENTS, [Outgoing(body) for body in some])
         async with leading(ports) as manager:
             began_s = time.perf_counter()
             await end_of(manager)
@@ -245,13 +237,13 @@ def manage(tasks: int) -> list[Row]:
 
 async def work(ports: Ports) -> None:
     """Complete every bundle that is sent."""
-    queue, name = ports.queue, naming.tasks_queue(POOL.name)
+    queue, name = ports.queue, object_keys.tasks_queue(POOL.name)
     while True:
         messages = await queue.receive(name, wait_s=1.0)
         if messages:
             found = [read_task_message(message.body).bundle for message in messages]
             events = Events(tuple(map(completion, found)))
-            await queue.send(naming.EVENTS, [Outgoing(events_message(events))])
+            await queue.send(object_keys.EVENTS, [Outgoing(events_message(events))])
             await queue.delete(name, [message.receipt for message in messages])
 
 

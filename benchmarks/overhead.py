@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from docker import DockerClient
 
-from batchlab.adapters.compose import deployment
-from batchlab.home import Home
-from batchlab.model import LifecycleState, Pool
+from batchlab.core.model import LifecycleState, Pool
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.home import Home
 from benchmarks.request_counts import cpu_s
 from tests.support.docker.chaos import docker, wait_for
 from tests.support.grid.local_grid import LocalGrid

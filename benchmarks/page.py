@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 
-from batchlab.model import Pool
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView
+from batchlab.core.model import Pool
 from tests.support.grid.local_grid import LocalGrid
 
 TARGET_MS = 100.0

@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batchlab.costs import prices
-from batchlab.costs.requests import usd_of
-from batchlab.tally import Requests, steps
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.request_costs import usd_of
+from batchlab.core.request_counter import Requests, steps
 from benchmarks.run import emulator
 from tests.support.conform.proxy import Request, Response, Send, proxy
 
@@ -63,7 +63,7 @@ def usd(counts: Mapping[str, int]) -> float:
         s3_puts=counts.get("S3 PUT", 0) + counts.get("S3 LIST", 0),
         s3_gets=counts.get("S3 GET", 0),
     )
-    return sum(usd_of(found, prices.load()))
+    return sum(usd_of(found, price_book.load()))
 
 
 def cpu_s(pid: int) -> float:
@@ -87,7 +87,7 @@ def cpu_s(pid: int) -> float:
 def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
     """The rows of the table."""
     from batchlab import Grid
-    from batchlab.home import Home
+    from batchlab.runtime.home import Home
 
     meter, rows = Meter(), []
     with (

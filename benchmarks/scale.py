@@ -20,13 +20,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.plans import PartWriter
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, Pool, StageName, TaskSet
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs.stage_plans import PartWriter
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import JobId, JobState, Pool, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.timed import TimedRunner
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.tasks import TimedRunner
 from batchlab.sim.trial import calm
 from batchlab.sim.world import EPOCH_S, World
 from batchlab.worker.settings import WorkerSettings

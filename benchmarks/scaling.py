@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batchlab.backends import Backend
+from batchlab.runtime.factory import Backend
 from benchmarks.measured import Row
 from benchmarks.stepplot import Line, Panel, svg
 from tests.support.docker.chaos import Containers

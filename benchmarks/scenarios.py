@@ -21,12 +21,12 @@ from pathlib import Path
 
 from measured import peak_mb
 
-from batchlab.forecast.simulate import simulate
-from batchlab.model import Pool
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenario.traces.columns import Columns, Take
-from batchlab.scenario.traces.source import Trace, TraceFormat
+from batchlab.core.model import Pool
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import JobTemplate, PoolPlan, Scenario, StageTemplate
+from batchlab.scenarios.traces.columns import Columns, Take
+from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 HOURS = (1, 6, 24)
 TASK_BYTES = 128 * 2**20

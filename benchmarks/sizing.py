@@ -30,10 +30,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import JobId, JobState, Pool, StageName
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.timed import TimedRunner
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, Pool, StageName
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.tasks import TimedRunner
 from batchlab.sim.trial import calm
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, World

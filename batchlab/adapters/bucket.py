@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.durability import Sync
-from batchlab.tally import Tally
+from batchlab.core.atomic_write import Sync
+from batchlab.core.request_counter import Tally
 
 if TYPE_CHECKING:
-    from batchlab.adapters.aws import Endpoint
+    from batchlab.adapters.aws.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 
-from batchlab.worker.board import boot_s
+from batchlab.worker.shared_memory import boot_s
 
 
 class WallClock:

@@ -17,13 +17,8 @@ from typing import TYPE_CHECKING
 import obstore
 from obstore.store import GCSStore
 
-from batchlab.adapters.obstore_objects import (
-    PARTS_AT_ONCE,
-    ObstoreObjects,
-    client_options,
-    retries,
-)
-from batchlab.errors import AlreadyExists, BackendError
+from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
+from batchlab.core.errors import AlreadyExists, BackendError
 
 if TYPE_CHECKING:
     from obstore import PutMode

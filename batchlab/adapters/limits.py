@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from batchlab.errors import TooLarge
-from batchlab.objectnames import check_key as check_key
-from batchlab.objectnames import check_prefix as check_prefix
-from batchlab.ports import (
+from batchlab.core.errors import TooLarge
+from batchlab.core.object_names import check_key as check_key
+from batchlab.core.object_names import check_prefix as check_prefix
+from batchlab.core.ports import (
     MAX_BATCH,
     MAX_DELAY_S,
     MAX_MESSAGE_BYTES,

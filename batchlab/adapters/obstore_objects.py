@@ -27,18 +27,12 @@ from obstore.exceptions import (
     PreconditionError,
 )
 
-from batchlab.adapters.aws import CONNECT_S, loopback
-from batchlab.adapters.folders import download_whole
+from batchlab.adapters.aws.endpoint import CONNECT_S, loopback
 from batchlab.adapters.limits import check_key, check_prefix, check_size
-from batchlab.errors import (
-    AlreadyExists,
-    BackendError,
-    NotFound,
-    Throttled,
-    Unreachable,
-)
-from batchlab.ports import ObjectInfo
-from batchlab.tally import Tally
+from batchlab.adapters.local.local_files import download_whole
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
+from batchlab.core.ports import ObjectInfo
+from batchlab.core.request_counter import Tally
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult

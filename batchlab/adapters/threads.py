@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
-from batchlab.errors import Unreachable
+from batchlab.core.errors import Unreachable
 
 T = TypeVar("T")
 

@@ -40,12 +40,12 @@ def main() -> None:
 def lacking(error: ModuleNotFoundError) -> str | None:
     """What is said of an installation without one of its packages, or without an extra, and what to
     do; None for a module that is neither's."""
-    from batchlab import extras
+    from batchlab.core import optional_dependencies
 
     name = (error.name or "").partition(".")[0]
-    if extra := extras.bringing(name):
-        said = extras.sentence(extra, "This command", name)
-        return f"Error: {said}\n  {extras.remedy(extra)}"
+    if extra := optional_dependencies.bringing(name):
+        said = optional_dependencies.sentence(extra, "This command", name)
+        return f"Error: {said}\n  {optional_dependencies.remedy(extra)}"
     if name not in NEEDED:
         return None
     return (
@@ -58,7 +58,7 @@ def _main(arguments: list[str]) -> None:
     if arguments and arguments[0] in SERVICES:
         # Started by the grid itself, for each instance: the rest of the command line would take
         # longer to import than all else that a worker needs.
-        from batchlab.cli.service import serve
+        from batchlab.cli.services import serve
 
         serve(arguments)
     else:

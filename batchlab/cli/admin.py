@@ -68,7 +68,7 @@ def schema() -> None:
     \b
     Example: batchlab schema > job.schema.json
     """
-    from batchlab.spec.json_schema import json_schema
+    from batchlab.jobs.json_schema import json_schema
 
     output.show_json(json_schema())
 
@@ -90,8 +90,7 @@ def doctor(
     \b
     Example: batchlab doctor
     """
-    from batchlab.cli.checkup import examine
-    from batchlab.cli.findings import Level
+    from batchlab.cli.doctor import Level, examine
 
     findings = examine(home_of(home), backend, endpoint, repair=repair)
     if json:
@@ -138,11 +137,11 @@ def gc(
     \b
     Example: batchlab gc --dry-run
     """
-    from batchlab.errors import UsageError
+    from batchlab.core.errors import UsageError
 
     if aws:
-        from batchlab.cli.deploying import Given, place
-        from batchlab.cli.leftovers import sweep_aws
+        from batchlab.cli.deploy_options import sweep_aws
+        from batchlab.cli.deploy_output import Given, place
 
         where = region or place(Given(), home_of(home))[1]
         sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
@@ -156,7 +155,7 @@ def gc(
 
 
 def _sweep_docker(*, dry_run: bool, json: bool) -> None:
-    from batchlab.adapters.compose.project import projects, sweep
+    from batchlab.runtime.compose.project import projects, sweep
 
     found = projects()
     for one in found:
@@ -191,6 +190,6 @@ def _sweep_docker(*, dry_run: bool, json: bool) -> None:
 
 def service(context: typer.Context) -> None:
     """See cli.service, which reads the arguments itself."""
-    from batchlab.cli.service import serve
+    from batchlab.cli.services import serve
 
     serve([str(context.info_name), *context.args])

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from batchlab.cli import lacking, output, signals
-from batchlab.errors import BatchlabError
+from batchlab.core.errors import BatchlabError
 
 UNEXPECTED = 70
 """EX_SOFTWARE of sysexits.h: none of the codes that say something about a job."""
@@ -60,21 +60,23 @@ def _deploy(app: typer.Typer) -> None:
 
 
 def _grid(app: typer.Typer) -> None:
-    from batchlab.cli import caps, grid
+    from batchlab.cli import grid
+    from batchlab.cli import prices as caps
 
     grid.app.command("cap")(caps.grid_cap)
     app.add_typer(grid.app, name="grid")
 
 
 def _job(app: typer.Typer) -> None:
-    from batchlab.cli import caps, checking, jobs, logs, replay_task, tasks
+    from batchlab.cli import job, job_tasks, logs, replay_task
+    from batchlab.cli import prices as caps
 
-    jobs.app.command("check")(checking.check)
-    jobs.app.command("cap")(caps.job_cap)
-    jobs.app.command("logs")(logs.logs)
-    tasks.register(jobs.app)
-    jobs.app.command("replay-task")(replay_task.replay_task)
-    app.add_typer(jobs.app, name="job")
+    job.app.command("check")(job.check)
+    job.app.command("cap")(caps.job_cap)
+    job.app.command("logs")(logs.logs)
+    job_tasks.register(job.app)
+    job.app.command("replay-task")(replay_task.replay_task)
+    app.add_typer(job.app, name="job")
 
 
 def _notify(app: typer.Typer) -> None:
@@ -97,9 +99,9 @@ def _report(app: typer.Typer) -> None:
 
 
 def _running(app: typer.Typer) -> None:
-    from batchlab.cli import running
+    from batchlab.cli import run
 
-    running.register(app)
+    run.register(app)
 
 
 def _scenario(app: typer.Typer) -> None:
@@ -207,7 +209,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            from batchlab.cli.ranges import plainly
+            from batchlab.cli.options import plainly
 
             if said := plainly(error):
                 raise said from error

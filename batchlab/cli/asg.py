@@ -14,11 +14,11 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JsonOption, LogFormatOption, home_of, seconds_of
-from batchlab.errors import UsageError
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.adapters.aws import Endpoint
-    from batchlab.adapters.keys import Keys
+    from batchlab.adapters.aws.endpoint import Endpoint
+    from batchlab.adapters.local.access_keys import Keys
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _HERE = ("127.0.0.1", "::1", "localhost")
@@ -132,14 +132,14 @@ def serve(
     Example: batchlab asg serve --templates templates.toml --port 4580
              aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
     """
-    from batchlab import extras, logs
+    from batchlab.core import logs, optional_dependencies
 
     # Its protocol is read from what botocore knows of it.
-    extras.need("aws", "`batchlab asg serve`", "botocore")
+    optional_dependencies.need("aws", "`batchlab asg serve`", "botocore")
     if launcher == "docker":
-        extras.need("docker", "The launcher docker", "docker")
-    from batchlab.asg.running import AsgSettings
-    from batchlab.services.asg import asg_main
+        optional_dependencies.need("docker", "The launcher docker", "docker")
+    from batchlab.server.autoscaling_api.engine_loop import AsgSettings
+    from batchlab.server.autoscaling_service import asg_main
 
     logs.choose(log_format)
 
@@ -210,7 +210,7 @@ def interrupt(
     \b
     Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30
     """
-    from batchlab.asg.notices import give
+    from batchlab.server.autoscaling_api.metadata import give
 
     kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
     at = _named(endpoint) if endpoint else _endpoint_of(home)
@@ -219,14 +219,14 @@ def interrupt(
 
 
 def _named(endpoint: str) -> Endpoint:
-    from batchlab.adapters.aws import Endpoint
+    from batchlab.adapters.aws.endpoint import Endpoint
 
     access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)
     return Endpoint(endpoint.rstrip("/"), access_key=access_key, secret_key=secret_key)
 
 
 def _endpoint_of(home: Path | None) -> Endpoint:
-    from batchlab.adapters.compose import deployment
+    from batchlab.runtime.compose import deployment
 
     place = home_of(home)
     if at := deployment.read(place):
@@ -238,9 +238,9 @@ def _endpoint_of(home: Path | None) -> Endpoint:
 
 
 def _in(file: Path) -> Keys:
-    from batchlab.adapters import keys
+    from batchlab.adapters.local import access_keys
 
-    if found := keys.read(file):
+    if found := access_keys.read(file):
         return found
     raise UsageError(
         f"{file} does not exist.",
@@ -249,7 +249,7 @@ def _in(file: Path) -> Keys:
 
 
 def _key() -> Keys:
-    from batchlab.adapters.keys import Keys
+    from batchlab.adapters.local.access_keys import Keys
 
     access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
     if not access_key or not secret_key:

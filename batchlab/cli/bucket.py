@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from batchlab.cli import completing
-from batchlab.errors import UsageError
+from batchlab.cli import completion
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.backends import Backend
-    from batchlab.home import Home
-    from batchlab.model import StageName
-    from batchlab.patience import Patience
-    from batchlab.ports import Objects
+    from batchlab.core.model import StageName
+    from batchlab.core.ports import Objects
+    from batchlab.core.retry import Patience
+    from batchlab.runtime.factory import Backend
+    from batchlab.runtime.home import Home
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ AnyBackendOption = Annotated[
         "--backend",
         metavar="NAME",
         help="Where the grid lives, where none is up in the folder; 'local' unless said.",
-        autocompletion=completing.backends,
+        autocompletion=completion.backends,
         show_default=False,
     ),
 ]
@@ -62,7 +62,7 @@ class Bucket:
     def patience(self) -> Patience:
         import random
 
-        from batchlab.patience import Patience
+        from batchlab.core.retry import Patience
 
         return Patience(random.Random(), limit_s=PATIENCE_S)  # noqa: S311 - jitter, not a secret
 
@@ -77,15 +77,15 @@ class Bucket:
 def find(home: Home, backend: str | None, job: str) -> Bucket:
     """The bucket that a job is in, by the manager that runs in `home`, or where none does by the
     whole id. UsageError."""
-    from batchlab import backends
     from batchlab.cli.session import connect, resolve
+    from batchlab.runtime import factory
 
     if record := home.record():
         remedy = "Leave out --backend, or name another folder with --home."
         home.check_backend(record, backend or record.backend, remedy)
         with connect(home) as client:
-            return Bucket(home, backends.load(record.backend), resolve(client, job)["id"])
-    loaded = backends.load(backend or "local")
+            return Bucket(home, factory.load(record.backend), resolve(client, job)["id"])
+    loaded = factory.load(backend or "local")
     if loaded.capabilities.simulated:
         raise UsageError(
             "The simulator keeps no tasks.", remedy="Run the job on --backend local first."
@@ -105,9 +105,9 @@ def find(home: Home, backend: str | None, job: str) -> Bucket:
 
 def stage_of(bucket: Bucket, stage: str | None) -> StageName:
     """The stage that is named, or the only one there is; UsageError."""
-    from batchlab import attempts
-    from batchlab.errors import NotFound
-    from batchlab.model import JobId, StageName
+    from batchlab.core.errors import NotFound
+    from batchlab.core.model import JobId, StageName
+    from batchlab.jobs import attempts
 
     try:
         job = bucket.read(

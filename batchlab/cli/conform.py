@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab import extras
 from batchlab.cli import output, signals
 from batchlab.cli.options import JsonOption
-from batchlab.errors import UsageError
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,7 @@ def conform(
     Example: batchlab conform --endpoint http://127.0.0.1:4566
     """
     _see_where(endpoint, aws=aws, service=service)
-    extras.need("aws", "`batchlab conform`", "boto3")
+    optional_dependencies.need("aws", "`batchlab conform`", "boto3")
     checks = _wanted(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
@@ -171,7 +171,7 @@ def _wanted(
     service: str | None, *, only: str, needed: bool, markdown: Path | None
 ) -> Sequence[Check]:
     from batchlab.conform.check import Severity
-    from batchlab.conform.checks import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
+    from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 
     if service is not None and service not in SERVICES:
         raise UsageError(
@@ -221,7 +221,7 @@ def _interruptible() -> Iterator[None]:
 def _target(
     url: str | None, region: str | None, bucket: str | None, template: str | None
 ) -> Iterator[Target]:
-    from batchlab.adapters.aws import translated
+    from batchlab.adapters.aws.endpoint import translated
     from batchlab.adapters.clock import WallClock
     from batchlab.conform.target import Target, endpoint
 

@@ -16,7 +16,7 @@ from batchlab.cli.options import (
     SetOption,
     home_of,
 )
-from batchlab.errors import UsageError
+from batchlab.core.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -89,15 +89,15 @@ def estimate(
     \b
     Example: batchlab cost estimate job.yaml --seconds 2-5 --pool default:0-20x2 --spot 80
     """
-    from batchlab.cli import estimating
-    from batchlab.cli.submitting import overrides
+    from batchlab.cli import estimates
+    from batchlab.cli.submission import overrides
 
     if 0 < spot < 1:
         raise UsageError(
             f"--spot counts in per cent, and {spot:g} is less than one in a hundred.",
             remedy=f"Write --spot {spot * 100:g}.",
         )
-    request = estimating.Request(
+    request = estimates.Request(
         file,
         home_of(home),
         overrides(set_ or ()),
@@ -108,11 +108,11 @@ def estimate(
         spot / 100,
         results,
     )
-    found = estimating.run(request)
+    found = estimates.run(request)
     if json:
         output.show_json(found.to_json())
     else:
-        output.show(estimating.text(found))
+        output.show(estimates.text(found))
 
 
 @app.command()
@@ -129,13 +129,13 @@ def bill(
     \b
     Example: batchlab cost bill last --instance-type c7g.large
     """
-    from batchlab import backends
-    from batchlab.cli.billing import bill_of, bill_text
-    from batchlab.cli.estimating import by_name
+    from batchlab.cli.bills import bill_of, bill_text
+    from batchlab.cli.estimates import by_name
+    from batchlab.runtime import factory
 
     place = home_of(home)
     record = place.record()
-    known = backends.load(record.backend if record else "local").pools
+    known = factory.load(record.backend if record else "local").pools
     types = by_name(instance_type or (), [pool.name for pool in known])
     view, found = bill_of(place, job, types)
     if json:

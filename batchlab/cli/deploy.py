@@ -33,10 +33,10 @@ from batchlab.cli.deploy_options import (
 from batchlab.cli.options import HomeOption, JsonOption, home_of
 
 if TYPE_CHECKING:
-    from batchlab.cli.deploying import Given
+    from batchlab.cli.deploy_output import Given
     from batchlab.deploy.stack import Stack
     from batchlab.deploy.status import Status
-    from batchlab.home import Home
+    from batchlab.runtime.home import Home
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -76,11 +76,11 @@ def plan(
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.cli.deploying import Person, check, chosen
+    from batchlab.cli.deploy_output import Person, check, chosen
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
     from batchlab.deploy.plan import planned
-    from batchlab.deploy.states import refuse_unchangeable
+    from batchlab.deploy.stack_records import refuse_unchangeable
 
     given = _given(
         pool,
@@ -132,7 +132,7 @@ def template_(
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
     """
-    from batchlab.cli.deploying import cost_lines, on_paper
+    from batchlab.cli.deploy_output import cost_lines, on_paper
     from batchlab.deploy import plan, template
 
     named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
@@ -180,7 +180,7 @@ def apply(
     \b
     Example: batchlab deploy apply
     """
-    from batchlab.cli.deploying import Person, check, chosen, release_for
+    from batchlab.cli.deploy_output import Person, check, chosen, release_for
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
@@ -234,10 +234,10 @@ def status(
     \b
     Example: batchlab deploy status --stack batchlab --region eu-west-1
     """
-    from batchlab.adapters.awsgrid import deployment
-    from batchlab.cli.deploying import Given
+    from batchlab.cli.deploy_output import Given
+    from batchlab.core.errors import NotFound
     from batchlab.deploy.status import look
-    from batchlab.errors import NotFound
+    from batchlab.runtime.aws import deployment
 
     where = home_of(home)
     with _stack(Given(stack=stack, region=region), where) as there:
@@ -312,9 +312,9 @@ def destroy(
     \b
     Example: batchlab deploy destroy --delete-data
     """
-    from batchlab.adapters.awsgrid import deployment
-    from batchlab.cli.deploying import Given, Person
-    from batchlab.deploy.sweep import Destroy
+    from batchlab.cli.deploy_output import Given, Person
+    from batchlab.deploy.destroy import Destroy
+    from batchlab.runtime.aws import deployment
 
     where = home_of(home)
     with _stack(Given(stack=stack, region=region), where) as there:
@@ -342,7 +342,7 @@ def destroy(
 @contextmanager
 def _stack(given: Given, home: Home) -> Iterator[Stack]:
     """The stack that is meant; a failure of it is told as any other error."""
-    from batchlab.cli.deploying import place, tries
+    from batchlab.cli.deploy_output import place, tries
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 
@@ -362,7 +362,7 @@ def _given(
     packages: list[str] | None,
     database_ca: Path | None,
 ) -> Given:
-    from batchlab.cli.deploying import Given, assignments
+    from batchlab.cli.deploy_output import Given, assignments
 
     said = {name: _text(value) for name, value in named.items() if value is not None}
     return Given(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import opening, output
+from batchlab.cli import grid_page, output
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
@@ -25,8 +25,8 @@ from batchlab.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from batchlab.home import Home
-    from batchlab.views import GridView, PoolView
+    from batchlab.core.api_types import GridView, PoolView
+    from batchlab.runtime.home import Home
 
 WATCH_S = 1.0
 
@@ -70,11 +70,12 @@ def up(
     \b
     Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
     """
-    from batchlab import backends, logs
-    from batchlab.cli import scheduling
-    from batchlab.cli.pools import parse_all
+    from batchlab.cli import schedule_files
+    from batchlab.cli.grid_page import parse_all
     from batchlab.cli.session import Session
-    from batchlab.errors import Refused
+    from batchlab.core import logs
+    from batchlab.core.errors import Refused
+    from batchlab.runtime import factory
 
     place, pools = home_of(home), parse_all(pool or ())
     cap = cap_of(max_cost) if max_cost else None
@@ -85,13 +86,13 @@ def up(
             f"A grid is up in {place.path} already.",
             remedy="`batchlab grid scale` changes its limits; for other pools, take it down first.",
         )
-    grid = backends.load(backend, endpoint)
+    grid = factory.load(backend, endpoint)
     with Session(place, grid, pools, keep_up=True, port=port) as session:
         session.start()
         if max_cost:
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
-        notes = session.call(scheduling.kept)["notes"]
+        notes = session.call(schedule_files.kept)["notes"]
     if grid.capabilities.remote_manager:
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
@@ -117,16 +118,16 @@ def down(home: HomeOption = None) -> None:
     \b
     Example: batchlab grid down
     """
-    from batchlab import backends
-    from batchlab.adapters.compose import deployment
-    from batchlab.cli import scheduling
+    from batchlab.cli import schedule_files
     from batchlab.cli.session import connect
-    from batchlab.errors import BackendError
-    from batchlab.updown import stop_manager
+    from batchlab.core.errors import BackendError
+    from batchlab.runtime import factory
+    from batchlab.runtime.compose import deployment
+    from batchlab.runtime.manager_process import stop_manager
 
     place = home_of(home)
     record = place.record()
-    if record and backends.capabilities_of(record.backend).remote_manager:
+    if record and factory.capabilities_of(record.backend).remote_manager:
         stop_manager(place)
         output.say("Disconnected. The stack stays: `batchlab deploy destroy` takes it down.")
         return
@@ -138,7 +139,9 @@ def down(home: HomeOption = None) -> None:
     try:
         with connect(place) as client:
             left = len(client.jobs(active=True, limit=1000))
-            timed = sum(one["state"] == "active" for one in scheduling.kept(client)["schedules"])
+            timed = sum(
+                one["state"] == "active" for one in schedule_files.kept(client)["schedules"]
+            )
     except BackendError as error:
         # One that cannot answer is a reason more to end it.
         why = error.message if place.record() else "Its manager is not up."
@@ -169,7 +172,7 @@ def status(
     \b
     Example: batchlab grid status --watch
     """
-    from batchlab.cli.billing import Burn
+    from batchlab.cli.bills import Burn
     from batchlab.cli.session import connect
 
     place = home_of(home)
@@ -250,7 +253,7 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
     )
 
 
-app.command("open")(opening.open_)
+app.command("open")(grid_page.open_)
 
 
 @app.command()
@@ -265,14 +268,14 @@ def env(home: HomeOption = None, json: JsonOption = False) -> None:
     """
     import shlex
 
-    from batchlab import backends
     from batchlab.cli.session import Session
-    from batchlab.errors import UsageError
+    from batchlab.core.errors import UsageError
+    from batchlab.runtime import factory
 
     place = home_of(home)
     with Session.attached(place) as session:
         backend = session.backend
-    variables = backends.client_environment(backend, place)
+    variables = factory.client_environment(backend, place)
     if not variables:
         raise UsageError(
             f"A grid on {backend.name} has no endpoint.",
@@ -380,7 +383,7 @@ def scale(
     Example: batchlab grid scale default --max 8
     """
     from batchlab.cli.session import connect
-    from batchlab.errors import UsageError
+    from batchlab.core.errors import UsageError
 
     if smallest is largest is desired is None and not auto:
         raise UsageError("Nothing to change.", remedy="Say --min, --max, --desired or --auto.")

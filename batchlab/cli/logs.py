@@ -1,19 +1,30 @@
-"""`batchlab job logs`: what a job's tasks have printed, or print."""
+"""`batchlab job logs`: what a job's tasks have printed, or print.
+
+What a job's tasks print, line by line, as it comes.
+
+Invariant: a line is told once, whether it was seen while its task ran or when that had ended; what
+was printed faster than it could be seen is told at the task's end, or named as missing.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of, seconds_of
-from batchlab.errors import UsageError
+from batchlab.core.errors import UsageError
+from batchlab.core.task_names import attempt_name
 
 if TYPE_CHECKING:
-    from batchlab.cli.following import Line, Which
-    from batchlab.home import Home
+    from batchlab.client.http import Client
+    from batchlab.core.api_types import LogView, NewLogsView, TailsView, TailView
+    from batchlab.runtime.home import Home
 
 
 def logs(
@@ -60,8 +71,7 @@ def logs(
     \b
     Example: batchlab job logs last --follow
     """
-    from batchlab.cli.following import Which
-    from batchlab.tasknames import parse_task
+    from batchlab.core.task_names import parse_task
 
     index: int | None = None
     if task is not None:
@@ -80,7 +90,7 @@ def logs(
 
 def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> None:
     from batchlab.cli.session import connect, resolve
-    from batchlab.tasknames import attempt_name
+    from batchlab.core.task_names import attempt_name
 
     with connect(home) as client:
         found = client.logs(
@@ -104,7 +114,6 @@ def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> Non
 
 
 def _follow(home: Home, job: str, which: Which, *, json: bool) -> None:
-    from batchlab.cli.following import Follower, to_json
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.signals import Stopped
 
@@ -139,3 +148,213 @@ def _say_end(home: Home, job: str, which: Which) -> None:
         state = client.job(job)["state"]
     if which.task is None:
         output.say(f"{job} is {state}.")
+
+
+Key = tuple[str, int, int, int, str]
+"""Stage, task, round, attempt, execution."""
+
+WAIT_S = 1.0
+"""Longest wait for an attempt that ends."""
+GAP_S = 0.1
+"""Least time between two looks that bring nothing."""
+AGAIN_S = 5.0
+"""How often a log that is not stored yet is asked for again."""
+AT_ONCE = 20
+"""Logs that are asked for again at the same time."""
+_CUT = "[... batchlab left out "
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of what an attempt has printed. A note of ours is no line of the task's."""
+
+    stage: str
+    task: int
+    attempt: int
+    round: int
+    execution: str
+    text: str
+    is_note: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `parse/3`, with the attempt's number where it is not the first."""
+        return attempt_name(self.stage, self.task, self.attempt)
+
+
+@dataclass(slots=True)
+class _Shown:
+    """How much of an attempt's output has been told: bytes, and the line that has no end yet."""
+
+    told: int = 0
+    rest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Which output is wanted: of one stage, one task, of tasks that failed for good, or of attempts
+    that have not ended longer ago than `since_s`."""
+
+    stage: str | None = None
+    task: int | None = None
+    failed: bool = False
+    since_s: float | None = None
+
+    def takes(self, tail: TailView) -> bool:
+        """Whether a running attempt's output is wanted."""
+        return self.stage in (None, tail["stage"]) and self.task in (None, tail["task"])
+
+
+class Follower:
+    """Of one job. `ask` answers what the manager does, and may wait for one that is away."""
+
+    def __init__(
+        self,
+        job: str,
+        which: Which,
+        ask: Callable[[Callable[[Client], Any]], Any],
+        tell: Callable[[Line], None],
+    ) -> None:
+        self._job = job
+        self._which = which
+        self._ask = ask
+        self._tell = tell
+        self._shown: dict[Key, _Shown] = {}
+        self._done: set[Key] = set()
+        self._later: dict[Key, float] = {}
+        """Logs that are not stored yet, and when they were asked for."""
+        self._seq: int | None = None
+
+    def run(self) -> None:
+        """Tell every line until the job, or the one task that is wanted, has ended."""
+        every_s, due_s = WAIT_S, 0.0
+        while True:
+            asked_s = time.monotonic()
+            news = self._news(min(WAIT_S, every_s))
+            for log in news["logs"]:
+                self._ended(log)
+            self._seq = news["seq"]
+            self._ask_again(last=news["ended"])
+            if news["ended"]:
+                break
+            # A manager that has only just led does not wait.
+            time.sleep(max(0.0, 0 if news["logs"] else asked_s + GAP_S - time.monotonic()))
+            # Of tasks that run nobody knows yet whether they fail.
+            if not self._which.failed and time.monotonic() >= due_s:
+                tails: TailsView = self._ask(lambda client: client.tails(self._job))
+                every_s = tails["every_s"]
+                due_s = time.monotonic() + every_s
+                for tail in tails["tails"]:
+                    if self._which.takes(tail):
+                        self._runs(tail)
+        self.close()
+
+    def close(self) -> None:
+        """Tell the lines that have no end, as somebody does not want to wait for it."""
+        for key, shown in self._shown.items():
+            if shown.rest:
+                self._say(key, shown.rest)
+                shown.rest = ""
+
+    def _news(self, wait_s: float) -> NewLogsView:
+        which = self._which
+
+        def ask(client: Client) -> NewLogsView:
+            return client.logs_after(
+                self._job,
+                self._seq,
+                stage=which.stage,
+                task=which.task,
+                failed=which.failed,
+                since_s=which.since_s,
+                wait_s=wait_s,
+            )
+
+        found: NewLogsView = self._ask(ask)
+        return found
+
+    # --- While it runs ---------------------------------------------------------------------------
+
+    def _runs(self, tail: TailView) -> None:
+        key = _key(tail)
+        if key in self._done:
+            return
+        shown = self._shown.setdefault(key, _Shown())
+        if tail["start"] > shown.told:
+            self._note(key, f"{tail['start'] - shown.told:,} bytes came too fast to be followed")
+            shown.rest = ""
+            shown.told = tail["start"]
+        if tail["stop"] > shown.told:
+            new = tail["text"].encode()[shown.told - tail["start"] :]
+            shown.told = tail["stop"]
+            self._lines(key, shown, new.decode(errors="replace"))
+
+    def _lines(self, key: Key, shown: _Shown, text: str) -> None:
+        *lines, shown.rest = (shown.rest + text).split("\n")
+        for line in lines:
+            self._say(key, line)
+
+    # --- When it has ended -----------------------------------------------------------------------
+
+    def _ended(self, log: LogView) -> None:
+        key = _key(log)
+        if key in self._done:
+            return
+        if not log["stored"]:
+            self._later.setdefault(key, time.monotonic())
+            return
+        self._later.pop(key, None)
+        self._done.add(key)
+        shown = self._shown.pop(key, _Shown())
+        data = log["text"].encode()
+        if shown.told and _CUT in log["text"]:
+            # Its middle is gone, and bytes are no longer where they were.
+            self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
+            return
+        self._lines(key, shown, data[shown.told :].decode(errors="replace"))
+        if shown.rest:
+            self._say(key, shown.rest)
+
+    def _ask_again(self, *, last: bool) -> None:
+        now_s = time.monotonic()
+        due = [key for key, at_s in self._later.items() if last or now_s - at_s >= AGAIN_S]
+        for key in due if last else due[:AT_ONCE]:
+            self._later[key] = now_s
+            stage, task = key[0], key[1]
+
+            def ask(client: Client, stage: str = stage, task: int = task) -> list[LogView]:
+                return client.logs(self._job, stage=stage, task=task)
+
+            for log in self._ask(ask):
+                if _key(log) == key:
+                    self._ended(log)
+        if last:
+            for key in self._later:
+                self._note(key, "what it printed was never stored: its worker is gone")
+
+    # --- Telling ---------------------------------------------------------------------------------
+
+    def _say(self, key: Key, text: str) -> None:
+        stage, task, round_, attempt, execution = key
+        self._tell(Line(stage, task, attempt, round_, execution, text.removesuffix("\r")))
+
+    def _note(self, key: Key, text: str) -> None:
+        stage, task, round_, attempt, execution = key
+        self._tell(Line(stage, task, attempt, round_, execution, text, is_note=True))
+
+
+def _key(view: TailView | LogView) -> Key:
+    return (view["stage"], view["task"], view["round"], view["attempt"], view["execution"])
+
+
+def to_json(job: str, line: Line) -> Mapping[str, Any]:
+    """A line for a program."""
+    return {
+        "job": job,
+        "stage": line.stage,
+        "task": line.task,
+        "attempt": line.attempt,
+        "round": line.round,
+        "execution": line.execution,
+        **({"note": line.text} if line.is_note else {"line": line.text}),
+    }

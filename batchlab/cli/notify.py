@@ -10,7 +10,7 @@ from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JsonOption, home_of
 
 if TYPE_CHECKING:
-    from batchlab.notified import TargetView
+    from batchlab.core.api_types import TargetView
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -1,17 +1,24 @@
-"""Options that many commands share, so that they read the same everywhere."""
+"""Options that many commands share, so that they read the same everywhere.
+
+A number on the command line that is none, or out of range, in a sentence.
+
+Invariant: an option is called by its name, an argument as the help calls it, and the range that is
+said is the one that is declared.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import BadParameter
 
-from batchlab.cli import completing
-from batchlab.errors import UsageError
+from batchlab.cli import completion
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.home import Home
+    from batchlab.runtime.home import Home
 
 HomeOption = Annotated[
     Path | None,
@@ -28,7 +35,7 @@ BackendOption = Annotated[
         "--backend",
         metavar="NAME",
         help="Where the grid lives.",
-        autocompletion=completing.backends,
+        autocompletion=completion.backends,
     ),
 ]
 EndpointOption = Annotated[
@@ -46,7 +53,7 @@ ScenarioArgument = Annotated[
     typer.Argument(
         metavar="SCENARIO",
         help="A scenario's file, or the name of a shipped one.",
-        autocompletion=completing.scenarios,
+        autocompletion=completion.scenarios,
         show_default=False,
     ),
 ]
@@ -56,7 +63,7 @@ LikeOption = Annotated[
         "--like",
         metavar="BACKEND",
         help="Whose settings the simulated grid has.",
-        autocompletion=completing.backends,
+        autocompletion=completion.backends,
     ),
 ]
 CalibrationOption = Annotated[
@@ -135,7 +142,7 @@ JobArgument = Annotated[
     typer.Argument(
         metavar="JOB",
         help="A job's id, the beginning of one, or 'last'.",
-        autocompletion=completing.jobs,
+        autocompletion=completion.jobs,
     ),
 ]
 FileArgument = Annotated[
@@ -145,7 +152,7 @@ FileArgument = Annotated[
 
 def home_of(option: Path | None) -> Home:
     """The grid's folder that --home or its default names."""
-    from batchlab.home import find_home
+    from batchlab.runtime.home import find_home
 
     return find_home(option)
 
@@ -153,7 +160,7 @@ def home_of(option: Path | None) -> Home:
 def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
     """The seconds of `10m`, or of a number, `least_s` at the least; UsageError, which names the
     option."""
-    from batchlab.spec.units import DURATION_FORMS, seconds, shown
+    from batchlab.core.units import DURATION_FORMS, seconds, shown
 
     try:
         found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
@@ -168,6 +175,46 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
 
 def cap_of(text: str) -> float | None:
     """The dollars of `5USD`, None of `none`; UsageError."""
-    from batchlab.costs.money import parse
+    from batchlab.core.pricing.money import parse
 
     return None if text == "none" else parse(text)
+
+
+_KINDS = {
+    "greater_than_equal": "a number",
+    "less_than_equal": "a number",
+    "float_parsing": "a number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+}
+"""What is asked for, by the mistakes that the parser of values knows by these names."""
+
+
+def plainly(error: BadParameter) -> UsageError | None:
+    """The same as a person would say it; None where it is about something else than a number."""
+    # By Any: which classes these are is typer's own business.
+    option: Any = error.param
+    mistakes: Any = getattr(error.__cause__, "errors", None)
+    if option is None or mistakes is None:
+        return None
+    first = mistakes()[0]
+    kind = _KINDS.get(first["type"])
+    if kind is None:
+        return None
+    name = next((one for one in option.opts if one.startswith("-")), "")
+    range_ = _range(option.min, option.max)
+    return UsageError(
+        f"{name or option.metavar} is {kind}{range_}, not {str(first['input'])[:40]}.",
+        remedy=f"Write for example {name}{' ' if name else ''}{_example(option):g}.",
+    )
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if most is None:
+        return "" if least is None else f" from {least:g} on"
+    return f" up to {most:g}" if least is None else f" from {least:g} to {most:g}"
+
+
+def _example(option: Any) -> float:
+    usual, least = option.default, option.min
+    return float(usual if isinstance(usual, int | float) else max(1, least or 0))

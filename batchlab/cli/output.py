@@ -14,12 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from batchlab.errors import BatchlabError, JobFileError, UsageError
-from batchlab.words import count as count
-from batchlab.words import size as size
-from batchlab.words import span as span
-from batchlab.words import visible as visible
-from batchlab.words import visible_json
+from batchlab.core.errors import BatchlabError, JobFileError, UsageError
+from batchlab.core.text import count as count
+from batchlab.core.text import size as size
+from batchlab.core.text import span as span
+from batchlab.core.text import visible as visible
+from batchlab.core.text import visible_json
 
 _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|days|B|[KMGT]iB)( \d\d? (s|min|h))?)?")
 

@@ -1,4 +1,7 @@
-"""`batchlab prices …`: what AWS asks for what, and where that is known from."""
+"""`batchlab prices …`: what AWS asks for what, and where that is known from.
+
+`grid cap` and `job cap`: what may be spent before nothing more is launched.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.options import CapArgument, HomeOption, JobArgument, JsonOption, cap_of, home_of
 
 if TYPE_CHECKING:
-    from batchlab.costs.prices import PriceBook
+    from batchlab.core.pricing.price_book import PriceBook
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -40,7 +43,7 @@ def show(
     \b
     Example: batchlab prices show m7i.large c7g.large
     """
-    from batchlab.costs.prices import load
+    from batchlab.core.pricing.price_book import load
 
     book = load(home_of(home).path)
     for name in types or ():
@@ -72,7 +75,7 @@ def _some(table: object, types: list[str] | None, block: str) -> object:
 
 
 def _text(book: PriceBook, types: list[str] | None) -> str:
-    from batchlab.model import Market
+    from batchlab.core.model import Market
 
     names = types or sorted(book.blocks["on_demand"].table)
     instances = []
@@ -133,13 +136,13 @@ def refresh(
     \b
     Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
     """
-    from batchlab.costs import refresh as prices_of
-    from batchlab.costs.prices import NAME, load, write
-    from batchlab.whole import write_whole
+    from batchlab.core.atomic_write import write_whole
+    from batchlab.core.pricing import price_refresh
+    from batchlab.core.pricing.price_book import NAME, load, write
 
     place = home_of(home)
-    found = prices_of.find(from_, region=region, day=date.date() if date else None)
-    book = prices_of.refreshed(load(place.path), found)
+    found = price_refresh.find(from_, region=region, day=date.date() if date else None)
+    book = price_refresh.refreshed(load(place.path), found)
     place.make()
     path = place.path / NAME
     # Not a secret, and the manager of a grid in containers may be another user.
@@ -166,3 +169,45 @@ def refresh(
             f"Still of another region: {', '.join(others)}. Their prices are few: write them "
             f"into that file."
         )
+
+
+def job_cap(
+    job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False
+) -> None:
+    """Cap what a job costs on AWS: beyond it nothing more is launched, what runs is finished.
+
+    A job that a cap holds back goes on once that is raised.
+
+    \b
+    Example: batchlab job cap last 10USD
+    """
+    from batchlab.cli.session import connect, resolve
+
+    usd = cap_of(amount)
+    with connect(home_of(home)) as client:
+        view = client.cap_job(resolve(client, job)["id"], usd)
+    if json:
+        output.show_json(view)
+    else:
+        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
+        output.show(f"What {view['job']} costs {said}.")
+
+
+def grid_cap(amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+    """Cap what the grid costs on AWS: beyond it nothing more is launched, what runs is finished.
+
+    It counts from the day the grid's account was opened; `grid status` says how far it is.
+
+    \b
+    Example: batchlab grid cap 50USD
+    """
+    from batchlab.cli.session import connect
+
+    usd = cap_of(amount)
+    with connect(home_of(home)) as client:
+        view = client.cap_grid(usd)
+    if json:
+        output.show_json(view)
+    else:
+        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
+        output.show(f"What the grid costs {said}.")

@@ -12,19 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.cli import billing, output
+from batchlab.cli import bills, output
 from batchlab.cli.session import connect
-from batchlab.errors import Refused, UsageError
-from batchlab.home import Home
-from batchlab.model import ENDED, JobId
+from batchlab.core.errors import Refused, UsageError
+from batchlab.core.model import ENDED, JobId
+from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
-    from batchlab.backends import Backend
-    from batchlab.jobdef import JobDef
-    from batchlab.replay.measuring import Measured
-    from batchlab.replay.recording import Past
-    from batchlab.scenario.model import PoolPlan
-    from batchlab.views import JobView
+    from batchlab.core.api_types import JobView
+    from batchlab.core.job_definition import JobDef
+    from batchlab.runtime.factory import Backend
+    from batchlab.scenarios.model.values import PoolPlan
+    from batchlab.scenarios.replay.measurements import Measured
+    from batchlab.scenarios.replay.recording import Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Request:
 
 def run(request: Request, *, json: bool) -> None:
     """Write the files, and tell what they hold."""
-    from batchlab.replay import recording
+    from batchlab.scenarios.replay import recording
 
     if request.jobs and request.record:
         raise UsageError(
@@ -85,8 +85,8 @@ def _is_same(record: Path, path: Path) -> bool:
 
 
 def _of_record(request: Request) -> Past:
-    from batchlab.replay import recording
-    from batchlab.scenario import record as records
+    from batchlab.scenarios.replay import recording
+    from batchlab.scenarios.verdicts import record as records
 
     assert request.record
     found = records.read(request.record)
@@ -94,11 +94,11 @@ def _of_record(request: Request) -> Past:
 
 
 def _of_jobs(request: Request) -> Past:
-    from batchlab import backends
-    from batchlab.replay import recording
+    from batchlab.runtime import factory
+    from batchlab.scenarios.replay import recording
 
     home = request.home
-    facts = [billing.facts_of(home, text) for text in request.jobs or ("last",)]
+    facts = [bills.facts_of(home, text) for text in request.jobs or ("last",)]
     views: dict[str, JobView] = {one.job["id"]: one.job for one in facts}
     for view in views.values():
         if view["state"] not in ENDED:
@@ -106,7 +106,7 @@ def _of_jobs(request: Request) -> Past:
                 f"The job {view['id']} has not ended.",
                 remedy="Wait for it with `batchlab job watch`, or cancel it.",
             )
-    backend = backends.load(facts[0].backend)
+    backend = factory.load(facts[0].backend)
     jobs, measured = asyncio.run(_measured(backend, home, views))
     pools, policy = _fleet(home, backend)
     first = min(views.values(), key=lambda view: view["submitted_s"])
@@ -117,9 +117,9 @@ def _of_jobs(request: Request) -> Past:
 async def _measured(
     backend: Backend, home: Home, views: Mapping[str, JobView]
 ) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measured]]:
-    from batchlab.attempts import definition
-    from batchlab.backends import patience
-    from batchlab.replay.measuring import Told, measure
+    from batchlab.jobs.attempts import definition
+    from batchlab.runtime.factory import patience
+    from batchlab.scenarios.replay.measurements import Told, measure
 
     objects = backend.open_objects(home)
     jobs, measured = [], {}
@@ -131,11 +131,11 @@ async def _measured(
 
 def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
     """Pools and policy as they are, or were when the grid was last up."""
-    from batchlab import settings
-    from batchlab.adapters.state_file import StateFile
-    from batchlab.fleet import saved
-    from batchlab.model import Pool
-    from batchlab.scenario.model import PoolPlan
+    from batchlab.adapters.local.fleet_state_file import StateFile
+    from batchlab.core.model import Pool
+    from batchlab.fleet import saved_state
+    from batchlab.runtime import settings
+    from batchlab.scenarios.model.values import PoolPlan
 
     if home.record():
         with connect(home) as client:
@@ -143,7 +143,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
         pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
         return [PoolPlan(pool) for pool in pools], grid["settings"]
     kept = StateFile(home.fleet / "groups.json").load()
-    groups = saved.decode(kept)[0] if kept else {}
+    groups = saved_state.decode(kept)[0] if kept else {}
     found = [PoolPlan(group.pool) for group in groups.values()]
     policy = asdict(settings.applied(backend, home).manager)
     return found or [PoolPlan(pool) for pool in backend.pools], policy

@@ -7,13 +7,12 @@ import time
 from typing import TYPE_CHECKING, Protocol, Self
 
 from batchlab.cli import output
-from batchlab.cli.pictures import Moving
-from batchlab.cli.progress import PLAIN_EVERY_S
+from batchlab.cli.progress import PLAIN_EVERY_S, Moving
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from batchlab.replay.course import State
+    from batchlab.scenarios.replay.run_state import State
 
 LATE_S = 0.5
 """A submission that is later than this is told of."""

@@ -16,21 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.bucket import (
-    AnyBackendOption,
-    Bucket,
-    TaskArgument,
-    find,
-    stage_of,
-)
+from batchlab.cli.bucket import AnyBackendOption, Bucket, TaskArgument, find, stage_of
 from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
-from batchlab.errors import UsageError
-from batchlab.tasknames import parse_task, task_name
+from batchlab.core.errors import UsageError
+from batchlab.core.task_names import parse_task, task_name
 
 if TYPE_CHECKING:
-    from batchlab.rerun.folder import Told
-    from batchlab.rerun.foreground import How
-    from batchlab.rerun.verdict import Verdict
+    from batchlab.client.debug.foreground import How
+    from batchlab.client.debug.task_folder import Told
+    from batchlab.client.debug.verdict import Verdict
 
 AttemptOption = Annotated[
     int | None,
@@ -147,7 +141,7 @@ def replay_task(
 def _how(
     *, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: bool, json: bool
 ) -> How:
-    from batchlab.rerun.foreground import How
+    from batchlab.client.debug.foreground import How
 
     if debugpy is not None and find_spec("debugpy") is None:
         raise UsageError(
@@ -180,7 +174,7 @@ def _set_here(names: Iterable[str]) -> tuple[str, ...]:
 
 def _is_given(how: How) -> str:
     """What is to be known before a job's code runs here."""
-    from batchlab.rerun.withheld import told, withheld
+    from batchlab.client.debug.foreground import told, withheld
 
     kept_back = told(withheld(os.environ, how.passed))
     return "It is the job's code, and runs with your rights." + (f" {kept_back}" * bool(kept_back))
@@ -189,7 +183,7 @@ def _is_given(how: How) -> str:
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     """The folder to prepare: the user's, or one that goes afterwards."""
-    from batchlab.rerun.prepare import room
+    from batchlab.client.debug.prepare import room
 
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="batchlab-task-") as made:
@@ -208,8 +202,8 @@ def _brought(
     attempt: int | None,
     round_: int | None,
 ) -> Told:
-    from batchlab.model import JobId
-    from batchlab.rerun.prepare import bring
+    from batchlab.client.debug.prepare import bring
+    from batchlab.core.model import JobId
 
     name = stage_of(bucket, stage)
     output.say(f"Fetching {task_name(name, task)} of {bucket.job}.")
@@ -234,7 +228,7 @@ def _brought(
 
 
 def _kept(told: Told, *, json: bool) -> None:
-    from batchlab.rerun.folder import README, RUN
+    from batchlab.client.debug.task_folder import README, RUN
 
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
     if json:
@@ -248,7 +242,7 @@ def _kept(told: Told, *, json: bool) -> None:
 
 
 def _shell(told: Told, how: How) -> None:
-    from batchlab.rerun import foreground
+    from batchlab.client.debug import foreground
 
     ready = foreground.shell(told, how.passed)
     output.say(_is_given(how))
@@ -260,7 +254,7 @@ def _shell(told: Told, how: How) -> None:
 
 
 def _run(told: Told, how: How, *, json: bool) -> None:
-    from batchlab.rerun import foreground, verdict
+    from batchlab.client.debug import foreground, verdict
 
     limits = "" if how.no_limits else _limits(told)
     output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
@@ -280,7 +274,7 @@ def _run(told: Told, how: How, *, json: bool) -> None:
 
 
 def _limits(told: Told) -> str:
-    from batchlab.rerun.readme import limits
+    from batchlab.client.debug.verdict import limits
 
     text = limits(told)
     return "" if text == "none" else f", within {text}"

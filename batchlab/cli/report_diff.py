@@ -13,10 +13,10 @@ import typer
 from batchlab.cli import output
 from batchlab.cli.options import EndpointOption, HomeOption, JsonOption, home_of
 from batchlab.cli.report import FromOption
-from batchlab.errors import UsageError
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from batchlab.report.comparing import Change, Comparison
+    from batchlab.reports.compare.comparison import Change, Comparison
 
 _SIDE = "One run, or several with commas between them, or a folder of runs."
 
@@ -61,9 +61,9 @@ def diff(
     \b
     Example: batchlab report diff runs/main runs/branch --threshold 10% --markdown
     """
-    from batchlab.cli.reported import Source, folders
-    from batchlab.report.comparing import compare, gates
-    from batchlab.report.measuring import runs
+    from batchlab.cli.report_source import Source, folders
+    from batchlab.reports.compare.comparison import compare, gates
+    from batchlab.reports.compare.measures import runs
 
     if markdown and json:
         raise UsageError("--markdown and --json are two answers.", remedy="Leave one of them out.")

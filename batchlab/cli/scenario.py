@@ -1,10 +1,195 @@
-"""`batchlab scenario …`: a peak written down, looked at, forecast, lived through and judged."""
+"""`batchlab scenario …`: a peak written down, looked at, forecast, lived through and judged.
+
+`scenario list`, `scenario check`, `scenario schema`: scenarios looked at, and nothing run.
+
+What a scenario says that no run of it would show: told and not refused, for it may be meant.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from batchlab.cli import faulting, forecasting, planning, replaying, scenarios
+from batchlab.cli import charts, output, replay, simulate
+from batchlab.cli import plan as planning
+from batchlab.cli.options import JsonOption, ScenarioArgument
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.demand_curve import Curve
+from batchlab.scenarios.model.values import Scenario, Schedule
+
+if TYPE_CHECKING:
+    from batchlab.scenarios.model.demand_curve import Curve
+    from batchlab.scenarios.model.values import Odd, Scenario, Schedule
+
+ODD_SHOWN = 10
+"""Odd records that are told one by one: who has many has one reason for most."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("list")(list_)
+    app.command()(check)
+    app.command()(schema)
+
+
+def list_(json: JsonOption = False) -> None:
+    """List the shipped scenarios.
+
+    \b
+    Example: batchlab scenario list
+    """
+    from batchlab.scenarios.model import loader
+
+    found = loader.shipped()
+    if json:
+        output.show_json(
+            [{"name": one.name, "teaches": one.teaches, "file": str(one.path)} for one in found]
+        )
+        return
+    output.show(output.table(("name", "teaches"), [(one.name, one.teaches) for one in found]))
+
+
+def check(
+    name: ScenarioArgument,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            help="Draw the arrivals from this seed in place of the scenario's.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a scenario, and draw what arrives when.
+
+    Its traces are read whole, and nothing of it is run.
+
+    \b
+    Example: batchlab scenario check claims-month-end
+    """
+    from batchlab.scenarios.model import demand_curve, loader
+    from batchlab.scenarios.model.expansion import expand
+
+    path = loader.find(name)
+    scenario = loader.load(path)
+    schedule = expand(scenario, seed)
+    if not schedule.jobs:
+        raise UsageError(
+            f"Nothing arrives in the scenario {path}.",
+            remedy="Give its arrivals a higher rate or a later until, or another --seed; from, "
+            "until and limit may leave nothing of a trace.",
+        )
+    seen = demand_curve.of(scenario, schedule.jobs)
+    from batchlab.cli import charts
+
+    doubtful = list(of(scenario, schedule, seen))
+    if json:
+        output.show_json({**_facts(scenario, schedule, seen), "doubts": doubtful})
+        return
+    tasks = sum(column.tasks for column in seen.columns)
+    output.show(
+        f"{path} {'can be run' if doubtful else 'is fine'}: scenario {scenario.name}, "
+        f"{output.count(len(schedule.jobs), 'job')}, {output.count(tasks, 'task')}, "
+        f"{output.span(seen.work_s)} of work\n\n"
+        f"{output.visible(scenario.about)}\n"
+    )
+    if told := list(_traces(scenario)):
+        output.show("\n".join(told) + "\n")
+    output.show(charts.text(scenario, seen, fancy=_fancy()))
+    if doubtful:
+        output.say("\nIs this meant?")
+    for line in (*(f"  {one}" for one in doubtful), *_odd(schedule.odd)):
+        output.say(line)
+
+
+def _fancy() -> bool:
+    """Whether whoever reads it can show more than ASCII."""
+    return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+
+
+def _traces(scenario: Scenario) -> Iterator[str]:
+    """How much of each trace can be used, and what time it was when the scenario begins."""
+    from batchlab.scenarios.traces import Trace
+
+    for source in scenario.arrivals:
+        if isinstance(source, Trace):
+            read = source.reading()
+            of = f"{len(read.rows):,} of {output.count(read.records, 'record')} can be used"
+            begins = source.begins()
+            clock = f"; the scenario begins at {begins} of its clock" if begins else ""
+            yield f"Trace {source.path.name}: {of}{clock}"
+
+
+def _odd(odd: Sequence[Odd]) -> Iterator[str]:
+    """What is odd in the traces, by kind, with the first record of each."""
+    from batchlab.scenarios.traces import summary
+
+    kinds = summary(odd)
+    if kinds:
+        yield f"\n{output.count(len(odd), 'odd record')} in traces:"
+    for kind in kinds[:ODD_SHOWN]:
+        yield f"  {kind.file}:{kind.first_line}: {kind.what}: {kind.done}" + (
+            f", and {kind.count - 1:,} more such" if kind.count > 1 else ""
+        )
+    if len(kinds) > ODD_SHOWN:
+        yield f"  {len(kinds) - ODD_SHOWN} more kinds; --json lists every record."
+
+
+def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, object]:
+    from batchlab.scenarios.traces import Trace
+
+    return {
+        "name": scenario.name,
+        "about": scenario.about,
+        "digest": scenario.digest,
+        "jobs": len(schedule.jobs),
+        "tasks": sum(column.tasks for column in seen.columns),
+        "work_slot_s": seen.work_s,
+        "column_s": seen.width_s,
+        "columns": [asdict(column) for column in seen.columns],
+        "pools": [
+            {
+                "pool": ask.pool,
+                "slots": ask.slots,
+                "peak_slots": ask.peak,
+                "behind_s": ask.behind_s,
+                "behind_at_s": ask.behind_at_s,
+                "idle_from_s": ask.idle_from_s,
+            }
+            for ask in seen.asks
+        ],
+        "faults": [asdict(fault) for fault in scenario.faults],
+        "traces": [
+            {
+                "file": str(source.path),
+                "records": source.reading().records,
+                "used": len(source.reading().rows),
+                "begins": source.begins() or None,
+            }
+            for source in scenario.arrivals
+            if isinstance(source, Trace)
+        ],
+        "odd": [asdict(odd) for odd in schedule.odd],
+    }
+
+
+def schema() -> None:
+    """Print the JSON Schema of the scenario file, for editors.
+
+    \b
+    Example: batchlab scenario schema > scenario.schema.json
+    """
+    from batchlab.scenarios.model.schema import json_schema
+
+    output.show_json(json_schema())
+
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -18,8 +203,29 @@ def scenario_() -> None:
     """
 
 
-scenarios.register(app)
-forecasting.register(app)
-replaying.register(app)
+register(app)
+simulate.register(app)
+replay.register(app)
 planning.register(app)
-faulting.register(app)
+simulate.register_faulting(app)
+
+
+def of(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
+    """One sentence each."""
+    arrived = {job.template.name for job in schedule.jobs}
+    for name in scenario.jobs:
+        if name not in arrived:
+            yield f"No job '{name}' arrives."
+    used = {stage.pool for name in arrived for stage in scenario.jobs[name].stages}
+    for plan in scenario.pools:
+        if plan.pool.name not in used:
+            yield f"Nothing that arrives runs in the pool '{plan.pool.name}'."
+    # What arrives late in a column is worked on in the next one.
+    done_s = max((ask.idle_from_s for ask in curve.asks), default=0.0) + curve.width_s
+    done = f"comes when all work could be done, after {charts.span(done_s)}"
+    for fault in scenario.faults:
+        if fault.at_s >= done_s:
+            yield f"The fault {fault.name.value} at {charts.span(fault.at_s)} {done}."
+    for one in scenario.prewarm:
+        if one.at_s >= done_s:
+            yield f"The prewarm of '{one.pool}' at {charts.span(one.at_s)} {done}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import completing, output
+from batchlab.cli import completion, output
 from batchlab.cli.options import (
     FileArgument,
     HomeOption,
@@ -18,11 +18,11 @@ from batchlab.cli.options import (
     cap_of,
     home_of,
 )
-from batchlab.schedule.model import Missed, Overlap
+from batchlab.core.schedules.model import Missed, Overlap
 
 if TYPE_CHECKING:
-    from batchlab.client import Client
-    from batchlab.timetable import RunView, ScheduleView
+    from batchlab.client.http import Client
+    from batchlab.core.api_usage_types import RunView, ScheduleView
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -32,7 +32,7 @@ NameArgument = Annotated[
         metavar="NAME",
         help="The schedule's name.",
         show_default=False,
-        autocompletion=completing.schedules,
+        autocompletion=completion.schedules,
     ),
 ]
 
@@ -152,9 +152,9 @@ def add(
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
     """
-    from batchlab.cli import scheduling
+    from batchlab.cli import schedule_files
 
-    given = scheduling.Given(
+    given = schedule_files.Given(
         name=name,
         cron=cron,
         at=at,
@@ -168,7 +168,7 @@ def add(
         due_param=due_param,
         max_cost_usd=cap_of(max_cost) if max_cost else None,
     )
-    view = scheduling.add(home_of(home), file, set_ or (), given, replacing=replace)
+    view = schedule_files.add(home_of(home), file, set_ or (), given, replacing=replace)
     if json:
         output.show_json(view)
         return
@@ -219,9 +219,9 @@ def _when(view: ScheduleView) -> str:
 
 
 def _moment(view: ScheduleView, at_s: float | None) -> str:
-    from batchlab.schedule import times
+    from batchlab.core.schedules import due_times
 
-    return "-" if at_s is None else times.shown(at_s, times.zone_of(view["timezone"]))
+    return "-" if at_s is None else due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 
 def _came_to(run: RunView) -> str:
@@ -235,12 +235,12 @@ def show(name: NameArgument, home: HomeOption = None, json: JsonOption = False) 
     \b
     Example: batchlab schedule show nightly
     """
-    from batchlab.cli import scheduling
+    from batchlab.cli import schedule_files
     from batchlab.cli.session import connect
 
     with connect(home_of(home)) as client:
         view = client.schedule(name)
-    changed = scheduling.since(view)
+    changed = schedule_files.since(view)
     if json:
         output.show_json({**view, "changed": changed})
         return
@@ -363,11 +363,11 @@ def run(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -
     \b
     Example: batchlab schedule run nightly
     """
-    from batchlab.cli import scheduling
+    from batchlab.cli import schedule_files
     from batchlab.cli.session import Session
-    from batchlab.errors import Refused
+    from batchlab.core.errors import Refused
 
-    token = scheduling.asked()
+    token = schedule_files.asked()
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":

@@ -14,16 +14,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlsplit
 
-from batchlab.calls import patience_s
 from batchlab.cli import output
-from batchlab.client import Client
-from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
-from batchlab.home import Home, ManagerRecord
+from batchlab.client.http import Client
+from batchlab.client.requests import patience_s
+from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
+from batchlab.runtime.home import Home, ManagerRecord
 
 if TYPE_CHECKING:
-    from batchlab.backends import Backend
-    from batchlab.model import Pool
-    from batchlab.views import JobView
+    from batchlab.core.api_types import JobView
+    from batchlab.core.model import Pool
+    from batchlab.runtime.factory import Backend
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def connect(home: Home) -> Iterator[Client]:
 
 
 def _no_grid(home: Home) -> Unreachable:
-    from batchlab.adapters.awsgrid import deployment
+    from batchlab.runtime.aws import deployment
 
     # Without the backend a second grid would come up here, beside the stack that is meant.
     deployed = deployment.path_in(home).exists()
@@ -127,12 +127,12 @@ class Session:
     @classmethod
     def attached(cls, home: Home) -> Self:
         """To the grid that is up in `home`, which is none of ours; Unreachable where none is."""
-        from batchlab import backends
+        from batchlab.runtime import factory
 
         record = home.record()
         if record is None:
             raise _no_grid(home)
-        session = cls(home, backends.load(record.backend), revivals=0)
+        session = cls(home, factory.load(record.backend), revivals=0)
         session._connect(record)
         return session
 
@@ -157,7 +157,7 @@ class Session:
 
     def _as_it_stands(self) -> tuple[Sequence[Pool], int]:
         """Return the pools and the port with which another manager continues this grid."""
-        from batchlab.model import Pool
+        from batchlab.core.model import Pool
 
         if not self.backend.capabilities.local_manager:
             return (), 0  # they are written down where the grid is
@@ -167,7 +167,7 @@ class Session:
         return [Pool(one["name"], one["min"], one["max"], one["slots"]) for one in pools], port
 
     def _bring_up(self) -> None:
-        from batchlab.updown import has_started, start_manager
+        from batchlab.runtime.manager_process import has_started, start_manager
 
         self.backend.named_place(self.home)  # refuses another endpoint than this home's
         record = self.home.record()
@@ -259,7 +259,7 @@ class Session:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        from batchlab.updown import has_started, stop_manager
+        from batchlab.runtime.manager_process import has_started, stop_manager
 
         if self._client:
             self._client.close()

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from batchlab.cli import BEGUN_S, output
-from batchlab.results import Fetched
-from batchlab.tasknames import task_name, without_task
-from batchlab.views import FailureView, JobView, StageView
+from batchlab.core.api_types import FailureView, JobView, StageView
+from batchlab.core.task_names import task_name, without_task
+from batchlab.jobs.results import Fetched
 
 SHOWN_FAILURES = 5
 SHOWN_LINES = 12  # of a traceback: its end, where it was raised

@@ -6,18 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from batchlab.adapters.ec2_fleet import Ec2Fleet
-from batchlab.adapters.ec2_form import GroupForm
-from batchlab.conform.asg_site import (
-    LAUNCHING,
-    QUIET_S,
-    TERMINATING,
-    OwnGroup,
-    hook,
-)
+from batchlab.adapters.aws.fleet import Ec2Fleet
+from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.conform.asg_site import LAUNCHING, QUIET_S, TERMINATING, OwnGroup, hook
 from batchlab.conform.check import Differs, Severity, Table, expect
 from batchlab.conform.site import Site
-from batchlab.model import GroupView, LifecycleState, Pool
+from batchlab.core.model import GroupView, LifecycleState, Pool
 
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 

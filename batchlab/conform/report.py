@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from batchlab.conform.check import Check, Severity, Verdict
+from batchlab.conform.check import Check, Severity, Verdict, linked, pages
 from batchlab.conform.run import Result
-from batchlab.conform.sources import linked, pages
 
 ALL_CHECKS = "every check"
 """The name of the section that lists them."""

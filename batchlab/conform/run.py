@@ -27,7 +27,7 @@ from botocore.parsers import ResponseParserError
 from batchlab.conform.check import FAILURES, LIMIT_S, Check, Differs, Failed, Untried, Verdict
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target
-from batchlab.errors import BatchlabError, Throttled, Unreachable
+from batchlab.core.errors import BatchlabError, Throttled, Unreachable
 
 AT_ONCE = 32
 

@@ -12,13 +12,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from batchlab.adapters.sqs import SqsQueue
+from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.conform.check import Answer, Differs, Untried, answer, snake
 
 if TYPE_CHECKING:
     from batchlab.adapters.obstore_objects import ObstoreObjects
     from batchlab.conform.target import Target
-    from batchlab.ports import QueueSpec
+    from batchlab.core.ports import QueueSpec
 
 WAKES_S = 8.0
 """A waiting receive ends within this time once there is a message, or it was not woken: with room

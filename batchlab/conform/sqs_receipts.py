@@ -7,7 +7,7 @@ from typing import Any
 
 from batchlab.conform.check import Differs, Severity, Table, expect
 from batchlab.conform.site import OwnQueue, Received, Site
-from batchlab.ports import MAX_VISIBILITY_S
+from batchlab.core.ports import MAX_VISIBILITY_S
 
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from batchlab.conform.check import Answer, Severity, Table, Untried, expect
 from batchlab.conform.site import OwnQueue, Site
-from batchlab.ports import MAX_MESSAGE_BYTES
+from batchlab.core.ports import MAX_MESSAGE_BYTES
 
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from batchlab import extras
-from batchlab.adapters.aws import ANSWER_S, CONNECT_S, code_of, session, translated
-from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
+from batchlab.adapters.aws.endpoint import ANSWER_S, CONNECT_S, code_of, session, translated
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 
 ATTEMPTS = 10
 DOCS = "docs/deploy.md"
@@ -102,7 +102,7 @@ class Account:
 
 def chosen_region(named: str | None) -> str:
     """The region that is named, or that boto3 finds; UsageError where there is none."""
-    extras.need("aws", "What asks AWS", "boto3")
+    optional_dependencies.need("aws", "What asks AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
 

@@ -14,23 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from batchlab import backends
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment
-from batchlab.adapters.objects import open_s3
-from batchlab.deploy import outputs, release
-from batchlab.deploy import settings as settings_
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.core.errors import BackendError, Refused, UsageError
+from batchlab.deploy import outputs, release, settings
 from batchlab.deploy.account import Missing, asked
-from batchlab.deploy.explain import Cause, Event
+from batchlab.deploy.failure_cause import Cause, Event
 from batchlab.deploy.plan import Plan, planned
-from batchlab.deploy.records import State
 from batchlab.deploy.settings import RELEASE, Settings
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.states import must_go, next_step, refuse_unchangeable
+from batchlab.deploy.stack_records import State, must_go, next_step, refuse_unchangeable
 from batchlab.deploy.template import Template
-from batchlab.errors import BackendError, Refused, UsageError
-from batchlab.home import Home
+from batchlab.runtime import factory
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.home import Home
 
 
 class Front(Protocol):
@@ -154,7 +152,7 @@ class Apply:
             self.front.show(plan)
             if not self.front.agrees(f"Create the stack {self.stack.name}?"):
                 return None
-            settings_.write(self.home, self.wanted)
+            settings.write(self.home, self.wanted)
             # One that cannot be made is known before anything costs money.
             self.archive()
             made = self._executed(plan, "creating")
@@ -170,14 +168,14 @@ class Apply:
             if ask:
                 self.front.show(plan)
             if not plan.changes:
-                settings_.write(self.home, self.wanted)
+                settings.write(self.home, self.wanted)
                 return state
             if ask and not self.front.agrees(f"Update the stack {self.stack.name}?"):
                 return None
-            settings_.write(self.home, self.wanted)
+            settings.write(self.home, self.wanted)
             there = Endpoint(region=self.stack.account.region)
             bucket = open_s3(there, outputs.of(state, "Bucket"))
-            release.upload(bucket, archive, backends.patience(), self.front.say)
+            release.upload(bucket, archive, factory.patience(), self.front.say)
             if not state.is_protected and ask:
                 self.stack.protect(on=True)
             updated = self._executed(plan, "updating")

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from batchlab.deploy import removing
+from batchlab.core.errors import BackendError, NotFound, Refused
+from batchlab.deploy import removal
 from batchlab.deploy.account import Account
 from batchlab.deploy.plan import WITH_SIMPLEDB
-from batchlab.deploy.removing import Thing, thing_of
+from batchlab.deploy.removal import Thing, thing_of
 from batchlab.deploy.stack import TAG, Stack
-from batchlab.errors import BackendError, NotFound, Refused
 
 _STACK = r"(?P<stack>[A-Za-z][A-Za-z0-9-]*)"
 _DOMAIN = re.compile(rf"{_STACK}-LedgerDomain-[0-9A-Za-z]+")
@@ -130,10 +130,10 @@ def _is_used(thing: Thing, owned: list[str] | None) -> bool:
     return any(part in (thing.arn, thing.name) or part.endswith(f"/{thing.name}") for part in owned)
 
 
-def remove_left(account: Account, left: Left, say: removing.Say) -> str:
+def remove_left(account: Account, left: Left, say: removal.Say) -> str:
     """ "" once it is removed, else why it is not."""
     try:
-        removing.remove(account, left.thing, say)
+        removal.remove(account, left.thing, say)
     except BackendError as error:
         return error.message
     return ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from batchlab import backends
-from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
-from batchlab.deploy.records import State
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
 from batchlab.deploy.settings import from_stack
-from batchlab.errors import BackendError
-from batchlab.model import Pool
+from batchlab.deploy.stack_records import State
+from batchlab.runtime import factory
+from batchlab.runtime.aws.deployment import AwsDeployment, Database
 
 IAM_USER = "batchlab_iam"
 """As the stack's template calls the database user of a token."""
@@ -62,7 +62,7 @@ def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
 
 def _pools(state: State, region: str) -> tuple[Pool, ...]:
     settings, _ = from_stack(state.name, region, state.parameters)
-    (usual,) = backends.load("aws").pools
+    (usual,) = factory.load("aws").pools
     return tuple(
         Pool(
             one.name,

@@ -13,17 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from batchlab.costs import prices
-from batchlab.costs.hourly import Hourly, StackShape, hourly_cost
-from batchlab.deploy import expand, settings, template
+from batchlab.core.errors import UsageError
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
+from batchlab.deploy import pool_templates, settings, template
 from batchlab.deploy.account import Account, asked
-from batchlab.deploy.records import Change, ChangeSet, State
-from batchlab.deploy.rendered import rendered
 from batchlab.deploy.settings import RELEASE, Settings, text_of
 from batchlab.deploy.stack import TAG, Stack
-from batchlab.deploy.template import INLINE_BYTES, Template
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.deploy.stack_records import Change, ChangeSet, State
+from batchlab.deploy.template import INLINE_BYTES, Template, rendered
+from batchlab.runtime.home import Home
 
 WITH_SIMPLEDB = (
     *("us-east-1", "us-west-1", "us-west-2", "eu-west-1", "ap-northeast-1"),
@@ -103,9 +102,9 @@ def planned(
     unless it was executed in it. Without a `release` the one that is deployed stays."""
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
-    base = deployed.get("PoolName", expand.BASE)
+    base = deployed.get("PoolName", pool_templates.BASE)
     given = settings.parameters(wanted, source, base)
-    expanded = expand.expand(source, [pool.name for pool in wanted.pools], base)
+    expanded = pool_templates.expand(source, [pool.name for pool in wanted.pools], base)
     sent = _sent(expanded, given, deployed, release)
     effective = _effective(expanded, given)
     _check_region(stack.account.region, effective.get("Ledger", ""))
@@ -177,7 +176,7 @@ def shape_of(made: Template) -> StackShape:
 
 def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: StackShape) -> Cost:
     """What a stack with these parameters costs in the region, or where the price book is from."""
-    book = prices.load(home.path if home else None)
+    book = price_book.load(home.path if home else None)
     note = ""
     try:
         try:
@@ -195,8 +194,8 @@ def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, 
     """The template that the settings make, with their values as its defaults, and what its stack
     would cost; AWS is not asked. UsageError for settings that it does not take."""
     given = settings.parameters(wanted, source)
-    made = expand.expand(source, [pool.name for pool in wanted.pools])
-    region = wanted.region or prices.load(home.path).region
+    made = pool_templates.expand(source, [pool.name for pool in wanted.pools])
+    region = wanted.region or price_book.load(home.path).region
     costs = cost(_effective(made, given), region, home, shape_of(made))
     forms = made["Parameters"]
     said = {name: {**forms[name], "Default": value} for name, value in given.items()}

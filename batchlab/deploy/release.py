@@ -18,12 +18,13 @@ from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 
-from batchlab import package_data
-from batchlab.deploy import environment, wheelhouse
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.ports import Objects
+from batchlab.core.retry import Patience
+from batchlab.deploy import wheelhouse
 from batchlab.deploy.wheelhouse import Target
-from batchlab.errors import BackendError, UsageError
-from batchlab.patience import Patience
-from batchlab.ports import Objects
+from batchlab.runtime import environment
 
 SUFFIX = ".tar.gz"
 PREFIX = "boot/"

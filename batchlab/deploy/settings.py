@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from batchlab import catalogue
-from batchlab.deploy import environment
-from batchlab.deploy.expand import BASE, parameters_of, renamed
+from batchlab.core import instance_types
+from batchlab.core.atomic_write import write_whole
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.deploy.pool_templates import BASE, parameters_of, renamed
 from batchlab.deploy.template import Template
-from batchlab.errors import BackendError, UsageError
-from batchlab.home import Home
-from batchlab.whole import write_whole
+from batchlab.runtime import environment
+from batchlab.runtime.home import Home
 
 STACK = "batchlab"
 RELEASE = "Release"
@@ -103,7 +103,7 @@ class Settings:
 def processor_of(instance_type: str) -> str:
     """x86_64 or arm64: as the catalogue says, else by AWS's names, where a g right after the
     generation stands for Graviton (https://docs.aws.amazon.com/ec2/latest/instancetypes)."""
-    known = catalogue.load().types.get(instance_type)
+    known = instance_types.load().types.get(instance_type)
     if known:
         return known.architecture
     return "arm64" if re.match(r"[a-z]+[0-9]+g|a1\.", instance_type) else "x86_64"

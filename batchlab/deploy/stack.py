@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.deploy.account import Account, Missing, asked
-from batchlab.deploy.explain import Cause, Event, advice, root_cause
-from batchlab.deploy.records import (
+from batchlab.deploy.failure_cause import Cause, Event, advice, root_cause
+from batchlab.deploy.stack_records import (
     Change,
     ChangeSet,
     Resource,
@@ -24,7 +25,6 @@ from batchlab.deploy.records import (
     state_of,
 )
 from batchlab.deploy.template import Template, parse
-from batchlab.errors import BackendError, Refused, Unreachable
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
 """That the stack makes roles has to be said in as many words; `plan` shows which."""

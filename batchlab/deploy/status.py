@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment
+from batchlab.core.errors import BackendError
+from batchlab.core.protocol import object_keys
 from batchlab.deploy import outputs
 from batchlab.deploy.account import Account, asked
-from batchlab.deploy.explain import Cause
-from batchlab.deploy.records import State
+from batchlab.deploy.failure_cause import Cause
 from batchlab.deploy.settings import RELEASE
 from batchlab.deploy.stack import Stack
-from batchlab.errors import BackendError
-from batchlab.home import Home
-from batchlab.protocol import naming
+from batchlab.deploy.stack_records import State
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.home import Home
 
 ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
 """What follows the name of a group in the names of its alarms."""
@@ -169,7 +169,11 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
 
 def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
     pools = [pool.name for pool in found.pools]
-    ours = [naming.EVENTS, *map(naming.tasks_queue, pools), *map(naming.dead_letters, pools)]
+    ours = [
+        object_keys.EVENTS,
+        *map(object_keys.tasks_queue, pools),
+        *map(object_keys.dead_letters, pools),
+    ]
     names = {f"{found.prefix}{one}" for one in ours}
     sqs = account.client("sqs")
     counts = (

@@ -22,10 +22,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from batchlab import package_data
-from batchlab.adapters.compose import images
-from batchlab.adapters.ministack_install import pip_reason
-from batchlab.errors import BackendError, UsageError
+from batchlab.adapters.local.ministack_install import pip_reason
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.runtime.compose import images
 
 ARCHITECTURES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -8,12 +8,9 @@ would answer 400. Lists come whole: paging belongs to the wire.
 from __future__ import annotations
 
 from batchlab.fleet.requests.groups import GroupRequests
-from batchlab.fleet.requests.hooks import HookRequests
-from batchlab.fleet.requests.instances import InstanceRequests
-from batchlab.fleet.requests.policies import PolicyRequests
-from batchlab.fleet.requests.refresh import RefreshRequests
-from batchlab.fleet.requests.schedules import ScheduleRequests
-from batchlab.fleet.requests.warm import WarmPoolRequests
+from batchlab.fleet.requests.instances import HookRequests, InstanceRequests
+from batchlab.fleet.requests.policies import PolicyRequests, ScheduleRequests
+from batchlab.fleet.requests.refresh import RefreshRequests, WarmPoolRequests
 
 
 class AutoScaling(

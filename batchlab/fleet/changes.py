@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from batchlab.fleet import hooks, warm
-from batchlab.fleet.api import LAUNCHING, TERMINATING, Process
-from batchlab.fleet.decisions import CRASH_LOOP, victims, wait_s
+from batchlab.core.model import Instance, LifecycleState, Pool
+from batchlab.core.ports import KEEP_TERMINATED_S
+from batchlab.fleet import lifecycle_hooks, warm_pool
+from batchlab.fleet.activity_record import Record
+from batchlab.fleet.api_types import LAUNCHING, TERMINATING, Process
+from batchlab.fleet.group_state import ON_STANDBY, STARTING, WARMING, Group, Member, weigh
 from batchlab.fleet.placement import Placement
-from batchlab.fleet.record import Record
-from batchlab.fleet.state import ON_STANDBY, STARTING, WARMING, Group, Member, weigh
-from batchlab.model import Instance, LifecycleState, Pool
-from batchlab.ports import KEEP_TERMINATED_S
+from batchlab.fleet.termination import CRASH_LOOP, victims, wait_s
 
 _OUT = "an instance was taken out of service in response to"
 _DIFFERENCE = "a difference between desired and actual capacity"
@@ -57,8 +57,8 @@ class Changes(Record):
         for member in victims(group, self.steady.now_s()):
             left = size - member.bond.weight
             shrinking = f"{_DIFFERENCE}, shrinking the capacity from {size} to {left}"
-            if warm.takes_back(group, member):
-                warm.take_back(self, group, member, shrinking)
+            if warm_pool.takes_back(group, member):
+                warm_pool.take_back(self, group, member, shrinking)
             else:
                 self.retire(group, member, why=shrinking, note="terminated: scale-in")
             size = left
@@ -133,7 +133,7 @@ class Changes(Record):
         if not member.running or member.bond.asleep:
             return
         if member.state in WARMING:
-            warm.arrive(self, group, member)
+            warm_pool.arrive(self, group, member)
         if member.state not in STARTING:
             return
         if group.asg is None:
@@ -144,7 +144,7 @@ class Changes(Record):
             member.state is LifecycleState.PENDING
             # No hook runs for one that comes back from standby.
             and not member.bond.moving
-            and hooks.begin(self, group, member, LAUNCHING)
+            and lifecycle_hooks.begin(self, group, member, LAUNCHING)
         ):
             self.move(member, LifecycleState.PENDING_WAIT)
             self.mark(group, member.launch, "MidLifecycleAction")
@@ -216,7 +216,7 @@ class Changes(Record):
         chosen = [f"instance {member.instance.id} was selected for termination"]
         sentences = [f"{_OUT} {why}", *chosen * (_DIFFERENCE in why)]
         self._open_end(group, member, self.told(group.asg, *sentences), "EC2 instance")
-        if hooked and worked and hooks.begin(self, group, member, TERMINATING):
+        if hooked and worked and lifecycle_hooks.begin(self, group, member, TERMINATING):
             self.move(member, LifecycleState.TERMINATING_WAIT)
             self.mark(group, member.end, "MidLifecycleAction")
 
@@ -290,7 +290,7 @@ class Changes(Record):
 
     def _stumble(self, group: Group, member: Member, how: str, *, dead: bool = False) -> None:
         served = member.bond.in_service_s is not None
-        young = dead and served and not hooks.settled(member, self.steady.now_s())
+        young = dead and served and not lifecycle_hooks.settled(member, self.steady.now_s())
         warming = member.state in WARMING and not served
         if member.state in STARTING or warming or young:
             self.stumble(group, how)

@@ -9,6 +9,8 @@ A tick, in order, and what a crash after each step costs:
 2. save, then ask the launcher to end who is Terminating: it is asked again after the restart;
 3. save the new instances as Pending, then launch them: those not launched are found missing and
    replaced. Launching first would leave instances that no state knows.
+
+What a group of AWS's kind does by itself as time goes by, in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,18 +18,71 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 
-from batchlab.errors import BackendError
-from batchlab.fleet import health, launching, warm
-from batchlab.fleet.attend import attend
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Instance, LifecycleState
+from batchlab.core.ports import Clock, Ids, Launcher
+from batchlab.fleet import (
+    health,
+    instance_refresh,
+    launch,
+    lifecycle_hooks,
+    scaling_policies,
+    scheduled_actions,
+    warm_pool,
+)
+from batchlab.fleet import health as standby
+from batchlab.fleet import health as upkeep
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.decisions import shortfall
-from batchlab.fleet.launching import Fresh
+from batchlab.fleet.external_data import Metrics, Resting
+from batchlab.fleet.group_state import ENDING, STARTING, ActivityLog, Group, Member, Store, weigh
+from batchlab.fleet.launch import Fresh
 from batchlab.fleet.placement import Sources
-from batchlab.fleet.saved import decode, encode
-from batchlab.fleet.sources import Metrics, Resting
-from batchlab.fleet.state import ActivityLog, Group, Member, Store
-from batchlab.model import Instance, LifecycleState
-from batchlab.ports import Clock, Ids, Launcher
+from batchlab.fleet.saved_state import decode, encode
+from batchlab.fleet.termination import shortfall
+
+
+def attend(
+    changes: Changes,
+    group: Group,
+    sources: Sources,
+    metrics: Metrics | None,
+    alarm_period_s: float,
+) -> None:
+    """One look at everything that may be due."""
+    asg = group.asg
+    assert asg is not None
+    lifecycle_hooks.expire(changes, group)
+    standby.arrive(changes, group)
+    upkeep.enforce(changes, group)
+    health.replace_unhealthy(changes, group)
+    scheduled_actions.run_due(changes, group)
+    scaling_policies.track(changes, group, asg, metrics, alarm_period_s)
+    instance_refresh.roll(changes, group)
+    warm_pool.trim(changes, group, asg)
+    upkeep.keep_up(changes, group, sources)
+    _rest(changes, group)
+
+
+def _rest(changes: Changes, group: Group) -> None:
+    """What ends once all that was wanted has been reached."""
+    asg = group.asg
+    assert asg is not None
+    members = group.members.values()
+    now_s = changes.steady.now_s()
+    busy = any(member.state in STARTING or member.state in ENDING for member in members)
+    if asg.cooling and not busy and weigh(group.staying()) == group.desired:
+        asg.cooled_s, asg.cooling = now_s + asg.cooling, 0
+        changes.unsaved = True
+    if (asg.cause or asg.replacing) and weigh(group.staying()) == group.desired:
+        asg.cause, asg.replacing = "", []
+        changes.unsaved = True
+    if group.failures and any(
+        lifecycle_hooks.settled(member, now_s)
+        and (member.bond.in_service_s or 0.0) >= group.stumbled_s
+        for member in members
+    ):
+        group.calm()
+
 
 DRAIN_S = 30.0
 _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROCEED})
@@ -161,7 +216,7 @@ class Engine:
         for group in self._groups.values():
             self._changes.back_off(group, now_s)
             missing = shortfall(group, now_s, self._changes.steady.now_s())
-            fresh += launching.admit(self._changes, group, missing, now_s, self._sources)
+            fresh += launch.admit(self._changes, group, missing, now_s, self._sources)
         self._save()
         if not fresh:
             return
@@ -180,7 +235,7 @@ class Engine:
                 place = fresh.place
                 await self._launcher.launch(place.pool, member.instance.id, place.machine)
         except BackendError as error:
-            launching.failed(self._changes, fresh, str(error))
+            launch.failed(self._changes, fresh, str(error))
             now_s = self._clock.monotonic_s()
             self._changes.bury(group, member, note=member.instance.note, now_s=now_s)
         else:
@@ -191,9 +246,9 @@ class Engine:
         """Stop whom the warm pool keeps stopped."""
         for group, member in list(self._members()):
             if member.bond.resting:
-                hibernate = warm.hibernates(group)
+                hibernate = warm_pool.hibernates(group)
                 await self._resting().stop(member.instance.id, hibernate=hibernate)
-                warm.lie_down(self._changes, group, member)
+                warm_pool.lie_down(self._changes, group, member)
 
     def _resting(self) -> Resting:
         assert isinstance(self._launcher, Resting), "checked when the warm pool was put"

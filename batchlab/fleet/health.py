@@ -1,14 +1,28 @@
-"""What the launcher says of every instance, and what follows from it."""
+"""What the launcher says of every instance, and what follows from it.
+
+Replacements that launch before they terminate, and ends that cannot be put off.
+
+An instance that is `leaving` counts no longer, so a successor is launched for it, and it goes as
+soon as enough others are in service. For zone balance and for age no more leave at a time than a
+tenth of the group's maximum, at least one: by so much the group may be larger than its maximum.
+
+Into standby and out of it: still of the group, counted no longer, and looked at by no check.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from batchlab.fleet.api import Process
+from batchlab.core.model import LifecycleState
+from batchlab.fleet import instance_refresh, mixed_instances
+from batchlab.fleet.api_types import Process
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.state import ON_STANDBY, Group, Member
-from batchlab.model import LifecycleState
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import ENDING, ON_STANDBY, STARTING, Group, Member, weigh
+from batchlab.fleet.placement import Sources, configuration, zones_of
+from batchlab.fleet.termination import CRASH_LOOP, narrow
 
 EC2_CHECK = "an EC2 health check indicating it has been terminated or stopped"
 USER_CHECK = "a user health-check"
@@ -75,3 +89,142 @@ def replace_unhealthy(changes: Changes, group: Group) -> None:
         if not member.instance.healthy and member.counted:
             note = f"terminated: unhealthy: {USER_CHECK}"
             changes.fail(group, member, USER_CHECK, note=note, why=USER_CHECK)
+
+
+_BALANCE = "an instance rebalancing request"
+_AGE = "the maximum instance lifetime being exceeded"
+
+
+def enforce(changes: Changes, group: Group) -> None:
+    """End by force whose Spot notice is over; no hook puts that off, no suspension prevents it."""
+    now_s = changes.steady.now_s()
+    for member in group.members.values():
+        by_s = member.bond.interrupted_by_s
+        living = member.state is not LifecycleState.TERMINATED
+        if by_s is not None and now_s >= by_s and living and not member.bond.force:
+            member.bond.force = True
+            changes.unsaved = True
+
+
+def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
+    """Let go who has a successor, and choose who is to have one."""
+    asg = group.asg
+    assert asg is not None
+    if asg.deleting or group.suspended(Process.TERMINATE):
+        return
+    _release(changes, group, asg)
+    if group.suspended(Process.LAUNCH):
+        return
+    _retire_old(changes, group, asg)
+    if not group.suspended(Process.AZ_REBALANCE):
+        _balance(changes, group, asg, zones_of(configuration(asg), sources))
+
+
+def _release(changes: Changes, group: Group, asg: Asg) -> None:
+    """During a refresh a successor must have warmed up as well."""
+    in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
+    rolling, now_s = asg.rolling, changes.steady.now_s()
+    able = [
+        m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)
+    ]
+    surplus = weigh(able) - group.desired
+    for member in in_service:
+        if member.bond.leaving and member.bond.weight <= surplus:
+            surplus -= member.bond.weight
+            why = member.bond.leaving
+            changes.retire(group, member, why=why, note=f"terminated: {why}")
+
+
+def _room(group: Group) -> int:
+    leaving = sum(bool(m.bond.leaving) and m.counted for m in group.members.values())
+    return max(1, group.pool.max_size // 10) - leaving
+
+
+def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
+    lifetime_s, now_s = asg.config.max_instance_lifetime, changes.steady.now_s()
+    if not lifetime_s:
+        return
+    old = [
+        member
+        for member in group.staying()
+        if member.bond.in_service_s is not None
+        and now_s - member.bond.in_service_s >= lifetime_s
+        and not member.instance.protected
+    ]
+    for member in old[: max(0, _room(group))]:
+        changes.replace_first(group, member, _AGE)
+
+
+def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
+    """One at a time, once everything else has come to rest: from the fullest zone, or from one that
+    the group has left, to the emptiest."""
+    members = group.members.values()
+    busy = any(member.state in STARTING or member.state in ENDING for member in members)
+    staying, now_s = group.staying(), changes.steady.now_s()
+    usable = set(zones) - mixed_instances.barren_zones(asg, now_s)
+    if (
+        not usable
+        or busy
+        or group.failures >= CRASH_LOOP
+        or weigh(staying) != group.desired
+        or _room(group) < 1
+    ):
+        return
+    sizes = Counter(member.instance.machine.zone for member in staying)
+    least = min(sizes[zone] for zone in usable)
+
+    def excess(member: Member) -> int:
+        zone = member.instance.machine.zone
+        return sizes[zone] - least if zone in zones else len(staying) + 1
+
+    able = [m for m in staying if excess(m) > 1 and not m.instance.protected]
+    if able:
+        worst = max(excess(member) for member in able)
+        able = [member for member in able if excess(member) == worst]
+        changes.replace_first(group, narrow(asg, able, now_s), _BALANCE)
+
+
+def enter(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
+    """The activity's id. Without `lower` the group launches a replacement."""
+    assert group.asg is not None
+    size, weight = weigh(group.staying()), member.bond.weight
+    change = f", shrinking the capacity from {size} to {size - weight}" * lower
+    said = f"instance {member.instance.id} was moved to standby in response to a user request"
+    member.bond.moving = changes.note(
+        group.pool.name,
+        f"Moving EC2 instance to Standby: {member.instance.id}",
+        changes.told(group.asg, said + change),
+        "InProgress",
+    )
+    changes.move(member, LifecycleState.ENTERING_STANDBY)
+    if lower:
+        changes.resize(group, -weight)
+    return member.bond.moving
+
+
+def arrive(changes: Changes, group: Group) -> None:
+    """Who is entering standby is there by the next tick: no load balancer drains it."""
+    for member in group.members.values():
+        if member.state is LifecycleState.ENTERING_STANDBY:
+            changes.move(member, LifecycleState.STANDBY)
+            changes.settle(group, member.bond.moving, "Successful")
+            member.bond.moving = 0
+
+
+def leave(changes: Changes, group: Group, member: Member) -> int:
+    """The activity's id; desired capacity grows by the instance, which is Pending until the next
+    tick has found it alive."""
+    assert group.asg is not None
+    size, weight = weigh(group.staying()), member.bond.weight
+    change = f", increasing the capacity from {size} to {size + weight}"
+    who = f"instance {member.instance.id} was moved out of standby in response to a user request"
+    member.bond.moving = changes.note(
+        group.pool.name,
+        f"Moving EC2 instance out of Standby: {member.instance.id}",
+        changes.told(group.asg, who + change),
+        "PreInService",
+    )
+    changes.move(member, LifecycleState.PENDING)
+    member.bond.leaving = ""
+    changes.resize(group, weight)
+    return member.bond.moving

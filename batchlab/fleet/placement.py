@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from batchlab.fleet import mix
-from batchlab.fleet.api import GroupConfig, LaunchTemplate, MixedInstancesPolicy, Override
-from batchlab.fleet.asg import Asg
-from batchlab.fleet.faults import ValidationError
-from batchlab.fleet.sources import Prices, Template, Templates
-from batchlab.fleet.state import Bond, Group
-from batchlab.model import Machine, Market, Pool
+from batchlab.core.model import Machine, Market, Pool
+from batchlab.fleet import mixed_instances
+from batchlab.fleet.api_types import GroupConfig, LaunchTemplate, MixedInstancesPolicy, Override
+from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.external_data import Prices, Template, Templates
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import Bond, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,11 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
     else:
         options = _mixed(group, mixed, template, zones, sources.prices)
     override, zone, market = next(
-        (o for o in options if not mix.is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)),
+        (
+            o
+            for o in options
+            if not mixed_instances.is_barren(asg, Machine(o[0].instance_type, *o[1:]), now_s)
+        ),
         options[0],
     )
     special = override.launch_template_specification
@@ -123,12 +127,14 @@ def _mixed(
 ) -> list[tuple[Override, str, Market]]:
     """Every capacity pool of the market whose turn it is, best first: zone before type."""
     members, shares = group.staying(), mixed.instances_distribution
-    market = mix.market_to_add(shares, members)
+    market = mixed_instances.market_to_add(shares, members)
     overrides = mixed.overrides or (Override(template.instance_type),)
     return [
         (override, zone, market)
         for zone in _emptiest(group, zones, market)
-        for override in mix.preferred(shares, market, overrides, members, zone=zone, prices=prices)
+        for override in mixed_instances.preferred(
+            shares, market, overrides, members, zone=zone, prices=prices
+        )
     ]
 
 

@@ -2,6 +2,11 @@
 group's termination policies, each of which narrows the choice that the one before has left.
 
 Where several are left AWS takes one at random; here it is the one that was launched first.
+
+What an Auto Scaling group decides, as pure functions: whom to take out, how many to launch.
+
+Invariant (I5): carrying a decision out never takes a group above its desired capacity, and
+never takes a protected instance.
 """
 
 from __future__ import annotations
@@ -9,12 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from batchlab.fleet import mix
-from batchlab.fleet.api import LaunchTemplate, MixedInstancesPolicy
-from batchlab.fleet.asg import Asg
+from batchlab.core.model import LifecycleState, Market, Pool
+from batchlab.core.retry import doubled_s
+from batchlab.fleet import lifecycle_hooks, mixed_instances
+from batchlab.fleet.api_types import LaunchTemplate, MixedInstancesPolicy
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import STARTING, Group, Member, weigh
 from batchlab.fleet.placement import configuration
-from batchlab.fleet.state import Group, Member, weigh
-from batchlab.model import LifecycleState, Market
 
 HOUR_S = 3600.0
 PLAIN = "PendingThenNewest"
@@ -67,7 +73,7 @@ def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: floa
 def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: float) -> Member:
     mixed = configuration(asg).mixed_instances_policy
     if mixed is not None:
-        market = mix.market_to_remove(mixed.instances_distribution, staying)
+        market = mixed_instances.market_to_remove(mixed.instances_distribution, staying)
         able = [m for m in able if m.instance.machine.market is market] or able
     sizes = Counter(member.instance.machine.zone for member in staying)
     most = max(sizes[member.instance.machine.zone] for member in able)
@@ -191,3 +197,46 @@ POLICIES: dict[str, Policy] = {
     "OldestInstance": _oldest,
     PLAIN: lambda _, members, __: pending_then_newest(members)[:1],
 }
+
+
+CRASH_LOOP = 3
+"""So many instances in a row that end before they are ready make a crash loop."""
+MAX_WAIT_S = 60.0
+
+
+def clamp(pool: Pool, desired: int) -> int:
+    """The nearest desired capacity that the pool's limits allow."""
+    return max(pool.min_size, min(pool.max_size, desired))
+
+
+def victims(group: Group, now_s: float) -> Sequence[Member]:
+    """Whom scale-in takes, first come first; `now_s` by the SteadyClock."""
+    if group.asg is None:
+        excess = len(group.counted()) - group.desired
+        return pending_then_newest(group.counted())[: max(0, excess)]
+    return choose(group, group.asg, now_s)
+
+
+def shortfall(group: Group, now_s: float, steady_s: float) -> int:
+    """How many units of capacity to launch now; `now_s` is monotonic.
+
+    In a crash loop that is one probe at a time, after its wait: the rest follow when it is ready.
+    """
+    staying = group.staying()
+    missing = max(0, group.desired - weigh(staying))
+    if group.failures < CRASH_LOOP or not missing:
+        return missing
+    probing = any(_on_trial(group, member, steady_s) for member in staying)
+    return 0 if probing or now_s < group.retry_s else 1
+
+
+def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
+    if member.state in STARTING:
+        return True
+    new = group.asg is not None and member.state is LifecycleState.IN_SERVICE
+    return new and not lifecycle_hooks.settled(member, steady_s)
+
+
+def wait_s(waits: int) -> float:
+    """Seconds a crash loop waits after `waits` waits before: 1, 2, 4, … 60."""
+    return doubled_s(1.0, MAX_WAIT_S, waits)

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from batchlab.errors import BackendError
-from batchlab.ports import Clock, Ledger
+from batchlab.core.errors import BackendError
+from batchlab.core.ports import Clock, Ledger
 
 LEASE = "leader"
 

@@ -14,43 +14,42 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from batchlab import logs
-from batchlab.costs.meter import Accounting
-from batchlab.errors import BackendError, NotFound, Refused, Throttled, Unreachable
-from batchlab.jobdef import JobDef
-from batchlab.manager import admission
-from batchlab.manager.adoption import Adoption
-from batchlab.manager.arrivals import Arrivals
-from batchlab.manager.autoscaler import Autoscaler
-from batchlab.manager.collector import Collector, events_queue
-from batchlab.manager.conductor import Conductor
-from batchlab.manager.counts import Counts
-from batchlab.manager.cutting import Cutter
-from batchlab.manager.evidence import Evidence
-from batchlab.manager.folding import Folder
+from batchlab.core import logs
+from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
+from batchlab.core.ports import Depth, JobRecord, QueueSpec
+from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.protocol import object_keys
+from batchlab.core.retry import heed_cancellation, patiently, set_within
+from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.manager.counters import Counts
+from batchlab.manager.events.collector import Collector, events_queue
+from batchlab.manager.events.folding import Folder
+from batchlab.manager.events.quarantine import Quarantine
+from batchlab.manager.jobs import admission
+from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.bundling import Cutter
+from batchlab.manager.jobs.delayed_jobs import Starts
+from batchlab.manager.jobs.early_events import Arrivals
+from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.jobs.live_logs import Tails
+from batchlab.manager.jobs.requests import Requests
 from batchlab.manager.lease import Leadership
-from batchlab.manager.live import LiveJob, Ports, in_pool, move
-from batchlab.manager.notifying import Notifying, Outlets
-from batchlab.manager.prewarm import Prewarm
-from batchlab.manager.quarantine import Quarantine
-from batchlab.manager.rebuild import Rebuilt, rebuild
-from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.recorder import Recorder
-from batchlab.manager.registry import Registry
-from batchlab.manager.reporting import Reports
-from batchlab.manager.requests import Requests
-from batchlab.manager.schedule_requests import Schedules
+from batchlab.manager.notifications.notifier import Notifying, Outlets
+from batchlab.manager.recording.recorder import Recorder
+from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.repair.rebuild import Rebuilt, rebuild
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.scaling.autoscaler import Autoscaler
+from batchlab.manager.scaling.prewarm import Prewarm
+from batchlab.manager.scaling.unresponsive_workers import Silence
+from batchlab.manager.scaling.work_evidence import Evidence
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.schedules.requests import Schedules
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.silence import Silence
-from batchlab.manager.spending import Spending
-from batchlab.manager.starts import Starts
-from batchlab.manager.tails import Tails
-from batchlab.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
-from batchlab.patience import patiently
-from batchlab.ports import Depth, JobRecord, QueueSpec
-from batchlab.protocol import naming
-from batchlab.tracing import NOBODY, Tracer
-from batchlab.waits import heed_cancellation, set_within
+from batchlab.manager.state import LiveJob, Ports, in_pool, move
+from batchlab.manager.usage.spending import Spending
 
 log = logging.getLogger(__name__)
 
@@ -259,11 +258,11 @@ class Manager:
         await self.ports.keys.ensure()
         await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
-            dead = QueueSpec(naming.dead_letters(pool.name))
+            dead = QueueSpec(object_keys.dead_letters(pool.name))
             await self._ensure(dead)
             await self._ensure(
                 QueueSpec(
-                    naming.tasks_queue(pool.name),
+                    object_keys.tasks_queue(pool.name),
                     visibility_s=self.settings.visibility_s,
                     dead_letters=dead.name,
                     max_receives=self.settings.max_receives,
@@ -343,7 +342,7 @@ class Manager:
     async def _end_the_lost(self) -> None:
         """End the jobs whose objects are gone with the queues: nothing will ever come of them."""
         for live in list(self.lives.values()):
-            spec = partial(self.ports.objects.head, naming.spec(live.id))
+            spec = partial(self.ports.objects.head, object_keys.spec(live.id))
             if await self.ports.patience(spec) is None:
                 await self.conductor.abandon(live, LOST)
 
@@ -422,7 +421,7 @@ class Manager:
         self._looked_s = now_s
         try:
             for name in self.pools:
-                self.depths[name] = await self.ports.queue.depth(naming.tasks_queue(name))
+                self.depths[name] = await self.ports.queue.depth(object_keys.tasks_queue(name))
                 await self._reconciler.drain_dead_letters(name)
             await self._reconciler.look_for_the_silent(self.depths)
         except BackendError:

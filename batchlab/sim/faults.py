@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batchlab.sim.stalls import Hold
+    from batchlab.sim.stall_points import Hold
 
 LATENCY_S = (0.002, 0.020)
 DELAY_S = (1.0, 60.0)

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.errors import BackendError
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.errors import BackendError
+from batchlab.core.model import LifecycleState
+from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.group import ManagedFleet
-from batchlab.fleet.state import ActivityLog, Group
-from batchlab.manager.registry import Registry
-from batchlab.model import LifecycleState
-from batchlab.ports import Clock, Ids, Launcher
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.fleet.group_state import ActivityLog, Group
+from batchlab.manager.scaling.worker_registry import Registry
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError
-from batchlab.sim.watch import Violated
+from batchlab.sim.runtime_checks import Violated
 
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]

@@ -10,14 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import open_memory
-from batchlab.commit import outcome_at
-from batchlab.commitkeys import CommitKeys
-from batchlab.fleet.state import COUNTED
-from batchlab.jobdef import JobDef
-from batchlab.manager.live import Ports
-from batchlab.manager.rebuild import Rebuilt, rebuild
-from batchlab.manager.retries import Retry
-from batchlab.model import (
+from batchlab.core.commit import outcome_at
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import (
     FailureKind,
     GroupView,
     Instance,
@@ -27,16 +22,19 @@ from batchlab.model import (
     Outcome,
     StageCounts,
 )
-from batchlab.patience import Patience
-from batchlab.ports import Fleet, JobRecord, Ledger, Objects
-from batchlab.protocol import naming, settle
-from batchlab.sim.accounts import check_account
-from batchlab.sim.clocks import SimIds
-from batchlab.sim.damaged import check_damaged, is_lost
-from batchlab.sim.fates import Fates, inputs_of, value_of
-from batchlab.sim.rounds import check_rounds
-from batchlab.sim.watch import Violated
-from batchlab.tasknames import task_name
+from batchlab.core.ports import Fleet, JobRecord, Ledger, Objects
+from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.retry import Patience
+from batchlab.core.task_names import task_name
+from batchlab.fleet.group_state import COUNTED
+from batchlab.manager.jobs.retries import Retry
+from batchlab.manager.repair.rebuild import Rebuilt, rebuild
+from batchlab.manager.state import Ports
+from batchlab.sim.actors import SimIds
+from batchlab.sim.job_checks import check_account, check_damaged, check_rounds, is_lost
+from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.tasks import Fates, inputs_of, value_of
 
 if TYPE_CHECKING:
     from batchlab.sim.plans import Plan
@@ -95,7 +93,7 @@ async def check_trial(world: World, plan: Plan) -> None:
 async def _retries_of(world: World, job: JobId) -> list[Retry]:
     """The retries of a job, in the order of their rounds."""
     rounds = range(1, (await world.ledger.job(job)).round + 1)
-    return [Retry.from_bytes(await world.objects.get(naming.retry(job, n))) for n in rounds]
+    return [Retry.from_bytes(await world.objects.get(object_keys.retry(job, n))) for n in rounds]
 
 
 async def check_end(world: World, job: JobDef) -> None:
@@ -151,8 +149,10 @@ async def check_ended(ledger: Ledger, job: JobId) -> None:
 async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()) -> list[Outcome]:
     """Every committed outcome of a job, in key order, without the `forged` keys."""
     key = await CommitKeys(objects).stored(job)
-    pages = objects.list(naming.committed(job))
-    names = [one.key async for page in pages for one in page if naming.is_genuine(one.key, key)]
+    pages = objects.list(object_keys.committed(job))
+    names = [
+        one.key async for page in pages for one in page if object_keys.is_genuine(one.key, key)
+    ]
     return [outcome_at(name, await objects.get(name), key) for name in names if name not in forged]
 
 
@@ -290,7 +290,11 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
 def missing_queues(world: World) -> list[str]:
     """Queues that the grid needs and that are not there."""
     pools = [pool.name for pool in world.pools]
-    needed = {naming.EVENTS, *map(naming.tasks_queue, pools), *map(naming.dead_letters, pools)}
+    needed = {
+        object_keys.EVENTS,
+        *map(object_keys.tasks_queue, pools),
+        *map(object_keys.dead_letters, pools),
+    }
     return sorted(needed.difference(world.queue.names()))
 
 
@@ -337,7 +341,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
             if failure.kind is FailureKind.LOST:
                 lost = world.watch.lost_starts(bundle, failure.task)
                 _require(
-                    lost >= settle.LOSS_LIMIT,
+                    lost >= settlement.LOSS_LIMIT,
                     "I7",
                     f"{name} was condemned ({failure.reason}), but lost {lost} workers",
                 )
@@ -361,7 +365,7 @@ async def results_of(
     for row in await ledger.bundles(job, done=True):
         if row.bundle.stage != stage:
             continue
-        name = naming.outcome(row.bundle, key)
+        name = object_keys.outcome(row.bundle, key)
         outcome = outcome_at(name, await objects.get(name), key)
         values.update(zip(outcome.succeeded, outcome.values, strict=True))
     return values

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, StageName
-from batchlab.ports import Cut
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, StageName
+from batchlab.core.ports import Cut
 from batchlab.sim.actors import Actor
-from batchlab.sim.told import Name, name_of_bundle
+from batchlab.sim.event_log import Name, name_of_bundle
 
 Require = Callable[[bool, str, str, str], None]
 """(holds, promise, facts, job)."""

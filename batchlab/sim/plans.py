@@ -9,9 +9,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from batchlab.jobdef import JobDef, RetryRule, StageDef
+from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.model import JobId, Pool, StageName
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import JobId, Pool, StageName
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER
 from batchlab.worker.settings import WorkerSettings
 

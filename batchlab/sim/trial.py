@@ -10,18 +10,17 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from batchlab.costs.meter import Accounting
-from batchlab.model import JobId, JobState
+from batchlab.core.model import JobId, JobState
+from batchlab.core.pricing.usage_meter import Accounting
 from batchlab.sim import invariants
-from batchlab.sim.fates import Fates
+from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
-from batchlab.sim.focus import WEATHERS as FOCUSED
-from batchlab.sim.focus import Focus, focus_of, focused
-from batchlab.sim.loop import SimLoop, TimeLimit
+from batchlab.sim.focused_worlds import WEATHERS as FOCUSED
+from batchlab.sim.focused_worlds import Focus, focus_of, focused
 from batchlab.sim.plans import LIMIT_S, Plan, draw, with_bystanders
-from batchlab.sim.schedules import Keeper
-from batchlab.sim.users import User
-from batchlab.sim.weather import Sky
+from batchlab.sim.random_faults import Sky
+from batchlab.sim.tasks import Fates
+from batchlab.sim.users import Keeper, User
 from batchlab.sim.world import World
 
 _USERS = Weather(cancelled=0.08, paused=0.12, resumed=0.1, retried=0.1, resubmitted=0.03)

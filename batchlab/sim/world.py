@@ -15,44 +15,43 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from batchlab.adapters.sim.launcher import SimLauncher
-from batchlab.adapters.sim.ledger import SimLedger
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.costs.meter import Accounting
-from batchlab.directory import Directory
-from batchlab.errors import BackendError, NotFound, Refused
-from batchlab.jobdef import JobDef
-from batchlab.manager.live import Ports
+from batchlab.adapters.memory.launcher import SimLauncher
+from batchlab.adapters.memory.ledger import SimLedger
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.errors import BackendError, NotFound, Refused
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import GroupView, JobId, Pool
+from batchlab.core.notification_targets import Directory
+from batchlab.core.notifications import Notification, Target
+from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
+from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
 from batchlab.manager.manager import Manager
-from batchlab.manager.notifying import Outlets
-from batchlab.manager.reporting import Reports
+from batchlab.manager.notifications.notifier import Outlets
+from batchlab.manager.recording.report_requests import Reports
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import GroupView, JobId, Pool
-from batchlab.notification import Notification, Target
-from batchlab.patience import Patience
-from batchlab.ports import Fleet, JobRecord, JobRows, Objects
-from batchlab.protocol import naming, wire
-from batchlab.sim.actors import CURRENT, Actor, ActorKilled
-from batchlab.sim.clocks import SimClock, SimIds, SkewedClock
-from batchlab.sim.damage import Damage
+from batchlab.manager.state import Ports
+from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
+from batchlab.sim.event_log import EventLog
+from batchlab.sim.event_loop import Crashed, SimLoop
 from batchlab.sim.faults import Faults
 from batchlab.sim.fleet import FleetState, SimFleet
-from batchlab.sim.insider import Insider
-from batchlab.sim.liar import Liar, Means
-from batchlab.sim.log import EventLog
-from batchlab.sim.loop import Crashed, SimLoop
-from batchlab.sim.rights import Rights
-from batchlab.sim.runner import Scene, Script, ScriptedRunner
-from batchlab.sim.watch import Start, Watch
-from batchlab.sim.wrappers import wrap
-from batchlab.worker.beats import Identity
+from batchlab.sim.lying_insider import Insider
+from batchlab.sim.lying_worker import Liar, Means
+from batchlab.sim.port_wrappers import wrap
+from batchlab.sim.runtime_checks import Start, Watch
+from batchlab.sim.storage_faults import Damage
+from batchlab.sim.tasks import Scene, Script, ScriptedRunner
+from batchlab.sim.worker_rights import Rights
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from batchlab.sim.followed import FollowedLedger
+    from batchlab.sim.cached_ledger import FollowedLedger
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
@@ -227,9 +226,13 @@ class World:
     async def _notified(self, _target: Target, one: Notification) -> None:
         """A target has received a notification, whose fact must be in the bucket by then."""
         round_ = json.loads(one.body)["job"]["round"]
-        key = naming.final(JobId(one.job), round_)
+        key = object_keys.final(JobId(one.job), round_)
         there = await self.objects.head(key)
-        ending = wire.ending_from_json(wire.loads(await self.objects.get(key))) if there else None
+        ending = (
+            json_format.ending_from_json(json_format.loads(await self.objects.get(key)))
+            if there
+            else None
+        )
         self.watch.notified(one.job, one.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
@@ -344,7 +347,7 @@ class World:
 def _sql_ledger() -> FollowedLedger:
     # A forecast does without, and importing SQLAlchemy takes longer than many of them.
     from batchlab.adapters.sql.ledger import open_memory_as
-    from batchlab.sim.followed import FollowedLedger
+    from batchlab.sim.cached_ledger import FollowedLedger
 
     return open_memory_as(FollowedLedger)
 

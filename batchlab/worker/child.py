@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-from batchlab.worker import handlers, logs
-from batchlab.worker.bench import Bench, Request
-from batchlab.worker.board import IMPORTING, Board
+from batchlab.worker import handlers, task_log
+from batchlab.worker.shared_memory import IMPORTING, Board
+from batchlab.worker.task_executor import Bench, Request
 
 EXIT_PIPE_LOST = 81
 """Exit code of a child that cannot answer any more, because a task closed its files."""
@@ -217,14 +217,18 @@ class Output:
                 sys.stdout, sys.stderr = out, err
             first = os.fstat(1)
             if first.st_ino == self._inode == os.fstat(2).st_ino:
-                return logs.trim(self._log, log_at) if self._large(first, log_at) else first.st_size
+                return (
+                    task_log.trim(self._log, log_at)
+                    if self._large(first, log_at)
+                    else first.st_size
+                )
         except (OSError, ValueError):
             os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - it may have removed the folder
         self.attach(self._log, self._cwd)
         return self.size()
 
     def _large(self, info: os.stat_result, log_at: int) -> bool:
-        return info.st_size - log_at > logs.share(log_at)
+        return info.st_size - log_at > task_log.share(log_at)
 
 
 def _stream(fd: int) -> IO[str]:

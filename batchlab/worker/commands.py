@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from batchlab.protocol import placeholders
-from batchlab.task import Context, File
+from batchlab.core.protocol import placeholders
+from batchlab.core.task_context import Context, File
 from batchlab.worker.handlers import Problem
 
 if TYPE_CHECKING:

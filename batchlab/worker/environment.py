@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batchlab.errors import Malformed, NotFound, TooNew
-from batchlab.model import Json
-from batchlab.patience import Patience
-from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
-from batchlab.protocol.checked import UNREADABLE, fitted, known
+from batchlab.core.errors import Malformed, NotFound, TooNew
+from batchlab.core.model import Json
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import UNREADABLE, fitted, known
+from batchlab.core.retry import Patience
 
 SETTINGS = (
     *("LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX"),
@@ -146,22 +146,22 @@ async def record(
     objects: Objects, worker: str, environment: Environment, patience: Patience
 ) -> None:
     """Store it for everything that `worker` does: one request."""
-    data = wire.to_bytes(to_json(environment))
-    await patience(partial(objects.put, naming.environment(worker), data))
+    data = json_format.to_bytes(to_json(environment))
+    await patience(partial(objects.put, object_keys.environment(worker), data))
 
 
 async def of(objects: Objects, worker: str, patience: Patience) -> Environment | None:
     """Return the environment of a worker; None if it has stored none that can be read, or it has
     expired."""
     try:
-        data = await patience(partial(objects.get, naming.environment(worker)))
-        return from_json(wire.loads(data))
+        data = await patience(partial(objects.get, object_keys.environment(worker)))
+        return from_json(json_format.loads(data))
     except (NotFound, Malformed, TooNew):
         return None
 
 
 def to_json(environment: Environment) -> dict[str, Json]:
-    return {"v": wire.VERSION, **wire.fields(environment)}
+    return {"v": json_format.VERSION, **json_format.fields(environment)}
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
@@ -175,7 +175,7 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
                 raise ValueError("texts by name are expected")
         return fitted(made)
     except UNREADABLE as error:
-        raise Malformed(f"An environment cannot be read: {wire.brief(error)}.") from error
+        raise Malformed(f"An environment cannot be read: {json_format.brief(error)}.") from error
 
 
 # --- Compared ------------------------------------------------------------------------------------

@@ -17,23 +17,22 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab.errors import BackendError, NotFound
-from batchlab.model import Failure, FailureKind, Json, Ran
-from batchlab.ports import Clock, LocalFiles, Objects
-from batchlab.protocol import naming
-from batchlab.protocol.references import Own
-from batchlab.protocol.settle import LOSS_LIMIT
-from batchlab.worker import logs, materialise
-from batchlab.worker.bench import Request
-from batchlab.worker.board import IMPORTING, boot_s
+from batchlab.core.errors import BackendError, NotFound
+from batchlab.core.model import Failure, FailureKind, Json, Ran
+from batchlab.core.ports import Clock, LocalFiles, Objects
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.settlement import LOSS_LIMIT
+from batchlab.worker import materialization, task_log
 from batchlab.worker.child import RequestLine
-from batchlab.worker.child_process import ChildProcess, describe_crash, monotonic_s
-from batchlab.worker.children import Children
+from batchlab.worker.child_process import ChildProcess, Children, describe_crash, monotonic_s
+from batchlab.worker.code_cache import Library
 from batchlab.worker.handlers import Fault, Problem, fault
-from batchlab.worker.library import Library
-from batchlab.worker.limits import TICK_S, Limits, Verdict
-from batchlab.worker.processes import Sampler
+from batchlab.worker.process_table import Sampler
+from batchlab.worker.resource_limits import TICK_S, Limits, Verdict
 from batchlab.worker.runner import Handle, Peek, Work
+from batchlab.worker.shared_memory import IMPORTING, boot_s
+from batchlab.worker.task_executor import Request
 
 T = TypeVar("T")
 Chunk = list[tuple[int, Json | Failure]]
@@ -86,7 +85,7 @@ class Execution:
         self._slain: Counter[int] = Counter()
         """How often each task's process was ended by SIGKILL, which no limit of ours had sent."""
         own = Own.of(work.job)
-        self._inputs = materialise.Inputs(objects, folder, asyncio.to_thread, own, files)
+        self._inputs = materialization.Inputs(objects, folder, asyncio.to_thread, own, files)
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
         handle.peek = self._peek
@@ -97,7 +96,7 @@ class Execution:
             await self._drive()
             await self._keep_log()
         except OSError as error:
-            reason = materialise.no_room(error)
+            reason = materialization.no_room(error)
             if reason is None:
                 raise BackendError(f"The worker cannot run tasks: {error}") from error
             self._fail_left(fault("input", f"The worker's disk is full: {reason}"))
@@ -131,7 +130,7 @@ class Execution:
         if prepared is None:
             return
         request, digest, code = prepared
-        chunks = materialise.chunks(tuple(self._left), self._work.items)
+        chunks = materialization.chunks(tuple(self._left), self._work.items)
         ahead = self._ahead(next(chunks, []))
         try:
             while ready := await self._unless_told(ahead) if isinstance(ahead, Task) else ahead:
@@ -147,22 +146,26 @@ class Execution:
 
     def _ahead(self, chunk: Chunk) -> Task[Chunk] | Chunk:
         """The chunk, or the task that fetches what it refers to."""
-        refers = materialise.refers(chunk)
+        refers = materialization.refers(chunk)
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
     def _at_hand(self) -> tuple[Request, str, Path | None] | None:
         """What `_prepare` gives, where nothing has to be fetched for it."""
-        key = materialise.function_key(self._work)
+        key = materialization.function_key(self._work)
         function = self._library.at_hand(key) if key else None
         if self._work.job.code or (key and function is None):
             return None
-        return materialise.request(self._work, self._folder, function=function, code=None), "", None
+        return (
+            materialization.request(self._work, self._folder, function=function, code=None),
+            "",
+            None,
+        )
 
     async def _prepare(self) -> tuple[Request, str, Path | None]:
         digest, code = await self._library.code(self._work.job.code)
-        key = materialise.function_key(self._work)
+        key = materialization.function_key(self._work)
         function = await self._library.function(key) if key else None
-        request = materialise.request(self._work, self._folder, function=function, code=code)
+        request = materialization.request(self._work, self._folder, function=function, code=code)
         return request, digest, code
 
     async def _unless_told(self, doing: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
@@ -279,8 +282,12 @@ class Execution:
     async def _cut_log(self, child: ChildProcess) -> None:
         """A task that still prints must not fill the disk before its end."""
         task, log_at = child.board.task, child.board.log_at
-        if task >= 0 and logs.overflowing(self._log_size(), log_at) and child.board.task == task:
-            await asyncio.to_thread(logs.trim, str(self._log), log_at)
+        if (
+            task >= 0
+            and task_log.overflowing(self._log_size(), log_at)
+            and child.board.task == task
+        ):
+            await asyncio.to_thread(task_log.trim, str(self._log), log_at)
 
     async def _lost(self, child: ChildProcess, verdict: Verdict | None) -> str:
         """Bury a child that has died, or that is to die for what its task did."""
@@ -317,7 +324,7 @@ class Execution:
     def _span(self, task: int, log_at: int) -> None:
         """Keep what a task printed that never came to its end."""
         if task >= 0 and task in self._pending and self._log_size() > log_at:
-            end = logs.trim(str(self._log), log_at)
+            end = task_log.trim(str(self._log), log_at)
             self._handle.log_spans.append((task, log_at, end))
 
     def _peek(self, most: int) -> Peek | None:
@@ -329,7 +336,7 @@ class Execution:
         if task < 0 or size < log_at:
             return None
         start = max(log_at, size - most)
-        data = logs.read(str(self._log), start, size - start)
+        data = task_log.read(str(self._log), start, size - start)
         # Else the next one's output may be in it.
         return Peek(task, log_at, start, data) if child.board.task == task else None
 
@@ -366,7 +373,7 @@ class Execution:
         if word == "ok":
             ran = Ran(task, run_s, payload)
         else:
-            ran = Ran(task, run_s, failure=materialise.failure(task, payload, run_s))
+            ran = Ran(task, run_s, failure=materialization.failure(task, payload, run_s))
         if extra:
             self._handle.log_spans.extend(_span_of(task, extra))
         if not (task in self._inputs.fetched or (extra and "folder" in extra)):
@@ -383,10 +390,10 @@ class Execution:
     async def _store(self, ran: Ran, uploads: list[tuple[str, str]]) -> Ran:
         try:
             async with self._uploads:
-                await materialise.upload(self._objects, uploads)
+                await materialization.upload(self._objects, uploads)
         except (NotFound, FileNotFoundError) as error:
             reason = f"Its output was gone before it could be stored: {error}"
-            found = materialise.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
+            found = materialization.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
             ran = Ran(ran.task, ran.run_s, failure=found)
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
         return ran
@@ -394,13 +401,13 @@ class Execution:
     def _blame(self, why: Verdict, exit_code: int | None) -> None:
         del self._pending[why.task], self._left[why.task]
         found = fault(why.kind, why.reason, exit_code=exit_code)
-        ran = Ran(why.task, why.ran_s, failure=materialise.failure(why.task, found, why.ran_s))
+        ran = Ran(why.task, why.ran_s, failure=materialization.failure(why.task, found, why.ran_s))
         self.ended.put_nowait([ran])
 
     def _fail_left(self, why: Fault) -> None:
         """What concerns the whole bundle ends every task that has not ended."""
         self.ended.put_nowait(
-            [Ran(task, 0.0, failure=materialise.failure(task, why, 0.0)) for task in self._left]
+            [Ran(task, 0.0, failure=materialization.failure(task, why, 0.0)) for task in self._left]
         )
         self._left.clear()
         self._pending.clear()
@@ -411,8 +418,8 @@ class Execution:
             for task in self._storing:
                 task.cancel()
         if self._handle.log_spans and self._log.is_file():
-            key = naming.log(self._work.bundle, self._work.execution, self._work.key)
-            await materialise.upload(self._objects, [(str(self._log), key)])
+            key = object_keys.log(self._work.bundle, self._work.execution, self._work.key)
+            await materialization.upload(self._objects, [(str(self._log), key)])
             self._handle.log = key
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from batchlab.task import Context
+from batchlab.core.task_context import Context
 
 Call = Callable[[Any, Context], Any]
 Fault = dict[str, Any]

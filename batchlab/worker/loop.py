@@ -13,37 +13,34 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
 
-from batchlab.durability import of_single_call
-from batchlab.errors import BackendError, Malformed, NotFound, TooNew
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Control, JobId, Json, Ran
-from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
-from batchlab.protocol import naming, settle
-from batchlab.protocol.messages import read_task_message
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.protocol.sizing import BUDGET_S
-from batchlab.tally import Tally
-from batchlab.tracing import NOBODY, Tracer, span
-from batchlab.waits import both, heed_cancellation, set_within
-from batchlab.worker import lines
-from batchlab.worker.beats import Beats, Identity
-from batchlab.worker.closing import Closing
-from batchlab.worker.controls import Controls
-from batchlab.worker.deeds import Deeds
-from batchlab.worker.hand import Hand
-from batchlab.worker.inputs import Inputs
-from batchlab.worker.jobs import Jobs, WrongKeyError
-from batchlab.worker.notices import Departure, heed
+from batchlab.core.atomic_write import of_single_call
+from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Control, JobId, Json, Ran
+from batchlab.core.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
+from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.bundle_size import BUDGET_S
+from batchlab.core.protocol.messages import read_task_message
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.request_counter import Tally
+from batchlab.core.retry import Patience, both, heed_cancellation, set_within
+from batchlab.core.tracing import NOBODY, Tracer, span
+from batchlab.worker import spans
+from batchlab.worker.commit_and_forward import Closing
+from batchlab.worker.heartbeats import Beats, Identity
+from batchlab.worker.inflight_message import Hand
+from batchlab.worker.job_cache import Controls, Jobs, WrongKeyError
+from batchlab.worker.live_logs import Tails
 from batchlab.worker.outbox import Outbox
+from batchlab.worker.poison_detection import RunsElsewhereError, Suspects
 from batchlab.worker.runner import Runner, Work
 from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.shedding import Shedding
-from batchlab.worker.slots import Slots
-from batchlab.worker.suspects import RunsElsewhereError, Suspects
-from batchlab.worker.tails import Tails
-from batchlab.worker.tenure import Tenure
-from batchlab.worker.traced import Ended, noted, tell
+from batchlab.worker.shutdown import Departure, heed
+from batchlab.worker.spans import Ended, noted, tell
+from batchlab.worker.visibility_heartbeat import Tenure
+from batchlab.worker.work_handoff import Shedding, Slots
+from batchlab.worker.worker_counters import Deeds
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +76,7 @@ class Worker:
         self._patience = patience
         self._settings = settings
         self._notices = notices
-        self._tasks_queue = naming.tasks_queue(who.pool)
+        self._tasks_queue = object_keys.tasks_queue(who.pool)
         self._deeds = Deeds()
         self._jobs = Jobs(objects, patience)
         self._outbox = Outbox(queue, patience, tally, self._deeds, self._jobs.key_of)
@@ -213,7 +210,7 @@ class Worker:
         return None
 
     async def _hold(self, hand: Hand) -> None:
-        lines.about(hand)
+        spans.about(hand)
         if not hand.task.trace:
             await self._handle(hand)
             return
@@ -307,7 +304,7 @@ class Worker:
         try:
             items = await self._items(hand, job)
         except NotFound as error:
-            gone = settle.vanished(hand.bundle, str(error))
+            gone = settlement.vanished(hand.bundle, str(error))
             outcome = await self._closing.commit(hand, job, 0.0, gone)
             await self._closing.finish(hand, job, outcome)
             return

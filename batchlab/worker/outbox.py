@@ -15,17 +15,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from batchlab.commit import Addressed, by_queue, send_to
-from batchlab.model import JobId, Outcome
-from batchlab.patience import Patience
-from batchlab.ports import MAX_BATCH, Outgoing, Queue
-from batchlab.protocol import naming, settle, wire
-from batchlab.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
-from batchlab.protocol.proofs import jobs_in, with_proofs
-from batchlab.protocol.sealing import UNSEALED, CommitKey
-from batchlab.tally import Asked, Tally
-from batchlab.waits import STEP_BACK_S
-from batchlab.worker.deeds import Deeds
+from batchlab.core.commit import Addressed, by_queue, send_to
+from batchlab.core.model import JobId, Outcome
+from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
+from batchlab.core.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.request_counter import Asked, Tally
+from batchlab.core.retry import STEP_BACK_S, Patience
+from batchlab.worker.worker_counters import Deeds
 
 T = TypeVar("T")
 
@@ -176,7 +175,7 @@ class Outbox:
         bodies = [
             Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed
         ]
-        await send_to(self._queue, naming.EVENTS, bodies, self._patience)
+        await send_to(self._queue, object_keys.EVENTS, bodies, self._patience)
         # Only now. What is told twice counts once.
         del self._duplicates[: len(duplicates)]
         if self._deeds and deeds:
@@ -216,11 +215,11 @@ def _one(event: Outcome | Beat, key_of: Callable[[JobId], CommitKey]) -> tuple[E
         held = sum(200 + len(one.receipt or "") for one in event.held)
         return Events(beats=(event,)), 200 + held
     if len(event.values) <= WHOLE_VALUES:
-        length = len(wire.outcome_text(event))
+        length = len(json_format.outcome_text(event))
         if length <= WHOLE_BYTES:
             return Events(outcomes=(event,)), length
-    completion = settle.completion(event)
-    length = len(wire.dumps(wire.completion_to_json(completion)))
+    completion = settlement.completion(event)
+    length = len(json_format.dumps(json_format.completion_to_json(completion)))
     if length <= EVENT_BYTES:
         return Events(completions=(completion,)), length
-    return Events(committed=(naming.outcome(event.bundle, key_of(event.bundle.job)),)), 200
+    return Events(committed=(object_keys.outcome(event.bundle, key_of(event.bundle.job)),)), 200

@@ -11,14 +11,13 @@ import shutil
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from batchlab.model import Ran
-from batchlab.ports import Clock, LocalFiles, Objects
-from batchlab.worker.child_process import monotonic_s
-from batchlab.worker.children import Children
+from batchlab.core.model import Ran
+from batchlab.core.ports import Clock, LocalFiles, Objects
+from batchlab.worker.child_process import Children, monotonic_s
+from batchlab.worker.code_cache import Library
 from batchlab.worker.execution import Execution
-from batchlab.worker.library import Library
-from batchlab.worker.limits import TICK_S
-from batchlab.worker.processes import Sampler
+from batchlab.worker.process_table import Sampler
+from batchlab.worker.resource_limits import TICK_S
 from batchlab.worker.runner import Handle, Scratch, Work
 
 CLEAN_AFTER_S = 0.02

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Json, Ran
-from batchlab.protocol.sealing import UNSEALED, CommitKey
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Json, Ran
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
 
 
 @dataclass(frozen=True, slots=True)

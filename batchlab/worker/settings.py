@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchlab.ports import MAX_VISIBILITY_S
+from batchlab.core.ports import MAX_VISIBILITY_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from batchlab import backends
-from batchlab.backends import Backend
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
 from docs.reference.markdown import head, table
 
 ORDER = ("local", "ministack", "localstack", "aws", "gcs", "sim")
 """The backends as the pages have them."""
 _ADAPTERS = {
-    "batchlab.adapters.local_objects": "a folder",
-    "batchlab.adapters.objects": "S3",
+    "batchlab.adapters.local.objects": "a folder",
+    "batchlab.adapters.aws.objects": "S3",
     "batchlab.adapters.gcs": "Google Cloud Storage",
-    "batchlab.adapters.sim.objects": "memory",
+    "batchlab.adapters.memory.objects": "memory",
     "memory": "memory",
     "sqlite": "SQLite",
     "sqs": "SQS",
@@ -55,11 +55,11 @@ faults](faults.md). A forecast (`scenario simulate`) knows all of them.
 
 def reference() -> str:
     """The page in Markdown."""
-    found = [backends.load(name) for name in ORDER]
+    found = [factory.load(name) for name in ORDER]
     columns = ("", *(f"`{one.name}`" for one in found))
     return "".join(
         (
-            head("backends/*/backend.toml and batchlab/replay/harm/table.py"),
+            head("backends/*/backend.toml and batchlab/scenarios/faults/fault_table.py"),
             _WORDS,
             table(columns, [_row(title, say, found) for title, say in _PARTS]),
             _FACTS,
@@ -138,7 +138,7 @@ def _pool(one: Backend) -> list[str]:
 
 
 def _faults() -> str:
-    from batchlab.replay.harm.table import BACKENDS, TABLE
+    from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE
 
     rows = [
         (

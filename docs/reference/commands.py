@@ -37,7 +37,7 @@ _FORMS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 def reference() -> str:
     """The page in Markdown."""
     from batchlab.cli.app import app
-    from batchlab.cli.service import parsers
+    from batchlab.cli.services import parsers
 
     services = parsers()[1]
     root = get_command(app)

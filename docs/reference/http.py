@@ -34,7 +34,7 @@ from it.
 
 def reference() -> str:
     """The page in Markdown."""
-    from batchlab.api import description
+    from batchlab.server.http import description
 
     document = description()
     operations = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.spec import units
-from batchlab.spec.json_schema import json_schema
-from batchlab.spec.problems import Loc
-from batchlab.spec.schema import SECTIONS
-from batchlab.spec.starter import JOB
+from batchlab.core import units
+from batchlab.jobs.json_schema import json_schema
+from batchlab.jobs.schema import SECTIONS
+from batchlab.jobs.starter import JOB
+from batchlab.jobs.yaml_source import Loc
 
 _TITLES: dict[Loc, str] = {
     (): "The job",
@@ -23,7 +23,7 @@ _TITLES: dict[Loc, str] = {
 }
 
 _HEAD = """\
-<!-- Made from batchlab/spec/schema.py. To make it again: python -m docs.reference docs -->
+<!-- Made from batchlab/jobs/schema.py. To make it again: python -m docs.reference docs -->
 
 # The job file
 

@@ -5,7 +5,7 @@ Invariant: it says nothing about a column that the schema does not say.
 
 from __future__ import annotations
 
-from batchlab.report.schema import TABLES, Table
+from batchlab.reports.tables.schema import TABLES, Table
 
 TITLE = "## The tables\n\n"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from batchlab.scenario.schema import json_schema
-from batchlab.spec import units
+from batchlab.core import units
+from batchlab.scenarios.model.schema import json_schema
 from docs.reference import job_file
 
 _SECTIONS = {
@@ -40,7 +40,7 @@ _SECTIONS = {
 """Titles of the schema's parts, in the order of the page."""
 
 _HEAD = f"""\
-<!-- Made from batchlab/scenario/schema.py. To make it again: python -m docs.reference docs -->
+<!-- Made from batchlab/scenarios/model/schema.py. To make it again: python -m docs.reference docs -->
 
 # The scenario file
 

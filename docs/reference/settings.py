@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from batchlab import backends
+from batchlab.runtime import factory
 from docs.reference.capabilities import ORDER
 from docs.reference.markdown import head, table
 
@@ -178,7 +178,7 @@ _OF_VARIABLES = """
 
 def reference() -> str:
     """The page in Markdown."""
-    found = [backends.load(name, None) for name in ORDER]
+    found = [factory.load(name, None) for name in ORDER]
     columns = ("setting", *(f"`{name}`" for name in ORDER), "meaning")
     managers = [asdict(one.manager) for one in found]
     workers = [asdict(one.worker) for one in found]

@@ -4,7 +4,7 @@ import random
 
 import joblib
 
-import batchlab.grid.joblib  # registers the backend
+import batchlab.client.joblib  # registers the backend
 from batchlab import Grid
 
 WAITS = [3, 5, 8, 13, 2, 34, 7, 6, 21, 4, 9, 11]
@@ -22,6 +22,6 @@ def interval(values: list[int], resamples: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    with Grid("local") as grid, joblib.parallel_config(batchlab.grid.joblib.NAME, grid=grid):
+    with Grid("local") as grid, joblib.parallel_config(batchlab.client.joblib.NAME, grid=grid):
         low, high = interval(WAITS, 200)
     print(f"from {low:.2f} to {high:.2f} minutes")

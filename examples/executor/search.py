@@ -5,7 +5,7 @@ from sklearn.datasets import load_iris
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 
-import batchlab.grid.joblib  # registers the backend
+import batchlab.client.joblib  # registers the backend
 from batchlab import Grid
 
 
@@ -18,6 +18,6 @@ def search() -> GridSearchCV:
 
 
 if __name__ == "__main__":
-    with Grid("local") as grid, joblib.parallel_config(batchlab.grid.joblib.NAME, grid=grid):
+    with Grid("local") as grid, joblib.parallel_config(batchlab.client.joblib.NAME, grid=grid):
         found = search()
     print(found.best_params_, f"{found.best_score_:.3f}")

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.local.objects import open_local
+from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql.ledger import open_sqlite
-from batchlab.adapters.sqlite_wal import WalFlush
-from batchlab.durability import Sync, of_single_call, read_sync, repeated
-from batchlab.errors import UsageError
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Control, JobId, JobState, StageName
-from batchlab.ports import Past
+from batchlab.core.atomic_write import Sync, of_single_call, read_sync, repeated
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Control, JobId, JobState, StageName
+from batchlab.core.ports import Past
 
 SPEC = "jobs/j-1/spec.json"
 

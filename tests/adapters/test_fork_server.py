@@ -14,13 +14,13 @@ from typing import Any, ParamSpec
 
 import pytest
 
-from batchlab import Grid, backends
-from batchlab.adapters.nursery import Nursery
-from batchlab.adapters.pids import stat
-from batchlab.adapters.process import INSTANCE_VARIABLE, ProcessLauncher, living
-from batchlab.cli.nursery import NAME
-from batchlab.home import Home
-from batchlab.model import Pool
+from batchlab import Grid
+from batchlab.adapters.local.fork_server import Nursery
+from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living, stat
+from batchlab.cli.fork_server_main import NAME
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
 from tests.support.docker.launcher import soon
 
 POOL = Pool("default", max_size=4)
@@ -38,7 +38,7 @@ def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
 def opened(folder: Path) -> tuple[ProcessLauncher, Home]:
     home = Home(folder)
     home.make()
-    backend = backends.load("local")
+    backend = factory.load("local")
     launcher = backend.open_launcher(home, backend.open_clock())
     assert launcher
     return launcher, home
@@ -145,7 +145,7 @@ async def test_where_there_can_be_none_instances_start_without(
 ) -> None:
     home = Home(tmp_path)
     home.make()
-    backend = backends.load("local")
+    backend = factory.load("local")
     nursery = Nursery(["/nowhere/python"], [], tmp_path / "nursery.log")
     launcher = ProcessLauncher(
         home.fleet, lambda *_: ["sleep", "60"], backend.open_clock(), dict(os.environ), nursery

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.ec2_groups import GONE, NEVER_UP, Seen
-from batchlab.model import LifecycleState, Pool
-from batchlab.ports import KEEP_TERMINATED_S
+from batchlab.adapters.aws.group_descriptions import GONE, NEVER_UP, Seen
+from batchlab.core.model import LifecycleState, Pool
+from batchlab.core.ports import KEEP_TERMINATED_S
 
 TOKEN = "Lifecycle Action with token 7b1f was abandoned: Heartbeat Timeout"
 ABANDONED = f"Instance failed to complete user's Lifecycle Action: {TOKEN}"

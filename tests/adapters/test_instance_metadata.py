@@ -10,10 +10,10 @@ from threading import Thread
 
 import pytest
 
-from batchlab.adapters import imds
-from batchlab.adapters.imds import Imds, ImdsNotices
-from batchlab.adapters.imds_tree import Interruption, Signals
-from batchlab.errors import BackendError, NotFound, Unreachable, UsageError
+from batchlab.adapters.aws import instance_metadata
+from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
+from batchlab.adapters.aws.metadata_server import Interruption, Signals
+from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 from tests.support.aws.metadata_service import HERE, SPOT, Service
 
 
@@ -32,7 +32,7 @@ def notice(service: Service) -> object:
 
 
 def test_an_instance_learns_who_and_where_it_is(service: Service) -> None:
-    here = Imds(environ={imds.ENDPOINT: service.url})
+    here = Imds(environ={instance_metadata.ENDPOINT: service.url})
     assert here.instance_id() == SPOT.instance
     assert here.get("meta-data/instance-type") == "m7i.large"
     assert here.get("meta-data/placement/availability-zone") == "us-west-2b"
@@ -60,7 +60,7 @@ def test_a_token_is_asked_for_once_and_again_when_half_of_its_time_is_over(
     monkeypatch.setattr(here, "_ask", counted)
     for _ in range(3):
         here.instance_id()
-    now_s += imds.TTL_S / 2 - 1.0
+    now_s += instance_metadata.TTL_S / 2 - 1.0
     here.instance_id()
     assert tokens == [1_000.0]
     now_s += 1.0
@@ -123,8 +123,11 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     ("environ", "host"),
     [
         ({}, "169.254.169.254"),
-        ({imds.MODE: "IPv6"}, "fd00:ec2::254"),
-        ({imds.ENDPOINT: "http://10.0.0.1:80/", imds.MODE: "IPv6"}, "10.0.0.1"),
+        ({instance_metadata.MODE: "IPv6"}, "fd00:ec2::254"),
+        (
+            {instance_metadata.ENDPOINT: "http://10.0.0.1:80/", instance_metadata.MODE: "IPv6"},
+            "10.0.0.1",
+        ),
     ],
 )
 def test_it_is_looked_for_where_awss_sdks_look(environ: dict[str, str], host: str) -> None:
@@ -171,7 +174,7 @@ def test_a_rebalance_recommendation_is_none(service: Service) -> None:
 
 @pytest.mark.parametrize("content", ["", "x", "[]", "{}", '{"action": "stop", "time": 5}'])
 def test_a_notice_that_cannot_be_read_is_one_all_the_same(content: str) -> None:
-    found = imds._interruption(content)
+    found = instance_metadata._interruption(content)
     assert found.by_s is None
     assert "cannot be read" in found.why
 

@@ -8,14 +8,13 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
-from batchlab.errors import BackendError
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import Pool
-from batchlab.ports import KEEP_ENDED_S
-from batchlab.sim.actors import CURRENT, Actor
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
+from batchlab.adapters.memory.launcher import MemoryState, SimLauncher
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
+from batchlab.core.ports import KEEP_ENDED_S
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.sim.actors import CURRENT, Actor, SimClock
+from batchlab.sim.event_loop import SimLoop
 from tests.support.fleet import CountedIds, ScriptedInstance, in_service
 
 SLOW = Pool("steady", max_size=1_000, boot_s=100.0)

@@ -14,10 +14,16 @@ from urllib.parse import urlsplit
 import pytest
 from botocore.utils import InstanceMetadataFetcher, InstanceMetadataRegionFetcher
 
-from batchlab.adapters.imds_server import MetadataServer
-from batchlab.adapters.imds_tree import Interruption, Metadata, Signals, answer, tree
-from batchlab.errors import UsageError
-from batchlab.model import Machine
+from batchlab.adapters.aws.metadata_server import (
+    Interruption,
+    Metadata,
+    MetadataServer,
+    Signals,
+    answer,
+    tree,
+)
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Machine
 from tests.support.aws.metadata_service import HERE, SPOT, TOKEN, TTL, Service, Source
 from tests.support.fleet import ManualClock
 

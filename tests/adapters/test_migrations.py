@@ -23,8 +23,8 @@ from batchlab.adapters.sql import migrate, open_sqlite
 from batchlab.adapters.sql.bundle_rows import select_bundles
 from batchlab.adapters.sql.engines import sqlite_engine, transaction
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
-from batchlab.errors import BackendError
-from batchlab.model import JobId
+from batchlab.core.errors import BackendError
+from batchlab.core.model import JobId
 
 
 def _schema(engine: Engine) -> list[tuple[str, ...]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from batchlab.adapters.quiet import MOST_S, Quiet
-from batchlab.adapters.rung import LOOK_S, QUIET_SHARE
-from batchlab.adapters.sqs import QUIET_S
+from batchlab.adapters.aws.sqs import QUIET_S
+from batchlab.adapters.local.local_wakeup_queue import LOOK_S, MOST_S, QUIET_SHARE, Quiet
 
 
 def test_two_workers_that_only_live_leave_it_quiet() -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.process import INSTANCE_VARIABLE, ProcessLauncher
-from batchlab.adapters.state_file import StateFile
-from batchlab.errors import BackendError
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import Pool
-from batchlab.ports import KEEP_ENDED_S
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
+from batchlab.core.ports import KEEP_ENDED_S
+from batchlab.fleet.fleet_port import ManagedFleet
 from tests.support.fleet import (
     ABSENT,
     DEADLINE_S,
@@ -41,11 +41,11 @@ AWAY = "exited while the manager was away"
 _MANAGER = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from batchlab.adapters.process import ProcessLauncher
-from batchlab.adapters.state_file import StateFile
-from batchlab.errors import BackendError
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import Pool
+from batchlab.adapters.local.processes import ProcessLauncher
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.core.errors import BackendError
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.core.model import Pool
 from tests.support.fleet import STEADY, CountedIds, LoopClock, process_launcher
 
 async def main(root, what):

@@ -31,11 +31,11 @@ from botocore.parsers import ResponseParserError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.adapters.aws import Endpoint, code_of, session_of
-from batchlab.adapters.sqs import SqsQueue
-from batchlab.adapters.sqs_wire import SqsWire, authorization, opened
-from batchlab.errors import BackendError
-from batchlab.ports import Outgoing
+from batchlab.adapters.aws.endpoint import Endpoint, code_of, session_of
+from batchlab.adapters.aws.sqs import SqsQueue
+from batchlab.adapters.aws.sqs_wire import SqsWire, authorization, opened
+from batchlab.core.errors import BackendError
+from batchlab.core.ports import Outgoing
 from tests.support.aws.scripted_sqs import scripted
 
 KEYS = Credentials("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.docker_endings import Endings
+from batchlab.adapters.docker.launcher import Endings
 
 
 def test_what_is_noted_is_for_one_container(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.ec2_drain import DrainHook
-from batchlab.adapters.ec2_form import DRAIN_HOOK
-from batchlab.adapters.imds import Imds
-from batchlab.adapters.imds_tree import Signals
-from batchlab.patience import Patience
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.group_template import DRAIN_HOOK
+from batchlab.adapters.aws.instance_metadata import Imds
+from batchlab.adapters.aws.metadata_server import Signals
+from batchlab.adapters.aws.termination_hook import DrainHook
+from batchlab.core.retry import Patience
 from tests.support.aws.autoscaling_api import Thread, Wire, autoscaling
 from tests.support.aws.metadata_service import HERE, SPOT, Service
 

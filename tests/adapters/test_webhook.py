@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.notify import Deliveries, command, webhook
-from batchlab.jobdef import NotifyDef
-from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.adapters.notifications import Deliveries, sns_and_command, webhook
+from batchlab.core.job_definition import NotifyDef
+from batchlab.core.notifications import NotDelivered, Notification, Target
 from tests.support.certificates import Authority
 from tests.support.webhook_receiver import Hook
 
@@ -290,7 +290,7 @@ def test_a_command_that_fails_says_why() -> None:
 def test_a_command_that_hangs_ends_with_all_it_has_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command, "WHOLE_S", 1.0)
+    monkeypatch.setattr(sns_and_command, "WHOLE_S", 1.0)
     pid = tmp_path / "pid"
     error = refused(
         script(

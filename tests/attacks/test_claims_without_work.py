@@ -7,19 +7,19 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import pytest
 
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.manager.evidence import BUSY, IDLE
-from batchlab.model import BundleId, JobState, Pool
-from batchlab.ports import Depth, Outgoing
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Beat, Events, Held, events_message
-from batchlab.protocol.proofs import with_proofs
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.model import BundleId, JobState, Pool
+from batchlab.core.ports import Depth, Outgoing
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import with_proofs
+from batchlab.core.protocol.messages import Beat, Events, Held, events_message
+from batchlab.manager.scaling.work_evidence import BUSY, IDLE
 from batchlab.sim.world import SimWorker, World
 from tests.support.sim import scenes
 
 ONE = (Pool("default", 0, 1, 1),)
 LONG_S = 2_000.0
-QUEUE = naming.tasks_queue("default")
+QUEUE = object_keys.tasks_queue("default")
 
 
 async def liar_of(world: World) -> SimWorker:
@@ -47,7 +47,7 @@ async def beat(
         assert world.manager is not None
         keys = {h.job: await world.manager.ports.keys.stored(h.job) for h in held}
         text = with_proofs(text, keys, lambda job: keys[job])
-    await world.queue.send(naming.EVENTS, [Outgoing(text)])
+    await world.queue.send(object_keys.EVENTS, [Outgoing(text)])
 
 
 async def claim_for_ever(

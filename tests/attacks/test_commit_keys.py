@@ -12,23 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.commit import Addressed, address, committed
-from batchlab.commitkeys import CommitKeys
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, JobId, Json, Outcome, Ran, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import QueueSpec
-from batchlab.protocol import definition, naming, wire
-from batchlab.protocol.sealing import UNSEALED, CommitKey, seal
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
-from batchlab.worker.beats import Identity
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.commit import Addressed, address, committed
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, JobId, Json, Outcome, Ran, StageName, TaskSet
+from batchlab.core.ports import QueueSpec
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.seals import UNSEALED, CommitKey, seal
+from batchlab.core.retry import Patience
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
+from batchlab.worker.poison_detection import marker
 from batchlab.worker.runner import Handle, Work
 from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.suspects import marker
 from tests.support.attacks.victim import Victim, messages_left
 from tests.support.attacks.worker_rights import worker_of
 from tests.support.grid.fixtures import Bring
@@ -37,13 +37,13 @@ from tests.support.waiting import until
 
 OTHER_KEY = CommitKey("0f" * 16)
 WORK = StageName("work")
-TASKS = naming.tasks_queue("default")
+TASKS = object_keys.tasks_queue("default")
 
 
 def forged(bundle: Bundle, value: int) -> bytes:
     """An outcome of a bundle with a result that no task has computed."""
     made = Outcome(bundle, "evil-1", "evil", 1.0, 2.0, bundle.tasks, (value,), (0.1,))
-    return wire.outcome_text(made).encode()
+    return json_format.outcome_text(made).encode()
 
 
 def test_forged_outcomes_of_another_job_count_for_nothing(bring_up: Bring, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_forged_outcomes_of_another_job_count_for_nothing(bring_up: Bring, tmp_p
         for task in range(victim.tasks):
             for key in (UNSEALED, OTHER_KEY):
                 bundle = victim.bundle(task)
-                worker.put(naming.outcome(bundle, key), forged(bundle, -1), if_absent=True)
+                worker.put(object_keys.outcome(bundle, key), forged(bundle, -1), if_absent=True)
     victim.open_gate()
     victim.check(tmp_path / "results")
     before = grid.client.job(victim.id)
@@ -73,14 +73,14 @@ def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: P
     victim.submit()
     touched = tmp_path / "touched"
     with worker_of(grid) as worker:
-        spec = wire.loads(worker.get(naming.spec(victim.id)))
+        spec = json_format.loads(worker.get(object_keys.spec(victim.id)))
         evil = StageDef(victim.bundle(0).stage, command=("touch", str(touched)))
-        job = replace(wire.job_from_json(spec), stages=(evil,), commit_hash="")
+        job = replace(json_format.job_from_json(spec), stages=(evil,), commit_hash="")
         for key in (UNSEALED, OTHER_KEY):
             sent = address(job, victim.bundle(0), key, items=[0], now_s=1.0)
-            doc = wire.loads(sent.message.body)
-            worker.send(sent.queue, wire.dumps(doc))
-            worker.send(sent.queue, wire.dumps({**doc, "job": wire.job_to_json(job)}))
+            doc = json_format.loads(sent.message.body)
+            worker.send(sent.queue, json_format.dumps(doc))
+            worker.send(sent.queue, json_format.dumps({**doc, "job": json_format.job_to_json(job)}))
         victim.open_gate()
     until(lambda: messages_left(grid) == 0)
     victim.check(tmp_path / "results")
@@ -98,7 +98,7 @@ def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(
     keys = {name: key_of(grid, one.submit(name, name)) for name, one in jobs.items()}
     with worker_of(grid) as worker:
         specs = {
-            name: wire.job_from_json(wire.loads(worker.get(naming.spec(one.id))))
+            name: json_format.job_from_json(json_format.loads(worker.get(object_keys.spec(one.id))))
             for name, one in jobs.items()
         }
 
@@ -108,8 +108,8 @@ def test_a_worker_of_one_job_changes_nothing_of_another_on_ministack(
         for task in range(3):
             bundle = jobs["victim"].bundle(task)
             own = jobs["own"].bundle(task)
-            worker.put(naming.outcome(bundle, keys["own"]), forged(bundle, -1), if_absent=True)
-            worker.put(naming.outcome(bundle, UNSEALED), forged(own, -1), if_absent=True)
+            worker.put(object_keys.outcome(bundle, keys["own"]), forged(bundle, -1), if_absent=True)
+            worker.put(object_keys.outcome(bundle, UNSEALED), forged(own, -1), if_absent=True)
             for job, other in (("victim", "own"), ("own", "victim")):
                 sent = message(job, task, keys[other], -1)
                 worker.send(sent.queue, sent.message.body)
@@ -169,11 +169,11 @@ class Scene:
 
     async def prepare(self, name: str = "victim-1") -> tuple[JobDef, CommitKey]:
         """Store a sealed job."""
-        for queue in (naming.EVENTS, TASKS):
+        for queue in (object_keys.EVENTS, TASKS):
             await self.queue.ensure(QueueSpec(queue))
         plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
         job = await self.keys.sealed(plain)
-        await self.objects.put(naming.spec(job.id), definition.to_bytes(job))
+        await self.objects.put(object_keys.spec(job.id), spec_object.to_bytes(job))
         return job, await self.keys.of(job)
 
 
@@ -186,7 +186,7 @@ def test_forged_start_markers_condemn_no_task_of_another_job() -> None:
         bundle = Bundle(job.id, WORK, TaskSet.of([0]), losses=1)
         for number in range(3):
             for sealed in ("", f".{'0f' * 16}", f".{seal(OTHER_KEY, 'start')}"):
-                name = f"{naming.starts(bundle)}evil{number}-1{sealed}"
+                name = f"{object_keys.starts(bundle)}evil{number}-1{sealed}"
                 await scene.objects.put(name, marker("evil", 1.0, name, OTHER_KEY))
         sent = address(job, bundle, key, items=[7], now_s=1.0)
         await scene.queue.send(sent.queue, [sent.message])
@@ -209,7 +209,7 @@ def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -
         scene = Scene()
         job, key = await scene.prepare()
         bundle = Bundle(job.id, WORK, TaskSet.of([0]))
-        name = naming.running(bundle, key)
+        name = object_keys.running(bundle, key)
         later_s = scene.clock.now_s() + 10_000.0
         await scene.objects.put(name, marker("evil", later_s, name, OTHER_KEY))
         sent = address(job, bundle, key, items=[7], now_s=1.0, watchdog=True)
@@ -258,7 +258,7 @@ def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
         scene = Scene()
         job, key = await scene.prepare()
         name = JobId(f"{job.id}/work/running/x")
-        await scene.objects.put(naming.spec(name), definition.to_bytes(job))
+        await scene.objects.put(object_keys.spec(name), spec_object.to_bytes(job))
         bundle = Bundle(name, WORK, TaskSet.of([0]))
         sent = address(job, bundle, key, items=[7], now_s=1.0)
         await scene.queue.send(sent.queue, [sent.message])

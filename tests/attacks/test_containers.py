@@ -12,12 +12,13 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
-from batchlab import package_data, targets
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.images import docker
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.core import package_data
+from batchlab.core.errors import UsageError
+from batchlab.runtime import notification_settings
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.images import docker
+from batchlab.runtime.home import Home
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid
@@ -170,13 +171,13 @@ def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_
     home = Home(tmp_path / "home")
     home.make()
     home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
-    assert targets.read(home).targets[0].command
+    assert notification_settings.read(home).targets[0].command
     deployment.folder(home).mkdir()  # the manager's container cannot remove it
     with pytest.raises(UsageError, match="a manager in a container could have written it"):
-        targets.read(home)
-    assert targets.read(home, in_container=True).targets[0].command
+        notification_settings.read(home)
+    assert notification_settings.read(home, in_container=True).targets[0].command
     home.notify_file.write_text('[mine]\nwebhook = "https://hooks.example.org"\n')
-    assert not targets.read(home).targets[0].command
+    assert not notification_settings.read(home).targets[0].command
 
 
 def test_no_service_publishes_a_port() -> None:

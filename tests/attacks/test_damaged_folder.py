@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.checkup import examine
-from batchlab.cli.findings import Finding, Level
-from batchlab.home import Home
+from batchlab.cli.doctor import Finding, Level, examine
+from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import LocalGrid
 
 pytestmark = pytest.mark.real

@@ -15,18 +15,18 @@ from unittest.mock import AsyncMock
 import pytest
 
 from batchlab.adapters.clock import RandomIds
-from batchlab.commit import commit
-from batchlab.errors import Unreachable
-from batchlab.manager.counts import BEAT
-from batchlab.manager.instances import Instances
-from batchlab.manager.kept import Kept
-from batchlab.model import Bundle, Completion, Failure, FailureKind, JobId, Outcome, TaskSet
-from batchlab.ports import Message
-from batchlab.protocol import definition, naming, settle, wire
-from batchlab.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
-from batchlab.protocol.proofs import jobs_in, with_proofs
-from batchlab.protocol.sealing import UNSEALED, CommitKey
-from batchlab.tally import Asked, Requests
+from batchlab.core.commit import commit
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import Bundle, Completion, Failure, FailureKind, JobId, Outcome, TaskSet
+from batchlab.core.ports import Message
+from batchlab.core.protocol import json_format, object_keys, settlement, spec_object
+from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
+from batchlab.core.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.request_counter import Asked, Requests
+from batchlab.manager.counters import BEAT
+from batchlab.manager.scaling.instances import Instances
+from batchlab.manager.versioned_document import Kept
 from tests.support.attacks.victim import Victim
 from tests.support.attacks.worker_rights import WorkerRights, actions, worker_of
 from tests.support.grid.fixtures import Bring
@@ -43,14 +43,14 @@ def forged(bundle: Bundle, value: int = -1) -> Outcome:
 
 def lies(bundle: Bundle) -> list[Events]:
     """Every fact that an event can state about a bundle."""
-    done = settle.completion(forged(bundle))
+    done = settlement.completion(forged(bundle))
     failed = replace(done, succeeded=TaskSet(), failed=bundle.tasks)
     cancelled = replace(done, succeeded=TaskSet(), cancelled=bundle.tasks)
     return [
         *(Events(completions=(one,)) for one in (done, failed, cancelled)),
         Events(outcomes=(forged(bundle),)),
-        Events(committed=(naming.outcome(bundle, UNSEALED),)),
-        Events(committed=(naming.outcome(bundle, OTHER_KEY),)),
+        Events(committed=(object_keys.outcome(bundle, UNSEALED),)),
+        Events(committed=(object_keys.outcome(bundle, OTHER_KEY),)),
         Events(duplicates=(Duplicate(bundle.job, bundle.stage, "execution", "evil-1", 1e9),)),
         Events(traces=((bundle.job, bundle.stage, bundle.id, "00-x"),)),
     ]
@@ -78,8 +78,8 @@ def test_events_about_another_job_count_for_nothing(bring_up: Bring, tmp_path: P
     with worker_of(grid) as worker:
         for task in range(victim.tasks):
             bundle = victim.bundle(task)
-            text = wire.outcome_text(forged(bundle))
-            worker.put(naming.outcome(bundle, UNSEALED), text, if_absent=True)
+            text = json_format.outcome_text(forged(bundle))
+            worker.put(object_keys.outcome(bundle, UNSEALED), text, if_absent=True)
             for events in lies(bundle):
                 worker.send_events(*bodies(events, own))
     victim.open_gate()
@@ -174,9 +174,11 @@ def test_only_the_first_key_of_an_instance_is_believed(
     again = replace(own, worker="w-fresh")
     take(rig, events_message(Events(beats=(again,))))
     assert registry.workers[instance].beat == again
-    assert b"own" not in rig.run(rig.objects.get(naming.INSTANCES))
+    assert b"own" not in rig.run(rig.objects.get(object_keys.INSTANCES))
     refused: list[tuple[str, str]] = []
-    later = Instances(Kept(rig.manager.ports, naming.INSTANCES), lambda *one: refused.append(one))
+    later = Instances(
+        Kept(rig.manager.ports, object_keys.INSTANCES), lambda *one: refused.append(one)
+    )
     rig.run(later.load())
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})
     assert later.admits(own)
@@ -212,13 +214,13 @@ def test_what_a_beat_holds_is_of_jobs_and_queues_of_its_worker(rig: Rig) -> None
     one, two = rig.outstanding(name, 2)
     (instance,) = rig.instances(1, "Pending")
     rig.beat(instance)
-    tasks = naming.tasks_queue("default")
+    tasks = object_keys.tasks_queue("default")
 
     def held(queue: str, number: int) -> Held:
         bundle = (one, two)[number].bundle
         return Held(queue, "r", bundle.job, bundle.stage, bundle.id, True)
 
-    events = Events(beats=(beat_of(instance, held=(held(tasks, 0), held(naming.EVENTS, 1))),))
+    events = Events(beats=(beat_of(instance, held=(held(tasks, 0), held(object_keys.EVENTS, 1))),))
     take(rig, events_message(events))
     assert rig.manager.registry.workers[instance].beat.held == ()
     key = rig.run(rig.manager.ports.keys.stored(name))
@@ -237,7 +239,9 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
     follow = replace(rig.outstanding(other, 4)[0].bundle, attempt=7)
     done = Completion(
         *(bundle, "w", 1.0, 2.0, TaskSet(), TaskSet(), TaskSet(), 0.1),
-        follows=(wire._follow_from_json({"b": wire.bundle_to_json(follow), "d": 0.0}),),
+        follows=(
+            json_format._follow_from_json({"b": json_format.bundle_to_json(follow), "d": 0.0}),
+        ),
     )
     key = rig.run(rig.manager.ports.keys.stored(mine))
     text = events_message(Events(completions=(done,)))
@@ -256,7 +260,7 @@ def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
         *(bundle, "evil-1", "evil", 1.0, 2.0),
         failed=(Failure(0, FailureKind.EXCEPTION, "no"),),
     )
-    text = events_message(Events(completions=(settle.completion(failed),)))
+    text = events_message(Events(completions=(settlement.completion(failed),)))
     old = with_proofs(text, {name}, lambda _: key)
     rig.run(commit(rig.objects, failed, rig.manager.ports.patience, key))
     take(rig, old, old)
@@ -277,7 +281,7 @@ def test_what_was_counted_and_not_committed_is_not_the_end(rig: Rig, tasks: int)
     name = JobId(rig.submit(job(tasks=tasks)))
     bundles = [one.bundle for one in rig.outstanding(name, tasks)]
     key = rig.run(rig.manager.ports.keys.stored(name))
-    forgeries = tuple(settle.completion(forged(one)) for one in bundles)
+    forgeries = tuple(settlement.completion(forged(one)) for one in bundles)
     text = events_message(Events(completions=forgeries))
     before = rig.manager.lives[name]
     take(rig, with_proofs(text, {name}, lambda _: key))
@@ -294,22 +298,22 @@ def test_a_definition_below_the_markers_of_a_job_is_not_restored(
     """Finding 4: an event with the id `job/stage/running/x` makes no job of what a worker wrote
     there, and a restored job passes admission."""
     name = rig.submit(job(tasks=1))
-    sealed = wire.loads(worker.get(naming.spec(JobId(name))))
+    sealed = json_format.loads(worker.get(object_keys.spec(JobId(name))))
     plain = {key: one for key, one in sealed.items() if key not in ("commit_hash", "needs")}
     for folder, number in product(("running", "starts"), range(3)):
         forged_id = f"{name}/map/{folder}/x{number}"
         says, spec = ((forged_id, sealed), (forged_id, plain), (name, plain))[number]
         doc = {**spec, "id": says, "priority": 1000}
-        worker.put(naming.spec(JobId(forged_id)), json.dumps(doc), if_absent=True)
+        worker.put(object_keys.spec(JobId(forged_id)), json.dumps(doc), if_absent=True)
         bundle = Bundle(JobId(forged_id), MAP, TaskSet.of([0]))
-        take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
+        take(rig, events_message(Events(completions=(settlement.completion(forged(bundle)),))))
     assert [one["id"] for one in rig.client.jobs()] == [name]
 
 
 def test_a_restored_job_passes_admission(rig: Rig) -> None:
     """Finding 4: an event restores no job that the grid would not have accepted."""
     made = job("wrong", pool="nowhere")
-    rig.run(rig.objects.put(naming.spec(made.id), definition.to_bytes(made)))
+    rig.run(rig.objects.put(object_keys.spec(made.id), spec_object.to_bytes(made)))
     bundle = Bundle(made.id, MAP, TaskSet.of([0]))
-    take(rig, events_message(Events(completions=(settle.completion(forged(bundle)),))))
+    take(rig, events_message(Events(completions=(settlement.completion(forged(bundle)),))))
     assert rig.client.jobs() == []

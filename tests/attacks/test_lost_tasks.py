@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from batchlab.commit import commit
-from batchlab.jobdef import RetryRule, StageDef
-from batchlab.model import Bundle, Follow, JobId, Outcome, StageName, TaskSet
-from batchlab.protocol import naming, settle, wire
-from batchlab.protocol.messages import Events, events_message
-from batchlab.protocol.proofs import with_proofs
+from batchlab.core.commit import commit
+from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.model import Bundle, Follow, JobId, Outcome, StageName, TaskSet
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.commit_keys import with_proofs
+from batchlab.core.protocol.messages import Events, events_message
 from tests.attacks.test_events import forged, take
 from tests.support.server.api import MAP, Rig, job
 
@@ -22,7 +22,7 @@ def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
     key = rig.run(rig.manager.ports.keys.stored(name))
     for one in outcomes:
         rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
-    done = tuple(settle.completion(one) for one in outcomes)
+    done = tuple(settlement.completion(one) for one in outcomes)
     take(rig, with_proofs(events_message(Events(completions=done)), {name}, lambda _: key))
 
 
@@ -51,8 +51,8 @@ def test_a_job_with_more_results_than_tasks_can_be_cancelled_and_retried(rig: Ri
     commit_and_tell(rig, name, made, replace(made, bundle=replace(both, attempt=2)))
     rig.client.cancel(name)
     assert rig.ended(name)["state"] == "CANCELLED"
-    final = rig.run(rig.objects.get(naming.final(name, 0)))
-    assert wire.ending_from_json(wire.loads(final)).state == "CANCELLED"
+    final = rig.run(rig.objects.get(object_keys.final(name, 0)))
+    assert json_format.ending_from_json(json_format.loads(final)).state == "CANCELLED"
     rig.client.retry(name)
     assert rig.ended(name)["round"] == 1
     other = rig.submit(job("other", "other", tasks=1))
@@ -65,6 +65,6 @@ def test_a_follow_waits_no_longer_than_the_backoff() -> None:
     rule = RetryRule(attempts=3, backoff_s=10.0, factor=2, max_backoff_s=60.0, jitter=0.0)
     made = job(retry=rule)
     again = Bundle(made.id, MAP, TaskSet.of([0]), attempt=2)
-    assert settle.delay_s(made, Follow(again, 1e11)) == 10.0
-    assert settle.delay_s(made, Follow(again, 5.0)) == 5.0
-    assert settle.delay_s(made, Follow(replace(again, attempt=1 << 50), 1e11)) == 60.0
+    assert settlement.delay_s(made, Follow(again, 1e11)) == 10.0
+    assert settlement.delay_s(made, Follow(again, 5.0)) == 5.0
+    assert settlement.delay_s(made, Follow(replace(again, attempt=1 << 50), 1e11)) == 60.0

@@ -21,26 +21,25 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
 from batchlab.adapters.sql import open_memory
-from batchlab.commit import follow_ups
-from batchlab.errors import Malformed, TooLarge, TooNew
-from batchlab.jobdef import JobDef, RetryRule, StageDef
-from batchlab.manager.arrivals import Arrivals
-from batchlab.manager.collector import Collector
-from batchlab.manager.counts import Counts
-from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.quarantine import Outcomes, Quarantine
-from batchlab.manager.rebuild import rebuild
-from batchlab.manager.registry import Registry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import AddJob, Cut, Message, QueueSpec
-from batchlab.protocol import definition, naming, settle, wire
-from batchlab.protocol.messages import (
+from batchlab.core.commit import follow_ups
+from batchlab.core.errors import Malformed, TooLarge, TooNew
+from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.model import (
+    Bundle,
+    Failure,
+    FailureKind,
+    JobId,
+    JobState,
+    Ran,
+    StageName,
+    TaskSet,
+)
+from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
+from batchlab.core.protocol import json_format, object_keys, settlement, spec_object
+from batchlab.core.protocol.messages import (
     Beat,
     Duplicate,
     Events,
@@ -52,10 +51,20 @@ from batchlab.protocol.messages import (
     read_task_message,
     task_message,
 )
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.protocol.values import OUTCOME_WEIGHT
-from batchlab.tally import Asked, Requests
-from batchlab.worker import bench, handlers
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.protocol.values import OUTCOME_WEIGHT
+from batchlab.core.request_counter import Asked, Requests
+from batchlab.core.retry import Patience
+from batchlab.manager.counters import Counts
+from batchlab.manager.events.collector import Collector
+from batchlab.manager.events.folding import Folder
+from batchlab.manager.events.quarantine import Outcomes, Quarantine
+from batchlab.manager.jobs.early_events import Arrivals
+from batchlab.manager.repair.rebuild import rebuild
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.worker import handlers, task_executor
 from tests.support.attacks.worker_rights import WorkerRights
 from tests.support.no_fleet import NoFleet
 from tests.support.server import api as api_rig
@@ -80,8 +89,8 @@ FAILURE = Failure(0, FailureKind.EXCEPTION, "no", "ValueError", "Traceback", 1, 
 def _outcome() -> Any:
     ran = [Ran(task, 0.25, {"x": [task, None]}) for task in range(6)]
     ran += [Ran(6, 0.1, failure=FAILURE), Ran(7, 0.1, failure=FAILURE)]
-    log = naming.log(BUNDLE, "w-1-1", UNSEALED)
-    return settle.settle(
+    log = object_keys.log(BUNDLE, "w-1-1", UNSEALED)
+    return settlement.settle(
         *(JOB, BUNDLE, ran),
         execution="w-1-1",
         worker="w-1",
@@ -96,8 +105,8 @@ OUTCOME = _outcome()
 HELD = Held("tasks-default", "receipt", JOB.id, MAP, BUNDLE.id, True)
 BEAT = Beat("w-1", "i-1", "default", 1.0, 2, 1, (HELD,), 7)
 EVENTS = Events(
-    (settle.completion(OUTCOME),),
-    (naming.outcome(BUNDLE, UNSEALED),),
+    (settlement.completion(OUTCOME),),
+    (object_keys.outcome(BUNDLE, UNSEALED),),
     (BEAT,),
     (OUTCOME,),
     (Asked("w-1", "i-1", Requests(10, 2, 3, 4, 5, 6)),),
@@ -158,7 +167,7 @@ def mutated(draw: st.DrawFn, text: str) -> str:
 
 
 def outcome_text() -> str:
-    return wire.outcome_text(OUTCOME)
+    return json_format.outcome_text(OUTCOME)
 
 
 many = settings(
@@ -170,15 +179,15 @@ many = settings(
 
 
 def outcome_of(text: str) -> Any:
-    return wire.outcome_from_bytes(
-        text.encode(errors="surrogatepass"), naming.outcome(BUNDLE, UNSEALED)
+    return json_format.outcome_from_bytes(
+        text.encode(errors="surrogatepass"), object_keys.outcome(BUNDLE, UNSEALED)
     )
 
 
 READERS: Sequence[tuple[str, Callable[[str], Any], Callable[[Any], str]]] = [
     (events_message(EVENTS), read_events_message, events_message),
     (task_message(TASK), read_task_message, task_message),
-    (outcome_text(), outcome_of, wire.outcome_text),
+    (outcome_text(), outcome_of, json_format.outcome_text),
 ]
 
 
@@ -231,10 +240,10 @@ class Desk:
         return None
 
     async def open(self) -> None:
-        await self.queue.ensure(QueueSpec(naming.tasks_queue("default")))
+        await self.queue.ensure(QueueSpec(object_keys.tasks_queue("default")))
         cut = Cut(JOB.id, MAP, 0, 0, (BUNDLE,), TaskSet(), 10)
-        spec = definition.to_bytes(JOB, definition.Opening(list(range(10)), cut))
-        await self.objects.put(naming.spec(JOB.id), spec)
+        spec = spec_object.to_bytes(JOB, spec_object.Opening(list(range(10)), cut))
+        await self.objects.put(object_keys.spec(JOB.id), spec)
         written = await self.ledger.apply(AddJob(JOB, JobState.SUBMITTED, cut))
         live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
         live.expect([(BUNDLE, 0.0)])
@@ -307,7 +316,7 @@ def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
     the job with what its manager has counted."""
     caplog.set_level(logging.ERROR)
 
-    key = naming.outcome(BUNDLE, UNSEALED)
+    key = object_keys.outcome(BUNDLE, UNSEALED)
 
     async def main() -> None:
         loop, desk = asyncio.get_running_loop(), Desk()
@@ -327,7 +336,7 @@ def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
         await desk.ledger.close()
 
     async def one(desk: Desk, data: bytes) -> None:
-        await desk.objects.delete([key, naming.replacement(BUNDLE)])
+        await desk.objects.delete([key, object_keys.replacement(BUNDLE)])
         await rebuild(desk.ports)  # as it was before
         desk.judge_anew()
         await desk.objects.put(key, data)
@@ -343,7 +352,7 @@ def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
             assert key in outcome.failed[0].reason
             assert [f.bundle.attempt for f in outcome.follows] == [2]
             assert key in desk.quarantine.trouble(JOB.id)
-        await desk.folder.fold([settle.completion(outcome)])
+        await desk.folder.fold([settlement.completion(outcome)])
         before = await desk.ledger.rows(JOB.id)
         rebuilt = await rebuild(desk.ports)
         assert (rebuilt.jobs, rebuilt.unreadable) == (1, {})
@@ -368,12 +377,12 @@ def test_a_number_beyond_all_floats_and_a_foreign_stage_are_not_taken() -> None:
     async def main() -> None:
         desk = Desk()
         await desk.open()
-        text = wire.outcome_text(foreign)
-        await desk.objects.put(naming.outcome(BUNDLE, UNSEALED), text.encode())
+        text = json_format.outcome_text(foreign)
+        await desk.objects.put(object_keys.outcome(BUNDLE, UNSEALED), text.encode())
         found = await desk.outcomes.of(JOB, BUNDLE)
         assert found
         assert found.execution == "manager"
-        await desk.take(events_message(Events((settle.completion(foreign),))))
+        await desk.take(events_message(Events((settlement.completion(foreign),))))
         assert desk.counts.bundles == 0
         await desk.ledger.close()
 
@@ -389,13 +398,13 @@ def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -
         other = replace(JOB, id=JobId("other-0123456789"))
         broken = replace(JOB, id=JobId("broken-0123456789"))
         for one in (other, broken):
-            await desk.objects.put(naming.spec(one.id), definition.to_bytes(one))
-        cut = naming.cut(broken.id, MAP, 0, 0)
+            await desk.objects.put(object_keys.spec(one.id), spec_object.to_bytes(one))
+        cut = object_keys.cut(broken.id, MAP, 0, 0)
         await desk.objects.put(cut, b"{}")
-        await desk.objects.put(naming.outcome(BUNDLE, UNSEALED), b'{"v":1}')
+        await desk.objects.put(object_keys.outcome(BUNDLE, UNSEALED), b'{"v":1}')
         rebuilt = await rebuild(desk.ports)
         assert rebuilt.jobs == 2
-        assert set(rebuilt.unreadable) == {cut, naming.outcome(BUNDLE, UNSEALED)}
+        assert set(rebuilt.unreadable) == {cut, object_keys.outcome(BUNDLE, UNSEALED)}
         assert {one.job.id for one in await desk.ledger.jobs()} == {JOB.id, other.id}
         await desk.ledger.close()
 
@@ -409,7 +418,7 @@ def test_a_worker_names_only_outcomes_and_none_is_read_that_is_too_large() -> No
     heavy = b'{"v":1,"x":[' + b"[]," * (OUTCOME_WEIGHT // 25) + b"[]]}"
     assert len(heavy) < OUTCOME_WEIGHT
     with pytest.raises(Malformed, match="larger than an outcome may be"):
-        wire.outcome_from_bytes(heavy, naming.outcome(BUNDLE, UNSEALED))
+        json_format.outcome_from_bytes(heavy, object_keys.outcome(BUNDLE, UNSEALED))
 
     async def main() -> None:
         objects = SimObjects()
@@ -425,9 +434,9 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finding 6: values beyond the bound are stored apart, and tracebacks are left out."""
-    monkeypatch.setattr(bench, "INLINE_WEIGHT", 2_000)
+    monkeypatch.setattr(task_executor, "INLINE_WEIGHT", 2_000)
     monkeypatch.setattr(handlers, "load", lambda *_: lambda item, _: "x" * item)
-    request = bench.Request(
+    request = task_executor.Request(
         handler="m:f",
         function=None,
         command=[],
@@ -442,17 +451,17 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
         prefix="files/x/",
         objects=False,
     )
-    made = bench.Bench(request)
+    made = task_executor.Bench(request)
     done = [made.run(task, 900) for task in range(4)] + [made.run(4, 3)]
     assert [bool(one.uploads) for one in done] == [False, False, True, True, False]
     long = replace(FAILURE, traceback="x" * 12_000, final=True)
     ran = [Ran(task, 0.1, failure=long) for task in range(4096)]
     bundle = replace(BUNDLE, tasks=TaskSet.span(0, 4096), attempt=2)
-    outcome = settle.settle(
+    outcome = settlement.settle(
         *(JOB, bundle, ran), execution="w-1-1", worker="w-1", started_s=1.0, ended_s=2.0
     )
-    assert wire.is_too_heavy(wire.outcome_text(outcome))
-    assert not wire.is_too_heavy(wire.outcome_text(wire.fitting(outcome)))
+    assert json_format.is_too_heavy(json_format.outcome_text(outcome))
+    assert not json_format.is_too_heavy(json_format.outcome_text(json_format.fitting(outcome)))
 
 
 # --- A whole manager -----------------------------------------------------------------------------
@@ -467,7 +476,7 @@ BAD_EVENTS = [
 
 
 def _forged(**changes: Any) -> str:
-    doc = wire.completion_to_json(settle.completion(OUTCOME)) | changes
+    doc = json_format.completion_to_json(settlement.completion(OUTCOME)) | changes
     return json.dumps({"v": 1, "c": [doc]})
 
 
@@ -493,14 +502,14 @@ def test_the_manager_goes_on_whatever_a_worker_sends_and_stores(
     rig.outstanding(spared, 2)
     live = rig.manager.lives[JobId(hurt)]
     (bundle,) = (one.bundle for one in rig.outstanding(hurt, 1))
-    key = naming.outcome(bundle, rig.run(rig.manager.ports.keys.of(live.job)))
+    key = object_keys.outcome(bundle, rig.run(rig.manager.ports.keys.of(live.job)))
     worker.put(key, stored, if_absent=True)
     for body in BAD_EVENTS:
         worker.send_events(body)
     counts = rig.manager.counts
     rig.until(lambda: counts.unreadable["event"] == len(BAD_EVENTS), "the report of each event")
     # Its message is gone, and it has been silent for long.
-    rig.run(rig.queue.purge(naming.tasks_queue("default")))
+    rig.run(rig.queue.purge(object_keys.tasks_queue("default")))
     live.outstanding[bundle.stage][bundle.id].heard_s = -1e9
     rig.until(lambda: counts.unreadable["outcome"] == 1, "the report of the outcome")
     assert key in rig.client.why(hurt)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.ministack_install import VARIABLE, VERSION, find, install, requirements
-from batchlab.errors import BackendError
+from batchlab.adapters.local.ministack_install import VARIABLE, VERSION, find, install, requirements
+from batchlab.core.errors import BackendError
 
 
 def wheel(folder: Path, name: str, version: str) -> None:

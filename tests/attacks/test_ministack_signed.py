@@ -14,8 +14,8 @@ from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from batchlab.adapters.aws import Endpoint, client
-from batchlab.adapters.ministack import Emulator
+from batchlab.adapters.aws.endpoint import Endpoint, client
+from batchlab.adapters.local.ministack import Emulator
 from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab.jobdef import InputDef
-from batchlab.protocol import wire
+from batchlab.core.job_definition import InputDef
+from batchlab.core.protocol import json_format
 from tests.support.server.api import TOKEN, Rig, get, job
 
 ODD = (
@@ -54,7 +54,7 @@ def post(rig: Rig, text: str) -> httpx.Response:
 
 def document(token: str) -> Any:
     made = job("odd", token, tasks=1)
-    return json.loads(json.dumps(wire.job_to_json(made)))
+    return json.loads(json.dumps(json_format.job_to_json(made)))
 
 
 def test_no_value_of_a_job_fails_the_manager_or_a_listing(
@@ -118,8 +118,8 @@ def test_an_error_does_not_repeat_a_request_without_end(rig: Rig) -> None:
 
 def test_odd_numbers_of_an_input_are_refused(rig: Rig) -> None:
     for size in (0, -1, 2**60):
-        doc = wire.job_to_json(job("input", "t"))
-        doc["input"] = wire.fields(InputDef(("raw/x",), size=size))
+        doc = json_format.job_to_json(job("input", "t"))
+        doc["input"] = json_format.fields(InputDef(("raw/x",), size=size))
         assert post(rig, json.dumps({"job": doc})).status_code == 422
 
 
@@ -129,8 +129,8 @@ def test_odd_numbers_of_an_input_are_refused(rig: Rig) -> None:
 )
 def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, key: str) -> None:
     """A job with it would never end, or would read what only the manager may read."""
-    doc = wire.job_to_json(job("input", "t"))
-    doc["input"] = wire.fields(InputDef((key,)))
+    doc = json_format.job_to_json(job("input", "t"))
+    doc["input"] = json_format.fields(InputDef((key,)))
     found = post(rig, json.dumps({"job": doc}))
     assert found.status_code == 422, found.text
     assert "The input names" in found.json()["error"]
@@ -181,7 +181,7 @@ def test_no_query_fails_the_manager(rig: Rig, value: str) -> None:
 def test_an_id_that_differs_from_another_in_case_only_is_refused(rig: Rig) -> None:
     """On a disk that ignores case, the two jobs would share their objects."""
     known = rig.submit(job("victim", "case"))
-    doc = wire.job_to_json(job("victim", "case"))
+    doc = json_format.job_to_json(job("victim", "case"))
     refused = post(rig, json.dumps({"job": {**doc, "id": known.upper()}}))
     assert refused.status_code == 422, refused.text
     assert "has capital letters" in refused.text

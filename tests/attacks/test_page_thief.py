@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from batchlab import updown
+from batchlab.runtime import manager_process
 from tests.support.browser import browser, opened, place_of
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.http_proxy import Answer, Request, standing
@@ -123,8 +123,8 @@ def test_a_session_ends_with_its_manager(tmp_path: Path) -> None:
     try:
         port = int(grid.client.url.rpartition(":")[2])
         cookie, place = log_in(grid)
-        updown.kill_manager(grid.home)
-        record = updown.start_manager(grid.home, grid.backend, parent=True, port=port)
+        manager_process.kill_manager(grid.home)
+        record = manager_process.start_manager(grid.home, grid.backend, parent=True, port=port)
         assert record.url.endswith(f":{port}")
         headers = {**FORGED, "Cookie": cookie}
         answer = httpx.get(f"{record.url}{place}", headers=headers, trust_env=False)

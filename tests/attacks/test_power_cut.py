@@ -12,29 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters import folders
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.local_objects import LocalObjects
-from batchlab.adapters.sim.launcher import SimLauncher
+from batchlab.adapters.local import local_files
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.objects import LocalObjects
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.adapters.memory.launcher import SimLauncher
 from batchlab.adapters.sql import open_sqlite
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.adapters.state_file import StateFile
-from batchlab.durability import Sync
-from batchlab.errors import Refused
-from batchlab.fleet.group import ManagedFleet
-from batchlab.home import Home
-from batchlab.jobdef import JobDef, StageDef
+from batchlab.core.atomic_write import Sync
+from batchlab.core.errors import Refused
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, Json, Pool, StageName
+from batchlab.core.ports import Ledger
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
+from batchlab.core.schedules.model import Definition, When
+from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.lease import LEASE
-from batchlab.manager.live import Ports
 from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import JobId, JobState, Json, Pool, StageName
-from batchlab.patience import Patience
-from batchlab.ports import Ledger
-from batchlab.protocol import naming, wire
-from batchlab.schedule.model import Definition, When
-from batchlab.sim.runner import Play, Scene, ScriptedRunner
-from batchlab.worker.beats import Identity
+from batchlab.manager.state import Ports
+from batchlab.runtime.home import Home
+from batchlab.sim.tasks import Play, Scene, ScriptedRunner
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
@@ -82,7 +82,7 @@ class Recorded(LocalObjects):
         self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
     ) -> str:
         etag = await super().put(key, data, if_absent=if_absent, if_match=if_match)
-        if naming.is_outcome(key):
+        if object_keys.is_outcome(key):
             self._told.outcomes[key] = data
         return etag
 
@@ -156,7 +156,7 @@ async def _submit(grid: InProcess, told: Acknowledged) -> None:
             number += 1
             token = str(number)
             job = JobDef(
-                naming.job_id("squares", token),
+                object_keys.job_id("squares", token),
                 *("squares", STAGES, grid.ports.clock.now_s()),
                 items=len(ITEMS),
                 token=token,
@@ -205,8 +205,8 @@ async def check_comes_back(folder: Path, told: Acknowledged) -> None:
     home = Home(folder)
     torn = [
         info.key
-        for info in folders.walk(home.objects, "", "")
-        if folders.damage(home.objects, info.key)
+        for info in local_files.walk(home.objects, "", "")
+        if local_files.damage(home.objects, info.key)
     ]
     assert torn == []
     _check_outcomes(home, told)
@@ -240,7 +240,7 @@ def _check_results(home: Home, job: JobId) -> None:
     """I1: each task has one result."""
     found: dict[tuple[str, int], Json] = {}
     for path in sorted((home.objects / "jobs" / job).rglob("outcomes/*/*.json")):
-        outcome = wire.outcome_from_json(wire.loads(path.read_bytes()))
+        outcome = json_format.outcome_from_json(json_format.loads(path.read_bytes()))
         for task, value in zip(outcome.succeeded, outcome.values, strict=True):
             assert (outcome.bundle.stage, task) not in found
             found[outcome.bundle.stage, task] = value

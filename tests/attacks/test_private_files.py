@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.home import Home
+from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import LocalGrid
 
 JOB = """\

@@ -10,7 +10,7 @@ import httpx
 from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 
-from batchlab.api.door import PAGE
+from batchlab.server.http.authentication import PAGE
 from tests.support.server.api import Rig
 from tests.support.server.page import routes
 

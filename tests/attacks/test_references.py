@@ -14,23 +14,32 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.commit import commit
-from batchlab.errors import TaskFailed, UsageError
-from batchlab.grid.incoming import decoded
-from batchlab.grid.link import Link
-from batchlab.jobdef import InputDef, JobDef, StageDef
-from batchlab.manager import plans
-from batchlab.manager.live import Ports
-from batchlab.model import Bundle, Failure, JobId, Json, Outcome, StageCounts, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import BundleRecord
-from batchlab.protocol import settle, values
-from batchlab.protocol.references import ForeignReference, Own
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.worker import materialise
-from batchlab.worker.bench import decoded as item_of
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.client.grid_link import Link
+from batchlab.client.results import decoded
+from batchlab.core.commit import commit
+from batchlab.core.errors import TaskFailed, UsageError
+from batchlab.core.job_definition import InputDef, JobDef, StageDef
+from batchlab.core.model import (
+    Bundle,
+    Failure,
+    JobId,
+    Json,
+    Outcome,
+    StageCounts,
+    StageName,
+    TaskSet,
+)
+from batchlab.core.ports import BundleRecord
+from batchlab.core.protocol import settlement, values
+from batchlab.core.protocol.references import ForeignReference, Own
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs import stage_plans
+from batchlab.manager.state import Ports
+from batchlab.worker import materialization
 from batchlab.worker.handlers import Problem
+from batchlab.worker.task_executor import decoded as item_of
 from tests.server.test_api_files import fetched, forged
 from tests.support.server.api import Rig
 
@@ -116,7 +125,7 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
 def test_a_worker_fetches_no_foreign_object(tmp_path: Path) -> None:
     """Finding 11: the task fails, and nothing is read."""
     objects = SimObjects()
-    inputs = materialise.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
     for number, key in enumerate(FOREIGN):
         if key and ".." not in key:
             asyncio.run(objects.put(key.lstrip("/"), b'"secret"'))
@@ -132,7 +141,7 @@ def test_a_large_value_that_was_written_over_is_refused(tmp_path: Path) -> None:
     text = b'{"n": 1}'
     reference = values.value_ref("files/sums-1/v", hashlib.sha256(text).hexdigest())
     old = values.value_ref("files/sums-1/v")
-    inputs = materialise.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
+    inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, Own.of(JOB))
     asyncio.run(objects.put("files/sums-1/v", text))
     assert asyncio.run(inputs.fetch([(0, reference), (1, old)])) == [(0, {"n": 1}), (1, {"n": 1})]
     asyncio.run(objects.put("files/sums-1/v", b'{"n": 2}'))
@@ -161,7 +170,7 @@ class OneOutcome:
         self._outcome = outcome
 
     async def bundles(self, *_: Any, **__: Any) -> list[BundleRecord]:
-        return [BundleRecord(self._outcome.bundle, settle.completion(self._outcome), 1)]
+        return [BundleRecord(self._outcome.bundle, settlement.completion(self._outcome), 1)]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,7 @@ def test_a_large_result_is_bounded_and_may_be_unreadable(
 ) -> None:
     """Finding 6: a result that a worker stored as an object of its own, and that the manager reads
     to gather by a field, is as large or as odd as the worker likes. The stage fails."""
-    monkeypatch.setattr(plans, "RESULT_WEIGHT", 1_500)
+    monkeypatch.setattr(stage_plans, "RESULT_WEIGHT", 1_500)
     gather = StageDef(StageName("sum"), (StageName("map"),), "key", handler="m:f")
     job = replace(JOB, stages=(*JOB.stages, gather))
     bundle = Bundle(job.id, StageName("map"), TaskSet.of([0]))
@@ -189,6 +198,6 @@ def test_a_large_result_is_bounded_and_may_be_unreadable(
         ports = Ports(objects, nothing, nothing, ledger, nothing, nothing, patience)
         counts = {StageName("map"): StageCounts(StageName("map"), 1, succeeded=1)}
         with pytest.raises(UsageError, match="cannot be read"):
-            await plans.Plans(ports).of_stages(job, gather, 0, counts)
+            await stage_plans.Plans(ports).of_stages(job, gather, 0, counts)
 
     asyncio.run(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.rerun.withheld import given, withheld
+from batchlab.client.debug.foreground import given, withheld
 
 SECRETS = (
     *("ANTHROPIC_AUTH", "ARTIFACTORY_PAT", "AZURE_STORAGE_CONNECTION_STRING", "BASIC_AUTH"),

@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 
-from batchlab.api.grouping import MOST_CAUSES, OTHERS, Groups
-from batchlab.manager import retained
-from batchlab.manager.live import LiveJob
-from batchlab.manager.retained import RetainedOutcomes
-from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
-from batchlab.protocol import wire
-from batchlab.protocol.messages import Events
+from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.messages import Events
+from batchlab.manager.events import retained_outcomes
+from batchlab.manager.events.retained_outcomes import RetainedOutcomes
+from batchlab.manager.state import LiveJob
+from batchlab.server.http.common import MOST_CAUSES, OTHERS, Groups
 from tests.server.test_api_first_outcomes import outcomes_of
 from tests.support.server.api import Rig, job
 
@@ -24,7 +24,7 @@ MOST_BYTES = 200_000
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(retained, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(retained_outcomes, "MOST_BYTES", MOST_BYTES)
     with Rig() as made:
         yield made
 
@@ -52,7 +52,9 @@ def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
     assert rig.manager._collector._memory.size_bytes <= MOST_BYTES
     # A client reads a released one from the bucket, where the honest commit counts.
     released = pages[0][0]
-    stored = wire.outcome_from_json(wire.loads(rig.run(rig.objects.get(released["key"]))))
+    stored = json_format.outcome_from_json(
+        json_format.loads(rig.run(rig.objects.get(released["key"])))
+    )
     assert LARGE not in stored.values
 
 
@@ -71,13 +73,13 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
 
 def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 18: each of them takes more memory than its JSON has bytes."""
-    monkeypatch.setattr(retained, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(retained_outcomes, "MOST_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
     bundle = Bundle(JobId("j"), StageName("s"), TaskSet.of({0}), 1)
     outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
     every = [memory.add(outcome, 1) for _ in range(1000)]
     held = [one for one in every if one.outcome]
-    assert len(held) == MOST_BYTES // retained.LEAST_BYTES
+    assert len(held) == MOST_BYTES // retained_outcomes.LEAST_BYTES
     assert held == every[-len(held) :]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from batchlab.core.errors import UsageError
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings, Settings
-from batchlab.errors import UsageError
 from tests.deploy.test_settings import source
 from tests.support.aws import cfn
 

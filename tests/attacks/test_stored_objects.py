@@ -14,25 +14,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import BackendError, Malformed, NotFound, TooNew
-from batchlab.jobdef import InputDef, JobDef, NotifyDef
-from batchlab.manager import rebuild
-from batchlab.manager.counts import Counts
-from batchlab.manager.live import LiveJob, Superseded
-from batchlab.manager.quarantine import Quarantine, UnreadableObject
-from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.retries import Retry
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
+from batchlab.core.job_definition import InputDef, JobDef, NotifyDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.core.ports import Cut, Depth, Ending, JobRecord, Reopening
+from batchlab.core.protocol import json_format, live_logs, object_keys, spec_object
+from batchlab.core.protocol.bundle_inputs import Inputs, Manifest
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.retry import Patience
+from batchlab.core.schedules import model
+from batchlab.core.schedules.model import Definition, Run, RunState, Schedule, When
+from batchlab.manager.counters import Counts
+from batchlab.manager.events.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.jobs.retries import Retry
+from batchlab.manager.repair import rebuild
+from batchlab.manager.repair.reconciler import Reconciler
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Cut, Depth, Ending, JobRecord, Reopening
-from batchlab.protocol import definition, live_logs, naming, wire
-from batchlab.protocol.sealing import UNSEALED, CommitKey
-from batchlab.schedule import model
-from batchlab.schedule.model import Definition, Run, RunState, Schedule, When
-from batchlab.worker import environment, suspects
-from batchlab.worker.inputs import Inputs, Manifest
+from batchlab.manager.state import LiveJob, Superseded
+from batchlab.worker import environment, poison_detection
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
 from tests.support.attacks.worker_rights import WorkerRights
 from tests.support.server.api import TOKEN, Rig, job
@@ -61,30 +61,34 @@ Reader = tuple[bytes, Callable[[bytes], Any], Callable[[Any], bytes]]
 
 
 def document(read: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], Any]:
-    return lambda data: read(wire.loads(data))
+    return lambda data: read(json_format.loads(data))
 
 
 def text_of(write: Callable[[Any], Any]) -> Callable[[Any], bytes]:
-    return lambda value: wire.to_bytes(write(value))
+    return lambda value: json_format.to_bytes(write(value))
 
 
 def readers() -> dict[str, Reader]:
     """Return the content, reader, and writer of each kind of stored object."""
-    word = wire.Word(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
-    opening = definition.Opening([1, 2], CUT)
+    word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
+    opening = spec_object.Opening([1, 2], CUT)
     ending = Ending(JobState.FAILED, "why", 9.0, {MAP: 1})
     retry = Retry((Reopening(MAP, 1, 2, 3, True),), (CUT,))
     manifest = Manifest(20, (0, 10), TaskSet.of([3]), 1, ("a", "b"))
-    cut, end = text_of(wire.cut_to_json), text_of(wire.ending_to_json)
-    spec = document(definition.from_json)
+    cut, end = text_of(json_format.cut_to_json), text_of(json_format.ending_to_json)
+    spec = document(spec_object.from_json)
     there = text_of(environment.to_json)
     return {
-        "control": (wire.word_to_bytes(word), wire.word_from_bytes, wire.word_to_bytes),
-        "cut": (cut(CUT), document(wire.cut_from_json), cut),
-        "end": (end(ending), document(wire.ending_from_json), end),
+        "control": (
+            json_format.word_to_bytes(word),
+            json_format.word_from_bytes,
+            json_format.word_to_bytes,
+        ),
+        "cut": (cut(CUT), document(json_format.cut_from_json), cut),
+        "end": (end(ending), document(json_format.ending_from_json), end),
         "retry": (retry.to_bytes(), Retry.from_bytes, Retry.to_bytes),
         "manifest": (manifest.to_bytes(), Manifest.from_bytes, Manifest.to_bytes),
-        "spec": (definition.to_bytes(FULL, opening), spec, lambda v: definition.to_bytes(*v)),
+        "spec": (spec_object.to_bytes(FULL, opening), spec, lambda v: spec_object.to_bytes(*v)),
         "schedule": (model.to_bytes(SCHEDULE), model.from_bytes, model.to_bytes),
         "tails": (live_logs.to_bytes([TAIL]), live_logs.from_bytes, live_logs.to_bytes),
         "environment": (there(environment.here()), document(environment.from_json), there),
@@ -125,10 +129,12 @@ GARBAGE = (b'{"v":1}', b'{"v":99}', b"x", b"\xff", b'{"v":1,"worker":"w","at_s":
 def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
     """Finding 5: any worker that lists the bucket can overwrite a running marker. Before, a marker
     without a time ended each worker that read it."""
-    name = naming.running(BUNDLE, KEY)
-    assert suspects.marked_s(suspects.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
-    for data in (*GARBAGE, suspects.marker("w-1", 5.0, "other", KEY)):
-        assert suspects.marked_s(data, name, KEY) is None
+    name = object_keys.running(BUNDLE, KEY)
+    assert (
+        poison_detection.marked_s(poison_detection.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
+    )
+    for data in (*GARBAGE, poison_detection.marker("w-1", 5.0, "other", KEY)):
+        assert poison_detection.marked_s(data, name, KEY) is None
 
 
 def test_an_environment_that_cannot_be_read_is_not_known() -> None:
@@ -141,7 +147,7 @@ def test_an_environment_that_cannot_be_read_is_not_known() -> None:
             return await call()
 
         for data in GARBAGE:
-            await objects.put(naming.environment("w-1"), data)
+            await objects.put(object_keys.environment("w-1"), data)
             assert await environment.of(objects, "w-1", once) is None  # type: ignore[arg-type]
 
     asyncio.run(main())
@@ -152,7 +158,7 @@ def test_live_logs_go_on_without_those_that_cannot_be_read(rig: Rig, worker: Wor
     name = rig.submit(job(tasks=1))
     rig.outstanding(name, 1)
     for number, data in enumerate((*GARBAGE, b'{"v":1,"tails":[{"stage":[],"bundle":{}}]}')):
-        worker.put(f"{naming.tails(JobId(name))}w-{number}.json", data)
+        worker.put(f"{object_keys.tails(JobId(name))}w-{number}.json", data)
     answer = rig.http.post(f"/v1/jobs/{name}/tails", headers={"Authorization": f"Bearer {TOKEN}"})
     assert answer.status_code == 200, answer.text
     assert answer.json()["tails"] == []
@@ -164,12 +170,12 @@ def test_a_definition_with_values_of_another_type_is_refused() -> None:
         {"priority": "high"},
         {"submitted_s": None},
         {"params": [["a"]]},
-        {"stages": [{**wire.job_to_json(JOB)["stages"][0], "slots": "two"}]},
+        {"stages": [{**json_format.job_to_json(JOB)["stages"][0], "slots": "two"}]},
         {"notify": [{"kind": 1, "to": "x", "on": []}]},
     ):
         with pytest.raises(BackendError):
-            wire.job_from_json({**wire.job_to_json(JOB), **changes})
-    assert isinstance(wire.job_from_json(wire.job_to_json(FULL)), JobDef)
+            json_format.job_from_json({**json_format.job_to_json(JOB), **changes})
+    assert isinstance(json_format.job_from_json(json_format.job_to_json(FULL)), JobDef)
 
 
 # --- Documents of the right types that contradict themselves -------------------------------------
@@ -188,14 +194,14 @@ INCONSISTENT: dict[str, dict[str, Json]] = {
 @pytest.mark.parametrize("why", INCONSISTENT)
 def test_a_plan_that_contradicts_itself_is_absent_for_its_tasks(why: str) -> None:
     """Before, an IndexError ended the manager and each worker that read such a plan."""
-    made = wire.loads(READERS["manifest"][0])
-    data = wire.to_bytes({**made, "round": 0, **INCONSISTENT[why]})
+    made = json_format.loads(READERS["manifest"][0])
+    data = json_format.to_bytes({**made, "round": 0, **INCONSISTENT[why]})
     with pytest.raises(Malformed, match="plan cannot be read"):
         Manifest.from_bytes(data)
 
     async def main() -> None:
         objects = SimObjects()
-        await objects.put(naming.manifest(JOB.id, MAP, 0), data)
+        await objects.put(object_keys.manifest(JOB.id, MAP, 0), data)
         with pytest.raises(NotFound, match="cannot be read"):
             await Inputs(objects, PATIENCE).resolve(JOB, replace(BUNDLE, tasks=LATER), UNSEALED)
 
@@ -213,10 +219,10 @@ def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
     async def main() -> None:
         objects = SimObjects()
         await objects.put(
-            naming.spec(JOB.id), definition.to_bytes(JOB, definition.Opening([0] * 10))
+            object_keys.spec(JOB.id), spec_object.to_bytes(JOB, spec_object.Opening([0] * 10))
         )
         plan = Manifest(10, (0,), parts=("lost",))
-        await objects.put(naming.manifest(JOB.id, MAP, 0), plan.to_bytes())
+        await objects.put(object_keys.manifest(JOB.id, MAP, 0), plan.to_bytes())
         with pytest.raises(NotFound, match="lost"):
             await Inputs(objects, PATIENCE).resolve(JOB, BUNDLE, UNSEALED)
 
@@ -232,9 +238,9 @@ def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) ->
 
     async def main() -> None:
         objects = SimObjects()
-        part = wire.to_bytes({"v": wire.VERSION, "items": [{"$gather": gather}]})
-        await objects.put(naming.manifest(JOB.id, MAP, 0), Manifest(1, (0,)).to_bytes())
-        await objects.put(naming.part(JOB.id, MAP, 0, naming.old_part(0)), part)
+        part = json_format.to_bytes({"v": json_format.VERSION, "items": [{"$gather": gather}]})
+        await objects.put(object_keys.manifest(JOB.id, MAP, 0), Manifest(1, (0,)).to_bytes())
+        await objects.put(object_keys.part(JOB.id, MAP, 0, object_keys.old_part(0)), part)
         one = replace(BUNDLE, tasks=TaskSet.of([0]))
         with pytest.raises(NotFound, match="input of a plan cannot be read"):
             await Inputs(objects, PATIENCE).resolve(JOB, one, UNSEALED)
@@ -252,14 +258,14 @@ def test_a_task_whose_gathered_input_cannot_be_read_has_no_input(gather: Any) ->
 )
 def test_a_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: Bundle) -> None:
     with pytest.raises(Malformed, match="another job, stage or round"):
-        wire.cut_from_json(wire.cut_to_json(replace(CUT, bundles=(BUNDLE, stranger))))
+        json_format.cut_from_json(json_format.cut_to_json(replace(CUT, bundles=(BUNDLE, stranger))))
 
 
 @pytest.mark.parametrize("cut", [replace(CUT, seq=1), replace(CUT, job=JobId("other"), bundles=())])
 def test_a_definition_with_another_cut_than_the_first_of_its_job_is_refused(cut: Cut) -> None:
-    doc = wire.loads(definition.to_bytes(JOB, definition.Opening([1], cut)))
+    doc = json_format.loads(spec_object.to_bytes(JOB, spec_object.Opening([1], cut)))
     with pytest.raises(Malformed, match="first cut"):
-        definition.from_json(doc)
+        spec_object.from_json(doc)
 
 
 def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
@@ -271,9 +277,9 @@ def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
         ports: Any = SimpleNamespace(
             objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock
         )
-        key = naming.cut(JOB.id, MAP, 0, 1)
-        await objects.put(naming.spec(JOB.id), definition.to_bytes(JOB))
-        await objects.put(key, wire.to_bytes(wire.cut_to_json(CUT)))
+        key = object_keys.cut(JOB.id, MAP, 0, 1)
+        await objects.put(object_keys.spec(JOB.id), spec_object.to_bytes(JOB))
+        await objects.put(key, json_format.to_bytes(json_format.cut_to_json(CUT)))
         with pytest.raises(UnreadableObject, match="another cut") as caught:
             await rebuild.restore(ports, JOB.id)
         assert caught.value.key == key
@@ -357,5 +363,5 @@ def test_a_tick_leaves_the_end_of_a_job_without_definition_to_the_task_of_the_jo
         one.copies = 1
     asyncio.run(reconciler_of(live).look_for_the_silent({"default": Depth(0, 0, 0)}))
     assert isinstance(live.unreadable, UnreadableObject)
-    assert live.unreadable.key == naming.spec(live.id)
+    assert live.unreadable.key == object_keys.spec(live.id)
     assert live.poke.is_set()

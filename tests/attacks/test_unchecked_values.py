@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import TooNew
-from batchlab.protocol import wire
+from batchlab.core.errors import TooNew
+from batchlab.core.protocol import json_format
 from tests.support.server.api import Rig, get, job, post
 
 HANDLERS = ("pickle:../../x", "pickle:grid/x.pkl", "pickle:", "../x:f", "m", "", "m:f:g", ":", 7)
@@ -16,7 +16,7 @@ HANDLERS = ("pickle:../../x", "pickle:grid/x.pkl", "pickle:", "../x:f", "m", "",
 
 def _posted(**changes: Any) -> dict[str, Any]:
     """A submission with these values, as JSON carries them."""
-    doc = json.loads(wire.dumps(wire.job_to_json(job(tasks=1))))
+    doc = json.loads(json_format.dumps(json_format.job_to_json(job(tasks=1))))
     for name, value in changes.items():
         (doc["stages"][0] if name == "handler" else doc)[name] = value
     return {"job": doc}
@@ -28,7 +28,7 @@ def test_a_handler_that_no_worker_can_load_is_refused(rig: Rig, handler: object)
     answer = post(rig, "/v1/jobs", _posted(handler=handler))
     assert answer.status_code == 422, answer.text
     with pytest.raises(TooNew):
-        wire.job_from_json(_posted(handler=handler)["job"])
+        json_format.job_from_json(_posted(handler=handler)["job"])
     assert get(rig, "/v1/jobs").json() == {"jobs": []}
 
 

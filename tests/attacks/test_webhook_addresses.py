@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import updown
-from batchlab.errors import Refused, UsageError
-from batchlab.jobdef import JobDef, NotifyDef
-from batchlab.model import JobId
-from batchlab.protocol import definition, naming, wire
+from batchlab.core.errors import Refused, UsageError
+from batchlab.core.job_definition import JobDef, NotifyDef
+from batchlab.core.model import JobId
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.runtime import manager_process
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.server.api import Rig, job
 
@@ -33,7 +33,7 @@ def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
         view = grid.client.submit(told("sums"))
         grid.client.cancel(view["id"])
         grid.wait(view["id"])
-        updown.kill_manager(grid.home)
+        manager_process.kill_manager(grid.home)
         grid.client.close()
         grid.client = grid._start()
         assert grid.client.job(view["id"])["state"] in ("CANCELLED", "FAILED")
@@ -51,7 +51,9 @@ def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
 
 
 def spec_of(rig: Rig, name: str) -> JobDef:
-    return wire.job_from_json(wire.loads(rig.run(rig.objects.get(naming.spec(JobId(name))))))
+    return json_format.job_from_json(
+        json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(name)))))
+    )
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_a_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
 def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
     """Finding 18: its addresses are in the spec itself."""
     old = replace(told("old"), max_failures=0.0)  # as the API reads it
-    rig.run(rig.objects.put(naming.spec(old.id), definition.to_bytes(old)))
+    rig.run(rig.objects.put(object_keys.spec(old.id), spec_object.to_bytes(old)))
     assert rig.client.rebuild() == 1
     assert rig.run(rig.ledger.job(old.id)).job.notify == (TOPIC, HOOK)
     assert rig.client.submit(old)["id"] == old.id

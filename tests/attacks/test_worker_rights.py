@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.errors import AlreadyExists
-from batchlab.protocol import naming
+from batchlab.core.errors import AlreadyExists
+from batchlab.core.protocol import object_keys
 from tests.support.attacks.worker_rights import Forbidden, WorkerRights, worker_of
 from tests.support.grid.fixtures import Bring
 from tests.support.server.api import Rig, job
@@ -64,19 +64,24 @@ def test_a_worker_writes_its_own_prefixes_and_no_others(worker: WorkerRights) ->
 def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: WorkerRights) -> None:
     rig.submit(job(tasks=1))
     rig.outstanding(rig.client.jobs(limit=1)[0]["id"], 1)
-    tasks = naming.tasks_queue("default")
+    tasks = object_keys.tasks_queue("default")
     (message,) = worker.receive(tasks, wait_s=5.0)
     worker.release(tasks, message.receipt)
     (again,) = worker.receive(tasks, wait_s=5.0)
     worker.delete(tasks, again.receipt)
     worker.send(tasks, again.body)
     worker.send_events("{}")
-    others = (naming.EVENTS, naming.dead_letters("default"), naming.tasks_queue("gpu"), "other")
+    others = (
+        object_keys.EVENTS,
+        object_keys.dead_letters("default"),
+        object_keys.tasks_queue("gpu"),
+        "other",
+    )
     for queue in others:
         with pytest.raises(Forbidden):
             worker.receive(queue)
     with pytest.raises(Forbidden):
-        worker.send(naming.dead_letters("default"), "{}")
+        worker.send(object_keys.dead_letters("default"), "{}")
 
 
 @pytest.mark.parametrize("backend", ["local", "ministack"])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchlab.cli import opening
-from batchlab.model import Pool
+from batchlab.cli import grid_page
+from batchlab.core.model import Pool
 from tests.support.browser import ELSEWHERE, Seen, offences, opened, place_of, too_wide
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.server.api import TOKEN, Rig
@@ -157,7 +157,7 @@ def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) ->
     """What `grid open` gives to a browser, whose command line others can read."""
     client = scene.grid.client
     session = client.open_session()
-    file = opening._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
+    file = grid_page._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
     try:
         with opened(browser, file.as_uri()) as (page, seen):
             page.wait_for_url("**/ui/s/*/")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from batchlab.home import Home
+from batchlab.runtime.home import Home
 from tests.support.browser import offences, opened, place_of, tab_stops
 from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
 from tests.support.server.still_grid import StillGrid

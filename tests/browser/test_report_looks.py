@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from batchlab.report.html.failed import Case, Sample
-from batchlab.report.html.page import page as made_page
-from batchlab.report.html.page import rendered
-from batchlab.report.store import opened
+from batchlab.reports.html.failures import Case, Sample
+from batchlab.reports.html.page import page as made_page
+from batchlab.reports.html.page import rendered
+from batchlab.reports.queries.store import opened
 from tests.support.browser import opened as shown
 from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
 from tests.support.reports.made import Made, write_run

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import BackendError
-from batchlab.model import Pool
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
 from tests.support.docker.chaos import Containers, Sizes, Teller, wait_for, write_job
 from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid, outcomes

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchlab import submission
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
+from batchlab.core.job_definition import JobDef
+from batchlab.jobs import submission
+from batchlab.runtime.home import Home
 from tests.support import job_files as jobfiles
 from tests.support.cli import FakeClient, Run, a_job, at_home, runner
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.deployment import Deployment
-from batchlab.cli import app as cli
-from batchlab.cli import session
-from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.home import Home, Place
+from batchlab.cli import app, session
+from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime.home import Home, Place
 from tests.support.cli import FakeClient, Run, a_grid, a_job, at_home, runner
 
 
@@ -55,13 +54,13 @@ def test_an_unexpected_error_shows_its_traceback_only_with_debug(
 ) -> None:
     manager.answers = {"grid": ZeroDivisionError("oh")}
     code, _, err = run("grid", "status")
-    assert code == cli.UNEXPECTED
+    assert code == app.UNEXPECTED
     assert "Traceback" not in err
     assert "ZeroDivisionError: oh" in err
     assert "--debug" in err
     for arguments in (["grid", "status", "--debug"], ["--debug", "grid", "status"]):
         code, _, err = run(*arguments)
-        assert code == cli.UNEXPECTED
+        assert code == app.UNEXPECTED
         assert "Traceback" in err
 
 
@@ -438,7 +437,7 @@ def test_what_goes_with_a_grid_is_said_when_it_goes(
     home = Home(tmp_path)
     deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
     home.write_place(deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))
-    monkeypatch.setattr("batchlab.updown.stop_manager", lambda _: True)
+    monkeypatch.setattr("batchlab.runtime.manager_process.stop_manager", lambda _: True)
     timed = [{"state": state} for state in ("active", "active", "paused")]
     manager.answers = {"jobs": [a_job("sums-0123456789")], "schedules": {"schedules": timed}}
     code, _, err = run("grid", "down", "--home", tmp_path)

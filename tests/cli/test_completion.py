@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import signatures
-from batchlab.cli import completing
-from batchlab.home import Home, ManagerRecord
-from batchlab.signatures import PROOF
+from batchlab.cli import completion
+from batchlab.core import request_signatures
+from batchlab.core.request_signatures import PROOF
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import runner
 
 Complete = Callable[[str], list[str]]
@@ -74,11 +74,13 @@ class Manager(BaseHTTPRequestHandler):
         jobs = [{"id": f"sums-000000000{n}"} for n in (2, 1)]
         answers = {"jobs": {"jobs": jobs}, "schedules": {"schedules": [{"name": "nightly"}]}}
         name = self.path.removeprefix("/v1/").partition("?")[0]
-        signed = signatures.read(self.token, self.headers["Authorization"], "GET", self.path)
+        signed = request_signatures.read(
+            self.token, self.headers["Authorization"], "GET", self.path
+        )
         body = json.dumps(answers[name]).encode() if signed else b"no"
         self.send_response(200 if signed else 401)
         if signed:
-            self.send_header(PROOF, signatures.whole_proof(self.token, signed, 200, body))
+            self.send_header(PROOF, request_signatures.whole_proof(self.token, signed, 200, body))
         self.end_headers()
         self.wfile.write(body)
 
@@ -118,7 +120,7 @@ def test_jobs_and_schedules_of_a_grid_that_is_up(
 def test_a_manager_that_does_not_answer_is_not_waited_for(
     complete: Complete, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completing, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(completion, "PATIENCE_S", 0.01)
     monkeypatch.setattr(Manager, "do_GET", lambda self: threading.Event().wait(0.2))
     monkeypatch.setenv("BATCHLAB_HOME", str(home.path))
     assert complete("batchlab job show s") == []

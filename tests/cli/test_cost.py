@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends, fetches
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment
-from batchlab.adapters.local_objects import open_local
-from batchlab.cli import billing, estimating
-from batchlab.errors import UsageError
-from batchlab.home import Home
-from batchlab.spec.jobfile import load
-from batchlab.usage import JobUseView, UseView
+from batchlab.adapters.local.objects import open_local
+from batchlab.cli import bills, estimates
+from batchlab.core.api_usage_types import JobUseView, UseView
+from batchlab.core.errors import UsageError
+from batchlab.jobs.job_file import load
+from batchlab.runtime import factory
+from batchlab.runtime import home as fetches
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.home import Home
 from tests.cli.test_commands import manager, run
 from tests.support.cli import FakeClient, Run, a_grid, a_job
 
@@ -91,7 +92,7 @@ def test_tasks_are_counted_as_the_planner_cuts_them(folder: Path) -> None:
     """Ten parts of one file and one of the other, and one that gathers."""
     import asyncio
 
-    tasks, files, size = asyncio.run(estimating.count(load(folder / "job.yaml", {})))
+    tasks, files, size = asyncio.run(estimates.count(load(folder / "job.yaml", {})))
     assert (tasks, files, size) == (11, 2, 210)
 
 
@@ -255,14 +256,14 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
     job: Any = a_job("sums-0123456789", "SUCCEEDED")
     monkeypatch.setattr(
-        billing, "facts_of", lambda *_: billing.Facts(job, job_use(account=used), "aws")
+        bills, "facts_of", lambda *_: bills.Facts(job, job_use(account=used), "aws")
     )
 
     async def stored(*_: object) -> int:
         return 0
 
-    monkeypatch.setattr(billing, "_stored", stored)
-    monkeypatch.setattr(backends.Backend, "open_objects", lambda *_: None)
+    monkeypatch.setattr(bills, "_stored", stored)
+    monkeypatch.setattr(factory.Backend, "open_objects", lambda *_: None)
     code, out, err = run("cost", "bill", "last", "--home", home.path)
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()]
@@ -277,7 +278,7 @@ def test_what_tasks_wrote_and_printed_is_stored_too(tmp_path: Path) -> None:
     for n, name in enumerate(("jobs", "raw", "files", "logs", "code"), start=1):
         (tmp_path / name / "j").mkdir(parents=True)
         (tmp_path / name / "j" / "a").write_bytes(b"x" * 10**n)
-    assert asyncio.run(billing._stored(open_local(tmp_path), "j")) == 11_110
+    assert asyncio.run(bills._stored(open_local(tmp_path), "j")) == 11_110
 
 
 def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
@@ -346,8 +347,8 @@ def test_an_amount_without_usd_is_refused_before_anybody_is_asked(
 
 
 def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder: Path) -> None:
-    from batchlab.spec import source_digest
-    from batchlab.spec.problems import JobFileErrors
+    from batchlab.jobs.api import source_digest
+    from batchlab.jobs.yaml_source import JobFileErrors
 
     before = source_digest(load(folder / "job.yaml", {}), "code")
     (folder / "job.yaml").write_text(JOB + "max_cost: 5USD\n")
@@ -393,7 +394,7 @@ def test_prices_are_shown_and_refreshed(run: Run, tmp_path: Path) -> None:
 
 
 def test_by_name_takes_one_for_all_and_one_for_each() -> None:
-    assert estimating.by_name(["2", "b=3"], ["a", "b"]) == {"a": "2", "b": "3"}
-    assert estimating.by_name(["b=3", "2"], ["a", "b"]) == {"a": "2", "b": "3"}
+    assert estimates.by_name(["2", "b=3"], ["a", "b"]) == {"a": "2", "b": "3"}
+    assert estimates.by_name(["b=3", "2"], ["a", "b"]) == {"a": "2", "b": "3"}
     with pytest.raises(UsageError):
-        estimating.by_name(["c=1"], ["a"])
+        estimates.by_name(["c=1"], ["a"])

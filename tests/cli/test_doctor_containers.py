@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.adapters import docker_engine
-from batchlab.adapters.compose import images, project
-from batchlab.adapters.docker_engine import Found
-from batchlab.cli import checkup_containers
-from batchlab.cli.checkup_containers import containers
-from batchlab.cli.findings import Finding, Level
-from batchlab.home import Home
+from batchlab.adapters.docker import engine
+from batchlab.adapters.docker.engine import Found
+from batchlab.cli import doctor_backends
+from batchlab.cli.doctor import Finding, Level
+from batchlab.cli.doctor_backends import containers
+from batchlab.runtime import factory
+from batchlab.runtime.compose import images, project
+from batchlab.runtime.home import Home
 
 WELL = {
     "version": "26.1.5\n",
@@ -48,20 +48,20 @@ def examined(
 
     monkeypatch.setattr(images, "docker", docker)
     monkeypatch.setattr(project, "docker", docker)
-    monkeypatch.setattr(docker_engine, "find", lambda *_: left)
+    monkeypatch.setattr(engine, "find", lambda *_: left)
     monkeypatch.setattr(project, "networks", list)
     for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    found = containers(Home(tmp_path), backends.load("localstack"))
+    found = containers(Home(tmp_path), factory.load("localstack"))
     return {one.about: one for one in found}
 
 
 def test_nothing_is_wrong_where_all_is_well(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(checkup_containers, "FAIL_BELOW_BYTES", 0)
+    monkeypatch.setattr(doctor_backends, "FAIL_BELOW_BYTES", 0)
     found = examined(monkeypatch, tmp_path)
     assert {one.level for one in found.values()} == {Level.OK}
     assert set(found) == {"docker", "compose", "buildx", "disk", "token", "image", "network"}
@@ -106,7 +106,7 @@ def test_a_token_is_enough_for_a_newer_image(
 def test_an_image_that_is_not_here_and_a_full_disk_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(checkup_containers, "FAIL_BELOW_BYTES", 2**80)
+    monkeypatch.setattr(doctor_backends, "FAIL_BELOW_BYTES", 2**80)
     found = examined(monkeypatch, tmp_path, broken={"image": "No such image"})
     assert found["image"].level is Level.WARN
     assert "compose/offline" in found["image"].remedy

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import checkup, demo, output
-from batchlab.cli.findings import Level
+from batchlab.cli import demo, doctor, output
+from batchlab.cli.doctor import Level
 from batchlab.cli.summary import Phases, Summary
-from batchlab.home import Home, ManagerRecord
-from batchlab.protocol import naming, wire
-from batchlab.results import Fetched
-from batchlab.spec.jobfile import load
-from batchlab.tasknames import with_task
-from batchlab.views import FailureView
+from batchlab.core.api_types import FailureView
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.task_names import with_task
+from batchlab.jobs.job_file import load
+from batchlab.jobs.results import Fetched
+from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.worker.handlers import explain
 from tests.support.cli import view
 
@@ -176,7 +176,7 @@ def test_the_demos_totals_are_compared_with_the_facts(tmp_path: Path, wrong: str
     elif wrong:
         totals[0][wrong] += 1
     summary = a_summary(tmp_path)
-    lines = [wire.dumps({"task": i, "value": one}) for i, one in enumerate(totals)]
+    lines = [json_format.dumps({"task": i, "value": one}) for i, one in enumerate(totals)]
     (tmp_path / "totals.jsonl").write_text("\n".join(lines) + "\n")
     verdict = demo.check(prepared, summary)
     assert verdict.agrees is not bool(wrong)
@@ -189,7 +189,7 @@ def test_the_demos_totals_are_compared_with_the_facts(tmp_path: Path, wrong: str
 
 def levels(home: Home, backend: str = "local") -> dict[str, set[Level]]:
     found: dict[str, set[Level]] = {}
-    for one in checkup.examine(home, backend):
+    for one in doctor.examine(home, backend):
         found.setdefault(one.about, set()).add(one.level)
         assert one.level is Level.OK or one.remedy or one.text
     return found
@@ -199,7 +199,7 @@ def test_the_doctor_finds_nothing_here_and_leaves_nothing(tmp_path: Path) -> Non
     home = Home(tmp_path / "h")
     found = levels(home)
     assert Level.FAIL not in set.union(*found.values())
-    assert {path.name for path in home.path.iterdir()} == {".gitignore", naming.MADE}
+    assert {path.name for path in home.path.iterdir()} == {".gitignore", object_keys.MADE}
 
 
 def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_the_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("os.link", no_links)
     monkeypatch.setattr("socket.create_server", no_ports)
-    monkeypatch.setattr(checkup, "FAIL_BELOW_BYTES", 0)
+    monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 0)
     monkeypatch.setattr("time.time", lambda: 1.0)
     found = levels(Home(tmp_path / "h"))
     assert found["folder"] == found["port"] == found["clock"] == {Level.FAIL}

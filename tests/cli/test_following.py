@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import following
-from batchlab.cli.following import Follower, Line, Which, to_json
+from batchlab.cli import logs as following
+from batchlab.cli.logs import Follower, Line, Which, to_json
 
 
 class Manager:

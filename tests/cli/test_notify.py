@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import session
-from batchlab.home import Home, ManagerRecord
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import FakeClient, Run, runner
 
 TARGET = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.asg.running import AsgSettings
-from batchlab.cli.replays import Request
+from batchlab.cli.replay import Request
+from batchlab.server.autoscaling_api.engine_loop import AsgSettings
 from tests.support.cli import Run, runner
 
 
@@ -25,7 +25,7 @@ def test_a_replays_limit_is_a_duration_or_a_number_of_seconds(
     run: Run, monkeypatch: pytest.MonkeyPatch, text: str, limit_s: float
 ) -> None:
     found: list[Request] = []
-    monkeypatch.setattr("batchlab.cli.replays.run", lambda request, **_: found.append(request))
+    monkeypatch.setattr("batchlab.cli.replay.run", lambda request, **_: found.append(request))
     assert run("scenario", "replay", "claims-month-end", "--limit", text)[0] == 0
     assert [one.limit_s for one in found] == [limit_s]
 
@@ -35,8 +35,12 @@ def test_the_notice_and_the_drain_of_an_auto_scaling_endpoint_are_durations(
 ) -> None:
     noticed: list[Any] = []
     served: list[AsgSettings] = []
-    monkeypatch.setattr("batchlab.asg.notices.give", lambda *given, **_: noticed.append(given))
-    monkeypatch.setattr("batchlab.services.asg.asg_main", lambda given, _: served.append(given))
+    monkeypatch.setattr(
+        "batchlab.server.autoscaling_api.metadata.give", lambda *given, **_: noticed.append(given)
+    )
+    monkeypatch.setattr(
+        "batchlab.server.autoscaling_service.asg_main", lambda given, _: served.append(given)
+    )
     interrupt = ("asg", "interrupt", "i-1", "--endpoint", "http://here")
     serve = ("asg", "serve", "--templates", tmp_path / "templates.toml")
     for more in ((), ("--notice", "1m30s"), ("--notice", 30)):

@@ -14,11 +14,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
-from batchlab import extras
-from batchlab.cli import NEEDED, main, output, templates
-from batchlab.cli import app as cli
-from batchlab.errors import JobFileError, Refused
-from batchlab.spec.problems import JobFileErrors
+from batchlab.cli import NEEDED, app, demo, main, output
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import JobFileError, Refused
+from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support.cli import Run, runner
 
 
@@ -73,7 +72,9 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
 
 
-OF_EXTRAS = frozenset(module for modules in extras.MODULES.values() for module in modules)
+OF_EXTRAS = frozenset(
+    module for modules in optional_dependencies.MODULES.values() for module in modules
+)
 HEAVY = frozenset(
     NEEDED - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
 )
@@ -97,13 +98,13 @@ def test_a_command_imports_no_others() -> None:
     imported = imported_by("job", "--help")
     heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer reads parameters with them
     assert imported.isdisjoint(heavy), imported & heavy
-    assert "batchlab.cli.jobs" in imported
+    assert "batchlab.cli.job" in imported
     assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
 
 
 def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -> None:
     """It is to be up soon, and there are many."""
-    code = "import sys, batchlab.services.worker; print(*sys.modules)"
+    code = "import sys, batchlab.server.worker_service; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(told.stdout.split())
     assert "batchlab.worker.loop" in imported
@@ -125,9 +126,9 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 def test_the_help_has_of_each_command_its_own_first_line() -> None:
-    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert list(commands) == list(cli.LISTED)
-    for name, listed in cli.LISTED.items():
+    commands = get_command(app.app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(app.LISTED)
+    for name, listed in app.LISTED.items():
         assert commands[name].get_short_help_str(200) == listed.about, name
 
 
@@ -199,7 +200,7 @@ def test_results_that_find_no_folder_are_refused_before_the_job_runs(
     run: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("")
-    templates.write(tmp_path, templates.starter_files())
+    demo.write(tmp_path, demo.starter_files())
     for backend in ("local", "sim"):
         where = ("--out", tmp_path / "taken", "--home", tmp_path / "h", "--backend", backend)
         code, _, err = run("run", tmp_path / "job.yaml", *where)
@@ -267,7 +268,7 @@ def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
 def test_init_of_an_example_comes_with_data_that_it_runs_on(
     run: Run, tmp_path: Path, example: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_RECORDS_BYTES", 2**16)
+    monkeypatch.setattr(demo, "_RECORDS_BYTES", 2**16)
     folder = tmp_path / example
     code, _, err = run("init", folder, "--example", example)
     assert code == 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.home import Home, Place
-from batchlab.scenario import record
+from batchlab.runtime.home import Home, Place
+from batchlab.scenarios.verdicts import record
 from tests.cli.test_commands import manager, run
 from tests.support.cli import FakeClient, Run, a_job
 from tests.support.reports.made import Made, write_run

@@ -15,54 +15,54 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from batchlab import backends
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.deployment import Deployment
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.cli import pools, progress, runner, running, runs, session
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.cli import grid_page, progress, run, run_history, run_job, session
 from batchlab.cli.session import Session
-from batchlab.client import Client
-from batchlab.errors import BackendError, Refused, Unreachable, UsageError
-from batchlab.home import Home, ManagerRecord
-from batchlab.model import ENDED, JobState, Pool
-from batchlab.patience import Patience
-from batchlab.protocol import naming, wire
-from batchlab.spec.jobfile import JobFile, load
-from batchlab.spec.starter import starter
-from batchlab.views import GridView
+from batchlab.client.http import Client
+from batchlab.core.api_types import GridView
+from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.core.model import ENDED, JobState, Pool
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
+from batchlab.jobs.job_file import JobFile, load
+from batchlab.jobs.starter import starter
+from batchlab.runtime import factory
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import a_grid, view
 
 # --- Which run -----------------------------------------------------------------------------------
 
 
 def put(objects: SimObjects, key: str, doc: dict[str, Any] | None = None) -> None:
-    asyncio.run(objects.put(key, wire.to_bytes({"v": wire.VERSION, **(doc or {})})))
+    asyncio.run(objects.put(key, json_format.to_bytes({"v": json_format.VERSION, **(doc or {})})))
 
 
-def latest(objects: SimObjects) -> runs.Run | None:
-    return asyncio.run(runs.latest(objects, "sums", "f1", Patience(random.Random(1))))
+def latest(objects: SimObjects) -> run_history.Run | None:
+    return asyncio.run(run_history.latest(objects, "sums", "f1", Patience(random.Random(1))))
 
 
 def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
     """Without a manager, so that a run is found whatever became of the one that began it."""
     objects = SimObjects()
     assert latest(objects) is None
-    first = naming.job_id("sums", "f1")
-    put(objects, naming.spec(first))
-    assert latest(objects) == runs.Run(1, first, None)
-    put(objects, naming.final(first, 0), {"state": "FAILED"})
-    assert latest(objects) == runs.Run(1, first, JobState.FAILED)
-    put(objects, naming.retry(first, 1))
-    assert latest(objects) == runs.Run(1, first, None)
-    put(objects, naming.final(first, 1), {"state": "SUCCEEDED"})
-    assert latest(objects) == runs.Run(1, first, JobState.SUCCEEDED)
-    second = naming.job_id("sums", "f1#2")
-    put(objects, naming.spec(second))
-    assert latest(objects) == runs.Run(2, second, None)
+    first = object_keys.job_id("sums", "f1")
+    put(objects, object_keys.spec(first))
+    assert latest(objects) == run_history.Run(1, first, None)
+    put(objects, object_keys.final(first, 0), {"state": "FAILED"})
+    assert latest(objects) == run_history.Run(1, first, JobState.FAILED)
+    put(objects, object_keys.retry(first, 1))
+    assert latest(objects) == run_history.Run(1, first, None)
+    put(objects, object_keys.final(first, 1), {"state": "SUCCEEDED"})
+    assert latest(objects) == run_history.Run(1, first, JobState.SUCCEEDED)
+    second = object_keys.job_id("sums", "f1#2")
+    put(objects, object_keys.spec(second))
+    assert latest(objects) == run_history.Run(2, second, None)
 
 
-def a_run(ended: JobState | None) -> runs.Run:
-    return runs.Run(3, naming.job_id("sums", "f1#3"), ended)
+def a_run(ended: JobState | None) -> run_history.Run:
+    return run_history.Run(3, object_keys.job_id("sums", "f1#3"), ended)
 
 
 @pytest.mark.parametrize("ended", [None, *sorted(ENDED)])
@@ -73,24 +73,24 @@ def test_which_run_is_gone_on_with(ended: JobState | None, resume: bool, cache: 
     refused = (resume and failed) or (not resume and ended is None)
     if refused:
         with pytest.raises(Refused) as error:
-            runner.choose(a_run(ended), resume=resume, cache=cache)
+            run_job.choose(a_run(ended), resume=resume, cache=cache)
         assert ("job retry" if failed else "--resume") in error.value.remedy
         assert a_run(ended).job in str(error.value)
         return
     same = resume or (cache and ended is JobState.SUCCEEDED)
-    assert runner.choose(a_run(ended), resume=resume, cache=cache) == (3 if same else 4)
+    assert run_job.choose(a_run(ended), resume=resume, cache=cache) == (3 if same else 4)
 
 
 def test_the_first_run_needs_no_earlier_one() -> None:
     for flag in (True, False):
-        assert runner.choose(None, resume=flag, cache=flag) == 1
+        assert run_job.choose(None, resume=flag, cache=flag) == 1
 
 
 def test_the_command_to_go_on_with_is_the_one_that_was_given() -> None:
     given = ["run", "my job.yaml", "--set", "a=b c", "--debug"]
-    once = running.again(given)
+    once = run.again(given)
     assert once == "batchlab run 'my job.yaml' --set 'a=b c' --resume"
-    assert running.again(shlex.split(once)[1:]) == once
+    assert run.again(shlex.split(once)[1:]) == once
 
 
 # --- What grid -----------------------------------------------------------------------------------
@@ -112,27 +112,27 @@ def edited(jobfile: JobFile, before: str, after: str) -> JobFile:
 
 
 def test_a_job_without_wishes_gets_the_backends_own_pools(jobfile: JobFile) -> None:
-    assert runner.pools_for(backends.load("local"), jobfile) == ()
+    assert run_job.pools_for(factory.load("local"), jobfile) == ()
 
 
 def test_the_grid_has_every_pool_and_slot_that_the_job_asks_for(jobfile: JobFile) -> None:
     """Pain 1: a stage whose pool does not exist waits for ever elsewhere."""
     wish = "timeout: 1m\n    pool: big\n    resources: {slots: 4}\n    retry: 3"
     jobfile = edited(jobfile, "timeout: 1m\n    retry: 3", wish)
-    backend = backends.load("local")
+    backend = factory.load("local")
     own = backend.pools[0]
-    assert runner.pools_for(backend, jobfile) == (own, Pool("big", 0, own.max_size, 4))
+    assert run_job.pools_for(backend, jobfile) == (own, Pool("big", 0, own.max_size, 4))
 
 
 def test_workers_bounds_every_pool(jobfile: JobFile) -> None:
-    backend = backends.load("local")
+    backend = factory.load("local")
     busy = replace(backend, pools=(Pool("default", 2, 8, 1),))
-    assert runner.pools_for(busy, jobfile, 1) == (Pool("default", 1, 1, 1),)
+    assert run_job.pools_for(busy, jobfile, 1) == (Pool("default", 1, 1, 1),)
 
 
 @pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16"])
 def test_a_pool_reads_as_it_is_written(text: str) -> None:
-    pool = pools.parse(text)
+    pool = grid_page.parse(text)
     assert f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}" == text
 
 
@@ -141,12 +141,12 @@ def test_a_pool_reads_as_it_is_written(text: str) -> None:
 )
 def test_what_is_no_pool_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="default:0-4x1"):
-        pools.parse(text)
+        grid_page.parse(text)
 
 
 def test_a_pool_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="given twice"):
-        pools.parse_all(["a:0-1x1", "a:0-2x1"])
+        grid_page.parse_all(["a:0-1x1", "a:0-2x1"])
 
 
 # --- A manager that dies -------------------------------------------------------------------------
@@ -193,9 +193,9 @@ class Managers:
 def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], Managers]:
     def make(lives: list[int]) -> Managers:
         made = Managers(Home(tmp_path), lives)
-        monkeypatch.setattr("batchlab.updown.start_manager", made.start)
-        monkeypatch.setattr("batchlab.updown.stop_manager", made.stop)
-        monkeypatch.setattr("batchlab.updown.has_started", made.has_started)
+        monkeypatch.setattr("batchlab.runtime.manager_process.start_manager", made.start)
+        monkeypatch.setattr("batchlab.runtime.manager_process.stop_manager", made.stop)
+        monkeypatch.setattr("batchlab.runtime.manager_process.has_started", made.has_started)
         monkeypatch.setattr(Client, "grid", lambda _: a_grid())
         monkeypatch.setattr(Home, "record", lambda _: made.record())
         return made
@@ -207,7 +207,7 @@ def test_a_manager_that_dies_is_replaced_and_the_question_asked_again(
     managers: Callable[[list[int]], Managers],
 ) -> None:
     made = managers([1, 1, 3])
-    with Session(made.home, backends.load("local")) as grid:
+    with Session(made.home, factory.load("local")) as grid:
         grid.start()
         assert [grid.call(lambda _: made.answer()) for _ in range(4)] == ["answer"] * 4
     assert (made.started, made.stopped) == (3, 1)
@@ -218,7 +218,7 @@ def test_managers_that_keep_dying_are_given_up_with_exit_code_three(
     managers: Callable[[list[int]], Managers],
 ) -> None:
     made = managers([1] * 10)
-    grid = Session(made.home, backends.load("local"))
+    grid = Session(made.home, factory.load("local"))
     with grid:
         grid.start()
         for _ in range(1 + session.REVIVALS):
@@ -234,7 +234,7 @@ def test_the_next_manager_of_a_standing_grid_stays_up_too(
 ) -> None:
     made = managers([1, 2])
     made.started = 1
-    with Session(made.home, backends.load("local"), [Pool("big", 0, 9, 9)]) as grid:
+    with Session(made.home, factory.load("local"), [Pool("big", 0, 9, 9)]) as grid:
         grid.start()
         assert [grid.call(lambda _: made.answer()) for _ in range(2)] == ["answer"] * 2
         assert not grid.ends_grid
@@ -252,7 +252,7 @@ def test_containers_that_stand_without_a_manager_are_not_taken_down(
     made.backend = "localstack"
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
     deployment.write(made.home, at)
-    with Session(made.home, backends.load("localstack")) as grid:
+    with Session(made.home, factory.load("localstack")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
     assert (made.started, made.stopped) == (1, 0)
@@ -266,7 +266,7 @@ def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
     made.backend, made.started = "localstack", 1
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
     deployment.write(made.home, at)
-    with Session(made.home, backends.load("localstack")) as grid:
+    with Session(made.home, factory.load("localstack")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
         deployment.forget(made.home)  # as `grid down` does
@@ -279,7 +279,7 @@ def test_a_manager_that_another_command_started_meanwhile_is_left_to_that(
 ) -> None:
     made = managers([2])
     made.is_ours = False
-    with Session(made.home, backends.load("local")) as grid:
+    with Session(made.home, factory.load("local")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
     assert made.stopped == 0
@@ -291,7 +291,7 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
     """A command that did not start the grid does not start its manager either."""
     made = managers([1, 1])
     made.started = 1
-    grid = Session(made.home, backends.load("localstack"))
+    grid = Session(made.home, factory.load("localstack"))
     grid._client = Client("http://1", "secret")
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
     deployment.write(made.home, at)
@@ -309,7 +309,7 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
     assert grid.call(ask) == "answer"
     assert not made.options
     deployment.forget(made.home)  # the grid was taken down meanwhile
-    attached = Session(made.home, backends.load("localstack"), revivals=0)
+    attached = Session(made.home, factory.load("localstack"), revivals=0)
     attached._client = grid._client
     with pytest.raises(Unreachable, match="nothing is lost"):
         attached.call(lambda _: made.answer())
@@ -318,7 +318,7 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
 def test_a_grid_that_was_up_is_left_up(managers: Callable[[list[int]], Managers]) -> None:
     made = managers([5])
     made.started = 1
-    with Session(made.home, backends.load("local")) as grid:
+    with Session(made.home, factory.load("local")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
     assert (made.started, made.stopped) == (1, 0)
@@ -335,7 +335,7 @@ def test_a_manager_that_does_not_lead_yet_is_waited_for(
             raise refusal
         return "now"
 
-    with Session(made.home, backends.load("local")) as grid:
+    with Session(made.home, factory.load("local")) as grid:
         grid.start()
         assert grid.call(ask) == "now"
 
@@ -348,7 +348,7 @@ def test_another_backends_grid_is_not_taken(
     monkeypatch.setattr(Home, "record", lambda _: record)
     with (
         pytest.raises(UsageError, match="--backend ministack"),
-        Session(made.home, backends.load("local")) as grid,
+        Session(made.home, factory.load("local")) as grid,
     ):
         grid.start()
     assert made.stopped == 0

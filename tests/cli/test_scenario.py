@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.scenario import loader
+from batchlab.scenarios.model import loader
 from tests.support.cli import Run, runner
 from tests.support.scenarios.files import FULL, changed
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
-from batchlab.backends import Backend
-from batchlab.cli import scheduling
-from batchlab.errors import NotFound, Refused
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
+from batchlab.cli import schedule_files
+from batchlab.core.errors import NotFound, Refused
+from batchlab.core.job_definition import JobDef
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home
 from tests.support import job_files as jobfiles
 from tests.support.cli import FakeClient, Run, at_home, runner
 
@@ -128,7 +128,7 @@ def test_a_job_file_is_uploaded_and_described(
     }
     assert job.max_cost_usd == 5
     assert job.input
-    objects = backends.load("local").open_objects(Home(folder / "h"))
+    objects = factory.load("local").open_objects(Home(folder / "h"))
     for key in (job.code or "", *job.input.keys):
         assert asyncio.run(objects.head(key))
     # The same again has nothing else in it, so the manager knows it again.
@@ -259,15 +259,15 @@ def test_a_job_file_that_has_changed_since_is_told_of(
 ) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
-    assert scheduling.since(view) == ""
+    assert schedule_files.since(view) == ""
     (folder / "data" / "a.csv").write_text("another")
-    assert "has changed since: runs are as it was when it was added" in scheduling.since(view)
+    assert "has changed since: runs are as it was when it was added" in schedule_files.since(view)
     manager.answers = {"schedule": view}
     assert "--replace takes what it is now" in run("schedule", "show", "nightly")[2]
     (folder / "job.yaml").write_text("name: [")
-    assert "is no job file that can be run now" in scheduling.since(view)
+    assert "is no job file that can be run now" in schedule_files.since(view)
     (folder / "job.yaml").unlink()
-    assert scheduling.since(view) == ""
+    assert schedule_files.since(view) == ""
 
 
 def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], run: Run) -> None:

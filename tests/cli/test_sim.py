@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.fuzzed import Campaign
 from batchlab.cli.signals import Stopped
-from batchlab.model import JobId
+from batchlab.cli.sim import Campaign
+from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants
 from batchlab.sim.faults import Fault, FaultKind
-from batchlab.sim.fuzz import Failure, Tried
-from batchlab.sim.shrink import Shrunk
-from batchlab.sim.watch import Violated
+from batchlab.sim.fuzz import Failure, Shrunk, Tried
+from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
 from tests.support.cli import Run, runner
 

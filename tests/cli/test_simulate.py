@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.cli import replays
-from batchlab.forecast.calibrate import write
-from batchlab.scenario import loader
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.record import read
+from batchlab.cli import replay
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.forecast.calibration import write
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.verdicts.record import read
 from tests.support.cli import Run, runner
 
 PEAK = """\
@@ -139,7 +139,7 @@ def test_how_long_many_tasks_take_is_told_before(
 ) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
-    monkeypatch.setattr("batchlab.cli.forecasting.MANY_TASKS", 8)
+    monkeypatch.setattr("batchlab.cli.simulate.MANY_TASKS", 8)
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 
@@ -148,10 +148,10 @@ def test_who_replays_a_night_in_real_time_is_told_so_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = peak(tmp_path)
-    replays._tell_long(loader.load(path), None)
+    replay._tell_long(loader.load(path), None)
     assert capsys.readouterr().err == ""
     path.write_text(path.read_text().replace("[0s, 30s]", "[0s, 9h]"))
-    replays._tell_long(loader.load(path), None)
+    replay._tell_long(loader.load(path), None)
     assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (
         capsys.readouterr().err
     )
@@ -161,10 +161,10 @@ def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = peak(tmp_path)
-    replays._tell_large(loader.load(path), backends.load("local"))
+    replay._tell_large(loader.load(path), factory.load("local"))
     path.write_text(path.read_text().replace("max: 2", "max: 800"))
-    replays._tell_large(loader.load(path), backends.load("aws"))
+    replay._tell_large(loader.load(path), factory.load("aws"))
     assert capsys.readouterr().err == ""
-    replays._tell_large(loader.load(path), backends.load("local"))
+    replay._tell_large(loader.load(path), factory.load("local"))
     told = capsys.readouterr().err
     assert "Its fleet may come to 800 instances, each a process of this machine" in told

@@ -1,1 +1,1 @@
-"""Tests of `batchlab.client`."""
+"""Tests of `batchlab.client.http`."""

@@ -13,14 +13,13 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.errors import JobFailed, TaskFailed, Unreachable, UsageError
-from batchlab.grid import incoming, pyexit, spare
-from batchlab.grid.calls import BrokenGridExecutor, CallFuture, WorkerDied
-from batchlab.grid.dispatch import Dispatch
-from batchlab.grid.packing import Call
-from batchlab.grid.shipping import Shipping
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
+from batchlab.client import results, thread_cache
+from batchlab.client.dispatch import Dispatch
+from batchlab.client.futures import BrokenGridExecutor, Call, CallFuture, WorkerDied
+from batchlab.client.pickling import Shipping
+from batchlab.core.errors import JobFailed, TaskFailed, Unreachable, UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
 
 JOB = JobId("job-0")
 WAIT_S = 20.0
@@ -266,16 +265,16 @@ def test_without_room_for_a_thread_calls_are_sent_all_the_same(
     grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As while Python ends, from 3.12 on."""
-    run = spare.run
+    run = thread_cache.run
 
-    def full(_: spare.Work) -> None:
+    def full(_: thread_cache.Work) -> None:
         raise RuntimeError("can't start new thread")
 
-    def once(work: spare.Work, then: spare.Work) -> None:
+    def once(work: thread_cache.Work, then: thread_cache.Work) -> None:
         run(work, then)
-        monkeypatch.setattr(spare, "run", full)
+        monkeypatch.setattr(thread_cache, "run", full)
 
-    monkeypatch.setattr(spare, "run", once)
+    monkeypatch.setattr(thread_cache, "run", once)
     call = submit(dispatch)
     grid.wait_for_job()
     dispatch.outcome(JOB, outcome(6))
@@ -294,7 +293,7 @@ def test_a_thread_that_is_interrupted_while_it_starts_is_not_counted_on(
         late.append(thread)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spare, "run", spare.Spares("interrupted", 0.01).run)
+    monkeypatch.setattr(thread_cache, "run", thread_cache.Spares("interrupted", 0.01).run)
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(dispatch)
@@ -323,7 +322,7 @@ def test_a_forked_child_ends_while_its_parent_has_calls_out(
     grid.wait_for_job()
     child = os.fork()
     if not child:
-        pyexit._at_exit()  # what Python does at its end
+        thread_cache._at_exit()  # what Python does at its end
         os._exit(0)
     end_s = time.monotonic() + WAIT_S
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -343,9 +342,9 @@ def test_what_is_listed_once_more_is_not_read_once_more(
 
     def noting(link: Any, where: Any, stage: Any, tasks: Any, *rest: Any) -> Iterator[Any]:
         read.append(list(tasks))
-        yield from incoming.decoded(link, where, stage, tasks, *rest)
+        yield from results.decoded(link, where, stage, tasks, *rest)
 
-    monkeypatch.setattr("batchlab.grid.dispatch.decoded", noting)
+    monkeypatch.setattr("batchlab.client.dispatch.decoded", noting)
     futures = [CallFuture(), CallFuture()]
     dispatch.submit_all([Call(one, abs, (-1,), {}) for one in futures], bundle=None)
     grid.wait_for_job()
@@ -360,6 +359,6 @@ def test_what_is_listed_once_more_is_not_read_once_more(
 def test_no_call_is_taken_while_python_ends(
     dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pyexit, "begun", lambda: True)
+    monkeypatch.setattr(thread_cache, "begun", lambda: True)
     with pytest.raises(RuntimeError, match="after interpreter shutdown"):
         submit(dispatch)

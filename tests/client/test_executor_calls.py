@@ -13,14 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.errors import TaskFailed
-from batchlab.grid.calls import Batch, CallFuture, RemoteTraceback, revived
-from batchlab.grid.packing import Call, Packed, Packer
-from batchlab.grid.shipping import Shipping
-from batchlab.manager.plans import PART_ITEMS
-from batchlab.model import JobId
-from batchlab.protocol import values
-from batchlab.worker.calls import Calls, Initializer, Raised, Timed
+from batchlab.client.futures import (
+    Batch,
+    Call,
+    CallFuture,
+    Packed,
+    Packer,
+    RemoteTraceback,
+    revived,
+)
+from batchlab.client.pickling import Shipping
+from batchlab.core.errors import TaskFailed
+from batchlab.core.model import JobId
+from batchlab.core.protocol import values
+from batchlab.manager.jobs.stage_plans import PART_ITEMS
+from batchlab.worker.executor_calls import Calls, Initializer, Raised, Timed
 
 JOB = JobId("job-1")
 

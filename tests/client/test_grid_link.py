@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.grid import link as linking
-from batchlab.grid.link import Link
-from batchlab.home import Home, ManagerRecord
+from batchlab.client import grid_link
+from batchlab.client.grid_link import Link
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import FakeClient, a_job
 
 
@@ -18,10 +18,10 @@ from tests.support.cli import FakeClient, a_job
 def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
     FakeClient.answers, FakeClient.asked = {"cancel": a_job("j-0123456789")}, []
     record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
-    monkeypatch.setattr(linking, "Client", FakeClient)
+    monkeypatch.setattr(grid_link, "Client", FakeClient)
     monkeypatch.setattr(Home, "record", lambda self: record)
     monkeypatch.setattr(Home, "token", lambda self: "secret")
-    return Link(backends.load("local"), Home(tmp_path / "h"), ())
+    return Link(factory.load("local"), Home(tmp_path / "h"), ())
 
 
 def cancelled() -> list[str]:
@@ -60,7 +60,7 @@ def test_they_are_even_where_an_interrupt_has_left_a_lock_taken(
     link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It hits between a lock's being taken and its being let go, which Python cannot rule out."""
-    monkeypatch.setattr(linking, "STUCK_S", 0.05)
+    monkeypatch.setattr(grid_link, "STUCK_S", 0.05)
     lock = threading.Lock()
     lock.acquire()
     link._loop.call_soon_threadsafe(lock.acquire)

@@ -9,8 +9,8 @@ from http.client import HTTPResponse
 
 import pytest
 
-from batchlab.client import Client
-from batchlab.errors import NotFound
+from batchlab.client.http import Client
+from batchlab.core.errors import NotFound
 from tests.support.http_proxy import Answer, Request, proven, standing
 
 

@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import cast
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import TaskFailed
-from batchlab.grid.incoming import GAP_S, decoded, gap_s
-from batchlab.grid.link import Link
-from batchlab.model import JobId, Json
-from batchlab.protocol.references import Own
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.client.grid_link import Link
+from batchlab.client.results import GAP_S, decoded, gap_s
+from batchlab.core.errors import TaskFailed
+from batchlab.core.model import JobId, Json
+from batchlab.core.protocol.references import Own
 
 
 class FakeLink:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from batchlab.grid.spare import Spares
+from batchlab.client.thread_cache import Spares
 
 WAIT_S = 10.0
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.conform import report, sources
+from batchlab.conform import check as sources
+from batchlab.conform import report
 from batchlab.conform.check import Answer, Check, Differs, Severity, Verdict
-from batchlab.conform.checks import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
+from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 from batchlab.conform.run import Result
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import conform as command
+from batchlab.cli import conform
 from batchlab.cli.signals import Stopped
 from batchlab.conform.check import Check, Verdict
-from batchlab.conform.checks import CHECKS
+from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result
 from batchlab.conform.target import Target
 from tests.support import cli as cli_rig
@@ -208,8 +208,8 @@ def test_only_the_first_interrupt_that_is_heard_counts(
     monkeypatch.setattr(Target, "close", close)
     with (
         pytest.raises(Stopped),
-        command._interruptible(),
-        command._target(NOWHERE.url, None, None, None),
+        conform._interruptible(),
+        conform._target(NOWHERE.url, None, None, None),
     ):
         work()
     assert cleaned == ["all"]

@@ -10,14 +10,14 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, FlexibleChecksumError
 from botocore.parsers import ResponseParserError
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
 from batchlab.conform import run as running
 from batchlab.conform.check import Answer, Check, Differs, Run, Severity, Untried, Verdict
-from batchlab.conform.checks import CHECKS
+from batchlab.conform.check_table import CHECKS
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target, endpoint
-from batchlab.errors import AlreadyExists, Throttled, Unreachable, UsageError
+from batchlab.core.errors import AlreadyExists, Throttled, Unreachable, UsageError
 from tests.support.conform.site import NOWHERE, no_aws
 
 __all__ = ["no_aws"]

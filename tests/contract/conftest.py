@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from batchlab.adapters.sqs import SqsQueue
+from batchlab.adapters.aws.sqs import SqsQueue
 from tests.support.aws.autoscaling_fixtures import our, ours, wire
 from tests.support.aws.emulators import EMULATORS
 from tests.support.contract.queue_worlds import CHECKS, QueueWorld, at_emulator

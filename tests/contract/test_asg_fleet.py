@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from tests.contract import test_fleet as suite
 from tests.support.aws.autoscaling_api import checks_of, endpoint_world, moto_world, processes_world
 

@@ -13,12 +13,19 @@ from uuid import uuid4
 import pytest
 from botocore.exceptions import ClientError
 
-from batchlab.adapters import aws as shared
+from batchlab.adapters.aws import endpoint
+from batchlab.adapters.aws.fleet import Ec2Fleet
+from batchlab.adapters.aws.group_template import DRAIN_HOOK, READY_HOOK, GroupForm
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.ec2_fleet import Ec2Fleet
-from batchlab.adapters.ec2_form import DRAIN_HOOK, READY_HOOK, GroupForm
-from batchlab.errors import AlreadyExists, BackendError, NotFound, Refused, Throttled, Unreachable
-from batchlab.model import LifecycleState
+from batchlab.core.errors import (
+    AlreadyExists,
+    BackendError,
+    NotFound,
+    Refused,
+    Throttled,
+    Unreachable,
+)
+from batchlab.core.model import LifecycleState
 from tests.support.aws.autoscaling_api import TEMPLATE, ZONE, Behaving, Served, autoscaling, served
 from tests.support.fleet import STEADY, FleetRig, TableLauncher, in_service, names
 
@@ -267,6 +274,6 @@ def test_an_error_of_the_service_is_one_of_ours(code: str) -> None:
         "Error": {"Code": code, "Message": "why"},
         "ResponseMetadata": {"HTTPStatusCode": status},
     }
-    with pytest.raises(MEANT[code]) as told, shared.translated("Pool 'p'"):
+    with pytest.raises(MEANT[code]) as told, endpoint.translated("Pool 'p'"):
         raise ClientError(answer, "SetDesiredCapacity")
     assert str(told.value).startswith(f"Pool 'p': why ({code}).")

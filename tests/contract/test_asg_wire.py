@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from batchlab.asg.actions import ACTIONS
-from batchlab.asg.service import model
-from batchlab.asg.templates import template_id
+from batchlab.server.autoscaling_api.launch_templates import template_id
+from batchlab.server.autoscaling_api.query_protocol import model
+from batchlab.server.autoscaling_api.scheduled_changes import ACTIONS_ACTIONS as ACTIONS
 from tests.support.aws.autoscaling_api import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.errors import Refused
-from batchlab.model import LifecycleState
+from batchlab.core.errors import Refused
+from batchlab.core.model import LifecycleState
 from tests.support.fleet import (
     FLEET_WORLDS,
     STEADY,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from batchlab.errors import AlreadyExists, BackendError
+from batchlab.core.errors import AlreadyExists, BackendError
 from tests.support.fleet import (
     ABSENT,
     BROKEN,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import NotFound
-from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.model import (
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import (
     ENDED,
     Control,
     FailureKind,
@@ -21,7 +21,7 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import (
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     Cut,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters import threads
-from batchlab.errors import BackendError, Unreachable
+from batchlab.core.errors import BackendError, Unreachable
 from tests.support.contract.ledger_suite import (
     JOB,
     bundle,

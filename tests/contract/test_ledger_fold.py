@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchlab.adapters.sim.ledger import SimLedger
+from batchlab.adapters.memory.ledger import SimLedger
 from batchlab.adapters.sql import open_memory
-from batchlab.errors import NotFound
-from batchlab.model import BundleId, Completion, JobId, StageCounts, TaskSet
-from batchlab.ports import AddCut, BundleRecord, Cut, Fold, SetPlanned
-from batchlab.sim.loop import SimLoop
+from batchlab.core.errors import NotFound
+from batchlab.core.model import BundleId, Completion, JobId, StageCounts, TaskSet
+from batchlab.core.ports import AddCut, BundleRecord, Cut, Fold, SetPlanned
+from batchlab.sim.event_loop import SimLoop
 from tests.support.contract.ledger_suite import (
     INDEX,
     JOB,

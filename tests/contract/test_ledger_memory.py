@@ -8,12 +8,22 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.ledger import SimLedger
-from batchlab.errors import NotFound
-from batchlab.model import Completion, Control, JobId, JobState, StageName
-from batchlab.ports import AddJob, Ending, Fold, JobRows, Ledger, Past, Reopen, Reopening, Round
-from batchlab.protocol import settle, wire
-from batchlab.sim.loop import SimLoop
+from batchlab.adapters.memory.ledger import SimLedger
+from batchlab.core.errors import NotFound
+from batchlab.core.model import Completion, Control, JobId, JobState, StageName
+from batchlab.core.ports import (
+    AddJob,
+    Ending,
+    Fold,
+    JobRows,
+    Ledger,
+    Past,
+    Reopen,
+    Reopening,
+    Round,
+)
+from batchlab.core.protocol import json_format, settlement
+from batchlab.sim.event_loop import SimLoop
 from tests.support.contract.ledger_lives import Call, answer, anything
 from tests.support.contract.ledger_suite import (
     INDEX,
@@ -118,10 +128,10 @@ def _past(rng: Random) -> Past:
     cuts, completions = history(rng, 9)
     # As they come off the wire, with microseconds; memory keeps what it is given.
     some = [
-        wire.completion_from_json(wire.completion_to_json(one))
+        json_format.completion_from_json(json_format.completion_to_json(one))
         for one in completions[: rng.randint(0, len(completions))]
     ]
-    lost = tuple(settle.casualties(JOB, one) for one in some)
+    lost = tuple(settlement.casualties(JOB, one) for one in some)
     end = Ending(JobState.FAILED, "no luck", 50.0, {RESIZE: 2, TOTAL: 1})
     rounds = [Round((), tuple(cuts), {INDEX: 9}, tuple(some), lost, end)]
     if rng.random() < 0.5:

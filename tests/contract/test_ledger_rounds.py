@@ -8,14 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.model import (
-    Control,
-    JobId,
-    JobState,
-    StageName,
-    TaskSet,
-)
-from batchlab.ports import (
+from batchlab.core.model import Control, JobId, JobState, StageName, TaskSet
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     Ending,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.simpledb import store
+from batchlab.adapters.simpledb import domain
 from batchlab.adapters.simpledb.ledger import SimpleDbLedger
-from batchlab.errors import Throttled, Unreachable
-from batchlab.model import Control, JobId, JobState
-from batchlab.ports import AddJob, Ending, Fold, Ledger, Past, Reopening, Round
+from batchlab.core.errors import Throttled, Unreachable
+from batchlab.core.model import Control, JobId, JobState
+from batchlab.core.ports import AddJob, Ending, Fold, Ledger, Past, Reopening, Round
 from tests.support.contract.ledger_lives import Call, answer, anything
 from tests.support.contract.ledger_suite import (
     CALLS,
@@ -75,7 +75,7 @@ def test_a_process_may_end_between_any_two_calls(
 ) -> None:
     """Pain 6: whatever it was about to do has happened or has not, and can be done again. In the
     end there is nothing left of all those deaths."""
-    monkeypatch.setattr(store, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(domain, "PATIENCE_S", 0.0)
 
     async def dies_after(calls: int, mortal: Ledger, call: Call) -> bool:
         """Whether it died before it was done."""

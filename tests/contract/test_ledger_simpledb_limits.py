@@ -7,12 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.simpledb import open_simpledb, store
-from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable, UsageError
-from batchlab.jobdef import InputDef, SplitBy
-from batchlab.model import JobId, JobState, TaskSet
-from batchlab.ports import AddCut, Ending, Finish
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.simpledb import domain, open_simpledb
+from batchlab.core.errors import (
+    BackendError,
+    NotFound,
+    Throttled,
+    TooLarge,
+    Unreachable,
+    UsageError,
+)
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import JobId, JobState, TaskSet
+from batchlab.core.ports import AddCut, Ending, Finish
 from tests.support.contract.ledger_suite import (
     JOB,
     bundle,
@@ -117,7 +124,7 @@ def test_on_aws_the_users_own_configuration_is_used(
 def test_a_service_that_refuses_for_long_is_throttled(
     simpledb: Sdb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(domain, "PATIENCE_S", 0.2)
 
     async def main() -> None:
         async with ledger_in(simpledb) as ledger:

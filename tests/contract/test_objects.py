@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchlab.errors import AlreadyExists, NotFound
+from batchlab.core.errors import AlreadyExists, NotFound
 from tests.support.contract.objects_worlds import ObjectsWorld, on_every_bucket
 
 EVERY_BYTE = bytes(range(256)) * 3

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from obstore.store import S3Store
 
-from batchlab.adapters import folders
-from batchlab.adapters.local_objects import FilesInPlace, open_local
+from batchlab.adapters.local import local_files
+from batchlab.adapters.local.objects import FilesInPlace, open_local
 from batchlab.adapters.obstore_objects import ObstoreObjects
-from batchlab.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 
 RACE = """
 import asyncio, sys
 from pathlib import Path
-from batchlab.adapters.local_objects import open_local
-from batchlab.errors import AlreadyExists
+from batchlab.adapters.local.objects import open_local
+from batchlab.core.errors import AlreadyExists
 
 async def race(root, who, rounds):
     objects = open_local(Path(root))
@@ -49,7 +49,7 @@ asyncio.run(race(*sys.argv[1:]))
 PUT_FOR_EVER = """
 import asyncio, itertools, sys
 from pathlib import Path
-from batchlab.adapters.local_objects import open_local
+from batchlab.adapters.local.objects import open_local
 
 async def put(root, source):
     objects = open_local(Path(root))
@@ -223,7 +223,7 @@ def test_two_calls_that_fetch_to_one_place_do_not_write_into_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One whose caller was cancelled goes on in its thread, beside the next one."""
-    both, copy, staged = threading.Barrier(2, timeout=10.0), folders.copy_out, set[Path]()
+    both, copy, staged = threading.Barrier(2, timeout=10.0), local_files.copy_out, set[Path]()
 
     def copy_out(source: Path, target: Path) -> None:
         staged.add(target)
@@ -233,7 +233,7 @@ def test_two_calls_that_fetch_to_one_place_do_not_write_into_one_file(
     async def act() -> None:
         objects = open_local(tmp_path / "bucket")
         await objects.put("functions/f", b"whole")
-        monkeypatch.setattr(folders, "copy_out", copy_out)
+        monkeypatch.setattr(local_files, "copy_out", copy_out)
         calls = [objects.download("functions/f", tmp_path / "f") for _ in range(2)]
         assert await asyncio.gather(*calls) == [5, 5]
 

@@ -12,8 +12,8 @@ import pytest
 
 from batchlab.adapters import gcs
 from batchlab.adapters.bucket import Bucket
-from batchlab.errors import AlreadyExists, BackendError, NotFound, TooLarge
-from batchlab.tally import Requests, Tally
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, TooLarge
+from batchlab.core.request_counter import Requests, Tally
 from tests.support.gcs_stub import Stub, served
 
 if TYPE_CHECKING:

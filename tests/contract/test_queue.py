@@ -8,8 +8,8 @@ import asyncio
 
 import pytest
 
-from batchlab.errors import NotFound
-from batchlab.ports import Depth, Outgoing, QueueSpec
+from batchlab.core.errors import NotFound
+from batchlab.core.ports import Depth, Outgoing, QueueSpec
 from tests.support.contract.queue_worlds import QueueWorld, bodies, on_every_queue, receipts
 
 HOUR_S = 3600.0

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from batchlab.errors import NotFound, Throttled, TooLarge
-from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing, QueueSpec
+from batchlab.core.errors import NotFound, Throttled, TooLarge
+from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing, QueueSpec
 from tests.support.contract.queue_worlds import IN_FLIGHT, QueueWorld, on_every_queue, receipts
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.ports import Depth, Outgoing, QueueSpec
-from batchlab.sim.loop import SimLoop
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.ports import Depth, Outgoing, QueueSpec
+from batchlab.sim.event_loop import SimLoop
 from tests.support.contract.queue_worlds import LoopClock, bodies, receipts
 
 T = TypeVar("T")

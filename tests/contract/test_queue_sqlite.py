@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sqlite_messages import SqliteMessages, Taken
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.errors import BackendError
-from batchlab.ports import Outgoing, QueueSpec
+from batchlab.adapters.local.sqlite_messages import SqliteMessages, Taken
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.core.errors import BackendError
+from batchlab.core.ports import Outgoing, QueueSpec
 from tests.support.contract.queue_worlds import SteppedClock
 
 PRELUDE = """
 import asyncio, itertools, sys, time
 from pathlib import Path
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.ports import Outgoing, QueueSpec
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.core.ports import Outgoing, QueueSpec
 
 def say(*words):
     print(*words, flush=True)

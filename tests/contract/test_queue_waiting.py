@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from batchlab.ports import Depth, Message, Outgoing
+from batchlab.core.ports import Depth, Message, Outgoing
 from tests.support.contract.queue_worlds import QueueWorld, bodies, on_every_queue_alone, receipts
 
 SOON_S = 0.5

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.ministack import Emulator
-from batchlab.adapters.objects import open_s3
-from batchlab.adapters.sqs import SqsQueue
-from batchlab.errors import NotFound, Unreachable
-from batchlab.ports import Outgoing, QueueSpec
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.adapters.aws.sqs import SqsQueue
+from batchlab.adapters.local.ministack import Emulator
+from batchlab.core.errors import NotFound, Unreachable
+from batchlab.core.ports import Outgoing, QueueSpec
 from tests.support.aws.emulators import (
     EMULATORS,
     localstack_python,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint, session
-from batchlab.adapters.notify.sns import Topics
-from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.adapters.aws.endpoint import Endpoint, session
+from batchlab.adapters.notifications.sns_and_command import Topics
+from batchlab.core.notifications import NotDelivered, Notification, Target
 
 REGION = "us-east-1"
 ONE = Notification("1d" * 16, "failed", "sums-1", "topic", None, '{"v":1,"job":{}}', 1.0)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.sqs import _RECEIVES, SqsQueue
-from batchlab.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
-from batchlab.ports import Depth, Outgoing, QueueSpec
+from batchlab.adapters.aws.sqs import _RECEIVES, SqsQueue
+from batchlab.core.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
+from batchlab.core.ports import Depth, Outgoing, QueueSpec
 from tests.support.aws.scripted_sqs import Answer, Script, refusal, scripted
 
 LONG_S = 60.0

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.objects import open_s3
-from batchlab.adapters.sqs import SqsQueue
-from batchlab.errors import NotFound
-from batchlab.ports import Message, Objects, Outgoing, QueueSpec
-from batchlab.tally import STEP_BYTES, Requests, Tally
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.adapters.aws.sqs import SqsQueue
+from batchlab.core.errors import NotFound
+from batchlab.core.ports import Message, Objects, Outgoing, QueueSpec
+from batchlab.core.request_counter import STEP_BYTES, Requests, Tally
 from tests.support.conform.proxy import Request, Response, Send, proxy
 
 SPEC = QueueSpec("work", visibility_s=30.0)

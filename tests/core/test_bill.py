@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.costs import prices
-from batchlab.costs.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
-from batchlab.costs.cap import Budget, Purse, launch_usd, launches
-from batchlab.costs.hourly import hourly_cost
-from batchlab.costs.meter import Account, Kind, Meter
-from batchlab.costs.transfer import Moved
-from batchlab.model import Instance, JobId, LifecycleState, Machine, Market, Pool
-from batchlab.tally import Requests, Tally
+from batchlab.core.model import Instance, JobId, LifecycleState, Machine, Market, Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
+from batchlab.core.pricing.cap import Budget, Purse, launch_usd, launches
+from batchlab.core.pricing.hourly import hourly_cost
+from batchlab.core.pricing.request_costs import Moved
+from batchlab.core.pricing.usage_meter import Account, Kind, Meter
+from batchlab.core.request_counter import Requests, Tally
 
-BOOK = prices.load()
+BOOK = price_book.load()
 POOL = Pool("default", 0, 4, 2, instance_type="m7i.large")
 ON_DEMAND = Kind("default", "m7i.large")
 SPOT = Kind("default", "m7i.large", Market.SPOT)

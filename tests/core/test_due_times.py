@@ -11,8 +11,8 @@ from cronsim import CronSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchlab.errors import UsageError
-from batchlab.schedule import times
+from batchlab.core.errors import UsageError
+from batchlab.core.schedules import due_times
 
 CHANGES = [
     ("Europe/Berlin", "2026-03-29T00:00"),
@@ -36,7 +36,7 @@ def at(text: str) -> float:
 
 def between(cron: str, zone: str, after_s: float, until_s: float) -> list[float]:
     found = []
-    for due_s in times.due_times(cron, ZoneInfo(zone), after_s):
+    for due_s in due_times.due_times(cron, ZoneInfo(zone), after_s):
         if due_s > until_s:
             break
         found.append(due_s)
@@ -116,7 +116,7 @@ def test_due_times_are_the_same_from_wherever_they_are_looked_at(
     whole = between(cron, zone, from_s, until_s)
     seen_s = at(middle) + off_s
     assert between(cron, zone, seen_s, until_s) == [one for one in whole if one > seen_s]
-    last, more = times.latest(cron, ZoneInfo(zone), from_s, seen_s, 7)
+    last, more = due_times.latest(cron, ZoneInfo(zone), from_s, seen_s, 7)
     earlier = [one for one in whole if one <= seen_s]
     assert last == earlier[-7:]
     assert more == (len(earlier) > 7)
@@ -124,11 +124,11 @@ def test_due_times_are_the_same_from_wherever_they_are_looked_at(
 
 def test_a_year_of_minutes_is_not_walked_through() -> None:
     until_s = at("2026-06-01T00:00")
-    found, more = times.latest("* * * * *", ZoneInfo("UTC"), 0.0, until_s, 100)
+    found, more = due_times.latest("* * * * *", ZoneInfo("UTC"), 0.0, until_s, 100)
     assert more
     assert found == [until_s - 60 * back for back in range(99, -1, -1)]
-    (first,) = islice(times.due_times("0 0 29 2 *", ZoneInfo("Europe/Berlin"), until_s), 1)
-    assert times.iso(first) == "2028-02-28T23:00:00Z"
+    (first,) = islice(due_times.due_times("0 0 29 2 *", ZoneInfo("Europe/Berlin"), until_s), 1)
+    assert due_times.iso(first) == "2028-02-28T23:00:00Z"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_year_of_minutes_is_not_walked_through() -> None:
 def test_the_end_of_a_month_as_docs_have_it(cron: str, days: list[str]) -> None:
     """31 January and 28 February 2027 are Sundays."""
     found = between(cron, "UTC", at("2026-12-01"), at("2027-03-01"))
-    assert [times.iso(one)[:10] for one in found] == days
+    assert [due_times.iso(one)[:10] for one in found] == days
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_end_of_a_month_as_docs_have_it(cron: str, days: list[str]) -> None:
 )
 def test_what_is_no_due_time_is_told_in_a_sentence(cron: str, zone: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        times.check(cron, zone)
+        due_times.check(cron, zone)
     assert told in caught.value.message
     assert caught.value.remedy
 
@@ -180,4 +180,4 @@ def test_what_is_no_due_time_is_told_in_a_sentence(cron: str, zone: str, told: s
     ],
 )
 def test_a_local_time_is_taken_as_cron_takes_it(local: str, zone: str, utc: str) -> None:
-    assert times.iso(times.of_local(datetime.fromisoformat(local), ZoneInfo(zone))) == utc
+    assert due_times.iso(due_times.of_local(datetime.fromisoformat(local), ZoneInfo(zone))) == utc

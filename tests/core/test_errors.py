@@ -12,11 +12,11 @@ PACKAGE = Path(batchlab.__file__).parent
 CAUSED = {"UsageError", "JobFileError"}
 SAID_BY_OTHERS = {
     # In the words of a service, or of what has called it.
-    "asg/notices.py",
+    "server/autoscaling_api/metadata.py",
     # Of zips and results that somebody has made by hand, against what batchlab writes.
-    *("results.py", "worker/code.py"),
+    *("results.py", "worker/code_cache.py"),
     # A program's own mistake.
-    "adapters/docker_engine.py",
+    "adapters/docker/engine.py",
 }
 
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.costs import prices, requests
-from batchlab.costs.estimate import (
-    Policy,
-    PoolPlan,
-    StageLoad,
-    bundles_of,
-    estimate,
-    loads,
-)
-from batchlab.costs.requests import PER_BUNDLE, Pace
-from batchlab.errors import UsageError
-from batchlab.jobdef import StageDef
-from batchlab.model import StageName
-from batchlab.protocol import sizing
-from batchlab.tally import Requests, steps
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import StageName
+from batchlab.core.pricing import price_book, request_costs
+from batchlab.core.pricing.estimate import Policy, PoolPlan, StageLoad, bundles_of, estimate, loads
+from batchlab.core.pricing.request_costs import PER_BUNDLE, Pace
+from batchlab.core.protocol import bundle_size
+from batchlab.core.request_counter import Requests, steps
 
-BOOK = prices.load()
+BOOK = price_book.load()
 POOL = PoolPlan("default", "m7i.large", slots=2, max_size=10, boot_s=60.0, disk_gb=0.0)
 
 
@@ -41,12 +34,14 @@ def test_sqs_bills_every_64_kib_and_never_less_than_one(payload_bytes: int, bill
 
 def test_a_million_requests_cost_what_the_pricing_pages_say() -> None:
     """0.40 for a million of SQS; 5 for a million PUT, 0.40 for a million GET; DELETE is free."""
-    assert requests.usd_of(Requests(sqs=1e6), BOOK) == pytest.approx((0.40, 0.0))
-    assert requests.usd_of(Requests(s3_puts=1e6), BOOK) == pytest.approx((0.0, 5.0))
-    assert requests.usd_of(Requests(s3_gets=1e6), BOOK) == pytest.approx((0.0, 0.40))
-    assert requests.usd_of(Requests(s3_deletes=1e6), BOOK) == (0.0, 0.0)
+    assert request_costs.usd_of(Requests(sqs=1e6), BOOK) == pytest.approx((0.40, 0.0))
+    assert request_costs.usd_of(Requests(s3_puts=1e6), BOOK) == pytest.approx((0.0, 5.0))
+    assert request_costs.usd_of(Requests(s3_gets=1e6), BOOK) == pytest.approx((0.0, 0.40))
+    assert request_costs.usd_of(Requests(s3_deletes=1e6), BOOK) == (0.0, 0.0)
     # An empty receive is a receive: it is in `sqs` and not billed twice.
-    assert requests.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx((0.40, 0.0))
+    assert request_costs.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx(
+        (0.40, 0.0)
+    )
 
 
 def test_compute_and_idle_by_hand() -> None:
@@ -119,10 +114,10 @@ def test_bundles_are_counted_as_the_manager_cuts_them(
     tasks: int, slots: int, mean_s: float, fixed: int | None
 ) -> None:
     window = 3 * slots + 1
-    first = [] if fixed is not None else sizing.wave(tasks, slots, None, None, window)
+    first = [] if fixed is not None else bundle_size.wave(tasks, slots, None, None, window)
     left, count = tasks - sum(first), len(first)
     while left:
-        sizes = sizing.wave(left, slots, mean_s, fixed, window)
+        sizes = bundle_size.wave(left, slots, mean_s, fixed, window)
         left -= sum(sizes)
         count += len(sizes)
     assert bundles_of(tasks, slots, mean_s, fixed) == pytest.approx(count, abs=slots)

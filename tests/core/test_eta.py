@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.eta import Eta, Pace, Room, StageWork, estimate, told
-from batchlab.words import about
+from batchlab.core.eta import Eta, Pace, Room, StageWork, estimate, told
+from batchlab.core.text import about
 
 
 def pace(times_s: Sequence[float], of: int = 1) -> Pace:

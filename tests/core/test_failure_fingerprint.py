@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.model import Failure, FailureKind
-from batchlab.protocol.fingerprint import LENGTH, fingerprint, shape
+from batchlab.core.model import Failure, FailureKind
+from batchlab.core.protocol.failure_fingerprint import LENGTH, fingerprint, shape
 from batchlab.worker.handlers import user_traceback
 
 

@@ -30,5 +30,5 @@ def test_what_is_there_by_the_end_is_looked_through_no_more() -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_service_says_when_it_is_loaded(service: str) -> None:
     """Else it would never give its memory back."""
-    module = importlib.import_module(f"batchlab.services.{service}")
+    module = importlib.import_module(f"batchlab.server.shutdown.{service}")
     assert "loading.ended()" in inspect.getsource(module)

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from batchlab.keepalive import Connections
+from batchlab.core.http_connections import Connections
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import catalogue
-from batchlab.catalogue import LEAST_MEMORY_MIB, InstanceType, Share
-from batchlab.errors import UsageError
+from batchlab.core import instance_types
+from batchlab.core.errors import UsageError
+from batchlab.core.instance_types import LEAST_MEMORY_MIB, InstanceType, Share
 
 ROW = '"x.large" = { vcpu = 2, memory_mib = 8192, architecture = "x86_64" }'
 
 
 def test_what_ships_loads_and_knows_the_common_types() -> None:
-    types = catalogue.load().types
+    types = instance_types.load().types
     assert len(types) >= 30
     assert types["m7i.large"] == InstanceType("m7i.large", 2, 8192, "x86_64")
     assert types["c7g.medium"] == InstanceType("c7g.medium", 1, 2048, "arm64")
@@ -23,7 +23,7 @@ def test_what_ships_loads_and_knows_the_common_types() -> None:
 
 def test_within_a_family_twice_the_cpus_come_with_twice_the_memory() -> None:
     """A slip in the table would show here; burstable types are the ones of which it is not true."""
-    types = [t for t in catalogue.load().types.values() if not t.name.startswith("t")]
+    types = [t for t in instance_types.load().types.values() if not t.name.startswith("t")]
     ratios: dict[str, set[float]] = {}
     for t in types:
         ratios.setdefault(t.name[0], set()).add(t.memory_mib / t.vcpu)
@@ -32,7 +32,7 @@ def test_within_a_family_twice_the_cpus_come_with_twice_the_memory() -> None:
 
 
 def test_a_share_is_the_types_figures_times_the_scale() -> None:
-    known = catalogue.load()
+    known = instance_types.load()
     assert known.share("m7i.large") == Share(2.0, 8192)
     assert known.share("m7i.large", 0.25) == Share(0.5, 2048)
     assert known.share("t3.nano", 0.1).memory_mib == LEAST_MEMORY_MIB
@@ -41,14 +41,14 @@ def test_a_share_is_the_types_figures_times_the_scale() -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.5, float("nan")])
 def test_a_scale_that_is_none_is_refused(scale: float) -> None:
     with pytest.raises(UsageError, match="above 0 and up to 1"):
-        catalogue.load().share("m7i.large", scale)
+        instance_types.load().share("m7i.large", scale)
 
 
 def test_a_type_that_is_not_there_is_refused_with_what_is_near() -> None:
     with pytest.raises(UsageError, match=r"no instance type 'm7i.lrge'.*Did you mean.*m7i.large"):
-        catalogue.load().of("m7i.lrge")
+        instance_types.load().of("m7i.lrge")
     with pytest.raises(UsageError, match=r"instance-types.toml lists"):
-        catalogue.load().of("???")
+        instance_types.load().of("???")
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_a_file_that_is_wrong_is_refused_with_its_place(
     path = tmp_path / "types.toml"
     path.write_text(content)
     with pytest.raises(UsageError, match=wrong) as refused:
-        catalogue.load(path)
+        instance_types.load(path)
     assert str(path) in str(refused.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"types.toml cannot be read: No such file"):
-        catalogue.load(tmp_path / "types.toml")
+        instance_types.load(tmp_path / "types.toml")

@@ -12,8 +12,8 @@ from contextvars import copy_context
 
 import pytest
 
-from batchlab import logs
-from batchlab.errors import UsageError
+from batchlab.core import logs
+from batchlab.core.errors import UsageError
 
 log = logging.getLogger("batchlab.test")
 Written = Callable[[], str]

@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab import notification, targets
-from batchlab.directory import Directory
-from batchlab.errors import UsageError
-from batchlab.home import Home
-from batchlab.jobdef import JobDef, NotifyDef, StageDef
-from batchlab.manager.admission import admit
-from batchlab.model import JobId, StageName
-from batchlab.notification import Target
-from batchlab.protocol import wire
+from batchlab.core import notifications
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
+from batchlab.core.model import JobId, StageName
+from batchlab.core.notification_targets import Directory
+from batchlab.core.notifications import Target
+from batchlab.core.protocol import json_format
+from batchlab.manager.jobs.admission import admit
+from batchlab.runtime import notification_settings
+from batchlab.runtime.home import Home
 
 TOPIC = "arn:aws:sns:eu-central-1:123456789012:batch"
 URL = "https://hooks.example.org/T0/s3cret?x=1"
@@ -48,10 +49,10 @@ def a_job(*notify: NotifyDef) -> JobDef:
     ],
 )
 def test_what_a_job_may_name(one: NotifyDef) -> None:
-    assert notification.problem(one) == ""
+    assert notifications.problem(one) == ""
     job = a_job(one)
     admit(job, {"default": 1})
-    assert wire.job_from_json(wire.job_to_json(job)) == job
+    assert json_format.job_from_json(json_format.job_to_json(job)) == job
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_what_a_job_may_name(one: NotifyDef) -> None:
     ],
 )
 def test_what_a_job_may_not_name(one: NotifyDef, told: str) -> None:
-    assert told in notification.problem(one)
+    assert told in notifications.problem(one)
     with pytest.raises(UsageError) as caught:
         admit(a_job(one), {"default": 1})
     assert "hunter2" not in str(caught.value)
@@ -117,7 +118,7 @@ def test_what_people_read_of_a_job_holds_no_control_characters(bad: str) -> None
 
 
 def test_a_job_names_so_many_targets_at_the_most() -> None:
-    many = [NotifyDef("sns", TOPIC)] * (notification.MOST_TARGETS + 1)
+    many = [NotifyDef("sns", TOPIC)] * (notifications.MOST_TARGETS + 1)
     with pytest.raises(UsageError, match="notifies 11 targets"):
         admit(a_job(*many), {"default": 1})
 
@@ -136,27 +137,27 @@ def test_no_way_of_writing_a_link_local_address_gets_through(low: int) -> None:
         f"64:ff9b:1:0:a9:{0xFE00 | low >> 8:x}:{(low & 255) << 8:x}:0",
         *(f"fe80::{low:x}", f"fe80::{low:x}%eth0"),
     ):
-        assert notification.address_refusal(address), address
+        assert notifications.address_refusal(address), address
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "10.0.0.1", "127.0.0.1", "::1", "2001:db8::1"])
 def test_other_addresses_are_let_through(address: str) -> None:
-    assert notification.address_refusal(address) == ""
+    assert notifications.address_refusal(address) == ""
 
 
 def test_an_id_tells_apart_what_is_not_the_same() -> None:
     one = Target("ops", "webhook", URL)
     ids = {
-        notification.derived_id(one, "j", 0, "failed"),
-        notification.derived_id(one, "j", 1, "failed"),
-        notification.derived_id(one, "k", 0, "failed"),
-        notification.derived_id(one, "j", 0, "stuck", "1"),
-        notification.derived_id(one, "j", 0, "stuck", "2"),
-        notification.derived_id(Target("ops", "webhook", URL + "2"), "j", 0, "failed"),
-        notification.derived_id(Target("ops2", "webhook", URL), "j", 0, "failed"),
+        notifications.derived_id(one, "j", 0, "failed"),
+        notifications.derived_id(one, "j", 1, "failed"),
+        notifications.derived_id(one, "k", 0, "failed"),
+        notifications.derived_id(one, "j", 0, "stuck", "1"),
+        notifications.derived_id(one, "j", 0, "stuck", "2"),
+        notifications.derived_id(Target("ops", "webhook", URL + "2"), "j", 0, "failed"),
+        notifications.derived_id(Target("ops2", "webhook", URL), "j", 0, "failed"),
     }
     assert len(ids) == 7
-    assert notification.derived_id(one, "j", 0, "failed") in ids
+    assert notifications.derived_id(one, "j", 0, "failed") in ids
 
 
 def test_an_address_is_shown_without_its_path() -> None:
@@ -260,7 +261,7 @@ failures = 10
 command = ["/usr/local/bin/page", "--urgent"]
 """,
     )
-    read = targets.read(home, {"CHAT_URL": "https://chat.example/x"})
+    read = notification_settings.read(home, {"CHAT_URL": "https://chat.example/x"})
     found = {one.name: one for one in read.targets}
     assert found == {
         "ops": Target(
@@ -278,7 +279,7 @@ command = ["/usr/local/bin/page", "--urgent"]
 
 
 def test_no_file_is_nobody(tmp_path: Path) -> None:
-    assert targets.read(at(tmp_path, None)) == Directory()
+    assert notification_settings.read(at(tmp_path, None)) == Directory()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_no_file_is_nobody(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        targets.read(at(tmp_path, text))
+        notification_settings.read(at(tmp_path, text))
     assert told in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -323,19 +324,19 @@ def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
     text = "[ops]\nwebhook = 'env:HOOK'\nsecret = 'env:KEY'\n[chat]\nwebhook = 'https://a.b'\n"
     home = at(tmp_path, text + "secret = 'env:NOT_SET'\n")
     environ = {"HOOK": URL, "KEY": "k", "BATCHLAB_NOTIFY_TEAM": "t", "OTHER": "o"}
-    assert targets.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
+    assert notification_settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
     home.notify_file.unlink()
-    assert targets.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
+    assert notification_settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
     home.notify_file.write_text("[ops\n")
     with pytest.raises(UsageError, match="cannot be read"):
-        targets.variables(home, environ)
+        notification_settings.variables(home, environ)
 
 
 def test_the_file_is_read_again_when_it_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = at(tmp_path, "[a]\ncommand = ['x']\n")
-    now = targets.watched(home)
+    now = notification_settings.watched(home)
 
     def names() -> list[str]:
         return [one.name for one in now().targets]

@@ -15,18 +15,21 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from batchlab import backends, extras
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.compose import images
-from batchlab.adapters.notify.sns import Topics
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.notifications.sns_and_command import Topics
 from batchlab.cli import NEEDED, lacking
-from batchlab.errors import UsageError
-from batchlab.grid import Grid
-from batchlab.notification import NotDelivered, Notification, Target
+from batchlab.client.grid import Grid
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import UsageError
+from batchlab.core.notifications import NotDelivered, Notification, Target
+from batchlab.runtime import factory
+from batchlab.runtime.compose import images
 from tests.support.cli import Run, runner
 from tests.support.supply import EXTRAS, ROOT
 
-OF_EXTRAS = frozenset(module for modules in extras.MODULES.values() for module in modules)
+OF_EXTRAS = frozenset(
+    module for modules in optional_dependencies.MODULES.values() for module in modules
+)
 
 
 @pytest.fixture
@@ -45,10 +48,10 @@ def names(lines: list[str]) -> set[str]:
 
 def test_the_code_knows_the_extras_that_there_are_and_what_they_bring() -> None:
     asked = project()["project"]["optional-dependencies"]
-    assert set(asked) == set(extras.MODULES) == set(EXTRAS)
+    assert set(asked) == set(optional_dependencies.MODULES) == set(EXTRAS)
     homes = metadata.packages_distributions()
     for extra, lines in asked.items():
-        given = {canonicalize_name(name) for one in extras.MODULES[extra]
+        given = {canonicalize_name(name) for one in optional_dependencies.MODULES[extra]
                  for name in homes[one.partition(".")[0]]}  # fmt: skip
         assert names(lines) <= given, extra
         assert extra == "otel" or given - names(lines) <= {"botocore"}, "boto3 brings it"
@@ -76,13 +79,13 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         for name in {sorted(OF_EXTRAS)!r}:
             sys.modules[name] = None
         from pathlib import Path
-        import batchlab.cli.demo, batchlab.cli.report, batchlab.cli.runner, batchlab.grid
-        import batchlab.report.building, batchlab.report.store, batchlab.report.writing
-        import batchlab.services.manager, batchlab.services.worker, batchlab.worker.loop
-        import batchlab.services.report_writer
+        import batchlab.cli.demo, batchlab.cli.report, batchlab.cli.run_job, batchlab.client.grid
+        import batchlab.reports.tables.build, batchlab.reports.queries.store, batchlab.reports.tables.write
+        import batchlab.server.manager_service, batchlab.server.worker_service, batchlab.worker.loop
+        import batchlab.server.report_writer
         from batchlab import backends, web
-        from batchlab.api import create_app
-        from batchlab.home import Home
+        from batchlab.server.http import create_app
+        from batchlab.runtime.home import Home
 
         home, local = Home(Path({str(tmp_path)!r})), backends.load("local")
         clock = local.open_clock()
@@ -91,7 +94,7 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         local.open_ledger(home)
         local.open_fleet(home, local.open_launcher(home, clock), clock)
         local.open_deliveries(home, clock)
-        batchlab.services.report_writer.open_reporter(local, home, objects, local.pools)
+        batchlab.server.report_writer.open_reporter(local, home, objects, local.pools)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
@@ -123,7 +126,7 @@ def test_who_uses_a_part_without_its_extra_gets_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extras, "_origin", dict)
+    monkeypatch.setattr(optional_dependencies, "_origin", dict)
     code, out, err = run(*command.split())
     assert (code, out) == (2, "")
     said, remedy = err.splitlines()[-2:]
@@ -148,7 +151,7 @@ def test_from_python_it_is_a_usage_error(
 def test_an_import_that_nobody_has_asked_about_is_told_likewise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(extras, "_origin", dict)
+    monkeypatch.setattr(optional_dependencies, "_origin", dict)
     told = lacking(ModuleNotFoundError(name="docker.errors"))
     assert told is not None
     assert told.startswith("Error: This command needs batchlab's extra `docker`, which is not ")
@@ -162,7 +165,7 @@ def test_the_doctor_names_what_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "boto3", None)
-    monkeypatch.setattr(extras, "_origin", dict)
+    monkeypatch.setattr(optional_dependencies, "_origin", dict)
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h")
     assert code == 0, "the backend local needs none"
     (found,) = (one for one in json.loads(out) if one["check"] == "extras")
@@ -195,14 +198,16 @@ WHEEL = "file:///home/a%20b/dist/batchlab-0.1.0-py3-none-any.whl"
 def test_the_command_installs_from_where_this_has_come_from(
     monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], what: str
 ) -> None:
-    monkeypatch.setattr(extras, "_origin", lambda: origin)
-    assert extras.remedy("web").endswith(f" {what}` brings it.")
-    monkeypatch.setattr(extras, "find_spec", lambda _: None)
-    assert extras.remedy("web").startswith(f"`uv pip install --python {sys.executable} ")
+    monkeypatch.setattr(optional_dependencies, "_origin", lambda: origin)
+    assert optional_dependencies.remedy("web").endswith(f" {what}` brings it.")
+    monkeypatch.setattr(optional_dependencies, "find_spec", lambda _: None)
+    assert optional_dependencies.remedy("web").startswith(
+        f"`uv pip install --python {sys.executable} "
+    )
 
 
 def test_every_backend_says_what_it_needs() -> None:
-    found = {name: backends.load(name).extra for name in backends.names()}
+    found = {name: factory.load(name).extra for name in factory.names()}
     assert found == {
         "aws": "aws",
         "gcs": None,

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import catalogue
-from batchlab.costs import prices
-from batchlab.costs.hourly import StackShape, hourly_cost
-from batchlab.costs.money import WORKER_DISK_GB, Usd, parse, shown
+from batchlab.core import instance_types
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.hourly import StackShape, hourly_cost
+from batchlab.core.pricing.money import WORKER_DISK_GB, Usd, parse, shown
 from batchlab.deploy import template
-from batchlab.errors import UsageError
-from batchlab.model import Market
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/ec2/ec2_on_demand_us-east-1.csv"
-SHIPPED = prices.load()
+SHIPPED = price_book.load()
 
 
 def test_every_instance_type_of_the_catalogue_has_a_price_and_a_day() -> None:
     on_demand = SHIPPED.blocks["on_demand"]
-    assert set(on_demand.table) >= set(catalogue.load().types)
+    assert set(on_demand.table) >= set(instance_types.load().types)
     for block in SHIPPED.blocks.values():
         assert block.region == "us-east-1"
         assert date(2026, 1, 1) < block.date < date(2027, 1, 1)
@@ -65,10 +65,10 @@ def test_an_unknown_type_or_region_is_a_sentence_with_what_to_do() -> None:
 
 
 def test_a_book_that_is_written_is_read_back_the_same(tmp_path: Path) -> None:
-    (tmp_path / prices.NAME).write_text(prices.write(SHIPPED))
-    again = prices.load(tmp_path)
+    (tmp_path / price_book.NAME).write_text(price_book.write(SHIPPED))
+    again = price_book.load(tmp_path)
     assert again.blocks == SHIPPED.blocks
-    assert again.path == tmp_path / prices.NAME
+    assert again.path == tmp_path / price_book.NAME
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def test_a_book_that_is_written_is_read_back_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_a_book_is_named(tmp_path: Path, old: str, new: str, told: str) -> None:
-    text = prices.write(SHIPPED).replace(old, new, 1)
-    (tmp_path / prices.NAME).write_text(text)
+    text = price_book.write(SHIPPED).replace(old, new, 1)
+    (tmp_path / price_book.NAME).write_text(text)
     with pytest.raises(UsageError, match=told):
-        prices.load(tmp_path)
+        price_book.load(tmp_path)
 
 
 def test_a_book_of_before_there_was_a_block_says_where_to_take_it_from(tmp_path: Path) -> None:
-    text = prices.write(SHIPPED)
+    text = price_book.write(SHIPPED)
     start, end = text.index("[transfer]"), text.index("[secrets]")
-    (tmp_path / prices.NAME).write_text(text[:start] + text[end:])
+    (tmp_path / price_book.NAME).write_text(text[:start] + text[end:])
     with pytest.raises(UsageError, match=r"lacks block \[transfer\]") as caught:
-        prices.load(tmp_path)
+        price_book.load(tmp_path)
     assert str(SHIPPED.path) in caught.value.remedy
 
 

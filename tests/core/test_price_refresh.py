@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.costs import prices
-from batchlab.costs.refresh import find, refreshed
-from batchlab.errors import UsageError
-from batchlab.model import Market
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.price_refresh import find, refreshed
 
-SHIPPED = prices.load()
+SHIPPED = price_book.load()
 
 OFFER = """"FormatVersion","v1.0"
 "Disclaimer","This pricing list is for informational purposes only."
@@ -190,8 +190,8 @@ def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(
         date(2026, 9, 1),
     )
     assert book.blocks["network"] == SHIPPED.blocks["network"]
-    (tmp_path / prices.NAME).write_text(prices.write(book))
-    assert prices.load(tmp_path).blocks == book.blocks
+    (tmp_path / price_book.NAME).write_text(price_book.write(book))
+    assert price_book.load(tmp_path).blocks == book.blocks
     here = refreshed(SHIPPED, find(path, region="us-east-1"))
     assert here.of("transfer", "internet_usd_per_gb") == 0.07
 
@@ -242,8 +242,8 @@ def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
     usd = book.instance_usd_h("m7i.large", Market.SPOT)
     assert (usd.low, usd.typical, usd.high) == (0.04, 0.045, 0.05)
     assert book.instance_usd_h("m7a.large", Market.SPOT).high == pytest.approx(0.11592 * 0.7)
-    (tmp_path / prices.NAME).write_text(prices.write(book))
-    assert prices.load(tmp_path).blocks == book.blocks
+    (tmp_path / price_book.NAME).write_text(price_book.write(book))
+    assert price_book.load(tmp_path).blocks == book.blocks
 
 
 def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) -> None:

@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, Ran, StageName, TaskSet
-from batchlab.protocol import naming, settle, sizing, wire
-from batchlab.protocol.sealing import CommitKey
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import (
+    Bundle,
+    Failure,
+    FailureKind,
+    JobId,
+    Outcome,
+    Ran,
+    StageName,
+    TaskSet,
+)
+from batchlab.core.protocol import bundle_size, json_format, object_keys, settlement
+from batchlab.core.protocol.seals import CommitKey
 from tests.support.properties import PROPERTY, SLOW
 
 ONE, TWO = StageName("one"), StageName("two")
@@ -37,9 +46,9 @@ FIXED = st.none() | st.integers(1, 10**30)
 def test_a_wave_takes_what_is_there_and_no_more(
     left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
 ) -> None:
-    sizes = sizing.wave(left, slots, mean_s, fixed, room)
+    sizes = bundle_size.wave(left, slots, mean_s, fixed, room)
     assert len(sizes) <= room
-    assert all(1 <= size <= sizing.CAP for size in sizes)
+    assert all(1 <= size <= bundle_size.CAP for size in sizes)
     assert sum(sizes) <= left
     assert sizes or not left or not room
 
@@ -52,7 +61,7 @@ def test_the_cuts_of_a_stage_cover_each_task_once(
     left, bundles = TaskSet.span(0, planned), []
     while left:
         room = rooms.pop() if rooms else 50
-        for size in sizing.wave(len(left), slots, mean_s, fixed, room):
+        for size in bundle_size.wave(len(left), slots, mean_s, fixed, room):
             tasks, left = left.take(size)
             bundles.append(Bundle(JOB.id, ONE, tasks))
     assert [task for bundle in bundles for task in bundle.tasks] == list(range(planned))
@@ -71,9 +80,9 @@ class Course:
         draw = self.data.draw
         fate = draw(st.sampled_from(["runs", "runs", "runs", "loses its worker", "poisoned"]))
         if fate == "poisoned":
-            outcome = settle.poisoned(bundle, "it", execution="x", worker="w", now_s=1.0)
+            outcome = settlement.poisoned(bundle, "it", execution="x", worker="w", now_s=1.0)
         elif fate == "loses its worker" and len(bundle.tasks) > 1:
-            outcome = settle.bisect(bundle, execution="x", worker="w", now_s=1.0)
+            outcome = settlement.bisect(bundle, execution="x", worker="w", now_s=1.0)
         else:
             tasks = list(bundle.tasks)
             done = draw(st.integers(1, len(tasks)))
@@ -83,7 +92,7 @@ class Course:
                 else Ran(task, 0.1, failure=Failure(task, FailureKind.EXCEPTION, "no"))
                 for task in tasks[:done]
             ]
-            outcome = settle.settle(
+            outcome = settlement.settle(
                 JOB, bundle, ran, execution="x", worker="w", started_s=0.0, ended_s=1.0
             )
         self.outcomes.append(outcome)
@@ -115,8 +124,10 @@ def test_each_task_ends_once_by_whatever_course(
     assert ends[ONE] == Counter(range(planned))
     assert ends[TWO] == Counter(good[ONE])
 
-    keys = [naming.outcome(outcome.bundle, KEY) for outcome in course.outcomes]
+    keys = [object_keys.outcome(outcome.bundle, KEY) for outcome in course.outcomes]
     assert len(set(keys)) == len(keys), "two bundles would commit under one key"
     for outcome in course.outcomes:
-        again = wire.outcome_from_json(wire.loads(wire.to_bytes(wire.outcome_to_json(outcome))))
+        again = json_format.outcome_from_json(
+            json_format.loads(json_format.to_bytes(json_format.outcome_to_json(outcome)))
+        )
         assert again == outcome

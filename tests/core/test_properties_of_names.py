@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.adapters.limits import check_key, check_prefix, check_queue_name
-from batchlab.errors import UsageError
-from batchlab.model import Bundle, JobId, StageName, TaskSet
-from batchlab.protocol import naming
-from batchlab.protocol.sealing import CommitKey
-from batchlab.result_files import Names
-from batchlab.spec import paths
-from batchlab.spec.forms import NAME_PATTERN
-from batchlab.task import name_problem
-from batchlab.worker import code
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Bundle, JobId, StageName, TaskSet
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.task_context import name_problem
+from batchlab.jobs import paths
+from batchlab.jobs.field_types import NAME_PATTERN
+from batchlab.jobs.result_files import Names
+from batchlab.worker import code_cache
 from tests.support.properties import PROPERTY, SLOW
 
 NAME = st.from_regex(NAME_PATTERN.replace("$", r"\Z"), alphabet=string.printable).filter(
@@ -43,19 +43,19 @@ def bundles(job: JobId, stage: StageName) -> st.SearchStrategy[Bundle]:
 def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[str]:
     """A key of every kind."""
     return [
-        naming.spec(job),
-        naming.control(job),
-        naming.retry(job, number),
-        naming.final(job, number),
-        naming.manifest(job, stage, number),
-        naming.part(job, stage, number, naming.old_part(number)),
-        naming.item(job, stage, number, f"{number:032x}"),
-        naming.cut(job, stage, number, number),
-        naming.outcome(bundle, KEY),
-        naming.files(bundle, "w-1", KEY),
-        naming.log(bundle, "w-1", KEY),
-        naming.starts(bundle),
-        naming.running(bundle, KEY),
+        object_keys.spec(job),
+        object_keys.control(job),
+        object_keys.retry(job, number),
+        object_keys.final(job, number),
+        object_keys.manifest(job, stage, number),
+        object_keys.part(job, stage, number, object_keys.old_part(number)),
+        object_keys.item(job, stage, number, f"{number:032x}"),
+        object_keys.cut(job, stage, number, number),
+        object_keys.outcome(bundle, KEY),
+        object_keys.files(bundle, "w-1", KEY),
+        object_keys.log(bundle, "w-1", KEY),
+        object_keys.starts(bundle),
+        object_keys.running(bundle, KEY),
     ]
 
 
@@ -66,19 +66,23 @@ def test_keys_are_distinct_and_stay_below_their_job(
 ) -> None:
     seen: dict[str, tuple[int, str, str, str]] = {}
     for name, stage, number in things:
-        job = naming.job_id(name, "token")
+        job = object_keys.job_id(name, "token")
         bundle = data.draw(bundles(job, StageName(stage)))
         first = keys_of(job, StageName(stage), number, bundle)
         assert first == keys_of(job, StageName(stage), number, bundle)
         for kind, key in enumerate(first):
             (check_prefix if key.endswith("/") else check_key)(key)
-            root = next(one for one in naming.everything_of(job) if key.startswith(one))
+            root = next(one for one in object_keys.everything_of(job) if key.startswith(one))
             assert kind < 4 or key.startswith(f"{root}{stage}/")
             which = bundle.id if kind >= 8 else str(number) if kind >= 2 else ""
             what = (kind, name, stage if kind >= 4 else "", which)
             assert seen.setdefault(key, what) == what, f"{key} is of two things"
         # Without its slash the prefix of one bundle would be that of another as well.
-        for prefix in (naming.raw(job), naming.files(bundle, "w-1", KEY), naming.starts(bundle)):
+        for prefix in (
+            object_keys.raw(job),
+            object_keys.files(bundle, "w-1", KEY),
+            object_keys.starts(bundle),
+        ):
             assert prefix.endswith("/")
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):
@@ -89,9 +93,9 @@ def test_keys_are_distinct_and_stay_below_their_job(
 @PROPERTY
 @given(NAME, NAME, st.text(), st.text())
 def test_a_job_is_its_name_and_token(name: str, other: str, token: str, another: str) -> None:
-    job = naming.job_id(name, token)
-    assert job == naming.job_id(name, token)
-    assert (job == naming.job_id(other, another)) == ((name, token) == (other, another))
+    job = object_keys.job_id(name, token)
+    assert job == object_keys.job_id(name, token)
+    assert (job == object_keys.job_id(other, another)) == ((name, token) == (other, another))
     assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*-[0-9a-f]{10}", job)
     assert job.rpartition("-")[0] == name
 
@@ -99,12 +103,12 @@ def test_a_job_is_its_name_and_token(name: str, other: str, token: str, another:
 @PROPERTY
 @given(NAME, NAME, st.from_regex(r"[a-z0-9][a-z0-9-]{1,26}[a-z0-9]", fullmatch=True))
 def test_queues_are_distinct_and_fit_their_service(pool: str, other: str, bucket: str) -> None:
-    names = [naming.EVENTS, naming.tasks_queue(pool), naming.dead_letters(pool)]
+    names = [object_keys.EVENTS, object_keys.tasks_queue(pool), object_keys.dead_letters(pool)]
     assert len(set(names)) == 3
     for name in names:
         check_queue_name(f"{bucket}-{name}")
     if pool != other:
-        assert naming.tasks_queue(other) not in names[:2]
+        assert object_keys.tasks_queue(other) not in names[:2]
 
 
 @PROPERTY
@@ -123,11 +127,11 @@ def test_a_bundles_id_says_what_it_holds(tasks: TaskSet, attempt: int, round: in
 @PROPERTY
 @given(st.binary(min_size=32, max_size=32), st.text(max_size=3))
 def test_a_code_key_gives_back_its_digest_and_nothing_else_does(data: bytes, odd: str) -> None:
-    assert code.digest_of(f"code/{data.hex()}.zip") == data.hex()
+    assert code_cache.digest_of(f"code/{data.hex()}.zip") == data.hex()
     for key in (f"code/{odd}.zip", f"code/{odd}{data.hex()}.zip", f"{odd}", f"code/../{odd}"):
         if key != f"code/{data.hex()}.zip":
             with pytest.raises(UsageError):
-                code.digest_of(key)
+                code_cache.digest_of(key)
 
 
 # --- Names that users and results bring along ----------------------------------------------------
@@ -166,4 +170,4 @@ def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(
 def test_an_input_is_refused_at_the_door_or_has_a_key(name: str) -> None:
     """What passes the check of a job file can be stored."""
     if paths.unfit(name) is None:
-        check_key(f"{naming.raw(JobId('j'))}0000000/{name}")
+        check_key(f"{object_keys.raw(JobId('j'))}0000000/{name}")

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.protocol import placeholders, values
-from batchlab.spec import source, units
-from batchlab.task import File
+from batchlab.core import units
+from batchlab.core.protocol import placeholders, values
+from batchlab.core.task_context import File
+from batchlab.jobs import yaml_source
 from tests.support.properties import PROPERTY
 
 E = TypeVar("E", bound=Exception)
@@ -159,11 +160,11 @@ def test_a_size_means_what_it_says(number: int, unit: str) -> None:
 @PROPERTY
 @given(FINITE.filter(lambda value: not isinstance(value, str) or value.isprintable()))
 def test_a_scalar_of_json_is_the_same_in_yaml(value: Any) -> None:
-    assert shape(source.scalar(json.dumps(value, ensure_ascii=False))) == shape(value)
+    assert shape(yaml_source.scalar(json.dumps(value, ensure_ascii=False))) == shape(value)
 
 
 @PROPERTY
 @given(st.text() | st.text(st.sampled_from("!&*[]{}:,-?|>'\"#%@` \n\t\0a1"), max_size=30))
 def test_any_text_for_a_scalar_has_a_verdict(text: str) -> None:
-    _, refusal = tried(lambda: source.scalar(text), source.ScalarRefused)
+    _, refusal = tried(lambda: yaml_source.scalar(text), yaml_source.ScalarRefused)
     assert refusal is None or refusal.remedy

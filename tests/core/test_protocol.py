@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.errors import BackendError, Malformed
-from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.model import (
+from batchlab.core.errors import BackendError, Malformed
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import (
     Bundle,
     Failure,
     FailureKind,
@@ -21,9 +21,9 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import Cut
-from batchlab.protocol import definition, naming, settle, sizing, wire
-from batchlab.protocol.messages import (
+from batchlab.core.ports import Cut
+from batchlab.core.protocol import bundle_size, json_format, object_keys, settlement, spec_object
+from batchlab.core.protocol.messages import (
     Beat,
     Events,
     Held,
@@ -34,9 +34,9 @@ from batchlab.protocol.messages import (
     read_task_message,
     task_message,
 )
-from batchlab.protocol.policy import judge
-from batchlab.protocol.sealing import UNSEALED, CommitKey
-from batchlab.tally import Asked, Requests
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.protocol.settlement import judge
+from batchlab.core.request_counter import Asked, Requests
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
 JOB = JobDef(
@@ -58,7 +58,7 @@ def failed(task: int, kind: FailureKind = FailureKind.EXCEPTION, **kw: object) -
 
 
 def settled(ran: list[Ran], bundle: Bundle = BUNDLE, *, cancelled: bool = False) -> Outcome:
-    return settle.settle(
+    return settlement.settle(
         JOB,
         bundle,
         ran,
@@ -114,7 +114,7 @@ def test_the_last_attempt_is_final() -> None:
     outcome = settled([failed(i) for i in range(10)], replace(BUNDLE, attempt=3))
     assert not outcome.follows
     assert all(f.final for f in outcome.failed)
-    assert settle.casualties(JOB, settle.completion(outcome)) == {B: 10}
+    assert settlement.casualties(JOB, settlement.completion(outcome)) == {B: 10}
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_the_last_attempt_is_final() -> None:
     ],
 )
 def test_the_retry_rule(rule: RetryRule, failure: Failure, again: bool) -> None:
-    assert settle.retries(rule, failure, 1) is again
+    assert settlement.retries(rule, failure, 1) is again
 
 
 def test_backoff_grows_and_is_the_same_whoever_computes_it() -> None:
     rule = RetryRule(backoff_s=2.0, factor=3.0, jitter=0.0, max_backoff_s=10.0)
-    waits = [settle.backoff_s(rule, replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
+    waits = [settlement.backoff_s(rule, replace(BUNDLE, attempt=n)) for n in (1, 2, 3)]
     assert waits == [2.0, 6.0, 10.0]
     jittered = RetryRule(jitter=0.5)
-    assert settle.backoff_s(jittered, BUNDLE) == settle.backoff_s(jittered, BUNDLE)
+    assert settlement.backoff_s(jittered, BUNDLE) == settlement.backoff_s(jittered, BUNDLE)
 
 
 def test_a_bisected_bundle_touches_no_task_and_makes_the_next_worker_careful() -> None:
-    outcome = settle.bisect(BUNDLE, execution="x", worker="w", now_s=1.0)
+    outcome = settlement.bisect(BUNDLE, execution="x", worker="w", now_s=1.0)
     assert not outcome.succeeded
     assert not outcome.failed
     assert [f.bundle.losses for f in outcome.follows] == [1, 1]
@@ -174,7 +174,7 @@ def test_a_bisected_bundle_touches_no_task_and_makes_the_next_worker_careful() -
 def test_a_wave_never_cuts_more_than_is_left(
     left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
 ) -> None:
-    sizes = sizing.wave(left, slots, mean_s, fixed, room)
+    sizes = bundle_size.wave(left, slots, mean_s, fixed, room)
     assert sum(sizes) <= left
     assert all(size >= 1 for size in sizes)
     assert len(sizes) <= max(0, room)
@@ -183,16 +183,16 @@ def test_a_wave_never_cuts_more_than_is_left(
 
 
 def test_a_long_task_counts_no_more_than_it_keeps_its_neighbours() -> None:
-    assert sizing.weight_s(100, 0.5) == 0.5
-    assert sizing.weight_s(1, 600.0) == sizing.BUDGET_S
-    assert sizing.weight_s(2, 600.0) == 2 * sizing.BUDGET_S
-    assert sizing.weight_s(100, 600.0) == 2 * sizing.BUDGET_S  # the last of them was long
-    assert sizing.weight_s(0, 0.0) == 0.0
+    assert bundle_size.weight_s(100, 0.5) == 0.5
+    assert bundle_size.weight_s(1, 600.0) == bundle_size.BUDGET_S
+    assert bundle_size.weight_s(2, 600.0) == 2 * bundle_size.BUDGET_S
+    assert bundle_size.weight_s(100, 600.0) == 2 * bundle_size.BUDGET_S  # the last of them was long
+    assert bundle_size.weight_s(0, 0.0) == 0.0
 
 
 def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() -> None:
     bundle = replace(BUNDLE, tasks=TaskSet.span(0, 10))
-    outcome = settle.settle(
+    outcome = settlement.settle(
         JOB,
         bundle,
         [Ran(0, 0.1), Ran(1, 0.1)],
@@ -208,33 +208,33 @@ def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() ->
 
 
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
-    assert sizing.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
-    assert sizing.bundle_size(10_000, 2, 60.0, None) == 1
-    assert sizing.bundle_size(120, 2, 0.005, None) == 30
-    assert sizing.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
-    assert sizing.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
-    assert sizing.bundle_size(1, 2, 0.005, None) == 1
-    assert sizing.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
-    assert sizing.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
+    assert bundle_size.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
+    assert bundle_size.bundle_size(10_000, 2, 60.0, None) == 1
+    assert bundle_size.bundle_size(120, 2, 0.005, None) == 30
+    assert bundle_size.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
+    assert bundle_size.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
+    assert bundle_size.bundle_size(1, 2, 0.005, None) == 1
+    assert bundle_size.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
+    assert bundle_size.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
 
 
 def test_the_first_wave_has_a_task_to_measure_and_some_to_go_on_with_for_each_slot() -> None:
-    assert sizing.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
-    assert sizing.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
-    assert sizing.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
-    assert sizing.wave(3, 2, None, None, 7) == [1, 1, 1]
-    assert sizing.wave(2000, 2, None, None, 3) == [1, 1, 8]
-    assert sizing.wave(2000, 2, None, None, 0) == []
+    assert bundle_size.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
+    assert bundle_size.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
+    assert bundle_size.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
+    assert bundle_size.wave(3, 2, None, None, 7) == [1, 1, 1]
+    assert bundle_size.wave(2000, 2, None, None, 3) == [1, 1, 8]
+    assert bundle_size.wave(2000, 2, None, None, 0) == []
 
 
 def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
     """Halved again and again, ten thousand tasks of nothing would travel in a dozen bundles."""
-    assert sizing.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
-    assert sizing.wave(20, 2, 0.005, None, 7) == [10, 10]
-    assert sizing.wave(19, 2, 0.005, None, 7) == [10, 9]
-    assert sizing.wave(19, 2, 0.005, None, 1) == [10]
-    assert sizing.wave(21, 2, 0.005, None, 7)[:1] == [10]
-    assert sizing.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
+    assert bundle_size.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
+    assert bundle_size.wave(20, 2, 0.005, None, 7) == [10, 10]
+    assert bundle_size.wave(19, 2, 0.005, None, 7) == [10, 9]
+    assert bundle_size.wave(19, 2, 0.005, None, 1) == [10]
+    assert bundle_size.wave(21, 2, 0.005, None, 7)[:1] == [10]
+    assert bundle_size.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
 
 
 # --- The wire ------------------------------------------------------------------------------------
@@ -243,25 +243,37 @@ def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
 def test_what_is_written_is_what_is_read() -> None:
     ran = [Ran(0, 0.25, {"x": [1, None]}), failed(1), failed(2, FailureKind.IMPORT, error="E")]
     outcome = settled(ran)
-    again = wire.outcome_from_json(wire.loads(wire.to_bytes(wire.outcome_to_json(outcome))))
+    again = json_format.outcome_from_json(
+        json_format.loads(json_format.to_bytes(json_format.outcome_to_json(outcome)))
+    )
     assert again == outcome
-    done = settle.completion(outcome)
-    assert wire.completion_from_json(wire.completion_to_json(done)) == done
-    assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(JOB)))) == JOB
+    done = settlement.completion(outcome)
+    assert json_format.completion_from_json(json_format.completion_to_json(done)) == done
+    assert (
+        json_format.job_from_json(
+            json_format.loads(json_format.to_bytes(json_format.job_to_json(JOB)))
+        )
+        == JOB
+    )
     cut = Cut(JOB.id, A, 1, 3, (replace(BUNDLE, round=1),), TaskSet.span(10, 20), 20)
-    assert wire.cut_from_json(wire.loads(wire.to_bytes(wire.cut_to_json(cut)))) == cut
+    assert (
+        json_format.cut_from_json(
+            json_format.loads(json_format.to_bytes(json_format.cut_to_json(cut)))
+        )
+        == cut
+    )
     source = replace(BUNDLE, stage=B, source=BUNDLE.id, round=2, losses=1)
     message = TaskMessage(source, list(range(10)), 12.5, True)
     assert read_task_message(task_message(message)) == message
     message = replace(message, key=CommitKey("0f" * 16))
     assert read_task_message(task_message(message)) == message
     first = replace(cut, round=0, seq=0, bundles=(BUNDLE,))
-    for opening in (None, definition.Opening([1, "a"]), definition.Opening([1, "a"], first)):
-        doc = wire.loads(definition.to_bytes(JOB, opening))
-        assert (wire.job_from_json(doc), definition.opening_in(doc)) == (JOB, opening)
+    for opening in (None, spec_object.Opening([1, "a"]), spec_object.Opening([1, "a"], first)):
+        doc = json_format.loads(spec_object.to_bytes(JOB, opening))
+        assert (json_format.job_from_json(doc), spec_object.opening_in(doc)) == (JOB, opening)
     held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
     beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7, key="instance-key")
-    events = Events((done,), (naming.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
+    events = Events((done,), (object_keys.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
     assert read_events_message(events_message(events)) == events
     asked = (Asked("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
     assert read_events_message(events_message(replace(events, asked=asked))).asked == asked
@@ -270,25 +282,30 @@ def test_what_is_written_is_what_is_read() -> None:
 def test_what_nobody_asks_for_changes_no_message() -> None:
     """A grid may be of two versions while it is renewed: what an earlier one does not know it must
     not meet, unless somebody caps a cost."""
-    assert "max_cost_usd" not in wire.job_to_json(JOB)
-    assert wire.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
+    assert "max_cost_usd" not in json_format.job_to_json(JOB)
+    assert json_format.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
     capped = replace(JOB, max_cost_usd=5.0)
-    assert wire.job_from_json(wire.loads(wire.to_bytes(wire.job_to_json(capped)))) == capped
+    assert (
+        json_format.job_from_json(
+            json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))
+        )
+        == capped
+    )
     # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
     assert read_events_message(events_message(Events())).asked == ()
-    assert "q" not in wire.loads(events_message(Events()))
+    assert "q" not in json_format.loads(events_message(Events()))
 
 
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(BackendError, match="newer version"):
-        wire.loads('{"v": 99}')
+        json_format.loads('{"v": 99}')
 
 
 # --- The failure policy --------------------------------------------------------------------------
 
 
 def test_the_policy_counts_tasks_or_percent() -> None:
-    from batchlab.model import StageCounts
+    from batchlab.core.model import StageCounts
 
     counts = [StageCounts(A, planned=100, succeeded=97, failed=3)]
     assert judge(JOB, [StageCounts(A, planned=5, succeeded=5)]).failed is False

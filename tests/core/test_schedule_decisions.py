@@ -8,10 +8,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from batchlab.errors import BackendError, Refused
-from batchlab.manager.prewarm import affordable
-from batchlab.schedule import decide, model
-from batchlab.schedule.model import (
+from batchlab.core.errors import BackendError, Refused
+from batchlab.core.schedules import decisions, model
+from batchlab.core.schedules.model import (
     KEPT,
     Definition,
     Missed,
@@ -21,6 +20,7 @@ from batchlab.schedule.model import (
     Schedule,
     When,
 )
+from batchlab.manager.scaling.prewarm import affordable
 
 BEGIN_S = datetime(2026, 3, 2, 9, 30, tzinfo=UTC).timestamp()
 MINUTE, HOUR = 60.0, 3600.0
@@ -44,48 +44,48 @@ def ended(made: Schedule) -> Schedule:
 
 def test_nothing_due_is_no_change_at_all() -> None:
     made = schedule()
-    assert decide.lapse(made, BEGIN_S + 29 * MINUTE) is made
-    after = decide.lapse(made, BEGIN_S + 30 * MINUTE)
+    assert decisions.lapse(made, BEGIN_S + 29 * MINUTE) is made
+    after = decisions.lapse(made, BEGIN_S + 30 * MINUTE)
     assert states(after) == ["10:00 waiting"]
-    assert decide.lapse(after, BEGIN_S + 31 * MINUTE) is after
+    assert decisions.lapse(after, BEGIN_S + 31 * MINUTE) is after
 
 
 def test_late_by_a_minute_is_on_time_and_by_more_is_missed() -> None:
     made = schedule(missed=Missed.SKIP)
-    assert states(decide.lapse(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
-    assert states(decide.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
+    assert states(decisions.lapse(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
+    assert states(decisions.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
 
 
 def test_of_many_missed_at_most_a_hundred_run_and_it_is_said_that_there_were_more() -> None:
     made = schedule("* * * * *", missed=Missed.RUN_ALL)
-    after = decide.lapse(made, BEGIN_S + 100 * HOUR + 30)
+    after = decisions.lapse(made, BEGIN_S + 100 * HOUR + 30)
     waiting = [run for run in after.runs if run.state is RunState.WAITING]
-    assert len(waiting) == decide.MOST_MISSED
+    assert len(waiting) == decisions.MOST_MISSED
     assert waiting[-1].due_s == BEGIN_S + 100 * HOUR
     assert waiting[0].reason.startswith("more than 99 due times were missed")
 
 
 def test_where_the_latest_is_on_time_run_once_is_that_one() -> None:
-    after = decide.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
+    after = decisions.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
     assert states(after) == ["13:00 waiting"]
     assert "3 due times were missed" in after.runs[0].reason
 
 
 def test_what_waits_is_bounded() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    for minute in range(decide.MOST_WAITING + 3):
-        made = decide.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+    for minute in range(decisions.MOST_WAITING + 3):
+        made = decisions.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
     states_ = [run.state for run in made.runs]
-    assert states_.count(RunState.WAITING) == decide.MOST_WAITING
+    assert states_.count(RunState.WAITING) == decisions.MOST_WAITING
     assert made.runs[-1].reason == "100 runs wait already for the one before them"
 
 
 def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    made = decide.lapse(made, BEGIN_S + MINUTE)
+    made = decisions.lapse(made, BEGIN_S + MINUTE)
     first = made.runs[0]
     for minute in range(1, KEPT + 10):
-        made = decide.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+        made = decisions.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
         made = made.with_run(replace(made.runs[-1], state=RunState.ENDED))
     assert len(made.runs) == KEPT + 1
     assert made.runs[0] == first
@@ -93,39 +93,39 @@ def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None
 
 def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() -> None:
     made = schedule(missed=Missed.SKIP)
-    made = decide.lapse(made, BEGIN_S + 30 * MINUTE)
-    run = decide.startable(made)
+    made = decisions.lapse(made, BEGIN_S + 30 * MINUTE)
+    run = decisions.startable(made)
     assert run
-    made = ended(decide.started(made, run, BEGIN_S + 30 * MINUTE))
-    made = decide.lapse(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
+    made = ended(decisions.started(made, run, BEGIN_S + 30 * MINUTE))
+    made = decisions.lapse(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
     assert states(made) == ["10:00 ended", "11:00 skipped"]
-    back = decide.lapse(made, BEGIN_S + 20 * MINUTE)
+    back = decisions.lapse(made, BEGIN_S + 20 * MINUTE)
     assert back.through_s == BEGIN_S + 20 * MINUTE
-    again = decide.lapse(decide.lapse(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
+    again = decisions.lapse(decisions.lapse(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
     assert states(again) == ["10:00 ended", "11:00 waiting"]
 
 
 def test_by_hand_obeys_what_is_said_of_overlaps() -> None:
-    made = decide.lapse(schedule(), BEGIN_S + 30 * MINUTE)
+    made = decisions.lapse(schedule(), BEGIN_S + 30 * MINUTE)
     with pytest.raises(Refused, match="has not ended"):
-        decide.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
+        decisions.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
     queued = replace(made, definition=replace(made.definition, overlap=Overlap.QUEUE))
-    assert len(decide.by_hand(queued, "mine", BEGIN_S + 31 * MINUTE).unfinished) == 2
+    assert len(decisions.by_hand(queued, "mine", BEGIN_S + 31 * MINUTE).unfinished) == 2
     replacing = replace(made, definition=replace(made.definition, overlap=Overlap.REPLACE))
-    after = decide.by_hand(replacing, "mine", BEGIN_S + 31 * MINUTE)
+    after = decisions.by_hand(replacing, "mine", BEGIN_S + 31 * MINUTE)
     assert [run.state for run in after.runs] == [RunState.SKIPPED, RunState.WAITING]
 
 
 def test_a_paused_schedule_starts_only_what_is_asked_for() -> None:
     made = replace(schedule(), paused=True)
-    assert decide.lapse(made, BEGIN_S + 10 * HOUR) is made
-    run = decide.startable(decide.by_hand(made, "mine", BEGIN_S))
+    assert decisions.lapse(made, BEGIN_S + 10 * HOUR) is made
+    run = decisions.startable(decisions.by_hand(made, "mine", BEGIN_S))
     assert run
     assert run.asked == "mine"
 
 
 def test_a_schedule_comes_back_from_the_bucket_as_it_went() -> None:
-    made = decide.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
+    made = decisions.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
     run = replace(
         made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import batchlab
-from batchlab.errors import UsageError
-from batchlab.tasknames import attempt_name, parse_task, parse_tasks, task_name
+from batchlab.core.errors import UsageError
+from batchlab.core.task_names import attempt_name, parse_task, parse_tasks, task_name
 
 PACKAGE = Path(batchlab.__file__).parent
 TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
 OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
-PLACES = {"sim/fates.py", "result_files.py", "rerun/readme.py", "worker/bench.py"}
+PLACES = {"sim/tasks.py", "result_files.py", "client/debug/verdict.py", "worker/task_executor.py"}
 """Folders and seeds, which are no names for a person."""
 
 

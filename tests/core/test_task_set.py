@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.model import TaskSet
+from batchlab.core.model import TaskSet
 
 indices = st.sets(st.integers(0, 60))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.cli.progress import Picture
-from batchlab.words import visible, visible_json
+from batchlab.core.text import visible, visible_json
 from tests.support.cli import a_job, view
 
 

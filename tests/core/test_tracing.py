@@ -16,21 +16,22 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends, tracing
-from batchlab.client import Client
-from batchlab.commit import address
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Ran, StageName, TaskSet
-from batchlab.protocol import wire
-from batchlab.protocol.messages import (
+from batchlab.client.http import Client
+from batchlab.core import tracing
+from batchlab.core.commit import address
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Ran, StageName, TaskSet
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.messages import (
     Events,
     events_message,
     read_events_message,
     read_task_message,
 )
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.tracing import NOBODY, Subject
-from batchlab.worker import traced
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.tracing import NOBODY, Subject
+from batchlab.runtime import factory
+from batchlab.worker import spans as traced
 from tests.support.trace_receiver import Receiver, named
 
 MAP = StageName("map")
@@ -53,7 +54,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 
 def opened(receiver_url: str, monkeypatch: pytest.MonkeyPatch) -> tracing.Tracer:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver_url)
-    return backends.load("local").open_tracer("manager", "manager-1")
+    return factory.load("local").open_tracer("manager", "manager-1")
 
 
 # --- Off -----------------------------------------------------------------------------------------
@@ -68,12 +69,12 @@ def test_a_command_sends_the_trace_that_it_is_called_in(
 
 
 def test_where_nobody_traces_no_byte_of_it_travels() -> None:
-    assert backends.load("local").open_tracer("worker", "w-1") is NOBODY
+    assert factory.load("local").open_tracer("worker", "w-1") is NOBODY
     assert NOBODY.root("submit", Subject(JOB.id), parent=ABOVE).context == ""
-    assert "trace" not in wire.job_to_json(JOB)
+    assert "trace" not in json_format.job_to_json(JOB)
     body = address(JOB, BUNDLE, UNSEALED, now_s=1.0).message.body
-    assert "tp" not in wire.loads(body)
-    assert "tp" not in wire.loads(events_message(Events()))
+    assert "tp" not in json_format.loads(body)
+    assert "tp" not in json_format.loads(events_message(Events()))
 
 
 def test_who_does_not_trace_passes_on_what_came_along() -> None:
@@ -84,9 +85,9 @@ def test_who_does_not_trace_passes_on_what_came_along() -> None:
 
 
 def test_the_context_travels_in_job_message_and_event() -> None:
-    job = wire.job_from_json({**wire.job_to_json(JOB), "trace": ABOVE})
+    job = json_format.job_from_json({**json_format.job_to_json(JOB), "trace": ABOVE})
     assert job.trace == ABOVE
-    assert wire.job_from_json(wire.job_to_json(job)) == job
+    assert json_format.job_from_json(json_format.job_to_json(job)) == job
     sent = read_task_message(address(job, BUNDLE, UNSEALED, now_s=1.0).message.body)
     assert sent.trace == ABOVE, "unless somebody nearer sends it"
     other = ABOVE.replace("b7", "c8")
@@ -130,7 +131,7 @@ def test_a_missing_extra_is_one_sentence(
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    environment.delitem(sys.modules, "batchlab.adapters.otel", raising=False)
+    environment.delitem(sys.modules, "batchlab.adapters.opentelemetry", raising=False)
     environment.setattr(builtins, "__import__", no_otel)
     assert opened("http://127.0.0.1:9", environment) is NOBODY
     (record,) = caplog.records
@@ -141,7 +142,7 @@ def test_a_missing_extra_is_one_sentence(
 def test_a_worker_that_does_not_trace_imports_nothing_of_it() -> None:
     code = (
         "import sys, batchlab.worker.loop, batchlab.manager.manager;"
-        "import batchlab.services.manager, batchlab.services.worker;"
+        "import batchlab.server.manager_service, batchlab.server.worker_service;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry', 'prometheus'))])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -206,7 +207,7 @@ def test_sampling_is_by_job(
 
 
 def test_a_receiver_that_is_away_holds_up_nobody(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr("batchlab.adapters.otel.CLOSE_S", 0.2)
+    environment.setattr("batchlab.adapters.opentelemetry.CLOSE_S", 0.2)
     environment.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "1")
     tracer = opened("http://127.0.0.1:9", environment)
     begun_s = time.monotonic()

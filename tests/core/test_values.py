@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchlab.protocol import placeholders, values
-from batchlab.task import Context, File, name_problem
+from batchlab.core.protocol import placeholders, values
+from batchlab.core.task_context import Context, File, name_problem
 
 TEXT = st.text(st.characters(codec="utf-8"))
 KEYS = st.one_of(

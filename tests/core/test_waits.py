@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.asg import running
-from batchlab.sim.loop import SimLoop
-from batchlab.waits import doubled_s, set_within
+from batchlab.core.retry import doubled_s, set_within
+from batchlab.server.autoscaling_api import engine_loop
+from batchlab.sim.event_loop import SimLoop
 
 
 def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -81,11 +81,11 @@ def test_an_endpoint_that_is_told_to_end_when_an_instance_does_ends() -> None:
                 nonlocal ticks
                 ticks += 1
 
-        keeping = asyncio.create_task(running._keep(Engine(), changed))  # type: ignore[arg-type]
-        await asyncio.sleep(0.5 * running.TICK_S)
+        keeping = asyncio.create_task(engine_loop._keep(Engine(), changed))  # type: ignore[arg-type]
+        await asyncio.sleep(0.5 * engine_loop.TICK_S)
         changed.set()
         keeping.cancel()
-        await asyncio.wait({keeping}, timeout=10 * running.TICK_S)
+        await asyncio.wait({keeping}, timeout=10 * engine_loop.TICK_S)
         assert keeping.cancelled()
         assert ticks == 1
 

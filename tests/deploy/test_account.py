@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from batchlab.cli.deploying import tries
+from batchlab.cli.deploy_output import tries
+from batchlab.core.errors import Throttled, Unreachable, UsageError
 from batchlab.deploy.account import Account, chosen_region
 from batchlab.deploy.stack import Stack
-from batchlab.errors import Throttled, Unreachable, UsageError
 
 STACK = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
 

@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings, Settings
-from batchlab.home import Home
+from batchlab.runtime.home import Home
 from tests.support.cli import Run, runner
 
 

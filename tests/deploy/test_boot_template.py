@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
-from batchlab.asg.templates import MOST_USER_DATA
-from batchlab.deploy import expand
+from batchlab.deploy import pool_templates
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.server.autoscaling_api.launch_templates import MOST_USER_DATA
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE, SHAPES
 
@@ -67,7 +67,7 @@ def test_the_manager_knows_its_ledger() -> None:
 
 
 def test_the_manager_knows_every_pool_and_a_worker_its_own() -> None:
-    template = expand.expand(TEMPLATE, ["default", "big"])
+    template = pool_templates.expand(TEMPLATE, ["default", "big"])
     shape = cfn.Rendered(template, Release=RELEASE, PoolBigName="big", PoolBigSlots=4)
     default, big = deployed(script(shape, "ManagerTemplate")).pools
     assert (default.name, default.instance_type) == ("default", "m7i.large")

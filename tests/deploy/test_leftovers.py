@@ -11,12 +11,12 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
+from batchlab.core.errors import NotFound, Refused
 from batchlab.deploy.account import Account
+from batchlab.deploy.destroy import Destroy, Holding
 from batchlab.deploy.leftovers import Left, Leftovers, chosen
-from batchlab.deploy.records import Resource
-from batchlab.deploy.removing import Thing, remove
-from batchlab.deploy.sweep import Destroy, Holding
-from batchlab.errors import NotFound, Refused
+from batchlab.deploy.removal import Thing, remove
+from batchlab.deploy.stack_records import Resource
 from tests.support.aws.deploy import Front
 
 ARN = "arn:aws:{}:us-east-1:1:"

@@ -11,18 +11,18 @@ import pytest
 from botocore.stub import Stubber
 from rich.console import Console
 
-from batchlab.cli import deploying
-from batchlab.cli.deploying import Lines, Person, Picture, plan_text
+from batchlab.cli import deploy_output
+from batchlab.cli.deploy_output import Lines, Person, Picture, plan_text
+from batchlab.core.errors import UsageError
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import StackFailed, python_of
-from batchlab.deploy.explain import Cause, Event
+from batchlab.deploy.failure_cause import Cause, Event
 from batchlab.deploy.plan import Cost, Plan, cost, shape_of
-from batchlab.deploy.records import Change, ChangeSet, State
-from batchlab.deploy.removing import remove, thing_of
+from batchlab.deploy.removal import remove, thing_of
 from batchlab.deploy.settings import Settings
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.deploy.stack_records import Change, ChangeSet, State
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL, release
 
 
@@ -206,12 +206,12 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
     archive = release(tmp_path)
     wanted = Settings()
     home = Home(tmp_path)
-    assert deploying.release_for(wanted, archive, home) == archive
+    assert deploy_output.release_for(wanted, archive, home) == archive
     other = archive.rename(tmp_path / "mine.tar.gz")
     with pytest.raises(UsageError, match="not called by the SHA-256"):
-        deploying.release_for(wanted, other, home)
+        deploy_output.release_for(wanted, other, home)
     with pytest.raises(UsageError, match="cannot be read"):
-        deploying.release_for(wanted, archive, home)
+        deploy_output.release_for(wanted, archive, home)
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 from packaging.utils import parse_wheel_filename
 
-from batchlab import backends, package_data
-from batchlab.adapters.compose import images
-from batchlab.adapters.ec2_form import READY_HOOK, GroupForm
-from batchlab.adapters.local_objects import open_local
-from batchlab.deploy import environment, release, wheelhouse
+from batchlab.adapters.aws.group_template import READY_HOOK, GroupForm
+from batchlab.adapters.local.objects import open_local
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.retry import Patience
+from batchlab.deploy import release, wheelhouse
 from batchlab.deploy.wheelhouse import Target
-from batchlab.errors import BackendError, UsageError
-from batchlab.patience import Patience
-from batchlab.worker.notices import LEAVE_S
+from batchlab.runtime import environment, factory
+from batchlab.runtime.compose import images
+from batchlab.worker.shutdown import LEAVE_S
 from tests.support.aws.instance_boot import USER_DATA, rendered
 
 BOOT = package_data.folder("backends") / "aws" / "boot"
@@ -253,7 +254,7 @@ def shellcheck(*paths: Path) -> None:
 
 def test_the_scripts_and_the_code_agree_on_names_and_times() -> None:
     assert f"--lifecycle-hook-name {READY_HOOK} " in USER_DATA.read_text()
-    backend = backends.load("aws")
+    backend = factory.load("aws")
     worker = unit("worker")
     stop_s = float(worker["TimeoutStopSec"])
     assert stop_s > backend.worker.drain_s + LEAVE_S

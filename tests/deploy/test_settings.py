@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli.pools import parse_typed
+from batchlab.cli.grid_page import parse_typed
+from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.protocol import object_keys
 from batchlab.deploy import settings, template
-from batchlab.deploy.expand import expand
+from batchlab.deploy.pool_templates import expand
 from batchlab.deploy.settings import PoolSettings, Settings
 from batchlab.deploy.wheelhouse import Target
-from batchlab.errors import BatchlabError, UsageError
-from batchlab.home import Home
-from batchlab.protocol import naming
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL
 
 FULL = Settings(
@@ -216,7 +216,7 @@ def test_a_release_is_for_the_pools_machines(types: tuple[str, ...], machine: st
 def test_the_longest_names_fit_into_a_queues() -> None:
     longest = Settings("g" * 28, pools=(PoolSettings("p" * 40),))
     settings.check(longest)
-    assert len(f"{longest.stack}-{naming.dead_letters(longest.pools[0].name)}") == 80
+    assert len(f"{longest.stack}-{object_keys.dead_letters(longest.pools[0].name)}") == 80
 
 
 def test_a_parameter_without_a_default_must_be_given() -> None:

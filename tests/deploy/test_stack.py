@@ -11,11 +11,11 @@ import boto3
 import pytest
 from botocore.stub import ANY, Stubber
 
+from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.deploy.account import Account, asked
-from batchlab.deploy.explain import Event, root_cause
+from batchlab.deploy.failure_cause import Event, root_cause
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.states import must_go
-from batchlab.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.deploy.stack_records import must_go
 
 ID = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
 SET = "arn:aws:cloudformation:us-east-1:1:changeSet/c/1"

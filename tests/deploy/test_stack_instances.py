@@ -8,10 +8,15 @@ import re
 
 import pytest
 
-from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database, parse
-from batchlab.adapters.ec2_form import DRAIN_HOOK, READY_HOOK, GroupForm
-from batchlab.adapters.ec2_tags import POOL_TAG, SLOTS_TAG
-from batchlab.model import Pool
+from batchlab.adapters.aws.group_template import (
+    DRAIN_HOOK,
+    POOL_TAG,
+    READY_HOOK,
+    SLOTS_TAG,
+    GroupForm,
+)
+from batchlab.core.model import Pool
+from batchlab.runtime.aws.deployment import AwsDeployment, Database, parse
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE, SHAPES
 

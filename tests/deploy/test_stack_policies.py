@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.model import StageName
-from batchlab.protocol import naming
+from batchlab.core.model import StageName
+from batchlab.core.protocol import object_keys
 from tests.core.test_properties_of_names import COUNT, NAME, bundles, keys_of
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES, TOPICS
@@ -222,7 +222,7 @@ def test_commits_are_protected_and_nothing_else_is(
     name: str, stage: str, number: int, file: str, data: st.DataObject
 ) -> None:
     """Whatever jobs, stages and files are called; "outcomes" and "final" are good names too."""
-    job = naming.job_id(name, "token")
+    job = object_keys.job_id(name, "token")
     bundle = data.draw(bundles(job, StageName(stage)))
     keys = keys_of(job, StageName(stage), number, bundle)
     for (kind, (is_commit, is_workers)), key in zip(KINDS.items(), keys, strict=True):
@@ -231,15 +231,20 @@ def test_commits_are_protected_and_nothing_else_is(
         assert must_be_conditional(key) == is_commit, (kind, key)
         assert may("PoolRole", "s3:PutObject", key) == is_workers, (kind, key)
         assert may("ManagerRole", "s3:PutObject", key) == key.startswith("jobs/"), (kind, key)
-    for key in (f"{naming.raw(job)}{file}", "code/0123.zip", "boot/0123.tar.gz"):
+    for key in (f"{object_keys.raw(job)}{file}", "code/0123.zip", "boot/0123.tar.gz"):
         assert not must_be_conditional(key)
         assert may("PoolRole", "s3:GetObject", key)
         assert not may("PoolRole", "s3:PutObject", key)
         # A job that comes by the page is put into the bucket by the manager.
         assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
-    of_the_grid = (naming.USE, naming.used(job), naming.NOTIFICATIONS, naming.RECORD)
-    of_schedules = (naming.schedule(name), naming.template("0123"))
-    for key in (*of_the_grid, *of_schedules, naming.reports(job) + "report.json"):
+    of_the_grid = (
+        object_keys.USE,
+        object_keys.used(job),
+        object_keys.NOTIFICATIONS,
+        object_keys.RECORD,
+    )
+    of_schedules = (object_keys.schedule(name), object_keys.template("0123"))
+    for key in (*of_the_grid, *of_schedules, object_keys.reports(job) + "report.json"):
         assert may("ManagerRole", "s3:PutObject", key)
         assert may("ManagerRole", "s3:GetObject", key)
         assert not may("PoolRole", "s3:PutObject", key)
@@ -273,8 +278,8 @@ def test_workers_send_to_queues_of_pools_and_never_to_dead_letters(pool: str) ->
         found = any(matches(one, arn + queue) for one in allowed_to)
         return found and not any(matches(one, arn + queue) for one in denied)
 
-    assert sends(naming.tasks_queue(pool)) != pool.endswith("-dead")
-    assert not sends(naming.dead_letters(pool))
+    assert sends(object_keys.tasks_queue(pool)) != pool.endswith("-dead")
+    assert not sends(object_keys.dead_letters(pool))
 
 
 def test_workers_take_from_the_queue_of_their_pool_only() -> None:

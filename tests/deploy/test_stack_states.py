@@ -11,16 +11,15 @@ from typing import Any
 import boto3
 import pytest
 
-from batchlab.deploy import apply, release, removing
+from batchlab.core.errors import Refused
+from batchlab.deploy import apply, release, removal
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import Apply, StackFailed
-from batchlab.deploy.records import State
+from batchlab.deploy.destroy import Destroy
 from batchlab.deploy.settings import Settings
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.states import NEXT, refuse_unchangeable
-from batchlab.deploy.sweep import Destroy
-from batchlab.errors import Refused
-from batchlab.home import Home
+from batchlab.deploy.stack_records import NEXT, State, refuse_unchangeable
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import Front
 from tests.support.aws.stack_states import Cloud
 
@@ -196,4 +195,4 @@ def test_what_somebody_has_deleted_by_hand_is_in_nobodys_way() -> None:
         assert Destroy(stack_of(cloud, s3=s3), Front(), delete_data=False).run() == []
         stub.assert_no_pending_responses()
         stub.add_client_error("list_object_versions", "NoSuchBucket", http_status_code=404)
-        assert removing.empty(stack_of(cloud, s3=s3).account, "gone", lambda _: None) == 0
+        assert removal.empty(stack_of(cloud, s3=s3).account, "gone", lambda _: None) == 0

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
+from batchlab.core.ports import MAX_MESSAGE_BYTES, QueueSpec
+from batchlab.core.protocol import object_keys
 from batchlab.deploy.status import ALARMS
-from batchlab.manager.collector import events_queue
-from batchlab.ports import MAX_MESSAGE_BYTES, QueueSpec
-from batchlab.protocol import naming
+from batchlab.manager.events.collector import events_queue
+from batchlab.runtime import factory
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES
 
@@ -111,10 +111,10 @@ def test_the_shapes_make_every_resource_once() -> None:
 
 def specs() -> list[QueueSpec]:
     """The queues as the manager makes them sure, with its settings on AWS."""
-    settings = backends.load("aws").manager
-    dead = QueueSpec(naming.dead_letters("default"))
+    settings = factory.load("aws").manager
+    dead = QueueSpec(object_keys.dead_letters("default"))
     tasks = QueueSpec(
-        naming.tasks_queue("default"),
+        object_keys.tasks_queue("default"),
         visibility_s=settings.visibility_s,
         dead_letters=dead.name,
         max_receives=settings.max_receives,

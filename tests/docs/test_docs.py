@@ -13,7 +13,7 @@ from typer.main import get_command
 
 import batchlab
 from batchlab.cli.app import app
-from batchlab.spec.jobfile import load
+from batchlab.jobs.job_file import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*/*.md")]

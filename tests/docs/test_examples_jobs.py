@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.datagen import write_claims, write_records, write_rides
-from batchlab.spec.jobfile import JobFile, load
+from batchlab.cli.example_data import write_claims, write_records, write_rides
+from batchlab.jobs.job_file import JobFile, load
 from tests.support.examples import EXAMPLES
 
 

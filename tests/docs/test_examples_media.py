@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.task import File
+from batchlab.core.task_context import File
 from tests.support.examples import contexts, gathered, handler
 
 pytestmark = pytest.mark.usefixtures("ffmpeg")

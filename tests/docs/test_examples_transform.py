@@ -8,8 +8,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from batchlab.datagen import write_rides
-from batchlab.task import File
+from batchlab.cli.example_data import write_rides
+from batchlab.core.task_context import File
 from tests.support.examples import (
     contexts,
     gathered,

@@ -51,8 +51,8 @@ def test_what_the_docs_import_is_published() -> None:
 
 
 def test_joblibs_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("batchlab.grid.joblib", "joblib.parallel"):
+    for module in ("batchlab.client.joblib", "joblib.parallel"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "joblib", None)
     with pytest.raises(ImportError, match="needs joblib, which is not installed: pip install jobl"):
-        importlib.import_module("batchlab.grid.joblib")
+        importlib.import_module("batchlab.client.joblib")

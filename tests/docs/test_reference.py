@@ -13,7 +13,8 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from batchlab.cli import SERVICES, service
+from batchlab.cli import SERVICES
+from batchlab.cli import services as service
 from batchlab.cli.app import app
 from batchlab.manager.settings import ManagerSettings
 from batchlab.worker.settings import WorkerSettings

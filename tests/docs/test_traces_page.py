@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.scenario import loader, traces
-from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Schedule
-from batchlab.scenario.traces import said, swf
+from batchlab.scenarios import traces
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Schedule
+from batchlab.scenarios.traces import formats, said
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "traces.md").read_text()
@@ -68,7 +69,9 @@ def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
 
 def test_the_examples_are_all_formats() -> None:
     assert len(EXAMPLES) == 5
-    assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(swf.FIELDS)
+    assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(
+        formats.FIELDS
+    )
 
 
 def test_the_maps_read_the_real_files(tmp_path: Path, shared_data: Path) -> None:

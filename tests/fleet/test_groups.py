@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from batchlab.fleet.api import LaunchTemplate, MixedInstancesPolicy, Process, Tag
-from batchlab.fleet.faults import (
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import LaunchTemplate, MixedInstancesPolicy, Process, Tag
+from batchlab.fleet.errors import (
     AlreadyExists,
     Fault,
     ResourceInUse,
     ScalingActivityInProgress,
     ValidationError,
 )
-from batchlab.model import LifecycleState
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.errors import BackendError
-from batchlab.fleet.api import (
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.errors import BackendError
+from batchlab.core.model import LifecycleState, Pool
+from batchlab.fleet.api_types import (
     ABANDON,
     CONTINUE,
     LAUNCHING,
@@ -30,10 +31,9 @@ from batchlab.fleet.api import (
     ScheduledAction,
     WarmPool,
 )
-from batchlab.fleet.faults import Fault
-from batchlab.fleet.group import ManagedFleet
-from batchlab.fleet.state import FINAL
-from batchlab.model import LifecycleState, Pool
+from batchlab.fleet.errors import Fault
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.fleet.group_state import FINAL
 from tests.support.autoscaling_group import CONFIG, GROUP, ZONES, World, hook
 from tests.support.fleet import CountedIds, ManualClock, TableLauncher, counted, in_service
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.fleet.faults import ValidationError
-from batchlab.model import LifecycleState
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.errors import ValidationError
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws
 
 # --- Health ---------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.asg import running
-from batchlab.fleet.api import ABANDON, CONTINUE, TERMINATING
-from batchlab.fleet.faults import LimitExceeded, ValidationError
-from batchlab.model import LifecycleState
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import ABANDON, CONTINUE, TERMINATING
+from batchlab.fleet.errors import LimitExceeded, ValidationError
+from batchlab.server.autoscaling_api import engine_loop
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws
 
 LEAVE = hook("bye", TERMINATING, default_result=CONTINUE)
@@ -43,11 +43,11 @@ async def test_the_servers_log_tells_once_who_waits_in_a_hook(w: World) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log, before = running.log, running.log.level
+    log, before = engine_loop.log, engine_loop.log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     changed = asyncio.Event()
-    keeping = asyncio.create_task(running._keep(w.asg, changed))
+    keeping = asyncio.create_task(engine_loop._keep(w.asg, changed))
     try:
         (name,) = await _waiting(w)
         async with asyncio.timeout(10):

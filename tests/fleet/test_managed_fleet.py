@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from batchlab.errors import BackendError, Refused
-from batchlab.fleet.decisions import CRASH_LOOP
-from batchlab.fleet.state import COUNTED, MOVES, Member
-from batchlab.model import Instance, LifecycleState
+from batchlab.core.errors import BackendError, Refused
+from batchlab.core.model import Instance, LifecycleState
+from batchlab.fleet.group_state import COUNTED, MOVES, Member
+from batchlab.fleet.termination import CRASH_LOOP
 from tests.support.fleet import counted, in_service, names
 from tests.support.managed_fleet import POOL, USER, World, in_a_world
 

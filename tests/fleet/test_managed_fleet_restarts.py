@@ -10,12 +10,12 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.adapters.state_file import StateFile
-from batchlab.errors import BackendError, Refused
-from batchlab.fleet.group import ManagedFleet
-from batchlab.fleet.state import COUNTED, KEEP_ACTIVITIES
-from batchlab.model import GroupView
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.errors import BackendError, Refused
+from batchlab.core.model import GroupView
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.fleet.group_state import COUNTED, KEEP_ACTIVITIES
 from tests.support.fleet import CountedIds, ManualClock, TableLauncher, counted, in_service, names
 from tests.support.managed_fleet import POOL, USER, Crash, World, in_a_world
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from batchlab.fleet.api import (
+from batchlab.core.model import LifecycleState, Machine, Market
+from batchlab.fleet.api_types import (
     GroupConfig,
     InstancesDistribution,
     LaunchTemplate,
     MixedInstancesPolicy,
     Override,
 )
-from batchlab.fleet.faults import ValidationError
-from batchlab.fleet.mix import wanted_on_demand
-from batchlab.model import LifecycleState, Machine, Market
+from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.mixed_instances import wanted_on_demand
 from tests.support.autoscaling_group import CONFIG, GROUP, ZONES, World, hook, in_aws
 
 OD, SPOT = Market.ON_DEMAND, Market.SPOT

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.fleet.api import ScalingPolicy, StepAdjustment, TargetTracking
-from batchlab.fleet.faults import LimitExceeded, ScalingActivityInProgress, ValidationError
-from batchlab.fleet.scaling import adjusted, step_for
-from batchlab.fleet.state import Group
-from batchlab.model import Pool
+from batchlab.core.model import Pool
+from batchlab.fleet.api_types import ScalingPolicy, StepAdjustment, TargetTracking
+from batchlab.fleet.errors import LimitExceeded, ScalingActivityInProgress, ValidationError
+from batchlab.fleet.group_state import Group
+from batchlab.fleet.scaling_policies import adjusted, step_for
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 WARM_AT_ONCE = replace(CONFIG, default_instance_warmup=0)

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from batchlab.fleet.api import (
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import (
     TERMINATING,
     DesiredConfiguration,
     InstanceRefresh,
     LaunchTemplate,
     RefreshPreferences,
 )
-from batchlab.fleet.faults import (
+from batchlab.fleet.errors import (
     ActiveInstanceRefreshNotFound,
     InstanceRefreshInProgress,
     IrreversibleInstanceRefresh,
     ValidationError,
 )
-from batchlab.model import LifecycleState
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws
 
 SECOND = DesiredConfiguration(LaunchTemplate("", "workers", "2"))

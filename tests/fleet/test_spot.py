@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.fleet.api import (
+from batchlab.core.model import LifecycleState, Market
+from batchlab.fleet.api_types import (
     TERMINATING,
     InstancesDistribution,
     LaunchTemplate,
     MixedInstancesPolicy,
     Override,
 )
-from batchlab.fleet.faults import ValidationError
-from batchlab.model import LifecycleState, Market
+from batchlab.fleet.errors import ValidationError
 from tests.support.autoscaling_group import CONFIG, World, hook, in_aws
 
 SPOT = replace(

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.fleet.api import GroupConfig, LaunchTemplate
-from batchlab.model import LifecycleState, Market
+from batchlab.core.model import LifecycleState, Market
+from batchlab.fleet.api_types import GroupConfig, LaunchTemplate
 from tests.fleet.test_placement import mixed
 from tests.support.autoscaling_group import CONFIG, GROUP, ZONES, World, in_aws
 

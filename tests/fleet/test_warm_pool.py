@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import BackendError
-from batchlab.fleet.api import CONTINUE, TERMINATING, InstanceDetails, WarmPool
-from batchlab.fleet.faults import InstanceRefreshInProgress, ResourceInUse, ValidationError
-from batchlab.model import LifecycleState
+from batchlab.core.errors import BackendError
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import CONTINUE, TERMINATING, InstanceDetails, WarmPool
+from batchlab.fleet.errors import InstanceRefreshInProgress, ResourceInUse, ValidationError
 from tests.support.autoscaling_group import CONFIG, GROUP, MachineLauncher, World, hook, in_aws
 
 SMALL = replace(CONFIG, max_size=4)

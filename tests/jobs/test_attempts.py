@@ -10,17 +10,27 @@ from typing import Any
 
 import pytest
 
-from batchlab import attempts, backends
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import NotFound, UsageError
-from batchlab.home import Home
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, Follow, JobId, Outcome, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.protocol import definition, naming, values, wire
-from batchlab.protocol.definition import Opening
-from batchlab.protocol.sealing import UNSEALED, CommitKey
-from batchlab.worker.inputs import Manifest
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import (
+    Bundle,
+    Failure,
+    FailureKind,
+    Follow,
+    JobId,
+    Outcome,
+    StageName,
+    TaskSet,
+)
+from batchlab.core.protocol import json_format, object_keys, spec_object, values
+from batchlab.core.protocol.bundle_inputs import Manifest
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.protocol.spec_object import Opening
+from batchlab.core.retry import Patience
+from batchlab.jobs import attempts
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
 from tests.support.cli import runner
 
 MAP, NEXT, SUM = StageName("map"), StageName("next"), StageName("sum")
@@ -42,9 +52,9 @@ async def a_bucket() -> SimObjects:
     """Task 1 of `map` failed, was tried again, and succeeded; task 2 failed for good."""
     objects = SimObjects()
     opening = Opening(["a", "b", {"c": 1}])
-    await objects.put(naming.spec(JOB.id), definition.to_bytes(JOB, opening))
+    await objects.put(object_keys.spec(JOB.id), spec_object.to_bytes(JOB, opening))
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
-    log = naming.log(first, "w-1-1", UNSEALED)
+    log = object_keys.log(first, "w-1-1", UNSEALED)
     await objects.put(log, b"hello\nodd\n")
     failures = tuple(
         Failure(task, FailureKind.EXCEPTION, "no", "ValueError", run_s=0.5, final=final)
@@ -68,7 +78,8 @@ async def a_bucket() -> SimObjects:
 
 async def _commit(objects: SimObjects, outcome: Outcome) -> None:
     await objects.put(
-        naming.outcome(outcome.bundle, UNSEALED), wire.to_bytes(wire.outcome_to_json(outcome))
+        object_keys.outcome(outcome.bundle, UNSEALED),
+        json_format.to_bytes(json_format.outcome_to_json(outcome)),
     )
 
 
@@ -125,8 +136,8 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
             await given(NEXT, 2)
         with pytest.raises(NotFound, match="has no task map/3"):
             await given(MAP, 3)
-        await objects.put(naming.part(JOB.id, SUM, 0, naming.old_part(0)), _part(objects))
-        await objects.put(naming.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())
+        await objects.put(object_keys.part(JOB.id, SUM, 0, object_keys.old_part(0)), _part(objects))
+        await objects.put(object_keys.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())
         assert await given(SUM, 0) == [10, 20]
 
     asyncio.run(main())
@@ -140,10 +151,10 @@ def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
         bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
         with pytest.raises(NotFound):
             await attempts.task_input(objects, JOB, bundle, PATIENCE)
-        await objects.put(naming.retry(JOB.id, 1), b"{}")
-        await objects.put(naming.part(JOB.id, SUM, 1, naming.old_part(0)), _part(objects))
+        await objects.put(object_keys.retry(JOB.id, 1), b"{}")
+        await objects.put(object_keys.part(JOB.id, SUM, 1, object_keys.old_part(0)), _part(objects))
         plan = Manifest(1, (0,), round=1)
-        await objects.put(naming.manifest(JOB.id, SUM, 1), plan.to_bytes())
+        await objects.put(object_keys.manifest(JOB.id, SUM, 1), plan.to_bytes())
         bundle = await attempts.task_bundle(objects, JOB, SUM, 0, PATIENCE)
         assert await attempts.task_input(objects, JOB, bundle, PATIENCE) == [10, 20]
 
@@ -154,7 +165,7 @@ def _part(_: SimObjects) -> bytes:
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
     again = Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)
     item = {"$gather": {MAP: [[first.id, [[0, 1]]], [again.id, [[1, 2]]]]}}
-    return wire.to_bytes({"v": wire.VERSION, "items": [item]})
+    return json_format.to_bytes({"v": json_format.VERSION, "items": [item]})
 
 
 def test_an_input_is_described_in_a_few_words() -> None:
@@ -171,11 +182,11 @@ def test_an_input_is_described_in_a_few_words() -> None:
 def test_keys_of_outcomes_are_read_back() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.span(3, 9), attempt=2, round=1)
     for key in (UNSEALED, CommitKey("0f" * 16)):
-        found = naming.outcome_key(naming.outcome(bundle, key))
-        assert found == naming.OutcomeKey(JOB.id, MAP, bundle.id, 3, 8, 1, 2)
-        assert naming.is_genuine(naming.outcome(bundle, key), key)
-        assert not naming.is_genuine(naming.outcome(bundle, key), CommitKey("0e" * 16))
-    assert naming.outcome_key(naming.manifest(JOB.id, MAP, 0)) is None
+        found = object_keys.outcome_key(object_keys.outcome(bundle, key))
+        assert found == object_keys.OutcomeKey(JOB.id, MAP, bundle.id, 3, 8, 1, 2)
+        assert object_keys.is_genuine(object_keys.outcome(bundle, key), key)
+        assert not object_keys.is_genuine(object_keys.outcome(bundle, key), CommitKey("0e" * 16))
+    assert object_keys.outcome_key(object_keys.manifest(JOB.id, MAP, 0)) is None
 
 
 def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
@@ -207,9 +218,9 @@ def test_a_task_that_the_plan_has_not_is_refused_with_what_there_is(
 ) -> None:
     """`show-task` said that no attempt of it had ended yet, and exited with 0."""
     run = runner(monkeypatch, capsys)
-    objects = backends.load("local").open_objects(Home(tmp_path))
-    spec = definition.to_bytes(JOB, Opening(["a", "b", "c"]))
-    asyncio.run(objects.put(naming.spec(JOB.id), spec))
+    objects = factory.load("local").open_objects(Home(tmp_path))
+    spec = spec_object.to_bytes(JOB, Opening(["a", "b", "c"]))
+    asyncio.run(objects.put(object_keys.spec(JOB.id), spec))
     for task in ("map/3", "next/3"):
         code, out, err = run("job", "show-task", JOB.id, task, "--home", tmp_path)
         assert (code, out) == (2, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.spec import handlers
+from batchlab.jobs import handler_lookup
 from tests.support.job_files import FOLDER, MINIMAL, WORK, compiled, load, refused, told, write
 
 
@@ -132,14 +132,14 @@ def test_each_module_is_read_once_however_they_import_each_other(
         return parse(text, filename)
 
     monkeypatch.setattr(ast, "parse", noted)
-    found = handlers.missing("last:absent", tmp_path)
+    found = handler_lookup.missing("last:absent", tmp_path)
     assert found is not None
     assert len(read) == len(set(read)) == 13
 
 
 def test_a_module_that_is_data_is_not_parsed(tmp_path: Path) -> None:
-    (tmp_path / "big.py").write_text("x = 1\n" * (handlers.READ_BYTES // 6 + 1))
-    assert handlers.missing("big:anything", tmp_path) is None
+    (tmp_path / "big.py").write_text("x = 1\n" * (handler_lookup.READ_BYTES // 6 + 1))
+    assert handler_lookup.missing("big:anything", tmp_path) is None
 
 
 def test_a_module_that_cannot_be_read_is_one_mistake_of_all_its_stages(folder: Path) -> None:

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from batchlab import spec
-from batchlab.jobdef import InputDef, JobDef, RetryRule, SplitBy, StageDef
-from batchlab.model import FailureKind, JobId, StageName
-from batchlab.protocol import placeholders
-from batchlab.spec.schema import SECTIONS
-from batchlab.task import File
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import FailureKind, JobId, StageName
+from batchlab.core.protocol import placeholders
+from batchlab.core.task_context import File
+from batchlab.jobs import api
+from batchlab.jobs.schema import SECTIONS
 from docs.reference import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load, write
 
@@ -206,7 +206,7 @@ def test_an_absolute_pattern_is_taken_as_it_is(folder: Path, tmp_path: Path) -> 
 
 def test_the_source_digest_changes_with_whatever_changes_the_work(folder: Path) -> None:
     def digest(text: str = FULL, code: str = "c", **overrides: str) -> str:
-        return spec.source_digest(load(folder, text, **overrides), code)
+        return api.source_digest(load(folder, text, **overrides), code)
 
     first = digest()
     assert digest() == first
@@ -236,7 +236,7 @@ def test_the_source_digest_is_that_of_the_content_not_of_the_place(tmp_path: Pat
     for name in ("x", "y"):
         write(tmp_path / name, {"work.py": WORK, "data/a": "1"})
         os.utime(tmp_path / name / "data/a", ns=(5, 5))
-        digests.add(spec.source_digest(load(tmp_path / name, FULL), "c"))
+        digests.add(api.source_digest(load(tmp_path / name, FULL), "c"))
     assert len(digests) == 1
 
 
@@ -246,8 +246,8 @@ def test_the_source_digest_is_that_of_the_content_not_of_the_place(tmp_path: Pat
 def test_the_starter_job_loads_and_its_handlers_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, spec.starter())
-    jobfile = spec.load(tmp_path / "job.yaml", {"min_cents": "0"})
+    write(tmp_path, api.starter())
+    jobfile = api.load(tmp_path / "job.yaml", {"min_cents": "0"})
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
     handlers = importlib.import_module("handlers")
@@ -257,7 +257,7 @@ def test_the_starter_job_loads_and_its_handlers_work(
     results = handlers.summarise(File(source), context)
     groups = [handlers.total([result]) for result in results]
     assert [(one["state"], one["claims"]) for one in groups] == [("CA", 4), ("NY", 4), ("TX", 4)]
-    rows = [row.split(",") for row in spec.starter()["data/claims.csv"].splitlines()[1:]]
+    rows = [row.split(",") for row in api.starter()["data/claims.csv"].splitlines()[1:]]
     assert sum(one["cents"] for one in groups) == sum(round(float(r[2]) * 100) for r in rows)
 
 
@@ -276,7 +276,7 @@ def test_every_key_is_described_with_an_example_that_is_accepted() -> None:
 
 
 def test_the_schema_is_plain_json_that_forbids_unknown_keys() -> None:
-    schema = spec.json_schema()
+    schema = api.json_schema()
     assert json.loads(json.dumps(schema)) == schema
     for own in (schema, *schema["$defs"].values()):
         assert own == {} or own["additionalProperties"] is False
@@ -294,4 +294,4 @@ def test_the_page_names_every_placeholder_and_only_those() -> None:
 
 def test_the_page_shows_the_starter_job_as_it_is() -> None:
     shown = job_file.reference().split("```yaml\n")[1].split("```")[0]
-    assert yaml.safe_load(shown) == yaml.safe_load(spec.starter()["job.yaml"])
+    assert yaml.safe_load(shown) == yaml.safe_load(api.starter()["job.yaml"])

@@ -11,17 +11,26 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.local_objects import open_local
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import UsageError
-from batchlab.home import Home
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, Outcome, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Objects
-from batchlab.protocol import naming, values, wire
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.results import (
+from batchlab.adapters.local.objects import open_local
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.api_types import JobView
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import (
+    Bundle,
+    Failure,
+    FailureKind,
+    JobId,
+    Json,
+    Outcome,
+    StageName,
+    TaskSet,
+)
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys, values
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.jobs.results import (
     OUTCOMES_AT_ONCE,
     Fetched,
     Listed,
@@ -29,8 +38,8 @@ from batchlab.results import (
     final_stages,
     in_task_order,
 )
-from batchlab.views import JobView
-from batchlab.worker import code
+from batchlab.runtime.home import Home
+from batchlab.worker import code_cache
 
 JOB = JobId("sums-0123456789")
 PATIENCE = Patience(random.Random(1))
@@ -65,10 +74,10 @@ class Bucket:
     def __init__(self, objects: Objects, definition: JobDef) -> None:
         self.objects = objects
         self.listing: list[Listed] = []
-        self._put(naming.spec(JOB), wire.job_to_json(definition))
+        self._put(object_keys.spec(JOB), json_format.job_to_json(definition))
 
     def _put(self, key: str, doc: Json) -> None:
-        asyncio.run(self.objects.put(key, wire.to_bytes(doc)))
+        asyncio.run(self.objects.put(key, json_format.to_bytes(doc)))
 
     def put(self, key: str, data: bytes) -> str:
         asyncio.run(self.objects.put(key, data))
@@ -96,8 +105,8 @@ class Bucket:
             tuple(0.1 for _ in found),
             tuple(Failure(t, FailureKind.EXIT, "no") for t in tasks if t not in found),
         )
-        self._put(naming.outcome(bundle, UNSEALED), wire.outcome_to_json(outcome))
-        self.listing.append(Listed(stage, naming.outcome(bundle, UNSEALED), outcome.succeeded))
+        self._put(object_keys.outcome(bundle, UNSEALED), json_format.outcome_to_json(outcome))
+        self.listing.append(Listed(stage, object_keys.outcome(bundle, UNSEALED), outcome.succeeded))
 
     def fetch(self, out: Path, round_: int = 0, stages: Sequence[str] = ()) -> Fetched:
         return asyncio.run(
@@ -115,7 +124,7 @@ def lines(path: Path) -> list[Any]:
 
 
 def tree(folder: Path) -> set[str]:
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != naming.MADE)
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != object_keys.MADE)
     return {path.relative_to(folder).as_posix() for path in files}
 
 
@@ -274,16 +283,16 @@ def test_results_are_no_code_wherever_they_lie(bucket: Bucket, tmp_path: Path) -
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "handlers.py").write_text("x = 1")
-    before = code.pack(folder)
+    before = code_cache.pack(folder)
     bucket.outcome([0], {0: 1})
     bucket.fetch(folder / "out/sums")
     Home(folder / "my-grid").make()
-    assert code.pack(folder) == before
+    assert code_cache.pack(folder) == before
     # But a folder with files of the user's is code, whatever else is fetched into it.
     (folder / "lib").mkdir()
     (folder / "lib/tools.py").write_text("y = 1")
     bucket.fetch(folder / "lib")
-    assert code.pack(folder) != before
+    assert code_cache.pack(folder) != before
 
 
 def test_what_fails_half_way_leaves_the_results_of_before(bucket: Bucket, tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from typing import cast
 
 import pytest
 
-from batchlab import submission
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.local_objects import open_local
-from batchlab.errors import UsageError
-from batchlab.jobdef import JobDef
-from batchlab.manager import split
-from batchlab.patience import Patience
-from batchlab.ports import Objects
-from batchlab.spec.jobfile import load
+from batchlab.adapters.local.objects import open_local
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.ports import Objects
+from batchlab.core.retry import Patience
+from batchlab.jobs import submission
+from batchlab.jobs.job_file import load
+from batchlab.manager.jobs import input_split
 from tests.support import job_files as jobfiles
 
 
@@ -59,7 +59,7 @@ def job_of(folder: Path, files: int) -> None:
 def names_of(job: JobDef, bucket: Objects) -> list[str]:
     async def collect() -> list[str]:
         assert job.input is not None
-        return [item["name"] async for item in split.items(bucket, job.input)]
+        return [item["name"] async for item in input_split.items(bucket, job.input)]
 
     return asyncio.run(collect())
 

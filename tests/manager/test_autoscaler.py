@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.manager.autoscaler import Autoscaler, Backlog, wanted
-from batchlab.manager.live import Ports, Seen
-from batchlab.manager.registry import Registry
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
+from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.retry import Patience
+from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog, wanted
+from batchlab.manager.scaling.worker_registry import Registry
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
-from batchlab.patience import Patience
-from batchlab.protocol.messages import Beat, Held
+from batchlab.manager.state import Ports, Seen
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 

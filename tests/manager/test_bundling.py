@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.cutting import Cutter
-from batchlab.manager.live import LiveJob
-from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
-from batchlab.ports import JobRecord, StageRecord
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.manager.jobs.bundling import Cutter
+from batchlab.manager.state import LiveJob
 from tests.support.contract.queue_worlds import LoopClock
 
 STAGE = StageDef(StageName("a"), handler="m:f")

@@ -13,21 +13,14 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.adapters.sql.ledger import SqlLedger
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.errors import BackendError, Unreachable
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.arrivals import Arrivals
-from batchlab.manager.collector import Collector, events_queue
-from batchlab.manager.folding import Folder
-from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.registry import Registry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import (
+from batchlab.core.errors import BackendError, Unreachable
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
+from batchlab.core.ports import (
     MAX_BATCH,
     AddCut,
     AddJob,
@@ -39,8 +32,15 @@ from batchlab.ports import (
     Outgoing,
     Written,
 )
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Duplicate, Events, events_message
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import Duplicate, Events, events_message
+from batchlab.core.retry import Patience
+from batchlab.manager.events.collector import Collector, events_queue
+from batchlab.manager.events.folding import Folder
+from batchlab.manager.jobs.early_events import Arrivals
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import LiveJob, Ports
 from tests.support.no_fleet import NoFleet
 
 STAGE = StageName("map")
@@ -111,13 +111,13 @@ async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
     for first in range(0, EVENTS, MAX_BATCH):
         some = done[first : first + MAX_BATCH]
         bodies = [Outgoing(events_message(Events((one,)))) for one in some]
-        await queue.send(naming.EVENTS, bodies)
+        await queue.send(object_keys.EVENTS, bodies)
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
     lives = {JOB.id: live}
     folder_, registry = Folder(ports, lives, nobody), Registry(ports, lives)
     collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), Arrivals())
     collecting = asyncio.create_task(collector.collect())
-    while sum(counting.sizes) < EVENTS or await queue.depth(naming.EVENTS) != Depth(0, 0, 0):
+    while sum(counting.sizes) < EVENTS or await queue.depth(object_keys.EVENTS) != Depth(0, 0, 0):
         assert not collecting.done()
         await asyncio.sleep(0.02)
     assert live.stages[STAGE].counts.succeeded == EVENTS
@@ -153,11 +153,11 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock(), Arrivals())
         await queue.ensure(events_queue(settings))
         some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
-        await queue.send(naming.EVENTS, some)
+        await queue.send(object_keys.EVENTS, some)
         assert len(await collector._received()) == MAX_BATCH
         assert registry.deaf_s is None, "it has heard them all"
-        monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
-        await queue.send(naming.EVENTS, some)
+        monkeypatch.setattr("batchlab.manager.events.collector.FOLD_BYTES", 1)
+        await queue.send(object_keys.EVENTS, some)
         await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
         await collector._received()
         backlog_s = registry.deaf_s
@@ -171,7 +171,7 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(BackendError):
                 await collector._collect_once()
         assert registry.deaf_s == math.inf, "as long as it lasts"
-        await queue.send(naming.EVENTS, some[:1])
+        await queue.send(object_keys.EVENTS, some[:1])
         await collector._collect_once()
         assert backlog_s < registry.deaf_s < math.inf
         # What was received and could not be taken was not heard either.

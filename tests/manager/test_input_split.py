@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.errors import NotFound, UsageError
-from batchlab.jobdef import InputDef, SplitBy
-from batchlab.manager import split
-from batchlab.model import Json
-from batchlab.ports import ObjectInfo, Objects
-from batchlab.protocol import values
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import Json
+from batchlab.core.ports import ObjectInfo, Objects
+from batchlab.core.protocol import values
+from batchlab.manager.jobs import input_split
 
 
 class Bucket:
@@ -54,7 +54,7 @@ def tasks(
 
     async def collect() -> list[Json]:
         given = InputDef(keys, by, size, **more)
-        return [item async for item in split.items(cast(Objects, bucket), given)]
+        return [item async for item in input_split.items(cast(Objects, bucket), given)]
 
     return asyncio.run(collect())
 
@@ -83,9 +83,9 @@ def parts_of(
     data: bytes, by: SplitBy, size: int, header: bool, ranges: tuple[int, int, int]
 ) -> list[Json]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split, "READ_BYTES", ranges[0])
-        patch.setattr(split, "PEEK_BYTES", ranges[1])
-        patch.setattr(split, "_PEEK_FROM", ranges[2])
+        patch.setattr(input_split, "READ_BYTES", ranges[0])
+        patch.setattr(input_split, "PEEK_BYTES", ranges[1])
+        patch.setattr(input_split, "_PEEK_FROM", ranges[2])
         found = tasks({"raw/a.txt": data}, by, size, header=header)
     for item in found:
         assert item == {**item, "$part": "raw/a.txt", "name": "a.txt"}
@@ -162,7 +162,7 @@ def test_items_come_back_equal_and_in_order(
     lines = [json.dumps(value, ensure_ascii=False).encode() for value in given_values]
     data = ending.join(lines) + (ending if ended else b"")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split, "READ_BYTES", read)
+        patch.setattr(input_split, "READ_BYTES", read)
         found = tasks({"a": data}, SplitBy.ITEMS, size)
     decoded = [values.decode(item, no_file, pickles=True) for item in found]
     if size > 1:
@@ -271,7 +271,7 @@ def test_line_numbers_count_across_reads() -> None:
     data = b"[1, 2]\n" * 5 + b"\n" * 3 + b"oops"
     for read in range(1, 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(split, "READ_BYTES", read)
+            patch.setattr(input_split, "READ_BYTES", read)
             with pytest.raises(UsageError, match="Line 9 of"):
                 tasks({"a": data}, SplitBy.ITEMS)
 
@@ -285,7 +285,7 @@ def test_memory_is_a_few_times_the_range_that_is_read_however_short_the_lines() 
 
     async def count() -> int:
         given = InputDef(("a",), SplitBy.ITEMS, 1)
-        return len([None async for _ in split.items(cast(Objects, bucket), given)])
+        return len([None async for _ in input_split.items(cast(Objects, bucket), given)])
 
     tracemalloc.start()
     try:
@@ -304,7 +304,7 @@ def test_large_parts_are_cut_by_a_look_around_their_ends_only() -> None:
     found = tasks(bucket, SplitBy.BYTES, 8 << 20, header=True)
     assert len(found) == 6
     assert len(bucket.reads) == 6
-    assert all(stop - start <= split.PEEK_BYTES for start, stop in bucket.reads)
+    assert all(stop - start <= input_split.PEEK_BYTES for start, stop in bucket.reads)
 
 
 @pytest.mark.parametrize(("by", "size"), [(SplitBy.LINES, 1000), (SplitBy.BYTES, 100_000)])
@@ -313,7 +313,7 @@ def test_small_parts_are_cut_in_few_large_reads(by: SplitBy, size: int) -> None:
     bucket.content["a"] *= 320_000
     assert len(tasks(bucket, by, size)) == 320
     assert len(bucket.reads) == 4
-    assert all(stop - start <= split.READ_BYTES for start, stop in bucket.reads)
+    assert all(stop - start <= input_split.READ_BYTES for start, stop in bucket.reads)
 
 
 def test_a_line_of_many_reads_is_one_part_and_read_in_growing_ranges() -> None:
@@ -321,4 +321,4 @@ def test_a_line_of_many_reads_is_one_part_and_read_in_growing_ranges() -> None:
     found = tasks(bucket, SplitBy.BYTES, 1 << 20)
     assert [item["stop"] - item["start"] for item in found] == [2, (20 << 20) + 1, 2]
     assert len(bucket.reads) < 20
-    assert all(stop - start <= split.READ_BYTES for start, stop in bucket.reads)
+    assert all(stop - start <= input_split.READ_BYTES for start, stop in bucket.reads)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchlab.model import JobId
-from batchlab.protocol import naming
+from batchlab.core.model import JobId
+from batchlab.core.protocol import object_keys
 from tests.support.server.api import Rig, job
 
 
@@ -59,4 +59,4 @@ def test_the_same_job_is_not_run_twice_while_the_bucket_has_it(rig: Rig) -> None
     assert rig.submit(job()) == first
     assert rig.client.job(first)["ended_s"] == ended_s
     assert JobId(first) not in rig.manager.lives
-    assert rig.run(rig.objects.head(naming.spec(JobId(first))))
+    assert rig.run(rig.objects.head(object_keys.spec(JobId(first))))

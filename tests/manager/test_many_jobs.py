@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from sqlalchemy import text
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql.ledger import open_memory
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import Ports, all_jobs
-from batchlab.model import JobId, JobState, StageName
-from batchlab.patience import Patience
-from batchlab.ports import AddJob
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, StageName
+from batchlab.core.ports import AddJob
+from batchlab.core.retry import Patience
+from batchlab.manager.state import Ports, all_jobs
 
 JOBS = 10_200
 JOB = JobDef(JobId("job-00000"), "job", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)

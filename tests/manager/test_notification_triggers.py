@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import NotFound, Unreachable
-from batchlab.manager.live import Outstanding, Seen
-from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, TaskSet
-from batchlab.notification import NotDelivered, Notification, Target
-from batchlab.ports import StageRecord
-from batchlab.protocol.messages import Beat, Held
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import NotFound, Unreachable
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, TaskSet
+from batchlab.core.notifications import NotDelivered, Notification, Target
+from batchlab.core.ports import StageRecord
+from batchlab.core.protocol.messages import Beat, Held
+from batchlab.manager.state import Outstanding, Seen
 from tests.support.manager.notifier import ENDING, MAP, OPS, Scene, a_job, a_notification, play
 
 # --- What is written -----------------------------------------------------------------------------

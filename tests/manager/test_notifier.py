@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import NotFound, Unreachable
-from batchlab.jobdef import NotifyDef
-from batchlab.manager.notifying import GIVE_UP_S, MOST_PENDING
-from batchlab.notification import NotDelivered, Notification, Target
-from batchlab.protocol import naming
+from batchlab.core.errors import NotFound, Unreachable
+from batchlab.core.job_definition import NotifyDef
+from batchlab.core.notifications import NotDelivered, Notification, Target
+from batchlab.core.protocol import object_keys
+from batchlab.manager.notifications.notifier import GIVE_UP_S, MOST_PENDING
 from tests.support.manager.notifier import ENDING, EPOCH_S, OPS, Scene, a_job, a_notification, play
 
 # --- Ends ----------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_job_is_told_to_one_of_the_grids_targets_that_it_may_name() -> None:
         scene = Scene(chat)
         live = a_job("sums", NotifyDef("target", "chat", ("failed",)))
         await scene.manager().ended(live, ENDING)
-        assert b"s3cret" not in await scene.objects.get(naming.NOTIFICATIONS)
+        assert b"s3cret" not in await scene.objects.get(object_keys.NOTIFICATIONS)
         await scene.led(scene.manager(), 1.0)
         (target,) = scene.reached
         assert (target.kind, target.to, target.job) == ("webhook", chat.to, "sums-1")

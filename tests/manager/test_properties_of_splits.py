@@ -17,16 +17,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.jobdef import InputDef, JobDef, SplitBy, StageDef
-from batchlab.manager import plans, split
-from batchlab.model import Bundle, Failure, JobId, Json, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.protocol import values
-from batchlab.protocol.references import Own
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.worker import materialise
-from batchlab.worker.inputs import Inputs
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
+from batchlab.core.model import Bundle, Failure, JobId, Json, StageName, TaskSet
+from batchlab.core.protocol import values
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs import input_split, stage_plans
+from batchlab.worker import materialization
 from tests.support.properties import SLOW
 
 JOB, STAGE = JobId("j-0123456789"), StageName("one")
@@ -67,8 +67,8 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
         for key, content in zip(keys, files, strict=True):
             await objects.put(key, content)
         given = InputDef(tuple(keys), by, size, header)
-        writer = plans.PartWriter(objects, PATIENCE, JOB, STAGE, 0)
-        async for item in split.items(objects, given):
+        writer = stage_plans.PartWriter(objects, PATIENCE, JOB, STAGE, 0)
+        async for item in input_split.items(objects, given):
             await writer.add(item)
         manifest = await writer.commit(TaskSet())
         job = JobDef(JOB, "j", (StageDef(STAGE, handler="m:f"),), 0.0, given)
@@ -86,7 +86,7 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
 
 async def _local(objects: SimObjects, items: list[Json], folder: Path) -> list[tuple[str, Any]]:
     """(key, content) of what each task finds on its worker; an item has the first file's key."""
-    inputs = materialise.Inputs(objects, folder, asyncio.to_thread, Own(JOB, is_python=False))
+    inputs = materialization.Inputs(objects, folder, asyncio.to_thread, Own(JOB, is_python=False))
     found: list[tuple[str, Any]] = []
     for (_, local), item in zip(await inputs.fetch(enumerate(items)), items, strict=True):
         assert not isinstance(local, Failure), local

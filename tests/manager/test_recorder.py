@@ -7,17 +7,8 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from batchlab.costs.meter import Account
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import recorded
-from batchlab.manager.autoscaler import Backlog
-from batchlab.manager.counts import Counts
-from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.recorder import FEW, SHORT_S, Recorder, _Seen
-from batchlab.manager.registry import Registry
-from batchlab.manager.reporting import Reports
-from batchlab.manager.series import FINE, Series, latest, of_pool
-from batchlab.model import (
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import (
     Bundle,
     GroupView,
     Instance,
@@ -29,9 +20,18 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import JobRecord, StageRecord
-from batchlab.protocol import wire
-from batchlab.protocol.messages import Duplicate, Events, events_message, read_events_message
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.core.pricing.usage_meter import Account
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.messages import Duplicate, Events, events_message, read_events_message
+from batchlab.manager.counters import Counts
+from batchlab.manager.recording import recorded_data
+from batchlab.manager.recording.downsampling import FINE, Series, latest, of_pool
+from batchlab.manager.recording.recorder import FEW, SHORT_S, Recorder, _Seen
+from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.scaling.autoscaler import Backlog
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.state import LiveJob, Ports
 
 
 def pool_point(at_s: float, step_s: float = 1.0, visible: int = 0, busy: float = 0.0) -> list[Any]:
@@ -100,21 +100,21 @@ def whole() -> dict[str, Any]:
 
 
 def test_a_job_has_its_own_part_of_what_was_seen() -> None:
-    part = recorded.part_of(whole(), JobId("a"))
+    part = recorded_data.part_of(whole(), JobId("a"))
     assert list(part["pools"]) == ["default"]
     assert [point[0] for point in part["pools"]["default"]["series"]] == [5.0, 6.0, 7.0, 8.0, 9.0]
     assert [one[7] for one in part["scaling"]] == ["a backlog"]
     assert list(part["instances"]) == ["i-here"]
     assert list(part["workers"]) == ["w-1"]
-    assert recorded.part_of(whole(), JobId("unknown")) == recorded.empty()
+    assert recorded_data.part_of(whole(), JobId("unknown")) == recorded_data.empty()
 
 
 def test_rounds_are_put_together() -> None:
-    first = recorded.part_of(whole(), JobId("a"))
+    first = recorded_data.part_of(whole(), JobId("a"))
     doc = whole()
     doc["earlier"] = {"a": first}
     doc["jobs"]["a"] |= {"since_s": 7.0, "duplicates": {"s": {"message": [2, 0.5]}}}
-    both = recorded.part_of(doc, JobId("a"))
+    both = recorded_data.part_of(doc, JobId("a"))
     times = [point[0] for point in both["pools"]["default"]["series"]]
     assert times == [5.0, 6.0, 7.0, 8.0, 9.0, 8.0, 9.0]
     assert both["duplicates"] == {"s": {"message": [3, 0.5]}}
@@ -126,13 +126,13 @@ def test_what_came_twice_and_when_a_cut_was_made_travel() -> None:
     told = Duplicate(JobId("a"), StageName("s"), "execution", "w-1-3", 2.5)
     events = Events(duplicates=(told,))
     assert read_events_message(events_message(events)) == events
-    from batchlab.ports import Cut
+    from batchlab.core.ports import Cut
 
     bundle = Bundle(JobId("a"), StageName("s"), TaskSet.span(0, 4))
     cut = Cut(JobId("a"), StageName("s"), 0, 0, (bundle,), TaskSet(), 4, 17.5)
-    assert wire.cut_from_json(wire.cut_to_json(cut)).at_s == 17.5
-    old = {k: v for k, v in wire.cut_to_json(cut).items() if k != "at"}
-    assert wire.cut_from_json(old).at_s is None
+    assert json_format.cut_from_json(json_format.cut_to_json(cut)).at_s == 17.5
+    old = {k: v for k, v in json_format.cut_to_json(cut).items() if k != "at"}
+    assert json_format.cut_from_json(old).at_s is None
 
 
 # --- The reporter --------------------------------------------------------------------------------
@@ -155,18 +155,18 @@ class Moody:
 def test_what_cannot_be_written_is_tried_again_and_then_told(
     failures: int, tries: int, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchlab.manager import reporting
+    from batchlab.manager.recording import report_requests
 
-    monkeypatch.setattr(reporting, "AGAIN_S", 0.0)
-    monkeypatch.setattr(reporting, "CALM_S", 0.0)
+    monkeypatch.setattr(report_requests, "AGAIN_S", 0.0)
+    monkeypatch.setattr(report_requests, "CALM_S", 0.0)
     moody = Moody(failures)
     reports = Reports(moody)
 
     async def act() -> None:
         keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("short"), reporting.SHORT_S - 1)
-        reports.ended(JobId("a"), reporting.SHORT_S)
-        reports.ended(JobId("a"), reporting.SHORT_S)
+        reports.ended(JobId("short"), report_requests.SHORT_S - 1)
+        reports.ended(JobId("a"), report_requests.SHORT_S)
+        reports.ended(JobId("a"), report_requests.SHORT_S)
         for _ in range(100):
             await asyncio.sleep(0)
             if len(moody.asked) == tries:
@@ -208,16 +208,16 @@ def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
     latest_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
-    from batchlab.manager import reporting
+    from batchlab.manager.recording import report_requests
 
-    monkeypatch.setattr(reporting, "CALM_S", 0.05)
-    monkeypatch.setattr(reporting, "LATEST_S", latest_s)
+    monkeypatch.setattr(report_requests, "CALM_S", 0.05)
+    monkeypatch.setattr(report_requests, "LATEST_S", latest_s)
     moody, counts = Moody(0), Counts()
     reports = Reports(moody, counts)
 
     async def act() -> None:
         keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("a"), reporting.SHORT_S)
+        reports.ended(JobId("a"), report_requests.SHORT_S)
         for _ in range(20):
             counts.submitted += 1
             await asyncio.sleep(0.01)
@@ -329,7 +329,7 @@ def test_what_a_job_that_ends_costs_does_not_grow_with_what_was_before_it(second
     few, some_looks = closed(100, seconds)
     many, many_looks = closed(10_000, seconds)
     assert many_looks == some_looks < 50
-    assert len(wire.to_bytes(many)) == len(wire.to_bytes(few))
+    assert len(json_format.to_bytes(many)) == len(json_format.to_bytes(few))
     assert len(few["instances"]) == (FEW if seconds < SHORT_S else FEW + 7)
     assert "last" in few["instances"] or seconds < SHORT_S
     assert not few["workers"]

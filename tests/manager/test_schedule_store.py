@@ -7,11 +7,11 @@ from dataclasses import replace
 from random import Random
 from typing import Any, cast
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.manager.live import Ports
-from batchlab.manager.shelf import Shelf
-from batchlab.patience import Patience
-from batchlab.schedule.model import Definition, Schedule, When
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.retry import Patience
+from batchlab.core.schedules.model import Definition, Schedule, When
+from batchlab.manager.schedules.schedule_store import Shelf
+from batchlab.manager.state import Ports
 
 SCHEDULE = Schedule(
     Definition("daily", "sums", When("0 2 * * *"), "grid/templates/x.json"), 1, 0, 0

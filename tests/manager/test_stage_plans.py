@@ -7,21 +7,21 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import plans
-from batchlab.model import Bundle, JobId, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.protocol import wire
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.worker.inputs import Inputs
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, JobId, StageName, TaskSet
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs import stage_plans
 
 
 @pytest.mark.parametrize(("parts", "turns"), [(3, 0), (4, 1), (9, 2)])
 def test_others_have_a_turn_after_every_few_parts(
     monkeypatch: pytest.MonkeyPatch, parts: int, turns: int
 ) -> None:
-    monkeypatch.setattr(plans, "PART_ITEMS", 10)
+    monkeypatch.setattr(stage_plans, "PART_ITEMS", 10)
     had = 0
 
     async def other() -> None:
@@ -34,7 +34,9 @@ def test_others_have_a_turn_after_every_few_parts(
         waiting = asyncio.create_task(other())
         await asyncio.sleep(0)
         # A bucket that never waits, as a folder of small objects.
-        writer = plans.PartWriter(SimObjects(), Patience(Random(1)), JobId("j"), StageName("s"), 0)
+        writer = stage_plans.PartWriter(
+            SimObjects(), Patience(Random(1)), JobId("j"), StageName("s"), 0
+        )
         await writer.add(*range(10 * parts))
         meanwhile = had
         manifest = await writer.commit(TaskSet())
@@ -51,12 +53,12 @@ def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -
     so one input ran twice and another one never."""
     job = JobDef(JobId("j"), "j", (StageDef(StageName("s"), handler="a:b"),), 0.0)
     bundle = Bundle(job.id, StageName("s"), TaskSet.span(0, 3))
-    large = "x" * (plans.ITEM_BYTES + 1)
+    large = "x" * (stage_plans.ITEM_BYTES + 1)
 
     async def main() -> None:
         objects, patience = SimObjects(), Patience(Random(1))
         stale, leader = (
-            plans.PartWriter(objects, patience, job.id, StageName("s"), 0) for _ in range(2)
+            stage_plans.PartWriter(objects, patience, job.id, StageName("s"), 0) for _ in range(2)
         )
         await leader.add("b", "c", large + "d")
         committed = await leader.commit(TaskSet())
@@ -64,6 +66,6 @@ def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -
         assert await stale.commit(TaskSet()) == committed
         items = await Inputs(objects, patience).resolve(job, bundle, UNSEALED)
         assert list(items[:2]) == ["b", "c"]
-        assert await objects.get(items[2]["$value"]) == wire.to_bytes(large + "d")
+        assert await objects.get(items[2]["$value"]) == json_format.to_bytes(large + "d")
 
     asyncio.run(main())

@@ -9,25 +9,25 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.costs.meter import Account, Accounting, Kind, Meter
-from batchlab.errors import BackendError, NotFound, Unreachable
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import recorded
-from batchlab.manager.kept import Kept
-from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.recorder import Recorder
-from batchlab.manager.registry import Registry
+from batchlab.core.errors import BackendError, NotFound, Unreachable
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, Pool, StageCounts, StageName
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.core.pricing.usage_meter import Account, Accounting, Kind, Meter
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.request_counter import Requests, Tally
+from batchlab.core.retry import Patience
+from batchlab.manager.recording import recorded_data
+from batchlab.manager.recording.recorder import Recorder
+from batchlab.manager.scaling.worker_registry import Registry
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.spending import Spending
-from batchlab.model import JobId, JobState, Pool, StageCounts, StageName
-from batchlab.patience import Patience
-from batchlab.ports import JobRecord, StageRecord
-from batchlab.protocol import naming, wire
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
-from batchlab.tally import Requests, Tally
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.usage.spending import Spending
+from batchlab.manager.versioned_document import Kept
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
 
 JOB = JobId("sums-1")
@@ -78,7 +78,7 @@ class Scene:
         return Leader(self)
 
     async def used(self) -> dict[str, Any]:
-        return wire.loads(await self.objects.get(naming.used(JOB)))
+        return json_format.loads(await self.objects.get(object_keys.used(JOB)))
 
     async def bundles(self) -> int:
         return int((await self.used())["account"]["bundles"])
@@ -142,7 +142,7 @@ def test_a_leader_that_is_killed_between_two_puts_is_followed_by_one_that_knows_
         live.account.bundles = 9
         live.account.bill(KIND, 60.0)
         # It writes the job's account and dies before it has written the grid's.
-        scene.objects.away = frozenset({naming.USE})
+        scene.objects.away = frozenset({object_keys.USE})
         await first.ends()
         assert await scene.bundles() == 9
         scene.objects.away = frozenset()
@@ -178,7 +178,7 @@ def test_a_leader_that_stood_still_does_not_write_over_what_the_other_one_has_co
         assert await scene.bundles() == 8
         requests = Requests(*(await scene.used())["account"]["requests"])
         assert requests == Requests(sqs=50, s3_puts=7)
-        books = wire.loads(await scene.objects.get(naming.USE))
+        books = json_format.loads(await scene.objects.get(object_keys.USE))
         assert Account.from_json(books["meter"]["total"]).billed_s == {KIND: 100.0}
 
     play(main)
@@ -246,13 +246,13 @@ def test_a_round_more_is_counted_on_top_and_written_over_what_was_read() -> None
 def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
-        await scene.objects.put(naming.used(JOB), there)
+        await scene.objects.put(object_keys.used(JOB), there)
         leader = scene.leader()
         await leader.leads()
         live = await leader.conducts(is_new=False)
         assert not live.account.is_whole
         await leader.ends()
-        assert await scene.objects.get(naming.used(JOB)) == there
+        assert await scene.objects.get(object_keys.used(JOB)) == there
         assert leader.written == [JOB], "nobody waits for it any more"
 
     play(main)
@@ -264,11 +264,11 @@ def test_what_a_later_release_has_written_of_a_job_is_left_alone(there: bytes) -
 def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
-        await scene.objects.put(naming.USE, there)
+        await scene.objects.put(object_keys.USE, there)
         leader = scene.leader()
         await leader.leads()
         await leader.saves()
-        assert wire.loads(await scene.objects.get(naming.USE))["jobs"] == {}
+        assert json_format.loads(await scene.objects.get(object_keys.USE))["jobs"] == {}
 
     play(main)
 
@@ -276,7 +276,7 @@ def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> Non
 def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
     async def main() -> None:
         scene = Scene()
-        kept = Kept(scene.ports, naming.USE)
+        kept = Kept(scene.ports, object_keys.USE)
         tries = 0
 
         async def gone(*_: Any, **__: Any) -> str:
@@ -299,7 +299,7 @@ def part(*points: tuple[float, float], **more: Any) -> dict[str, Any]:
     """A job's part whose pool was looked at so: when, for how long."""
     series = [[at_s, step_s, 0, 0, 0, 0, 1, 0, 1, 0, 1, 4, 0.5] for at_s, step_s in points]
     pool = {"slots": 4, "type": "", "series": series}
-    return {**recorded.empty(), "pools": {"default": pool}, **more}
+    return {**recorded_data.empty(), "pools": {"default": pool}, **more}
 
 
 def times(doc: dict[str, Any]) -> list[float]:
@@ -317,26 +317,26 @@ def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice(
     other["duplicates"] = {"map": {"event": [1, 0.7], "message": [1, 0.0]}}
     other["workers"] = {"w-1": ["i-1", "default", 4, 2.0, 7.0]}
     other["instances"] = {"i-1": ["default", "", "", "", 0.0, 1.0, 7.0, "Terminated", "", 4]}
-    both = recorded.united(one, other)
+    both = recorded_data.united(one, other)
     assert times(both) == [1, 2, 3, 4, 6, 7]
     assert both["duplicates"] == {"map": {"event": [2, 0.7], "message": [1, 0.0]}}
     assert both["workers"] == {"w-1": ["i-1", "default", 4, 1.0, 7.0]}
     assert both["instances"]["i-1"][6] == 7.0
     assert both["requests"] == [[4.0, 1.0, 9, 0, 0, 0, 0], [7.0, 1.0, 9, 3, 0, 0, 0]]
     for again in (one, other, both):
-        assert recorded.united(both, again) == both
-    assert times(recorded.united(other, one)) == [1, 2, 3, 4, 6, 7]
+        assert recorded_data.united(both, again) == both
+    assert times(recorded_data.united(other, one)) == [1, 2, 3, 4, 6, 7]
 
 
 def test_what_the_other_leader_has_thinned_is_not_told_in_full_once_more() -> None:
-    assert times(recorded.united(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
+    assert times(recorded_data.united(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
 
 
 def test_whole_documents_are_joined_with_our_live_jobs() -> None:
     job = {"since_s": 3.0, "pools": ["default"], "requests": [], "duplicates": {}}
     ours = {**part((3, 1)), "jobs": {"a": job}, "earlier": {}}
     theirs = {**part((1, 1)), "jobs": {"a": {**job, "since_s": 1.0}}, "earlier": {"a": part()}}
-    both = recorded.joined(theirs, ours)
+    both = recorded_data.joined(theirs, ours)
     assert both["jobs"] == {"a": {**job, "since_s": 1.0}}
     assert times(both) == [1, 3]
     assert list(both["earlier"]) == ["a"]
@@ -389,7 +389,7 @@ def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
 
 def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
-    monkeypatch.setattr("batchlab.costs.meter.HEARD_KEPT", 3)
+    monkeypatch.setattr("batchlab.core.pricing.usage_meter.HEARD_KEPT", 3)
     meter = Meter()
     for n in range(1, 10):
         meter.hear("manager", Requests(sqs=n), {}, {})

@@ -9,18 +9,18 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.errors import BatchlabError, Refused, Unreachable
-from batchlab.manager.counts import DUPLICATE, Counts
-from batchlab.manager.live import Ports
-from batchlab.manager.registry import LOST_S, Registry
-from batchlab.model import BundleId, Instance, JobId, LifecycleState, StageName
-from batchlab.patience import Patience
-from batchlab.ports import Fleet, Queue
-from batchlab.protocol.messages import Beat, Held, Told
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
+from batchlab.core.errors import BatchlabError, Refused, Unreachable
+from batchlab.core.model import BundleId, Instance, JobId, LifecycleState, StageName
+from batchlab.core.ports import Fleet, Queue
+from batchlab.core.protocol.messages import Beat, Held, Told
+from batchlab.core.retry import Patience
+from batchlab.manager.counters import DUPLICATE, Counts
+from batchlab.manager.scaling.worker_registry import LOST_S, Registry
+from batchlab.manager.state import Ports
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
 
 
@@ -177,7 +177,7 @@ def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabE
 def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("batchlab.manager.counts.HEARD_KEPT", 3)
+    monkeypatch.setattr("batchlab.manager.counters.HEARD_KEPT", 3)
     counts = Counts()
     for n in range(1, 10):
         counts.told(Told("w-first", {DUPLICATE: n}))

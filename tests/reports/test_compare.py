@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import report_diff
-from batchlab.errors import UsageError
-from batchlab.report.comparing import Change, Comparison, Gate, compare, gates
-from batchlab.report.measuring import MEASURES, Run, Sample, runs
+from batchlab.core.errors import UsageError
+from batchlab.reports.compare.comparison import Change, Comparison, Gate, compare, gates
+from batchlab.reports.compare.measures import MEASURES, Run, Sample, runs
 from tests.cli.test_commands import run
 from tests.support.reports.made import Made, write_run
 
@@ -111,7 +111,7 @@ def test_the_interval_covers_what_is_true_about_as_often_as_it_says() -> None:
 
 def test_a_quantiles_spread_within_a_run_is_that_of_resamples(sides: dict[str, Path]) -> None:
     """Ranks drawn at random stand for resamples that nobody makes."""
-    from batchlab.report import store
+    from batchlab.reports.queries import store
 
     (run_, *_) = read(sides["main"])
     with store.opened([sides["main"] / run_.job]) as connection:

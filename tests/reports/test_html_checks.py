@@ -6,9 +6,9 @@ from decimal import Decimal
 
 import pytest
 
-from batchlab.report.html.changes import CHECKS, findings
-from batchlab.report.html.findings import Level
-from batchlab.report.html.signs import Signs
+from batchlab.reports.html.fleet_checks import CHECKS, findings
+from batchlab.reports.html.metrics import Signs
+from batchlab.reports.html.task_checks import Level
 from tests.support.reports.metrics import SIGNS, of_stage, signs
 
 

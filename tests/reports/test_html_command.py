@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.local_objects import open_local
-from batchlab.home import Home
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
-from batchlab.ports import Objects
-from batchlab.protocol import naming, wire
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.report import store
-from batchlab.report.html.failed import Case, cases
-from batchlab.report.html.samples import LOG_BYTES, samples
-from batchlab.report.html.source import Run as ReportedRun
+from batchlab.adapters.local.objects import open_local
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.reports.html.failures import LOG_BYTES, Case, cases, samples
+from batchlab.reports.html.source import Run as ReportedRun
+from batchlab.reports.queries import store
+from batchlab.runtime.home import Home
 from tests.support.cli import Run, runner
 from tests.support.reports.made import Made, write_run
 
@@ -79,7 +78,7 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         JobId(JOB), StageName(case.stage), TaskSet.span(first, last + 1), attempt=case.attempt
     )
     assert bundle.id == case.bundle
-    key = naming.log(bundle, case.execution, UNSEALED)
+    key = object_keys.log(bundle, case.execution, UNSEALED)
     failure = Failure(
         case.task, FailureKind.EXCEPTION, "no price", "ValueError", traceback="In <price>: line 7"
     )
@@ -95,8 +94,8 @@ async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
         log_spans=((case.task, 10, 10 + len(log)),) if log is not None else (),
     )
     await objects.put(
-        naming.outcome(bundle, UNSEALED),
-        wire.to_bytes(wire.outcome_to_json(outcome)),
+        object_keys.outcome(bundle, UNSEALED),
+        json_format.to_bytes(json_format.outcome_to_json(outcome)),
         if_absent=True,
     )
     if log is not None:

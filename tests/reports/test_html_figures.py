@@ -13,12 +13,12 @@ from statistics import median
 
 import pytest
 
-from batchlab.report.html import failed, gantt, load, money, times
-from batchlab.report.html.scales import LogAxis
-from batchlab.report.html.signs import Signs, signs
-from batchlab.report.html.source import Run
-from batchlab.report.html.text import share
-from batchlab.report.store import opened
+from batchlab.reports.html import costs, durations, failures, gantt, load
+from batchlab.reports.html.charts import LogAxis
+from batchlab.reports.html.metrics import Signs, signs
+from batchlab.reports.html.source import Run
+from batchlab.reports.html.text import share
+from batchlab.reports.queries.store import opened
 from tests.support.reports.altered import altered
 from tests.support.reports.figures import Row, means, percentile, rows_of
 from tests.support.reports.made import Made, write_run
@@ -38,7 +38,7 @@ def run(folder: Path) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def seen(run: Run) -> Signs:
-    return signs(run, load.series(run), money.cost(run))
+    return signs(run, load.series(run), costs.cost(run))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_scaling_decisions_with_their_reasons(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("column", ["run_s", "wait_s"])
 def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> None:
-    found = times.spreads(run, column)
+    found = durations.spreads(run, column)
     assert [one.stage for one in found] == ["read", "score", "merge"]
     for one in found:
         values = [task[column] for task in tasks if task["stage"] == one.stage]
@@ -153,7 +153,7 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
         assert one.most_s == max(values)
         for percent, seconds in one.percentiles_s.items():
             assert seconds == pytest.approx(percentile(values, percent / 100))
-        least_s = times.LEAST_S[column]
+        least_s = durations.LEAST_S[column]
         bins = Counter(
             math.floor(math.log10(max(value, least_s)) * LogAxis.PER_DECADE) for value in values
         )
@@ -162,8 +162,8 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
 
 
 def test_a_histograms_table_has_every_task(run: Run) -> None:
-    spreads = times.spreads(run, "run_s")
-    for one in times.drawn(run, spreads, "run_s"):
+    spreads = durations.spreads(run, "run_s")
+    for one in durations.drawn(run, spreads, "run_s"):
         (spread,) = [spread for spread in spreads if spread.stage == one.title]
         assert one.data
         assert sum(int(row[1].replace(",", "")) for row in one.data.rows) == spread.tasks
@@ -171,8 +171,8 @@ def test_a_histograms_table_has_every_task(run: Run) -> None:
 
 def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
     order = sorted(tasks, key=lambda task: (-task["run_s"], task["stage"], task["task"]))
-    assert [(row[0], int(row[1])) for row in times.longest(run).rows] == [
-        (task["stage"], task["task"]) for task in order[: times.LONGEST]
+    assert [(row[0], int(row[1])) for row in durations.longest(run).rows] == [
+        (task["stage"], task["task"]) for task in order[: durations.LONGEST]
     ]
 
 
@@ -320,7 +320,7 @@ def test_signs_of_waste(seen: Signs, folder: Path) -> None:
 
 
 def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> None:
-    found = money.cost(run)
+    found = costs.cost(run)
     rows = rows_of(folder, "cost")
     (job,) = rows_of(folder, "jobs")
     assert found
@@ -344,7 +344,7 @@ def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> 
 
 
 def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
-    found = failed.failures(run)
+    found = failures.failures(run)
     attempts = [one for one in rows_of(folder, "attempts") if one["state"] == "FAILED"]
     (job,) = rows_of(folder, "jobs")
     assert found.tasks == job["failed"] > 0
@@ -359,8 +359,8 @@ def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
 
 
 def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failed, "GROUPS", 1)
-    found = failed.failures(run)
+    monkeypatch.setattr(failures, "GROUPS", 1)
+    found = failures.failures(run)
     (group,) = found.groups
     tasks, attempts = found.tasks - group.tasks, found.attempts - group.attempts
     assert found.more.startswith("1 more cause, ")
@@ -369,7 +369,7 @@ def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.Mon
 
 def test_what_came_twice(run: Run, folder: Path) -> None:
     rows = rows_of(folder, "duplicates")
-    table = failed.twice(run)
+    table = failures.twice(run)
     assert table
     assert [row[1:4] for row in table.rows] == [
         tuple(

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.report.html import charts
-from batchlab.report.html.scales import LogAxis, count_ticks, number_label, time_ticks
-from batchlab.report.html.text import (
+from batchlab.core.text import listed
+from batchlab.reports.html import charts
+from batchlab.reports.html.charts import LogAxis, count_ticks, number_label, time_ticks
+from batchlab.reports.html.text import (
     END,
     ISOLATE,
     adding_up,
@@ -22,7 +23,6 @@ from batchlab.report.html.text import (
     visible,
     visible_lines,
 )
-from batchlab.words import listed
 
 times_s = st.floats(0.001, 1e8)
 levels = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)

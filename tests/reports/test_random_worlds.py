@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.costs.meter import Accounting
-from batchlab.manager.reporting import Reports
-from batchlab.patience import Patience
-from batchlab.ports import JobRows
+from batchlab.core.ports import JobRows
+from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.retry import Patience
+from batchlab.manager.recording.report_requests import Reports
 from batchlab.sim import trial
-from batchlab.sim.fates import Fates
-from batchlab.sim.loop import SimLoop
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.plans import draw
+from batchlab.sim.random_faults import Sky
+from batchlab.sim.tasks import Fates
 from batchlab.sim.users import User
-from batchlab.sim.weather import Sky
 from batchlab.sim.world import World
 from tests.support.reports import simulated_run as told
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from batchlab.report.schema import TABLES, VERSION
+from batchlab.reports.tables.schema import TABLES, VERSION
 from docs.reference import report_tables
 
 ROOT = Path(__file__).resolve().parents[2]

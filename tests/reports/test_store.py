@@ -9,9 +9,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.report import store
-from batchlab.report.schema import TABLES
+from batchlab.core.errors import UsageError
+from batchlab.reports.queries import store
+from batchlab.reports.tables.schema import TABLES
 from tests.support.reports.made import Made, write_run
 
 

@@ -10,21 +10,21 @@ from typing import Any
 import duckdb
 import pytest
 
-from batchlab.commit import address
-from batchlab.commitkeys import CommitKeys
-from batchlab.costs.meter import Accounting
-from batchlab.errors import UsageError
-from batchlab.jobdef import RetryRule
-from batchlab.manager.reporting import Reports
-from batchlab.model import Failure, FailureKind, JobId, JobState, Pool
-from batchlab.patience import Patience
-from batchlab.protocol import naming
-from batchlab.report import store
-from batchlab.report.building import Building
-from batchlab.report.gathering import Gatherer
-from batchlab.report.schema import TABLES
-from batchlab.report.writing import Writer, fetch, index_of
-from batchlab.sim.runner import Play, Scene
+from batchlab.core.commit import address
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Failure, FailureKind, JobId, JobState, Pool
+from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.retry import Patience
+from batchlab.manager.recording.report_requests import Reports
+from batchlab.reports.queries import store
+from batchlab.reports.tables.build import Building
+from batchlab.reports.tables.gather import Gatherer
+from batchlab.reports.tables.schema import TABLES
+from batchlab.reports.tables.write import Writer, fetch, index_of
+from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.world import World
 from tests.support.reports import simulated_run as told
 from tests.support.reports.simulated_run import answers, one
@@ -56,7 +56,7 @@ def patience(world: World) -> Patience:
 async def accounted(world: World, name: str = "job") -> None:
     """Wait until what the job has used is in the bucket."""
     async with asyncio.timeout(300):
-        while not await world.objects.head(naming.used(JobId(name))):
+        while not await world.objects.head(object_keys.used(JobId(name))):
             await asyncio.sleep(1.0)
 
 

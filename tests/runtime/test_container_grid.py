@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import yaml
 
-from batchlab import backends, containers, package_data, updown
-from batchlab.adapters.compose import deployment, images, project
-from batchlab.adapters.compose.deployment import Deployment
-from batchlab.adapters.compose.images import Recipe, requirements
-from batchlab.adapters.compose.project import Found, Project, name_for, unpulled_of
-from batchlab.asg.templates import TemplateFile
 from batchlab.cli import grid
-from batchlab.deploy import environment
-from batchlab.errors import BackendError, Unreachable, UsageError
-from batchlab.fleet.api import LaunchTemplate
-from batchlab.grid.link import Link
-from batchlab.home import Home, ManagerRecord, Place
-from batchlab.model import Pool
+from batchlab.client.grid_link import Link
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.model import Pool
+from batchlab.fleet.api_types import LaunchTemplate
+from batchlab.runtime import container_grid, environment, factory, manager_process
+from batchlab.runtime.compose import deployment, images, project
+from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime.compose.images import Recipe, requirements
+from batchlab.runtime.compose.project import Found, Project, name_for, unpulled_of
+from batchlab.runtime.home import Home, ManagerRecord, Place
+from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
 AT = Deployment("batchlab-0123456789", "10.213.70", "image:1", "1000:1000", "3.9")
 PLACE = Place("http://10.213.70.10:4566", "bucket-1", named=False)
@@ -86,7 +86,7 @@ def test_the_image_has_what_is_installed_here_and_no_extras() -> None:
 
 
 def test_settings_say_what_else_is_in_the_image() -> None:
-    image = backends.load("localstack").image
+    image = factory.load("localstack").image
     plain = Recipe.of({}, apt=image.apt, pip=image.pip)
     assert "ffmpeg" in plain.apt
     assert plain.base.startswith("python:3.")
@@ -97,7 +97,7 @@ def test_settings_say_what_else_is_in_the_image() -> None:
 def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
     pools = [Pool("default", 0, 2, 1, instance_type="t3.small"), Pool("big", 0, 1, 4)]
     path = tmp_path / "templates.toml"
-    path.write_text(containers.templates_for(AT, PLACE, pools))
+    path.write_text(container_grid.templates_for(AT, PLACE, pools))
     file = TemplateFile(path)
     small = file.template(LaunchTemplate(launch_template_name="worker-default"))
     big = file.template(LaunchTemplate(launch_template_name="worker-big"))
@@ -119,7 +119,7 @@ def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "HOME": "/root", "OTEL_X": "1"}
     path = tmp_path / "templates.toml"
     more = environment.taken_over(told)
-    path.write_text(containers.templates_for(AT, PLACE, [Pool("default")], more))
+    path.write_text(container_grid.templates_for(AT, PLACE, [Pool("default")], more))
     template = TemplateFile(path).template(LaunchTemplate(launch_template_name="worker-default"))
     env = dict(template.env)
     assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://10.0.0.1:4318"
@@ -151,7 +151,7 @@ def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
     home, brought = Home(tmp_path), Brought(monkeypatch)
     home.notify_file.write_text("[ops]\nwebhook = 'env:NOT_SET_HERE'\n")
     with pytest.raises(UsageError, match="NOT_SET_HERE"):
-        containers.up(home, brought.backend, [], print)
+        container_grid.up(home, brought.backend, [], print)
     assert brought.done == []
     assert deployment.read(home) is None
 
@@ -168,7 +168,7 @@ def test_what_the_manager_is_sent_is_not_kept_in_its_memory() -> None:
 
 
 def test_an_instance_knows_its_bucket_from_its_environment_alone(tmp_path: Path) -> None:
-    backend = backends.load("localstack", "http://10.213.70.10:4566/bucket-1")
+    backend = factory.load("localstack", "http://10.213.70.10:4566/bucket-1")
     place = backend.place(Home(tmp_path))
     assert (place.url, place.bucket) == ("http://10.213.70.10:4566", "bucket-1")
 
@@ -184,7 +184,7 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
 
 
 def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
-    home, backend = Home(tmp_path), backends.load("localstack")
+    home, backend = Home(tmp_path), factory.load("localstack")
     backend.check_python(home)
     deployment.write(home, AT)
     with pytest.raises(UsageError, match=r"run on Python 3\.9"):
@@ -234,15 +234,15 @@ def test_what_else_is_in_the_folder_stays_whose_it_is(tmp_path: Path) -> None:
     deployment.write(home, AT)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    handed = containers.handed_over(home)
+    handed = container_grid.handed_over(home)
     assert {tmp_path, tmp_path / "token", deployment.password_file(home)} <= set(handed)
     assert not [path for path in handed if "thesis" in path.parts]
 
 
 def test_an_endpoint_that_containers_cannot_reach_is_refused(tmp_path: Path) -> None:
-    backend = backends.load("localstack", "http://127.0.0.1:9000")
+    backend = factory.load("localstack", "http://127.0.0.1:9000")
     with pytest.raises(UsageError, match="the container itself"):
-        containers.up(Home(tmp_path), backend, [], print)
+        container_grid.up(Home(tmp_path), backend, [], print)
 
 
 def test_a_service_that_did_not_start_is_no_image_that_cannot_be_pulled() -> None:
@@ -271,15 +271,15 @@ class Brought:
         monkeypatch.setattr(Project, "last_line", lambda *_: "said")
         monkeypatch.setattr(images, "provide", lambda *_: self.image)
         monkeypatch.setattr(images, "python_of", lambda _: "3.13")
-        monkeypatch.setattr(containers, "networks", list)
-        monkeypatch.setattr(containers, "_hand_over", lambda *_: None)
+        monkeypatch.setattr(container_grid, "networks", list)
+        monkeypatch.setattr(container_grid, "_hand_over", lambda *_: None)
         monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
-        self.backend = backends.load("localstack")
+        self.backend = factory.load("localstack")
 
     def up(self, home: Home, *pools: Pool) -> None:
         """There is no manager, so it is told that it ended, unless something else went wrong."""
         with pytest.raises(BackendError):
-            containers.up(home, self.backend, pools, print)
+            container_grid.up(home, self.backend, pools, print)
 
 
 def test_a_grid_that_has_stopped_comes_back_with_todays_code(
@@ -325,7 +325,7 @@ def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
     with home.locked():
         home.write_record(ManagerRecord("http://10.213.70.13:8080", os.getpid(), "m", "localstack"))
         with pytest.raises(BackendError, match="in a container"):
-            updown.stop_manager(home)
+            manager_process.stop_manager(home)
 
 
 def test_containers_without_a_manager_are_taken_down_too(
@@ -363,7 +363,7 @@ def test_root_does_not_give_away_a_folder_that_is_no_grids(
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")
     with pytest.raises(UsageError, match="has other things in it"):
-        containers.up(Home(tmp_path), backends.load("localstack"), (), lambda _: None)
+        container_grid.up(Home(tmp_path), factory.load("localstack"), (), lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 
 
@@ -380,8 +380,8 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
         deployment.write(home, replace(AT, python=here))
         return record
 
-    monkeypatch.setattr("batchlab.updown.start_manager", start)
-    monkeypatch.setattr("batchlab.updown.stop_manager", stopped.append)
+    monkeypatch.setattr("batchlab.runtime.manager_process.start_manager", start)
+    monkeypatch.setattr("batchlab.runtime.manager_process.stop_manager", stopped.append)
     home = Home(tmp_path)
     home.of("localstack").mkdir()
     home.write_place("localstack", PLACE)
@@ -389,7 +389,7 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
         start(home)
         monkeypatch.setattr(deployment, "_MADE_HERE", set())  # another process made it
     monkeypatch.setattr(Home, "record", lambda _: None)
-    link = Link(backends.load("localstack"), home, ())
+    link = Link(factory.load("localstack"), home, ())
     assert link.ours is not stood
     monkeypatch.setattr(Home, "record", lambda _: record)
     link.close()
@@ -405,7 +405,7 @@ def test_a_program_waits_for_a_manager_that_docker_starts_again(
     deployment.write(home, replace(AT, python=here))
     home.write_place("localstack", PLACE)
     monkeypatch.setattr(Home, "record", lambda _: record)
-    link = Link(backends.load("localstack"), home, ())
+    link = Link(factory.load("localstack"), home, ())
     try:
         assert not link.ours
         monkeypatch.setattr(Home, "record", lambda _: None)

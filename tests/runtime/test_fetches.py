@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import fetches
-from batchlab.home import Home
+from batchlab.runtime import home as fetches
+from batchlab.runtime.home import Home
 
 JOB, OTHER = "sums-0123456789", "sums-abcdef0123"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import Refused
-from batchlab.home import Home, ManagerRecord
+from batchlab.core.errors import Refused
+from batchlab.runtime.home import Home, ManagerRecord
 
 
 def a_record(pid: int) -> ManagerRecord:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import updown
-from batchlab.home import Home
+from batchlab.runtime import manager_process
+from batchlab.runtime.home import Home
 from tests.support.waiting import until
 
 
@@ -18,9 +18,9 @@ def test_a_manager_that_died_by_itself_is_no_zombie_for_ever(
     with subprocess.Popen(["true"]) as dead, subprocess.Popen(["sleep", "60"]) as living:
         try:
             started = {one.pid: one for one in (dead, living)}
-            monkeypatch.setattr(updown, "_STARTED", started)
+            monkeypatch.setattr(manager_process, "_STARTED", started)
             until(lambda: ") Z " in Path(f"/proc/{dead.pid}/stat").read_text())
-            assert not updown.stop_manager(Home(tmp_path))
+            assert not manager_process.stop_manager(Home(tmp_path))
             assert dead.returncode == 0
             assert started == {living.pid: living}
         finally:

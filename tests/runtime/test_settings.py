@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends, settings
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.core.errors import UsageError
+from batchlab.runtime import factory, settings
+from batchlab.runtime.home import Home
 
 
 def _home(folder: Path, text: str | None) -> Home:
@@ -21,13 +21,13 @@ def _home(folder: Path, text: str | None) -> Home:
 
 
 def test_a_home_without_a_file_changes_nothing(tmp_path: Path) -> None:
-    backend = backends.load("local")
+    backend = factory.load("local")
     assert settings.applied(backend, _home(tmp_path, None)) == backend
 
 
 def test_what_the_file_says_takes_the_place_of_the_backends_own(tmp_path: Path) -> None:
     home = _home(tmp_path, "[manager]\ndrain_target_s = 600\nmax_receives = 3\n")
-    backend = backends.load("local")
+    backend = factory.load("local")
     wanted = replace(backend.manager, drain_target_s=600, max_receives=3)
     assert settings.applied(backend, home) == replace(backend, manager=wanted)
 
@@ -54,7 +54,7 @@ def test_what_is_no_setting_is_told_in_a_sentence(tmp_path: Path, text: str, tol
 
 def test_a_control_lease_shorter_than_the_workers_is_refused(tmp_path: Path) -> None:
     """I. Trust: 31 tasks started after an acknowledged cancellation."""
-    backend = backends.load("local")
+    backend = factory.load("local")
     home = _home(tmp_path, "[manager]\ncontrol_lease_s = 0.2\n")
     with pytest.raises(UsageError, match="shorter than the lease of the workers"):
         settings.applied(backend, home)

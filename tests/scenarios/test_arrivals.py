@@ -13,16 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.scenario.calendars import (
+from batchlab.scenarios.model.arrivals import (
     DAY_S,
     HOUR_S,
+    At,
+    MonthEnd,
+    OnOff,
+    Poisson,
+    Profile,
+    Ramp,
+    Step,
     hours,
     week_s,
     working_days_gone,
     working_days_left,
 )
-from batchlab.scenario.model import Source
-from batchlab.scenario.sources import At, MonthEnd, OnOff, Poisson, Profile, Ramp, Step
+from batchlab.scenarios.model.values import Source
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.burstiness import cv2, gaps
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.errors import UsageError
-from batchlab.forecast import calibrate
-from batchlab.forecast.calibrate import Calibrated, Quantity
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.record import Record, StageRun
+from batchlab.core.errors import UsageError
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.forecast import calibration
+from batchlab.scenarios.forecast.calibration import Calibrated, Quantity
+from batchlab.scenarios.verdicts.record import Record, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
 BOOT_S, BUNDLE_S, SUBMIT_S, END_S, STRETCH = 42.0, 0.25, 1.5, 0.75, 1.2
@@ -59,11 +59,11 @@ def by_name(found: Calibrated) -> dict[str, Quantity]:
 
 
 def test_parameters_are_recovered_whatever_a_few_outliers_say() -> None:
-    found = calibrate.calibrate([a_run(seed) for seed in range(5)])
+    found = calibration.calibrate([a_run(seed) for seed in range(5)])
     made = found.calibration
     assert made.boot_s == {"default": pytest.approx(BOOT_S, rel=0.03)}
     # What a bundle takes of a core that is shared comes on top of what it takes beside.
-    usual = backends.load("local").usual
+    usual = factory.load("local").usual
     assert made.bundle_s == pytest.approx(BUNDLE_S - usual.bundle_cpu_s, rel=0.05)
     assert made.submit_s == pytest.approx(SUBMIT_S, rel=0.03)
     assert made.end_s == pytest.approx(END_S, rel=0.03)
@@ -90,14 +90,14 @@ def test_parameters_are_recovered_whatever_a_few_outliers_say() -> None:
 def test_a_wait_for_others_or_for_a_boot_is_no_overhead() -> None:
     first, second = a_job(0), a_job(1, submitted_s=30.0, started_s=70.0, ended_s=80.0)
     record = a_record(first, second, instances=tuple(an_instance(i) for i in range(3)))
-    submit = by_name(calibrate.calibrate([record] * 3))["submit"]
+    submit = by_name(calibration.calibrate([record] * 3))["submit"]
     # The first came before any instance was there, the second before the first had ended.
     assert (submit.value, submit.observations) == (None, 0)
     assert "0 jobs that came when nothing else was to be done" in submit.why
     # One that comes when the last instance has gone waits for a boot.
     late = a_job(2, submitted_s=90.0, started_s=150.0, ended_s=160.0)
     record = a_record(late, instances=tuple(an_instance(i) for i in range(3)))
-    assert by_name(calibrate.calibrate([record] * 3))["submit"].observations == 0
+    assert by_name(calibration.calibrate([record] * 3))["submit"].observations == 0
 
 
 def test_a_template_whose_tasks_failed_says_nothing_of_bundles() -> None:
@@ -107,24 +107,24 @@ def test_a_template_whose_tasks_failed_says_nothing_of_bundles() -> None:
         stretch=(1.0,) * 10,
     )
     record = a_record(a_job(retried=1), stages=(work,))
-    found = calibrate.calibrate([record])
+    found = calibration.calibrate([record])
     assert by_name(found)["bundle"].value is None
     assert found.calibration.stretch == {"claims/parse": 1.0}
 
 
 def test_too_little_is_refused_in_a_sentence() -> None:
     with pytest.raises(UsageError, match=r"The record has too little .* 2 launches in pool"):
-        calibrate.calibrate([a_record(instances=(an_instance(0), an_instance(1)))])
+        calibration.calibrate([a_record(instances=(an_instance(0), an_instance(1)))])
     with pytest.raises(UsageError, match="2 backends: local, sim"):
-        calibrate.calibrate([a_record(), a_record(backend="sim")])
+        calibration.calibrate([a_record(), a_record(backend="sim")])
     with pytest.raises(UsageError, match="divided by different numbers: 1, 60"):
-        calibrate.calibrate([a_run(1), replace(a_run(2), compressed=60.0)])
+        calibration.calibrate([a_run(1), replace(a_run(2), compressed=60.0)])
 
 
 def test_a_record_that_does_not_say_what_each_took_says_no_median() -> None:
     old = a_run(1)
     bare = tuple(replace(stage, over_s=(), stretch=()) for stage in old.stages)
-    told = by_name(calibrate.calibrate([replace(old, stages=bare)]))
+    told = by_name(calibration.calibrate([replace(old, stages=bare)]))
     assert told["bundle"].value is told["stretch claims/parse"].value is None
     assert "in records that say what each took" in told["bundle"].why
 
@@ -132,26 +132,26 @@ def test_a_record_that_does_not_say_what_each_took_says_no_median() -> None:
 def test_of_a_sample_each_stands_for_as_many_as_there_were() -> None:
     few = StageRun("a", "b", "default", 1, 6, 6, 6.0, 6.0, 6.0, over_s=(1.0, 1.0, 1.0))
     many = StageRun("a", "c", "default", 1, 900, 900, 9.0, 9.0, 9.0, over_s=(2.0, 2.0, 3.0))
-    bundle = by_name(calibrate.calibrate([a_record(stages=(few, many))]))["bundle"]
+    bundle = by_name(calibration.calibrate([a_record(stages=(few, many))]))["bundle"]
     assert (bundle.value, bundle.observations) == (2.0, 906)
 
 
 def test_numbers_are_for_the_backend_and_compression_that_they_are_of() -> None:
-    made = calibrate.calibrate([replace(a_run(1), compressed=60.0)]).calibration
+    made = calibration.calibrate([replace(a_run(1), compressed=60.0)]).calibration
     assert made.compressed == 60.0
-    assert calibrate.fitting(made, "local", 60.0) == ""
-    assert "compressed by 60, the forecast by 1" in calibrate.fitting(made, "local", 1.0)
+    assert calibration.fitting(made, "local", 60.0) == ""
+    assert "compressed by 60, the forecast by 1" in calibration.fitting(made, "local", 1.0)
     with pytest.raises(UsageError, match="measured on local") as refused:
-        calibrate.fitting(made, "aws", 60.0)
+        calibration.fitting(made, "aws", 60.0)
     assert "--like local" in refused.value.remedy
 
 
 def test_what_it_holds_for_is_told() -> None:
     plain, fast = a_run(1), a_run(2)
-    (note,) = calibrate.calibrate([a_record(*plain.jobs, **_of(plain), compressed=60.0)]).notes
+    (note,) = calibration.calibrate([a_record(*plain.jobs, **_of(plain), compressed=60.0)]).notes
     assert "compressed by 60" in note
     mixed = [plain, a_record(*fast.jobs, **_of(fast), simulated=True, cut="x")]
-    assert len(calibrate.calibrate(mixed).notes) == 2
+    assert len(calibration.calibrate(mixed).notes) == 2
 
 
 def _of(record: Record) -> dict[str, object]:
@@ -159,10 +159,10 @@ def _of(record: Record) -> dict[str, object]:
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
-    made = calibrate.calibrate([a_run(1)]).calibration
+    made = calibration.calibrate([a_run(1)]).calibration
     file = tmp_path / "deep" / "c.json"
-    calibrate.write(made, file)
-    assert calibrate.read(file) == made
+    calibration.write(made, file)
+    assert calibration.read(file) == made
     assert json.loads(file.read_text())["backend"] == "local"
 
 
@@ -191,24 +191,24 @@ def test_what_is_none_is_refused(text: str | None, why: str, tmp_path: Path) -> 
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match=why) as refused:
-        calibrate.read(file)
+        calibration.read(file)
     said = ("scenario calibrate", "bundle_s?", "from 0 to 4096")
     assert any(one in refused.value.remedy for one in said)
     with pytest.raises(UsageError, match="cannot be written"):
-        calibrate.write(Calibration("local"), tmp_path)
+        calibration.write(Calibration("local"), tmp_path)
 
 
 def test_what_was_not_measured_stays_as_the_backend_has_it() -> None:
-    usual = backends.load("local").usual
+    usual = factory.load("local").usual
     told = replace(a_run(1), backend="local")
-    made = calibrate.calibrate([told]).calibration
+    made = calibration.calibrate([told]).calibration
     assert (made.manager_s, made.other_boot_s) == (usual.manager_s, usual.other_boot_s)
     assert made.call_s == usual.call_s
     # Bundles share the machine's cores, measured or not; and take no less than nothing beside.
     assert (made.bundle_cpu_s, made.cores) == (usual.bundle_cpu_s, usual.cores)
     assert usual.bundle_cpu_s > 0
     quick = tuple(replace(one, over_s=(0.001,) * 40) for one in told.stages)
-    made = calibrate.calibrate([replace(told, stages=quick)]).calibration
+    made = calibration.calibrate([replace(told, stages=quick)]).calibration
     assert (made.bundle_s, made.bundle_cpu_s) == (0.0, usual.bundle_cpu_s)
-    bare = calibrate.calibrate([replace(told, stages=())]).calibration
+    bare = calibration.calibrate([replace(told, stages=())]).calibration
     assert bare.bundle_cpu_s == usual.bundle_cpu_s

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab import backends
-from batchlab.forecast.cores import Cores
-from batchlab.forecast.simulate import simulate
-from batchlab.forecast.sketch import Sketch
-from batchlab.model import Pool
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.measures import MEASURES
-from batchlab.scenario.model import PoolPlan, Scenario, StageTemplate, WorkKind
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.scenarios.forecast.jobs import Cores
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import PoolPlan, Scenario, StageTemplate, WorkKind
+from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.verdicts.measures import MEASURES
 from tests.support.scenarios.small_scenarios import claims
 
 
@@ -49,7 +49,7 @@ def many(kind: WorkKind = WorkKind.SLEEP) -> Scenario:
 
 
 def makespan_s(plan: Scenario, cores: int) -> float:
-    local = backends.load("local")
+    local = factory.load("local")
     calibration = replace(local.usual, cores=cores, bundle_cpu_s=0.015)
     found = MEASURES["makespan"].of(simulate(plan, like=local, calibration=calibration), "")
     assert isinstance(found, float)
@@ -59,12 +59,12 @@ def makespan_s(plan: Scenario, cores: int) -> float:
 def test_a_record_says_of_how_many_cores_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7}, raising=False)
     plan = claims(StageTemplate("work", Constant(1.0)), jobs=1, tasks=2)
-    assert simulate(plan, like=backends.load("local")).settings["cores"] == 3
-    assert simulate(plan, like=backends.load("aws")).settings["cores"] == 0
+    assert simulate(plan, like=factory.load("local")).settings["cores"] == 3
+    assert simulate(plan, like=factory.load("aws")).settings["cores"] == 0
 
 
 def test_a_sketch_takes_what_a_bundle_takes_of_a_core() -> None:
-    calibration = replace(backends.load("local").usual, cores=2, bundle_cpu_s=0.5, bundle_s=1.0)
+    calibration = replace(factory.load("local").usual, cores=2, bundle_cpu_s=0.5, bundle_s=1.0)
     stage = StageTemplate("work", Constant(10.0), bundle=1)
     plan = claims(stage, jobs=1, tasks=2, pool=PoolPlan(Pool("default", 2, 2, 1)))
     for cores, takes_s in ((2, 11.5), (0, 11.0)):

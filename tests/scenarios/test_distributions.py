@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.scenario.draws import (
+from batchlab.scenarios.model.distributions import (
     Constant,
     Empirical,
     Exponential,
@@ -20,8 +20,8 @@ from batchlab.scenario.draws import (
     Uniform,
     Weibull,
 )
-from batchlab.scenario.model import Draw
-from batchlab.scenario.streams import Stream
+from batchlab.scenarios.model.random_streams import Stream
+from batchlab.scenarios.model.values import Draw
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.burstiness import cv2
 

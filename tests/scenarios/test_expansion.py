@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.errors import UsageError
-from batchlab.jobdef import RetryRule
-from batchlab.model import Pool, TaskSet
-from batchlab.scenario import expand as expansion
-from batchlab.scenario import times
-from batchlab.scenario.draws import Constant, Exponential, Lognormal
-from batchlab.scenario.expand import compressed, expand
-from batchlab.scenario.model import (
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Pool, TaskSet
+from batchlab.scenarios.model import expansion
+from batchlab.scenarios.model import expansion as times
+from batchlab.scenarios.model.arrivals import At, OnOff, Poisson
+from batchlab.scenarios.model.distributions import Constant, Exponential, Lognormal
+from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.model.values import (
     Expectation,
     Fault,
     FaultName,
@@ -27,7 +28,6 @@ from batchlab.scenario.model import (
     Scenario,
     StageTemplate,
 )
-from batchlab.scenario.sources import At, OnOff, Poisson
 from tests.support.properties import PROPERTY
 
 CLAIMS = JobTemplate(

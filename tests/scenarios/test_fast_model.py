@@ -7,18 +7,13 @@ from itertools import pairwise
 
 import pytest
 
-from batchlab import backends
-from batchlab.forecast import pieces, sketch
-from batchlab.forecast.candidates import Goal
-from batchlab.forecast.planner import Search
-from batchlab.forecast.simulate import simulate
-from batchlab.forecast.sketch import Sketch
-from batchlab.model import Pool
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.expand import expand
-from batchlab.scenario.measures import MEASURES
-from batchlab.scenario.model import (
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import (
     Fault,
     FaultName,
     PoolPlan,
@@ -26,7 +21,12 @@ from batchlab.scenario.model import (
     Scenario,
     StageTemplate,
 )
-from batchlab.scenario.record import Record
+from batchlab.scenarios.planner import fast_model, work_units
+from batchlab.scenarios.planner.candidates import Goal
+from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.planner.planner import Search
+from batchlab.scenarios.verdicts.measures import MEASURES
+from batchlab.scenarios.verdicts.record import Record
 from tests.support.scenarios.plan_models import Grid, a_scenario
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, SUM, claims
 
@@ -126,7 +126,7 @@ def test_without_a_calibration_it_goes_by_what_is_usual_on_the_backend() -> None
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
     found = Sketch("local")(plan, 1)
-    assert {one.boot_s for one in found.instances} == {backends.load("local").usual.other_boot_s}
+    assert {one.boot_s for one in found.instances} == {factory.load("local").usual.other_boot_s}
     (hit,) = found.faults
     assert hit.targets
     assert not hit.impossible
@@ -136,7 +136,7 @@ def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
     plan = PoolPlan(Pool("default", 0, 4, 2, 90.0, instance_type="m7i.large"))
     warm = (Prewarm("default", 3, 4500.0, 6000.0),)
     late = claims(MINUTE, jobs=1, tasks=2, pool=plan, prewarm=warm)
-    found, exact = sketched(late), simulate(late, like=backends.load("aws"))
+    found, exact = sketched(late), simulate(late, like=factory.load("aws"))
     assert of(found, "peak_fleet") == of(exact, "peak_fleet") == 3
     assert found.usd == pytest.approx(exact.usd, rel=0.02)
     warmed = [one for one in found.instances if one.launched_s >= 4500.0]
@@ -148,19 +148,19 @@ def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
 
 
 def test_when_the_last_job_is_there_it_looks_at_each_tick() -> None:
-    tick_s = backends.load("aws").manager.tick_s
-    plan = claims(MINUTE, jobs=2, gap_s=10 * sketch.LOOKS * tick_s, tasks=64)
+    tick_s = factory.load("aws").manager.tick_s
+    plan = claims(MINUTE, jobs=2, gap_s=10 * fast_model.LOOKS * tick_s, tasks=64)
     moments = [one.at_s for one in sketched(plan).samples]
-    last_s = 10 * sketch.LOOKS * tick_s
+    last_s = 10 * fast_model.LOOKS * tick_s
     late = [b - a for a, b in pairwise(at_s for at_s in moments if at_s >= last_s)]
     assert set(late[1:]) == {tick_s}
-    assert len(moments) < 2 * sketch.LOOKS
+    assert len(moments) < 2 * fast_model.LOOKS
 
 
 def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECES", 50)
+    monkeypatch.setattr(work_units, "PIECES", 50)
     plan = claims(PARSE, PRICE, SUM, jobs=2, tasks=500)
-    works = pieces.works(expand(plan, 1), 1, Calibration("aws"))
+    works = work_units.works(expand(plan, 1), 1, Calibration("aws"))
     for work in works:
         parse, price, total = work.stages
         assert len(parse) == len(price) < 100
@@ -174,7 +174,7 @@ def test_it_is_near_what_the_simulator_says() -> None:
     """Stages, boots, a fleet that comes and goes, and Spot that is taken."""
     wave = (Fault(FaultName.SPOT_WAVE, 200.0),)
     plan = claims(jobs=6, tasks=100, faults=wave)
-    rough, exact = sketched(plan), simulate(plan, like=backends.load("aws"))
+    rough, exact = sketched(plan), simulate(plan, like=factory.load("aws"))
     assert rough.seed == exact.seed
     assert of(rough, "makespan") == pytest.approx(of(exact, "makespan"), rel=0.1)
     assert rough.usd == pytest.approx(exact.usd, rel=0.15)

@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.docker_engine import Engine
-from batchlab.errors import BackendError
-from batchlab.home import Home, Place
-from batchlab.replay.harm import interposed, scene, undoing
-from batchlab.replay.harm.injector import Injector, injector_for
-from batchlab.replay.harm.scene import NotSeen, Seen
-from batchlab.replay.harm.undoing import NotUndone, Undoing
-from batchlab.scenario.model import Fault, FaultName
-from batchlab.scenario.record import Injected
+from batchlab.adapters.docker.engine import Engine
+from batchlab.core.errors import BackendError
+from batchlab.runtime import factory
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.home import Home, Place
+from batchlab.scenarios.faults import fault_injection, localstack_proxy, rollback
+from batchlab.scenarios.faults.fault_injection import Injector, NotSeen, Seen, injector_for
+from batchlab.scenarios.faults.rollback import NotUndone, Undoing
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.scenarios.verdicts.record import Injected
 from tests.support.docker.memory_engine import AT, DockerWorld
 from tests.support.scenarios.cancelled_faults import Manager, at_every_wait
 
@@ -29,9 +28,9 @@ SHORT = 0.01
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scene, "LOOK_S", 0.001)
-    monkeypatch.setattr(undoing, "PAUSE_S", 0.001)
-    monkeypatch.setattr(interposed, "_answers", lambda *_: True)
+    monkeypatch.setattr(fault_injection, "LOOK_S", 0.001)
+    monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
+    monkeypatch.setattr(localstack_proxy, "_answers", lambda *_: True)
 
 
 # --- The ledger of undos --------------------------------------------------------------------------
@@ -141,7 +140,7 @@ IN_CONTAINERS = [
 def place(monkeypatch: pytest.MonkeyPatch) -> None:
     """LocalStack's address, as its home has it."""
     found = Place(f"http://{AT.subnet}.10:4566", "bucket", named=False)
-    monkeypatch.setattr(backends.Backend, "place", lambda *_: found)
+    monkeypatch.setattr(factory.Backend, "place", lambda *_: found)
 
 
 @pytest.mark.parametrize("name", IN_CONTAINERS)
@@ -198,7 +197,7 @@ def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device", "/there")
 
     async def go() -> list[Injected]:
-        there = scene.Scene(backends.load("local"), Home(tmp_path), Manager("w-1"))
+        there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
         one = Injector(there, {FaultName.KILL: nobody_sees, FaultName.PAUSE: no_room})
         fault = Fault(FaultName.KILL, 0.0)
         found = [await one.inject(fault, 1.0), await one.inject(Fault(FaultName.PAUSE, 0.0), 1.5)]
@@ -226,7 +225,7 @@ def test_what_breaks_the_same_thing_waits_until_the_first_is_mended(tmp_path: Pa
 
     async def go(name: FaultName, *pools: str) -> list[str]:
         said.clear()
-        there = scene.Scene(backends.load("local"), Home(tmp_path), Manager("w-1"))
+        there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
         one = Injector(there, {name: breaks})
         faults = [Fault(name, 0.0, pool=pool) for pool in pools]
         await asyncio.gather(*(one.inject(fault, 1.0) for fault in faults))
@@ -266,7 +265,7 @@ def test_whoever_harm_is_done_by_is_let_go_of(tmp_path: Path) -> None:
         closed: list[Engine] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Engine, "__exit__", lambda self, *_: closed.append(self))
-            one = injector_for(backends.load("localstack"), home, Manager("w-1"))
+            one = injector_for(factory.load("localstack"), home, Manager("w-1"))
             await one.close()
         assert len(closed) == 1
 

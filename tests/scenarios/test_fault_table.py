@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.client import Client
-from batchlab.errors import UsageError
-from batchlab.home import Home
-from batchlab.replay.harm import deployed, processes
-from batchlab.replay.harm.front import Front
-from batchlab.replay.harm.injector import injector_for
-from batchlab.replay.harm.scene import Scene, chosen
-from batchlab.replay.harm.table import BACKENDS, TABLE, impossible, rows
-from batchlab.scenario.model import Fault, FaultName
-from batchlab.views import GridView, InstanceView
+from batchlab.client.http import Client
+from batchlab.core.api_types import GridView, InstanceView
+from batchlab.core.errors import UsageError
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.faults import aws_stack, processes
+from batchlab.scenarios.faults.fault_injection import Scene, chosen, injector_for
+from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE, impossible, rows
+from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.model.values import Fault, FaultName
 from tests.support.grid.backends import command as batchlab
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
@@ -53,12 +52,12 @@ def test_every_fault_has_one_answer_on_every_backend() -> None:
     assert set(TABLE) == set(FaultName)
     for fault, backend, cell in rows():
         assert bool(cell.how) != bool(cell.why_not), (fault, backend)
-    assert set(BACKENDS) == set(backends.names()) - {"gcs", "sim"}
+    assert set(BACKENDS) == set(factory.names()) - {"gcs", "sim"}
     assert set(impossible("gcs").values()) == {"No fault is implemented for this backend"}
 
 
 def scene(name: str, tmp_path: Path) -> Scene:
-    return Scene(backends.load(name), Home(tmp_path), Client("http://127.0.0.1:1", "t"))
+    return Scene(factory.load(name), Home(tmp_path), Client("http://127.0.0.1:1", "t"))
 
 
 @pytest.mark.parametrize("name", ["local", "ministack"])
@@ -70,9 +69,9 @@ def test_what_the_table_promises_there_is(name: str, tmp_path: Path) -> None:
 def test_what_the_table_promises_of_containers_and_aws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchlab.replay.harm import containers
+    from batchlab.scenarios.faults import containers
 
-    for name, module in (("localstack", containers), ("aws", deployed)):
+    for name, module in (("localstack", containers), ("aws", aws_stack)):
         cls = "Containers" if name == "localstack" else "Deployed"
         original = getattr(module, cls)
         monkeypatch.setattr(original, "__init__", lambda self, scene: None)

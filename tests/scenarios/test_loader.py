@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from batchlab.errors import UsageError
-from batchlab.scenario import draws, loader, schema, schema_draws, sources, traces
-from batchlab.scenario.expand import expand
-from batchlab.scenario.measures import MEASURES
-from batchlab.scenario.model import Expectation, FaultName, Policy, Prewarm, WorkKind
-from batchlab.spec.structure import keys
+from batchlab.core.errors import UsageError
+from batchlab.jobs.validation import keys
+from batchlab.scenarios import traces
+from batchlab.scenarios.model import arrivals, distributions, loader, schema, schema_distributions
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Expectation, FaultName, Policy, Prewarm, WorkKind
+from batchlab.scenarios.verdicts.measures import MEASURES
 from docs.reference import scenario_file
 from tests.support.scenarios.files import FULL, changed, load
 
@@ -28,17 +29,17 @@ def test_a_whole_file_becomes_values(tmp_path: Path) -> None:
     scenario = load(tmp_path)
     claims = scenario.jobs["claims"]
     assert (scenario.name, scenario.about, scenario.zones) == ("evening", "A peak. It teaches.", 2)
-    assert claims.tasks == draws.Lognormal(20, 0.5)
+    assert claims.tasks == distributions.Lognormal(20, 0.5)
     assert claims.deadline_s == 3600
     assert [(stage.name, stage.after, stage.gather) for stage in claims.stages] == [
         ("parse", (), None),
         ("sum", ("parse",), "*"),
     ]
     assert scenario.jobs["small"].stages[0].name == "work"
-    assert scenario.jobs["small"].stages[0].task_s == draws.Constant(2)
+    assert scenario.jobs["small"].stages[0].task_s == distributions.Constant(2)
     assert scenario.arrivals == (
-        sources.Poisson(template="claims", per_hour=60, until_s=3600),
-        sources.At(template="small", moments=((0, 1), (300, 3))),
+        arrivals.Poisson(template="claims", per_hour=60, until_s=3600),
+        arrivals.At(template="small", moments=((0, 1), (300, 3))),
     )
     [plan] = scenario.pools
     assert (plan.pool.max_size, plan.pool.slots, plan.spot) == (4, 2, 0.5)
@@ -62,17 +63,19 @@ def test_the_digest_is_that_of_the_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "draw"),
     [
-        ("3", draws.Constant(3)),
-        ("2m", draws.Constant(120)),
-        ("{constant: 1h}", draws.Constant(3600)),
-        ("{uniform: {least: 1s, most: 1m}}", draws.Uniform(1, 60)),
-        ("{exponential: {mean: 30s}}", draws.Exponential(30)),
-        ("{weibull: {scale: 1m, shape: 0.7}}", draws.Weibull(60, 0.7)),
-        ("{pareto: {least: 6s, alpha: 1.3, most: 1h}}", draws.Pareto(6, 1.3, 3600)),
-        ("{empirical: [4s, 1m, 4s]}", draws.Empirical((4, 4, 60))),
+        ("3", distributions.Constant(3)),
+        ("2m", distributions.Constant(120)),
+        ("{constant: 1h}", distributions.Constant(3600)),
+        ("{uniform: {least: 1s, most: 1m}}", distributions.Uniform(1, 60)),
+        ("{exponential: {mean: 30s}}", distributions.Exponential(30)),
+        ("{weibull: {scale: 1m, shape: 0.7}}", distributions.Weibull(60, 0.7)),
+        ("{pareto: {least: 6s, alpha: 1.3, most: 1h}}", distributions.Pareto(6, 1.3, 3600)),
+        ("{empirical: [4s, 1m, 4s]}", distributions.Empirical((4, 4, 60))),
         (
             "{mixture: [{weight: 9, constant: 4s}, {weight: 1, exponential: {mean: 1m}}]}",
-            draws.Mixture(((9, draws.Constant(4)), (1, draws.Exponential(60)))),
+            distributions.Mixture(
+                ((9, distributions.Constant(4)), (1, distributions.Exponential(60)))
+            ),
         ),
     ],
 )
@@ -87,10 +90,10 @@ DAILY = tuple(float(hour) for hour in range(24))
 @pytest.mark.parametrize(
     ("text", "source"),
     [
-        ("at: 5m", sources.At(template="claims", moments=((300, 1),))),
+        ("at: 5m", arrivals.At(template="claims", moments=((300, 1),))),
         (
             "on_off: {per_hour: 9, on: 5m, off: 1h, idle_per_hour: 1, regular: true, until: 2h}",
-            sources.OnOff(
+            arrivals.OnOff(
                 template="claims",
                 per_hour=9,
                 on_s=300,
@@ -102,14 +105,14 @@ DAILY = tuple(float(hour) for hour in range(24))
         ),
         (
             f"profile: {{daily: {list(range(24))}, begins: tue 06:30, from: 1h, until: 1d}}",
-            sources.Profile(
+            arrivals.Profile(
                 template="claims", daily=DAILY, begins_s=30.5 * 3600, from_s=3600, until_s=86_400
             ),
         ),
         (
             "month_end: {per_hour: 2, begins: 2026-01-26, last: [5, 2], holidays: [2026-01-28], "
             "until: 7d}",
-            sources.MonthEnd(
+            arrivals.MonthEnd(
                 template="claims",
                 per_hour=2,
                 begins=date(2026, 1, 26),
@@ -120,11 +123,11 @@ DAILY = tuple(float(hour) for hour in range(24))
         ),
         (
             "step: {per_hour: 1, steps: [{at: 1h, per_hour: 60}], until: 2h}",
-            sources.Step(template="claims", per_hour=1, steps=((3600, 60),), until_s=7200),
+            arrivals.Step(template="claims", per_hour=1, steps=((3600, 60),), until_s=7200),
         ),
         (
             "ramp: {per_hour: 0, to_per_hour: 60, until: 2h}",
-            sources.Ramp(template="claims", per_hour=0, to_per_hour=60, until_s=7200),
+            arrivals.Ramp(template="claims", per_hour=0, to_per_hour=60, until_s=7200),
         ),
     ],
 )
@@ -267,7 +270,7 @@ def test_every_key_is_described_with_an_example_that_is_accepted() -> None:
             assert field.description, (name, key)
             assert field.description.endswith("."), (name, key)
             assert field.examples, (name, key)
-            if model is schema_draws.TaskTimes or name.endswith(("Money", "Shares")):
+            if model is schema_distributions.TaskTimes or name.endswith(("Money", "Shares")):
                 continue  # the same field with another unit
             model.model_validate({**needed, key: field.examples[0]})
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchlab.scenario import loader
-from batchlab.spec import JobFileErrors
+from batchlab.jobs.api import JobFileErrors
+from batchlab.scenarios.model import loader
 from tests.support.mistakes import altered, complete, mangled
 from tests.support.properties import SLOW
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import JobFileError
-from batchlab.scenario import loader
+from batchlab.core.errors import JobFileError
+from batchlab.scenarios.model import loader
 from tests.support.scenarios.files import changed, load, refused
 
 POISSON = "poisson: {per_hour: 60, until: 1h}"

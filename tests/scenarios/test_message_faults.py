@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
-from batchlab.client import Client
-from batchlab.home import Home
-from batchlab.ports import Message, Outgoing, QueueSpec
-from batchlab.replay.harm import messages
-from batchlab.replay.harm.scene import Scene, Seen
-from batchlab.scenario.model import Fault, FaultName
+from batchlab.client.http import Client
+from batchlab.core.ports import Message, Outgoing, QueueSpec
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.faults import messages
+from batchlab.scenarios.faults.fault_injection import Scene, Seen
+from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.scenarios.fault_injection import numbers
 
@@ -37,7 +37,7 @@ class Place:
     """A queue of the backend `local` with messages in it."""
 
     def __init__(self, folder: Path) -> None:
-        self.scene = Scene(backends.load("local"), Home(folder), Pools())
+        self.scene = Scene(factory.load("local"), Home(folder), Pools())
         self.queue = self.scene.backend.open_queue(self.scene.home, self.scene.backend.open_clock())
 
     async def fill(self) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.scenario import record
-from batchlab.scenario.model import Fault, FaultName
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.scenarios.verdicts import record
 from tests.support.scenarios.records import a_record
 
 

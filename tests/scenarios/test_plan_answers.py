@@ -7,12 +7,10 @@ from itertools import product
 
 import pytest
 
-from batchlab.cli import planned
-from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, Point, failures, outcome
-from batchlab.forecast.moves import Room, around, sized
-from batchlab.forecast.plan import Plan
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import (
+from batchlab.cli import plan_output
+from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import (
     Expectation,
     Fault,
     FaultName,
@@ -20,8 +18,18 @@ from batchlab.scenario.model import (
     Prewarm,
     Scenario,
 )
-from batchlab.scenario.record import Record
-from batchlab.scenario.sources import At
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    Fleet,
+    Goal,
+    Outcome,
+    Point,
+    failures,
+    outcome,
+)
+from batchlab.scenarios.planner.plan import Plan
+from batchlab.scenarios.planner.search_steps import Room, around, sized
+from batchlab.scenarios.verdicts.record import Record
 from tests.support.scenarios.plan_models import BOOK, a_scenario
 from tests.support.scenarios.records import a_job, a_record
 from tests.support.scenarios.replay import stage
@@ -92,10 +100,10 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     found = a_plan(scenario, Fleet("default", 0, 2))
     assert found.idle_waves == (wave,)
     assert found.to_json()["idle_waves_at_s"] == [90.0]
-    assert "Delete the spot-wave at 90.0 s there" in planned.text(found)
+    assert "Delete the spot-wave at 90.0 s there" in plan_output.text(found)
     on_spot = a_plan(scenario, Fleet("default", 0, 2, 0.1))
     assert on_spot.idle_waves == ()
-    assert "Delete" not in planned.text(on_spot)
+    assert "Delete" not in plan_output.text(on_spot)
     assert a_plan(a_scenario(faults=(other,)), Fleet("default", 0, 2)).idle_waves == ()
     # One that is of a pool finds nothing in another.
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
@@ -113,4 +121,4 @@ def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
     made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), Fleet("default", 0, 4))
     made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
     told = "None can: the last job is due 20 min 00 s after the first"
-    assert (told in planned.text(made)) is cannot
+    assert (told in plan_output.text(made)) is cannot

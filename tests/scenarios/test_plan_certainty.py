@@ -7,13 +7,29 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from batchlab.cli import output, planned, planning
-from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, Point, applied, outcome
-from batchlab.forecast.plan import Plan
-from batchlab.forecast.planner import Search
-from batchlab.model import Market, Pool
-from batchlab.scenario.model import Expectation, FaultName, Policy, PoolPlan, Prewarm, Scenario
-from batchlab.scenario.record import PoolSample, Record, Sample
+from batchlab.cli import output, plan_output
+from batchlab.cli import plan as planning
+from batchlab.core.model import Market, Pool
+from batchlab.scenarios.model.values import (
+    Expectation,
+    FaultName,
+    Policy,
+    PoolPlan,
+    Prewarm,
+    Scenario,
+)
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    Fleet,
+    Goal,
+    Outcome,
+    Point,
+    applied,
+    outcome,
+)
+from batchlab.scenarios.planner.plan import Plan
+from batchlab.scenarios.planner.planner import Search
+from batchlab.scenarios.verdicts.record import PoolSample, Record, Sample
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
@@ -36,7 +52,7 @@ def test_luck_in_the_seeds_of_the_search_is_not_taken_for_confidence() -> None:
     assert found.met.met == found.met.of == 20
     assert min(one.peak for one in found.fresh) >= 6
     assert min(one.seed for one in found.fresh) >= 30
-    assert "had been put to other fresh seeds and had not held" in planned.text(found)
+    assert "had been put to other fresh seeds and had not held" in plan_output.text(found)
 
 
 class Failing(Grid):
@@ -83,7 +99,7 @@ def an_outcome(seed: int, finish_s: float, usd: float, hit: bool | None = None) 
 def told_of(outcomes: list[Outcome], goal: Goal) -> tuple[Plan, str]:
     point = Point(Candidate((Fleet("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),))
     made = Plan(a_scenario(), goal, point, (point,), 20, 23, 1, True, fresh=tuple(outcomes))
-    return made, planned.text(made)
+    return made, plan_output.text(made)
 
 
 def test_in_time_and_within_the_budget_are_asked_of_the_same_run() -> None:
@@ -174,7 +190,7 @@ def test_what_it_prints_is_read_back_from_yaml() -> None:
     plan = PoolPlan(Pool("default", 1, 9, 4, 90.0, instance_type="m7i.large"), 0.5)
     warm = Prewarm("default", 5, 25_200.0, 32_400.5)
     scenario = a_scenario(pools=(plan,), policy=Policy(600.0, None, 45.5), prewarm=(warm,))
-    assert yaml.safe_load(planned.as_yaml(scenario)) == {
+    assert yaml.safe_load(plan_output.as_yaml(scenario)) == {
         "pools": {
             "default": {
                 "min": 1,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.forecast.frontier import Share, frontier
+from batchlab.scenarios.planner.plan import Share, frontier
 
 
 @dataclass(frozen=True)

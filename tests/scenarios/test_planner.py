@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import planned, planning
+from batchlab.cli import plan as planning
+from batchlab.cli import plan_output
 from batchlab.cli.signals import INTERRUPTED
-from batchlab.errors import UsageError
-from batchlab.forecast import trials
-from batchlab.forecast.candidates import Candidate, Fleet, Goal, applied, outcome
-from batchlab.forecast.planner import Progress, Search
-from batchlab.model import Pool
-from batchlab.scenario.model import PoolPlan, Scenario
-from batchlab.scenario.record import Record
-from batchlab.sim.crew import Crew
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Pool
+from batchlab.scenarios.model.values import PoolPlan, Scenario
+from batchlab.scenarios.planner import trials
+from batchlab.scenarios.planner.candidates import Candidate, Fleet, Goal, applied, outcome
+from batchlab.scenarios.planner.planner import Progress, Search
+from batchlab.scenarios.verdicts.record import Record
+from batchlab.sim.process_pool import Crew
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 
 # --- What it finds -------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_what_is_recommended_is_on_the_frontier_that_is_shown() -> None:
         found = a_plan(Grid(tasks, 30.0, noise=0.1), Goal(600.0), a_scenario(), seeds=8, runs=120)
         assert found.holds
         assert found.chosen in found.frontier
-        assert "◆  " in planned.text(found)
+        assert "◆  " in plan_output.text(found)
 
 
 # --- What it says where there is none ------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_a_search_that_may_not_go_on_says_so() -> None:
     assert len(grid.asked) == found.runs <= 20
     assert "of the 20 runs that it may make, 5 are kept to confirm" in found.cut
     assert len(found.fresh) == 5
-    assert "There may be better fleets" in planned.text(found)
+    assert "There may be better fleets" in plan_output.text(found)
 
 
 class Impatient(Grid):

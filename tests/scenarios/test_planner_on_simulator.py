@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.cli import planning
-from batchlab.costs import prices
-from batchlab.forecast import calibrate
-from batchlab.forecast.candidates import Candidate, Fleet, Goal, Outcome, applied, outcome
-from batchlab.forecast.comparison import Comparison, compare
-from batchlab.forecast.planner import Search
-from batchlab.forecast.simulate import simulate
-from batchlab.forecast.sketch import Sketch
-from batchlab.scenario import loader, record
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.model import Scenario
-from batchlab.scenario.record import Record
+from batchlab.cli import plan as planning
+from batchlab.core.pricing import price_book
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.forecast import calibration as calibrate
+from batchlab.scenarios.forecast.comparison import Comparison, compare
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.values import Scenario
+from batchlab.scenarios.planner.candidates import Candidate, Fleet, Goal, Outcome, applied, outcome
+from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.planner.planner import Search
+from batchlab.scenarios.verdicts import record
+from batchlab.scenarios.verdicts.record import Record
 from tests.support.cli import Run, runner
 from tests.support.scenarios.plan_models import BOOK
 
@@ -43,7 +44,7 @@ pools:
 policy: {drain_target: 20s, cooldown_in: 1m, idle: 1m}
 """
 TRUTH = replace(
-    backends.load("local").usual,
+    factory.load("local").usual,
     boot_s={"default": 45.0},
     bundle_s=1.5,
     submit_s=6.0,
@@ -74,7 +75,7 @@ def a_scenario(text: str) -> Scenario:
 
 
 def simulated(seed: int, calibration: Calibration | None) -> Record:
-    like = backends.load("local")
+    like = factory.load("local")
     return simulate(a_scenario(CLAIMS), seed=seed, like=like, calibration=calibration)
 
 
@@ -216,8 +217,8 @@ def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_
     file, home = tmp_path / "plain.yaml", tmp_path / "home"
     file.write_text(PLAIN)
     home.mkdir()
-    dear = prices.write(BOOK).replace('"m7i.large" = 0.1008', '"m7i.large" = 1.008')
-    (home / prices.NAME).write_text(dear)
+    dear = price_book.write(BOOK).replace('"m7i.large" = 0.1008', '"m7i.large" = 1.008')
+    (home / price_book.NAME).write_text(dear)
     few = ("--deadline", "20m", "--seeds", 1, "--runs", 6, "--jobs", 1, "--json")
     forecasts, plans = [], []
     for where in (tmp_path / "none", home):

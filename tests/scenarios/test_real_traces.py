@@ -8,10 +8,10 @@ from statistics import fmean, median
 
 import pytest
 
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Arrival, JobTemplate, Scenario, Schedule, StageTemplate
-from batchlab.scenario.traces import Columns, Take, Trace, TraceFormat, summary
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Arrival, JobTemplate, Scenario, Schedule, StageTemplate
+from batchlab.scenarios.traces import Columns, Take, Trace, TraceFormat, summary
 from tests.support.scenarios.burstiness import cv2, gaps, peak_to_mean
 
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from batchlab import backends
 from batchlab.cli import recordings
 from batchlab.cli.recordings import Request
-from batchlab.errors import UsageError
-from batchlab.forecast.simulate import simulate
-from batchlab.home import Home
-from batchlab.replay import recording
-from batchlab.replay.measuring import spread
-from batchlab.scenario import loader
-from batchlab.scenario import record as records
-from batchlab.scenario.expand import compressed, expand
-from batchlab.scenario.record import InstanceRun, JobRun, Record, StageRun
+from batchlab.core.errors import UsageError
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.replay import recording
+from batchlab.scenarios.replay.measurements import spread
+from batchlab.scenarios.verdicts import record as records
+from batchlab.scenarios.verdicts.record import InstanceRun, JobRun, Record, StageRun
 
 JOBS = 7
 POOLS = {"default": (0, 4, 2), "closed": (0, 0, 1)}
@@ -92,7 +92,7 @@ def test_the_scenario_has_the_same_jobs_and_tasks_which_take_as_long_in_all(
     past = _record()
     written = recording.write(recording.of_record(past, "again"), tmp_path / "again.yaml")
     assert (written.jobs, written.tasks) == (JOBS, 44 * JOBS)
-    simulated = simulate(loader.load(written.scenario), like=backends.load("local"))
+    simulated = simulate(loader.load(written.scenario), like=factory.load("local"))
     assert len(simulated.jobs) == JOBS
     assert sum(job.succeeded for job in simulated.jobs) == 44 * JOBS
     for before, after in zip(past.stages, simulated.stages, strict=True):

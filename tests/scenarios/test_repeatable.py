@@ -8,8 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from batchlab.forecast.simulate import simulate
-from batchlab.scenario.model import Fault, FaultName, Scenario
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.values import Fault, FaultName, Scenario
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, claims
 
 FAULTS = (

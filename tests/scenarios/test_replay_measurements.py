@@ -7,12 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab import backends
-from batchlab.costs import prices
-from batchlab.costs.meter import Account, Kind
-from batchlab.costs.money import HOURS_A_MONTH, WORKER_DISK_GB
-from batchlab.errors import Refused
-from batchlab.model import (
+from batchlab.core.api_types import JobView
+from batchlab.core.errors import Refused
+from batchlab.core.model import (
     Bundle,
     Failure,
     FailureKind,
@@ -23,14 +20,17 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.replay import costing, fitting
-from batchlab.replay.link import Link
-from batchlab.replay.measuring import duplicates, succeeded_s
-from batchlab.replay.sampling import Sampler
-from batchlab.scenario.model import PoolPlan
-from batchlab.scenario.record import StageRun
-from batchlab.tally import Requests
-from batchlab.views import JobView
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.money import HOURS_A_MONTH, WORKER_DISK_GB
+from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.request_counter import Requests
+from batchlab.runtime import factory
+from batchlab.scenarios.model.values import PoolPlan
+from batchlab.scenarios.replay import build_record, grid_fit
+from batchlab.scenarios.replay.measurements import duplicates, succeeded_s
+from batchlab.scenarios.replay.run_state import Link
+from batchlab.scenarios.replay.sampling import Sampler
+from batchlab.scenarios.verdicts.record import StageRun
 from tests.support.cli import a_grid, a_job
 
 
@@ -147,7 +147,7 @@ def test_an_instance_that_a_look_has_missed_goes_on() -> None:
 
 
 def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
-    book, local = prices.load(), backends.load("local")
+    book, local = price_book.load(), factory.load("local")
     before = Account({Kind("default"): 100.0})
     after = Account(
         {Kind("default"): 3700.0},
@@ -158,9 +158,9 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     )
     stages = [StageRun("t", "s", "default", 1, 10, 10, 1800.0, 1800.0, 1800.0)]
 
-    def usd(spot: float, kind: str = "m7i.large") -> costing.Spent:
+    def usd(spot: float, kind: str = "m7i.large") -> build_record.Spent:
         plan = PoolPlan(Pool("default", 0, 1, 1, instance_type=kind), spot)
-        return costing.spent(before, after, stages, [plan], local, book)
+        return build_record.spent(before, after, stages, [plan], local, book)
 
     hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
     found = usd(0.0)
@@ -168,12 +168,12 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
     assert instances == pytest.approx(hour + disk, rel=0.001)
     assert found.usd == pytest.approx(sum(found.items.values()))
-    assert costing.again_s(before, after) == 10.0
+    assert build_record.again_s(before, after) == 10.0
     assert usd(1.0).usd < usd(0.5).usd < found.usd < usd(0.0, "m7i.4xlarge").usd
 
 
 def test_a_grid_that_does_something_else_is_refused() -> None:
-    fitting.check_quiet([])
+    grid_fit.check_quiet([])
     jobs = [cast("JobView", a_job(f"sums-{n}")) for n in range(3)]
     with pytest.raises(Refused, match="has not ended: sums-0 and 2 others"):
-        fitting.check_quiet(jobs)
+        grid_fit.check_quiet(jobs)

@@ -11,20 +11,19 @@ from typing import Any, cast
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.client import Client
-from batchlab.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
-from batchlab.model import Pool
-from batchlab.replay import running
-from batchlab.replay.course import Course, State
-from batchlab.replay.jobs import Preparer, Ready, stage_def
-from batchlab.replay.link import Link
-from batchlab.replay.running import INTERRUPTED, Run
-from batchlab.replay.warming import Warmer
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Job, JobTemplate, PoolPlan, Prewarm, Scenario
+from batchlab.client.http import Client
+from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Pool
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Job, JobTemplate, PoolPlan, Prewarm, Scenario
+from batchlab.scenarios.replay import run as running
+from batchlab.scenarios.replay.grid_fit import Warmer
+from batchlab.scenarios.replay.jobs import Preparer, Ready, stage_def
+from batchlab.scenarios.replay.run import INTERRUPTED, Run
+from batchlab.scenarios.replay.run_state import Course, Link, State
 from tests.scenarios.test_fault_table import grid
 from tests.support.cli import a_job
 from tests.support.scenarios.replay import scenario, stage
@@ -216,7 +215,7 @@ def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(type(world.run), "_first", lambda _: asyncio.sleep(0))
-        patch.setattr("batchlab.replay.warming.EVERY_S", 0.02)
+        patch.setattr("batchlab.scenarios.replay.grid_fit.EVERY_S", 0.02)
         world.go(stop_when=is_over)
     return world.manager
 
@@ -274,7 +273,7 @@ def test_a_manager_that_was_away_does_not_put_off_the_next_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
-    monkeypatch.setattr("batchlab.replay.link.AGAIN_S", 0.01)
+    monkeypatch.setattr("batchlab.scenarios.replay.run_state.AGAIN_S", 0.01)
 
     class Leaving(Manager):
         def __init__(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from batchlab.cli import verdicts
-from batchlab.forecast.simulate import simulate
-from batchlab.scenario import loader, verdict
+from batchlab.cli import charts
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.verdicts import verdict
 
 NAMES = loader.names()
 
@@ -21,7 +22,7 @@ def test_a_shipped_scenario_passes_its_own_expectations(name: str) -> None:
     record = simulate(scenario)
     rows = verdict.judge(record, scenario.expect)
     assert rows, "a scenario that expects nothing teaches nothing"
-    assert not verdict.is_red(rows), verdicts.text(rows)
+    assert not verdict.is_red(rows), charts.text_verdicts(rows)
     assert (record.lost, record.duplicates) == (0, 0)
     assert len(record.faults) == len(scenario.faults)
     for fault in record.faults:

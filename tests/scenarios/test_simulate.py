@@ -6,16 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab import backends
-from batchlab.errors import UsageError
-from batchlab.forecast.simulate import Progress, simulate
-from batchlab.model import JobState, Market, Pool
-from batchlab.protocol.settle import LOSS_LIMIT
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.expand import expand
-from batchlab.scenario.model import PoolPlan, Prewarm
-from batchlab.scenario.times import task_s
+from batchlab.core.errors import UsageError
+from batchlab.core.model import JobState, Market, Pool
+from batchlab.core.protocol.settlement import LOSS_LIMIT
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.forecast.simulate import Progress, simulate
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.expansion import expand, task_s
+from batchlab.scenarios.model.values import PoolPlan, Prewarm
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, claims
 
 
@@ -33,7 +32,7 @@ def test_every_job_runs_all_its_stages_on_a_fleet_that_comes_and_goes() -> None:
     boots_s = [one.ready_s - one.launched_s for one in record.instances if one.ready_s is not None]
     assert all(0.75 * 90 <= boot_s <= 1.25 * 90 + 10 for boot_s in boots_s)
     assert [(p.submitted, p.ended, p.jobs) for p in told[-1:]] == [(6, 6, 6)]
-    assert record.settings["drain_target_s"] == backends.load("aws").manager.drain_target_s
+    assert record.settings["drain_target_s"] == factory.load("aws").manager.drain_target_s
     assert record.simulated
     assert record.usd == pytest.approx(sum(record.usd_items.values()))
 

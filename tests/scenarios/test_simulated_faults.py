@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab import backends
-from batchlab.forecast.grid import Options
-from batchlab.forecast.simulate import simulate
-from batchlab.model import JobId, JobState, Market, Pool
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import Fault, FaultName, PoolPlan, StageTemplate, WorkKind
-from batchlab.scenario.record import Record
+from batchlab.core.model import JobId, JobState, Market, Pool
+from batchlab.runtime import factory
+from batchlab.scenarios.forecast.grid import Options
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, StageTemplate, WorkKind
+from batchlab.scenarios.verdicts.record import Record
 from batchlab.sim import invariants
 from batchlab.sim.world import World
 from tests.support.scenarios.small_scenarios import claims
@@ -37,7 +37,7 @@ def struck(*faults: Fault, like: str = "aws", pool: PoolPlan = POOL) -> Record:
     """Three jobs on four instances, and these faults in the midst of them."""
     plan = claims(*STAGES, jobs=3, gap_s=9.0, tasks=30, pool=pool, faults=faults)
     options = Options(watched=True, examine=promises)
-    record = simulate(plan, like=backends.load(like), options=options)
+    record = simulate(plan, like=factory.load(like), options=options)
     assert (record.lost, record.duplicates, record.cut) == (0, 0, "")
     assert [job.state for job in record.jobs] == [JobState.SUCCEEDED] * 3
     return record

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
-from batchlab.home import Home
-from batchlab.model import TaskSet
-from batchlab.replay.jobs import Preparer, declared_s, items_of, shapes_of, stage_def
-from batchlab.replay.standin import standins
-from batchlab.scenario import sizes, times
-from batchlab.scenario.draws import Constant, Lognormal
-from batchlab.scenario.model import Job, JobTemplate, StageTemplate
+from batchlab.core.model import TaskSet
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model.distributions import Constant, Lognormal
+from batchlab.scenarios.model.values import Job, JobTemplate, StageTemplate
+from batchlab.scenarios.replay.jobs import Preparer, declared_s, items_of, shapes_of, stage_def
+from batchlab.scenarios.replay.standin import standins
 from tests.support.scenarios.replay import claims, stage
 
 LATE_S = 0.25
@@ -124,9 +124,15 @@ def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage(
     for task, item in enumerate(items):
         assert set(item["t"]) == {"parse", "price"}, "a gather's own are in the parameters"
         for one in (parse, price):
-            seconds = times.task_s(7, job, one, task)
+            seconds = expansion.task_s(7, job, one, task)
             assert item["t"][one.name] == [pytest.approx(seconds, abs=1e-6), [], False]
-    assert sizes.of(template, 12) == {"parse": 12, "price": 12, "by": 3, "sum": 1, "last": 1}
+    assert distributions.of(template, 12) == {
+        "parse": 12,
+        "price": 12,
+        "by": 3,
+        "sum": 1,
+        "last": 1,
+    }
     assert [set(one) for one in shapes["by"]["tasks"]] == [{"by"}] * 3
     assert [set(one) for one in shapes["sum"]["tasks"]] == [{"sum", "last"}]
     assert shapes["price"]["groups"] == {"group_by": 3}
@@ -187,7 +193,7 @@ def test_failures_and_deaths_are_drawn_as_the_simulator_draws_them() -> None:
     job = Job(3, "j", JobTemplate("frail", (frail,), Constant(50)), 0.0, 50)
     for task, item in enumerate(items_of(9, job)):
         _, failing, kills = item["t"]["work"]
-        assert failing == [n for n in (1, 2, 3) if times.fails(9, job, frail, task, n)]
+        assert failing == [n for n in (1, 2, 3) if expansion.fails(9, job, frail, task, n)]
         assert kills == (task < 2)
 
 
@@ -203,14 +209,14 @@ def test_real_work_survives_as_many_failures_as_the_scenario_says(
         "name: real\ninput: {files: items.jsonl, split: items}\n"
         "stages: [{name: work, python: work:work}]\nfailure: {max_failures: 5%}\n"
     )
-    backend, home = backends.load("local"), Home(tmp_path / "home")
+    backend, home = factory.load("local"), Home(tmp_path / "home")
     preparer = Preparer(
         scenario="s",
         seed=1,
         run="r",
         objects=backend.open_objects(home),
         clock=backend.open_clock(),
-        patience=backends.patience(),
+        patience=factory.patience(),
     )
     one = JobTemplate(
         "real",

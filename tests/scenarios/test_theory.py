@@ -17,16 +17,16 @@ from statistics import fmean, stdev
 
 import pytest
 
-from batchlab.fleet.api import ScalingPolicy, TargetTracking
-from batchlab.forecast.simulate import simulate
-from batchlab.manager.autoscaler import Backlog, wanted
-from batchlab.model import GroupView, Instance, LifecycleState, Pool
-from batchlab.scenario.draws import Constant, Exponential
-from batchlab.scenario.expand import expand
-from batchlab.scenario.model import Scenario
-from batchlab.scenario.record import Record
-from batchlab.scenario.sources import Poisson
-from batchlab.scenario.traces.source import Trace, TraceFormat
+from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.fleet.api_types import ScalingPolicy, TargetTracking
+from batchlab.manager.scaling.autoscaler import Backlog, wanted
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.arrivals import Poisson
+from batchlab.scenarios.model.distributions import Constant, Exponential
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Scenario
+from batchlab.scenarios.traces.source import Trace, TraceFormat
+from batchlab.scenarios.verdicts.record import Record
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 from tests.support.scenarios.ideal_grid import IN_ORDER, LIKE, NOTHING, servers
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.forecast.simulate import simulate
-from batchlab.model import Pool
-from batchlab.scenario import record
-from batchlab.scenario.draws import Constant, Uniform
-from batchlab.scenario.expand import compressed, expand
-from batchlab.scenario.model import Arrival, JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenario.sources import Poisson
-from batchlab.scenario.traces import RUNS, Columns, Take
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Pool
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model.arrivals import Poisson
+from batchlab.scenarios.model.distributions import Constant, Uniform
+from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.model.values import Arrival, JobTemplate, PoolPlan, Scenario, StageTemplate
+from batchlab.scenarios.traces import RUNS, Columns, Take
+from batchlab.scenarios.verdicts import record
 from tests.support.scenarios.records import a_job, a_record
 from tests.support.scenarios.trace_files import (
     arrivals,

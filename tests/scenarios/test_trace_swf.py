@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from batchlab.scenario.model import Arrival
-from batchlab.scenario.traces import SWF, Take
+from batchlab.scenarios.model.values import Arrival
+from batchlab.scenarios.traces import SWF, Take
 from tests.support.scenarios.trace_files import (
     JOB,
     PROCESSORS,

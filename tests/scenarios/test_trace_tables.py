@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.scenario.model import Arrival
-from batchlab.scenario.traces import Columns, Take
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.values import Arrival
+from batchlab.scenarios.traces import Columns, Take
 from tests.support.scenarios.trace_files import (
     LOG,
     arrivals,

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchlab.errors import UsageError
-from batchlab.scenario.model import Odd
-from batchlab.scenario.traces import Columns, OddKind, Take, Trace, TraceFormat, said, summary
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.values import Odd
+from batchlab.scenarios.traces import Columns, OddKind, Take, Trace, TraceFormat, said, summary
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.trace_files import (
     LOG,

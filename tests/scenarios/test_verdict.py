@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import verdicts
-from batchlab.errors import UsageError
-from batchlab.scenario.measures import MEASURES, Unknown, quantile
-from batchlab.scenario.model import Expectation
-from batchlab.scenario.record import Injected, Record, StageRun
-from batchlab.scenario.verdict import Colour, is_red, judge
+from batchlab.cli import charts
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.values import Expectation
+from batchlab.scenarios.verdicts.measures import MEASURES, Unknown, quantile
+from batchlab.scenarios.verdicts.record import Injected, Record, StageRun
+from batchlab.scenarios.verdicts.verdict import Colour, is_red, judge
 from tests.support.scenarios.records import a_job, a_record, a_sample, an_instance
 
 
@@ -192,7 +192,7 @@ def test_a_person_reads_a_table() -> None:
         Expectation("peak_fleet", least=0),
         Expectation("cost", most=1.0),
     ]
-    told = verdicts.text(judge(record, expected)).splitlines()
+    told = charts.text_verdicts(judge(record, expected)).splitlines()
     assert [" ".join(line.split()) for line in told] == [
         "MEASURE JOBS EXPECTED MEASURED VERDICT WHY",
         "makespan all at most 60 min 00 s 60.0 s green",
@@ -202,6 +202,6 @@ def test_a_person_reads_a_table() -> None:
         "",
         "Red: 2 green, 1 red, 1 not judged.",
     ]
-    assert "expects nothing" in verdicts.text([])
+    assert "expects nothing" in charts.text_verdicts([])
     endless = judge(a_record(a_job(ended_s=None)), [Expectation("makespan", most=1)])
-    assert "never" in verdicts.text(endless)
+    assert "never" in charts.text_verdicts(endless)

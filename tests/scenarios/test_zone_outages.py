@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
-from batchlab.client import Client
-from batchlab.home import Home
-from batchlab.model import Pool
-from batchlab.replay.harm.deployed import Deployed
-from batchlab.replay.harm.scene import Scene, Seen
-from batchlab.replay.harm.zones import Zones, _Group, _moved, _waiting
-from batchlab.scenario.model import Fault, FaultName
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.client.http import Client
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.runtime.home import Home
+from batchlab.scenarios.faults.aws_stack import Deployed
+from batchlab.scenarios.faults.fault_injection import Scene, Seen
+from batchlab.scenarios.faults.zone_outage import Zones, _Group, _moved, _waiting
+from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.aws.autoscaling_api import aws
 
@@ -91,7 +91,7 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
         return [f"{one}: terminated" for one in instances]
 
     async def lose(**more: Any) -> Seen:
-        scene = Scene(backends.load("aws"), Home(tmp_path), Manager())
+        scene = Scene(factory.load("aws"), Home(tmp_path), Manager())
         fault = Fault(FaultName.ZONE_LOSS, 0.0, for_s=0.1, **more)
         return await Zones(moto, prefix="s-").lose(scene, fault, inside=inside, kill=kill)
 
@@ -160,9 +160,9 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
         Database(host, 5432, "batchlab", "arn"),
     )
     deployment.write(home, at)
-    there = Deployed(Scene(backends.load("aws"), home, manager))
+    there = Deployed(Scene(factory.load("aws"), home, manager))
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
-    empty = Deployed(Scene(backends.load("aws"), home, Manager()))
+    empty = Deployed(Scene(factory.load("aws"), home, Manager()))
     assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger knew of no job."
     seen = asyncio.run(there.lose_database(fault))
     assert seen.targets == (host,)

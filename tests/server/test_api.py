@@ -14,14 +14,21 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab import viewing
-from batchlab.api import common, door
-from batchlab.client import Client
-from batchlab.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
-from batchlab.jobdef import RetryRule, StageDef
-from batchlab.listening import listen
-from batchlab.model import StageName
-from batchlab.protocol import wire
+from batchlab.client.http import Client
+from batchlab.core.errors import (
+    BackendError,
+    BatchlabError,
+    NotFound,
+    Refused,
+    Unreachable,
+    UsageError,
+)
+from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.model import StageName
+from batchlab.core.protocol import json_format
+from batchlab.runtime.listening import listen
+from batchlab.server.http import authentication, common
+from batchlab.server.views import jobs
 from tests.support.server.api import MAP, TOKEN, Rig, get, job, later, post
 
 
@@ -96,8 +103,8 @@ def test_a_request_that_comes_just_before_the_lead_is_answered_once_there_is_one
 
 def test_the_same_client_token_makes_one_job(rig: Rig) -> None:
     one = job()
-    first = post(rig, "/v1/jobs", {"job": wire.job_to_json(one)})
-    second = post(rig, "/v1/jobs", {"job": wire.job_to_json(one)})
+    first = post(rig, "/v1/jobs", {"job": json_format.job_to_json(one)})
+    second = post(rig, "/v1/jobs", {"job": json_format.job_to_json(one)})
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json()["id"] == second.json()["id"] == one.id
     assert [known["id"] for known in rig.client.jobs()] == [one.id]
@@ -139,7 +146,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what: str) -> None:
     """A job that can never run must not be accepted."""
     spoil, message = BAD[what]
-    doc = wire.job_to_json(job())
+    doc = json_format.job_to_json(job())
     doc = {**doc, "stages": [dict(stage) for stage in doc["stages"]]}
     spoil(doc)
     answer = post(rig, "/v1/jobs", {"job": doc})
@@ -150,7 +157,7 @@ def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what
 
 
 def test_items_that_come_along_must_be_as_many_as_the_job_says(rig: Rig) -> None:
-    answer = post(rig, "/v1/jobs", {"job": wire.job_to_json(job()), "items": [1, 2]})
+    answer = post(rig, "/v1/jobs", {"job": json_format.job_to_json(job()), "items": [1, 2]})
     assert answer.status_code == 422
     assert "comes with 2 items, but says otherwise" in answer.json()["error"]
     assert rig.client.jobs() == []
@@ -228,7 +235,7 @@ def test_a_wait_beyond_the_longest_is_refused(rig: Rig) -> None:
 
 
 def test_a_bug_is_answered_with_a_sentence_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(viewing, "queue_view", None)
+    monkeypatch.setattr(jobs, "queue_view", None)
     with pytest.raises(BackendError, match="The manager failed: TypeError"):
         rig.client.grid()
 
@@ -310,7 +317,7 @@ def test_of_a_request_without_the_token_no_body_is_read(rig: Rig, given: dict[st
 def test_a_body_that_is_read_as_a_whole_has_a_limit(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(authentication, "MOST_BYTES", 2**20)
 
     def chunks() -> Iterator[bytes]:
         yield from [b"[" * 2**18] * 5

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.api import failures as api
-from batchlab.errors import NotFound, Refused, UsageError
-from batchlab.jobdef import StageDef
-from batchlab.model import Failure, FailureKind, StageName
+from batchlab.core.errors import NotFound, Refused, UsageError
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import Failure, FailureKind, StageName
+from batchlab.server.http import failures
 from tests.support.server.api import MAP, Rig, job
 
 NEXT = StageName("next")
@@ -50,7 +50,7 @@ def test_failures_of_one_cause_are_one_group(rig: Rig) -> None:
 
 
 def test_failures_come_in_pages_each_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "BUDGET", 2)
+    monkeypatch.setattr(failures, "BUDGET", 2)
     name = rig.submit(job(token="pages", tasks=12, bundle=3))
     rig.work(name, 4, bad=range(11))
     found: list[int] = []

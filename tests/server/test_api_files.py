@@ -15,11 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab import viewing
-from batchlab.api import archive, upload
-from batchlab.api import files as api
-from batchlab.model import JobId
-from batchlab.protocol import naming, wire
+from batchlab.core.model import JobId
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.server.http import archive, job_files, upload
+from batchlab.server.views import jobs
 from tests.support.server.api import TOKEN, Rig, job, later
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -67,7 +66,9 @@ def test_a_folder_becomes_a_job(rig: Rig) -> None:
     answer = send(rig, set=["year=2026"], token="one")
     assert answer.status_code == 201, answer.text
     view = answer.json()
-    spec = wire.job_from_json(wire.loads(rig.run(rig.objects.get(naming.spec(JobId(view["id"]))))))
+    spec = json_format.job_from_json(
+        json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(view["id"])))))
+    )
     assert dict(spec.params) == {"year": 2026}
     assert spec.input
     assert rig.run(rig.objects.get(spec.input.keys[0])) == b"1\n2\n3\n"
@@ -171,8 +172,8 @@ def test_an_upload_says_how_long_it_is_and_is_not_too_long(
     assert (answer.status_code, answer.json()["remedy"]) == (422, "Send a Content-Length.")
     answer = rig.http.post("/v1/jobs/files", json={}, headers=AUTH)
     assert "multipart/form-data" in answer.json()["error"]
-    monkeypatch.setattr(api, "MOST_BYTES", 100)
-    monkeypatch.setattr(api.check_length, "__defaults__", (100,))
+    monkeypatch.setattr(job_files, "MOST_BYTES", 100)
+    monkeypatch.setattr(job_files.check_length, "__defaults__", (100,))
     answer = send(rig)
     assert answer.status_code == 422
     assert "job submit" in answer.json()["remedy"]
@@ -205,7 +206,7 @@ def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
 def test_code_that_is_sent_to_the_manager_has_a_limit(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "MOST_CODE_BYTES", 1000)
+    monkeypatch.setattr(job_files, "MOST_CODE_BYTES", 1000)
     data = ("sums/data/b.txt", "1\n" * 5000)
     assert send(rig, [*FILES, data]).status_code == 201, "data is not code"
     answer = send(rig, [*FILES, ("sums/model.bin", "x" * 5000)])
@@ -271,11 +272,11 @@ def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
     rig.ended(name)
     (row,) = rig.run(rig.ledger.bundles(JobId(name), done=True))
     keys = rig.manager.ports.keys
-    key = viewing.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
-    outcome = wire.loads(rig.run(rig.objects.get(key)))
+    key = jobs.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
+    outcome = json_format.loads(rig.run(rig.objects.get(key)))
     assert outcome["values"] == [0]
     own = json.loads(json.dumps(value).replace('"files/', f'"files/{name}/'))
-    rig.run(rig.objects.put(key, wire.to_bytes({**outcome, "values": [own]})))
+    rig.run(rig.objects.put(key, json_format.to_bytes({**outcome, "values": [own]})))
     for last, data in objects.items():
         rig.run(rig.objects.put(f"files/{name}/{last}", data))
     return name

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.commit import commit
-from batchlab.model import JobId, Outcome, Ran
-from batchlab.ports import Fold, Folded, Written
-from batchlab.protocol import settle, wire
-from batchlab.protocol.messages import Events
-from batchlab.views import UNCOUNTED
+from batchlab.core.api_types import UNCOUNTED
+from batchlab.core.commit import commit
+from batchlab.core.model import JobId, Outcome, Ran
+from batchlab.core.ports import Fold, Folded, Written
+from batchlab.core.protocol import json_format, settlement
+from batchlab.core.protocol.messages import Events
 from tests.support.server.api import DEADLINE_S, Rig, job
 
 
@@ -33,7 +33,7 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
     found = sorted(rig.outstanding(name, count), key=lambda one: one.bundle.tasks.first)
     now_s = time.time()
     outcomes = [
-        settle.settle(
+        settlement.settle(
             live.job,
             one.bundle,
             [Ran(task, 0.01, task) for task in one.bundle.tasks],
@@ -75,7 +75,7 @@ def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
         page = asked.result(DEADLINE_S)
     (told,) = page["outcomes"]
     assert not page["ended"]
-    assert (told["seq"], wire.outcome_from_json(told["outcome"])) == (UNCOUNTED, first)
+    assert (told["seq"], json_format.outcome_from_json(told["outcome"])) == (UNCOUNTED, first)
     live = rig.manager.lives[one.id]
     assert live.listeners == 0
     assert rig.client.job(one.id)["stages"][0]["succeeded"] == 0

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchlab.errors import NotFound, Refused, Unreachable, UsageError
-from batchlab.jobdef import RetryRule, StageDef
-from batchlab.manager.live import LiveJob
-from batchlab.model import GroupView, JobId, Pool, StageName
+from batchlab.core.errors import NotFound, Refused, Unreachable, UsageError
+from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.model import GroupView, JobId, Pool, StageName
+from batchlab.manager.state import LiveJob
 from tests.support.server.api import MAP, Rig, job, post
 
 

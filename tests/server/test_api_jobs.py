@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.api import logs
-from batchlab.errors import NotFound, Refused
-from batchlab.jobdef import RetryRule
-from batchlab.model import Control, JobId
-from batchlab.protocol import definition, naming, wire
-from batchlab.protocol.live_logs import Tail, to_bytes
+from batchlab.core.errors import NotFound, Refused
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Control, JobId
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol.live_logs import Tail, to_bytes
+from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
 
 
@@ -87,7 +87,7 @@ def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
     assert rig.client.cancel(name)["id"] == name
     # The acknowledgement: no worker may start a task any more (I4).
     control = rig.run(rig.objects.get(f"jobs/{name}/control.json"))
-    assert wire.word_from_bytes(control).control.value == "cancel"
+    assert json_format.word_from_bytes(control).control.value == "cancel"
     assert rig.ended(name)["state"] == "CANCELLED"
     for verb in (rig.client.cancel, rig.client.pause, rig.client.resume):
         with pytest.raises(Refused, match="is not running"):
@@ -98,7 +98,7 @@ def test_a_job_that_only_the_bucket_has_can_be_cancelled(rig: Rig) -> None:
     made = job()
     with pytest.raises(NotFound):
         rig.client.cancel(made.id)
-    rig.run(rig.objects.put(naming.spec(made.id), definition.to_bytes(made)))
+    rig.run(rig.objects.put(object_keys.spec(made.id), spec_object.to_bytes(made)))
     with pytest.raises(NotFound):
         rig.client.job(made.id)
     assert rig.client.cancel(made.id)["id"] == made.id
@@ -163,7 +163,9 @@ def test_outcomes_come_in_the_order_of_their_folding_and_once(rig: Rig) -> None:
     by_task = sorted(seen, key=lambda one: one["bundle"])
     tasks = [(one["tasks"], one["failed"]) for one in by_task]
     assert tasks == [([[0, 1]], 0), ([], 1), ([[2, 3]], 0), ([[3, 4]], 0)]
-    outcome = wire.outcome_from_json(wire.loads(rig.run(rig.objects.get(by_task[2]["key"]))))
+    outcome = json_format.outcome_from_json(
+        json_format.loads(rig.run(rig.objects.get(by_task[2]["key"])))
+    )
     assert outcome.values == (2,)
     assert rig.client.outcomes(name, stage="other")["outcomes"] == []
 
@@ -252,24 +254,24 @@ def test_an_answer_holds_only_so_much_of_logs_and_says_what_it_leaves_out(
 def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     bundles = rig.outstanding(name, 2)
-    key = naming.control(JobId(name))
+    key = object_keys.control(JobId(name))
 
-    def word() -> wire.Word:
-        return wire.word_from_bytes(rig.run(rig.objects.get(key)))
+    def word() -> json_format.Word:
+        return json_format.word_from_bytes(rig.run(rig.objects.get(key)))
 
     tails = [
         Tail("map", o.bundle.tasks.first, 1, 0, o.bundle.id, "x", 0, 5, "hello") for o in bundles
     ]
-    rig.run(rig.objects.put(naming.tail(JobId(name), "w-1"), to_bytes(tails)))
+    rig.run(rig.objects.put(object_keys.tail(JobId(name), "w-1"), to_bytes(tails)))
     rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
-    assert replace(word(), tail_s=None) == wire.Word(Control.RUN, tail=1)
+    assert replace(word(), tail_s=None) == json_format.Word(Control.RUN, tail=1)
     # However many ask, and however often.
     for _ in range(20):
         rig.client.tails(name)
     assert word().tail == 1
     rig.client.pause(name)
     rig.client.resume(name)
-    assert word() == wire.Word(Control.RUN)
+    assert word() == json_format.Word(Control.RUN)
     # What a worker has stored of a bundle that has ended since is no news.
     rig.work(name, 2)
     rig.ended(name)
@@ -281,9 +283,9 @@ def test_tails_are_asked_for_by_the_word_that_workers_read(rig: Rig) -> None:
 def test_asking_for_tails_never_undoes_a_cancellation(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     rig.outstanding(name, 2)
-    key = naming.control(JobId(name))
+    key = object_keys.control(JobId(name))
     # Another leader's, which the ledger does not know of yet.
-    cancel = wire.word_to_bytes(wire.Word(Control.CANCEL, reason="enough"))
+    cancel = json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="enough"))
     rig.run(rig.objects.put(key, cancel))
     rig.client.tails(name)
     assert rig.run(rig.objects.get(key)) == cancel

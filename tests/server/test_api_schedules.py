@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import NotFound, Refused, UsageError
+from batchlab.core.errors import NotFound, Refused, UsageError
 from tests.support.server.api import Rig, job
 
 

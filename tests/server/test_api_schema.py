@@ -15,16 +15,16 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
+from batchlab.adapters.memory.launcher import MemoryState, SimLauncher
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
 from batchlab.adapters.sql import open_memory
-from batchlab.api import create_app
-from batchlab.fleet.group import ManagedFleet
-from batchlab.manager.live import Ports
+from batchlab.core.model import Pool
+from batchlab.core.retry import Patience
+from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
-from batchlab.model import Pool
-from batchlab.patience import Patience
+from batchlab.manager.state import Ports
+from batchlab.server.http import create_app
 from tests.support.server.api import SETTINGS, TOKEN, Machine
 
 EXAMPLES = 4

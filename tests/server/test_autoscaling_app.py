@@ -16,11 +16,11 @@ from botocore.credentials import Credentials
 from botocore.model import OperationModel
 from botocore.parsers import create_parser
 
-from batchlab.adapters.keys import Keys
-from batchlab.asg.actions import ACTIONS
-from batchlab.asg.app import MAX_BODY_BYTES, App
-from batchlab.asg.fault import Fault
-from batchlab.asg.service import QueryService, model
+from batchlab.adapters.local.access_keys import Keys
+from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App
+from batchlab.server.autoscaling_api.errors import Fault
+from batchlab.server.autoscaling_api.query_protocol import QueryService, model
+from batchlab.server.autoscaling_api.scheduled_changes import ACTIONS_ACTIONS as ACTIONS
 
 KEY = Keys("AKIDEXAMPLE", "secret")
 TAGS = b"Action=DescribeTags&Version=2011-01-01"

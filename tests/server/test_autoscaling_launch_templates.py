@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.asg.templates import VARIABLE, TemplateFile, template_id
-from batchlab.errors import UsageError
-from batchlab.fleet.api import LaunchTemplate
-from batchlab.fleet.faults import ValidationError
-from batchlab.model import Market, Pool
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market, Pool
+from batchlab.fleet.api_types import LaunchTemplate
+from batchlab.fleet.errors import ValidationError
+from batchlab.server.autoscaling_api.launch_templates import VARIABLE, TemplateFile, template_id
 
 FILE = """\
 [worker]

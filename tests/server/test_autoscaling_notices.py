@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.imds_tree import Interruption, Metadata, Signals, iso
-from batchlab.asg.app import Request
-from batchlab.asg.fault import Fault
-from batchlab.asg.metadata import CREDENTIALS_S, Facts
-from batchlab.asg.notices import NoticeService, give
-from batchlab.asg.templates import TemplateFile
-from batchlab.errors import Unreachable
-from batchlab.fleet.api import Tag
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.metadata_server import Interruption, Metadata, Signals, iso
+from batchlab.core.errors import Unreachable
+from batchlab.fleet.api_types import Tag
+from batchlab.server.autoscaling_api.app import Request
+from batchlab.server.autoscaling_api.errors import Fault
+from batchlab.server.autoscaling_api.launch_templates import TemplateFile
+from batchlab.server.autoscaling_api.metadata import CREDENTIALS_S, Facts, NoticeService, give
 from tests.fleet.test_spot import SPOT
 from tests.support.autoscaling_group import World, in_aws
 

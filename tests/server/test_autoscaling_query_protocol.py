@@ -13,8 +13,8 @@ from botocore.serialize import create_serializer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchlab.asg import constraints, query
-from batchlab.asg.fault import Fault, Faults
+from batchlab.server.autoscaling_api import parameters, query_protocol
+from batchlab.server.autoscaling_api.errors import Fault, Faults
 from tests.support.aws.botocore_shapes import Samples, query_services, service
 
 AUTOSCALING = service("autoscaling")
@@ -43,7 +43,7 @@ def asked_for(operation: OperationModel, seed: int) -> dict[str, Any]:
 def requests_survive(model: ServiceModel, name: str, seed: int) -> dict[str, Any]:
     operation = model.operation_model(name)
     asked = asked_for(operation, seed)
-    found, understood = query.parse(model, form(operation, asked))
+    found, understood = query_protocol.parse(model, form(operation, asked))
     assert (found.name, understood) == (name, asked)
     return asked
 
@@ -52,7 +52,7 @@ def answers_survive(model: ServiceModel, name: str, seed: int) -> None:
     operation = model.operation_model(name)
     shape = operation.output_shape
     answer = (shape and Samples(seed, tick=MILLISECOND, is_answer=True).of(shape)) or {}
-    parsed = answered(operation, query.result(operation, answer, "id-1"))
+    parsed = answered(operation, query_protocol.result(operation, answer, "id-1"))
     assert parsed.pop("ResponseMetadata")["RequestId"] == "id-1"
     assert parsed == answer
 
@@ -61,7 +61,7 @@ def answers_survive(model: ServiceModel, name: str, seed: int) -> None:
 def test_every_request_of_auto_scaling_arrives_as_it_was_sent(name: str) -> None:
     for seed in SEEDS:
         asked = requests_survive(AUTOSCALING, name, seed)
-        constraints.check(AUTOSCALING.operation_model(name), asked)
+        parameters.check(AUTOSCALING.operation_model(name), asked)
 
 
 @pytest.mark.parametrize("name", AUTOSCALING.operation_names)
@@ -128,7 +128,7 @@ WRONG_FORMS = {
 def test_a_form_that_is_no_request_is_refused(wrong: str) -> None:
     sent, code, message = WRONG_FORMS[wrong]
     with pytest.raises(Fault) as refused:
-        query.parse(AUTOSCALING, sent)
+        query_protocol.parse(AUTOSCALING, sent)
     assert (refused.value.code, refused.value.message) == (code, message)
 
 
@@ -160,7 +160,7 @@ REFUSALS = (
 def refusal(sent: str) -> str:
     """The code that the form is refused with, "" where it is a request."""
     try:
-        constraints.check(*query.parse(AUTOSCALING, sent))
+        parameters.check(*query_protocol.parse(AUTOSCALING, sent))
     except Fault as fault:
         return fault.code
     return ""
@@ -169,17 +169,22 @@ def refusal(sent: str) -> str:
 def test_the_entries_of_a_list_come_in_the_order_of_their_numbers() -> None:
     names = "&".join(f"AutoScalingGroupNames.member.{n}=g{n}" for n in (10, 2, 1))
     sent = f"Action=DescribeAutoScalingGroups&Version=2011-01-01&{names}"
-    assert query.parse(AUTOSCALING, sent)[1] == {"AutoScalingGroupNames": ["g1", "g2", "g10"]}
+    assert query_protocol.parse(AUTOSCALING, sent)[1] == {
+        "AutoScalingGroupNames": ["g1", "g2", "g10"]
+    }
 
 
 def test_a_parameter_that_the_model_lacks_is_left_out() -> None:
-    assert query.parse(AUTOSCALING, "Action=DescribeTags&Version=2011-01-01&Colour=red")[1] == {}
+    assert (
+        query_protocol.parse(AUTOSCALING, "Action=DescribeTags&Version=2011-01-01&Colour=red")[1]
+        == {}
+    )
 
 
 def test_times_may_be_told_in_any_zone_and_are_utc_without_one() -> None:
     for text in ("2026-01-02T03:04:05Z", "2026-01-02T04:04:05%2B01:00", "2026-01-02T03:04:05"):
         sent = f"Action=DescribeScheduledActions&Version=2011-01-01&StartTime={text}"
-        asked = query.parse(AUTOSCALING, sent)[1]
+        asked = query_protocol.parse(AUTOSCALING, sent)[1]
         assert asked["StartTime"] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -188,7 +193,7 @@ def test_every_fault_of_the_model_is_told_as_the_model_says(shape: StructureShap
     error = shape.metadata["error"]
     blame = Faults(AUTOSCALING).blame(Fault(shape.error_code, "<no> & why"))
     assert blame.status == error["httpStatusCode"]
-    body = query.refusal(AUTOSCALING, Fault(shape.error_code, "<no> & why"), blame, "id-2")
+    body = query_protocol.refusal(AUTOSCALING, Fault(shape.error_code, "<no> & why"), blame, "id-2")
     parsed = answered(AUTOSCALING.operation_model("DescribeTags"), body, blame.status)
     told = {"Type": "Sender", "Code": error["code"], "Message": "<no> & why"}
     assert parsed["Error"] == told
@@ -204,17 +209,17 @@ def test_an_answer_that_is_not_of_its_shape_is_a_defect() -> None:
     )
     for answer in wrong:
         with pytest.raises(ValueError, match=r"unknown|is a string"):
-            query.result(tags, answer, "id")
+            query_protocol.result(tags, answer, "id")
     groups = AUTOSCALING.operation_model("DescribeAutoScalingGroups")
     with pytest.raises(ValueError, match="missing"):
-        query.result(groups, {"AutoScalingGroups": [{}]}, "id")
+        query_protocol.result(groups, {"AutoScalingGroups": [{}]}, "id")
     with pytest.raises(ValueError, match="has no answer"):
-        query.result(AUTOSCALING.operation_model("SetDesiredCapacity"), {"Tags": []}, "id")
+        query_protocol.result(AUTOSCALING.operation_model("SetDesiredCapacity"), {"Tags": []}, "id")
 
 
 def test_what_xml_cannot_carry_is_replaced() -> None:
     tags = AUTOSCALING.operation_model("DescribeTags")
-    body = query.result(tags, {"Tags": [{"Key": "a\x00b\ud800c\r\n"}]}, "id")
+    body = query_protocol.result(tags, {"Tags": [{"Key": "a\x00b\ud800c\r\n"}]}, "id")
     assert answered(tags, body)["Tags"] == [{"Key": "a\ufffdb\ufffdc\r\n"}]
 
 
@@ -263,14 +268,14 @@ VIOLATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_the_model_forbids_is_refused_in_the_words_of_aws(violation: str) -> None:
     action, asked, told = VIOLATIONS[violation]
     with pytest.raises(Fault) as refused:
-        constraints.check(AUTOSCALING.operation_model(action), asked)
+        parameters.check(AUTOSCALING.operation_model(action), asked)
     assert refused.value.code == "ValidationError"
     assert refused.value.message == f"1 validation error detected: {told}"
 
 
 def test_all_violations_are_told_at_once() -> None:
     with pytest.raises(Fault, match=r"2 validation errors detected: .*; Value null at 'maxSize'"):
-        constraints.check(
+        parameters.check(
             AUTOSCALING.operation_model("CreateAutoScalingGroup"),
             {"MinSize": 0, "AutoScalingGroupName": ""},
         )
@@ -278,4 +283,4 @@ def test_all_violations_are_told_at_once() -> None:
 
 def test_names_beyond_the_basic_plane_are_allowed() -> None:
     asked = CREATE | {"AutoScalingGroupName": "\U0001f600\U0010ffff"}
-    constraints.check(AUTOSCALING.operation_model("CreateAutoScalingGroup"), asked)
+    parameters.check(AUTOSCALING.operation_model("CreateAutoScalingGroup"), asked)

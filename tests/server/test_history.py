@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from batchlab.api.history import EVERY_S, KEPT, SHOWN, History
+from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.core.ports import Depth
 from batchlab.manager.manager import Manager
-from batchlab.model import GroupView, Instance, LifecycleState, Pool
-from batchlab.ports import Depth
+from batchlab.server.http.history import EVERY_S, KEPT, SHOWN, History
 from tests.support.fleet import ManualClock
 
 POOL = Pool("default", max_size=9)

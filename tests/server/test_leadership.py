@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.errors import Unreachable
+from batchlab.core.errors import Unreachable
 from batchlab.manager.manager import Manager
-from batchlab.services import manager as service
+from batchlab.server import manager_service
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Leading:
                 raise ExceptionGroup("of its tasks", [Unreachable("The bucket does not answer.")])
 
 
-def lead_of(manager: Leading) -> service._Lead:
-    return service._Lead(cast(Manager, manager))
+def lead_of(manager: Leading) -> manager_service._Lead:
+    return manager_service._Lead(cast(Manager, manager))
 
 
 def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
@@ -43,7 +43,7 @@ def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
 
     async def act() -> None:
         leading = asyncio.create_task(
-            service._lead_on(lead_of(first), lambda: cast(Manager, second))
+            manager_service._lead_on(lead_of(first), lambda: cast(Manager, second))
         )
         await asyncio.sleep(0.01)
         leading.cancel()
@@ -55,12 +55,12 @@ def test_an_error_that_comes_with_its_end_keeps_no_manager_alive() -> None:
 
 
 def test_who_has_lost_the_lead_stands_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "AGAIN_S", 0.0)
+    monkeypatch.setattr(manager_service, "AGAIN_S", 0.0)
     first, second = Leading(short=True), Leading(errors=False)
 
     async def act() -> None:
         lead = lead_of(first)
-        leading = asyncio.create_task(service._lead_on(lead, lambda: cast(Manager, second)))
+        leading = asyncio.create_task(manager_service._lead_on(lead, lambda: cast(Manager, second)))
         async with asyncio.timeout(10):
             while not second.runs:
                 await asyncio.sleep(0.001)

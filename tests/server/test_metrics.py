@@ -12,7 +12,7 @@ import yaml
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from batchlab.metrics import families
+from batchlab.server.metrics import families
 from tests.support.server.api import TOKEN, Rig, job
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "monitoring"
@@ -71,7 +71,7 @@ def test_a_jobs_life_is_counted(rig: Rig) -> None:
 
 
 def test_what_workers_tell_is_counted_once(rig: Rig) -> None:
-    from batchlab.protocol.messages import Events, Told
+    from batchlab.core.protocol.messages import Events, Told
 
     rig.submit(job("told", tasks=1))
     (instance,) = rig.instances(1, "Pending")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.home import Home, ManagerRecord
-from batchlab.services import worker as service
+from batchlab.runtime.home import Home, ManagerRecord
+from batchlab.server import worker_service
 
 
 def test_a_worker_whose_manager_has_been_gone_for_a_while_drains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "ORPHAN_S", 0.1)
+    monkeypatch.setattr(worker_service, "ORPHAN_S", 0.1)
     asyncio.run(_watch(Home(tmp_path)))
 
 
@@ -23,7 +23,7 @@ async def _watch(home: Home) -> None:
     drained = asyncio.Event()
     with home.locked():
         home.write_record(ManagerRecord("http://127.0.0.1:1", os.getpid(), "manager-1", "local"))
-        watching = asyncio.create_task(service._drain_orphan(home, drained.set))
+        watching = asyncio.create_task(worker_service._drain_orphan(home, drained.set))
         await asyncio.sleep(0.3)
         assert not drained.is_set(), "its manager is there"
     async with asyncio.timeout(5):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from batchlab.api import create_app
-from batchlab.api.door import OWN_NAMES
-from batchlab.api.sessions import SESSION_S
-from batchlab.errors import Refused
+from batchlab.core.errors import Refused
+from batchlab.server.http import create_app
+from batchlab.server.http.authentication import OWN_NAMES
+from batchlab.server.http.sessions import SESSION_S
 from tests.support.server.api import TOKEN, Rig, job
 from tests.support.server.page import OURS, Visitor, other, rig, routes, stranger, visitor
 

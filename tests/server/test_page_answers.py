@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.web.guard import HEADERS
+from batchlab.server.web.security import HEADERS
 from tests.support.server.api import TOKEN, Rig, job
 from tests.support.server.page import NASTY, OURS, Visitor, rig, stranger, visitor
 
@@ -86,7 +86,7 @@ def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> N
 
 
 def test_jobs_come_in_pages(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.web.jobs.A_PAGE", 2)
+    monkeypatch.setattr("batchlab.server.web.views.A_PAGE", 2)
     names = [rig.submit(job(token=f"page-{number}")) for number in range(3)]
     first = visitor.get("/").text
     assert [name in first for name in names] == [False, True, True]
@@ -115,7 +115,7 @@ def test_curves_are_of_what_was_seen(rig: Rig, visitor: Visitor) -> None:
 def test_a_manager_that_does_not_lead_says_so_on_a_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("batchlab.api.common.LEADS_WITHIN_S", 0.02)
+    monkeypatch.setattr("batchlab.server.http.common.LEADS_WITHIN_S", 0.02)
     with Rig(lead=False) as rig:
         visitor = Visitor(rig)
         with visitor.http:

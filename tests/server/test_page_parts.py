@@ -10,13 +10,13 @@ from importlib.resources import files
 import pytest
 from markupsafe import Markup
 
-from batchlab.costs.money import Usd
-from batchlab.views import EtaView
-from batchlab.web import words
+from batchlab.core.api_types import EtaView
+from batchlab.core.pricing.money import Usd
+from batchlab.server.web import text as words
 from tests.support.cli import view
 
-STATIC = files("batchlab.web") / "static"
-TEMPLATES = files("batchlab.web") / "templates"
+STATIC = files("batchlab.server.web") / "static"
+TEMPLATES = files("batchlab.server.web") / "templates"
 
 
 # --- Words ---------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab.api.failures import BUDGET
-from batchlab.commit import commit
-from batchlab.jobdef import InputDef, JobDef, StageDef
-from batchlab.model import (
+from batchlab.core.commit import commit
+from batchlab.core.job_definition import InputDef, JobDef, StageDef
+from batchlab.core.model import (
     Bundle,
     Failure,
     FailureKind,
@@ -22,9 +21,10 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import AddCut, AddJob, Cut, Fold
-from batchlab.protocol import settle
-from batchlab.protocol.sealing import UNSEALED
+from batchlab.core.ports import AddCut, AddJob, Cut, Fold
+from batchlab.core.protocol import settlement
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.server.http.failures import BUDGET
 from tests.support.server.api import MAP, TOKEN, Rig
 
 BUNDLES, TASKS, BAD = 2000, 50, 5
@@ -75,7 +75,7 @@ async def _fill(rig: Rig) -> None:
         if one.failed:
             await commit(ports.objects, one, ports.patience, UNSEALED)
     for first in range(0, BUNDLES, 200):
-        done = [settle.completion(one) for one in outcomes[first : first + 200]]
+        done = [settlement.completion(one) for one in outcomes[first : first + 200]]
         await ports.ledger.apply(Fold(done, [{} for _ in done]))
 
 

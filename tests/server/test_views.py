@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.admission import admit
-from batchlab.manager.live import LiveJob, Seen
-from batchlab.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
-from batchlab.ports import BundleRecord, JobRecord, StageRecord
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Beat, Held
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.viewing import job_view, outcome_view
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Completion, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.core.ports import BundleRecord, JobRecord, StageRecord
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.manager.jobs.admission import admit
+from batchlab.manager.state import LiveJob, Seen
+from batchlab.server.views.jobs import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
 JOB = JobDef(
@@ -86,7 +86,7 @@ def test_an_outcome_names_the_tasks_whose_values_its_object_holds() -> None:
     done = Completion(bundle, "w", 0.0, 1.0, good, bad, TaskSet(), 1.0)
     shown = outcome_view(BundleRecord(bundle, done, 3), UNSEALED)
     assert shown["tasks"] == [(0, 3), (5, 6)]
-    assert (shown["failed"], shown["key"]) == (1, naming.outcome(bundle, UNSEALED))
+    assert (shown["failed"], shown["key"]) == (1, object_keys.outcome(bundle, UNSEALED))
 
 
 def test_a_bundle_without_an_outcome_has_no_view() -> None:
@@ -167,10 +167,10 @@ def test_a_client_loads_neither_a_command_line_nor_a_validation_library() -> Non
     """Every command of the command line pays for what its client imports."""
     code = (
         "import sys\n"
-        "from batchlab.client import Client\n"
+        "from batchlab.client.http import Client\n"
         "assert 'httpx' not in sys.modules\n"
         "Client('http://127.0.0.1:1', 'token').close()\n"
-        "import batchlab.views\n"
+        "import batchlab.core.api_types\n"
         "unwanted = {'click', 'rich', 'pydantic', 'fastapi', 'sqlalchemy', 'asyncio'}\n"
         "print(*sorted(unwanted & sys.modules.keys()))\n"
         "import httpx._main\n"

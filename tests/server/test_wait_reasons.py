@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.jobdef import StageDef
-from batchlab.model import Bundle, Control, JobState, Pool, StageCounts, TaskSet
-from batchlab.why import why
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import Bundle, Control, JobState, Pool, StageCounts, TaskSet
+from batchlab.server.views.wait_reasons import why
 from tests.support.server.waiting_jobs import (
     BUSY_ELSEWHERE,
     CPU,

@@ -7,10 +7,7 @@ import asyncio
 import pytest
 
 from batchlab.sim.actors import Actor, ActorKilled, SimulationError
-from batchlab.sim.loop import (
-    Crashed,
-    SimLoop,
-)
+from batchlab.sim.event_loop import Crashed, SimLoop
 from tests.support.sim.loop import fail_soon, forever
 
 

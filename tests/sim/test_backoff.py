@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.jobdef import JobDef, RetryRule
-from batchlab.model import Bundle, Failure, FailureKind, TaskSet
-from batchlab.protocol import settle
-from batchlab.sim.fates import value_of
-from batchlab.sim.runner import Play, Script
+from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.model import Bundle, Failure, FailureKind, TaskSet
+from batchlab.core.protocol import settlement
+from batchlab.sim.tasks import Play, Script, value_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, ended_well, in_world, job, kill_manager, stage, submitted
 
@@ -88,4 +87,4 @@ def test_a_retry_whose_message_is_lost_is_sent_again_after_its_backoff() -> None
 def test_a_clock_that_is_wrong_makes_no_wait_longer_than_the_backoff(off_s: float) -> None:
     at_s = 1_000.0
     retried = Bundle(MADE.id, A, TaskSet.of([0]), attempt=2, due_s=at_s + BACKOFF_S)
-    assert settle.wait_s(MADE, retried, at_s + off_s) == (0.0 if off_s > 0 else BACKOFF_S)
+    assert settlement.wait_s(MADE, retried, at_s + off_s) == (0.0 if off_s > 0 else BACKOFF_S)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.sql.ledger import open_memory_as
-from batchlab.model import JobId, JobState
-from batchlab.ports import AddJob, MoveJob
-from batchlab.sim.followed import FollowedLedger
+from batchlab.core.model import JobId, JobState
+from batchlab.core.ports import AddJob, MoveJob
+from batchlab.sim.cached_ledger import FollowedLedger
 from tests.support.sim.scenes import A, job, stage
 
 

@@ -14,18 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import submission
-from batchlab.datagen import write_claims
-from batchlab.model import JobState, Pool
-from batchlab.patience import Patience
-from batchlab.ports import Objects
+from batchlab.cli.example_data import write_claims
+from batchlab.core.model import JobState, Pool
+from batchlab.core.ports import Objects
+from batchlab.core.retry import Patience
+from batchlab.jobs import submission
+from batchlab.jobs.job_file import load
 from batchlab.sim import invariants, trial
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults
-from batchlab.sim.loop import SimLoop
 from batchlab.sim.world import World
-from batchlab.spec.jobfile import load
-from batchlab.worker.inline_child import InlineChildren
-from batchlab.worker.inline_runner import InlineRunner
+from batchlab.worker.inline_child import InlineChildren, InlineRunner
 from batchlab.worker.runner import Runner
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "claims"

@@ -10,14 +10,15 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab import facts, metrics
-from batchlab.api.forecast import eta_of
-from batchlab.costs import prices
-from batchlab.costs.cap import Budget, Purse
-from batchlab.costs.meter import Accounting, Kind
-from batchlab.model import JobState, LifecycleState, Pool
+from batchlab.core.model import JobState, LifecycleState, Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.cap import Budget, Purse
+from batchlab.core.pricing.usage_meter import Accounting, Kind
+from batchlab.server import metrics
+from batchlab.server.http.history import eta_of
+from batchlab.server.views import job_facts
+from batchlab.server.views.wait_reasons import why
 from batchlab.sim.world import World
-from batchlab.why import why
 from tests.support.sim.scenes import (
     A,
     B,
@@ -31,7 +32,7 @@ from tests.support.sim.scenes import (
     takes,
 )
 
-BOOK = prices.load()
+BOOK = price_book.load()
 MINUTE_USD = 0.1008 / 60
 POOLS = (Pool("default", 0, 10, 2, instance_type="m7i.large"),)
 LAUNCHED = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
@@ -96,7 +97,7 @@ def test_what_a_job_costs_passes_its_cap_by_no_more_than_a_minute_of_one_instanc
         # It is no use being so careful that nothing is done.
         assert usd >= cap / 3
         manager = await leader(world)
-        text = why(await facts.gather(manager, made.id))
+        text = why(await job_facts.gather(manager, made.id))
         assert f"capped: it may cost {cap:g} USD" in text
         assert "batchlab job cap" in text
 
@@ -200,7 +201,7 @@ def test_a_cap_that_does_not_pay_for_one_instance_launches_none() -> None:
         assert await spent_usd(world) == 0.0
         assert not world.workers
         manager = await leader(world)
-        assert "may cost 0.001 USD, has cost 0 USD" in why(await facts.gather(manager, made.id))
+        assert "may cost 0.001 USD, has cost 0 USD" in why(await job_facts.gather(manager, made.id))
 
     in_world(act, script=takes(1.0), pools=POOLS, accounting=accounting())
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.manager.retries import Retry
-from batchlab.model import Control, JobId, JobState, TaskSet
-from batchlab.ports import Cut
-from batchlab.protocol import naming, wire
+from batchlab.core.model import Control, JobId, JobState, TaskSet
+from batchlab.core.ports import Cut
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.manager.jobs.retries import Retry
 from batchlab.sim import fuzz, trial
-from batchlab.sim.damage import Damage, group_of
 from batchlab.sim.faults import DAMAGES, FaultKind
-from batchlab.sim.weather import Sky
+from batchlab.sim.random_faults import Sky
+from batchlab.sim.storage_faults import Damage, group_of
 from batchlab.sim.world import World
 from tests.support.sim import scenes
 
@@ -150,7 +150,7 @@ def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
 
     async def act(world: World) -> None:
         await cancelled_and_retried(world)
-        key = naming.retry(JOB.id, 1)
+        key = object_keys.retry(JOB.id, 1)
         data = world.objects.content(key)
         assert data
         retry = Retry.from_bytes(data)
@@ -165,12 +165,12 @@ def test_a_job_whose_retry_cuts_another_job_fails_by_its_name() -> None:
 
 def test_a_job_with_another_cut_in_the_place_of_the_next_fails_by_its_name() -> None:
     many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
-    key = naming.cut(many.id, scenes.A, 0, 1)
+    key = object_keys.cut(many.id, scenes.A, 0, 1)
 
     async def act(world: World) -> None:
         world.watch.trust.touched.add("job")
         misplaced = Cut(many.id, scenes.A, 0, 7, (), TaskSet())
-        data = wire.to_bytes(wire.cut_to_json(misplaced))
+        data = json_format.to_bytes(json_format.cut_to_json(misplaced))
         await world.objects.put(key, data, if_absent=True)
         await scenes.submitted(world, many)
         record = await scenes.ended(world, many)
@@ -201,7 +201,7 @@ def test_a_submission_with_the_token_of_a_damaged_job_is_refused_by_its_name() -
         await strike(world, "spec.json", TORN)
         return await world.ask(lambda m: m.requests.submit(JOB), "submit")
 
-    assert naming.spec(JOB.id) in str(scenes.in_world(act, script=scenes.takes(1.0)))
+    assert object_keys.spec(JOB.id) in str(scenes.in_world(act, script=scenes.takes(1.0)))
 
 
 def test_only_objects_of_vulnerable_jobs_are_damaged() -> None:

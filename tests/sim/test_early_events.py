@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import BackendError, NotFound, Unreachable
-from batchlab.manager.collector import Collector
+from batchlab.core.errors import BackendError, NotFound, Unreachable
+from batchlab.core.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
+from batchlab.core.ports import AddJob, Outgoing
+from batchlab.core.protocol import json_format, messages, object_keys
+from batchlab.manager.events.collector import Collector
 from batchlab.manager.manager import Manager
-from batchlab.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
-from batchlab.ports import AddJob, Outgoing
-from batchlab.protocol import messages, naming, wire
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
     A,
@@ -52,7 +52,7 @@ def test_a_token_that_may_name_another_job_is_asked_for_first(
         done: list[str] = []
 
         async def send(real: Any, queue: str, *args: Any, **kwargs: Any) -> object:
-            if queue == naming.tasks_queue("default"):
+            if queue == object_keys.tasks_queue("default"):
                 done.append(SENT)
             return await real(queue, *args, **kwargs)
 
@@ -97,7 +97,7 @@ def test_what_nobody_waits_for_is_in_the_ledger_first(monkeypatch: pytest.Monkey
 
     async def act(world: World) -> None:
         async def add_job(*_: Any) -> object:
-            depth = await world.queue.depth(naming.tasks_queue("default"))
+            depth = await world.queue.depth(object_keys.tasks_queue("default"))
             assert depth.visible == 0
             raise Unreachable("The ledger is away.")
 
@@ -105,7 +105,7 @@ def test_what_nobody_waits_for_is_in_the_ledger_first(monkeypatch: pytest.Monkey
         manager = await leader(world)
         with pytest.raises(Unreachable):
             await manager.requests.submit(job(stage(A), items=1, token=""), [0])
-        assert (await world.queue.depth(naming.tasks_queue("default"))).visible == 0
+        assert (await world.queue.depth(object_keys.tasks_queue("default"))).visible == 0
 
     in_world(act, script=takes(1.0))
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_sent_is_sent_when_the_ledger_has_the_job(
         written = asyncio.Event()
 
         async def send(real: Any, queue: str, *args: Any, **kwargs: Any) -> object:
-            if queue == naming.tasks_queue("default") and not written.is_set():
+            if queue == object_keys.tasks_queue("default") and not written.is_set():
                 raise Unreachable("The queue is away.")
             return await real(queue, *args, **kwargs)
 
@@ -213,17 +213,17 @@ def test_a_job_that_cannot_be_restored_keeps_nobody_from_being_counted() -> None
     async def act(world: World) -> None:
         manager = await leader(world)
         ghost, tasks = JobId("ghost"), TaskSet.span(0, 1)
-        spec = wire.dumps(wire.job_to_json(job(stage(A), items=1, id=ghost))).encode()
-        await world.objects.put(naming.spec(ghost), spec, if_absent=True)
-        world.objects.damage(naming.spec(ghost), b'{"v":1,"id":"ghost"}')
+        spec = json_format.dumps(json_format.job_to_json(job(stage(A), items=1, id=ghost))).encode()
+        await world.objects.put(object_keys.spec(ghost), spec, if_absent=True)
+        world.objects.damage(object_keys.spec(ghost), b'{"v":1,"id":"ghost"}')
         nothing = TaskSet()
         told = Completion(Bundle(ghost, A, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
         body = messages.events_message(messages.Events((told,)))
-        await world.queue.send(naming.EVENTS, [Outgoing(body)])
+        await world.queue.send(object_keys.EVENTS, [Outgoing(body)])
         made = job(stage(A), items=3)
         await world.ask(lambda m: m.requests.submit(made, [0, 1, 2]), "submit")
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         assert world.manager is manager
-        assert (await world.queue.depth(naming.EVENTS)).in_flight == 0
+        assert (await world.queue.depth(object_keys.EVENTS)).in_flight == 0
 
     in_world(act, script=takes(0.1), pools=WARM)

@@ -10,15 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.ports import Clock, Ids
-from batchlab.sim.actors import Actor, SimulationError
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import (
-    Deadlock,
-    SimLoop,
-    StepLimit,
-    TimeLimit,
-)
+from batchlab.core.ports import Clock, Ids
+from batchlab.sim.actors import Actor, SimClock, SimIds, SimulationError
+from batchlab.sim.event_loop import Deadlock, SimLoop, StepLimit, TimeLimit
 from tests.support.sim.loop import Main
 
 # --- time ---

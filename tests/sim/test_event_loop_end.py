@@ -9,10 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from batchlab.sim.loop import (
-    Crashed,
-    SimLoop,
-)
+from batchlab.sim.event_loop import Crashed, SimLoop
 from tests.support.sim.loop import fail_soon, forever, forget
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from batchlab.errors import AlreadyExists, Throttled, Unreachable
+from batchlab.core.errors import AlreadyExists, Throttled, Unreachable
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Fault, FaultKind, Faults, Weather
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
 from tests.support.sim.loop import at, caught
 from tests.support.sim.toy_grid import ToyQueue, ToyStore
 

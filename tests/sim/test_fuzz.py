@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.model import JobId
+from batchlab.core.errors import UsageError
+from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants, trial
-from batchlab.sim.crew import Died
 from batchlab.sim.faults import USER, Fault, FaultKind
 from batchlab.sim.fuzz import Failure, Tally, Tried
 from batchlab.sim.plans import draw
-from batchlab.sim.watch import Violated
+from batchlab.sim.process_pool import Died
+from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
 
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))

@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Unreachable
-from batchlab.jobdef import RetryRule
-from batchlab.manager import live
-from batchlab.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
-from batchlab.ports import Outgoing
-from batchlab.protocol import naming
+from batchlab.core.errors import Unreachable
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Failure, FailureKind, JobId, JobState, LifecycleState, Pool
+from batchlab.core.ports import Outgoing
+from batchlab.core.protocol import object_keys
+from batchlab.manager import state
 from batchlab.sim import invariants
-from batchlab.sim.fates import value_of
-from batchlab.sim.runner import Play, Scene
+from batchlab.sim.tasks import Play, Scene, value_of
 from batchlab.sim.world import WORKER, World
 from tests.support.sim.scenes import (
     UNHURRIED,
@@ -91,7 +90,7 @@ def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
             now_s = world.clock.monotonic_s()
-            if queue == naming.tasks_queue("default") and 10 * 3600 < now_s < 11 * 3600:
+            if queue == object_keys.tasks_queue("default") and 10 * 3600 < now_s < 11 * 3600:
                 refused.append(now_s)
                 raise Unreachable("The queue is away.")
             return await real(queue, messages)
@@ -306,7 +305,7 @@ def test_a_gather_by_field_gets_results_in_the_order_of_tasks_whatever_was_retri
 
 def test_a_new_leader_adopts_jobs_of_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """I. Trust, adoption: it read one page, so older jobs waited until newer ones had ended."""
-    monkeypatch.setattr(live, "PAGE", 2)
+    monkeypatch.setattr(state, "PAGE", 2)
     several = [job(stage(A), id=JobId(f"job-{n}"), token=f"{n}", items=1) for n in range(5)]
 
     async def act(world: World) -> None:

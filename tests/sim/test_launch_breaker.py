@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from batchlab import facts
-from batchlab.adapters.sim.launcher import SimInstance
-from batchlab.manager import by_hand
-from batchlab.manager.boots import LONGEST_PAUSE_S
-from batchlab.model import Instance, JobState, LifecycleState, Pool
+from batchlab.adapters.memory.launcher import SimInstance
+from batchlab.core.model import Instance, JobState, LifecycleState, Pool
+from batchlab.manager.scaling import fleet_commands
+from batchlab.manager.scaling.launch_breaker import LONGEST_PAUSE_S
+from batchlab.server.views import job_facts
+from batchlab.server.views.wait_reasons import why
 from batchlab.sim.world import World
-from batchlab.why import why
 from tests.support.sim.scenes import (
     UNHURRIED,
     A,
@@ -92,7 +92,7 @@ def test_what_never_comes_up_is_tried_more_and_more_rarely_and_goes_on_once_mend
         assert gaps[1] == pytest.approx(4 * PAUSE_S + POOL.boot_s, abs=20)
         assert gaps[-1] == pytest.approx(LONGEST_PAUSE_S + POOL.boot_s, abs=20)
         manager = await leader(world)
-        answer = why(await facts.gather(manager, made.id))
+        answer = why(await job_facts.gather(manager, made.id))
         assert "instances of pool default ended before their worker had reported" in answer
         assert "exit 1: the release cannot be fetched; launching is stopped" in answer
         assert "grid scale default --auto" in answer
@@ -112,7 +112,7 @@ def test_who_says_that_it_is_mended_need_not_wait() -> None:
         await submitted(world, made)
         await asyncio.sleep(1800.0)
         machines.mend()
-        await by_hand.scale(await leader(world), "default", auto=True)
+        await fleet_commands.scale(await leader(world), "default", auto=True)
         await ended(world, made, within_s=240)
 
     scene(act)
@@ -122,13 +122,13 @@ def test_capacity_that_is_set_by_hand_is_held_back_too_and_comes_back() -> None:
     async def act(world: World) -> None:
         machines = Machines(world)
         manager = await leader(world)
-        await by_hand.scale(manager, "default", desired=3)
+        await fleet_commands.scale(manager, "default", desired=3)
         await asyncio.sleep(3600.0)
-        assert (await by_hand.group(manager, "default")).desired <= 1
+        assert (await fleet_commands.group(manager, "default")).desired <= 1
         assert len(machines.launched) < 10
         machines.mend()
         await asyncio.sleep(LONGEST_PAUSE_S + 300)
-        assert (await by_hand.group(manager, "default")).desired == 3
+        assert (await fleet_commands.group(manager, "default")).desired == 3
 
     scene(act)
 
@@ -142,11 +142,11 @@ def test_what_works_in_a_pool_goes_on_while_the_rest_does_not_come_up() -> None:
             await asyncio.sleep(1.0)
         working = set(manager.registry.busy("default"))
         machines = Machines(world)
-        await by_hand.scale(manager, "default", max_size=12)
+        await fleet_commands.scale(manager, "default", max_size=12)
         await asyncio.sleep(900.0)
         assert manager.autoscaler.boots.trouble("default")
         assert len(machines.launched) < 14
-        there = {one.id for one in (await by_hand.group(manager, "default")).instances}
+        there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
         assert working <= there, "nobody who works is sent off"
         assert (await ended(world, made)).state is JobState.SUCCEEDED
 
@@ -158,7 +158,7 @@ def test_a_least_size_cannot_be_held_back_and_is_told_all_the_same() -> None:
         Machines(world)
         await asyncio.sleep(1800.0)
         manager = await leader(world)
-        assert (await by_hand.group(manager, "default")).desired == 1
+        assert (await fleet_commands.group(manager, "default")).desired == 1
         assert "launching is stopped" in manager.autoscaler.boots.trouble("default")
 
     scene(act, replace(POOL, min_size=1))
@@ -171,16 +171,16 @@ def test_those_that_boot_beside_the_ones_that_fail_are_waited_for() -> None:
 
     async def act(world: World) -> None:
         manager = await leader(world)
-        await by_hand.scale(manager, "default", desired=8)
+        await fleet_commands.scale(manager, "default", desired=8)
         await asyncio.sleep(30.0)
-        booting = [one.id for one in (await by_hand.group(manager, "default")).instances]
+        booting = [one.id for one in (await fleet_commands.group(manager, "default")).instances]
         assert len(booting) == 8
         assert not manager.registry.workers
         for name in booting[:3]:
             world.launcher.crash(name, "taken by the market")
         await asyncio.sleep(30.0)
         assert manager.autoscaler.boots.trouble("default")
-        there = {one.id for one in (await by_hand.group(manager, "default")).instances}
+        there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
         assert set(booting[3:]) <= there
         await asyncio.sleep(300.0)
         assert set(booting[3:]) <= manager.registry.workers.keys()
@@ -195,13 +195,13 @@ def test_a_worker_that_has_reported_and_died_since_did_come_up() -> None:
     async def act(world: World) -> None:
         manager = await leader(world)
         for number in range(4):
-            await by_hand.scale(manager, "default", desired=1)
+            await fleet_commands.scale(manager, "default", desired=1)
             while not manager.registry.workers:
                 await asyncio.sleep(0.5)
             (name,) = manager.registry.workers
             world.launcher.crash(name, f"killed {number}")
             await asyncio.sleep(60.0)
-            await by_hand.scale(manager, "default", desired=0)
+            await fleet_commands.scale(manager, "default", desired=0)
             await asyncio.sleep(60.0)
         assert not manager.autoscaler.boots.trouble("default")
 
@@ -214,9 +214,9 @@ def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
     async def act(world: World) -> None:
         manager = await leader(world)
         for _ in range(5):
-            await by_hand.scale(manager, "default", desired=2)
+            await fleet_commands.scale(manager, "default", desired=2)
             await asyncio.sleep(10.0)
-            await by_hand.scale(manager, "default", desired=0)
+            await fleet_commands.scale(manager, "default", desired=0)
             await asyncio.sleep(10.0)
         assert not manager.autoscaler.boots.trouble("default")
 
@@ -244,11 +244,11 @@ def test_one_that_a_look_at_its_group_had_missed_while_it_booted_is_heard(
             return dead
 
         around(monkeypatch, fleet, "tick", tick)
-        await by_hand.scale(manager, "default", desired=1)
+        await fleet_commands.scale(manager, "default", desired=1)
         await asyncio.sleep(2 * POOL.boot_s)
         assert len(missed) == 1
         assert list(manager.registry.workers) == missed
-        (one,) = (await by_hand.group(manager, "default")).instances
+        (one,) = (await fleet_commands.group(manager, "default")).instances
         assert one.state is LifecycleState.IN_SERVICE
 
     scene(act)

@@ -7,10 +7,10 @@ from unittest.mock import patch
 
 import pytest
 
-from batchlab.manager.live import LiveJob
+from batchlab.core.model import JobId
+from batchlab.manager.jobs.live_logs import Tails
 from batchlab.manager.manager import Manager
-from batchlab.manager.tails import Tails
-from batchlab.model import JobId
+from batchlab.manager.state import LiveJob
 from batchlab.sim import fuzz
 from batchlab.sim.users import User
 from batchlab.sim.world import World

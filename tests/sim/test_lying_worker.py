@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from batchlab.model import JobId
+from batchlab.core.model import JobId
 from batchlab.sim import fuzz, trial
 from batchlab.sim.faults import FaultKind
 from batchlab.sim.users import bring_items

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.model import Control
+from batchlab.core.model import Control
 from batchlab.sim.invariants import Violated
 from batchlab.sim.world import World
 from batchlab.worker.loop import Worker

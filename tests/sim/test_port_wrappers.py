@@ -13,13 +13,13 @@ from typing import cast
 
 import pytest
 
-from batchlab.errors import Unreachable
+from batchlab.core.errors import Unreachable
 from batchlab.sim.actors import Actor, ActorKilled, SimulationError
+from batchlab.sim.event_log import EventLog, brief, canonical
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Fault, FaultKind, Faults
-from batchlab.sim.log import EventLog, brief, canonical
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.watch import Watch
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
+from batchlab.sim.runtime_checks import Watch
 from tests.support.sim.loop import INSTANT, at, caught, killed, script
 from tests.support.sim.toy_grid import Entry, ToyQueue, ToyStore
 

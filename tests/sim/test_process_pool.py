@@ -17,8 +17,8 @@ from typing import cast
 
 import pytest
 
-from batchlab.sim import crew
-from batchlab.sim.crew import Crew, Died, spread
+from batchlab.sim import process_pool
+from batchlab.sim.process_pool import Crew, Died, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def test_a_process_that_dies_costs_its_item_only() -> None:
 
 def test_an_item_that_never_ends_costs_its_process() -> None:
     assert list(spread(endless, [0], 1)) == [(0, Died(-signal.SIGALRM))]
-    assert crew.ENDLESS_S > 60
+    assert process_pool.ENDLESS_S > 60
 
 
 def test_a_source_without_end_is_taken_from_as_needed_and_closing_ends_all() -> None:
@@ -156,6 +156,6 @@ def test_only_work_can_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     set_s: list[int] = []
     monkeypatch.setattr(signal, "alarm", set_s.append)
     pipe = OneItem()
-    crew._serve(cast(Connection, pipe), lambda _: float(set_s[-1]))
-    assert pipe.answers == [crew.ENDLESS_S]
-    assert set_s == [crew.ENDLESS_S, 0]
+    process_pool._serve(cast(Connection, pipe), lambda _: float(set_s[-1]))
+    assert pipe.answers == [process_pool.ENDLESS_S]
+    assert set_s == [process_pool.ENDLESS_S, 0]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Refused
-from batchlab.manager import rebuild
-from batchlab.model import Control, Failure, FailureKind, JobId, JobState
-from batchlab.ports import AddCut, Finish, SetControl, SetPlanned
-from batchlab.protocol import naming, wire
+from batchlab.core.errors import Refused
+from batchlab.core.model import Control, Failure, FailureKind, JobId, JobState
+from batchlab.core.ports import AddCut, Finish, SetControl, SetPlanned
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.manager.repair import rebuild
 from batchlab.sim import invariants
-from batchlab.sim.runner import Play, Scene
+from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, World
 from tests.support.sim.scenes import (
@@ -75,7 +75,9 @@ def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(
         slow: list[float] = []
 
         async def put(real: Any, key: str, data: bytes, **options: Any) -> object:
-            word = wire.word_from_bytes(data).control if key.endswith("control.json") else None
+            word = (
+                json_format.word_from_bytes(data).control if key.endswith("control.json") else None
+            )
             if word is Control.RUN and slow:
                 await asyncio.sleep(slow.pop())
             return await real(key, data, **options)
@@ -163,8 +165,10 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
         async def set_planned(real: Any, change: SetPlanned) -> object:
             if not died:
                 died.append(world.managers)
-                word = wire.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
-                await world.objects.put(naming.control(change.job_id), wire.word_to_bytes(word))
+                word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+                await world.objects.put(
+                    object_keys.control(change.job_id), json_format.word_to_bytes(word)
+                )
                 await world.ledger.apply(SetControl(change.job_id, Control.CANCEL, 0))
                 kill_manager(world)
                 await asyncio.sleep(0)

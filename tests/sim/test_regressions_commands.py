@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import BackendError, Refused
-from batchlab.jobdef import JobDef
+from batchlab.core.errors import BackendError, Refused
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Control, JobState
+from batchlab.core.ports import Reopen
+from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.manager import Manager
-from batchlab.model import Control, JobState
-from batchlab.ports import Reopen
-from batchlab.protocol import naming, wire
 from batchlab.sim import invariants
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
@@ -31,7 +31,7 @@ from tests.support.sim.scenes import (
     takes,
 )
 
-CANCEL = wire.Word(Control.CANCEL, reason="its user had enough")
+CANCEL = json_format.Word(Control.CANCEL, reason="its user had enough")
 
 
 async def _cancelled(world: World, made: JobDef) -> Manager:
@@ -55,7 +55,7 @@ def test_a_manager_that_leads_no_more_does_not_undo_a_cancellation(verb: str) ->
         await submitted(world, made)
         if verb == "resume":
             await world.ask(lambda m: m.requests.pause(made.id), "pause")
-        await world.objects.put(naming.control(made.id), wire.word_to_bytes(CANCEL))
+        await world.objects.put(object_keys.control(made.id), json_format.word_to_bytes(CANCEL))
         manager = await leader(world)
         with pytest.raises(Refused, match="is being cancelled"):
             await getattr(manager.requests, verb)(made.id)
@@ -73,8 +73,8 @@ def test_a_cancellation_between_the_look_at_the_word_and_the_next_one_stays(
         made = job(stage(A), items=3)
 
         async def put(real: Any, key: str, data: bytes, **how: Any) -> object:
-            if b"pause" in data and key == naming.control(made.id):
-                await real(key, wire.word_to_bytes(CANCEL))
+            if b"pause" in data and key == object_keys.control(made.id):
+                await real(key, json_format.word_to_bytes(CANCEL))
             return await real(key, data, **how)
 
         around(monkeypatch, world.objects, "put", put)
@@ -98,7 +98,7 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(
         armed: list[str] = []
 
         async def put(real: Any, key: str, *args: Any, **how: Any) -> object:
-            if armed == ["now"] and key == naming.control(made.id):
+            if armed == ["now"] and key == object_keys.control(made.id):
                 armed.append("done")
                 await manager.requests.retry(made.id)
                 await manager.requests.cancel(made.id)
@@ -110,7 +110,7 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(
         armed.append("now")
         await manager.requests.retry(made.id)
         assert armed == ["now", "done"]
-        word = wire.word_from_bytes(await world.objects.get(naming.control(made.id)))
+        word = json_format.word_from_bytes(await world.objects.get(object_keys.control(made.id)))
         assert (word.control, word.round) == (Control.CANCEL, 1)
         assert (await ended(world, made)).state is JobState.CANCELLED
         assert len(world.starts) == before
@@ -133,7 +133,7 @@ def test_a_retry_whose_manager_dies_is_finished_by_the_next_one(
 
         async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
             answer = await real(key, *args, **kwargs)
-            if key == naming.retry(made.id, 1) and world.managers == 1:
+            if key == object_keys.retry(made.id, 1) and world.managers == 1:
                 kill_manager(world)
                 await asyncio.sleep(0)
             return answer

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Unreachable
-from batchlab.jobdef import JobDef
-from batchlab.manager import by_hand, rebuild
-from batchlab.model import Control, Failure, FailureKind, JobState, Pool
-from batchlab.ports import AddJob, Finish, MoveJob, SetControl
-from batchlab.protocol import naming, wire
+from batchlab.core.errors import Unreachable
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Control, Failure, FailureKind, JobState, Pool
+from batchlab.core.ports import AddJob, Finish, MoveJob, SetControl
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.manager.repair import rebuild
+from batchlab.manager.scaling import fleet_commands
 from batchlab.sim import invariants
-from batchlab.sim.fates import value_of
-from batchlab.sim.runner import Play, Scene
+from batchlab.sim.tasks import Play, Scene, value_of
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.support.sim.scenes import (
@@ -73,7 +73,9 @@ def test_a_request_by_hand_spares_who_has_become_busy_since_the_last_tick() -> N
         while len(manager.registry.busy("default")) < 3:
             await asyncio.sleep(0.1)
         (idle,) = manager.registry.idle("default")
-        await world.ask(lambda m: by_hand.scale(m, "default", min_size=0, desired=3), "scale")
+        await world.ask(
+            lambda m: fleet_commands.scale(m, "default", min_size=0, desired=3), "scale"
+        )
         await ended_well(world, made)
         assert len(world.starts) == 3
         assert [name for name, one in world.workers.items() if one.ended] == [idle]
@@ -164,8 +166,11 @@ def test_a_job_that_another_manager_has_begun_is_conducted() -> None:
         made = job(stage(A), items=3)
         await bring_items(world, made)
         for key, data in (
-            (naming.spec(made.id), wire.to_bytes(wire.job_to_json(made))),
-            (naming.control(made.id), wire.word_to_bytes(wire.Word(Control.RUN))),
+            (object_keys.spec(made.id), json_format.to_bytes(json_format.job_to_json(made))),
+            (
+                object_keys.control(made.id),
+                json_format.word_to_bytes(json_format.Word(Control.RUN)),
+            ),
         ):
             await world.objects.put(key, data, if_absent=True)
         await world.ledger.apply(AddJob(made, JobState.SUBMITTED))
@@ -184,7 +189,7 @@ def test_an_events_queue_that_is_gone_is_made_again() -> None:
         await submitted(world, made)
         while len(world.starts) < 3:
             await asyncio.sleep(1)
-        await world.queue.remove(naming.EVENTS)
+        await world.queue.remove(object_keys.EVENTS)
         assert (await ended(world, made, within_s=100)).state is JobState.SUCCEEDED
         async with asyncio.timeout(100):
             while any(view.instances for view in await world.groups()):
@@ -230,9 +235,9 @@ def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
 # --- Words that only the bucket has --------------------------------------------------------------
 
 
-async def _written(world: World, made: JobDef, word: wire.Word) -> None:
+async def _written(world: World, made: JobDef, word: json_format.Word) -> None:
     """What a manager writes before it tells the ledger; this one does not come to that."""
-    await world.objects.put(naming.control(made.id), wire.word_to_bytes(word))
+    await world.objects.put(object_keys.control(made.id), json_format.word_to_bytes(word))
 
 
 @pytest.mark.parametrize("dies", [True, False])
@@ -246,7 +251,7 @@ def test_a_cancellation_that_only_the_workers_have_heard_of_ends_the_job(dies: b
         await submitted(world, made)
         while len(world.starts) < 10:
             await asyncio.sleep(1)
-        await _written(world, made, wire.Word(Control.CANCEL, reason="its user had enough"))
+        await _written(world, made, json_format.Word(Control.CANCEL, reason="its user had enough"))
         if dies:
             kill_manager(world)
         record = await ended(world, made)
@@ -265,7 +270,7 @@ def test_a_pause_that_only_the_workers_have_heard_of_can_be_resumed(dies: bool) 
         await submitted(world, made)
         while len(world.starts) < 3:
             await asyncio.sleep(1)
-        await _written(world, made, wire.Word(Control.PAUSE))
+        await _written(world, made, json_format.Word(Control.PAUSE))
         if dies:
             kill_manager(world)
         async with asyncio.timeout(500):
@@ -289,7 +294,7 @@ def test_a_resume_that_only_the_workers_have_heard_of_reaches_the_leader() -> No
         await submitted(world, made)
         await world.ask(lambda m: m.requests.pause(made.id), "pause")
         await asyncio.sleep(300)
-        await _written(world, made, wire.Word(Control.RUN))
+        await _written(world, made, json_format.Word(Control.RUN))
         await world.ledger.apply(SetControl(made.id, Control.RUN, 0))
         await ended_well(world, made)
 
@@ -307,9 +312,10 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(
 
         async def put(original: Any, key: str, *args: Any, **kwargs: Any) -> object:
             answer = await original(key, *args, **kwargs)
-            if key == naming.cut(made.id, A, 0, 0) and world.managers == 1:
+            if key == object_keys.cut(made.id, A, 0, 0) and world.managers == 1:
                 await original(
-                    naming.control(made.id), wire.word_to_bytes(wire.Word(Control.CANCEL))
+                    object_keys.control(made.id),
+                    json_format.word_to_bytes(json_format.Word(Control.CANCEL)),
                 )
                 kill_manager(world)
                 await asyncio.sleep(0)
@@ -336,7 +342,7 @@ def test_a_pause_that_comes_too_late_leaves_no_trace() -> None:
         made = job(stage(A), items=1)
         await submitted(world, made)
         await ended_well(world, made)
-        await _written(world, made, wire.Word(Control.PAUSE))
+        await _written(world, made, json_format.Word(Control.PAUSE))
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(5.0))

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Unreachable
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import JobState
+from batchlab.core.ports import Outgoing, Reopen
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import read_task_message
+from batchlab.manager.jobs.delayed_jobs import SET_BACK_S
 from batchlab.manager.lease import LEASE
-from batchlab.manager.starts import SET_BACK_S
-from batchlab.model import JobState
-from batchlab.ports import Outgoing, Reopen
-from batchlab.protocol import naming
-from batchlab.protocol.messages import read_task_message
 from batchlab.sim.world import EPOCH_S, World
 from tests.support.sim.scenes import (
     A,
@@ -60,7 +60,7 @@ def test_a_leader_that_stood_still_while_another_one_led_adopts_its_jobs_anew(
         planned, answers_lost = asyncio.Event(), list[object]()
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
-            tasks = queue == naming.tasks_queue("default") and not planned.is_set()
+            tasks = queue == object_keys.tasks_queue("default") and not planned.is_set()
             if tasks and any(read_task_message(m.body).bundle.stage == B for m in messages):
                 planned.set()
                 return None  # sent, and lost

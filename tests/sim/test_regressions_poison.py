@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 
-from batchlab.jobdef import JobDef
-from batchlab.model import Bundle, FailureKind, JobId, JobState, Pool, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Message
-from batchlab.protocol import naming
-from batchlab.protocol.messages import TaskMessage
-from batchlab.protocol.settle import LOSS_LIMIT
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, FailureKind, JobId, JobState, Pool, TaskSet
+from batchlab.core.ports import Message
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import TaskMessage
+from batchlab.core.protocol.settlement import LOSS_LIMIT
+from batchlab.core.retry import Patience
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
-from batchlab.sim.fates import Fates, value_of
-from batchlab.sim.runner import Play, Scene
-from batchlab.sim.watch import BEGIN_S
+from batchlab.sim.runtime_checks import BEGIN_S
+from batchlab.sim.tasks import Fates, Play, Scene, value_of
 from batchlab.sim.world import World
-from batchlab.worker.hand import Hand
-from batchlab.worker.suspects import Suspects
+from batchlab.worker.inflight_message import Hand
+from batchlab.worker.poison_detection import Suspects
 from tests.support.sim.scenes import (
     A,
     around,
@@ -126,10 +125,12 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
         await leader(world)
 
         async def lost(worker: str, *, after_s: float = 0.0, withdrawn: bool = False) -> int:
-            actor, key = Actor(worker), naming.starts(bundle) + worker
+            actor, key = Actor(worker), object_keys.starts(bundle) + worker
             world.watch.called(actor, "objects.put", (key, b""), '"1"')
             if withdrawn:
-                world.watch.called(actor, "objects.put", (f"{key}.{naming.WITHDRAWN}", b""), '"2"')
+                world.watch.called(
+                    actor, "objects.put", (f"{key}.{object_keys.WITHDRAWN}", b""), '"2"'
+                )
             await asyncio.sleep(after_s)
             world.watch.killed(actor)
             return world.watch.lost_starts(bundle, 0)
@@ -188,7 +189,7 @@ def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(
             await asyncio.sleep(1.0)
         tried = Bundle(JobId("suspect"), A, TaskSet.of([0]))
         for worker in ("w-a", "w-b"):
-            await world.objects.put(naming.starts(tried) + f"{worker}-1", b"{}")
+            await world.objects.put(object_keys.starts(tried) + f"{worker}-1", b"{}")
         await begun("suspect", 1)
         while len(world.starts) < 2:
             await asyncio.sleep(1.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.model import JobId, JobState
+from batchlab.core.model import JobId, JobState
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
     A,

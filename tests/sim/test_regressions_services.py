@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.commitkeys import CommitKeys
-from batchlab.errors import Throttled, Unreachable
-from batchlab.jobdef import RetryRule
-from batchlab.model import (
+from batchlab.core.errors import Throttled, Unreachable
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import (
     BundleId,
     Failure,
     FailureKind,
@@ -26,12 +25,12 @@ from batchlab.model import (
     LifecycleState,
     Pool,
 )
-from batchlab.ports import MAX_MESSAGE_BYTES, Outgoing
-from batchlab.protocol import naming, sizing
-from batchlab.protocol.messages import Beat, Held, events_message, read_events_message
-from batchlab.protocol.proofs import jobs_in, with_proofs
+from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing
+from batchlab.core.protocol import bundle_size, object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
+from batchlab.core.protocol.messages import Beat, Held, events_message, read_events_message
 from batchlab.sim import invariants
-from batchlab.sim.runner import Play, Scene
+from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
     A,
@@ -47,7 +46,7 @@ from tests.support.sim.scenes import (
     takes,
 )
 
-TASKS, DEAD = naming.tasks_queue("default"), naming.dead_letters("default")
+TASKS, DEAD = object_keys.tasks_queue("default"), object_keys.dead_letters("default")
 
 
 # --- Outages -------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def test_queues_that_are_removed_are_made_again() -> None:
         made = job(stage(A), items=100)
         await submitted(world, made)
         await asyncio.sleep(20)
-        for name in (naming.EVENTS, TASKS, DEAD):
+        for name in (object_keys.EVENTS, TASKS, DEAD):
             await world.queue.remove(name)
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         assert world.managers == 1
@@ -137,7 +136,7 @@ NO_STAGE = (
 NO_OUTCOME = '{"v":1,"k":["jobs/job/spec.json"]}'
 
 
-@pytest.mark.parametrize("queue", [naming.EVENTS, TASKS, DEAD])
+@pytest.mark.parametrize("queue", [object_keys.EVENTS, TASKS, DEAD])
 @pytest.mark.parametrize(
     "body",
     [DEEP, NO_FIELDS, NO_STAGE, NO_OUTCOME, "junk"],
@@ -153,7 +152,7 @@ def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: 
         await world.queue.send(queue, [Outgoing(body)])
         await ended_well(world, made)
         assert world.managers == 1
-        await _until_empty(world, naming.EVENTS, DEAD)
+        await _until_empty(world, object_keys.EVENTS, DEAD)
         assert (await leader(world)).trouble == ""
         assert [w.ended for w in world.workers.values() if w.ended == "exit -9"] == []
 
@@ -183,7 +182,7 @@ def test_a_job_whose_split_was_never_heard_of_ends_with_a_ledger_equal_to_its_re
         lost: list[BundleId] = []
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
-            if queue == naming.EVENTS:
+            if queue == object_keys.EVENTS:
                 messages = [await _without_splits(world, one, lost) for one in messages]
             return await real(queue, messages)
 
@@ -260,10 +259,10 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
 
         around(monkeypatch, world.queue, "send", send)
         rule = RetryRule(attempts=2, backoff_s=0.1)
-        made = job(stage(A, bundle=60_000, retry=rule), items=sizing.CAP + 10)
+        made = job(stage(A, bundle=60_000, retry=rule), items=bundle_size.CAP + 10)
         await ends_well(world, made)
         rows = await world.ledger.bundles(made.id)
-        assert max(len(row.bundle.tasks) for row in rows) == sizing.CAP
+        assert max(len(row.bundle.tasks) for row in rows) == bundle_size.CAP
         assert max(lengths) <= MAX_MESSAGE_BYTES
 
     in_world(act, script=script)

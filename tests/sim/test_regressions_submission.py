@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.jobdef import JobDef
-from batchlab.manager import conductor
-from batchlab.model import JobState, Pool
-from batchlab.ports import AddJob
-from batchlab.protocol import naming
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobState, Pool
+from batchlab.core.ports import AddJob
+from batchlab.core.protocol import object_keys
+from batchlab.manager.jobs import job_coordinator
 from batchlab.sim import invariants
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
@@ -50,7 +50,7 @@ def test_the_first_cut_in_the_definition_is_found_by_who_does_not_know_of_it() -
         made = await _half_rebuilt(world)
         await leader(world)
         await ended_well(world, made)
-        cut = naming.cut(made.id, A, 0, 0)
+        cut = object_keys.cut(made.id, A, 0, 0)
         assert await world.objects.head(cut) is None, "it is in the definition"
 
     in_world(act, script=takes(2.0))
@@ -75,7 +75,7 @@ def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
         made = job(stage(A), stage(B, A), items=1)
 
         async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
-            if key == naming.control(made.id):
+            if key == object_keys.control(made.id):
                 await asyncio.sleep(8.0)
             return await real(key, *args, **kwargs)
 
@@ -91,7 +91,7 @@ def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
 def test_a_job_that_ends_at_once_needs_no_control_object(
     monkeypatch: pytest.MonkeyPatch, begun_s: float, is_there: bool
 ) -> None:
-    monkeypatch.setattr(conductor, "BEGUN_S", begun_s)
+    monkeypatch.setattr(job_coordinator, "BEGUN_S", begun_s)
 
     async def act(world: World) -> None:
         manager = await leader(world)
@@ -101,7 +101,7 @@ def test_a_job_that_ends_at_once_needs_no_control_object(
         made = job(stage(A), items=1)
         await world.ask(lambda m: m.requests.submit(made, [0]), "submit")
         await ended_well(world, made)
-        assert (await world.objects.head(naming.control(made.id)) is not None) == is_there
+        assert (await world.objects.head(object_keys.control(made.id)) is not None) == is_there
 
     # The manager looks at every job at each tick, and here at none while this one runs.
     in_world(act, script=takes(0.1), pools=(Pool("default", 1, 1, 1),), **UNHURRIED)

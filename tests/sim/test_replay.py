@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Fault, FaultKind, Faults
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
 from tests.support.sim.loop import at, script
 from tests.support.sim.toy_grid import LATE_S, ROUGH, Toy, ToyStore, rough
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import NotFound
-from batchlab.protocol import naming
-from batchlab.sim.watch import Violated
+from batchlab.core.errors import NotFound
+from batchlab.core.protocol import object_keys
+from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import WORKER, World
-from batchlab.worker.tenure import RETURN_S, Tenure
+from batchlab.worker.visibility_heartbeat import RETURN_S, Tenure
 from tests.support.sim.scenes import A, around, ends_well, in_world, job, stage, takes
 
 VISIBILITY_S = 3 * RETURN_S
@@ -32,7 +32,7 @@ def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(
         waits: list[float] = []
 
         async def send(real: Any, queue: str, messages: Any) -> object:
-            if queue == naming.EVENTS and world.starts and len(waits) < 4:
+            if queue == object_keys.EVENTS and world.starts and len(waits) < 4:
                 raise NotFound(f"No queue {queue!r}.")
             return await real(queue, messages)
 

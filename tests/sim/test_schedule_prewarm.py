@@ -9,16 +9,13 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from batchlab.costs import prices
-from batchlab.costs.meter import Accounting, Kind
-from batchlab.jobdef import InputDef, SplitBy
-from batchlab.model import Pool
-from batchlab.protocol import naming
-from batchlab.schedule import times
-from batchlab.schedule.model import (
-    Definition,
-    When,
-)
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.usage_meter import Accounting, Kind
+from batchlab.core.protocol import object_keys
+from batchlab.core.schedules import due_times
+from batchlab.core.schedules.model import Definition, When
 from batchlab.sim.world import World
 from tests.support.sim.scenes import leader
 from tests.support.sim.schedule_scenes import (
@@ -39,7 +36,7 @@ from tests.support.sim.schedule_scenes import (
 # --- Pre-warming ---------------------------------------------------------------------------------
 
 WIDE = (Pool("default", 0, 6, 1, instance_type="m7i.large", boot_s=20.0),)
-BOOK = prices.load()
+BOOK = price_book.load()
 
 
 def rates(kind: Kind) -> float:
@@ -192,13 +189,13 @@ def test_a_due_time_costs_two_writes_of_its_schedule() -> None:
         written: list[str] = []
         world.objects.written = lambda key, *_: written.append(key)
         await until(world, "2026-03-02T10:04:00")
-        assert written.count(naming.schedule("nightly")) == 2
+        assert written.count(object_keys.schedule("nightly")) == 2
 
     in_time(act, watched=False)
 
 
 def test_times_are_shown_in_the_zone_and_in_utc() -> None:
     at_s = datetime(2026, 3, 29, 1, tzinfo=UTC).timestamp()
-    assert times.iso(at_s) == "2026-03-29T01:00:00Z"
-    assert times.iso(at_s, ZoneInfo(BERLIN)) == "2026-03-29T03:00:00+02:00"
-    assert times.shown(at_s, ZoneInfo(BERLIN)) == "2026-03-29 03:00:00 CEST"
+    assert due_times.iso(at_s) == "2026-03-29T01:00:00Z"
+    assert due_times.iso(at_s, ZoneInfo(BERLIN)) == "2026-03-29T03:00:00+02:00"
+    assert due_times.shown(at_s, ZoneInfo(BERLIN)) == "2026-03-29 03:00:00 CEST"

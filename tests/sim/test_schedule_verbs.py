@@ -6,16 +6,11 @@ import asyncio
 
 import pytest
 
-from batchlab.errors import NotFound, Refused, UsageError
-from batchlab.jobdef import InputDef, SplitBy
-from batchlab.model import JobState
-from batchlab.protocol import naming
-from batchlab.schedule.model import (
-    Missed,
-    Overlap,
-    Run,
-    RunState,
-)
+from batchlab.core.errors import NotFound, Refused, UsageError
+from batchlab.core.job_definition import InputDef, SplitBy
+from batchlab.core.model import JobState
+from batchlab.core.protocol import object_keys
+from batchlab.core.schedules.model import Missed, Overlap, Run, RunState
 from batchlab.sim.world import World
 from tests.support.sim.scenes import kill_manager, leader
 from tests.support.sim.schedule_scenes import (
@@ -174,7 +169,7 @@ def test_a_schedule_that_nobody_can_read_does_not_hold_up_the_others() -> None:
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
         for name, data in {"later": b'{"v": 99}', "broken": b'{"v": 1}', "none": b"<"}.items():
-            await world.objects.put(naming.schedule(name), data)
+            await world.objects.put(object_keys.schedule(name), data)
         await added(world, definition("*/5 * * * *"))
         await until(world, "2026-03-02T10:01:00")
         assert states(await shown(world)) == ["10:00 SUCCEEDED"]
@@ -182,6 +177,6 @@ def test_a_schedule_that_nobody_can_read_does_not_hold_up_the_others() -> None:
         refused = await ask(world, lambda s: s.add(other, template(), replacing=True))
         assert isinstance(refused, Refused)
         assert "cannot read" in refused.message
-        assert await world.objects.get(naming.schedule("broken")) == b'{"v": 1}'
+        assert await world.objects.get(object_keys.schedule("broken")) == b'{"v": 1}'
 
     in_time(act)

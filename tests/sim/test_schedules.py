@@ -10,14 +10,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.schedule.model import (
-    Missed,
-    Overlap,
-    Schedule,
-    When,
-    token_of,
-)
+from batchlab.core.errors import UsageError
+from batchlab.core.schedules.model import Missed, Overlap, Schedule, When, token_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import kill_manager, leader
 from tests.support.sim.schedule_scenes import (

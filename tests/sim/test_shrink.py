@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.model import JobId
+from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants
 from batchlab.sim.faults import FaultKind
-from batchlab.sim.shrink import Shrunk, shrink
-from batchlab.sim.watch import Violated
+from batchlab.sim.fuzz import Shrunk, shrink
+from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Unreachable
-from batchlab.model import JobState, Pool
-from batchlab.sim import invariants, wrappers
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import JobState, Pool
+from batchlab.sim import invariants, port_wrappers
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
     A,
@@ -40,7 +40,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise Unreachable(f"{label}: the connection was closed.") from None
             raise
 
-    around(monkeypatch, wrappers._Port, "_perform", perform)
+    around(monkeypatch, port_wrappers._Port, "_perform", perform)
 
 
 @pytest.mark.parametrize("after_s", [0.4, 1.5, 3.3, 4.1, 5.2, 7.0, 9.3, 13.7])

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from batchlab.errors import Unreachable
-from batchlab.model import Pool
-from batchlab.ports import Notice
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import Pool
+from batchlab.core.ports import Notice
 from batchlab.sim import world as worlds
-from batchlab.sim.loop import SimLoop
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import EPOCH_S, WORKER, SimWorker, World
-from batchlab.worker.beats import Identity
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
-from batchlab.worker.notices import LEAVE_S, POLL_S, heed
+from batchlab.worker.shutdown import LEAVE_S, POLL_S, heed
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
 
 POOLS = (Pool("default", 2, 2, 1),)
@@ -194,7 +194,7 @@ def test_who_does_not_answer_is_asked_again_and_named_once(
     away = Unreachable("No metadata service answers.")
     script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
     heard: list[Notice] = []
-    with caplog.at_level(logging.INFO, "batchlab.worker.notices"):
+    with caplog.at_level(logging.INFO, "batchlab.worker.shutdown"):
         SimLoop().run(heed(script, heard.append))
     assert heard == [Notice("the end", 5.0)]
     said = [record.getMessage() for record in caplog.records]

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters import book as books
-from batchlab.jobdef import JobDef, RetryRule
-from batchlab.model import Control, Failure, FailureKind, JobState
+from batchlab.adapters import ledger_projection
+from batchlab.core.job_definition import JobDef, RetryRule
+from batchlab.core.model import Control, Failure, FailureKind, JobState
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError
-from batchlab.sim.fates import value_of
-from batchlab.sim.runner import Play, Script
-from batchlab.sim.stalls import After, Scene, Story
+from batchlab.sim.stall_points import After, Scene, Story
+from batchlab.sim.tasks import Play, Script, value_of
 from batchlab.sim.users import bring_items, few_items
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, C, job, stage, takes
@@ -207,13 +206,17 @@ def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
 
 
 def planned_in_any_round(patch: pytest.MonkeyPatch) -> None:
-    real = books.set_planned
-    patch.setattr(books, "set_planned", lambda b, stage, n, round: real(b, stage, n, b.round))
+    real = ledger_projection.set_planned
+    patch.setattr(
+        ledger_projection, "set_planned", lambda b, stage, n, round: real(b, stage, n, b.round)
+    )
 
 
 def controlled_in_any_round(patch: pytest.MonkeyPatch) -> None:
-    real = books.set_control
-    patch.setattr(books, "set_control", lambda b, control, round: real(b, control, b.round))
+    real = ledger_projection.set_control
+    patch.setattr(
+        ledger_projection, "set_control", lambda b, control, round: real(b, control, b.round)
+    )
 
 
 @pytest.mark.parametrize(

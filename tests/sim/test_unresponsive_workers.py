@@ -12,19 +12,19 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.errors import BackendError, BatchlabError, Refused
-from batchlab.manager.evidence import Evidence
-from batchlab.manager.live import Ports
-from batchlab.manager.registry import LOST_S, Registry
+from batchlab.core.errors import BackendError, BatchlabError, Refused
+from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.core.protocol.messages import Beat
+from batchlab.core.retry import Patience
+from batchlab.manager.scaling.unresponsive_workers import Silence
+from batchlab.manager.scaling.work_evidence import Evidence
+from batchlab.manager.scaling.worker_registry import LOST_S, Registry
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.silence import Silence
-from batchlab.model import GroupView, Instance, LifecycleState, Pool
-from batchlab.patience import Patience
-from batchlab.protocol.messages import Beat
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
+from batchlab.manager.state import Ports
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import World
 from tests.support.no_fleet import NoFleet
 from tests.support.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted, takes

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from batchlab.jobdef import JobDef
-from batchlab.model import Pool
-from batchlab.sim.fates import value_of
-from batchlab.sim.runner import Play, Scene
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Pool
+from batchlab.sim.tasks import Play, Scene, value_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from batchlab.ports import Outgoing
-from batchlab.protocol import naming
-from batchlab.sim import rights
+from batchlab.core.ports import Outgoing
+from batchlab.core.protocol import object_keys
+from batchlab.sim import worker_rights
 from batchlab.sim.actors import Actor
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.rights import AccessDenied, Rights
-from batchlab.sim.watch import Violated
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.port_wrappers import wrap
+from batchlab.sim.runtime_checks import Violated
+from batchlab.sim.worker_rights import AccessDenied, Rights
 from batchlab.sim.world import World
-from batchlab.sim.wrappers import wrap
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES
 from tests.support.sim import scenes
@@ -37,8 +37,8 @@ def keys_of(action: str) -> set[str]:
 
 
 def test_the_rights_are_those_of_the_stack_template() -> None:
-    assert keys_of("s3:GetObject") == set(rights.READS)
-    assert keys_of("s3:PutObject") == set(rights.WRITES)
+    assert keys_of("s3:GetObject") == set(worker_rights.READS)
+    assert keys_of("s3:PutObject") == set(worker_rights.WRITES)
     assert not keys_of("s3:DeleteObject")
 
 
@@ -85,7 +85,7 @@ def test_an_honest_worker_that_exceeds_its_role_fails_the_world() -> None:
         while not world.workers:
             await asyncio.sleep(1.0)
         worker = next(iter(world.workers.values()))
-        call = worker.worker._objects.put(naming.control(scenes.job().id), b"")
+        call = worker.worker._objects.put(object_keys.control(scenes.job().id), b"")
         await asyncio.wait([worker.actor.spawn(call)])
         await asyncio.sleep(1.0)
 

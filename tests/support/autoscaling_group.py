@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.errors import BackendError
-from batchlab.fleet.api import (
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Instance, LifecycleState, Machine, Market, Pool
+from batchlab.core.ports import ANY_MACHINE
+from batchlab.fleet.api_types import (
     LAUNCHING,
     ActivityDetails,
     GroupConfig,
@@ -21,10 +23,8 @@ from batchlab.fleet.api import (
     ScalingPolicy,
 )
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.fleet.faults import ValidationError
-from batchlab.fleet.sources import Template
-from batchlab.model import Instance, LifecycleState, Machine, Market, Pool
-from batchlab.ports import ANY_MACHINE
+from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.external_data import Template
 from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_in
 
 GROUP = "g"

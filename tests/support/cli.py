@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.cli import app as cli
-from batchlab.cli import session
-from batchlab.home import Home, ManagerRecord
-from batchlab.views import JobView
+from batchlab.cli import app, session
+from batchlab.core.api_types import JobView
+from batchlab.runtime.home import Home, ManagerRecord
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs a command line: its exit code, stdout and stderr."""
@@ -143,7 +142,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            cli.start([str(one) for one in arguments])
+            app.start([str(one) for one in arguments])
         told = capsys.readouterr()
         code = ended.value.code
         return (code if isinstance(code, int) else 0), told.out, told.err

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import app as cli
+from batchlab.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*/*.md")]
@@ -115,6 +115,6 @@ class Shell:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            cli.start(argv[1:])
+            app.start(argv[1:])
         code = ended.value.code
         return (code if isinstance(code, int) else 0), out.getvalue(), err.getvalue()

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.docker import Template
-from batchlab.adapters.process import ProcessLauncher
-from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
-from batchlab.adapters.state_file import StateFile
-from batchlab.errors import BackendError
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import GroupView, Instance, LifecycleState, Machine, Pool
-from batchlab.ports import ANY_MACHINE, Clock, Fleet, Launcher
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
+from batchlab.adapters.docker.launcher import Template
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.adapters.local.processes import ProcessLauncher
+from batchlab.adapters.memory.launcher import MemoryState, SimLauncher
+from batchlab.core.errors import BackendError
+from batchlab.core.model import GroupView, Instance, LifecycleState, Machine, Pool
+from batchlab.core.ports import ANY_MACHINE, Clock, Fleet, Launcher
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
 from tests.support.docker.containers import ABSENT_IMAGE, DockerGrid, docker_grid, shell
 
 W = TypeVar("W")

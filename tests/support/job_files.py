@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import spec
-from batchlab.errors import JobFileError
-from batchlab.jobdef import JobDef
-from batchlab.model import JobId
+from batchlab.core.errors import JobFileError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId
+from batchlab.jobs import api
 from tests.support.mistakes import complete
 
 MINIMAL = """\
@@ -44,14 +44,14 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def load(folder: Path, text: str, **overrides: str) -> spec.JobFile:
+def load(folder: Path, text: str, **overrides: str) -> api.JobFile:
     (folder / "job.yaml").write_text(textwrap.dedent(text))
-    return spec.load(folder / "job.yaml", overrides)
+    return api.load(folder / "job.yaml", overrides)
 
 
 def refused(folder: Path, text: str, **overrides: str) -> list[JobFileError]:
     """The mistakes of the file, each with all that a person needs."""
-    with pytest.raises(spec.JobFileErrors) as caught:
+    with pytest.raises(api.JobFileErrors) as caught:
         load(folder, text, **overrides)
     return list(complete(caught.value.errors, folder / "job.yaml", textwrap.dedent(text)))
 
@@ -60,8 +60,8 @@ def told(errors: list[JobFileError]) -> list[tuple[int | None, str]]:
     return [(error.line, f"{error.message} {error.remedy}") for error in errors]
 
 
-def compiled(jobfile: spec.JobFile, submitted_s: float = 0.0) -> JobDef:
-    return spec.compile(
+def compiled(jobfile: api.JobFile, submitted_s: float = 0.0) -> JobDef:
+    return api.compile(
         jobfile,
         job_id=JobId("j-1"),
         token="t",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.errors import BackendError
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import GroupView, Instance, Pool
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.errors import BackendError
+from batchlab.core.model import GroupView, Instance, Pool
+from batchlab.fleet.fleet_port import ManagedFleet
 from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_in, counted
 
 POOL = Pool("p", max_size=4)

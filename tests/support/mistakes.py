@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from batchlab.errors import JobFileError
+from batchlab.core.errors import JobFileError
 
 
 def complete(errors: Iterable[JobFileError], path: Path, text: str) -> tuple[JobFileError, ...]:

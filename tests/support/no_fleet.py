@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchlab.model import Activity, GroupView, Instance, Pool
+from batchlab.core.model import Activity, GroupView, Instance, Pool
 
 
 class NoFleet:

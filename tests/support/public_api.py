@@ -21,7 +21,7 @@ from types import FunctionType
 from typing import Any
 
 import batchlab
-from batchlab import errors
+from batchlab.core import errors
 
 ACCEPT = "python -m tests.support.public_api --accept"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,9 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "batchlab.errors": tuple(
         name for name, one in vars(errors).items() if isinstance(one, type) and name[0] != "_"
     ),
-    "batchlab.grid.executor": ("GridExecutor",),
-    "batchlab.grid.joblib": ("NAME",),
-    "batchlab.grid.result": ("JobResult",),
+    "batchlab.client.executor": ("GridExecutor",),
+    "batchlab.client.joblib": ("NAME",),
+    "batchlab.client.job_result": ("JobResult",),
     "batchlab.jobdef": ("RetryRule",),
     "batchlab.model": ("JobState", "Pool"),
 }

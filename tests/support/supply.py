@@ -22,11 +22,11 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from batchlab import package_data
+from batchlab.core import package_data
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("aws", "docker", "ministack", "otel", "web")
-VENDOR = Path(package_data.__file__).parent / "web" / "static" / "vendor"
+VENDOR = Path(package_data.__file__).parent.parent / "server" / "web" / "static" / "vendor"
 
 ALLOWED = frozenset(
     {

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.ports import Queue
+from batchlab.core.ports import Queue
 from tests.support.contract.queue_worlds import STALLED_S, TRIES, QueueWorld, unless_stalled
 
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.pids import start_ticks
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.processes import start_ticks
 from tests.support.aws.autoscaling_api import autoscaling, refused
 from tests.support.waiting import until
 from tests.system.test_real_clients import client

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from tests.support.aws.account import STACK, TOKEN, Account, account
 from tests.support.grid.backends import command
 from tests.support.waiting import until

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from tests.support.aws.account import POOL, STACK, Account, account
 from tests.support.aws.faulty_proxy import FaultyFront
 from tests.support.waiting import until

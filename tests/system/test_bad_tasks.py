@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import JobFileError
-from batchlab.spec.jobfile import load
+from batchlab.core.errors import JobFileError
+from batchlab.jobs.job_file import load
 from tests.support.grid.fixtures import Bring
 from tests.system.test_examples_end_to_end import TWO
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import updown
-from batchlab.adapters.process import living
-from batchlab.home import Home
+from batchlab.adapters.local.processes import living
+from batchlab.runtime import manager_process
+from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import processes_of
 
 HANDLERS = """\
@@ -103,7 +103,7 @@ class Cli:
 def cli(tmp_path: Path) -> Iterator[Cli]:
     made = Cli(tmp_path)
     yield made
-    updown.stop_manager(made.home)
+    manager_process.stop_manager(made.home)
     for process in made.started:
         if process.poll() is None:
             process.kill()

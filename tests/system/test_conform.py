@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchlab.adapters import aws
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.ministack import VERSION
-from batchlab.conform.cleaner import Cleaner
+from batchlab.adapters.aws import endpoint as aws
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.ministack import VERSION
+from batchlab.conform.target import Cleaner
 from tests.support.aws.emulators import EMULATORS
 from tests.support.cli import Run, runner
 from tests.support.conform.proxy import Request, Response, Send, proxy

@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters import aws
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws import endpoint as aws
+from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
 from batchlab.conform.check import Severity, Verdict
-from batchlab.conform.checks import ASG_CHECKS
-from batchlab.conform.cleaner import Cleaner
+from batchlab.conform.check_table import ASG_CHECKS
 from batchlab.conform.run import run as run_checks
-from batchlab.conform.target import Target
+from batchlab.conform.target import Cleaner, Target
 from tests.support.cli import Run, runner
 from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy
 from tests.support.conform.sabotages_asg import ASG_SABOTAGES

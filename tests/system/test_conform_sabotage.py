@@ -10,10 +10,10 @@ from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
 from batchlab.conform.check import Severity, Verdict
-from batchlab.conform.checks import CHECKS
+from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result, run
 from batchlab.conform.target import Target
 from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy

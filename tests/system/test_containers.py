@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.project import checked
-from batchlab.home import Home
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.project import checked
+from batchlab.runtime.home import Home
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command as batchlab
 from tests.support.waiting import until

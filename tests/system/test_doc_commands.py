@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import updown
-from batchlab.adapters.ministack import VERSION
-from batchlab.home import Home
+from batchlab.adapters.local.ministack import VERSION
+from batchlab.runtime import manager_process
+from batchlab.runtime.home import Home
 from tests.support import doc_commands, doc_pages
 from tests.support import doc_commands_table as table
 from tests.support.doc_commands import ROOT, Shell
@@ -87,7 +87,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
         (tmp_path / name).write_text(PEAK)
     home = Home(tmp_path / ".batchlab")
     yield Shell(tmp_path, monkeypatch)
-    updown.stop_manager(home)
+    manager_process.stop_manager(home)
     until(lambda: not processes_of(home.path), 10)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from docker import APIClient
 
-from batchlab.adapters.docker import Template
-from batchlab.adapters.docker_engine import Engine, find
-from batchlab.errors import AlreadyExists, BackendError
-from batchlab.model import Machine, Market, Pool
-from batchlab.ports import KEEP_ENDED_S
+from batchlab.adapters.docker.engine import Engine, find
+from batchlab.adapters.docker.launcher import Template
+from batchlab.core.errors import AlreadyExists, BackendError
+from batchlab.core.model import Machine, Market, Pool
+from batchlab.core.ports import KEEP_ENDED_S
 from tests.support.docker.containers import DockerGrid, docker_grid, ensure_network, python, shell
 from tests.support.docker.launcher import DEADLINE_S, end_of, run, soon, up
 from tests.support.fleet import BROKEN, STEADY, STUBBORN, LoopClock, ManualClock, behaving

@@ -12,12 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from batchlab.adapters.aws.metadata_server import Interruption, MetadataServer, Signals
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.docker import ContainerLauncher, Template
-from batchlab.adapters.docker_engine import Engine
-from batchlab.adapters.imds_server import MetadataServer
-from batchlab.adapters.imds_tree import Interruption, Signals
-from batchlab.model import Machine, Market, Pool
+from batchlab.adapters.docker.engine import Engine
+from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.core.model import Machine, Market, Pool
 from tests.support.docker.containers import DockerGrid, docker_grid, ensure_network, python
 
 DEADLINE_S = 60.0

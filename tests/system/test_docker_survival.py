@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from docker.transport.unixconn import UnixHTTPConnection
 
-from batchlab.adapters.docker import SETTLED_S
-from batchlab.adapters.docker_engine import Engine, find, sweep
-from batchlab.adapters.state_file import StateFile
-from batchlab.errors import AlreadyExists, Unreachable, UsageError
-from batchlab.fleet.group import ManagedFleet
+from batchlab.adapters.docker.engine import Engine, find, sweep
+from batchlab.adapters.docker.launcher import SETTLED_S
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.core.errors import AlreadyExists, Unreachable, UsageError
+from batchlab.fleet.fleet_port import ManagedFleet
 from tests.support.docker.containers import DockerGrid, docker_grid, ensure_network, shell
 from tests.support.docker.launcher import DEADLINE_S, end_of, run, up
 from tests.support.docker.socket_proxy import Proxy
@@ -57,9 +57,9 @@ _MANAGER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from docker import APIClient
-from batchlab.adapters.state_file import StateFile
-from batchlab.fleet.group import ManagedFleet
-from batchlab.model import Pool
+from batchlab.adapters.local.fleet_state_file import StateFile
+from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.core.model import Pool
 from tests.support.docker.containers import DockerGrid
 from tests.support.fleet import STEADY, CountedIds, LoopClock, behaving
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.docker import ContainerLauncher, Template
-from batchlab.model import Machine, Pool
+from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.core.model import Machine, Pool
 from tests.support.aws.instance_boot import IMAGE, need_instances
 from tests.support.docker.containers import DockerGrid, docker_grid
 from tests.support.fleet import LoopClock

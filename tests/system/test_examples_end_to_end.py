@@ -11,8 +11,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from batchlab.datagen import write_claims, write_records
-from batchlab.model import Pool
+from batchlab.cli.example_data import write_claims, write_records
+from batchlab.core.model import Pool
 from tests.support.grid.fixtures import Bring
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

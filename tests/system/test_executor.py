@@ -17,8 +17,8 @@ from typing import Any, cast
 import pytest
 
 from batchlab import File, Grid
-from batchlab.errors import UsageError
-from batchlab.grid.executor import GridExecutor
+from batchlab.client.executor import GridExecutor
+from batchlab.core.errors import UsageError
 from tests.support.grid.executor_functions import Counting, Gate, capture
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until

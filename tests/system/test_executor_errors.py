@@ -19,9 +19,9 @@ from typing import Any, NoReturn, cast
 import pytest
 
 from batchlab import Grid
-from batchlab.errors import TaskFailed, UsageError
-from batchlab.grid.calls import RemoteTraceback, WorkerDied
-from batchlab.grid.executor import GridExecutor
+from batchlab.client.executor import GridExecutor
+from batchlab.client.futures import RemoteTraceback, WorkerDied
+from batchlab.core.errors import TaskFailed, UsageError
 from tests.support.grid.executor_functions import Gate, HeldUp, capture
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until

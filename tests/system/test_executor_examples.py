@@ -17,8 +17,8 @@ import joblib
 import pytest
 
 from batchlab import Grid
-from batchlab.errors import UsageError
-from batchlab.grid.joblib import NAME
+from batchlab.client.joblib import NAME
+from batchlab.core.errors import UsageError
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until
 

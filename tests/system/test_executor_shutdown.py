@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from batchlab import Grid
-from batchlab.grid.calls import BrokenGridExecutor
-from batchlab.home import Home
-from batchlab.model import Pool
+from batchlab.client.futures import BrokenGridExecutor
+from batchlab.core.model import Pool
+from batchlab.runtime.home import Home
 from tests.support.grid.executor_functions import HeldUp
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import processes_of

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.pids import stat
-from batchlab.adapters.process import living
-from batchlab.replay.harm.table import TABLE
-from batchlab.scenario.model import FaultName
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.processes import living, stat
+from batchlab.runtime.aws import deployment
+from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.account import REGION, STACK, Account, account
 from tests.support.aws.ec2_stub import Machines
 from tests.support.grid.local_grid import LocalGrid

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.deployment import ZONES
-from batchlab.model import Pool
-from batchlab.replay.harm.markets import bought
-from batchlab.replay.harm.table import TABLE
-from batchlab.scenario.model import FaultName
+from batchlab.core.model import Pool
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.deployment import ZONES
+from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.scenarios.faults.spot_market import bought
+from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.chaos import Containers, docker
 from tests.support.docker.grid import need_containers

@@ -8,17 +8,16 @@ from contextlib import ExitStack
 
 import pytest
 
-from batchlab import backends
-from batchlab.adapters.pids import stat
-from batchlab.adapters.process import living
-from batchlab.home import Home
-from batchlab.model import Pool
-from batchlab.replay.harm import disk
-from batchlab.replay.harm.front import fronted
-from batchlab.replay.harm.injector import Injector
-from batchlab.replay.harm.table import TABLE
-from batchlab.scenario.model import Fault, FaultName
-from batchlab.scenario.record import Injected
+from batchlab.adapters.local.processes import living, stat
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.faults import slow_disk
+from batchlab.scenarios.faults.fault_injection import Injector
+from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.scenarios.faults.proxy import fronted
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.scenarios.verdicts.record import Injected
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid, processes_of
 from tests.support.scenarios.fault_injection import Bench, Work, number
@@ -37,7 +36,7 @@ def bench(
         ministack_python()
     with ExitStack() as stack:
         home = Home(folder / "home")
-        backend, front = stack.enter_context(fronted(backends.load(name), home, print))
+        backend, front = stack.enter_context(fronted(factory.load(name), home, print))
         grid = LocalGrid(home.path, POOLS, backend=name, endpoint=backend.endpoint)
         stack.callback(grid.stop)
         yield Bench(grid, folder, front)
@@ -170,7 +169,7 @@ def test_a_disk_is_slow(bench: Bench) -> None:
             before = number(r"took ([\d.]+) ms before", seen)
             assert number(r"and ([\d.]+) ms during", seen) >= 1.9 * before
         assert not any(
-            disk.HOG in words for words in processes_of(bench.grid.home.scratch).values()
+            slow_disk.HOG in words for words in processes_of(bench.grid.home.scratch).values()
         )
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.adapters.aws import Endpoint, create_bucket
-from batchlab.adapters.objects import open_s3
-from batchlab.adapters.sqs import SqsQueue
-from batchlab.backends import Backend
-from batchlab.errors import AlreadyExists, NotFound, Throttled
-from batchlab.home import Home, Place
-from batchlab.ports import Objects, Outgoing, QueueSpec
-from batchlab.replay.harm.front import Front, fronted, standing
-from batchlab.replay.harm.sockets import is_of
+from batchlab.adapters.aws.endpoint import Endpoint, create_bucket
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.adapters.aws.sqs import SqsQueue
+from batchlab.core.errors import AlreadyExists, NotFound, Throttled
+from batchlab.core.ports import Objects, Outgoing, QueueSpec
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home, Place
+from batchlab.scenarios.faults.proxy import Front, fronted, is_of, standing
 from tests.support.aws.emulators import ministack_python
 
 pytestmark = pytest.mark.anyio
@@ -145,16 +144,16 @@ def test_a_home_with_a_named_endpoint_has_a_front_when_it_needs_one(
     ministack: Endpoint, tmp_path: Path
 ) -> None:
     home = Home(tmp_path)
-    named = backends.load("ministack", f"{ministack.url}/my-bucket")
+    named = factory.load("ministack", f"{ministack.url}/my-bucket")
     place = Place(str(ministack.url), "my-bucket", named=True)
-    for endpoint in (named, backends.load("ministack"), named):
+    for endpoint in (named, factory.load("ministack"), named):
         with fronted(endpoint, home, print) as (backend, front):
             assert front is not None
             assert front.target == ministack.url
             there = settled(backend, home)
             assert (there.url, there.bucket, there.behind) == (front.url, "my-bucket", place.url)
         assert home.place("ministack") == place, "the front has gone, and nobody looks for it"
-        for plain in (named, backends.load("ministack")):
+        for plain in (named, factory.load("ministack")):
             assert settled(plain, home) == place
 
 
@@ -163,7 +162,7 @@ def test_a_home_keeps_its_own_emulator_with_a_front_and_without(tmp_path: Path) 
     home = Home(tmp_path)
     for number, has_front in enumerate((False, True, False, True)):
         with ExitStack() as stack:
-            backend, front = backends.load("ministack"), None
+            backend, front = factory.load("ministack"), None
             if has_front:
                 backend, front = stack.enter_context(fronted(backend, home, print))
             emulator = backend.open_emulator(home)
@@ -189,10 +188,10 @@ def test_a_front_before_a_grid_that_never_came_up_is_forgotten(
     ministack: Endpoint, tmp_path: Path
 ) -> None:
     home = Home(tmp_path)
-    with fronted(backends.load("ministack", f"{ministack.url}/one"), home, print):
+    with fronted(factory.load("ministack", f"{ministack.url}/one"), home, print):
         assert home.place("ministack")
     assert home.place("ministack") is None
-    with fronted(backends.load("ministack", f"{ministack.url}/other"), home, print) as (there, _):
+    with fronted(factory.load("ministack", f"{ministack.url}/other"), home, print) as (there, _):
         settled(there, home)
         settled(there, home)
     assert home.place("ministack") == Place(str(ministack.url), "other", named=True)
@@ -206,7 +205,7 @@ def test_what_a_killed_replay_has_left_of_its_front_is_in_nobodys_way(
     for name in ("ministack", f"{ministack.url}/my-bucket"):
         home.of("ministack").mkdir(exist_ok=True)
         home.write_place("ministack", replace(place, url="http://127.0.0.1:9", behind=place.url))
-        backend = backends.load("ministack", None if name == "ministack" else name)
+        backend = factory.load("ministack", None if name == "ministack" else name)
         assert backend.named_place(home) == place
         assert settled(backend, home) == place
 
@@ -223,7 +222,7 @@ def test_a_place_of_before_there_were_fronts_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["local", "localstack", "aws"])
 def test_other_backends_are_left_as_they_are(name: str, tmp_path: Path) -> None:
-    given = backends.load(name)
+    given = factory.load(name)
     with fronted(given, Home(tmp_path), print) as (backend, front):
         assert backend is given
         assert front is None

@@ -14,21 +14,29 @@ from typing import Any
 
 import pytest
 
-from batchlab import backends, updown
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment as awsgrid
-from batchlab.adapters.awsgrid.deployment import AwsDeployment, Database
-from batchlab.adapters.pids import stat
-from batchlab.errors import BackendError
-from batchlab.home import Home, ManagerRecord
-from batchlab.model import Pool
-from batchlab.ports import Outgoing, QueueSpec
-from batchlab.replay.harm import disk, keepers, messages, processes, scene, undoing, zones
-from batchlab.replay.harm.deployed import Deployed
-from batchlab.replay.harm.front import Front
-from batchlab.replay.harm.keepers import ProcessKeeper
-from batchlab.replay.harm.scene import NotSeen, Seen
-from batchlab.scenario.model import Fault, FaultName
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.processes import stat
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
+from batchlab.core.ports import Outgoing, QueueSpec
+from batchlab.runtime import factory, manager_process
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.runtime.home import Home, ManagerRecord
+from batchlab.scenarios.faults import (
+    fault_injection,
+    manager_and_ledger,
+    messages,
+    processes,
+    rollback,
+    slow_disk,
+    zone_outage,
+)
+from batchlab.scenarios.faults.aws_stack import Deployed
+from batchlab.scenarios.faults.fault_injection import NotSeen, Seen
+from batchlab.scenarios.faults.manager_and_ledger import ProcessKeeper
+from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.grid.local_grid import processes_of
 from tests.support.scenarios.cancelled_faults import CALL_S, Manager, at_every_wait
@@ -38,15 +46,15 @@ SHORT = 0.01
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scene, "LOOK_S", 0.001)
-    monkeypatch.setattr(undoing, "PAUSE_S", 0.001)
+    monkeypatch.setattr(fault_injection, "LOOK_S", 0.001)
+    monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
 
 
 class Machine:
     """A process that stands for an instance, and a front before an endpoint."""
 
     def __init__(self, folder: Path, pid: int) -> None:
-        self.scene = scene.Scene(backends.load("ministack"), Home(folder), Manager("w-1"))
+        self.scene = fault_injection.Scene(factory.load("ministack"), Home(folder), Manager("w-1"))
         self.there = processes.Processes(self.scene)
         self.front = Front("http://127.0.0.1:1")
         self.pid = pid
@@ -58,7 +66,7 @@ class Machine:
         return found + [
             " ".join(words)[:40]
             for words in processes_of(self.scene.home.scratch).values()
-            if disk.HOG in words
+            if slow_disk.HOG in words
         ]
 
 
@@ -78,9 +86,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     name: FaultName, tmp_path: Path, worker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "HOGS", (1,))
-    monkeypatch.setattr(disk, "_PROBES", 2)
-    monkeypatch.setattr(disk, "FELT", 0.0)
+    monkeypatch.setattr(slow_disk, "HOGS", (1,))
+    monkeypatch.setattr(slow_disk, "_PROBES", 2)
+    monkeypatch.setattr(slow_disk, "FELT", 0.0)
 
     def do(world: Machine) -> Coroutine[Any, Any, Seen]:
         fault = Fault(name, 0.0, for_s=SHORT)
@@ -90,7 +98,7 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
             return world.there.partition(world.front, fault)
         if name is FaultName.S3_ERRORS:
             return processes.s3_errors(world.scene, world.front, fault)
-        return disk.slow(world.scene, fault)
+        return slow_disk.slow(world.scene, fault)
 
     assert at_every_wait(lambda: Machine(tmp_path, worker), do) > 1
 
@@ -98,19 +106,19 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
 def test_a_disk_that_is_no_slower_or_full_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "HOGS", (1,))
-    monkeypatch.setattr(disk, "fsync_s", lambda _: 0.004)
-    there = scene.Scene(backends.load("local"), Home(tmp_path), Manager("w-1"))
+    monkeypatch.setattr(slow_disk, "HOGS", (1,))
+    monkeypatch.setattr(slow_disk, "fsync_s", lambda _: 0.004)
+    there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
     fault = Fault(FaultName.SLOW_DISK, 0.0, for_s=SHORT)
     with pytest.raises(NotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"):
-        asyncio.run(disk.slow(there, fault))
+        asyncio.run(slow_disk.slow(there, fault))
 
     def full(_: Path) -> float:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(disk, "fsync_s", full)
+    monkeypatch.setattr(slow_disk, "fsync_s", full)
     with pytest.raises(BackendError, match="could not be kept busy: No space left on device"):
-        asyncio.run(disk.slow(there, fault))
+        asyncio.run(slow_disk.slow(there, fault))
 
 
 class Books:
@@ -118,13 +126,13 @@ class Books:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.client = Manager("w-1")
-        self.scene = scene.Scene(backends.load("local"), Home(folder), self.client)
+        self.scene = fault_injection.Scene(factory.load("local"), Home(folder), self.client)
         self.runs, self.number = True, 1
         self.lost_at = -1
         patch.setattr(Home, "record", lambda _: self.record())
-        patch.setattr(updown, "kill_manager", lambda _: self.kill())
-        patch.setattr(updown, "start_manager", lambda *_, **more: self.start(**more))
-        patch.setattr(backends.Backend, "open_ledger", lambda *_: self)
+        patch.setattr(manager_process, "kill_manager", lambda _: self.kill())
+        patch.setattr(manager_process, "start_manager", lambda *_, **more: self.start(**more))
+        patch.setattr(factory.Backend, "open_ledger", lambda *_: self)
 
     def record(self) -> ManagerRecord | None:
         there = ManagerRecord("http://127.0.0.1:81", self.number, f"m-{self.number}", "local")
@@ -169,7 +177,7 @@ def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
         return Books(tmp_path, monkeypatch)
 
     assert at_every_wait(world, lambda there: ProcessKeeper(there.scene).crash(fault)) > 3
-    assert at_every_wait(world, lambda there: keepers.lose(there.scene, fault)) > 4
+    assert at_every_wait(world, lambda there: manager_and_ledger.lose(there.scene, fault)) > 4
 
 
 def test_a_ledger_that_knows_no_job_is_left_alone(
@@ -180,7 +188,7 @@ def test_a_ledger_that_knows_no_job_is_left_alone(
 
     books = Books(tmp_path, monkeypatch)
     monkeypatch.setattr(books, "jobs", none)
-    seen = asyncio.run(keepers.lose(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
+    seen = asyncio.run(manager_and_ledger.lose(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
     assert seen == Seen(impossible="The ledger knew of no job.")
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
@@ -196,10 +204,10 @@ def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
         "postgres",
         Database("db.example", 5432, "batchlab", "arn"),
     )
-    awsgrid.write(home, at)
+    deployment.write(home, at)
 
     def do(books: Books) -> Coroutine[Any, Any, Seen]:
-        there = Deployed(scene.Scene(backends.load("aws"), home, books.client))
+        there = Deployed(fault_injection.Scene(factory.load("aws"), home, books.client))
 
         async def rebooted(_: str) -> str:
             await books.forget()
@@ -221,7 +229,7 @@ class Groups:
     """EC2 Auto Scaling and its subnets: two groups, one of them in one zone alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.scene = scene.Scene(backends.load("aws"), Home(folder), Pools())
+        self.scene = fault_injection.Scene(factory.load("aws"), Home(folder), Pools())
         self.subnets = {"s-wide": "n-a,n-b", "s-narrow": "n-a"}
         self.suspended: set[str] = set()
 
@@ -281,8 +289,8 @@ def test_groups_have_their_zones_again_wherever_it_is_cancelled(
         return ["i-1: terminated"]
 
     def do(world: Groups) -> Coroutine[Any, Any, Seen]:
-        monkeypatch.setattr(zones, "client", lambda *_, **__: world)
-        there = zones.Zones(Endpoint(), prefix="s-")
+        monkeypatch.setattr(zone_outage, "client", lambda *_, **__: world)
+        there = zone_outage.Zones(Endpoint(), prefix="s-")
         return there.lose(world.scene, fault, inside=inside, kill=kill)
 
     assert at_every_wait(lambda: Groups(tmp_path), do) > 5
@@ -296,8 +304,8 @@ class Post:
 
     def __init__(self, folder: Path) -> None:
         Post.number += 1
-        self.scene = scene.Scene(
-            backends.load("local"), Home(folder / str(Post.number)), Manager("w-1")
+        self.scene = fault_injection.Scene(
+            factory.load("local"), Home(folder / str(Post.number)), Manager("w-1")
         )
         asyncio.run(self._fill())
 

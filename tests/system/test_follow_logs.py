@@ -13,8 +13,8 @@ from typing import IO
 
 import pytest
 
-from batchlab.model import JobId
-from batchlab.protocol import naming
+from batchlab.core.model import JobId
+from batchlab.core.protocol import object_keys
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid
@@ -122,7 +122,7 @@ def test_nobody_pays_where_nobody_follows(bring_up: Bring, tmp_path: Path) -> No
     view = grid.run(tmp_path / "job.yaml", gates=str(tmp_path / "gates"))
 
     async def tails() -> list[str]:
-        found = grid.objects.list(naming.tails(JobId(view["id"])))
+        found = grid.objects.list(object_keys.tails(JobId(view["id"])))
         return [info.key async for page in found for info in page]
 
     assert asyncio.run(tails()) == []

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import File, Grid, backends
-from batchlab.errors import BackendError, UsageError
-from batchlab.home import Home
+from batchlab import File, Grid
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
 from tests.support.gcs_stub import Stub, served
 
 
@@ -39,7 +40,7 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
         path.name for path in home.of("gcs").iterdir()
     }
     # The home records the bucket, so the next command need not name it.
-    backend = backends.load("gcs", "gs://another")
+    backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):
         backend.named_place(home)
 
@@ -47,7 +48,7 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
 def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(
     stub: Stub, tmp_path: Path
 ) -> None:
-    backend = backends.load("gcs", "gs://another")
+    backend = factory.load("gcs", "gs://another")
     with pytest.raises(BackendError) as caught:
         backend.provide(Home(tmp_path), lambda _: None)
     assert "gs://another cannot be listed: The bucket is not there." in caught.value.message
@@ -60,12 +61,12 @@ def test_a_grid_needs_the_address_of_a_bucket(
 ) -> None:
     monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
     with pytest.raises(UsageError, match="The backend gcs needs a bucket"):
-        backends.load("gcs").provide(Home(tmp_path), lambda _: None)
+        factory.load("gcs").provide(Home(tmp_path), lambda _: None)
     for address in ("http://127.0.0.1:4566/b", "gs://", "gs://Upper", "gs://a/b", "s3://bucket"):
         with pytest.raises(UsageError, match="is not the address of a bucket") as caught:
-            backends.load("gcs", address)
+            factory.load("gcs", address)
         assert "gs://my-bucket" in caught.value.remedy
     with pytest.raises(UsageError, match="is not a URL"):
-        backends.load("ministack", "gs://my-bucket")
+        factory.load("ministack", "gs://my-bucket")
     with pytest.raises(UsageError, match="no use for an endpoint"):
-        backends.load("local", "gs://my-bucket")
+        factory.load("local", "gs://my-bucket")

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 import batchlab
-from batchlab import package_data
-from batchlab.package_data import FOLDERS
+from batchlab.core import package_data
+from batchlab.core.package_data import FOLDERS
 from tests.support.supply import EXTRAS
 from tests.support.uv import ROOT, Uv, program, uv
 
@@ -75,7 +75,7 @@ def test_the_wheel_has_what_was_written_and_nothing_else(built: Built) -> None:
     for name in own:
         source = name.removeprefix(f"{DATA}/")
         assert content[name] == (ROOT / source).read_bytes(), name
-    vendor = "batchlab/web/static/vendor"
+    vendor = "batchlab/server/web/static/vendor"
     assert {"batchlab/py.typed", f"{vendor}/htmx.min.js", f"{DATA}/compose/compose.yaml"} <= own
     licences = {one.removeprefix(f"{info}/licenses/") for one in content if "/licenses/" in one}
     assert licences == {"LICENSE", *(one for one in own if one.endswith(".LICENSE"))}
@@ -98,7 +98,7 @@ def test_the_metadata_says_what_an_index_shows(built: Built) -> None:
     assert (told["Name"], told["Version"]) == ("batchlab", batchlab.__version__)
     assert told["Requires-Python"] == ">=3.11"
     assert told["License-Expression"] == "Apache-2.0 AND MIT AND 0BSD"
-    vendored = json.loads((ROOT / "batchlab/web/static/vendor/versions.json").read_text())
+    vendored = json.loads((ROOT / "batchlab/server/web/static/vendor/versions.json").read_text())
     assert {one["licence"] for one in vendored} | {"Apache-2.0"} == set(
         told["License-Expression"].split(" AND ")
     )

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.commitkeys import CommitKeys
-from batchlab.errors import BackendError
-from batchlab.model import BundleId, JobId, Pool, StageName
-from batchlab.protocol import naming
-from batchlab.protocol.settle import LOSS_LIMIT
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView
+from batchlab.core.errors import BackendError
+from batchlab.core.model import BundleId, JobId, Pool, StageName
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.settlement import LOSS_LIMIT
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid, outcomes
 from tests.support.waiting import until
@@ -94,7 +94,7 @@ class Trial:
             begun = Counter([one.key.split("/")[4] async for page in pages for one in page])
             job, key = JobId(self.job), await CommitKeys(objects).stored(JobId(self.job))
             for bundle, times in begun.items():
-                name = naming.outcome_of(job, StageName("triple"), BundleId(bundle), key)
+                name = object_keys.outcome_of(job, StageName("triple"), BundleId(bundle), key)
                 if times >= LOSS_LIMIT - 1 and await objects.head(name) is None:
                     return False
         except BackendError:

@@ -18,11 +18,11 @@ import httpx
 import pytest
 from botocore.exceptions import ClientError
 
-from batchlab.adapters.awsgrid.deployment import AwsDeployment
-from batchlab.home import Home
-from batchlab.model import JobId, StageName
-from batchlab.notified import NotificationView
-from batchlab.protocol import naming
+from batchlab.core.api_types import NotificationView
+from batchlab.core.model import JobId, StageName
+from batchlab.core.protocol import object_keys
+from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.home import Home
 from tests.support.aws import cfn
 from tests.support.aws.account import POOL, Account, opened
 from tests.support.aws.ministack import ACCOUNT, REGION, Plane, Stack, served
@@ -216,19 +216,29 @@ def test_the_grid_needs_what_its_roles_may_and_no_more(trial: Trial, tmp_path: P
 def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) -> None:
     """Findings 4 and 5: the commit secret, definitions, and finals are the manager's alone."""
     bucket, s3 = trial.there.at.bucket, trial.stolen.client("s3")
-    for key in (naming.COMMIT_SECRET, naming.INSTANCES, naming.NOTIFICATIONS, naming.USE):
+    for key in (
+        object_keys.COMMIT_SECRET,
+        object_keys.INSTANCES,
+        object_keys.NOTIFICATIONS,
+        object_keys.USE,
+    ):
         with pytest.raises(ClientError, match="AccessDenied"):
             s3.get_object(Bucket=bucket, Key=key)
     job = JobId("victim-0123456789")
-    manifest = naming.manifest(job, StageName("map"), 0)
+    manifest = object_keys.manifest(job, StageName("map"), 0)
     for key in (
-        *(naming.COMMIT_SECRET, naming.INSTANCES, naming.spec(job), naming.control(job)),
         *(
-            naming.retry(job, 1),
-            naming.final(job, 0),
+            object_keys.COMMIT_SECRET,
+            object_keys.INSTANCES,
+            object_keys.spec(job),
+            object_keys.control(job),
+        ),
+        *(
+            object_keys.retry(job, 1),
+            object_keys.final(job, 0),
             manifest,
             "code/x.zip",
-            naming.raw(job) + "x",
+            object_keys.raw(job) + "x",
         ),
     ):
         with pytest.raises(ClientError, match="AccessDenied"):
@@ -236,6 +246,6 @@ def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) 
         with pytest.raises(ClientError, match="AccessDenied"):
             s3.delete_object(Bucket=bucket, Key=key)
     sqs = trial.stolen.client("sqs")
-    events = sqs.get_queue_url(QueueName=f"{trial.there.at.prefix}{naming.EVENTS}")
+    events = sqs.get_queue_url(QueueName=f"{trial.there.at.prefix}{object_keys.EVENTS}")
     with pytest.raises(ClientError, match="AccessDenied"):
         sqs.receive_message(QueueUrl=events["QueueUrl"])

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from batchlab import Grid
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.ministack import Emulator
-from batchlab.adapters.objects import open_s3
-from batchlab.datagen import ClaimsFacts
-from batchlab.errors import AlreadyExists, BackendError, UsageError
-from batchlab.home import Home
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.adapters.local.ministack import Emulator
+from batchlab.cli.example_data import ClaimsFacts
+from batchlab.core.errors import AlreadyExists, BackendError, UsageError
+from batchlab.runtime.home import Home
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import processes_of

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint, check
-from batchlab.adapters.ministack import Emulator
-from batchlab.adapters.objects import open_s3
-from batchlab.errors import Unreachable
+from batchlab.adapters.aws.endpoint import Endpoint, check
+from batchlab.adapters.aws.objects import open_s3
+from batchlab.adapters.local.ministack import Emulator
+from batchlab.core.errors import Unreachable
 from tests.support.aws.emulators import free_port, ministack_python, named_emulator
 from tests.system.test_command_line import Cli, cli, numbers
 

@@ -14,11 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.model import Pool
-from batchlab.notified import NotificationView
-from batchlab.protocol import naming
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView, NotificationView
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.trace_receiver import Received, Receiver, named
 from tests.support.waiting import until
@@ -120,7 +119,7 @@ class Observed:
 
     def kept(self) -> str:
         """What the bucket has of notifications."""
-        return (self.grid.home.objects / naming.NOTIFICATIONS).read_text()
+        return (self.grid.home.objects / object_keys.NOTIFICATIONS).read_text()
 
     def _paths(self) -> Counter[str]:
         return Counter(one.path for one in self.hook.calls)

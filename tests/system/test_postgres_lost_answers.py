@@ -11,9 +11,9 @@ import pytest
 
 from batchlab.adapters.sql import postgres as sql_postgres
 from batchlab.adapters.sql.ledger import SqlLedger, open_postgres
-from batchlab.errors import Unreachable
-from batchlab.model import JobState
-from batchlab.ports import Fold, Lease, MoveJob
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import JobState
+from batchlab.core.ports import Fold, Lease, MoveJob
 from tests.support.contract.ledger_suite import (
     CALLS,
     JOB,

@@ -22,9 +22,9 @@ from batchlab.adapters.sql.bundle_rows import select_bundles
 from batchlab.adapters.sql.engines import transaction
 from batchlab.adapters.sql.postgres import postgres_engine
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
-from batchlab.errors import BackendError, Unreachable, UsageError
-from batchlab.model import JobId
-from batchlab.ports import AddCut
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.model import JobId
+from batchlab.core.ports import AddCut
 from tests.support.aws.emulators import free_port
 from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, ledger_in, submit
 from tests.support.postgres.server import DATABASE, PASSWORD, USER, Postgres, PostgresServer

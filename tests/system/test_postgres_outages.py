@@ -18,10 +18,10 @@ from sqlalchemy import Connection, Select
 from batchlab.adapters.sql import bundle_rows, job_rows
 from batchlab.adapters.sql import postgres as sql_postgres
 from batchlab.adapters.threads import Busy
-from batchlab.errors import Unreachable
-from batchlab.model import Control, JobId
-from batchlab.patience import Patience, patiently
-from batchlab.ports import BundleRecord, Fold, SetControl
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import Control, JobId
+from batchlab.core.ports import BundleRecord, Fold, SetControl
+from batchlab.core.retry import Patience, patiently
 from tests.support.contract.ledger_suite import (
     BATCH,
     JOB,

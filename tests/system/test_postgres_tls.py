@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.sql import open_postgres
-from batchlab.errors import Unreachable, UsageError
+from batchlab.core.errors import Unreachable, UsageError
 from tests.support.postgres.remote import Fixed, Remote, error_at, look, remote
 from tests.support.postgres.server import PostgresServer
 

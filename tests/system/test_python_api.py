@@ -13,9 +13,9 @@ from typing import Any, cast
 import pytest
 
 from batchlab import File, Grid
-from batchlab.errors import JobFailed, TaskFailed, UsageError
-from batchlab.jobdef import RetryRule
-from batchlab.model import JobState
+from batchlab.core.errors import JobFailed, TaskFailed, UsageError
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import JobState
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from batchlab import Grid
-from batchlab.errors import JobFailed, TaskFailed, UsageError
-from batchlab.model import ENDED, JobState
-from batchlab.ports import MAX_MESSAGE_BYTES
-from batchlab.spec.problems import JobFileErrors
-from batchlab.spec.starter import starter
+from batchlab.core.errors import JobFailed, TaskFailed, UsageError
+from batchlab.core.model import ENDED, JobState
+from batchlab.core.ports import MAX_MESSAGE_BYTES
+from batchlab.jobs.starter import starter
+from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support.grid.python_api import newest, warm_grid
 
 

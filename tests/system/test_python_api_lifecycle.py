@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from batchlab import Grid
-from batchlab.errors import UsageError
-from batchlab.home import Home
+from batchlab.core.errors import UsageError
+from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import processes_of
 from tests.support.waiting import until
 
@@ -125,7 +125,7 @@ def test_a_program_that_ends_of_a_failure_says_nothing_more_and_has_the_rest_can
     script = """
         import sys
         from batchlab import Grid
-        from batchlab.errors import TaskFailed
+        from batchlab.core.errors import TaskFailed
         from time import sleep
         grid = Grid("local", home="home", workers=1)
         try:
@@ -220,7 +220,7 @@ def test_a_grid_that_somebody_else_was_faster_to_bring_up_stays_up(
     assert grid.client.health()["leader"]
     script = f"""
         from batchlab import Grid
-        from batchlab.home import Home
+        from batchlab.runtime.home import Home
         record, asked = Home.record, []
         def late(home):
             asked.append(1)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment
-from batchlab.scenario import record
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.runtime.aws import deployment
+from batchlab.scenarios.verdicts import record
 from tests.support.aws.account import POOL, account
 from tests.support.aws.ec2_stub import Machines
 from tests.support.grid.backends import command

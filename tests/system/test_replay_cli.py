@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from batchlab.cli import output, replay_progress
-from batchlab.datagen import write_claims
-from batchlab.errors import UsageError
-from batchlab.home import Home
-from batchlab.replay.course import State
-from batchlab.scenario import record
+from batchlab.cli.example_data import write_claims
+from batchlab.core.errors import UsageError
+from batchlab.runtime.home import Home
+from batchlab.scenarios.replay.run_state import State
+from batchlab.scenarios.verdicts import record
 from tests.support.grid.backends import command
 from tests.support.grid.local_grid import processes_of
 from tests.support.waiting import until

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from batchlab import backends
-from batchlab.errors import BackendError
-from batchlab.home import Home
-from batchlab.replay import driver
-from batchlab.scenario import record
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import Fault, FaultName, JobTemplate
-from batchlab.scenario.record import Injected
+from batchlab.core.errors import BackendError
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import Fault, FaultName, JobTemplate
+from batchlab.scenarios.replay import driver
+from batchlab.scenarios.verdicts import record
+from batchlab.scenarios.verdicts.record import Injected
 from tests.support.grid.backends import command
 from tests.support.scenarios.replay import scenario, stage, up
 from tests.system.test_replay_cli import write
@@ -61,7 +61,7 @@ def test_faults_have_their_times_and_are_undone_at_the_end(tmp_path: Path) -> No
 
     with up(home, wanted) as backend:
         run = asyncio.run(
-            driver.replay(wanted, home, backend, patience=backends.patience(), injector=injector)
+            driver.replay(wanted, home, backend, patience=factory.patience(), injector=injector)
         )
     (asked,) = notes
     names = [name for name, _ in asked.asked]

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.client import Client
-from batchlab.errors import Refused, UsageError
-from batchlab.home import Home
-from batchlab.model import Pool
-from batchlab.replay import driver
-from batchlab.replay.course import State
-from batchlab.scenario import measures, record, verdict
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
+from batchlab.client.http import Client
+from batchlab.core.errors import Refused, UsageError
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
+from batchlab.scenarios.replay import driver
+from batchlab.scenarios.replay.run_state import State
+from batchlab.scenarios.verdicts import measures, record, verdict
 from tests.support.grid.local_grid import processes_of
 from tests.support.scenarios.replay import claims, replay, scenario, stage, up
 from tests.support.waiting import until
@@ -118,7 +118,7 @@ def test_a_grid_that_is_another_is_refused_in_a_sentence(tmp_path: Path) -> None
     with up(home, wanted) as backend:
         for told, other in others.items():
             with pytest.raises(Refused, match=told):
-                asyncio.run(driver.replay(other, home, backend, patience=backends.patience()))
+                asyncio.run(driver.replay(other, home, backend, patience=factory.patience()))
         record_ = home.record()
         assert record_ is not None
         with Client.of(home, record_) as client:
@@ -150,10 +150,10 @@ def test_who_is_asked_to_stop_keeps_the_record_and_cancels_what_runs(tmp_path: P
     home = Home(tmp_path / "home")
     wanted = scenario(JobTemplate("long", (stage("work", 6.0),), Constant(40)))
 
-    async def go(backend: backends.Backend) -> record.Record:
+    async def go(backend: factory.Backend) -> record.Record:
         stop = asyncio.Event()
         asyncio.get_running_loop().call_later(3.0, stop.set)
-        return await driver.replay(wanted, home, backend, patience=backends.patience(), stop=stop)
+        return await driver.replay(wanted, home, backend, patience=factory.patience(), stop=stop)
 
     with up(home, wanted) as backend:
         run = asyncio.run(go(backend))
@@ -179,7 +179,7 @@ def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the
 
     with up(home, wanted) as backend:
         run = asyncio.run(
-            driver.replay(wanted, home, backend, patience=backends.patience(), progress=kill)
+            driver.replay(wanted, home, backend, patience=factory.patience(), progress=kill)
         )
     assert "has ended" in run.cut
     assert (run.usd, run.again_s) == (None, None), "nobody could be asked for the account"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchlab.adapters.compose import deployment
-from batchlab.home import Home
-from batchlab.scenario import record
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.home import Home
+from batchlab.scenarios.verdicts import record
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command
 from tests.system.test_replay_cli import write

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from batchlab import Grid
-from batchlab.errors import TaskFailed
-from batchlab.worker.board import Board
-from batchlab.worker.processes import table
+from batchlab.core.errors import TaskFailed
+from batchlab.worker.process_table import table
+from batchlab.worker.shared_memory import Board
 from tests.support.grid.failing_tasks import (
     Quick,
     Ran,

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.model import Pool
-from batchlab.protocol import naming
-from batchlab.report import queries
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
+from batchlab.reports.queries import named_queries
 from tests.support.cli import Run, runner
 from tests.support.grid.fixtures import Bring
 from tests.support.reports.simulated_run import answers
@@ -66,7 +66,7 @@ def test_a_run_is_told_the_same_by_its_data_its_ledger_and_its_bill(
     view = grid.run(folder / "job.yaml")
     assert view["state"] == "SUCCEEDED", view
     job = view["id"]
-    used = grid.home.objects / naming.used(job)  # type: ignore[arg-type]
+    used = grid.home.objects / object_keys.used(job)  # type: ignore[arg-type]
     deadline_s = time.monotonic() + 20
     while not used.exists():
         assert time.monotonic() < deadline_s, "the job's account is not written down"
@@ -124,7 +124,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     (print_,) = ask("SELECT DISTINCT fingerprint FROM attempts WHERE state = 'FAILED'")
     (group,) = json.loads(run("job", "failures", view["id"], *home, "--json")[1])
     assert print_ == {"fingerprint": group["fingerprint"]}
-    for query in queries.known().values():
+    for query in named_queries.known().values():
         ask(query.sql)
 
     # The bill, line by line.

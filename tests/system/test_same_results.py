@@ -16,11 +16,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.project import checked
-from batchlab.datagen import write_claims, write_records
-from batchlab.home import Home
-from batchlab.ports import MAX_MESSAGE_BYTES
+from batchlab.cli.example_data import write_claims, write_records
+from batchlab.core.ports import MAX_MESSAGE_BYTES
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.project import checked
+from batchlab.runtime.home import Home
 from tests.support.aws.custom_image import own_image
 from tests.support.aws.instance_boot import instance_release
 from tests.support.grid import backends as worlds

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from batchlab.model import Pool
-from batchlab.views import JobView
+from batchlab.core.api_types import JobView
+from batchlab.core.model import Pool
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import ENDED, LocalGrid
 from tests.support.waiting import until

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.adapters.sql import open_memory
+from batchlab.core.model import JobState
 from batchlab.manager.lease import LEASE
-from batchlab.manager.rebuild import rebuild
-from batchlab.model import JobState
+from batchlab.manager.repair.rebuild import rebuild
 from tests.support.contract.ledger_suite import ledger_in
 from tests.support.postgres.managers import (
     LEASE_S,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from tests.support.aws import cfn
 from tests.support.aws.ministack import ACCOUNT, Plane, Stack, served
 from tests.support.aws.stack_shapes import RELEASE

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.home import Home
-from batchlab.updown import kill_manager
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.runtime.manager_process import kill_manager
 from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.backends import World
@@ -43,7 +43,7 @@ def test_a_run_is_looked_at(world: World, tmp_path: Path) -> None:
 def test_a_topic_of_the_emulators_own_is_told(world: World) -> None:
     place = Home(world.home).place("ministack")
     assert place
-    at = backends.load("ministack").endpoint_at(Home(world.home), place)
+    at = factory.load("ministack").endpoint_at(Home(world.home), place)
     sns, sqs = aws(at, "sns"), aws(at, "sqs")
     topic = sns.create_topic(Name="batch")["TopicArn"]
     queue = sqs.create_queue(QueueName="hears")["QueueUrl"]

@@ -12,30 +12,30 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.commit import address, committed
-from batchlab.errors import BackendError, Malformed, TooNew
-from batchlab.jobdef import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
-from batchlab.manager.told import Book
-from batchlab.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
-from batchlab.notification import Notification
-from batchlab.patience import Patience
-from batchlab.ports import Outgoing, QueueSpec
-from batchlab.protocol import definition, naming, wire
-from batchlab.protocol.live_logs import Tail, from_bytes, to_bytes
-from batchlab.protocol.messages import (
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.commit import address, committed
+from batchlab.core.errors import BackendError, Malformed, TooNew
+from batchlab.core.job_definition import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
+from batchlab.core.notifications import Notification
+from batchlab.core.ports import Outgoing, QueueSpec
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol.live_logs import Tail, from_bytes, to_bytes
+from batchlab.core.protocol.messages import (
     TaskMessage,
     events_message,
     read_events_message,
     read_task_message,
     task_message,
 )
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
-from batchlab.worker.beats import Identity
-from batchlab.worker.closing import OTHERS_S
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.manager.notifications.outbox import Book
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker.commit_and_forward import OTHERS_S
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.runner import Handle, Work
 from batchlab.worker.settings import WorkerSettings
@@ -49,7 +49,7 @@ ABOVE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def before(name: str) -> dict[str, Any]:
-    return wire.loads((BEFORE / f"{name}.json").read_bytes())
+    return json_format.loads((BEFORE / f"{name}.json").read_bytes())
 
 
 def later(value: Any) -> Any:
@@ -63,7 +63,7 @@ def later(value: Any) -> Any:
 
 
 def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
-    job = wire.job_from_json(before("job"))
+    job = json_format.job_from_json(before("job"))
     assert job.stage("a").retry == RetryRule(kinds=(FailureKind.TIMEOUT,))
     assert job.stage("b").command == ("wc", "-l")
     assert job.input
@@ -74,26 +74,30 @@ def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
         (),
         "",
     )
-    assert json.loads(wire.dumps(wire.job_to_json(job))) == before("job")
+    assert json.loads(json_format.dumps(json_format.job_to_json(job))) == before("job")
 
 
 def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     message = read_task_message((BEFORE / "message.json").read_text())
     assert message == TaskMessage(BUNDLE, [1, "a"])
-    outcome = wire.outcome_from_json(before("outcome"))
+    outcome = json_format.outcome_from_json(before("outcome"))
     assert (outcome.values, [one.kind for one in outcome.failed]) == ((7,), [FailureKind.TIMEOUT])
     events = read_events_message((BEFORE / "events.json").read_text())
     assert events.outcomes == (outcome,)
     assert [one.execution for one in events.duplicates] == ["w-1-1"]
     assert events.asked[0].requests.sqs_bytes == 6
     assert events.beats[0].held[0].bundle == BUNDLE.id
-    assert wire.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
+    assert (
+        json_format.word_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL
+    )
     for name in ("message", "events", "outcome", "word"):
         made = {
             "message": lambda: json.loads(task_message(message)),
             "events": lambda: json.loads(events_message(events)),
-            "outcome": lambda: json.loads(wire.dumps(wire.outcome_to_json(outcome))),
-            "word": lambda: json.loads(wire.word_to_bytes(wire.Word(Control.CANCEL, reason="x"))),
+            "outcome": lambda: json.loads(json_format.dumps(json_format.outcome_to_json(outcome))),
+            "word": lambda: json.loads(
+                json_format.word_to_bytes(json_format.Word(Control.CANCEL, reason="x"))
+            ),
         }[name]()
         known = before(name)
         known.pop("job", None)  # a worker reads the definition itself
@@ -104,13 +108,15 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
 
 
 def test_what_a_later_release_has_added_is_passed_over() -> None:
-    assert wire.job_from_json(later(before("job"))) == wire.job_from_json(before("job"))
+    assert json_format.job_from_json(later(before("job"))) == json_format.job_from_json(
+        before("job")
+    )
     told = replace(JOB, notify=(NotifyDef("sns", "arn:x"),), trace=ABOVE, max_cost_usd=1.0)
-    doc = json.loads(wire.dumps(wire.job_to_json(told)))
-    assert wire.job_from_json(later(doc)) == told
+    doc = json.loads(json_format.dumps(json_format.job_to_json(told)))
+    assert json_format.job_from_json(later(doc)) == told
     found = read_task_message(json.dumps(later(before("message"))))
     assert found == read_task_message((BEFORE / "message.json").read_text())
-    assert wire.outcome_from_json(later(before("outcome"))) == wire.outcome_from_json(
+    assert json_format.outcome_from_json(later(before("outcome"))) == json_format.outcome_from_json(
         before("outcome")
     )
     doc = before("events")
@@ -121,8 +127,8 @@ def test_what_a_later_release_has_added_is_passed_over() -> None:
     doc["d"][0].append("more")
     assert read_events_message(json.dumps(doc)) == known
     word = (BEFORE / "word.json").read_bytes()
-    assert wire.word_from_bytes(json.dumps(later(before("word"))).encode()) == (
-        wire.word_from_bytes(word)
+    assert json_format.word_from_bytes(json.dumps(later(before("word"))).encode()) == (
+        json_format.word_from_bytes(word)
     )
 
 
@@ -150,12 +156,12 @@ def test_what_is_to_be_told_and_what_tasks_print_are_read_as_well() -> None:
 def test_what_one_has_to_know_is_refused(change: dict[str, Any], told: str) -> None:
     data = json.dumps({**before("job"), **change})
     with pytest.raises(TooNew, match=told):
-        wire.job_from_json(wire.loads(data))
+        json_format.job_from_json(json_format.loads(data))
 
 
 def test_a_word_that_is_not_known_allows_nothing() -> None:
     with pytest.raises(BackendError, match="'drain'"):
-        wire.word_from_bytes(b'{"v":1,"control":"drain"}')
+        json_format.word_from_bytes(b'{"v":1,"control":"drain"}')
 
 
 def test_a_workers_message_says_nothing_that_only_a_manager_needs() -> None:
@@ -163,7 +169,7 @@ def test_a_workers_message_says_nothing_that_only_a_manager_needs() -> None:
     job = replace(JOB, notify=(NotifyDef("webhook", secret),), trace=ABOVE, max_cost_usd=1.0)
     body = address(job, BUNDLE, UNSEALED, now_s=1.0).message.body
     assert "s3cret" not in body
-    assert secret in wire.dumps(wire.job_to_json(job)), "the bucket has it"
+    assert secret in json_format.dumps(json_format.job_to_json(job)), "the bucket has it"
 
 
 # --- A worker of the earlier release -------------------------------------------------------------
@@ -194,15 +200,15 @@ class Scene:
         self.runner = Doing()
         self.patience = Patience(rng, limit_s=0.0)
         who = Identity("w-1", "i-1", "default", 2)
-        self.tasks = naming.tasks_queue("default")
+        self.tasks = object_keys.tasks_queue("default")
         self.worker = Worker(
             *(who, self.objects, self.queue, self.clock, self.runner, self.patience),
             WorkerSettings(),
         )
 
     async def prepare(self) -> None:
-        dead = naming.dead_letters("default")
-        for spec in (QueueSpec(naming.EVENTS), QueueSpec(dead)):
+        dead = object_keys.dead_letters("default")
+        for spec in (QueueSpec(object_keys.EVENTS), QueueSpec(dead)):
             await self.queue.ensure(spec)
         await self.queue.ensure(QueueSpec(self.tasks, dead_letters=dead, max_receives=3))
 
@@ -211,9 +217,9 @@ class Scene:
     ) -> str:
         bundle = replace(BUNDLE, job=job.id)
         doc = json.loads(task_message(TaskMessage(bundle, [1, 2])))
-        spec = json.loads(definition.to_bytes(job))
+        spec = json.loads(spec_object.to_bytes(job))
         change(doc, spec)
-        await self.objects.put(naming.spec(job.id), wire.to_bytes(spec))
+        await self.objects.put(object_keys.spec(job.id), json_format.to_bytes(spec))
         body = json.dumps(doc)
         await self.queue.send(self.tasks, [Outgoing(body)])
         return body
@@ -231,7 +237,7 @@ def newer_format(doc: dict[str, Any], spec: dict[str, Any]) -> None:
 
 
 def newer_job(doc: dict[str, Any], spec: dict[str, Any]) -> None:
-    spec["needs"] = wire.PROTOCOL + 1
+    spec["needs"] = json_format.PROTOCOL + 1
 
 
 @pytest.mark.parametrize("change", [newer_format, newer_job])

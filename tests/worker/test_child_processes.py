@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import BackendError, Unreachable
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import BackendError, Unreachable
 from batchlab.worker.runner import Handle
 from tests.support.worker.runner import (
     USER_CODE,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import UsageError
-from batchlab.worker import code
+from batchlab.core.errors import UsageError
+from batchlab.worker import code_cache
 
 
 def a_folder(root: Path) -> Path:
@@ -41,12 +41,12 @@ def a_zip(*names: str, mode: int = stat.S_IFREG | 0o644, content: bytes = b"x") 
 
 
 def test_what_was_packed_is_unpacked_with_its_modes(tmp_path: Path) -> None:
-    data = code.pack(a_folder(tmp_path / "code"))
-    key = code.key(data)
+    data = code_cache.pack(a_folder(tmp_path / "code"))
+    key = code_cache.key(data)
     assert key == f"code/{digest(data)}.zip"
-    assert code.digest_of(key) == digest(data)
+    assert code_cache.digest_of(key) == digest(data)
     target = tmp_path / "deep" / "unpacked"
-    code.unpack(data, digest(data), target)
+    code_cache.unpack(data, digest(data), target)
     found = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     assert found == {"handlers.py", "pkg/__init__.py", "run.sh"}
     assert os.access(target / "run.sh", os.X_OK)
@@ -62,7 +62,7 @@ def test_the_same_code_packs_to_the_same_bytes(tmp_path: Path) -> None:
         (other / skipped / "junk").write_text("junk")
     (other / "myenv").mkdir()
     (other / "myenv" / "pyvenv.cfg").write_text("")
-    assert code.pack(one) == code.pack(other)
+    assert code_cache.pack(one) == code_cache.pack(other)
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "../outside.py", "pkg", "nowhere"])
@@ -71,41 +71,41 @@ def test_a_link_that_leaves_the_folder_is_not_packed(tmp_path: Path, target: str
     (tmp_path / "outside.py").write_text("secret")
     (folder / "link").symlink_to(target)
     with pytest.raises(UsageError, match="link"):
-        code.pack(folder)
+        code_cache.pack(folder)
 
 
 def test_a_link_within_the_folder_is_packed_as_its_content(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "code")
     (folder / "same.py").symlink_to("handlers.py")
-    data = code.pack(folder)
-    code.unpack(data, digest(data), tmp_path / "out")
+    data = code_cache.pack(folder)
+    code_cache.unpack(data, digest(data), tmp_path / "out")
     assert not (tmp_path / "out" / "same.py").is_symlink()
     assert (tmp_path / "out" / "same.py").read_text() == "x = 1\n"
 
 
 def test_what_is_no_file_or_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        code.pack(tmp_path / "missing")
+        code_cache.pack(tmp_path / "missing")
     folder = a_folder(tmp_path / "code")
     os.mkfifo(folder / "pipe")
     with pytest.raises(UsageError, match="neither a file nor a folder"):
-        code.pack(folder)
+        code_cache.pack(folder)
 
 
 @pytest.mark.parametrize("limit", ["MAX_BYTES", "MAX_FILES"])
 def test_too_much_code_is_refused_where_it_is_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(code, limit, 2)
+    monkeypatch.setattr(code_cache, limit, 2)
     with pytest.raises(UsageError, match="the limits are"):
-        code.pack(a_folder(tmp_path / "code"))
+        code_cache.pack(a_folder(tmp_path / "code"))
 
 
 @pytest.mark.parametrize("name", ["/abs", "../up", "a/../../up", "..", "a\\b"])
 def test_a_name_that_leaves_the_folder_is_not_unpacked(tmp_path: Path, name: str) -> None:
     data = a_zip("fine.py", name)
     with pytest.raises(UsageError, match="leaves its folder"):
-        code.unpack(data, digest(data), tmp_path / "deep" / "out")
+        code_cache.unpack(data, digest(data), tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["deep"]
 
 
@@ -113,35 +113,35 @@ def test_a_name_that_leaves_the_folder_is_not_unpacked(tmp_path: Path, name: str
 def test_links_and_devices_are_not_unpacked(tmp_path: Path, kind: int) -> None:
     data = a_zip("evil", mode=kind | 0o777, content=b"/etc/passwd")
     with pytest.raises(UsageError, match="link or a device"):
-        code.unpack(data, digest(data), tmp_path / "out")
+        code_cache.unpack(data, digest(data), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     data = a_zip("a.py")
     with pytest.raises(UsageError, match="does not match"):
-        code.unpack(data + b"!", digest(data), tmp_path / "out")
+        code_cache.unpack(data + b"!", digest(data), tmp_path / "out")
     junk = b"no zip at all"
     with pytest.raises(UsageError, match="cannot be read"):
-        code.unpack(junk, digest(junk), tmp_path / "out")
+        code_cache.unpack(junk, digest(junk), tmp_path / "out")
     twice = a_zip("a.py")
     corrupt = twice.replace(b"a.py", b"b.py", 1)  # the two directories disagree
     with pytest.raises(UsageError, match="cannot be read"):
-        code.unpack(corrupt, digest(corrupt), tmp_path / "out")
+        code_cache.unpack(corrupt, digest(corrupt), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bomb_is_refused_by_what_comes_out_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(code_cache, "MAX_BYTES", 1_000_000)
     data = a_zip("a", "b", content=bytes(600_000))
     assert len(data) < 10_000
     with pytest.raises(UsageError, match="unpacks to more"):
-        code.unpack(data, digest(data), tmp_path / "out")
-    monkeypatch.setattr(code, "MAX_FILES", 1)
+        code_cache.unpack(data, digest(data), tmp_path / "out")
+    monkeypatch.setattr(code_cache, "MAX_FILES", 1)
     with pytest.raises(UsageError, match="holds 2 files"):
-        code.unpack(data, digest(data), tmp_path / "out")
+        code_cache.unpack(data, digest(data), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         data = a_zip("a.py", "a.py")
     with pytest.raises(UsageError, match="twice"):
-        code.unpack(data, digest(data), tmp_path / "out")
+        code_cache.unpack(data, digest(data), tmp_path / "out")
 
 
 def test_many_may_unpack_the_same_code_at_once(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_many_may_unpack_the_same_code_at_once(tmp_path: Path) -> None:
 
     def unpack() -> None:
         start.wait()
-        code.unpack(data, digest(data), tmp_path / "out")
+        code_cache.unpack(data, digest(data), tmp_path / "out")
         found.append(len(list((tmp_path / "out").iterdir())))
 
     threads = [threading.Thread(target=unpack) for _ in range(8)]
@@ -174,13 +174,13 @@ def test_many_may_unpack_the_same_code_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["code/abc.zip", "raw/x", f"code/{'g' * 64}.zip", "code/../x.zip"])
 def test_a_key_that_is_no_code_zips_is_refused(key: str) -> None:
     with pytest.raises(UsageError, match="no key of a code zip"):
-        code.digest_of(key)
+        code_cache.digest_of(key)
 
 
 def test_the_jobs_input_is_not_code(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "code")
-    before = code.pack(folder)
+    before = code_cache.pack(folder)
     big = folder / "data.csv"
     big.write_text("1,2\n")
-    assert code.pack(folder, [big]) == before
-    assert code.pack(folder) != before
+    assert code_cache.pack(folder, [big]) == before
+    assert code_cache.pack(folder) != before

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.model import FailureKind, Json
-from batchlab.protocol import values
+from batchlab.core.model import FailureKind, Json
+from batchlab.core.protocol import values
 from tests.support.worker.runner import (
     Rig,
     alive,

@@ -10,22 +10,27 @@ from typing import cast
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.commit import committed
-from batchlab.jobdef import JobDef, RetryRule, StageDef
-from batchlab.model import Bundle, Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Message, Outgoing, Queue
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
-from batchlab.tracing import NOBODY, Attribute, Span, Subject
-from batchlab.worker.closing import Closing
-from batchlab.worker.deeds import Deeds
-from batchlab.worker.hand import Hand
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.commit import committed
+from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
+from batchlab.core.ports import Message, Outgoing, Queue
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import (
+    Events,
+    TaskMessage,
+    read_events_message,
+    read_task_message,
+)
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker.commit_and_forward import Closing
+from batchlab.worker.inflight_message import Hand
 from batchlab.worker.outbox import Outbox
+from batchlab.worker.worker_counters import Deeds
 
 STAGE = StageName("map")
 STAGES = (StageDef(STAGE, handler="m:f", retry=RetryRule(attempts=2)),)
@@ -50,7 +55,7 @@ class Sent:
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         for one in messages:
-            if queue == naming.EVENTS:
+            if queue == object_keys.EVENTS:
                 self.events.append(read_events_message(one.body))
             else:
                 self.tasks.append(read_task_message(one.body))
@@ -126,7 +131,7 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
         outcome = await committed(rig.objects, BUNDLE, rig.patience, UNSEALED)
         assert outcome
         assert (outcome.succeeded, [one.task for one in outcome.failed]) == (TaskSet.of([0]), [1])
-        assert outcome.log == naming.log(BUNDLE, "w-1-1", UNSEALED)
+        assert outcome.log == object_keys.log(BUNDLE, "w-1-1", UNSEALED)
         assert KEPT in [follow.bundle for follow in outcome.follows]
         pairs = [zip(m.bundle.tasks, m.items or (), strict=True) for m in rig.sent.tasks]
         told = {task: item for pair in pairs for task, item in pair}

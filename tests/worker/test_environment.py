@@ -10,8 +10,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.patience import Patience
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.retry import Patience
 from batchlab.worker import environment
 
 PATIENCE = Patience(random.Random(0), limit_s=0.0)

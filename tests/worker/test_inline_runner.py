@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 import cloudpickle
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import Unreachable
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, FailureKind, JobId, Json, Ran, StageName, TaskSet
-from batchlab.protocol import values
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
-from batchlab.worker import code
-from batchlab.worker.inline_child import InlineChildren
-from batchlab.worker.inline_runner import InlineRunner
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import Unreachable
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, FailureKind, JobId, Json, Ran, StageName, TaskSet
+from batchlab.core.protocol import values
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker import code_cache
+from batchlab.worker.inline_child import InlineChildren, InlineRunner
 from batchlab.worker.runner import Handle, Work
 
 T = TypeVar("T")
@@ -82,9 +81,9 @@ class Sim:
         (folder / "handlers.py").write_text(HANDLERS)
         (folder / "helper.py").write_text(f"def shout(x): return [{name!r}, x]")
         (folder / "helper_of_helper.py").write_text(f"NAME = {name!r}")
-        data = code.pack(folder)
-        await self.objects.put(code.key(data), data)
-        return code.key(data)
+        data = code_cache.pack(folder)
+        await self.objects.put(code_cache.key(data), data)
+        return code_cache.key(data)
 
     def work(
         self,
@@ -281,9 +280,9 @@ def test_a_handler_that_ends_its_process_loops_or_eats_memory_fails_alone(
         folder = tmp_path / "harmful"
         folder.mkdir()
         (folder / "harmful.py").write_text(HARMFUL)
-        data = code.pack(folder)
-        await sim.objects.put(code.key(data), data)
-        step: dict[str, Any] = {"code": code.key(data), "handler": "harmful:run"}
+        data = code_cache.pack(folder)
+        await sim.objects.put(code_cache.key(data), data)
+        step: dict[str, Any] = {"code": code_cache.key(data), "handler": "harmful:run"}
         ran = await sim.run(sim.work(["exit", 1, "loop", "print"], **step, timeout_s=0.5))
         return [*ran, *await sim.run(sim.work(["eat", 2], **step, memory_bytes=300 << 20))]
 
@@ -305,9 +304,9 @@ def test_a_module_that_ends_its_process_fails_every_task(tmp_path: Path) -> None
         folder = tmp_path / "ending"
         folder.mkdir()
         (folder / "ending.py").write_text("import os\nos._exit(3)\n")
-        data = code.pack(folder)
-        await sim.objects.put(code.key(data), data)
-        return await sim.run(sim.work([1, 2], code=code.key(data), handler="ending:run"))
+        data = code_cache.pack(folder)
+        await sim.objects.put(code_cache.key(data), data)
+        return await sim.run(sim.work([1, 2], code=code_cache.key(data), handler="ending:run"))
 
     ran = sim.go(main())
     assert [one.failure.exit_code for one in ran if one.failure] == [3, 3]

@@ -11,31 +11,31 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.errors import Unreachable
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import tails as manager_tails
-from batchlab.manager.live import LiveJob, Ports
+from batchlab.core.errors import Unreachable
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.core.ports import JobRecord, Message, StageRecord
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.live_logs import ASKED_S, Tail, from_bytes, to_bytes
+from batchlab.core.protocol.messages import TaskMessage
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs import live_logs
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import JobRecord, Message, StageRecord
-from batchlab.protocol import naming, wire
-from batchlab.protocol.live_logs import ASKED_S, Tail, from_bytes, to_bytes
-from batchlab.protocol.messages import TaskMessage
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
-from batchlab.worker import logs
-from batchlab.worker.controls import CLOCKS_S, Controls
-from batchlab.worker.hand import Hand
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker import task_log
+from batchlab.worker.inflight_message import Hand
+from batchlab.worker.job_cache import CLOCKS_S, Controls
+from batchlab.worker.live_logs import WORKER_BYTES, Tails
 from batchlab.worker.runner import Peek
-from batchlab.worker.tails import WORKER_BYTES, Tails
 from tests.support.no_fleet import NoFleet
 
 JOB = JobId("talk-0123456789")
 EVERY_S = 5.0
-KEY = naming.tail(JOB, "w-1")
+KEY = object_keys.tail(JOB, "w-1")
 
 
 def _clock() -> SimClock:
@@ -169,16 +169,20 @@ def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
     async def main() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
-        word = wire.Word(Control.RUN)
-        await objects.put(naming.control(JOB), wire.word_to_bytes(word))
+        word = json_format.Word(Control.RUN)
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
         controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert not asked
-        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=1)))
+        await objects.put(
+            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=1))
+        )
         for _ in range(3):
             assert (await controls.look(JOB))[0] is Control.RUN
         assert asked == [JOB]
-        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=2)))
+        await objects.put(
+            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=2))
+        )
         await controls.look(JOB)
         assert asked == [JOB, JOB]
 
@@ -197,20 +201,22 @@ def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(
     async def main() -> None:
         objects, clock = SimObjects(), _clock()
         asked: list[JobId] = []
-        word = wire.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
-        await objects.put(naming.control(JOB), wire.word_to_bytes(word))
+        word = json_format.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
         controls = Controls(objects, clock, 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert asked == [JOB] * is_heard
         # What comes while it looks on is news, whatever the clocks say.
         await asyncio.sleep(0.3)
         again = replace(word, tail=8)
-        await objects.put(naming.control(JOB), wire.word_to_bytes(again))
+        await objects.put(object_keys.control(JOB), json_format.word_to_bytes(again))
         await controls.look(JOB)
         assert asked[is_heard:] == [JOB]
         # And after a pause it may be old again.
         await asyncio.sleep(30.0)
-        await objects.put(naming.control(JOB), wire.word_to_bytes(replace(word, tail=9)))
+        await objects.put(
+            object_keys.control(JOB), json_format.word_to_bytes(replace(word, tail=9))
+        )
         await controls.look(JOB)
         assert len(asked) == 1 + 2 * is_heard - (is_heard and ago_s + 30.0 > ASKED_S + CLOCKS_S)
 
@@ -221,7 +227,7 @@ def test_the_request_of_an_earlier_manager_says_no_time_and_is_heard() -> None:
     async def main() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
-        await objects.put(naming.control(JOB), b'{"v":1,"control":"run","tail":3}')
+        await objects.put(object_keys.control(JOB), b'{"v":1,"control":"run","tail":3}')
         controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert asked == [JOB]
@@ -238,7 +244,7 @@ class Reads(SimObjects):
     gets = 0
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:
-        self.gets += key.startswith(naming.tails(JOB))
+        self.gets += key.startswith(object_keys.tails(JOB))
         return await super().get(key, limit=limit)
 
 
@@ -258,7 +264,7 @@ class Followed:
             SimIds(rng),
             Patience(rng, limit_s=0.0),
         )
-        self.tails = manager_tails.Tails(ports, ManagerSettings())
+        self.tails = live_logs.Tails(ports, ManagerSettings())
         self.live = self.job(JOB)
 
     def job(self, name: JobId) -> LiveJob:
@@ -270,7 +276,7 @@ class Followed:
         bundle = Bundle(live.id, StageName("talk"), TaskSet.of([task]))
         live.expect([(bundle, 0.0)])
         tail = Tail("talk", task, 1, 0, bundle.id, f"{worker}-1", 0, len(text), text)
-        await self.objects.put(naming.tail(live.id, worker), to_bytes([tail]))
+        await self.objects.put(object_keys.tail(live.id, worker), to_bytes([tail]))
 
     def kept(self) -> int:
         jobs = self.tails._jobs.values()
@@ -296,8 +302,8 @@ def test_a_manager_forgets_what_nobody_follows_any_more() -> None:
 def test_what_a_manager_keeps_of_very_many_workers_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manager_tails, "JOB_BYTES", 10_000)
-    monkeypatch.setattr(manager_tails, "ALL_BYTES", 25_000)
+    monkeypatch.setattr(live_logs, "JOB_BYTES", 10_000)
+    monkeypatch.setattr(live_logs, "ALL_BYTES", 25_000)
 
     async def main() -> None:
         scene = Followed()
@@ -322,7 +328,7 @@ def test_what_a_manager_keeps_of_very_many_workers_is_bounded(
 def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(manager_tails, "JOB_BYTES", 1_500)
+    monkeypatch.setattr(live_logs, "JOB_BYTES", 1_500)
 
     async def main() -> None:
         scene = Followed()
@@ -337,14 +343,17 @@ def test_of_bundles_that_have_ended_nothing_is_kept_and_others_get_their_room(
 
 
 def test_a_word_without_a_tail_is_written_as_before() -> None:
-    for word in (wire.Word(Control.RUN), wire.Word(Control.CANCEL, reason="x", round=1)):
-        assert "tail" not in json.loads(wire.word_to_bytes(word))
-        assert wire.word_from_bytes(wire.word_to_bytes(word)) == word
+    for word in (
+        json_format.Word(Control.RUN),
+        json_format.Word(Control.CANCEL, reason="x", round=1),
+    ):
+        assert "tail" not in json.loads(json_format.word_to_bytes(word))
+        assert json_format.word_from_bytes(json_format.word_to_bytes(word)) == word
         more = replace(word, tail=7)
-        assert wire.word_from_bytes(wire.word_to_bytes(more)) == more
+        assert json_format.word_from_bytes(json_format.word_to_bytes(more)) == more
 
 
 def test_text_has_as_many_bytes_as_what_was_printed() -> None:
     for data in (b"plain", "ü☃".encode(), b"\xff\xfe half \xc3", "☃".encode()[1:] + b"x"):
-        assert len(logs.text(data).encode()) == len(data)
-    assert logs.text(b"a\xffb") == "a?b"
+        assert len(task_log.text(data).encode()) == len(data)
+    assert task_log.text(b"a\xffb") == "a?b"

@@ -9,21 +9,21 @@ from typing import cast
 
 import pytest
 
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import Unreachable
-from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Message, Outgoing, Queue
-from batchlab.protocol import settle
-from batchlab.protocol.messages import Beat, Duplicate, Events, read_events_message
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
-from batchlab.worker.beats import Identity
-from batchlab.worker.deeds import Deeds
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.core.ports import Message, Outgoing, Queue
+from batchlab.core.protocol import settlement
+from batchlab.core.protocol.messages import Beat, Duplicate, Events, read_events_message
+from batchlab.core.retry import Patience
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox
 from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.worker_counters import Deeds
 
 JOB, STAGE = JobId("sums-1"), StageName("map")
 
@@ -59,7 +59,7 @@ def duplicate(number: int) -> Duplicate:
 
 def outcome(execution: str) -> Outcome:
     bundle = Bundle(JOB, STAGE, TaskSet.span(0, 1))
-    return settle.sealed(bundle, execution=execution, worker="w-1", now_s=1.0)
+    return settlement.sealed(bundle, execution=execution, worker="w-1", now_s=1.0)
 
 
 def made() -> tuple[Sent, Deeds, Outbox]:

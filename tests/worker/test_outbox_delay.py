@@ -9,18 +9,17 @@ from random import Random
 
 import pytest
 
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.model import Bundle, JobId, Outcome, StageName, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import Message, QueueSpec
-from batchlab.protocol import naming
-from batchlab.protocol.messages import Events, TaskMessage, read_events_message
-from batchlab.sim.clocks import SimClock
-from batchlab.sim.loop import SimLoop
-from batchlab.waits import STEP_BACK_S
-from batchlab.worker.beats import MOMENT_S, Beats, Identity
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.core.ports import Message, QueueSpec
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message
+from batchlab.core.retry import STEP_BACK_S, Patience
+from batchlab.sim.actors import SimClock
+from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.execution import gathering_s
-from batchlab.worker.hand import Hand
+from batchlab.worker.heartbeats import MOMENT_S, Beats, Identity
+from batchlab.worker.inflight_message import Hand
 from batchlab.worker.outbox import LINGER_S, Outbox
 from batchlab.worker.settings import WorkerSettings
 
@@ -55,12 +54,12 @@ class World:
 
     async def heard(self) -> list[Events]:
         found = []
-        while some := await self.queue.receive(naming.EVENTS, wait_s=0.0):
+        while some := await self.queue.receive(object_keys.EVENTS, wait_s=0.0):
             found += [read_events_message(one.body) for one in some]
         return found
 
     async def make(self) -> None:
-        await self.queue.ensure(QueueSpec(naming.EVENTS))
+        await self.queue.ensure(QueueSpec(object_keys.EVENTS))
 
 
 def test_an_event_without_hurry_goes_with_the_next_one() -> None:

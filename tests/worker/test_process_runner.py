@@ -12,8 +12,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from batchlab.model import FailureKind
-from batchlab.protocol import values
+from batchlab.core.model import FailureKind
+from batchlab.core.protocol import values
 from batchlab.worker.runner import Handle
 from tests.support.worker.runner import (
     children_of,

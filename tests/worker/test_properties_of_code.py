@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.errors import UsageError
-from batchlab.worker import code
+from batchlab.core.errors import UsageError
+from batchlab.worker import code_cache
 from tests.support.properties import SLOW
 
 NAME = st.one_of(
@@ -53,13 +53,13 @@ def test_a_code_folder_arrives_whole_or_is_refused(tree: dict[str, bytes]) -> No
         laid = lay(there, tree)
         odd = any("\\" in name or "\udce9" in name for name in laid)
         try:
-            data = code.pack(there)
+            data = code_cache.pack(there)
         except UsageError:
             assert odd
             return
         assert not odd
-        assert data == code.pack(there)
+        assert data == code_cache.pack(there)
         here = Path(place) / "here"
-        code.unpack(data, hashlib.sha256(data).hexdigest(), here)
+        code_cache.unpack(data, hashlib.sha256(data).hexdigest(), here)
         assert found(here) == laid
         assert {path.name for path in Path(place).iterdir()} == {"there", "here"}

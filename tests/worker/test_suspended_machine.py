@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.worker.board import Board
+from batchlab.worker.shared_memory import Board
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")

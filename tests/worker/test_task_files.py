@@ -12,12 +12,12 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from batchlab.adapters.local_objects import FilesInPlace, open_local
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.errors import BackendError, Unreachable
-from batchlab.model import FailureKind, Json
-from batchlab.protocol import values
-from batchlab.worker import materialise
+from batchlab.adapters.local.objects import FilesInPlace, open_local
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.errors import BackendError, Unreachable
+from batchlab.core.model import FailureKind, Json
+from batchlab.core.protocol import values
+from batchlab.worker import materialization
 from batchlab.worker.runner import Handle
 from tests.support.worker.runner import (
     Rig,
@@ -120,12 +120,12 @@ def test_inputs_are_fetched_while_the_task_before_runs(tmp_path: Path) -> None:
 def test_chunks_keep_the_order_and_grow() -> None:
     file = values.file_ref("k", "n", 10)
     items: list[Json] = [1, file, 2, file, file, 3, file, file, file, file, file]
-    cut = list(materialise.chunks(range(11), items))
+    cut = list(materialization.chunks(range(11), items))
     assert [task for chunk in cut for task, _ in chunk] == list(range(11))
     assert [len(chunk) for chunk in cut] == [3, 3, 4, 1]
     huge = [values.part_ref("k", 0, 200 * 2**20, name="n")] * 3
-    assert [len(chunk) for chunk in materialise.chunks(range(3), huge)] == [1, 1, 1]
-    assert [len(chunk) for chunk in materialise.chunks(range(5), [None, 0, "", [], 1])] == [5]
+    assert [len(chunk) for chunk in materialization.chunks(range(3), huge)] == [1, 1, 1]
+    assert [len(chunk) for chunk in materialization.chunks(range(5), [None, 0, "", [], 1])] == [5]
 
 
 @pytest.mark.parametrize("reference", ["$file", "$part", "$value", "short part"])

@@ -1,5 +1,7 @@
 """The ledger on Amazon SimpleDB, behind boto3."""
 
+from __future__ import annotations
+
 from batchlab.adapters.simpledb.ledger import SimpleDbLedger, open_simpledb
 
 __all__ = ["SimpleDbLedger", "open_simpledb"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from batchlab.adapters.simpledb.heads import fresh
-from batchlab.adapters.simpledb.store import Item, Store
-from batchlab.ports import Lease
+from batchlab.adapters.simpledb.domain import Item, Store
+from batchlab.adapters.simpledb.job_items import fresh
+from batchlab.core.ports import Lease
 
 _BLOCK = 1000
 _STAMP = "v"

@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar, overload
 
-from batchlab.adapters import book as books
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.book import Book, Known
-from batchlab.adapters.dumps import dumped
-from batchlab.adapters.simpledb.heads import Head, Heads, heads_of
+from batchlab.adapters import ledger_projection
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.ledger_dump import dumped
+from batchlab.adapters.ledger_projection import Book, Known
+from batchlab.adapters.simpledb.bundle_items import Rows
+from batchlab.adapters.simpledb.domain import Store
+from batchlab.adapters.simpledb.job_items import Head, Heads, heads_of
 from batchlab.adapters.simpledb.leases import Leases, Numbers
-from batchlab.adapters.simpledb.rows import Rows
-from batchlab.adapters.simpledb.store import Store
 from batchlab.adapters.threads import Threads
-from batchlab.errors import NotFound, Throttled
-from batchlab.model import Completion, JobId, Json, StageName
-from batchlab.ports import (
+from batchlab.core.errors import NotFound, Throttled
+from batchlab.core.model import Completion, JobId, Json, StageName
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     BundleRecord,
@@ -97,7 +97,7 @@ class SimpleDbLedger:
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return Written(other.rows(), is_new=False)
-            book, rows = books.begin(job, change.state, change.cut)
+            book, rows = ledger_projection.begin(job, change.state, change.cut)
             if self._heads.install(job.id, head, book, rows):
                 return Written(book.rows(), is_new=True)
         raise _busy(job.id)
@@ -108,7 +108,7 @@ class SimpleDbLedger:
             head = self._head(job)
             book = _copy(_book_of(head))
             book.at += 1
-            rows = books.apply(book, change, {})
+            rows = ledger_projection.apply(book, change, {})
             if rows is None:
                 return Written(_rows_of(head), is_new=False)
             if isinstance(change, AddCut) and rows:
@@ -116,7 +116,7 @@ class SimpleDbLedger:
                 book = _copy(_book_of(head))
                 book.at += 1
                 known = self._rows.known(head.gen, [row.key for row in rows])
-                rows = books.apply(book, change, known) or []
+                rows = ledger_projection.apply(book, change, known) or []
             if self._heads.commit(head, book, rows):
                 return Written(book.rows(), is_new=True)
         raise _busy(job)
@@ -186,7 +186,7 @@ class SimpleDbLedger:
         mine: Sequence[tuple[int, Completion, Mapping[StageName, int]]],
     ) -> tuple[list[bool], JobRows] | None:
         """Which were new, and the job's rows; None where somebody has folded later seqs."""
-        keys = books.touched(c for _, c, _ in mine)
+        keys = ledger_projection.touched(c for _, c, _ in mine)
         doubtful: list[bool] | None = None
         for _ in _tries():
             if doubtful and self._has(head, [seq for seq, _, _ in mine]):
@@ -197,7 +197,7 @@ class SimpleDbLedger:
             book.at += 1
             before = book.state
             known: Known = self._rows.known(head.gen, keys)
-            new, rows = books.fold(book, mine, known)
+            new, rows = ledger_projection.fold(book, mine, known)
             if not any(new) and book.state is before:
                 return new, _book_of(head).rows()
             is_done = self._heads.commit(head, book, rows)
@@ -277,7 +277,7 @@ class SimpleDbLedger:
         count = sum(len(one.completions) for one in past.rounds)
         newest = head.book.last_seq if head and head.book else -1
         first = self._numbers.take(count, above=newest)
-        book, rows = books.relive(past, first)
+        book, rows = ledger_projection.relive(past, first)
         return self._heads.install(job.id, head, book, rows)
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:

@@ -1,5 +1,7 @@
 """The ledger as SQL: SQLite, PostgreSQL."""
 
+from __future__ import annotations
+
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory, open_postgres, open_sqlite
 from batchlab.adapters.sql.logins import IamLogins, Login, Logins, SecretLogins
 

@@ -16,11 +16,10 @@ from typing import Any
 from sqlalchemy import Connection, Select, bindparam, case, or_, select, update
 
 from batchlab.adapters.sql.job_rows import US, set_running
-from batchlab.adapters.sql.tables import bundles, stages
-from batchlab.adapters.sql.upserts import BundleRow, Upserts
-from batchlab.model import Bundle, Completion, JobId, StageName
-from batchlab.ports import BundleRecord, Folded
-from batchlab.protocol import wire
+from batchlab.adapters.sql.tables import BundleRow, Upserts, bundles, stages
+from batchlab.core.model import Bundle, Completion, JobId, StageName
+from batchlab.core.ports import BundleRecord, Folded
+from batchlab.core.protocol import json_format
 
 _first, _last = stages.c.first_start_s, stages.c.last_end_s
 _grow = (
@@ -90,7 +89,7 @@ class _Growth:
 def plan(connection: Connection, upserts: Upserts, planned: Iterable[Bundle]) -> None:
     """Insert these as planned; one that is there stays as it is."""
     rows: list[BundleRow] = [
-        (one.job, one.stage, one.id, None, 0, wire.dumps(wire.bundle_to_json(one)))
+        (one.job, one.stage, one.id, None, 0, json_format.dumps(json_format.bundle_to_json(one)))
         for one in planned
     ]
     if rows:
@@ -132,7 +131,7 @@ def _complete(
     for i, c in enumerate(completions):
         key = c.bundle.job, c.bundle.stage, c.bundle.id
         if numbers.setdefault(key, i) == i:
-            body = wire.dumps(wire.completion_to_json(c))
+            body = json_format.dumps(json_format.completion_to_json(c))
             rows.append((*key, first_seq + i, len(c.failed), body))
     new = [False] * len(completions)
     for job, stage, name in upserts.complete(connection, rows):
@@ -166,6 +165,6 @@ def records(connection: Connection, query: Select[int | None, str]) -> list[Bund
 def _record(seq: int | None, body: str) -> BundleRecord:
     doc = json.loads(body)
     if seq is None:
-        return BundleRecord(wire.bundle_from_json(doc))
-    completion = wire.completion_from_json(doc)
+        return BundleRecord(json_format.bundle_from_json(doc))
+    completion = json_format.completion_from_json(doc)
     return BundleRecord(completion.bundle, completion, seq)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
 
-from batchlab.adapters.sqlite_wal import make_private
+from batchlab.adapters.local.sqlite_wal import make_private
 
 _BUSY_S = 10.0
 _AGAIN_S = 0.01

@@ -23,11 +23,10 @@ from sqlalchemy import (
     update,
 )
 
-from batchlab.adapters.sql.tables import bundles, jobs, stages
-from batchlab.adapters.sql.upserts import Upserts
-from batchlab.errors import NotFound
-from batchlab.jobdef import JobDef
-from batchlab.model import (
+from batchlab.adapters.sql.tables import Upserts, bundles, jobs, stages
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import (
     ENDED,
     Control,
     JobId,
@@ -37,13 +36,13 @@ from batchlab.model import (
     TaskSet,
     may_move,
 )
-from batchlab.ports import Cut, Ending, JobRecord, JobRows, Reopening, StageRecord, Written
-from batchlab.protocol import wire
+from batchlab.core.ports import Cut, Ending, JobRecord, JobRows, Reopening, StageRecord, Written
+from batchlab.core.protocol import json_format
 
 US = 1_000_000
 """Microseconds in a second."""
 
-_NO_TASKS = wire.dumps(wire.tasks_to_json(TaskSet()))
+_NO_TASKS = json_format.dumps(json_format.tasks_to_json(TaskSet()))
 
 _job = select(jobs).where(jobs.c.id == bindparam("job"))
 _newest = (
@@ -98,7 +97,7 @@ def add_job(
         "id": job.id,
         "token": job.token or None,
         "submitted_s": job.submitted_s,
-        "spec": wire.dumps(wire.job_to_json(job)),
+        "spec": json_format.dumps(json_format.job_to_json(job)),
         "state": state.value,
         "reason": "",
         "control": Control.RUN.value,
@@ -125,7 +124,7 @@ def add_job(
                 "run_us": 0,
                 "plan_round": record.plan_round,
                 "cut_seq": record.cut_seq,
-                "uncut": wire.dumps(wire.tasks_to_json(record.left)),
+                "uncut": json_format.dumps(json_format.tasks_to_json(record.left)),
             }
             for position, (name, record) in enumerate(records.items())
         ],
@@ -282,7 +281,7 @@ def take_cut(connection: Connection, cut: Cut) -> bool:
         "b_stage": cut.stage,
         "plan_round": cut.round,
         "cut_seq": cut.seq,
-        "uncut": wire.dumps(wire.tasks_to_json(cut.left)),
+        "uncut": json_format.dumps(json_format.tasks_to_json(cut.left)),
         "planned": row["planned"] if cut.planned is None else cut.planned,
     }
     connection.execute(_take_cut, values)
@@ -321,7 +320,7 @@ def _job_record(row: RowMapping) -> JobRecord:
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
     """Read again and again along with counters, while a job's definition never changes."""
-    return wire.job_from_json(wire.loads(spec))
+    return json_format.job_from_json(json_format.loads(spec))
 
 
 def _stage_record(row: RowMapping) -> StageRecord:
@@ -336,7 +335,7 @@ def _stage_record(row: RowMapping) -> StageRecord:
         row["first_start_s"],
         row["last_end_s"],
     )
-    left = wire.tasks_from_json(json.loads(row["uncut"]))
+    left = json_format.tasks_from_json(json.loads(row["uncut"]))
     return StageRecord(counts, row["plan_round"], row["cut_seq"], left)
 
 

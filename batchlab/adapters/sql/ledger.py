@@ -15,20 +15,17 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Table, bindparam, select, update
 
-from batchlab.adapters.sql import bundle_rows, job_rows, migrate, past_rows
-from batchlab.adapters.sql.engines import (
-    sqlite_engine,
-    transaction,
-)
+from batchlab.adapters.local.sqlite_wal import WalFlush
+from batchlab.adapters.sql import bundle_rows, job_rows, migrate
+from batchlab.adapters.sql import restore as past_rows
+from batchlab.adapters.sql.db_errors import translated
+from batchlab.adapters.sql.engines import sqlite_engine, transaction
 from batchlab.adapters.sql.logins import Logins
-from batchlab.adapters.sql.tables import bundles, jobs, leases, stages
-from batchlab.adapters.sql.troubles import translated
-from batchlab.adapters.sql.upserts import NOBODY, Upserts
-from batchlab.adapters.sqlite_wal import WalFlush
+from batchlab.adapters.sql.tables import NOBODY, Upserts, bundles, jobs, leases, stages
 from batchlab.adapters.threads import Inline, OneThread, Run, Threads
-from batchlab.durability import Sync
-from batchlab.model import JobId, Json, StageName
-from batchlab.ports import (
+from batchlab.core.atomic_write import Sync
+from batchlab.core.model import JobId, Json, StageName
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     BundleRecord,

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchlab.errors import BackendError
+from batchlab.core.errors import BackendError
 
 if TYPE_CHECKING:
-    from batchlab.adapters.aws import Endpoint
+    from batchlab.adapters.aws.endpoint import Endpoint
 
 
 _here = threading.local()
@@ -90,7 +90,7 @@ class SecretLogins:
             return self._found
 
     def _fetch(self) -> Login:
-        from batchlab.adapters.aws import client, translated
+        from batchlab.adapters.aws.endpoint import client, translated
 
         manager = client(self._endpoint, "secretsmanager", connections=1)
         try:
@@ -131,7 +131,7 @@ class IamLogins:
         return f"IAM for the user {self._user}"
 
     def login(self, *, refused: Login | None = None) -> Login:  # noqa: ARG002
-        from batchlab.adapters.aws import client, translated
+        from batchlab.adapters.aws.endpoint import client, translated
 
         with self._lock, translated("A token for the database"):
             if self._rds is None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, insert, inspect, select
 from sqlalchemy.schema import CreateSchema
 
+from batchlab.adapters.sql.db_errors import instead, name_of
 from batchlab.adapters.sql.engines import SCHEMA, transaction
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
-from batchlab.adapters.sql.troubles import instead, name_of
-from batchlab.errors import BackendError
+from batchlab.core.errors import BackendError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 

@@ -19,11 +19,11 @@ import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 
+from batchlab.adapters.sql.db_errors import is_refusal, name_of, plain
 from batchlab.adapters.sql.engines import BEGIN, SCHEMA
 from batchlab.adapters.sql.logins import Login, Logins
-from batchlab.adapters.sql.troubles import is_refusal, name_of, plain
 from batchlab.adapters.threads import Threads
-from batchlab.errors import BackendError, Unreachable, UsageError
+from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
 """So long the lock is waited for."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from batchlab.core.model import LifecycleState, Pool
 from batchlab.fleet import placement
-from batchlab.fleet.api import (
+from batchlab.fleet.activity_record import stamp
+from batchlab.fleet.api_types import (
     ActivityDetails,
     GroupConfig,
     GroupDetails,
@@ -16,21 +18,18 @@ from batchlab.fleet.api import (
     Process,
     Tag,
 )
-from batchlab.fleet.asg import Asg
-from batchlab.fleet.decisions import clamp
-from batchlab.fleet.details import activity_details, instance_details
-from batchlab.fleet.faults import (
+from batchlab.fleet.errors import (
     AlreadyExists,
     ResourceInUse,
     ScalingActivityInProgress,
     ValidationError,
 )
-from batchlab.fleet.limits import set_limits
-from batchlab.fleet.record import stamp
-from batchlab.fleet.requests import checks
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import ENDING, WARM, Group, activity_details, instance_details
+from batchlab.fleet.requests import base
 from batchlab.fleet.requests.base import Requests
-from batchlab.fleet.state import ENDING, WARM, Group
-from batchlab.model import LifecycleState, Pool
+from batchlab.fleet.scheduled_actions import set_limits
+from batchlab.fleet.termination import clamp
 
 _LAUNCHED_FROM = ("launch_template", "mixed_instances_policy", "launch_configuration_name")
 _NEVER = {"launch_template": None, "mixed_instances_policy": None, "launch_configuration_name": ""}
@@ -56,9 +55,9 @@ class GroupRequests(Requests):
             )
         config = self._checked(config)
         desired = config.min_size if desired_capacity is None else desired_capacity
-        checks.desired(config, desired)
+        base.desired(config, desired)
         for hook in lifecycle_hooks:
-            checks.hook(hook)
+            base.hook(hook)
         asg = Asg(config, self._changes.now_s())
         asg.tags = {tag.key: tag for tag in tags}
         asg.hooks = {hook.lifecycle_hook_name: hook for hook in lifecycle_hooks}
@@ -78,7 +77,7 @@ class GroupRequests(Requests):
         config = self._checked(replace(asg.config, **{**cleared, **changes}))
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
-        checks.desired(config, desired)
+        base.desired(config, desired)
         asg.config = config
         group.calm()
         set_limits(
@@ -88,7 +87,7 @@ class GroupRequests(Requests):
         self._save()
 
     def _checked(self, config: GroupConfig) -> GroupConfig:
-        config = checks.group(config, self._facts.zones, self._shortest_lifetime_s)
+        config = base.group(config, self._facts.zones, self._shortest_lifetime_s)
         placement.check(config, self._facts)
         return config
 
@@ -213,7 +212,7 @@ class GroupRequests(Requests):
         """All processes where none is named."""
         _, asg = self._changeable(name)
         at = self._changes.now_s()
-        for process in checks.processes(processes):
+        for process in base.processes(processes):
             reason = f"User suspended at {stamp(at)}"
             asg.suspended.setdefault(process, reason)
         self._changes.unsaved = True
@@ -222,7 +221,7 @@ class GroupRequests(Requests):
     def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
         """All processes where none is named."""
         group, asg = self._changeable(name)
-        chosen = checks.processes(processes)
+        chosen = base.processes(processes)
         asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}
         if Process.LAUNCH in chosen:
             group.calm()

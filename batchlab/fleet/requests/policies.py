@@ -1,18 +1,26 @@
-"""Scaling policies: put, describe, delete, execute; the metric of target tracking."""
+"""Scaling policies: put, describe, delete, execute; the metric of target tracking.
+
+Scheduled actions.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from uuid import NAMESPACE_URL, uuid5
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from batchlab.fleet import scaling
-from batchlab.fleet.api import ScalingPolicy
-from batchlab.fleet.asg import Alarm, Asg
-from batchlab.fleet.faults import LimitExceeded, ValidationError
-from batchlab.fleet.requests import checks
+from batchlab.core.schedules import due_times
+from batchlab.fleet import scaling_policies, scheduled_actions
+from batchlab.fleet.api_types import ScalingPolicy, ScheduledAction
+from batchlab.fleet.errors import AlreadyExists, LimitExceeded, ValidationError
+from batchlab.fleet.group_features import Alarm, Asg
+from batchlab.fleet.group_state import Group
+from batchlab.fleet.requests import base as checks
 from batchlab.fleet.requests.base import Requests
-from batchlab.fleet.state import Group
 
 MOST_POLICIES = 50
 SIMPLE, STEP, TRACKING = "SimpleScaling", "StepScaling", "TargetTrackingScaling"
@@ -102,14 +110,14 @@ class PolicyRequests(Requests):
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
         """Out from what has warmed up, so that two breaches in a row of the same size add once; in
         only where nothing warms up."""
-        step = scaling.step_for(policy, breach)
+        step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
         now_s = self._changes.steady.now_s()
-        warm_after_s = scaling.warmup_s(asg.config, policy)
-        base = scaling.warm_capacity(group, warm_after_s, now_s)
-        warming = scaling.is_warming(group, warm_after_s, now_s)
-        wanted = scaling.adjusted(
+        warm_after_s = scaling_policies.warmup_s(asg.config, policy)
+        base = scaling_policies.warm_capacity(group, warm_after_s, now_s)
+        warming = scaling_policies.is_warming(group, warm_after_s, now_s)
+        wanted = scaling_policies.adjusted(
             group, policy, step.scaling_adjustment, base if warming else group.desired
         )
         shrinks = step.scaling_adjustment < 0 or wanted < group.desired
@@ -125,7 +133,7 @@ class PolicyRequests(Requests):
         *,
         cooldown: int | None = None,
     ) -> None:
-        wanted = scaling.adjusted(group, policy, adjustment, base)
+        wanted = scaling_policies.adjusted(group, policy, adjustment, base)
         cause = f"a user request executed policy {policy.policy_name}"
         self._changes.want(group, wanted, cause, cooldown=cooldown)
 
@@ -156,3 +164,94 @@ def _check(policy: ScalingPolicy) -> None:
         raise ValidationError("ScalingAdjustment is needed for a policy of type SimpleScaling.")
     if policy.policy_type == STEP and not policy.step_adjustments:
         raise ValidationError("StepAdjustments are needed for a policy of type StepScaling.")
+
+
+MOST_ACTIONS = 125
+# What cron itself has, and AWS tells of; cronsim reads more, such as the last day of a month.
+_TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
+_FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
+
+
+class ScheduleRequests(Requests):
+    """As AWS's API reference says, under the same names. Times are seconds of the epoch."""
+
+    def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
+        """Create or replace; AWS allows no two of a group at the same time."""
+        name, this = action.auto_scaling_group_name, action.scheduled_action_name
+        _, asg = self._changeable(name)
+        self._check(asg, action)
+        due_s = scheduled_actions.first_s(action, self._changes.now_s())
+        if due_s is None:
+            raise ValidationError("The recurrence does not occur before the end time.")
+        if any(at_s == due_s for other, at_s in asg.due_s.items() if other != this):
+            raise AlreadyExists("There is already a scheduled action at this time.")
+        arn = self._arn("scheduledUpdateGroupAction", name, f":scheduledActionName/{this}")
+        asg.scheduled[this] = replace(action, scheduled_action_arn=arn)
+        asg.due_s[this] = due_s
+        self._changes.unsaved = True
+        self._save()
+
+    def _check(self, asg: Asg, action: ScheduledAction) -> None:
+        now_s = self._changes.now_s()
+        sizes = (action.min_size, action.max_size, action.desired_capacity)
+        if all(size is None for size in sizes):
+            raise ValidationError(
+                "At least one of MinSize, MaxSize and DesiredCapacity must be provided."
+            )
+        if any(size is not None and size < 0 for size in sizes):
+            raise ValidationError("Sizes must not be negative.")
+        if action.start_time is None and not action.recurrence:
+            raise ValidationError("Either StartTime or Recurrence must be provided.")
+        if action.start_time is not None and action.start_time < now_s:
+            raise ValidationError("Given start time is in the past")
+        if action.end_time is not None and action.end_time < max(now_s, action.start_time or 0):
+            raise ValidationError("Given end time is in the past or before the start time")
+        try:
+            if action.recurrence:
+                _check_recurrence(action.recurrence, now_s)
+            ZoneInfo(action.time_zone or "UTC")
+        except ZoneInfoNotFoundError as error:
+            raise ValidationError(f"Invalid time zone: {action.time_zone}") from error
+        except ValueError as error:
+            raise ValidationError(f"Given recurrence string:{error} is invalid") from error
+        known = action.scheduled_action_name in asg.scheduled
+        if not known and len(asg.scheduled) >= MOST_ACTIONS:
+            raise LimitExceeded(f"A group may have {MOST_ACTIONS} scheduled actions.")
+
+    def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
+        """ValidationError where there is none."""
+        _, asg = self._changeable(name)
+        if scheduled_action_name not in asg.scheduled:
+            raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
+        scheduled_actions.forget(asg, scheduled_action_name)
+        self._changes.unsaved = True
+        self._save()
+
+    def describe_scheduled_actions(
+        self,
+        name: str | None = None,
+        *,
+        scheduled_action_names: Sequence[str] = (),
+        start_time: float | None = None,
+        end_time: float | None = None,
+    ) -> Sequence[ScheduledAction]:
+        """Those that have not run for the last time, by when they run next; `start_time` of a
+        recurring one is its next run, as AWS shows it. The two times bound that and are not heard
+        where names are given."""
+        groups = [self._named(name)[0]] if name else list(self._groups.values())
+        found = []
+        for asg in (group.asg for group in groups if group.asg is not None):
+            for this, due_s in asg.due_s.items():
+                within = (start_time or 0.0) <= due_s <= (due_s if end_time is None else end_time)
+                if this in scheduled_action_names if scheduled_action_names else within:
+                    found.append((due_s, this, replace(asg.scheduled[this], start_time=due_s)))
+        return [action for _, _, action in sorted(found, key=lambda one: one[:2])]
+
+
+def _check_recurrence(expression: str, now_s: float) -> None:
+    """ValueError where it is no cron expression."""
+    for field in expression.split():
+        if not _FIELD.fullmatch(field):
+            raise ValueError(f"{field!r} is no field of cron")
+    with suppress(due_times.NeverDue):
+        due_times.local_times(expression, datetime.fromtimestamp(now_s, UTC))

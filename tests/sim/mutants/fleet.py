@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 
 from batchlab.adapters.sql import bundle_rows
-from batchlab.adapters.sql.upserts import Upserts
-from batchlab.fleet import decisions
-from batchlab.manager import autoscaler
-from batchlab.manager.autoscaler import Autoscaler, Backlog
-from batchlab.model import Completion, GroupView, Pool
+from batchlab.adapters.sql.tables import Upserts
+from batchlab.core.model import Completion, GroupView, Pool
+from batchlab.fleet import termination
+from batchlab.manager.scaling import autoscaler
+from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog
 from tests.sim.mutants.kit import Plant, planted
 
 # --- Events and counters -------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def desired_without_a_maximum(plant: Plant) -> None:
         needed = backlog.seconds / (drain_target_s * view.pool.slots)
         return max(view.pool.min_size, round(needed)), why
 
-    @plant.everywhere(decisions.clamp)
+    @plant.everywhere(termination.clamp)
     def clamp(pool: Pool, desired: int) -> int:
         return desired
 

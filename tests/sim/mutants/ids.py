@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from batchlab.jobdef import JobDef
-from batchlab.model import (
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import (
     Bundle,
     BundleId,
     Completion,
@@ -19,9 +19,9 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.protocol import settle
-from batchlab.worker.closing import Closing
-from batchlab.worker.hand import Hand
+from batchlab.core.protocol import settlement
+from batchlab.worker.commit_and_forward import Closing
+from batchlab.worker.inflight_message import Hand
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -88,7 +88,7 @@ def split_off_task_run_as_well(plant: Plant) -> None:
     """The bundle that is split off begins with the task that ended last, so that no task is left
     out. That task ends twice (I1, I2)."""
     plant.unchecked_parts()
-    original = settle._split
+    original = settlement._split
 
     @plant.everywhere(original)
     def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
@@ -103,7 +103,7 @@ def rest_of_a_bundle_forgotten(plant: Plant) -> None:
     the rest. The remaining tasks never end (I7)."""
     plant.unchecked_parts()
 
-    @plant.everywhere(settle._split)
+    @plant.everywhere(settlement._split)
     def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
         return []
 
@@ -113,7 +113,7 @@ def chain_hands_on_failed_tasks(plant: Plant) -> None:
     """The bundle of the next stage contains all tasks of this one. The failed tasks are counted as
     cancelled there, and run as well (I2)."""
     plant.unchecked_parts()
-    original = settle.chain
+    original = settlement.chain
 
     @plant.everywhere(original)
     def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
@@ -125,7 +125,7 @@ def casualties_not_counted(plant: Plant) -> None:
     """Only tasks that ran are counted. If a task failed, the next stage waits for its result for
     ever (I7)."""
 
-    @plant.everywhere(settle.casualties)
+    @plant.everywhere(settlement.casualties)
     def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
         return {}
 
@@ -135,7 +135,7 @@ def failure_final_and_retried(plant: Plant) -> None:
     """A failed attempt is counted as the task's end although a retry follows. The task ends
     twice (I1, I2)."""
     plant.unchecked_parts()
-    original = settle.completion
+    original = settlement.completion
 
     @plant.everywhere(original)
     def completion(outcome: Outcome) -> Completion:

@@ -20,11 +20,11 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-from batchlab.model import Bundle, Follow, TaskSet
-from batchlab.protocol import wire
+from batchlab.core.model import Bundle, Follow, TaskSet
+from batchlab.core.protocol import json_format
 from batchlab.sim import fuzz, trial
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import Failure
-from batchlab.sim.loop import SimLoop
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,7 +98,7 @@ class Plant:
         Otherwise the reader refuses the mutant's outcomes, which proves nothing about the promises.
         """
 
-        @self.everywhere(wire.check_parts)
+        @self.everywhere(json_format.check_parts)
         def check_parts(
             bundle: Bundle,
             succeeded: TaskSet,

@@ -9,13 +9,13 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 
-from batchlab.manager.adoption import Adoption
-from batchlab.manager.cutting import Cutter
+from batchlab.core.ports import Depth, Written
+from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.bundling import Cutter
 from batchlab.manager.lease import Leadership
-from batchlab.manager.live import LiveJob
-from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.silence import Silence
-from batchlab.ports import Depth, Written
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.scaling.unresponsive_workers import Silence
+from batchlab.manager.state import LiveJob
 from tests.sim.mutants.kit import Plant, planted
 
 

@@ -9,23 +9,31 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from batchlab.commit import read_outcome
-from batchlab.errors import Malformed, NotFound, TooNew
-from batchlab.jobdef import JobDef
-from batchlab.manager import admission
-from batchlab.manager.collector import Collector
-from batchlab.manager.evidence import Evidence
-from batchlab.manager.instances import Instances
-from batchlab.manager.registry import Registry
-from batchlab.manager.trust import Trust
-from batchlab.model import BundleId, Completion, JobId, Json, Outcome, StageName
-from batchlab.patience import Patience
-from batchlab.ports import Objects
-from batchlab.protocol import checked, messages, naming, sealing, settle, values, wire
-from batchlab.protocol.messages import Beat, Events, Held
-from batchlab.protocol.references import Own
-from batchlab.protocol.sealing import CommitKey
-from batchlab.worker.jobs import Jobs
+from batchlab.core.commit import read_outcome
+from batchlab.core.errors import Malformed, NotFound, TooNew
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import BundleId, Completion, JobId, Json, Outcome, StageName
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import (
+    field_checks,
+    json_format,
+    messages,
+    object_keys,
+    seals,
+    settlement,
+    values,
+)
+from batchlab.core.protocol.messages import Beat, Events, Held
+from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.retry import Patience
+from batchlab.manager.events.collector import Collector
+from batchlab.manager.events.trust import Trust
+from batchlab.manager.jobs import admission
+from batchlab.manager.scaling.instances import Instances
+from batchlab.manager.scaling.work_evidence import Evidence
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.worker.job_cache import Jobs
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -69,7 +77,7 @@ def keys_of_events_unchecked(plant: Plant) -> None:
             outcome = await read_outcome(self._ports.objects, name, self._ports.patience)
         except (Malformed, NotFound, TooNew):
             return []
-        return [settle.completion(outcome)]
+        return [settlement.completion(outcome)]
 
 
 @planted("I8", weather="lies")
@@ -87,9 +95,9 @@ def outcome_names_unsealed(plant: Plant) -> None:
     """The name of an outcome depends only on its bundle. Any worker can write an outcome before the
     right worker commits it (I1)."""
 
-    @plant.everywhere(naming.outcome_of)
+    @plant.everywhere(object_keys.outcome_of)
     def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
-        return f"{naming.outcomes(job, stage)}{naming._spread(bundle)}/{bundle}.json"
+        return f"{object_keys.outcomes(job, stage)}{object_keys._spread(bundle)}/{bundle}.json"
 
 
 @planted("I8", weather="lies")
@@ -97,7 +105,7 @@ def job_names_unchecked(plant: Plant) -> None:
     """A job in an event may have any name. A worker can name a job whose definition would be below
     the markers of another job, where the worker may write it (I8)."""
 
-    @plant.everywhere(checked.name)
+    @plant.everywhere(field_checks.name)
     def name(value: Any) -> str:
         return str(value)
 
@@ -113,7 +121,7 @@ def outcomes_read_whole(plant: Plant) -> None:
 
     @plant.everywhere(read_outcome)
     async def read_whole(objects: Objects, name: str, patience: Patience) -> Outcome:
-        return wire.outcome_from_bytes(await patience(lambda: objects.get(name)), name)
+        return json_format.outcome_from_bytes(await patience(lambda: objects.get(name)), name)
 
 
 @planted("AttributeError", "ExceptionGroup", "KeyError", "TypeError", "ValueError", weather="lies")
@@ -135,7 +143,7 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
     def _known(self: Jobs, job: JobId, key: CommitKey) -> JobDef | None:
         return self._jobs.get(job)
 
-    @plant.everywhere(sealing.opens)
+    @plant.everywhere(seals.opens)
     def opens(key: CommitKey, job: JobDef) -> bool:
         return True
 

@@ -9,20 +9,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from batchlab.commit import commit
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager import rebuild, retries
-from batchlab.manager.adoption import Adoption
-from batchlab.manager.conductor import Conductor
-from batchlab.manager.folding import NOTHING, Folder, Traces, Whole
-from batchlab.manager.live import LiveJob, Outstanding, Ports
-from batchlab.manager.plans import PartWriter
-from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.retries import RetryPlanner
-from batchlab.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
-from batchlab.protocol import naming, settle, wire
-from batchlab.worker.inputs import Manifest
+from batchlab.core.commit import commit
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
+from batchlab.core.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.bundle_inputs import Manifest
+from batchlab.manager.events.folding import NOTHING, Folder, Traces, Whole
+from batchlab.manager.jobs import retries
+from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.jobs.retries import RetryPlanner
+from batchlab.manager.jobs.stage_plans import PartWriter
+from batchlab.manager.repair import rebuild
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.state import LiveJob, Outstanding, Ports
 from tests.sim.mutants.kit import Plant, planted
 
 # --- Planning and cutting ------------------------------------------------------------------------
@@ -69,14 +70,14 @@ def plan_without_conditional_put(plant: Plant) -> None:
         await self._flush()
         parts = tuple(self._parts)
         made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
-        key = naming.manifest(self._job, self._stage, self._round)
+        key = object_keys.manifest(self._job, self._stage, self._round)
         await self._patience(lambda: self._objects.put(key, made.to_bytes()))
         return made
 
     @plant.method(Conductor, "_put_cut")
     async def _put_cut(self: Conductor, cut: Cut) -> Cut:
-        key = naming.cut(cut.job, cut.stage, cut.round, cut.seq)
-        data = wire.to_bytes(wire.cut_to_json(cut))
+        key = object_keys.cut(cut.job, cut.stage, cut.round, cut.seq)
+        data = json_format.to_bytes(json_format.cut_to_json(cut))
         await self._ports.patience(lambda: self._ports.objects.put(key, data))
         return cut
 
@@ -132,7 +133,7 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
     continue to start tasks (I4)."""
 
     @plant.method(Conductor, "forbid")
-    async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
+    async def forbid(self: Conductor, live: LiveJob, word: json_format.Word) -> None:
         await self._ports.ledger.apply(SetControl(live.id, Control.CANCEL, live.round))
         live.record = replace(live.record, control=Control.CANCEL)
 
@@ -144,7 +145,7 @@ def cancel_acknowledged_at_once(plant: Plant) -> None:
     original = Conductor.forbid
 
     @plant.method(Conductor, "forbid")
-    async def forbid(self: Conductor, live: LiveJob, word: wire.Word) -> None:
+    async def forbid(self: Conductor, live: LiveJob, word: json_format.Word) -> None:
         settings, self._settings = self._settings, replace(self._settings, control_lease_s=0.0)
         try:
             await original(self, live, word)
@@ -162,10 +163,10 @@ def seal_that_believes_itself(plant: Plant) -> None:
         await self._folder.refresh(live)
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
-            draft = settle.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
+            draft = settlement.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
             key = await self._ports.keys.of(live.job)
             await commit(self._ports.objects, draft, self._ports.patience, key)
-            await self._folder.fold([settle.completion(draft)])
+            await self._folder.fold([settlement.completion(draft)])
         return {
             name: (record.counts.planned or 0) - record.counts.terminal
             for name, record in live.stages.items()
@@ -229,7 +230,7 @@ def reconciler_that_gives_up(plant: Plant) -> None:
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
         now_s = self._ports.clock.now_s()
         for one in silent:
-            draft = settle.poisoned(
+            draft = settlement.poisoned(
                 one.bundle, "not heard of", execution="lost", worker="manager", now_s=now_s
             )
             key = await self._ports.keys.of(live.job)

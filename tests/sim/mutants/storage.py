@@ -5,14 +5,14 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
-from batchlab.manager import rebuild as rebuilding
-from batchlab.manager.adoption import Adoption
-from batchlab.manager.live import LiveJob, Ports, all_jobs
-from batchlab.manager.quarantine import UnreadableObject
-from batchlab.manager.rebuild import Rebuilt, restore
-from batchlab.manager.reconciler import Reconciler
-from batchlab.manager.retries import cuts_of_round
-from batchlab.ports import Cut, JobRecord, Written
+from batchlab.core.ports import Cut, JobRecord, Written
+from batchlab.manager.events.quarantine import UnreadableObject
+from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.retries import cuts_of_round
+from batchlab.manager.repair import rebuild as rebuilding
+from batchlab.manager.repair.rebuild import Rebuilt, restore
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.state import LiveJob, Ports, all_jobs
 from tests.sim.mutants.kit import Plant, planted
 
 

@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from batchlab.jobdef import JobDef
-from batchlab.manager import plans
-from batchlab.manager.adoption import Adoption
-from batchlab.manager.conductor import Conductor
-from batchlab.manager.live import LiveJob, Ports
-from batchlab.manager.reconciler import Reconciler
-from batchlab.model import BundleId, JobId, JobState, Json, StageCounts, StageName
-from batchlab.ports import BundleRecord, Ending, Message, Written
-from batchlab.protocol import policy, wire
-from batchlab.protocol.policy import Verdict
-from batchlab.protocol.sealing import CommitKey
-from batchlab.worker.closing import Closing
-from batchlab.worker.hand import Hand
-from batchlab.worker.inputs import Inputs
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import BundleId, JobId, JobState, Json, StageCounts, StageName
+from batchlab.core.ports import BundleRecord, Ending, Message, Written
+from batchlab.core.protocol import json_format, settlement
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol.settlement import Verdict
+from batchlab.manager.jobs import stage_plans
+from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.worker.commit_and_forward import Closing
+from batchlab.worker.inflight_message import Hand
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -40,7 +40,7 @@ def dead_letters_dropped(plant: Plant) -> None:
 def results_gathered_as_they_come(plant: Plant) -> None:
     """A gather uses results in the order in which they were committed. A handler that relies on the
     order of tasks gets another order (I1: a wrong result is committed)."""
-    original = plans.successes
+    original = stage_plans.successes
 
     @plant.everywhere(original)
     async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
@@ -53,7 +53,7 @@ def results_gathered_as_they_come(plant: Plant) -> None:
         for stage, bundles in item["$gather"].items():
             lists[stage] = []
             for name, ranges in bundles:
-                tasks = wire.tasks_from_json(ranges)
+                tasks = json_format.tasks_from_json(ranges)
                 found = await self.values(job, StageName(stage), BundleId(name), tasks, key)
                 lists[stage] += found
         return next(iter(lists.values())) if len(lists) == 1 else lists
@@ -100,7 +100,7 @@ def percentage_of_the_whole_job(plant: Plant) -> None:
     """A limit of failures in percent is compared with the tasks of all stages together. A stage in
     which nearly all tasks failed does not fail its job (ends)."""
 
-    @plant.everywhere(policy.judge)
+    @plant.everywhere(settlement.judge)
     def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
         failed = sum(one.failed for one in stages)
         planned = sum(one.planned or 0 for one in stages)

@@ -8,15 +8,15 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
-from batchlab import control
-from batchlab.errors import AlreadyExists
-from batchlab.jobdef import RetryRule
-from batchlab.manager.requests import Requests
-from batchlab.manager.retries import Chosen, Retry, RetryPlanner, failed_tasks
-from batchlab.model import Bundle, Control, Follow, JobId, JobState, TaskSet
-from batchlab.ports import JobRecord, Reopen, Written
-from batchlab.protocol import naming, settle
-from batchlab.worker.controls import Controls
+from batchlab.core import control_object
+from batchlab.core.errors import AlreadyExists
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
+from batchlab.core.ports import JobRecord, Reopen, Written
+from batchlab.core.protocol import object_keys, settlement
+from batchlab.manager.jobs.requests import Requests
+from batchlab.manager.jobs.retries import Chosen, Retry, RetryPlanner, failed_tasks
+from batchlab.worker.job_cache import Controls
 from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
 
@@ -66,7 +66,7 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
 def retry_without_its_due_time(plant: Plant) -> None:
     """Only the delay of a retry's message contains its due time. A resume, and the next leader,
     send it immediately (start times)."""
-    original = settle._again
+    original = settlement._again
 
     @plant.everywhere(original)
     def _again(bundle: Bundle, tasks: TaskSet, rule: RetryRule, ended_s: float) -> Follow:
@@ -89,8 +89,8 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
             return await original(self, job, chosen)
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
-        await control.permit(objects, job, round_, patience)
-        key = naming.retry(job, round_)
+        await control_object.permit(objects, job, round_, patience)
+        key = object_keys.retry(job, round_)
         self._begun.add(job)
         with suppress(AlreadyExists):
             await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))

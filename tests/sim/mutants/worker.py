@@ -11,22 +11,22 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from batchlab import commit as product
-from batchlab.commit import Addressed, follow_ups
-from batchlab.jobdef import JobDef
-from batchlab.manager.reconciler import Reconciler
-from batchlab.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import MAX_VISIBILITY_S, Message, Notice, Objects
-from batchlab.protocol import naming, settle, wire
-from batchlab.protocol.sealing import CommitKey
-from batchlab.worker.closing import Closing
-from batchlab.worker.controls import Controls
-from batchlab.worker.hand import Hand
+from batchlab.core import commit as product
+from batchlab.core.commit import Addressed, follow_ups
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
+from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.retry import Patience
+from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.worker.commit_and_forward import Closing
+from batchlab.worker.inflight_message import Hand
+from batchlab.worker.job_cache import Controls
 from batchlab.worker.loop import Worker
-from batchlab.worker.notices import Departure
-from batchlab.worker.suspects import Suspects
-from batchlab.worker.tenure import Tenure
+from batchlab.worker.poison_detection import Suspects
+from batchlab.worker.shutdown import Departure
+from batchlab.worker.visibility_heartbeat import Tenure
 from tests.sim.mutants.kit import Plant, planted
 
 # --- The commit ----------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ def unconditional_commit(plant: Plant) -> None:
     async def commit(
         objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey
     ) -> Outcome:
-        name = naming.outcome(outcome.bundle, key)
-        data = wire.to_bytes(wire.outcome_to_json(outcome))
+        name = object_keys.outcome(outcome.bundle, key)
+        data = json_format.to_bytes(json_format.outcome_to_json(outcome))
         await patience(lambda: objects.put(name, data))
         return outcome
 
@@ -130,7 +130,7 @@ def forward_before_commit(plant: Plant) -> None:
         cancelled: bool = False,
     ) -> Outcome:
         now_s = self._clock.now_s()
-        draft = settle.settle(
+        draft = settlement.settle(
             job,
             hand.bundle,
             ran,
@@ -287,9 +287,9 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
         done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
-        if done or hand.suspicion < settle.LOSS_LIMIT:
+        if done or hand.suspicion < settlement.LOSS_LIMIT:
             return done
-        judged = settle.poisoned(
+        judged = settlement.poisoned(
             hand.bundle,
             "killed its workers",
             execution=hand.execution,
@@ -308,10 +308,10 @@ def receives_counted_as_starts(plant: Plant) -> None:
     @plant.method(Suspects, "verdict")
     async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
         done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
-        if done or hand.suspicion < settle.LOSS_LIMIT:
+        if done or hand.suspicion < settlement.LOSS_LIMIT:
             return done
-        condemn = partial(settle.poisoned, reason="it was received too often")
-        judge = settle.bisect if len(hand.bundle.tasks) > 1 else condemn
+        condemn = partial(settlement.poisoned, reason="it was received too often")
+        judge = settlement.bisect if len(hand.bundle.tasks) > 1 else condemn
         now_s = self._clock.now_s()
         judged = judge(hand.bundle, execution=hand.execution, worker=self._worker, now_s=now_s)
         return await product.commit(self._objects, judged, self._patience, hand.key)
@@ -322,9 +322,9 @@ def halves_that_overlap(plant: Plant) -> None:
     """A bundle is split so that the middle task is in both halves. That task ends twice (I1,
     I2)."""
     plant.unchecked_parts()
-    original = settle.bisect
+    original = settlement.bisect
 
-    @plant.everywhere(settle.bisect)
+    @plant.everywhere(settlement.bisect)
     def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
         made = original(bundle, execution=execution, worker=worker, now_s=now_s)
         first, second = made.follows

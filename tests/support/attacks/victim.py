@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batchlab.model import Bundle, JobId, StageName, TaskSet
-from batchlab.protocol import naming
+from batchlab.core.model import Bundle, JobId, StageName, TaskSet
+from batchlab.core.protocol import object_keys
 from tests.support.grid.local_grid import LocalGrid
 
 STAGE = StageName("triple")
@@ -39,7 +39,7 @@ def messages_left(grid: LocalGrid) -> int:
     async def counted() -> int:
         queue = grid.backend.open_queue(grid.home, grid.backend.open_clock())
         try:
-            depth = await queue.depth(naming.tasks_queue("default"))
+            depth = await queue.depth(object_keys.tasks_queue("default"))
         finally:
             await queue.close()
         return depth.visible + depth.in_flight + depth.delayed

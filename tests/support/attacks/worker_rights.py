@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from batchlab.ports import Message, Objects, Outgoing, Queue
-from batchlab.protocol import naming
+from batchlab.core.ports import Message, Objects, Outgoing, Queue
+from batchlab.core.protocol import object_keys
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE
 from tests.support.grid.local_grid import LocalGrid
@@ -86,7 +86,7 @@ class WorkerRights:
 
     def send_events(self, *bodies: str) -> None:
         """Send messages to the manager."""
-        self.send(naming.EVENTS, *bodies)
+        self.send(object_keys.EVENTS, *bodies)
 
     def receive(self, queue: str, *, wait_s: float = 0.0, most: int = 10) -> Sequence[Message]:
         """Receive messages."""
@@ -149,7 +149,10 @@ def _object_arn(key: str) -> str:
 def _queue_arns(queue: str) -> tuple[str, ...]:
     """The names of a queue in the template's policies."""
     arn = f"arn:aws:sqs:us-east-1:123456789012:batchlab-{queue}"
-    references = {naming.EVENTS: "EventsQueue", naming.tasks_queue("default"): "PoolTasks"}
+    references = {
+        object_keys.EVENTS: "EventsQueue",
+        object_keys.tasks_queue("default"): "PoolTasks",
+    }
     return (arn, f"<{references[queue]}.Arn>") if queue in references else (arn,)
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.awsgrid import deployment
-from batchlab.adapters.awsgrid.deployment import AwsDeployment
-from batchlab.adapters.ec2_form import GroupForm
-from batchlab.home import Home
-from batchlab.model import Pool
-from batchlab.protocol import naming
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.home import Home
 from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import free_port
 from tests.support.aws.faulty_proxy import FaultyFront
@@ -67,8 +67,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from batchlab import backends
-from batchlab.home import Home
-from batchlab.services.worker import worker_main
+from batchlab.runtime.home import Home
+from batchlab.server.worker_service import worker_main
 
 home, visibility_s, pool, slots, instance = sys.argv[1:]
 aws = backends.load("aws")
@@ -248,15 +248,15 @@ def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
         Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
     )
     sqs = aws(here, "sqs")
-    dead = f"{STACK}-{naming.dead_letters(POOL.name)}"
-    for name in (dead, f"{STACK}-{naming.EVENTS}"):
+    dead = f"{STACK}-{object_keys.dead_letters(POOL.name)}"
+    for name in (dead, f"{STACK}-{object_keys.EVENTS}"):
         url = sqs.create_queue(QueueName=name, Attributes={"VisibilityTimeout": "60"})["QueueUrl"]
         sqs.purge_queue(QueueUrl=url)
     url = sqs.get_queue_url(QueueName=dead)["QueueUrl"]
     arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]
     redrive = {"deadLetterTargetArn": arn["QueueArn"], "maxReceiveCount": 10}
     sqs.create_queue(
-        QueueName=f"{STACK}-{naming.tasks_queue(POOL.name)}",
+        QueueName=f"{STACK}-{object_keys.tasks_queue(POOL.name)}",
         Attributes={"VisibilityTimeout": "60", "RedrivePolicy": json.dumps(redrive)},
     )
     secret = aws(Endpoint(secrets.url, REGION), "secretsmanager").create_secret(

@@ -19,18 +19,18 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.fleet import Ec2Fleet
+from batchlab.adapters.aws.group_template import GroupForm
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.ec2_fleet import Ec2Fleet
-from batchlab.adapters.ec2_form import GroupForm
-from batchlab.adapters.sim.launcher import MemoryState
-from batchlab.asg.metrics import MetricStore
-from batchlab.asg.running import application, run
-from batchlab.asg.templates import TemplateFile
+from batchlab.adapters.memory.launcher import MemoryState
+from batchlab.core.model import Machine, Pool
+from batchlab.core.ports import ANY_MACHINE, Clock, Launcher
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.listening import listen
-from batchlab.model import Machine, Pool
-from batchlab.ports import ANY_MACHINE, Clock, Launcher
+from batchlab.runtime.listening import listen
+from batchlab.server.autoscaling_api.cloudwatch import MetricStore
+from batchlab.server.autoscaling_api.engine_loop import application, run
+from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 from tests.support.fleet import (
     ABSENT,
     BROKEN,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from batchlab import package_data
+from batchlab.core import package_data
 
 Template = dict[str, Any]
 T = TypeVar("T")

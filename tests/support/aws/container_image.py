@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.compose import images
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.runtime.compose import images
 from tests.support.aws import instance_boot
 from tests.support.aws.account import REGION
 from tests.support.aws.autoscaling_api import aws

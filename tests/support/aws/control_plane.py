@@ -18,8 +18,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.docker_engine import Engine
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.docker.engine import Engine
 from tests.support.aws import cfn, instance_boot
 from tests.support.aws.account import Sessions, laptop
 from tests.support.aws.autoscaling_api import aws

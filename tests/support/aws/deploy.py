@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import session
+from batchlab.adapters.aws.endpoint import session
 from batchlab.deploy import template
-from batchlab.deploy.explain import Event
+from batchlab.deploy.failure_cause import Event
 from batchlab.deploy.plan import Plan
 
 REGION = "us-east-1"

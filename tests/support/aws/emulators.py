@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.ministack import Emulator, find, install
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local.ministack import Emulator, find, install
 
 EMULATORS = ("ministack", "localstack", "moto")
 """The fixtures, by the names of what they start."""

@@ -25,13 +25,13 @@ from typing import Any
 
 import pytest
 
-from batchlab import package_data
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.docker_engine import Engine
-from batchlab.adapters.ec2_form import GroupForm
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.adapters.docker.engine import Engine
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
 from batchlab.deploy.release import SUFFIX, build_release, key_of, release_of
-from batchlab.errors import BackendError
-from batchlab.model import Pool
 from tests.support.aws.account import REGION, STACK, Account, Sessions, laptop, made
 from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import LOCALSTACK, Server, free_port, localstack_python

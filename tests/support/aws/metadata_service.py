@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
-from batchlab.adapters.imds_server import MetadataServer
-from batchlab.adapters.imds_tree import Metadata
-from batchlab.errors import Unreachable
-from batchlab.model import Machine, Market
+from batchlab.adapters.aws.metadata_server import Metadata, MetadataServer
+from batchlab.core.errors import Unreachable
+from batchlab.core.model import Machine, Market
 from tests.support.fleet import ManualClock
 
 HERE = "127.0.0.1"

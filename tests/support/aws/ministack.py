@@ -15,7 +15,7 @@ from typing import Any
 
 from botocore.config import Config
 
-from batchlab.adapters.aws import Endpoint, session
+from batchlab.adapters.aws.endpoint import Endpoint, session
 from tests.support.aws import cfn
 from tests.support.aws.emulators import Server, free_port, ministack_python
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 
 NOWHERE = Endpoint("http://127.0.0.1:9")
 """Nothing is ever sent there."""

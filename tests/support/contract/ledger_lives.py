@@ -7,9 +7,9 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from batchlab.errors import NotFound
-from batchlab.model import Control, JobId, JobState
-from batchlab.ports import (
+from batchlab.core.errors import NotFound
+from batchlab.core.model import Control, JobId, JobState
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     Ending,

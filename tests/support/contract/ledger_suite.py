@@ -26,13 +26,13 @@ from typing import Protocol
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from batchlab.adapters.aws import Endpoint
-from batchlab.adapters.sim.ledger import SimLedger
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.memory.ledger import SimLedger
 from batchlab.adapters.simpledb import open_simpledb
 from batchlab.adapters.sql import open_memory, open_postgres, open_sqlite
-from batchlab.errors import NotFound
-from batchlab.jobdef import JobDef, RetryRule, StageDef
-from batchlab.model import (
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import JobDef, RetryRule, StageDef
+from batchlab.core.model import (
     Bundle,
     Completion,
     Control,
@@ -48,7 +48,7 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import (
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     Cut,
@@ -64,8 +64,8 @@ from batchlab.ports import (
     SetPlanned,
     StageRecord,
 )
-from batchlab.protocol import settle
-from batchlab.sim.loop import SimLoop
+from batchlab.core.protocol import settlement
+from batchlab.sim.event_loop import SimLoop
 from tests.support.postgres.server import Postgres
 from tests.support.simpledb.fixtures import Sdb
 
@@ -268,7 +268,7 @@ async def fold_in_batches(
     i = 0
     while i < len(completions):
         batch = completions[i : i + sizes()]
-        await ledger.apply(Fold(batch, [settle.casualties(JOB, one) for one in batch]))
+        await ledger.apply(Fold(batch, [settlement.casualties(JOB, one) for one in batch]))
         i += len(batch)
 
 
@@ -285,7 +285,7 @@ def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
     waiting = [b for c in cuts for b in c.bundles]
     completions: list[Completion] = []
     for of in waiting:
-        came_to = settle.completion(_execution(rng, of))
+        came_to = settlement.completion(_execution(rng, of))
         completions.append(came_to)
         waiting.extend(f.bundle for f in came_to.follows)
     return cuts, completions
@@ -294,7 +294,7 @@ def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
 def _execution(rng: Random, of: Bundle) -> Outcome:
     started_s = 1_700_000_000.0 + rng.randint(0, 10_000) / 7
     if rng.random() < 0.1:
-        return settle.sealed(of, execution="e", worker="manager-0", now_s=started_s)
+        return settlement.sealed(of, execution="e", worker="manager-0", now_s=started_s)
     until = rng.randint(1, len(of.tasks))
     ran = [
         Ran(
@@ -304,7 +304,7 @@ def _execution(rng: Random, of: Bundle) -> Outcome:
         )
         for task in of.tasks.take(until)[0]
     ]
-    return settle.settle(
+    return settlement.settle(
         JOB,
         of,
         ran,

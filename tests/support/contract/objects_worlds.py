@@ -17,17 +17,17 @@ from _pytest.mark.structures import ParameterSet
 from obstore.store import MemoryStore
 
 from batchlab.adapters import gcs
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.objects import open_s3
 from batchlab.adapters.bucket import Bucket
-from batchlab.adapters.local_objects import open_local
-from batchlab.adapters.objects import open_s3
+from batchlab.adapters.local.objects import open_local
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.obstore_objects import ObstoreObjects
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.ports import Objects
+from batchlab.core.ports import Objects
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
 from tests.support import gcs_stub
 from tests.support.aws.emulators import EMULATORS
 

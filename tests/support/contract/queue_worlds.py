@@ -18,17 +18,17 @@ from typing import Any, TypeVar, cast
 import pytest
 from _pytest.mark.structures import ParameterSet
 
+from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.rung import RungQueue
-from batchlab.adapters.sim.queue import SimQueue
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.adapters.sqs import SqsQueue
-from batchlab.patience import Patience, patiently
-from batchlab.ports import Clock, Message, Outgoing, Queue, QueueSpec
+from batchlab.adapters.local.local_wakeup_queue import RungQueue
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.ports import Clock, Message, Outgoing, Queue, QueueSpec
+from batchlab.core.retry import Patience, patiently
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults, Weather
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
 from tests.support.aws.emulators import EMULATORS
 from tests.support.contract.side_by_side import SideBySide
 

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from batchlab.adapters.compose import deployment
-from batchlab.asg.notices import give
+from batchlab.runtime.compose import deployment
+from batchlab.server.autoscaling_api.metadata import give
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from docker import APIClient
 
-from batchlab import catalogue
-from batchlab.adapters.docker import ContainerLauncher, Template
-from batchlab.adapters.docker_engine import Engine, sweep
-from batchlab.adapters.imds_tree import Signals
-from batchlab.errors import BackendError
-from batchlab.model import Pool
-from batchlab.ports import Clock
+from batchlab.adapters.aws.metadata_server import Signals
+from batchlab.adapters.docker.engine import Engine, sweep
+from batchlab.adapters.docker.launcher import ContainerLauncher, Template
+from batchlab.core import instance_types
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
+from batchlab.core.ports import Clock
 
 IMAGE = os.environ.get("BATCHLAB_BASE_IMAGE", "batchlab-offline/base:trixie")
 """Anything with a shell and Python; compose/offline/build.sh makes the one that is looked for."""
@@ -82,7 +82,7 @@ class DockerGrid:
         """A launcher of this grid; the next one adopts what it leaves."""
         return ContainerLauncher(
             template,
-            catalogue.load(),
+            instance_types.load(),
             clock,
             self.root,
             grid=self.id,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from batchlab import backends
-from batchlab.cli.checkup_containers import containers
-from batchlab.cli.findings import Level
-from batchlab.errors import BatchlabError
-from batchlab.home import Home
+from batchlab.cli.doctor import Level
+from batchlab.cli.doctor_backends import containers
+from batchlab.core.errors import BatchlabError
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
 
 
 def need_containers(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def need_containers(tmp_path: Path) -> None:
     try:
         bad = [
             one.text
-            for one in containers(home, backends.load("localstack"))
+            for one in containers(home, factory.load("localstack"))
             if one.level is Level.FAIL or (one.about == "image" and one.level is Level.WARN)
         ]
     except BatchlabError as error:

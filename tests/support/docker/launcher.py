@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from batchlab.adapters.docker import ContainerLauncher
-from batchlab.waits import set_within
+from batchlab.adapters.docker.launcher import ContainerLauncher
+from batchlab.core.retry import set_within
 from tests.support.docker.containers import DockerGrid
 
 DEADLINE_S = 30.0

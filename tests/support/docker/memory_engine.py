@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from batchlab import backends
-from batchlab.adapters.compose import deployment
-from batchlab.adapters.compose.deployment import Deployment
-from batchlab.adapters.compose.project import LABEL
-from batchlab.adapters.docker_container import INSTANCE
-from batchlab.adapters.docker_engine import Engine
-from batchlab.home import Home
-from batchlab.replay.harm.containers import SERVICE, Containers
-from batchlab.replay.harm.scene import Scene
+from batchlab.adapters.docker.container import INSTANCE
+from batchlab.adapters.docker.engine import Engine
+from batchlab.runtime import factory
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime.compose.project import LABEL
+from batchlab.runtime.home import Home
+from batchlab.scenarios.faults.containers import SERVICE, Containers
+from batchlab.scenarios.faults.fault_injection import Scene
 from tests.support.scenarios.cancelled_faults import CALL_S, Manager
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class DockerWorld:
         }
         instances = {f"c-{name}": container({INSTANCE: name}) for name in self.manager.names}
         self.docker = Docker({**services, **instances}, **docker)
-        self.scene = Scene(backends.load("localstack"), home, self.manager)
+        self.scene = Scene(factory.load("localstack"), home, self.manager)
         self.there = Containers(self.scene)
         self.there.engine = cast("Engine", FakeEngine(self.docker))
 

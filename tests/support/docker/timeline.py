@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchlab import submission
-from batchlab.backends import Backend
-from batchlab.manager.admission import admit
-from batchlab.manager.autoscaler import Backlog, wanted
-from batchlab.model import GroupView, LifecycleState, Pool
-from batchlab.patience import Patience
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.timed import TimedRunner
+from batchlab.core.model import GroupView, LifecycleState, Pool
+from batchlab.core.retry import Patience
+from batchlab.jobs import submission
+from batchlab.jobs.job_file import load
+from batchlab.manager.jobs.admission import admit
+from batchlab.manager.scaling.autoscaler import Backlog, wanted
+from batchlab.runtime.factory import Backend
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.tasks import TimedRunner
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
-from batchlab.spec.jobfile import load
 from tests.support.docker.chaos import Containers, Teller
 from tests.support.grid.local_grid import ENDED
 

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from batchlab.task import Context, File
+from batchlab.core.task_context import Context, File
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 

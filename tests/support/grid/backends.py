@@ -21,7 +21,7 @@ from typing import Any
 import boto3
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from tests.support.aws.autoscaling_api import aws as client
 from tests.support.aws.control_plane import REGION, control_plane
 from tests.support.docker.grid import need_containers

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import app as cli
+from batchlab.cli import app
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid
 
@@ -184,7 +184,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def quick(one: Ran, *words: str) -> tuple[int, str, str]:
         argv = one.argv(*words)
         with pytest.raises(SystemExit) as ended:
-            cli.start(argv[argv.index("job") :])
+            app.start(argv[argv.index("job") :])
         told = capfd.readouterr()
         return int(ended.value.code or 0), told.out, told.err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.model import Pool
+from batchlab.core.model import Pool
 from tests.support.grid.local_grid import LocalGrid, processes_of
 
 Bring = Callable[..., LocalGrid]

@@ -12,17 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from batchlab import backends, results, submission, updown
-from batchlab.adapters.process import living
-from batchlab.client import Client
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
-from batchlab.model import Pool
-from batchlab.ports import Objects
-from batchlab.protocol import naming
-from batchlab.results import Listed
-from batchlab.spec.jobfile import load
-from batchlab.views import JobView
+from batchlab.adapters.local.processes import living
+from batchlab.client.http import Client
+from batchlab.core.api_types import JobView
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Pool
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import object_keys
+from batchlab.jobs import results, submission
+from batchlab.jobs.job_file import load
+from batchlab.jobs.results import Listed
+from batchlab.runtime import factory, manager_process
+from batchlab.runtime.home import Home
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
@@ -39,7 +40,7 @@ class LocalGrid:
         endpoint: str | None = None,
     ) -> None:
         self.home = Home(folder)
-        self.backend = backends.load(backend, endpoint)
+        self.backend = factory.load(backend, endpoint)
         self.pools = pools
         self.client = self._start()
 
@@ -49,12 +50,14 @@ class LocalGrid:
         return self.backend.open_objects(self.home)
 
     def _start(self) -> Client:
-        record = updown.start_manager(self.home, self.backend, pools=self.pools, parent=True)
+        record = manager_process.start_manager(
+            self.home, self.backend, pools=self.pools, parent=True
+        )
         return Client.of(self.home, record)
 
     def stop(self) -> None:
         self.client.close()
-        updown.stop_manager(self.home)
+        manager_process.stop_manager(self.home)
 
     def submit(self, path: Path, token: str = "t", **params: str) -> JobView:
         return self.client.submit(self.prepared(path, token, **params))
@@ -66,7 +69,7 @@ class LocalGrid:
                 load(path, params),
                 objects=self.objects,
                 clock=self.backend.open_clock(),
-                patience=backends.patience(),
+                patience=factory.patience(),
                 token=token,
             )
         )
@@ -100,7 +103,7 @@ class LocalGrid:
             listing += [Listed.of(one) for one in page["outcomes"]]
             after = page["outcomes"][-1]["seq"]
         fetched = asyncio.run(
-            results.fetch(self.objects, view, listing, out, patience=backends.patience())
+            results.fetch(self.objects, view, listing, out, patience=factory.patience())
         )
         return {
             stage: [
@@ -131,7 +134,7 @@ class LocalGrid:
         async def drop() -> None:
             queue = self.backend.open_queue(self.home, self.backend.open_clock())
             try:
-                await queue.purge(naming.tasks_queue("default"))
+                await queue.purge(object_keys.tasks_queue("default"))
             finally:
                 await queue.close()
 

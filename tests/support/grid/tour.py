@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
-from batchlab import backends
-from batchlab.home import Home, ManagerRecord
-from batchlab.model import JobId
-from batchlab.report.writing import Index, index_of
+from batchlab.core.model import JobId
+from batchlab.reports.tables.write import Index, index_of
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.grid.backends import World
 from tests.support.waiting import until
 
@@ -97,7 +97,7 @@ def what_is_told_of_it(world: World, job: str, file: Path) -> None:
 def nap_s(world: World) -> float:
     """So long that the manager writes the job's data unasked, and that a worker hears meanwhile of
     somebody who looks on."""
-    return 6.0 + 2 * backends.load(world.backend).manager.control_lease_s
+    return 6.0 + 2 * factory.load(world.backend).manager.control_lease_s
 
 
 def asked(world: World, *words: object) -> Any:
@@ -143,11 +143,11 @@ def why_a_task_failed_is_found_here(world: World, job: str) -> None:
 
 
 def what_it_did_is_told(world: World, job: JobId, runs: Path) -> None:
-    home, backend = Home(world.home), backends.load(world.backend)
+    home, backend = Home(world.home), factory.load(world.backend)
 
     def index() -> Index | None:
         objects = backend.open_objects(home)
-        return asyncio.run(index_of(objects, backends.patience(), job))
+        return asyncio.run(index_of(objects, factory.patience(), job))
 
     until(index, 60, pause_s=0.5)
     world.batchlab("report", "pull", job, "--backend", world.backend, "--out", runs)

@@ -7,20 +7,20 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.directory import Directory
-from batchlab.jobdef import JobDef, NotifyDef, StageDef
-from batchlab.manager.counts import Counts
-from batchlab.manager.live import LiveJob, Ports, Seen
-from batchlab.manager.notifying import Notifying, Outlets
-from batchlab.model import JobId, JobState, StageCounts, StageName
-from batchlab.notification import NotDelivered, Notification, Target
-from batchlab.patience import Patience
-from batchlab.ports import Ending, JobRecord, StageRecord
-from batchlab.protocol import naming, wire
-from batchlab.sim.clocks import SimClock, SimIds
-from batchlab.sim.loop import SimLoop
+from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
+from batchlab.core.model import JobId, JobState, StageCounts, StageName
+from batchlab.core.notification_targets import Directory
+from batchlab.core.notifications import NotDelivered, Notification, Target
+from batchlab.core.ports import Ending, JobRecord, StageRecord
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
+from batchlab.manager.counters import Counts
+from batchlab.manager.notifications.notifier import Notifying, Outlets
+from batchlab.manager.state import LiveJob, Ports, Seen
+from batchlab.sim.actors import SimClock, SimIds
+from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
 
 MAP = StageName("map")
@@ -98,7 +98,7 @@ class Scene:
         return [one.moment for _, one in self.tried]
 
     async def kept(self) -> dict[str, Any]:
-        return wire.loads(await self.objects.get(naming.NOTIFICATIONS))
+        return json_format.loads(await self.objects.get(object_keys.NOTIFICATIONS))
 
 
 def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

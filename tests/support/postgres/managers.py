@@ -17,19 +17,19 @@ from random import Random
 from typing import cast
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.local_objects import open_local
-from batchlab.adapters.sqlite_queue import SqliteQueue
-from batchlab.errors import NotFound
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.manager.live import Ports
+from batchlab.adapters.local.objects import open_local
+from batchlab.adapters.local.sqlite_queue import SqliteQueue
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, Json, Pool, StageName
+from batchlab.core.ports import JobRecord, Ledger
+from batchlab.core.protocol import json_format
+from batchlab.core.retry import Patience
 from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import JobId, Json, Pool, StageName
-from batchlab.patience import Patience
-from batchlab.ports import JobRecord, Ledger
-from batchlab.protocol import wire
-from batchlab.sim.runner import Play, Scene, ScriptedRunner
-from batchlab.worker.beats import Identity
+from batchlab.manager.state import Ports
+from batchlab.sim.tasks import Play, Scene, ScriptedRunner
+from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
 from tests.support.contract.ledger_suite import ROOT, DumpingLedger, opened_at
@@ -129,7 +129,9 @@ async def check_bucket(ports: Ports, ledger: DumpingLedger) -> None:
     async for page in ports.objects.list(f"jobs/{JOB.id}/"):
         for info in page:
             if "/outcomes/" in info.key:
-                outcome = wire.outcome_from_json(wire.loads(await ports.objects.get(info.key)))
+                outcome = json_format.outcome_from_json(
+                    json_format.loads(await ports.objects.get(info.key))
+                )
                 values = dict(zip(outcome.succeeded, outcome.values, strict=True))
                 into = squares if outcome.bundle.stage == SQUARE else totals
                 assert not into.keys() & values.keys()

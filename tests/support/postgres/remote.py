@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.sql import Login, SqlLedger, open_postgres
-from batchlab.errors import BackendError
+from batchlab.core.errors import BackendError
 from tests.support.certificates import Authority
 from tests.support.postgres.server import DATABASE, PostgresServer, served
 

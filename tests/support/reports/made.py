@@ -13,8 +13,8 @@ from pathlib import Path
 
 import duckdb
 
-from batchlab.report import files
-from batchlab.report.schema import BY_NAME, TABLES
+from batchlab.reports.tables import build
+from batchlab.reports.tables.schema import BY_NAME, TABLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def write_run(folder: Path, run: Made = Made()) -> Path:
             if statement.strip():
                 connection.execute(statement)
         for table in TABLES:
-            files.save(connection, table, f"SELECT * FROM made_{table.name}", folder / table.file)
+            build.save(connection, table, f"SELECT * FROM made_{table.name}", folder / table.file)
     finally:
         connection.close()
         shutil.rmtree(spill, ignore_errors=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from batchlab.report.html.signs import Signs, StageSigns
+from batchlab.reports.html.metrics import Signs, StageSigns
 
 STAGE = StageSigns(
     name="parse",

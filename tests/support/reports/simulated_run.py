@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from duckdb import DuckDBPyConnection
 
-from batchlab.costs import prices
-from batchlab.costs.bill import Bill, PoolFacts, StageUse, bill
-from batchlab.costs.requests import Pace
-from batchlab.model import JobId, Pool
-from batchlab.patience import Patience
-from batchlab.ports import JobRows, Objects
-from batchlab.report import store
-from batchlab.report.building import Setting
-from batchlab.report.writing import Index, Writer
+from batchlab.core.model import JobId, Pool
+from batchlab.core.ports import JobRows, Objects
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill
+from batchlab.core.pricing.request_costs import Pace
+from batchlab.core.retry import Patience
+from batchlab.reports.queries import store
+from batchlab.reports.tables.build import Setting
+from batchlab.reports.tables.write import Index, Writer
 from batchlab.sim.world import World
 
-BOOK = prices.load()
+BOOK = price_book.load()
 PACE = Pace()
 COUNTS = ("planned", "succeeded", "failed", "cancelled", "retried")
 

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from batchlab.client import Client
-from batchlab.replay.harm.scene import Seen
+from batchlab.client.http import Client
+from batchlab.scenarios.faults.fault_injection import Seen
 from tests.scenarios.test_fault_table import grid, instance
 
 CALL_S = 0.002

@@ -11,11 +11,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab.errors import BackendError
-from batchlab.replay.harm.front import Front
-from batchlab.replay.harm.injector import Injector, injector_for
-from batchlab.scenario.model import Fault, FaultName
-from batchlab.scenario.record import Injected
+from batchlab.core.errors import BackendError
+from batchlab.scenarios.faults.fault_injection import Injector, injector_for
+from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.scenarios.verdicts.record import Injected
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.errors import JobFileError
-from batchlab.scenario import loader
-from batchlab.scenario.model import Scenario
-from batchlab.spec import JobFileErrors
+from batchlab.core.errors import JobFileError
+from batchlab.jobs.api import JobFileErrors
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.values import Scenario
 from tests.support.mistakes import complete
 
 FULL = """\

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from batchlab import backends
-from batchlab.backends import Backend
-from batchlab.forecast.grid import Options
+from batchlab.core.model import Pool
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Pool
-from batchlab.scenario.calibration import Calibration
-from batchlab.scenario.draws import Constant
-from batchlab.scenario.model import (
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.runtime.factory import Backend
+from batchlab.scenarios.forecast.grid import Options
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import (
     Draw,
     JobTemplate,
     PoolPlan,
@@ -25,7 +25,7 @@ from batchlab.worker.settings import WorkerSettings
 HOUR_S = 3600.0
 
 LIKE: Backend = replace(
-    backends.load("aws"),
+    factory.load("aws"),
     name="ideal",
     manager=ManagerSettings(
         control_lease_s=HOUR_S,

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from batchlab.costs import prices
-from batchlab.forecast.candidates import Fleet, Goal
-from batchlab.forecast.plan import Plan
-from batchlab.forecast.planner import Search
-from batchlab.model import Pool
-from batchlab.scenario.model import Fault, FaultName, Policy, PoolPlan, Scenario
-from batchlab.scenario.record import Injected, PoolSample, Record, Sample, StageRun
+from batchlab.core.model import Pool
+from batchlab.core.pricing import price_book
+from batchlab.scenarios.model.values import Fault, FaultName, Policy, PoolPlan, Scenario
+from batchlab.scenarios.planner.candidates import Fleet, Goal
+from batchlab.scenarios.planner.plan import Plan
+from batchlab.scenarios.planner.planner import Search
+from batchlab.scenarios.verdicts.record import Injected, PoolSample, Record, Sample, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
 USD_H = 0.1
-BOOK = prices.load()
+BOOK = price_book.load()
 WAVE = (Fault(FaultName.SPOT_WAVE, 100.0),)
 
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchlab import backends, settings, updown
-from batchlab.home import Home
-from batchlab.jobdef import RetryRule
-from batchlab.model import Pool
-from batchlab.replay import driver, fitting
-from batchlab.scenario.draws import Constant, Lognormal
-from batchlab.scenario.model import (
+from batchlab.core.job_definition import RetryRule
+from batchlab.core.model import Pool
+from batchlab.runtime import factory, manager_process, settings
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.distributions import Constant, Lognormal
+from batchlab.scenarios.model.values import (
     JobTemplate,
     Policy,
     PoolPlan,
@@ -22,8 +22,8 @@ from batchlab.scenario.model import (
     StageTemplate,
     WorkKind,
 )
-from batchlab.scenario.record import Record
-from batchlab.scenario.sources import At
+from batchlab.scenarios.replay import driver, grid_fit
+from batchlab.scenarios.verdicts.record import Record
 
 QUICK = RetryRule(backoff_s=0.2)
 
@@ -69,21 +69,21 @@ def scenario(
 
 
 @contextmanager
-def up(home: Home, wanted: Scenario) -> Iterator[backends.Backend]:
+def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
     """A grid on `local` with the scenario's pools and policy."""
-    backend = backends.load("local")
-    with settings.said(home, fitting.settings_of(wanted.policy), why="For a test."):
+    backend = factory.load("local")
+    with settings.said(home, grid_fit.settings_of(wanted.policy), why="For a test."):
         pools = [plan.pool for plan in wanted.pools]
-        updown.start_manager(home, backend, pools=pools, parent=True)
+        manager_process.start_manager(home, backend, pools=pools, parent=True)
         try:
             yield backend
         finally:
-            updown.stop_manager(home)
+            manager_process.stop_manager(home)
 
 
 def replay(folder: Path, wanted: Scenario, **options: Any) -> Record:
     """Replay it on a grid of its own."""
     home = Home(folder)
     with up(home, wanted) as backend:
-        patience = backends.patience()
+        patience = factory.patience()
         return asyncio.run(driver.replay(wanted, home, backend, patience=patience, **options))

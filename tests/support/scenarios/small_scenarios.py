@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from batchlab.model import Pool
-from batchlab.scenario.draws import Constant, Lognormal
-from batchlab.scenario.model import (
+from batchlab.core.model import Pool
+from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.distributions import Constant, Lognormal
+from batchlab.scenarios.model.values import (
     Fault,
     JobTemplate,
     PoolPlan,
@@ -13,7 +14,6 @@ from batchlab.scenario.model import (
     StageTemplate,
     WorkKind,
 )
-from batchlab.scenario.sources import At
 
 PARSE = StageTemplate("parse", Lognormal(4.0, 0.8), kind=WorkKind.IO)
 PRICE = StageTemplate("price", Constant(1.0), after=("parse",))

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from batchlab.scenario.model import Arrival
-from batchlab.scenario.traces import SWF, Columns, Take, Trace, TraceFormat
+from batchlab.scenarios.model.values import Arrival
+from batchlab.scenarios.traces import SWF, Columns, Take, Trace, TraceFormat
 
 JOB = "{n} {at} -1 {run} 4 -1 -1 8 -1 -1 1 12 3 -1 0 -1 -1 -1"
 LOG = Columns("at", tasks=Take(("size",), per=10), task_s=Take(("ms",), per=1000), label="name")

@@ -18,29 +18,29 @@ from typing import Any, Self, TypeVar
 import httpx
 import uvicorn
 
-from batchlab import web
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.sim.launcher import MemoryState, SimLauncher
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.adapters.sim.queue import SimQueue
+from batchlab.adapters.memory.launcher import MemoryState, SimLauncher
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.adapters.memory.queue import SimQueue
 from batchlab.adapters.sql import open_memory
-from batchlab.api import create_app
-from batchlab.client import Client
-from batchlab.commit import commit
-from batchlab.fleet.group import ManagedFleet
-from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
-from batchlab.listening import listen
-from batchlab.manager.live import LiveJob, Outstanding, Ports
+from batchlab.client.http import Client
+from batchlab.core.api_types import JobView
+from batchlab.core.commit import commit
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, StageDef
+from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
+from batchlab.core.ports import Outgoing
+from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
+from batchlab.core.protocol.messages import Beat, Events, Held, events_message
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.retry import Patience
+from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
-from batchlab.model import Failure, FailureKind, JobId, Pool, Ran, StageName
-from batchlab.patience import Patience
-from batchlab.ports import Outgoing
-from batchlab.protocol import naming, settle
-from batchlab.protocol.messages import Beat, Events, Held, events_message
-from batchlab.protocol.proofs import jobs_in, with_proofs
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.views import JobView
+from batchlab.manager.state import LiveJob, Outstanding, Ports
+from batchlab.runtime.listening import listen
+from batchlab.server import web
+from batchlab.server.http import create_app
 
 T = TypeVar("T")
 
@@ -71,14 +71,14 @@ def job(
     **stage: Any,
 ) -> JobDef:
     """A job of one file per task; nothing is tried twice unless `stage` says so."""
-    made = naming.job_id(name, token)
+    made = object_keys.job_id(name, token)
     first = {"handler": "m:f", "bundle": 1, "retry": RetryRule(attempts=1), **stage}
     return JobDef(
         made,
         name,
         (StageDef(MAP, **first), *after),
         time.time(),
-        input=InputDef(keys=tuple(f"{naming.raw(made)}{i}" for i in range(tasks))),
+        input=InputDef(keys=tuple(f"{object_keys.raw(made)}{i}" for i in range(tasks))),
         token=token,
         tags=(("team", "blue"),),
     )
@@ -214,12 +214,12 @@ class Rig:
             bundle = one.bundle
             now_s = time.time()
             texts = {task: f"task {task}, try {bundle.attempt}\n".encode() for task in bundle.tasks}
-            log = naming.log(bundle, "x", UNSEALED)
+            log = object_keys.log(bundle, "x", UNSEALED)
             await self.objects.put(log, b"".join(texts.values()))
             spans, at = [], 0
             for task, text in texts.items():
                 spans.append((task, at, at := at + len(text)))
-            outcome = settle.settle(
+            outcome = settlement.settle(
                 live.job,
                 bundle,
                 [
@@ -235,13 +235,13 @@ class Rig:
             )
             key = await self.manager.ports.keys.of(live.job)
             await commit(self.objects, outcome, self.manager.ports.patience, key)
-            await self._tell(Events(completions=(settle.completion(outcome),)))
+            await self._tell(Events(completions=(settlement.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
         """Let an instance's worker report that it runs these."""
         held = tuple(
             Held(
-                naming.tasks_queue(pool),
+                object_keys.tasks_queue(pool),
                 o.bundle.id,
                 o.bundle.job,
                 o.bundle.stage,
@@ -262,7 +262,7 @@ class Rig:
         jobs, keys = jobs_in(events), self.manager.ports.keys
         known = {job: await keys.of((await self.ledger.job(job)).job) for job in jobs}
         body = with_proofs(events_message(events), jobs, lambda job: known[job])
-        await self.queue.send(naming.EVENTS, [Outgoing(body)])
+        await self.queue.send(object_keys.EVENTS, [Outgoing(body)])
 
     def ended(self, job: str) -> JobView:
         """The job, once it has ended."""

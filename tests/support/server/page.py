@@ -10,9 +10,9 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from batchlab import web
-from batchlab.api.door import PAGE
-from batchlab.model import Failure, FailureKind
+from batchlab.core.model import Failure, FailureKind
+from batchlab.server import web
+from batchlab.server.http.authentication import PAGE
 from tests.support.server.api import TOKEN, Rig
 
 OURS = {"Sec-Fetch-Site": "same-origin"}

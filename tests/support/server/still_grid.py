@@ -16,27 +16,14 @@ from typing import Self, cast
 
 import uvicorn
 
-from batchlab import web
-from batchlab.accounts import accounting_of
 from batchlab.adapters.clock import RandomIds
-from batchlab.adapters.sim.objects import SimObjects
+from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
-from batchlab.api import create_app
-from batchlab.client import Client
-from batchlab.commit import commit
-from batchlab.costs import prices
-from batchlab.costs.meter import Account, Kind, Life
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
-from batchlab.listening import listen, listen_locally
-from batchlab.manager.live import Ports, Seen
-from batchlab.manager.manager import Manager
-from batchlab.manager.plans import Plans
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.used import Used
-from batchlab.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
-from batchlab.patience import Patience
-from batchlab.ports import (
+from batchlab.client.http import Client
+from batchlab.core.commit import commit
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
+from batchlab.core.ports import (
     AddCut,
     AddJob,
     Cut,
@@ -48,11 +35,24 @@ from batchlab.ports import (
     Queue,
     SetControl,
 )
-from batchlab.protocol import naming, settle
-from batchlab.protocol.messages import Beat, Held
-from batchlab.protocol.sealing import UNSEALED
-from batchlab.schedule.model import Definition, Run, RunState, When
-from batchlab.tally import Requests, Tally
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.usage_meter import Account, Kind, Life
+from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol.messages import Beat, Held
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.request_counter import Requests, Tally
+from batchlab.core.retry import Patience
+from batchlab.core.schedules.model import Definition, Run, RunState, When
+from batchlab.manager.jobs.stage_plans import Plans
+from batchlab.manager.manager import Manager
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import Ports, Seen
+from batchlab.manager.usage.usage_records import Used
+from batchlab.runtime.home import Home
+from batchlab.runtime.listening import listen, listen_locally
+from batchlab.server import web
+from batchlab.server.http import create_app
+from batchlab.server.manager_service import accounting_of
 from tests.support.server.still_tables import (
     BAD,
     CANCELLED,
@@ -124,7 +124,7 @@ class StillGrid:
             schedules=True,
         )
         app, served = create_app(manager, token=TOKEN, backend_name="aws", on_shutdown=lambda: None)
-        web.mount(app, served, prices=prices.load(self.home.path))
+        web.mount(app, served, prices=price_book.load(self.home.path))
         assert manager.scheduler
         manager.scheduler._is_read.set()
         if not self.empty:
@@ -204,7 +204,7 @@ class StillGrid:
     async def _outcome(
         self, ports: Ports, job: JobDef, bundle: Bundle, start_s: float, run_s: float, bad: range
     ) -> None:
-        log = naming.log(bundle, "x", UNSEALED)
+        log = object_keys.log(bundle, "x", UNSEALED)
         spans, at, text = [], 0, b""
         if len(bundle.tasks) == 1:
             for task in bundle.tasks:
@@ -216,7 +216,7 @@ class StillGrid:
             Ran(t, run_s * (1 + 2 * (t % 7 == 0)), t, failure(t) if t in bad else None)
             for t in bundle.tasks
         ]
-        outcome = settle.settle(
+        outcome = settlement.settle(
             *(job, bundle, ran),
             execution="x",
             worker="w-5d1f07",
@@ -227,7 +227,7 @@ class StillGrid:
         )
         if outcome.failed or len(bundle.tasks) == 1:
             await commit(ports.objects, outcome, ports.patience, await ports.keys.of(job))
-        await ports.ledger.apply(Fold([settle.completion(outcome)], [{}]))
+        await ports.ledger.apply(Fold([settlement.completion(outcome)], [{}]))
 
     async def _ended(
         self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from batchlab.jobdef import InputDef, JobDef, RetryRule, StageDef
-from batchlab.model import (
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, StageDef
+from batchlab.core.model import (
     Activity,
     Failure,
     FailureKind,
@@ -19,8 +19,8 @@ from batchlab.model import (
     Pool,
     StageName,
 )
-from batchlab.ports import Depth
-from batchlab.protocol import naming
+from batchlab.core.ports import Depth
+from batchlab.core.protocol import object_keys
 
 NOW_S = 1_774_864_800.0
 """2026-03-30 10:00:00 UTC, a Monday; in Berlin summer time has begun the day before."""
@@ -105,9 +105,9 @@ GROUPS = (
     GroupView(POOLS[1], 0, ()),
 )
 DEPTHS = {
-    naming.EVENTS: Depth(3, 1, 0),
-    naming.tasks_queue("default"): Depth(18, 6, 4),
-    naming.dead_letters("default"): Depth(1, 0, 0),
+    object_keys.EVENTS: Depth(3, 1, 0),
+    object_keys.tasks_queue("default"): Depth(18, 6, 4),
+    object_keys.dead_letters("default"): Depth(1, 0, 0),
 }
 ACTIVITIES = (
     Activity(
@@ -138,7 +138,7 @@ ACTIVITIES = (
 
 
 def _job(name: str, age_s: float, tasks: int, **more: object) -> JobDef:
-    made = naming.job_id(name, f"still {name}")
+    made = object_keys.job_id(name, f"still {name}")
     job = JobDef(
         made,
         name,
@@ -147,7 +147,9 @@ def _job(name: str, age_s: float, tasks: int, **more: object) -> JobDef:
             StageDef(TOTAL, after=(PRICES,), gather="*", handler="handlers:total"),
         ),
         NOW_S - age_s,
-        input=InputDef(keys=tuple(f"{naming.raw(made)}{n:04}.txt" for n in range(min(tasks, 50)))),
+        input=InputDef(
+            keys=tuple(f"{object_keys.raw(made)}{n:04}.txt" for n in range(min(tasks, 50)))
+        ),
         max_failures=100,
         tags=(("owner", "pricing"), ("month", "2026-03")),
     )

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.facts import Facts
-from batchlab.jobdef import InputDef, JobDef, StageDef
-from batchlab.manager.live import LiveJob, Seen
-from batchlab.manager.settings import ManagerSettings
-from batchlab.model import (
+from batchlab.core.job_definition import InputDef, JobDef, StageDef
+from batchlab.core.model import (
     Activity,
     Bundle,
     Control,
@@ -23,8 +20,11 @@ from batchlab.model import (
     StageName,
     TaskSet,
 )
-from batchlab.ports import JobRecord, StageRecord
-from batchlab.protocol.messages import Beat, Held
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.core.protocol.messages import Beat, Held
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import LiveJob, Seen
+from batchlab.server.views.job_facts import Facts
 
 NOW_S = 1_700_000_000.0
 MONO_S = 5_000.0

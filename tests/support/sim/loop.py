@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Fault, FaultKind, Faults
-from batchlab.sim.loop import SimLoop
 
 Main = Coroutine[Any, Any, Any]
 INSTANT = (0.0, 0.0)

@@ -12,14 +12,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchlab.jobdef import JobDef, StageDef
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, JobState, Pool, StageName
+from batchlab.core.ports import Change, JobRecord, Ledger
 from batchlab.manager.manager import Manager
-from batchlab.model import JobId, JobState, Pool, StageName
-from batchlab.ports import Change, JobRecord, Ledger
 from batchlab.sim import invariants, trial
-from batchlab.sim.fates import value_of
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.runner import Play, Script
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.tasks import Play, Script, value_of
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
 

@@ -8,17 +8,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from batchlab.jobdef import InputDef, JobDef, SplitBy
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy
+from batchlab.core.model import JobId
+from batchlab.core.protocol import object_keys
+from batchlab.core.schedules.model import Definition, Schedule, When
 from batchlab.manager.manager import Manager
-from batchlab.manager.schedule_requests import Schedules
-from batchlab.model import JobId
-from batchlab.protocol import naming
-from batchlab.schedule.model import (
-    Definition,
-    Schedule,
-    When,
-)
-from batchlab.sim.runner import Play
+from batchlab.manager.schedules.requests import Schedules
+from batchlab.sim.tasks import Play
 from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, in_world, leader, stage
 
@@ -83,7 +79,7 @@ async def jobs(world: World) -> list[str]:
     """When the schedule's jobs were due, by the bucket: each has one definition."""
     found = []
     for record in await world.ledger.jobs(limit=1000):
-        assert await world.objects.head(naming.spec(record.job.id))
+        assert await world.objects.head(object_keys.spec(record.job.id))
         found.append(dict(record.job.tags)["due"])
     return sorted(found)
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.errors import AlreadyExists, BackendError
+from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.sim.actors import Actor
+from batchlab.sim.event_log import EventLog
+from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults, Weather
-from batchlab.sim.log import EventLog
-from batchlab.sim.loop import SimLoop
-from batchlab.sim.wrappers import wrap
+from batchlab.sim.port_wrappers import wrap
 
 VISIBILITY_S = 30.0
 LATE_S = (1.0, 90.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint, client
+from batchlab.adapters.aws.endpoint import Endpoint, client
 from tests.support.aws.emulators import Server, free_port
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.sim.objects import SimObjects
-from batchlab.jobdef import JobDef, StageDef
-from batchlab.model import Bundle, Failure, JobId, Json, Ran, StageName, TaskSet
-from batchlab.ports import LocalFiles, Objects
-from batchlab.worker import code
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Failure, JobId, Json, Ran, StageName, TaskSet
+from batchlab.core.ports import LocalFiles, Objects
+from batchlab.worker import code_cache
 from batchlab.worker.process_runner import ProcessRunner
 from batchlab.worker.runner import Handle, Scratch, Work
 
@@ -38,9 +38,9 @@ class Rig:
 
     async def pack(self, folder: Path) -> str:
         if folder not in self._code:
-            data = code.pack(folder)
-            await self.objects.put(code.key(data), data)
-            self._code[folder] = code.key(data)
+            data = code_cache.pack(folder)
+            await self.objects.put(code_cache.key(data), data)
+            self._code[folder] = code_cache.key(data)
         return self._code[folder]
 
     async def work(

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchlab import backends, spec, submission
-from batchlab.client import Client
-from batchlab.errors import BatchlabError
-from batchlab.home import Home
-from batchlab.jobdef import JobDef
+from batchlab.client.http import Client
+from batchlab.core.errors import BatchlabError
+from batchlab.core.job_definition import JobDef
+from batchlab.jobs import api, submission
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
 from tests.system.bad_input import jobs
 from tests.system.bad_input.shell import Shell
 
@@ -57,7 +58,7 @@ def _then(change: Callable[[Path], None], where: str) -> Callable[[Shell], str]:
         assert told.code == 0, told
         job = told.out.strip()
         bucket = Home(Path(shell.home)).objects
-        definition = spec.load(shell.folder / "job.yaml")
+        definition = api.load(shell.folder / "job.yaml")
         digest = submission.code_digest(definition)[1]
         (found,) = bucket.glob(where.format(job=job, digest=digest))
         change(found)
@@ -103,12 +104,12 @@ def _with(data: bytes) -> Callable[[Shell], str]:
 
 
 def _prepared(shell: Shell, code: bytes) -> JobDef:
-    home, backend = Home(Path(shell.home)), backends.load("local")
+    home, backend = Home(Path(shell.home)), factory.load("local")
     preparing = submission.prepare(
-        spec.load(shell.folder / "job.yaml"),
+        api.load(shell.folder / "job.yaml"),
         objects=backend.open_objects(home),
         clock=backend.open_clock(),
-        patience=backends.patience(),
+        patience=factory.patience(),
         token=hashlib.sha256(code).hexdigest(),
         packed=(code, hashlib.sha256(code).hexdigest()),
     )

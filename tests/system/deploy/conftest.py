@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.home import Home
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import use
 from tests.support.aws.ministack import Plane, served
 from tests.support.cli import Run, runner

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.awsgrid import deployment
 from batchlab.deploy.account import Account
-from batchlab.home import Home
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import client, group, queues, release, stacks
 from tests.support.cli import Run
 

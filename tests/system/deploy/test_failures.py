@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
-from batchlab.adapters.awsgrid import deployment
 from batchlab.cli.signals import Stopped
+from batchlab.core.errors import Refused
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import Apply, StackFailed
-from batchlab.deploy.explain import Event
-from batchlab.deploy.records import State
+from batchlab.deploy.failure_cause import Event
 from batchlab.deploy.settings import Settings
 from batchlab.deploy.stack import Stack
-from batchlab.errors import Refused
-from batchlab.home import Home
+from batchlab.deploy.stack_records import State
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import REGION, SMALL, Front, client, group, queues, release, stacks
 from tests.support.cli import Run
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters.aws import Endpoint
+from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.deploy.account import Account
+from batchlab.deploy.destroy import BATCH, Destroy
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.sweep import BATCH, Destroy
 from tests.support.aws.deploy import Front, client, use
 
 TEMPLATE = """

@@ -11,7 +11,7 @@ import yaml
 
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings
-from batchlab.home import Home
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import REGION, client, stacks
 from tests.support.cli import Run
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.awsgrid import deployment
 from batchlab.deploy import template
-from batchlab.home import Home
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.home import Home
 from tests.support.aws import cfn
 from tests.support.aws.deploy import REGION, SMALL, client, group, queues, release, stacks, use
 from tests.support.aws.ministack import Plane, served

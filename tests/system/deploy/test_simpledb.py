@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from batchlab.deploy.account import Account
-from batchlab.deploy.records import Resource
+from batchlab.deploy.destroy import Destroy
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.sweep import Destroy
+from batchlab.deploy.stack_records import Resource
 from tests.support.aws.deploy import REGION, Front
 from tests.support.aws.stack_states import Cloud
 from tests.support.simpledb.fixtures import Sdb

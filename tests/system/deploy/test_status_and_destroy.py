@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.awsgrid import deployment
 from batchlab.deploy import settings, template
-from batchlab.home import Home
+from batchlab.runtime.aws import deployment
+from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL, client, group, queues, release, stacks
 from tests.support.cli import Run, runner
 from tests.support.simpledb.fixtures import Sdb

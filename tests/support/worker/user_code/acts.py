@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from batchlab.task import Context, File
+from batchlab.core.task_context import Context, File
 
 
 def same(item: Any) -> Any:

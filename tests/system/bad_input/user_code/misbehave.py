@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchlab.task import Context, File
+from batchlab.core.task_context import Context, File
 
 
 def act(item: Any, ctx: Context) -> Any:

@@ -1,0 +1,311 @@
+"""What the AWS adapters share: `Endpoint`, boto3 clients for it, and what botocore's errors mean.
+
+Invariant: with an endpoint's url nothing of the user's AWS configuration is used, and no credential
+of theirs is sent to it; without one, everything is found where boto3 finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from urllib.parse import urlsplit
+
+from batchlab.core.errors import (
+    AlreadyExists,
+    BackendError,
+    BatchlabError,
+    NotFound,
+    Refused,
+    Throttled,
+    TooLarge,
+    Unreachable,
+)
+
+if TYPE_CHECKING:
+    import boto3
+    from botocore.exceptions import ClientError
+    from botocore.loaders import Loader
+    from mypy_boto3_autoscaling import AutoScalingClient
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.literals import BucketLocationConstraintType
+    from mypy_boto3_s3.type_defs import CreateBucketConfigurationTypeDef
+    from mypy_boto3_sqs import SQSClient
+    from obstore.store import S3Credential, S3CredentialProvider
+
+CONNECT_S = 5.0
+ANSWER_S = 30.0
+"""Longer than any call here takes a service that is well."""
+
+_THROTTLED = {
+    "KmsThrottled",
+    "OverLimit",
+    "QueueDeletedRecently",
+    "ConditionalRequestConflict",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "ResourceContention",
+    "ScalingActivityInProgress",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "TooManyRequests",
+}
+_MISSING = {"NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket"}
+_TOO_LARGE = {"BatchRequestTooLong", "TooManyEntriesInBatchRequest"}
+_DENIED = {
+    "AccessDenied",
+    "AuthorizationError",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClient",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """AWS in `region`; with `url`, what answers there in its place (an emulator, another S3).
+
+    The keys are for that url only: on AWS boto3's chain finds credentials.
+    """
+
+    url: str | None = None
+    region: str = "us-east-1"
+    access_key: str = "test"
+    secret_key: str = field(default="test", repr=False)
+
+    @property
+    def loopback(self) -> str:
+        """The url's host where that is this machine, which no proxy can reach; else ""."""
+        return loopback(self.url or "")
+
+
+def loopback(url: str) -> str:
+    """The url's host where that is this machine; else ""."""
+    host = urlsplit(url).hostname or ""
+    return host if host in ("127.0.0.1", "::1", "localhost") else ""
+
+
+def s3_url(endpoint: Endpoint) -> str:
+    """Where S3 is for boto3: at the endpoint's url, or where AWS_ENDPOINT_URL_S3 or a profile puts
+    it, or on AWS."""
+    if endpoint.url:
+        return endpoint.url
+    with closing(client(endpoint, "s3", connections=1)) as s3:
+        return s3.meta.endpoint_url
+
+
+def credentials(endpoint: Endpoint) -> S3CredentialProvider:
+    """The same credentials as `client` has, for obstore."""
+    if endpoint.url is None:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        with translated("AWS"):
+            return Boto3CredentialProvider()
+    given: S3Credential = {
+        "access_key_id": endpoint.access_key,
+        "secret_access_key": endpoint.secret_key,
+        "token": None,
+        "expires_at": None,
+    }
+    return lambda: given
+
+
+@overload
+def client(
+    endpoint: Endpoint,
+    service: Literal["sqs"],
+    *,
+    connections: int,
+    made: boto3.Session | None = None,
+) -> SQSClient: ...
+@overload
+def client(endpoint: Endpoint, service: Literal["s3"], *, connections: int) -> S3Client: ...
+@overload
+def client(
+    endpoint: Endpoint, service: Literal["autoscaling"], *, connections: int
+) -> AutoScalingClient: ...
+@overload
+def client(
+    endpoint: Endpoint,
+    service: Literal["ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"],
+    *,
+    connections: int,
+) -> Any: ...
+def client(
+    endpoint: Endpoint,
+    service: Literal[
+        "sqs", "s3", "autoscaling", "ec2", "rds", "sdb", "secretsmanager", "sns", "ssm"
+    ],
+    *,
+    connections: int,
+    made: boto3.Session | None = None,
+) -> Any:
+    """A client that makes each call once: patience is the callers'. Of the session `made`, or of
+    its own."""
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_S,
+        read_timeout=ANSWER_S,
+        max_pool_connections=connections,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        # A quarter of a call's CPU, to check types that mypy has checked.
+        parameter_validation=False,
+        s3={"addressing_style": "path"} if endpoint.url else {},
+        # None would be what the environment says.
+        proxies={} if endpoint.loopback else None,
+    )
+    with translated("AWS"):
+        made = made or session_of(endpoint)
+        return made.client(service, endpoint_url=endpoint.url, config=config)
+
+
+def session_of(endpoint: Endpoint) -> boto3.Session:
+    """A session for clients of the endpoint."""
+    with translated("AWS"):
+        if endpoint.url is None:
+            return session(endpoint.region)
+        return session(endpoint.region, keys=(endpoint.access_key, endpoint.secret_key))
+
+
+def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
+    """boto3's, of the user; with `keys` (access key, secret key) it takes no profile of theirs.
+
+    All sessions of a process share what botocore has read of its services' models: for its first
+    client each would look through four hundred folders again, half a second for some services.
+    """
+    import boto3
+    import botocore.session
+
+    # A profile named in the environment must neither be needed nor found.
+    core = botocore.session.Session({"profile": (None, None, None, None)} if keys else None)
+    models = _models(core.get_config_variable("data_path"))
+    core.register_component("data_loader", models)
+    key, secret = keys or (None, None)
+    made = boto3.Session(key, secret, region_name=region, botocore_session=core)
+    # boto3 has added its own folder, once more with each session.
+    models.search_paths[:] = dict.fromkeys(models.search_paths)
+    return made
+
+
+@cache
+def _models(data_path: str | None) -> Loader:
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
+
+
+def code_of(error: ClientError) -> str:
+    """The error's code, as `plain` writes it."""
+    return plain(str(error.response.get("Error", {}).get("Code", "")))
+
+
+def plain(code: str) -> str:
+    """An error code without the name of its service and "Exception": "NonExistentQueue"."""
+    return code.rpartition(".")[2].removesuffix("Exception")
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turns botocore's errors into batchlab's; `what` is the subject of their sentence."""
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except ClientError as error:
+        raise _refusal(what, error) from error
+    except (HTTPClientError, NoConnection) as error:
+        raise Unreachable(f"{what}: {error}") from error
+    except ResponseParserError as error:
+        # Something answers, but not the service: a proxy, or one that is just starting.
+        raise Unreachable(f"{what}: the answer is not one of AWS.") from error
+    except BotoCoreError as error:
+        raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
+
+
+def _refusal(what: str, error: ClientError) -> BatchlabError:
+    code = code_of(error)
+    message = str(error.response.get("Error", {}).get("Message", "")).strip() or code
+    text = f"{what}: {message.rstrip('.')} ({code})."
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in _MISSING:
+        return NotFound(text)
+    if code in _TOO_LARGE:
+        return TooLarge(text)
+    if code in ("AlreadyExists", "PreconditionFailed"):
+        return AlreadyExists(text)
+    if code == "ValidationError":
+        return Refused(text)
+    if code in _THROTTLED or status in (429, 503):
+        return Throttled(text)
+    if code in _DENIED:
+        return BackendError(text, remedy="Check the credentials and their permissions.")
+    return Unreachable(text) if status >= 500 else BackendError(text)
+
+
+def check(endpoint: Endpoint) -> None:
+    """Ask S3 and SQS at the endpoint's url for what costs nothing; Unreachable in a sentence for
+    whoever has named it."""
+    s3, sqs = client(endpoint, "s3", connections=1), client(endpoint, "sqs", connections=1)
+    try:
+        _answers(endpoint, "S3", lambda: s3.list_buckets()["Buckets"])
+        _answers(endpoint, "SQS", lambda: sqs.list_queues(QueueNamePrefix="batchlab-"))
+    finally:
+        s3.close()
+        sqs.close()
+
+
+def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> None:
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        HTTPClientError,
+        ReadTimeoutError,
+    )
+    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore.parsers import ResponseParserError
+
+    try:
+        ask()
+        return
+    except ReadTimeoutError as error:
+        cause: Exception = error
+        text = f"{endpoint.url} accepts connections, and then does not answer."
+    except (HTTPClientError, NoConnection) as error:
+        cause, text = error, f"Nothing answers at {endpoint.url}."
+    except (ClientError, ResponseParserError, BotoCoreError, KeyError) as error:
+        code = code_of(error) if isinstance(error, ClientError) else ""
+        # An answer that it cannot read has its HTTP status for a code.
+        told = f" (it says {code})" if code and not code.isdigit() else ""
+        cause, text = error, f"{endpoint.url} does not answer as {service} does{told}."
+    raise Unreachable(
+        text, remedy="Start an emulator of S3 and SQS there, or name the URL of another."
+    ) from cause
+
+
+def create_bucket(endpoint: Endpoint, bucket: str) -> None:
+    """Create the bucket; no error where it is ours already."""
+    from botocore.exceptions import ClientError
+
+    s3 = client(endpoint, "s3", connections=1)
+    try:
+        with translated(f"Bucket {bucket!r}"):
+            try:
+                if endpoint.region == "us-east-1":
+                    s3.create_bucket(Bucket=bucket)
+                else:
+                    region = cast("BucketLocationConstraintType", endpoint.region)
+                    place: CreateBucketConfigurationTypeDef = {"LocationConstraint": region}
+                    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
+            except ClientError as error:
+                if code_of(error) != "BucketAlreadyOwnedByYou":
+                    raise
+    finally:
+        s3.close()

@@ -1,0 +1,227 @@
+"""What EC2 Auto Scaling says of its groups, compared with what it said before.
+
+A group there forgets an instance that has ended, and never says when one was launched or how it
+ended. This remembers both, as far as it was looking: it knows no more than two looks tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from batchlab.core.model import Activity, GroupView, Instance, LifecycleState, Machine, Pool
+from batchlab.core.ports import KEEP_TERMINATED_S
+
+if TYPE_CHECKING:
+    from mypy_boto3_autoscaling.type_defs import (
+        ActivityTypeDef,
+        AutoScalingGroupTypeDef,
+        InstanceTypeDef,
+    )
+
+KEEP_ACTIVITIES = 500
+
+COUNTED = frozenset({LifecycleState.PENDING, LifecycleState.IN_SERVICE})
+_STATES = {
+    "Pending": LifecycleState.PENDING,
+    "InService": LifecycleState.IN_SERVICE,
+    "Terminating": LifecycleState.TERMINATING,
+    # It lives on, but no longer for this group.
+    "Detaching": LifecycleState.TERMINATING,
+    "Terminated": LifecycleState.TERMINATED,
+    "Detached": LifecycleState.TERMINATED,
+}
+_WAITS = "Pending:Wait"
+_HEALTH = "health check"
+_ABANDONED = "was abandoned"
+GONE = "it is gone from its group"
+NEVER_UP = "it ended before it was in service"
+SETTLES_S = 60.0
+"""What is Pending may still end so long after desired capacity was lowered, for that reason."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """One pool's group as last seen. `ends` says why an instance will end where we asked for it."""
+
+    pool: Pool
+    desired: int = 0
+    instances: dict[str, Instance] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    """Those that the launch hook holds until their workers report."""
+    ends: dict[str, str] = field(default_factory=dict)
+    gone_s: dict[str, float] = field(default_factory=dict)
+    """When each Terminated one was first missed; epoch seconds."""
+    unexplained: set[str] = field(default_factory=set)
+    """Those that were there at one look and gone at the next, or left before they were in service,
+    and nobody has said why."""
+    served: set[str] = field(default_factory=set)
+    """Those that have been in service, or may have been before the first look."""
+    lowered_s: float = 0.0
+    """When desired capacity was last seen to be lower than before; epoch seconds."""
+
+    def view(self) -> GroupView:
+        return GroupView(self.pool, self.desired, tuple(self.instances.values()))
+
+    def counted(self, instance: str) -> bool:
+        found = self.instances.get(instance)
+        return found is not None and found.state in COUNTED
+
+    def look(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
+        """Take over what the service says; returns those that are gone since the look before."""
+        if group["DesiredCapacity"] < self.desired:
+            self.lowered_s = now_s
+        limits = replace(self.pool, min_size=group["MinSize"], max_size=group["MaxSize"])
+        self.pool, self.desired = limits, group["DesiredCapacity"]
+        self.waiting = set()
+        here = set()
+        for told in group.get("Instances", ()):
+            if (state := _state(told["LifecycleState"])) is not None:
+                here.add(told["InstanceId"])
+                self._take(told, state, now_s)
+        return self._miss(here, now_s)
+
+    def _take(self, told: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
+        name = told["InstanceId"]
+        if state is not LifecycleState.TERMINATED:
+            self._find_again(name)
+        old = self.instances.get(name)
+        if told["LifecycleState"] == _WAITS:
+            self.waiting.add(name)
+        healthy = told["HealthStatus"] == "Healthy"
+        note = old.note if old else ""
+        if state is LifecycleState.IN_SERVICE or (old is None and state not in COUNTED):
+            self.served.add(name)
+        if state is LifecycleState.TERMINATING and not note:
+            note = self._why(name, now_s, healthy=healthy)
+        self.instances[name] = Instance(
+            name,
+            self.pool.name,
+            state,
+            old.launched_s if old else now_s,
+            healthy,
+            told["ProtectedFromScaleIn"],
+            note,
+            Machine(told.get("InstanceType", ""), told["AvailabilityZone"]),
+        )
+
+    def _find_again(self, name: str) -> None:
+        """One that was missed and is listed again lives on, and its end is still to come."""
+        if self.gone_s.pop(name, None) is not None:
+            self.instances[name] = replace(self.instances[name], note="")
+
+    def _why(self, name: str, now_s: float, *, healthy: bool) -> str:
+        if cause := self.ends.get(name):
+            return f"terminated: {cause}"
+        if healthy and name not in self.served:
+            self.unexplained.add(name)
+            if now_s - self.lowered_s > SETTLES_S:
+                return NEVER_UP
+        return "terminated: scale-in" if healthy else "it failed a health check of its group"
+
+    def _miss(self, here: set[str], now_s: float) -> list[Instance]:
+        """Terminated are those that are listed no more, or as such."""
+        gone = []
+        for name, old in list(self.instances.items()):
+            if name in self.gone_s:
+                if now_s - self.gone_s[name] > KEEP_TERMINATED_S:
+                    del self.instances[name], self.gone_s[name]
+                    self.ends.pop(name, None)
+                    self.served.discard(name)
+            elif name not in here or old.state is LifecycleState.TERMINATED:
+                note = old.note
+                if not note and name in self.ends:
+                    note = f"terminated: {self.ends[name]}"
+                elif not note:
+                    note = self._why(name, now_s, healthy=True) if name not in self.served else GONE
+                    self.unexplained.add(name)
+                elif note == NEVER_UP:
+                    self.unexplained.add(name)
+                state = LifecycleState.TERMINATED
+                self.instances[name] = replace(old, state=state, note=note)
+                self.gone_s[name] = now_s
+                gone.append(self.instances[name])
+        return gone
+
+    def explain(self, activities: Sequence[ActivityTypeDef]) -> list[Instance]:
+        """Those that were unexplained, with what an activity says that ended them."""
+        explained = []
+        for name in self.unexplained & self.instances.keys():
+            told = [a for a in activities if name in a.get("Description", "")]
+            if note := _given_up(told) or _ended(told):
+                self.instances[name] = replace(self.instances[name], note=note)
+                explained.append(self.instances[name])
+        self.unexplained.clear()
+        return explained
+
+
+def _given_up(activities: Iterable[ActivityTypeDef]) -> str:
+    """Why a launch was given up that had begun; "" where none was."""
+    for activity in activities:
+        if _ABANDONED in (said := activity.get("StatusMessage") or activity["Description"]):
+            return said.partition("Status Reason: ")[2] or said
+    return ""
+
+
+def _ended(activities: Iterable[ActivityTypeDef]) -> str:
+    for activity in activities:
+        if "erminating" in activity["Description"]:
+            cause = activity["Cause"].rstrip(".")
+            return cause if _HEALTH in cause else f"terminated: {cause}"
+    return ""
+
+
+def _state(told: str) -> LifecycleState | None:
+    """AWS's state as one of the model's; None for an instance that does not work for its group,
+    in standby or in a warm pool."""
+    return _STATES.get(told.partition(":")[0])
+
+
+class Journal:
+    """The service's activities and our own notes of why they were asked for, as one list.
+
+    The service's have no numbers; each gets one when it is first seen, in the order of time.
+    """
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._notes: list[Activity] = []
+        self._known: dict[str, Activity] = {}
+        """By the service's id, or for a note by its number."""
+
+    def note(self, pool: str, at_s: float, description: str, cause: str) -> None:
+        """Record what was asked of the service, which has no place for the cause."""
+        self._notes.append(Activity(0, pool, at_s, description, cause))
+
+    def merge(self, told: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
+        """Take over the activities of these pools."""
+        fresh: list[tuple[str, Activity]] = [("", note) for note in self._notes]
+        self._notes = []
+        for pool, activities in told.items():
+            for activity in activities:
+                name = activity["ActivityId"]
+                if name in self._known:
+                    number = self._known[name].id
+                    self._known[name] = replace(_activity(pool, activity), id=number)
+                else:
+                    fresh.append((name, _activity(pool, activity)))
+        for name, one in sorted(fresh, key=lambda pair: pair[1].at_s):
+            self._known[name or f"note {self._next}"] = replace(one, id=self._next)
+            self._next += 1
+        for name in list(self._known)[:-KEEP_ACTIVITIES]:
+            del self._known[name]
+
+    def newest(self, pool: str | None, limit: int) -> list[Activity]:
+        """Up to `limit` of one pool, or of all, newest first."""
+        every = sorted(self._known.values(), key=lambda one: one.id, reverse=True)
+        return [one for one in every if pool in (None, one.pool)][:limit]
+
+
+def _activity(pool: str, told: ActivityTypeDef) -> Activity:
+    description = told.get("Description", "")
+    if message := told.get("StatusMessage"):
+        description = f"{description}: {message}" if description else message
+    return Activity(
+        0, pool, told["StartTime"].timestamp(), description, told["Cause"], told["StatusCode"]
+    )

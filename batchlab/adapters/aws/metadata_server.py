@@ -1,0 +1,371 @@
+"""EC2's instance metadata service, version 2, for instances that are containers.
+
+Invariant: nothing is told without a token, a token is good for the instance that asked for it
+only, and nobody gets one through a proxy (a request with X-Forwarded-For).
+
+Who asks is told apart by the address the connection comes from, as on EC2, so there must be no
+address translation between an instance and the server.
+
+What EC2's instance metadata says of one instance, as a tree of paths (pure).
+
+Paths, values and formats are those of AWS's "Instance metadata categories"; a path that is not in
+the tree is one that a real instance of that kind would answer with 404, or one that nobody here
+asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.model import Machine, Market
+from batchlab.core.ports import ANY_MACHINE, Clock
+
+ROOT = "latest/"
+
+_REGION = re.compile(r"[a-z]+(?:-[a-z]+)+?-\d+")
+_TAG = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """A Spot interruption notice: what happens (terminate, stop, hibernate) and when (epoch)."""
+
+    at_s: float
+    action: str = "terminate"
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the platform tells an instance about its future."""
+
+    lifecycle: str = "InService"
+    """The state its Auto Scaling group moves it to; "" where it has no group."""
+    interruption: Interruption | None = None
+    rebalance_s: float | None = None
+    """When a rebalance recommendation came (epoch): a Spot interruption has become more likely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """The facts about one instance.
+
+    `credentials` are documents by role name, as IAM gives them. Times are seconds of the epoch.
+    """
+
+    instance: str
+    address: str
+    machine: Machine = ANY_MACHINE
+    launched_s: float = 0.0
+    image: str = ""
+    architecture: str = "x86_64"
+    account: str = "000000000000"
+    tags: Mapping[str, str] = field(default_factory=dict)
+    credentials: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    signals: Signals = Signals()
+    user_data: str = ""
+
+    @property
+    def region(self) -> str:
+        """The region that the zone is of: us-west-2 of us-west-2b and of us-west-2-lax-1a."""
+        found = _REGION.match(self.machine.zone)
+        return found[0] if found else ""
+
+
+def tree(of: Metadata) -> dict[str, str]:
+    """Content by path below `latest/`; what is empty is left out, and is then a 404."""
+    machine, signals = of.machine, of.signals
+    spot = machine.market is Market.SPOT
+    meta = {
+        "ami-id": of.image,
+        "autoscaling/target-lifecycle-state": signals.lifecycle,
+        "hostname": of.instance,
+        "instance-id": of.instance,
+        "instance-life-cycle": "spot" if spot else "on-demand",
+        "instance-type": machine.type,
+        "local-hostname": of.instance,
+        "local-ipv4": of.address,
+        "placement/availability-zone": machine.zone,
+        "placement/region": of.region,
+    }
+    if signals.rebalance_s is not None:
+        told = {"noticeTime": iso(signals.rebalance_s)}
+        meta["events/recommendations/rebalance"] = json.dumps(told)
+    if signals.interruption is not None:
+        action, at = signals.interruption.action, iso(signals.interruption.at_s)
+        meta["spot/instance-action"] = json.dumps({"action": action, "time": at})
+        if action == "terminate":
+            meta["spot/termination-time"] = at
+    for role, document in of.credentials.items():
+        meta[f"iam/security-credentials/{role}"] = json.dumps(document, indent=2)
+    for name, value in of.tags.items():
+        # EC2 takes no other names where tags are in the metadata.
+        if _TAG.fullmatch(name):
+            meta[f"tags/instance/{name}"] = value
+    paths = {f"meta-data/{path}": content for path, content in meta.items() if content}
+    paths["dynamic/instance-identity/document"] = _document(of)
+    if of.user_data:
+        paths["user-data"] = of.user_data
+    return paths
+
+
+def answer(paths: Mapping[str, str], path: str) -> str | None:
+    """What is at `path` below `latest/`: its content, or the list of what is below it; None where
+    there is nothing."""
+    path = path.rstrip("/")  # as boto3 asks for the zone
+    if path in paths:
+        return paths[path]
+    folder = f"{path}/" if path else ""
+    below = (p.removeprefix(folder).partition("/") for p in paths if p.startswith(folder))
+    names = {name + slash for name, slash, _ in below}
+    return "\n".join(sorted(names)) or None
+
+
+def iso(epoch_s: float) -> str:
+    """Whole seconds, as the metadata service writes times."""
+    return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _document(of: Metadata) -> str:
+    return json.dumps(
+        {
+            "accountId": of.account,
+            "architecture": of.architecture,
+            "availabilityZone": of.machine.zone,
+            "billingProducts": None,
+            "devpayProductCodes": None,
+            "imageId": of.image,
+            "instanceId": of.instance,
+            "instanceType": of.machine.type,
+            "kernelId": None,
+            "marketplaceProductCodes": None,
+            "pendingTime": iso(of.launched_s),
+            "privateIp": of.address,
+            "ramdiskId": None,
+            "region": of.region,
+            "version": "2017-09-30",
+        },
+        indent=2,
+    )
+
+
+log = logging.getLogger(__name__)
+
+TOKEN_PATH = f"{ROOT}api/token"
+TTL_HEADER = "x-aws-ec2-metadata-token-ttl-seconds"
+TOKEN_HEADER = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
+LONGEST_TTL_S = 21_600
+
+IDLE_S = 60.0
+"""A connection on which nothing comes for so long is closed."""
+_TTL = re.compile("[0-9]{1,5}")
+_LENGTH = re.compile("[0-9]{1,5}")
+_HEAD_BYTES = 16 * 1024
+
+
+class MetadataSource(Protocol):
+    """Who knows the instances."""
+
+    async def metadata(self, address: str) -> Metadata | None:
+        """The instance that has this address now, None where none has; BackendError where it
+        cannot be found out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    path: str
+    """Without the leading slash."""
+    headers: Mapping[str, str]
+    """Names in small letters."""
+    stays: bool
+    """Whether the connection is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: HTTPStatus
+    content: str = ""
+    ttl_s: int | None = None
+
+
+class _MalformedError(Exception):
+    """Bytes that are no HTTP request of the kind that is served here."""
+
+
+class MetadataServer:
+    """Serves `source`'s instances from `start` to `close`."""
+
+    def __init__(self, source: MetadataSource, clock: Clock) -> None:
+        self._source = source
+        self._clock = clock
+        # Tokens are signed, not stored: nobody can fill our memory by asking for many.
+        self._key = secrets.token_bytes(32)
+        self._server: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    async def start(self, host: str, port: int = 0) -> str:
+        """Listen on this address, port 0 on any free one; returns the URL for
+        AWS_EC2_METADATA_SERVICE_ENDPOINT. UsageError where the address cannot be had."""
+        try:
+            self._server = await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES)
+        except OSError as error:
+            raise UsageError(
+                f"The metadata service cannot listen on {host}:{port}: {error.strerror}.",
+                remedy="Name an address of this machine, and a port that is free.",
+            ) from error
+        bound = self._server.sockets[0].getsockname()
+        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        return f"http://{shown}:{bound[1]}"
+
+    async def close(self) -> None:
+        """Stop listening and close every connection."""
+        if self._server is None:
+            return
+        self._server.close()
+        # Not cancelled, which asyncio's streams report as an error of theirs.
+        for writer in self._connections.values():
+            writer.transport.abort()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._server.wait_closed()
+
+    # --- Answers ---------------------------------------------------------------------------------
+
+    async def _respond(self, request: _Request, address: str) -> _Answer:
+        try:
+            metadata = await self._source.metadata(address)
+        except BackendError as error:
+            log.warning("the metadata service does not know who %s is: %s", address, error)
+            return _Answer(HTTPStatus.SERVICE_UNAVAILABLE)
+        if metadata is None:
+            return _Answer(HTTPStatus.FORBIDDEN)
+        if request.method == "PUT":
+            return self._token(request, metadata.instance)
+        if request.method != "GET":
+            return _Answer(HTTPStatus.METHOD_NOT_ALLOWED)
+        if not self._is_good(request.headers.get(TOKEN_HEADER, ""), metadata.instance):
+            return _Answer(HTTPStatus.UNAUTHORIZED)
+        return _told(request.path, metadata)
+
+    def _token(self, request: _Request, instance: str) -> _Answer:
+        if request.path != TOKEN_PATH:
+            return _Answer(HTTPStatus.METHOD_NOT_ALLOWED)
+        if "x-forwarded-for" in request.headers:
+            return _Answer(HTTPStatus.FORBIDDEN)
+        asked = request.headers.get(TTL_HEADER, "")
+        if not _TTL.fullmatch(asked) or not 1 <= int(asked) <= LONGEST_TTL_S:
+            return _Answer(HTTPStatus.BAD_REQUEST)
+        until = f"{self._clock.monotonic_s() + int(asked):.3f}"
+        return _Answer(HTTPStatus.OK, f"{until}-{self._sign(until, instance)}", int(asked))
+
+    def _is_good(self, token: str, instance: str) -> bool:
+        until, _, signature = token.partition("-")
+        if not hmac.compare_digest(signature.encode(), self._sign(until, instance).encode()):
+            return False
+        return self._clock.monotonic_s() < float(until)
+
+    def _sign(self, until: str, instance: str) -> str:
+        return hmac.new(self._key, f"{until} {instance}".encode(), hashlib.sha256).hexdigest()
+
+    # --- HTTP ------------------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = writer
+        try:
+            # None where they were gone before we could ask.
+            address = str((writer.get_extra_info("peername") or ("",))[0])
+            stays = True
+            while stays:
+                async with asyncio.timeout(IDLE_S):
+                    request = await _read(reader)
+                if request is None:
+                    return
+                stays = request.stays
+                _write(writer, await self._respond(request, address), stays=stays)
+                await writer.drain()
+        except _MalformedError:
+            _write(writer, _Answer(HTTPStatus.BAD_REQUEST), stays=False)
+        except (TimeoutError, OSError):
+            pass  # they are gone, or say nothing
+        finally:
+            del self._connections[task]
+            writer.close()
+
+
+def _told(path: str, metadata: Metadata) -> _Answer:
+    if not path:
+        return _Answer(HTTPStatus.OK, ROOT.rstrip("/"))
+    if f"{path}/".startswith(ROOT):
+        found = answer(tree(metadata), path[len(ROOT) :])
+        if found is not None:
+            return _Answer(HTTPStatus.OK, found)
+    return _Answer(HTTPStatus.NOT_FOUND)
+
+
+async def _read(reader: asyncio.StreamReader) -> _Request | None:
+    """The next request, None where the other side has closed the connection."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    except asyncio.LimitOverrunError as error:
+        raise _MalformedError from error
+    first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or words[2] not in ("HTTP/1.0", "HTTP/1.1"):
+        raise _MalformedError
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or name != name.strip():
+            raise _MalformedError
+        headers[name.lower()] = value.strip()
+    await _skip_body(reader, headers)
+    keeps = "close" not in headers.get("connection", "").lower()
+    return _Request(words[0], _path(words[1]), headers, stays=keeps and words[2] == "HTTP/1.1")
+
+
+async def _skip_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> None:
+    """No request here has a body that says anything, but it must not be taken for the next one."""
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):
+        raise _MalformedError
+    try:
+        await reader.readexactly(int(length))
+    except asyncio.IncompleteReadError as error:
+        raise _MalformedError from error
+
+
+def _path(target: str) -> str:
+    try:
+        return unquote(urlsplit(target).path).lstrip("/")
+    except ValueError as error:
+        raise _MalformedError from error
+
+
+def _write(writer: asyncio.StreamWriter, answer: _Answer, *, stays: bool) -> None:
+    content = answer.content.encode()
+    lines = [
+        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
+        "Server: EC2ws",
+        "Content-Type: text/plain",
+        f"Content-Length: {len(content)}",
+        f"Connection: {'keep-alive' if stays else 'close'}",
+    ]
+    if answer.ttl_s is not None:
+        lines.append(f"X-Aws-Ec2-Metadata-Token-Ttl-Seconds: {answer.ttl_s}")
+    writer.write("\r\n".join([*lines, "", ""]).encode() + content)

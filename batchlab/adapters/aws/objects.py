@@ -1,0 +1,128 @@
+"""Objects in S3, on AWS and on its emulators."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.bucket import Bucket
+from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
+from batchlab.core.errors import AlreadyExists, BatchlabError
+from batchlab.core.request_counter import Tally
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from obstore.store import ObjectStore, S3Config
+
+    from batchlab.adapters.aws.endpoint import Endpoint
+
+log = logging.getLogger(__name__)
+
+
+class S3Objects(ObstoreObjects):
+    """The Objects port over a bucket of S3."""
+
+    def __init__(
+        self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: Tally | None = None
+    ) -> None:
+        super().__init__(store, tally)
+        self._endpoint = endpoint
+        self._bucket = bucket
+
+    def _make_bucket(self) -> bool:
+        from batchlab.adapters.aws import endpoint as aws
+
+        if not self._endpoint.url:
+            return False
+        aws.create_bucket(self._endpoint, self._bucket)
+        return True
+
+    def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
+        # obstore cannot upload in parts on a condition.
+        _create_in_parts(self._endpoint, self._bucket, key, path, part_bytes)
+
+
+def open_objects(bucket: Bucket) -> S3Objects:
+    """Open the bucket of that name at its endpoint. See `open_s3`."""
+    assert bucket.endpoint is not None
+    return open_s3(bucket.endpoint, bucket.name, bucket.tally)
+
+
+def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Objects:
+    """Return the bucket of that name, without any request yet. `tally` counts requests.
+
+    At an endpoint's url a bucket that is not there is made, also later: an emulator that has lost
+    its state is empty, which is what the grid must see. On AWS a missing bucket is a BackendError
+    and never a NotFound, which would say that nothing has been committed.
+    """
+    from obstore.store import S3Store
+
+    from batchlab.adapters.aws import endpoint as aws
+
+    url = aws.s3_url(endpoint)
+    config: S3Config = {"region": endpoint.region, "conditional_put": "etag", "endpoint": url}
+    store = S3Store(
+        bucket,
+        config=config,
+        client_options=client_options(url),
+        retry_config=retries(),
+        credential_provider=aws.credentials(endpoint),
+    )
+    return S3Objects(store, endpoint, bucket, tally)
+
+
+def _create_in_parts(
+    endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int
+) -> None:
+    """Upload a file in parts. AlreadyExists if there is such an object at the end."""
+    from batchlab.adapters.aws import endpoint as aws
+
+    def upload(number: int) -> CompletedPartTypeDef:
+        with path.open("rb") as file:
+            file.seek((number - 1) * part_bytes)
+            data = file.read(part_bytes)
+        part = s3.upload_part(
+            Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data
+        )
+        return {"PartNumber": number, "ETag": part["ETag"]}
+
+    with (
+        closing(aws.client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3,
+        aws.translated(f"Object {key!r}"),
+    ):
+        upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        count = -(-path.stat().st_size // part_bytes)
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+                parts = [*threads.map(upload, range(1, count + 1))]
+            s3.complete_multipart_upload(
+                Bucket=bucket,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                IfNoneMatch="*",
+            )
+        except s3.exceptions.NoSuchUpload as error:
+            # A request that boto3 repeats may have completed the upload the first time.
+            found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+            if any(one["Key"] == key for one in found):
+                raise AlreadyExists(f"Object {key!r} exists.") from error
+            raise
+        except BaseException:
+            _abort(s3, bucket, key, upload_id)
+            raise
+
+
+def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
+    """Remove the parts of an upload. If that fails, the bucket's lifecycle rule removes them."""
+    from batchlab.adapters.aws import endpoint as aws
+
+    try:
+        with aws.translated(f"Object {key!r}"):
+            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+    except BatchlabError as error:
+        log.warning("parts of an unfinished upload stay for a while: %s", error)

@@ -1,0 +1,414 @@
+"""SQS itself, on AWS or behind an emulator's endpoint: `SqsQueue(endpoint, prefix="grid-")`.
+
+Invariant: messages that this process has been given reach a caller, or go back at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from botocore import xform_name
+from botocore.exceptions import ClientError
+
+from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, plain, session_of, translated
+from batchlab.adapters.aws.sqs_wire import opened
+from batchlab.adapters.limits import (
+    body_bytes,
+    check_batch,
+    check_changes,
+    check_queue_name,
+    check_receive,
+    check_send,
+)
+from batchlab.adapters.local.local_wakeup_queue import Quiet
+from batchlab.core.errors import BackendError, NotFound, Throttled
+from batchlab.core.ports import (
+    MAX_MESSAGE_BYTES,
+    MAX_VISIBILITY_S,
+    Depth,
+    Message,
+    Outgoing,
+    QueueSpec,
+)
+from batchlab.core.request_counter import Tally
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs.literals import QueueAttributeNameType
+    from mypy_boto3_sqs.type_defs import (
+        BatchResultErrorEntryTypeDef,
+        ChangeMessageVisibilityBatchRequestEntryTypeDef,
+        ChangeMessageVisibilityBatchResultTypeDef,
+        DeleteMessageBatchRequestEntryTypeDef,
+        DeleteMessageBatchResultTypeDef,
+        MessageTypeDef,
+        ReceiveMessageRequestTypeDef,
+        ReceiveMessageResultTypeDef,
+        SendMessageBatchRequestEntryTypeDef,
+        SendMessageBatchResultTypeDef,
+    )
+
+T = TypeVar("T")
+
+BILLED_POLL_S = 5
+IDLE_POLL_S = 20
+FREE_POLL_S = 1
+"""A long poll is made of requests this long: the first where AWS bills each of them, the second
+where it has been quiet for `QUIET_S`.
+
+A request cannot be taken back: while it is open this process cannot end, and if it is killed, the
+service gives the next messages to nobody, for their whole visibility timeout."""
+
+QUIET_S = 20.0
+
+_FRACTION_S = 0.1
+"""What is left of a wait below a second is polled at this pace: SQS waits whole seconds."""
+
+_RECEIVES = 32
+_CALLS = 16
+
+# What SQS and its emulators call a receipt that is not, or no longer, one of a message in flight.
+_BAD_RECEIPT = {
+    "InvalidParameterValue",
+    "MessageNotInflight",
+    "MissingParameter",
+    "ReceiptHandleIsInvalid",
+}
+# LocalStack takes the blame for this one.
+_BAD_BODY = {"InvalidMessageContents"}
+
+
+class SqsQueue:
+    """The Queue port over SQS; a queue's name in SQS is `prefix` and its name here.
+
+    Calls block, so each call takes a thread: at most 32 receives at once, which keep no other
+    call waiting. SQS knows whole seconds only: times are rounded up.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        prefix: str = "",
+        makes: bool = True,
+        tally: Tally | None = None,
+    ) -> None:
+        """Unless it `makes` queues, they must be there: a stack has made them. Every request is
+        counted in `tally`, as it is billed: also one that fails."""
+        self._makes = makes
+        made = session_of(endpoint)
+        self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, made=made)
+        with translated("AWS"):
+            at = self._sqs.meta.endpoint_url
+            self._wire = opened(made, at, loopback=bool(endpoint.loopback))
+        self._prefix = prefix
+        self._tally = tally or Tally()
+        self._is_billed = endpoint.url is None
+        self._quiet: dict[str, Quiet] = {}
+        self._urls: dict[str, str] = {}
+        self._receiving = ThreadPoolExecutor(_RECEIVES, thread_name_prefix="sqs-receive")
+        self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
+
+    async def close(self) -> None:
+        """End the threads, after what they still have to do, and close the connections."""
+        await asyncio.to_thread(self._receiving.shutdown)
+        await asyncio.to_thread(self._calling.shutdown)
+        self._sqs.close()
+        if self._wire:
+            self._wire.close()
+
+    def _call(self, operation: str, request: Mapping[str, Any]) -> Any:
+        """What every message takes: a call by boto3 takes three times the CPU."""
+        if self._wire:
+            return self._wire.call(operation, request)
+        return getattr(self._sqs, xform_name(operation))(**request)
+
+    async def _run(self, queue: str, call: Callable[[str], T]) -> T:
+        return await asyncio.wrap_future(self._calling.submit(self._at, queue, call))
+
+    def _at(self, queue: str, call: Callable[[str], T]) -> T:
+        """The result of `call` for the queue's url."""
+        try:
+            with translated(f"Queue {queue!r}"):
+                url = self._urls.get(queue)
+                if url is None:
+                    self._tally.sqs()
+                    url = self._sqs.get_queue_url(QueueName=self._prefix + queue)["QueueUrl"]
+                    self._urls[queue] = url
+                return call(url)
+        except NotFound:
+            self._urls.pop(queue, None)
+            raise
+
+    async def ensure(self, spec: QueueSpec) -> None:
+        check_queue_name(self._prefix + spec.name)
+        if not self._makes:
+            await self._find(spec.name)
+            return
+        redrive = ""
+        if spec.dead_letters is not None:
+            arn = await self._run(spec.dead_letters, self._arn)
+            redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": spec.max_receives})
+        await asyncio.wrap_future(self._calling.submit(self._ensure, spec, redrive))
+
+    async def _find(self, queue: str) -> None:
+        try:
+            await self._run(queue, lambda url: url)
+        except NotFound as error:
+            # Not a NotFound, after which a queue is made.
+            raise BackendError(
+                f"There is no queue {self._prefix + queue!r}.",
+                remedy="The grid's stack makes its queues: `batchlab deploy apply`.",
+            ) from error
+
+    def _arn(self, url: str) -> str:
+        self._tally.sqs()
+        answer = self._sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+        return answer["Attributes"]["QueueArn"]
+
+    def _ensure(self, spec: QueueSpec, redrive: str) -> None:
+        wanted: dict[QueueAttributeNameType, str] = {
+            "VisibilityTimeout": str(math.ceil(spec.visibility_s)),
+            "MessageRetentionPeriod": str(math.ceil(spec.retention_s)),
+            "MaximumMessageSize": str(MAX_MESSAGE_BYTES),
+        }
+        if redrive:
+            wanted["RedrivePolicy"] = redrive
+        with translated(f"Queue {spec.name!r}"):
+            try:
+                self._tally.sqs()
+                answer = self._sqs.create_queue(
+                    QueueName=self._prefix + spec.name, Attributes=wanted
+                )
+                self._urls[spec.name] = answer["QueueUrl"]
+                if redrive:
+                    return
+            except ClientError as error:
+                if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
+                    raise
+        # It is there with other attributes, or perhaps with a redrive policy that it shall lose:
+        # what a request does not name, CreateQueue does not compare.
+        wanted["RedrivePolicy"] = redrive
+        self._tally.sqs()
+        self._at(
+            spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted)
+        )
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        check_send(messages)
+        if messages:
+            await self._run(queue, lambda url: self._send(url, messages))
+
+    def _send(self, url: str, messages: Sequence[Outgoing]) -> None:
+        self._tally.sqs(sum(body_bytes(message.body) for message in messages))
+        entries: list[SendMessageBatchRequestEntryTypeDef] = [
+            {
+                "Id": str(number),
+                "MessageBody": message.body,
+                "DelaySeconds": math.ceil(message.delay_s),
+            }
+            for number, message in enumerate(messages)
+        ]
+        answer: SendMessageBatchResultTypeDef = self._call(
+            "SendMessageBatch", {"QueueUrl": url, "Entries": entries}
+        )
+        for failed in answer.get("Failed", ()):
+            raise _failure(failed)
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        check_receive(max_messages, wait_s, visibility_s)
+        whole_s, fraction_s = divmod(wait_s, 1)
+        clock = asyncio.get_running_loop().time
+        while whole_s:
+            quiet = self._quiet.setdefault(queue, Quiet(clock()))
+            poll_s = min(whole_s, self._poll_s(quiet.of_s(clock())))
+            if messages := await self._take(queue, max_messages, int(poll_s), visibility_s):
+                quiet.broken(clock())
+                return messages
+            whole_s -= poll_s
+        while not (messages := await self._take(queue, max_messages, 0, visibility_s)):
+            if fraction_s <= 0:
+                break
+            await asyncio.sleep(min(fraction_s, _FRACTION_S))
+            fraction_s -= _FRACTION_S
+        return messages
+
+    def _poll_s(self, quiet_s: float) -> int:
+        if not self._is_billed:
+            return FREE_POLL_S
+        return IDLE_POLL_S if quiet_s > QUIET_S else BILLED_POLL_S
+
+    async def _take(
+        self, queue: str, limit: int, poll_s: int, visibility_s: float | None
+    ) -> list[Message]:
+        taking = self._receiving.submit(
+            self._at, queue, lambda url: self._take_now(url, limit, poll_s, visibility_s)
+        )
+        try:
+            return await asyncio.wrap_future(taking)
+        except asyncio.CancelledError:
+            # The request goes on, and its messages would stay hidden for a visibility timeout.
+            # Submitted now and not when it ends: a process that is ending takes no new work.
+            self._receiving.submit(self._take_back, queue, taking)
+            raise
+
+    def _take_now(
+        self, url: str, limit: int, poll_s: int, visibility_s: float | None
+    ) -> list[Message]:
+        request: ReceiveMessageRequestTypeDef = {
+            "QueueUrl": url,
+            "MaxNumberOfMessages": limit,
+            "WaitTimeSeconds": poll_s,
+            "MessageSystemAttributeNames": [
+                "ApproximateReceiveCount",
+                "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
+            ],
+        }
+        if visibility_s is not None:
+            request["VisibilityTimeout"] = math.ceil(visibility_s)
+        try:
+            answer: ReceiveMessageResultTypeDef = self._call("ReceiveMessage", request)
+        except BaseException:
+            self._tally.received(0, 0)
+            raise
+        found = answer.get("Messages", [])
+        self._tally.received(sum(body_bytes(one["Body"]) for one in found), len(found))
+        return [_message(one) for one in found]
+
+    def _take_back(self, queue: str, taking: Future[list[Message]]) -> None:
+        try:
+            if messages := taking.result():
+                changes = [(message.receipt, 0.0) for message in messages]
+                self._at(queue, lambda url: self._change(url, changes))
+        except (concurrent.futures.CancelledError, BackendError):
+            # Nothing was taken, or what was comes back at its timeout: late, not lost.
+            return
+
+    async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        check_batch(receipts)
+        return await self._run(queue, lambda url: self._delete(url, receipts))
+
+    def _delete(self, url: str, receipts: Sequence[str]) -> list[str]:
+        def delete(some: Sequence[str]) -> Sequence[BatchResultErrorEntryTypeDef]:
+            entries: list[DeleteMessageBatchRequestEntryTypeDef] = [
+                {"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(some)
+            ]
+            self._tally.sqs()
+            answer: DeleteMessageBatchResultTypeDef = self._call(
+                "DeleteMessageBatch", {"QueueUrl": url, "Entries": entries}
+            )
+            return answer.get("Failed", ())
+
+        return _refused(delete, receipts)
+
+    async def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> Sequence[str]:
+        check_changes(changes)
+        return await self._run(queue, lambda url: self._change(url, changes))
+
+    def _change(self, url: str, changes: Sequence[tuple[str, float]]) -> list[str]:
+        def change(
+            some: Sequence[tuple[str, float]],
+        ) -> Sequence[BatchResultErrorEntryTypeDef]:
+            entries: list[ChangeMessageVisibilityBatchRequestEntryTypeDef] = [
+                {
+                    "Id": str(number),
+                    "ReceiptHandle": receipt,
+                    "VisibilityTimeout": math.ceil(visibility_s),
+                }
+                for number, (receipt, visibility_s) in enumerate(some)
+            ]
+            self._tally.sqs()
+            answer: ChangeMessageVisibilityBatchResultTypeDef = self._call(
+                "ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": entries}
+            )
+            return answer.get("Failed", ())
+
+        # Not every emulator knows the cap.
+        fit = [one for one in changes if one[1] <= MAX_VISIBILITY_S]
+        over = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
+        return over + [receipt for receipt, _ in _refused(change, fit)]
+
+    async def depth(self, queue: str) -> Depth:
+        return await self._run(queue, self._depth)
+
+    def _depth(self, url: str) -> Depth:
+        self._tally.sqs()
+        names: list[QueueAttributeNameType] = [
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
+        ]
+        answer = self._sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)
+        return Depth(*(int(answer["Attributes"][name]) for name in names))
+
+    async def purge(self, queue: str) -> None:
+        await self._run(queue, self._purge)
+
+    def _purge(self, url: str) -> None:
+        self._tally.sqs()
+        try:
+            self._sqs.purge_queue(QueueUrl=url)
+        except ClientError as error:
+            if code_of(error) != "PurgeQueueInProgress":
+                raise
+
+    async def remove(self, queue: str) -> None:
+        try:
+            self._tally.sqs()
+            await self._run(queue, lambda url: self._sqs.delete_queue(QueueUrl=url))
+        except NotFound:
+            return
+
+
+def _message(found: MessageTypeDef) -> Message:
+    facts = found["Attributes"]
+    return Message(
+        id=found["MessageId"],
+        body=found["Body"],
+        receipt=found["ReceiptHandle"],
+        receive_count=int(facts["ApproximateReceiveCount"]),
+        sent_s=int(facts["SentTimestamp"]) / 1000,
+        first_received_s=int(facts["ApproximateFirstReceiveTimestamp"]) / 1000,
+    )
+
+
+def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
+    ours = failed["SenderFault"] or plain(failed["Code"]) in _BAD_BODY
+    text = (failed.get("Message") or failed["Code"]).rstrip(".")
+    return (BackendError if ours else Throttled)(f"SQS refused a part of a call: {text}.")
+
+
+def _refused(
+    call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]
+) -> list[T]:
+    """Those entries whose receipts the service refuses."""
+    if not entries:
+        return []
+    try:
+        answer = call(entries)
+    except ClientError as error:
+        if code_of(error) not in _BAD_RECEIPT:
+            raise
+        if len(entries) == 1:
+            return list(entries)
+        # One bad receipt has spoilt the call for the others.
+        return [bad for entry in entries for bad in _refused(call, [entry])]
+    for failed in answer:
+        if plain(failed["Code"]) not in _BAD_RECEIPT:
+            raise _failure(failed)
+    return [entries[int(failed["Id"])] for failed in answer]

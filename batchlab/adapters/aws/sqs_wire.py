@@ -1,0 +1,197 @@
+"""SQS's JSON protocol, for the calls that every message takes.
+
+Invariant: who calls sees what boto3 would give or raise, for a third of its CPU: a ClientError for
+what the service refuses, botocore's errors for what does not answer. Each call is made once.
+Source: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
+https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import ssl
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    ReadTimeoutError,
+)
+from botocore.parsers import ResponseParserError
+
+from batchlab.adapters.aws.endpoint import ANSWER_S, CONNECT_S
+from batchlab.core.errors import BackendError
+from batchlab.core.http_connections import Connections
+
+if TYPE_CHECKING:
+    import boto3
+    from botocore.credentials import Credentials
+
+_TYPE = "application/x-amz-json-1.0"
+_OK = 200
+
+
+def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
+    """Calls of SQS at `url`, with what a client of the same session goes by: its region, its
+    credentials, the certificates it trusts. None where the way there leads over a proxy, which is
+    for boto3 to know."""
+    from botocore.utils import get_environ_proxies
+
+    parts = urlsplit(url)
+    if not loopback and parts.scheme in get_environ_proxies(url):
+        return None
+    tls = (
+        _trust(made._session.get_config_variable("ca_bundle")) if parts.scheme == "https" else None
+    )
+    return SqsWire(url, made.region_name or "", made.get_credentials(), tls)
+
+
+def _trust(named: str | None) -> ssl.SSLContext:
+    """As botocore's, which asks less of certificates than Python's own from 3.13 on."""
+    from botocore.httpsession import create_urllib3_context, get_cert_path
+
+    named = named or os.environ.get("REQUESTS_CA_BUNDLE")
+    context: ssl.SSLContext = create_urllib3_context()
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.check_hostname = True
+    try:
+        context.load_verify_locations(named or get_cert_path(True))
+    except OSError as error:
+        raise BackendError(
+            f"The certificates in {named} cannot be read: {error}.",
+            remedy="Check AWS_CA_BUNDLE, or `ca_bundle` in AWS's configuration.",
+        ) from error
+    return context
+
+
+class SqsWire:
+    """Connections to one SQS, usable from several threads."""
+
+    def __init__(
+        self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None
+    ) -> None:
+        """`url` is the service's; `credentials` may change while they are used."""
+        self._url = url
+        self._host = urlsplit(url).netloc
+        self._path = urlsplit(url).path or "/"
+        self._region = region
+        self._credentials = credentials
+        self._tls = tls
+        self._connections = Connections(self._host, tls, connect_s=CONNECT_S)
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        self._connections.close()
+
+    def call(self, operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to an operation, as boto3 gives it."""
+        keys = self._credentials.get_frozen_credentials() if self._credentials else None
+        if keys is None or keys.access_key is None or keys.secret_key is None:
+            raise NoCredentialsError
+        body = json.dumps(request).encode()
+        headers = {
+            "Content-Type": _TYPE,
+            "Host": self._host,
+            "X-Amz-Date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+            "X-Amz-Target": f"AmazonSQS.{operation}",
+            # Errors by the names that they had before: who reads codes knows both.
+            "X-Amzn-Query-Mode": "true",
+        }
+        if keys.token:
+            headers["X-Amz-Security-Token"] = keys.token
+        headers["Authorization"] = authorization(
+            headers, self._path, body, self._region, keys.access_key, keys.secret_key
+        )
+        status, told, answer = self._answer(body, headers)
+        try:
+            found = json.loads(answer) if answer else {}
+        except ValueError:
+            found = None
+        if status != _OK:
+            raise _refused(operation, status, told, found if isinstance(found, dict) else {})
+        if not isinstance(found, dict):
+            raise ResponseParserError("The answer is not one of SQS.")
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _answer(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
+        """The status, what the service calls an error, and the answer's body."""
+        connection: HTTPConnection | None = None
+        is_kept = False
+        try:
+            connection = self._connected()
+            with suppress(BrokenPipeError):  # refused before all of it was read: it says why
+                connection.request("POST", self._path, body, dict(headers))
+            response = connection.getresponse()
+            found = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
+            is_kept = not response.will_close
+        except BotoCoreError:
+            raise
+        except TimeoutError as error:
+            raise ReadTimeoutError(endpoint_url=self._url, error=error) from error
+        except Exception as error:
+            # Whatever it is: a header that cannot be written, a host that can be none.
+            raise HTTPClientError(error=error) from error
+        finally:
+            if is_kept and connection:
+                self._connections.give_back(connection)
+            elif connection:
+                connection.close()
+        return found
+
+    def _connected(self) -> HTTPConnection:
+        try:
+            connection = self._connections.take()
+        except OSError as error:
+            raise EndpointConnectionError(endpoint_url=self._url, error=error) from error
+        connection.sock.settimeout(ANSWER_S)
+        return connection
+
+
+def authorization(
+    headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str
+) -> str:
+    """The header that signs a POST with these headers (Signature Version 4): every one of them."""
+    at = headers["X-Amz-Date"]
+    some = sorted((name.lower(), value.strip()) for name, value in headers.items())
+    names = ";".join(name for name, _ in some)
+    lines = "".join(f"{name}:{value}\n" for name, value in some)
+    canonical = f"POST\n{path}\n\n{lines}\n{names}\n{hashlib.sha256(body).hexdigest()}"
+    scope = f"{at[:8]}/{region}/sqs/aws4_request"
+    text = f"AWS4-HMAC-SHA256\n{at}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+    signature = hmac.digest(_key(secret, at[:8], region), text.encode(), "sha256").hex()
+    return (
+        f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={names}, "
+        f"Signature={signature}"
+    )
+
+
+@lru_cache(maxsize=8)
+def _key(secret: str, day: str, region: str) -> bytes:
+    key = f"AWS4{secret}".encode()
+    for part in (day, region, "sqs", "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
+
+
+def _refused(operation: str, status: int, told: str, found: Mapping[str, Any]) -> ClientError:
+    kind = str(found.get("__type", "")).partition(":")[0].rpartition("#")[2]
+    code = told.partition(";")[0] or kind or str(status)
+    message = str(found.get("message") or found.get("Message") or "")
+    # Not all that its type asks for: who reads errors reads these.
+    answer: Any = {
+        "Error": {"Code": code, "Message": message},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    return ClientError(answer, operation)

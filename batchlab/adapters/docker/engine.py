@@ -1,0 +1,264 @@
+"""A Docker Engine: calls in threads, its events, and everything that carries a label swept away.
+
+Invariant: nothing without the asked labels is ever removed, and no call hangs for longer than
+ANSWER_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
+
+if TYPE_CHECKING:
+    from docker import APIClient
+    from docker.types.daemon import CancellableStream
+
+T = TypeVar("T")
+
+ANSWER_S = 60.0
+"""Longer than a busy machine takes to start a container."""
+RECONNECT_S = 1.0
+_CALLS = 8
+
+START_REMEDY = "Start Docker, or let DOCKER_HOST name where it listens."
+
+
+class Engine:
+    """The Engine that `url` names, else DOCKER_HOST, else the current `docker context`.
+
+    It is connected to at the first call, so that making one costs nothing and needs no Docker.
+    """
+
+    def __init__(self, url: str = "") -> None:
+        self._url = url
+        self._client: APIClient | None = None
+        self._connecting = threading.Lock()
+        self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="docker")
+
+    async def run(self, what: str, call: Callable[[APIClient], T]) -> T:
+        """The result of `call`, made in a thread; errors as `do`."""
+        return await asyncio.wrap_future(self._calling.submit(self.do, what, call))
+
+    def do(self, what: str, call: Callable[[APIClient], T]) -> T:
+        """The result of `call`. Unreachable where no Engine answers, NotFound for what is not
+        there, BackendError for whatever else it declines; `what` begins their sentence."""
+        with translated(what):
+            return call(self._connected())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the threads, after what they still have to do, and the connections."""
+        self._calling.shutdown()
+        if self._client is not None:
+            self._client.close()
+
+    async def close(self) -> None:
+        """As leaving it as a context, for those who may not be kept waiting."""
+        await asyncio.to_thread(self.__exit__)
+
+    def _connected(self) -> APIClient:
+        with self._connecting:
+            if self._client is None:
+                self._client = _connect(self._url)
+            return self._client
+
+
+def _connect(url: str) -> APIClient:
+    from docker import APIClient, ContextAPI
+    from docker.utils import kwargs_from_env
+
+    found: dict[str, Any] = {**kwargs_from_env()}
+    if url:
+        found["base_url"] = url
+    elif "base_url" not in found:
+        context = ContextAPI.get_current_context()
+        found["base_url"] = context.Host if context else None
+    return APIClient(**found, version="auto", timeout=int(ANSWER_S))
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turns the SDK's errors into batchlab's; `what` is the subject of their sentence."""
+    from docker.errors import APIError, DockerException
+    from docker.errors import NotFound as Missing
+    from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except Missing as error:
+        raise NotFound(f"{what}: {told(error)}.") from error
+    except APIError as error:
+        # An Engine that shuts down answers 503; 500 is its word for anything that failed.
+        kind = Unreachable if error.status_code == 503 else BackendError
+        raise kind(f"{what}: {told(error)}.") from error
+    except (DockerException, RequestException, HTTPError, OSError) as error:
+        # What is wrong comes last in a chain of wrappers: "[Errno 2] No such file or directory".
+        root: BaseException = error
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__ or root
+        why = getattr(root, "strerror", None) or str(root)
+        raise Unreachable(
+            f"{what}: Docker does not answer ({why}).", remedy=START_REMEDY
+        ) from error
+
+
+def told(error: Any) -> str:
+    """What the Engine itself said, without the SDK's wrapping."""
+    text = error.explanation
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    return " ".join(str(text or error).split()).rstrip(".")
+
+
+class EventStream:
+    """Tells of containers and networks as things happen, from a thread, until `close`.
+
+    `seen` is called in that thread with each event, and with None whenever events may have been
+    missed: once the stream stands, and when it breaks. It is opened again for as long as it takes.
+    """
+
+    def __init__(self, engine: Engine, seen: Callable[[Mapping[str, Any] | None], None]) -> None:
+        self._engine = engine
+        self._seen = seen
+        self._closing = threading.Event()
+        self._stream: CancellableStream[dict[str, Any]] | None = None
+        self.stands = False
+        """Whether every event is being seen."""
+        # A daemon: the process must be able to end while it waits on a socket.
+        self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the stream; returns when the thread has ended."""
+        self._closing.set()
+        while self._thread.is_alive():
+            if self._stream is not None:
+                # Closed by its other end, or half closed by us a moment ago.
+                with suppress(OSError, AttributeError):
+                    self._stream.close()
+            self._thread.join(0.05)
+
+    def _follow(self) -> None:
+        filters = {
+            "type": ["container", "network"],
+            "event": ["start", "die", "destroy", "connect", "disconnect"],
+        }
+
+        def open_stream(api: APIClient) -> CancellableStream[dict[str, Any]]:
+            return api.events(decode=True, filters=filters)
+
+        while not self._closing.is_set():
+            # Whoever calls the Engine hears from their own call that it is away.
+            with suppress(BackendError), translated("Docker's events"):
+                self._read(self._engine.do("Docker's events", open_stream))
+            self._closing.wait(RECONNECT_S)
+
+    def _read(self, stream: CancellableStream[dict[str, Any]]) -> None:
+        self._stream, self.stands = stream, True
+        try:
+            self._seen(None)
+            for event in stream:
+                self._seen(event)
+        finally:
+            self._stream, self.stands = None, False
+            self._seen(None)
+
+
+# --- Found by label ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Something of Docker's with our labels; `kind` is container, network or volume."""
+
+    kind: str
+    id: str
+    name: str
+    labels: Mapping[str, str]
+
+
+def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+    """What carries all of these labels, containers first; None asks for any value.
+
+    UsageError without a label, since that is everything on the machine.
+    """
+    filters = {"label": _filter(labels)}
+
+    def look(api: APIClient) -> list[Found]:
+        found = [
+            Found(
+                "container", c["Id"], c["Names"][0].lstrip("/") if c["Names"] else "", c["Labels"]
+            )
+            for c in api.containers(all=True, filters=filters)
+        ]
+        found += [
+            Found("network", n["Id"], n["Name"], n["Labels"]) for n in api.networks(filters=filters)
+        ]
+        volumes = api.volumes(filters=filters)["Volumes"] or []
+        return found + [Found("volume", v["Name"], v["Name"], v["Labels"] or {}) for v in volumes]
+
+    return engine.do("What carries batchlab's labels", look)
+
+
+def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
+    """Remove what carries all of these labels, running or not; returns what that was.
+
+    Gone meanwhile is gone. BackendError for what cannot be removed, after all else has been.
+    """
+    found = find(engine, labels)
+    failed: BackendError | None = None
+    for one in found:
+        try:
+            engine.do(f"The {one.kind} {one.name}", partial(_remove, one))
+        except NotFound:
+            continue
+        except BackendError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+    return found
+
+
+def _remove(one: Found, api: APIClient) -> None:
+    if one.kind == "container":
+        remove_container(api, one.id)
+    elif one.kind == "network":
+        _detach(api, one.id)
+        api.remove_network(one.id)
+    else:
+        api.remove_volume(one.id, force=True)
+
+
+def _detach(api: APIClient, network: str) -> None:
+    # A container without our label that somebody connected would keep the network alive.
+    for container in api.inspect_network(network)["Containers"] or {}:
+        api.disconnect_container_from_network(container, network, force=True)
+
+
+def remove_container(api: APIClient, container: str) -> None:
+    """Kill and remove a container with its anonymous volumes; nothing where it is gone or going."""
+    from docker.errors import APIError
+
+    try:
+        api.remove_container(container, v=True, force=True)
+    except APIError as error:
+        # 409: its removal is in progress already.
+        if error.status_code not in (404, 409):
+            raise
+
+
+def _filter(labels: Mapping[str, str | None]) -> list[str]:
+    if not labels:
+        raise UsageError("Nothing is swept without a label to go by.")
+    return [name if value is None else f"{name}={value}" for name, value in labels.items()]

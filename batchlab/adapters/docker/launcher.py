@@ -1,0 +1,445 @@
+"""Instances that are containers: the Launcher port over a Docker Engine.
+
+Invariant: Docker's own list, by label, is the record of what there is. So a launcher that was
+killed leaves nothing that the next one does not find, and a container that nobody remembers is
+still in the sweep of its labels.
+
+What Docker cannot keep is when a draining instance has to be gone; that is in
+`<folder>/ending/<instance>.json`. `<folder>/logs/<instance>.log` is what an ended one printed.
+
+When containers that are being ended have to be gone: what Docker cannot keep for us.
+
+Invariant: a note is for one container, so a folder that is older than what runs ends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.aws.metadata_server import Metadata, Signals
+from batchlab.adapters.docker import container as calls
+from batchlab.adapters.docker.container import Template
+from batchlab.adapters.docker.engine import Engine, EventStream, remove_container
+from batchlab.core.atomic_write import write_whole
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable, UsageError
+from batchlab.core.instance_types import Catalogue
+from batchlab.core.model import Machine, Pool
+from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
+
+log = logging.getLogger(__name__)
+
+
+class Endings:
+    """A file for each instance that was asked to end, in `folder`."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self._folder = folder
+        self._clock = clock
+
+    def note(self, instance: str, container: str, grace_s: float) -> None:
+        """It has to be gone `grace_s` from now. Where the disk is full that is forgotten by the
+        next launcher, but this one goes on: an instance that could not be ended would be worse."""
+        note = {"container": container, "by_s": self._clock.now_s() + grace_s}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(instance), json.dumps(note))
+        except OSError as error:
+            log.warning(
+                "when it has to be gone is not kept: %s", error, extra={"instance": instance}
+            )
+
+    def left_s(self, instance: str, container: str) -> float | None:
+        """Seconds that are left to it, None where nobody has asked it to end."""
+        try:
+            note = json.loads(self._path(instance).read_text())
+            if note["container"] != container:
+                return None
+            return max(0.0, float(note["by_s"]) - self._clock.now_s())
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            # Cut short by a power failure, but only who wants it gone writes such a file.
+            return 0.0
+
+    def forget(self, instance: str) -> None:
+        """It is gone."""
+        self._path(instance).unlink(missing_ok=True)
+
+    def _path(self, instance: str) -> Path:
+        return self._folder / f"{instance}.json"
+
+
+__all__ = ["ContainerLauncher", "Template"]
+
+SETTLED_S = 1.0
+"""Docker may call a container started just before its program is: a signal then reaches nobody."""
+
+
+@dataclass(slots=True)
+class _Container:
+    """What is known of one. `id` is "" while it is being created."""
+
+    instance: str
+    id: str = ""
+    booted_s: float = 0.0
+    """When it is to start, epoch."""
+    boot: asyncio.Task[None] | None = None
+    asleep: bool = False
+    """Not started yet, and not just being started."""
+    settled_s: float = 0.0
+    """When a signal surely reaches it; the loop's time."""
+    stop: str = "SIGTERM"
+    asking: asyncio.Task[None] | None = None
+    asked: bool = False
+    due_s: float | None = None
+    """When it is killed; the loop's time."""
+    kill: asyncio.TimerHandle | None = None
+    killing: asyncio.Task[None] | None = None
+    ended: str | None = None
+    ended_s: float = 0.0
+    """Monotonic."""
+
+
+class ContainerLauncher:
+    """The Launcher port over containers; one at a time per set of `labels`.
+
+    `labels` are on everything it makes and say whose it is (`batchlab.grid=<grid>`). `template`
+    gives a pool's. A container gets the figures of its machine's type times `scale`. It is
+    created at once and started `boot_s` later, which is how long a machine would take to boot.
+    `changed` is set as soon as any of them ends; whoever waits clears it. `signals` says what the
+    metadata service tells an instance about its future.
+    """
+
+    def __init__(
+        self,
+        template: Callable[[Pool], Template],
+        catalogue: Catalogue,
+        clock: Clock,
+        folder: Path,
+        *,
+        grid: str,
+        labels: Mapping[str, str],
+        engine: Engine | None = None,
+        scale: float = 1.0,
+        boot_s: float = 0.0,
+        signals: Callable[[str], Signals] = lambda _: Signals(),
+    ) -> None:
+        self.changed = asyncio.Event()
+        self.engine = engine or Engine()
+        self._template = template
+        self._catalogue = catalogue
+        self._clock = clock
+        self._endings = Endings(folder / "ending", clock)
+        self._logs = folder / "logs"
+        self._grid = grid
+        self._labels = dict(labels)
+        self._scale = scale
+        self._boot_s = boot_s
+        self._signals = signals
+        self._known: dict[str, _Container] = {}
+        self._has_looked = False
+        self._is_closing = False
+        self._looking = asyncio.Lock()
+        self._events: EventStream | None = None
+        self._happened = 0
+        self._standing: tuple[int, Mapping[str, Metadata]] = (-1, {})
+
+    # --- The port --------------------------------------------------------------------------------
+
+    async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
+        """As the port says; BackendError where the container cannot be created, AlreadyExists
+        where the id was used in the last minutes. One that cannot be started ends and says so."""
+        await self._adopt_all()
+        if instance in self._known:
+            raise AlreadyExists(f"instance {instance} exists already")
+        booted_s = self._clock.now_s() + self._boot_s
+        asked = self._settings(pool, instance, machine, booted_s)
+        name = f"batchlab-{self._grid}-{instance}"
+        container = _Container(instance, booted_s=booted_s, stop=asked["stop_signal"])
+        self._known[instance] = container
+        try:
+            container.id = await self.engine.run(
+                f"The container {name}", partial(calls.create, name, asked)
+            )
+        except BaseException:
+            del self._known[instance]
+            raise
+        self._boot(container)
+
+    async def terminate(self, instance: str, *, grace_s: float) -> None:
+        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
+        is unknown or has ended is left alone. BackendError where Docker does not pass the signal
+        on; the deadline holds all the same."""
+        await self._adopt_all()
+        container = self._known.get(instance)
+        if container is None or container.ended is not None:
+            return
+        due_s = asyncio.get_running_loop().time() + grace_s
+        if container.due_s is None or due_s < container.due_s:
+            # Before the signal: should we die in between, the next launcher sends it.
+            self._endings.note(instance, container.id, grace_s)
+            self._arm(container, due_s)
+        if container.asleep:
+            await self._call_off(container)
+        else:
+            await self._ask(container)
+
+    async def running(self) -> Mapping[str, str | None]:
+        """As the port says; the end of an instance is remembered for ten minutes, as long as its
+        container stays. Unreachable while Docker does not answer."""
+        await self._look()
+        return {name: container.ended for name, container in self._known.items()}
+
+    async def close(self, *, kill: bool) -> None:
+        """Let go of every instance; with `kill` end all at once and leave no container."""
+        self._is_closing = True
+        for container in self._known.values():
+            for handle in (container.kill, container.boot, container.asking, container.killing):
+                if handle is not None:
+                    handle.cancel()
+        try:
+            if kill:
+                await self._look()
+                await asyncio.gather(*map(self._remove, list(self._known.values())))
+        finally:
+            if self._events is not None:
+                await asyncio.to_thread(self._events.close)
+            await self.engine.close()
+
+    # --- For the metadata service ----------------------------------------------------------------
+
+    async def metadata(self, address: str) -> Metadata | None:
+        """The instance that has this address now, with its signals; None where none has,
+        Unreachable while Docker does not answer."""
+        found = (await self._by_address()).get(address)
+        return found and replace(found, signals=self._signals(found.instance))
+
+    async def _by_address(self) -> Mapping[str, Metadata]:
+        # An address goes from one container to the next, so what was seen counts only until
+        # Docker tells of any event.
+        await self._adopt_all()
+        happened, known = self._standing
+        if happened == self._happened and self._events is not None and self._events.stands:
+            return known
+        happened = self._happened
+        found: dict[str, Metadata] = {}
+        for row in await self._list(all_=False):
+            for network in row["NetworkSettings"]["Networks"].values():
+                if address := network["IPAddress"]:
+                    found[address] = calls.metadata_of(row, address)
+        self._standing = happened, found
+        return found
+
+    # --- Creating and starting -------------------------------------------------------------------
+
+    def _settings(
+        self, pool: Pool, instance: str, machine: Machine, booted_s: float
+    ) -> Mapping[str, Any]:
+        template = self._template(pool)
+        kind = machine.type or template.type
+        try:
+            share = self._catalogue.share(kind, self._scale) if kind else None
+        except UsageError as error:
+            # A group names it, so to the fleet this is a launch that failed.
+            raise BackendError(error.message, remedy=error.remedy) from error
+        env = calls.environment(template, pool, instance, machine, kind)
+        tags = calls.labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
+        return calls.settings(
+            template, instance, share, env, {**template.labels, **self._labels, **tags}
+        )
+
+    def _boot(self, container: _Container) -> None:
+        container.asleep = True
+        container.boot = asyncio.create_task(self._start(container), name="boot")
+
+    async def _start(self, container: _Container) -> None:
+        wait_s = min(self._boot_s, container.booted_s - self._clock.now_s())
+        try:
+            await asyncio.sleep(max(0.0, wait_s))
+            container.asleep = False
+            container.settled_s = math.inf
+            await self._run(container, partial(calls.start, container.id))
+            container.settled_s = asyncio.get_running_loop().time() + SETTLED_S
+            if container.due_s is not None:
+                await self._ask(container)
+        except Unreachable as error:
+            container.settled_s = 0.0
+            log.warning("%s The next look tries again.", error)
+        except BackendError as error:
+            self._over(container, f"cannot be started: {error}")
+        finally:
+            container.asleep = False
+            container.boot = None
+
+    async def _call_off(self, container: _Container) -> None:
+        """End one that has not been started."""
+        if container.boot is not None:
+            container.boot.cancel()
+        self._over(container, "exit -15")
+        await self._remove(container)
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    async def _run(self, container: _Container, call: Callable[[Any], object]) -> Any:
+        return await self.engine.run(f"Instance {container.instance}", call)
+
+    async def _signal(self, container: _Container, name: str) -> None:
+        await self._run(container, partial(calls.signal, container.id, name))
+
+    async def _ask(self, container: _Container) -> None:
+        """Ask it to drain, at once where it is up, else when it is."""
+        if container.asked or container.asking is not None:
+            return
+        wait_s = container.settled_s - asyncio.get_running_loop().time()
+        if wait_s <= 0.0:
+            await self._signal(container, container.stop)
+            container.asked = True
+        elif wait_s <= SETTLED_S:
+            container.asking = asyncio.create_task(self._ask_later(container, wait_s), name="ask")
+
+    async def _ask_later(self, container: _Container, wait_s: float) -> None:
+        try:
+            await asyncio.sleep(wait_s)
+            container.asking = None
+            await self._ask(container)
+        except BackendError as error:
+            log.warning("%s The next look tries again.", error)
+
+    def _arm(self, container: _Container, due_s: float) -> None:
+        container.due_s = due_s
+        if container.kill is not None:
+            container.kill.cancel()
+        container.kill = asyncio.get_running_loop().call_at(due_s, self._kill, container)
+
+    def _kill(self, container: _Container) -> None:
+        if container.ended is None and container.killing is None:
+            container.killing = asyncio.create_task(self._killed(container), name="kill")
+
+    async def _killed(self, container: _Container) -> None:
+        try:
+            await self._signal(container, "SIGKILL")
+        except BackendError as error:
+            log.warning("%s The next look tries again.", error)
+        finally:
+            container.killing = None
+
+    async def _remove(self, container: _Container) -> None:
+        """Remove the container, dead or alive, keeping what it printed."""
+        if container.ended is None:
+            await self._signal(container, "SIGKILL")
+            await self._bury(container)
+        await self._run(container, lambda api: remove_container(api, container.id))
+        self._endings.forget(container.instance)
+
+    def _over(self, container: _Container, ended: str) -> None:
+        container.ended = ended
+        container.ended_s = self._clock.monotonic_s()
+        if container.kill is not None:
+            container.kill.cancel()
+        self.changed.set()
+
+    def _is_late(self, container: _Container) -> bool:
+        return container.due_s is not None and asyncio.get_running_loop().time() >= container.due_s
+
+    # --- Looking ---------------------------------------------------------------------------------
+
+    async def _adopt_all(self) -> None:
+        """The first call takes over what earlier launchers left."""
+        if not self._has_looked:
+            await self._look()
+
+    async def _look(self) -> None:
+        """Bring what is known up to what Docker says."""
+        if self._events is None:
+            self._events = EventStream(self.engine, partial(self._tell, asyncio.get_running_loop()))
+        async with self._looking:
+            before = [c for c in self._known.values() if c.id and c.ended is None]
+            rows = await self._list(all_=True)
+            for row in sorted(rows, key=lambda row: float(row["Labels"].get(calls.LAUNCHED, 0))):
+                await self._see(row)
+            there = {row["Id"] for row in rows}
+            for container in before:
+                if container.id not in there and container.ended is None:
+                    self._over(container, "its container was removed")
+            await self._forget()
+            self._has_looked = True
+
+    async def _list(self, *, all_: bool) -> Sequence[Mapping[str, Any]]:
+        wanted = [f"{name}={value}" for name, value in self._labels.items()]
+        filters = {"label": [*wanted, calls.INSTANCE]}
+        return await self.engine.run(
+            "The instances", lambda api: api.containers(all=all_, filters=filters)
+        )
+
+    async def _see(self, row: Mapping[str, Any]) -> None:
+        container = self._known.get(row["Labels"][calls.INSTANCE])
+        if container is None:
+            container = self._adopt(row)
+        if container.id != row["Id"] or container.ended is not None:
+            return
+        if row["State"] == "created":
+            if container.boot is not None or self._is_closing:
+                return
+            if container.due_s is None:
+                self._boot(container)
+            else:
+                await self._call_off(container)
+        elif row["State"] not in calls.LIVING:
+            await self._bury(container)
+        elif self._is_late(container):
+            self._kill(container)
+        elif container.due_s is not None:
+            await self._ask(container)
+
+    def _adopt(self, row: Mapping[str, Any]) -> _Container:
+        labels = row["Labels"]
+        container = _Container(
+            labels[calls.INSTANCE], row["Id"], float(labels.get(calls.BOOTED, 0))
+        )
+        container.stop = labels.get(calls.STOP, "SIGTERM")
+        self._known[container.instance] = container
+        left_s = self._endings.left_s(container.instance, container.id)
+        if left_s is not None:
+            self._arm(container, asyncio.get_running_loop().time() + left_s)
+        return container
+
+    async def _bury(self, container: _Container) -> None:
+        log_file = self._logs / f"{container.instance}.log"
+        try:
+            state = await self._run(container, partial(calls.bury, container.id, log_file))
+        except NotFound:
+            return  # removed a moment ago; the next look misses it
+        if state is None:
+            return  # it lives; the next look asks again
+        self._over(container, calls.how(state, killed=self._is_late(container)))
+        self._endings.forget(container.instance)
+
+    async def _forget(self) -> None:
+        now_s = self._clock.monotonic_s()
+        for name, container in list(self._known.items()):
+            if container.ended is not None and now_s - container.ended_s > KEEP_ENDED_S:
+                await self._remove(container)
+                del self._known[name]
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
+        # A loop that was closed without us has nobody left to tell.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._seen, event)
+
+    def _seen(self, event: Mapping[str, Any] | None) -> None:
+        self._happened += 1
+        if event is None:
+            self.changed.set()
+            return
+        attributes = event.get("Actor", {}).get("Attributes", {})
+        if self._labels.items() <= attributes.items() and event.get("Action") in ("die", "destroy"):
+            self.changed.set()

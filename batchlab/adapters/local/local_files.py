@@ -1,0 +1,275 @@
+"""A bucket that is a folder: its objects in key order, and files written whole.
+
+Invariant: a name appears with all of its content or not at all. Where the writer waits for the
+disk, the content and the folders above it are on the disk before the name appears, and the name
+before the call returns.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from batchlab.core.atomic_write import private, sync_folder
+from batchlab.core.errors import AlreadyExists
+from batchlab.core.object_names import NEVER_EMPTY, STAGED
+from batchlab.core.ports import ObjectInfo
+
+# The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.
+_COPY_BYTES = 256 * 1024
+
+_DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
+_KNOWN_FOLDERS = 10_000
+_FLUSHES = 8
+"""Threads that flush the names of new folders."""
+
+Fill = Callable[[BinaryIO], object]
+"""Writes an object's content into its file."""
+
+
+_downloads = count()
+
+
+def download_whole(path: Path, write: Callable[[Path], object]) -> int:
+    """Have `write` fill a staged file, rename it to `path`, and return its size in bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Others may fetch to the same place: another process, or a call of ours whose caller was
+    # cancelled. Each stages its own, and the last one wins.
+    staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
+    try:
+        write(staged)
+        size = staged.stat().st_size
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return size
+
+
+def head(root: Path, key: str) -> ObjectInfo | None:
+    """The object `key`, None where there is none."""
+    return _info(f"{root}/{key}", key)
+
+
+def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
+    """Objects under `prefix` with keys greater than `after`, in key order.
+
+    One folder's names in memory per level. What comes or goes meanwhile may be missing.
+    """
+    folder = prefix.rpartition("/")[0]
+    return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)
+
+
+def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
+    try:
+        with os.scandir(root + folder) as entries:
+            # With its slash a folder's name sorts where its keys do: "a-b" before "a/".
+            names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        key = folder + name
+        if name.endswith("/"):
+            if key.startswith(prefix) and (key > after or after.startswith(key)):
+                yield from _below(root, key, prefix, after)
+        elif key > after and key.startswith(prefix) and not STAGED.search(name):
+            info = _info(root + key, key)
+            if info is not None:
+                yield info
+
+
+def _info(path: str, key: str) -> ObjectInfo | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a Path costs as much again
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISDIR(found.st_mode) or is_remains(key, found.st_size):
+        return None
+    return ObjectInfo(key, found.st_size, etag_of(found))
+
+
+def etag_of(found: os.stat_result) -> str:
+    """Return the ETag of a file: two contents within one clock tick may share it."""
+    return f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
+
+
+def is_remains(key: str, size: int) -> bool:
+    """Return whether a file of that size is the remains of a power cut, and counts as absent."""
+    return not size and key.startswith(NEVER_EMPTY)
+
+
+def damage(root: Path, key: str) -> str | None:
+    """Return what is wrong with the object's content, or None if it is whole as far as it tells.
+
+    Documents must be JSON, and an object that is named by its content must have that content.
+    Raises OSError if the file cannot be read.
+    """
+    path = root / key
+    if is_remains(key, path.stat().st_size):
+        return "is empty"
+    if named := _DIGEST.match(key):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if found == named[1] else "does not have the content that it is named by"
+    if key.startswith(NEVER_EMPTY) and key.endswith(".json"):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            return "is not JSON"
+    return None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of the folder that `path` is in, and hold it; FileNotFoundError where there
+    is no such folder."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def damaged(root: Path) -> Iterator[tuple[str, str]]:
+    """Every damaged object that can be recognized: its key, and what is wrong with it."""
+    for prefix in NEVER_EMPTY:
+        for folder, _, names in os.walk(root / prefix):
+            for name in sorted(names):
+                key = (Path(folder) / name).relative_to(root).as_posix()
+                if STAGED.search(name):
+                    continue
+                try:
+                    problem = damage(root, key)
+                except FileNotFoundError:
+                    continue  # deleted meanwhile
+                if problem:
+                    yield key, problem
+
+
+class FileWriter:
+    """Writes the objects of one bucket. With `durable` a call waits for the disk.
+
+    Flushes of the disk that wait at the same time are shared: the file system commits them
+    together. So the names of new folders are flushed at the same time as the content, not after it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._threads = ThreadPoolExecutor(_FLUSHES, thread_name_prefix="folders")
+        self._on_disk: set[str] = {self._root}
+        """Folders whose names are on the disk."""
+
+    def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """Give the object this content; returns its ETag."""
+        target = f"{self._root}/{key}"
+        staged, etag = self._write(target, fill, durable=durable)
+        with _removed_on_error(staged):
+            os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
+        _settle(target, durable=durable)
+        return etag
+
+    def create(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """As `replace`; AlreadyExists if there is an object, unless it is damaged."""
+        target = f"{self._root}/{key}"
+        staged, etag = self._write(target, fill, durable=durable)
+        with _removed_on_error(staged):
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                # The other writer may not have waited for the name yet, and who loses against an
+                # object goes on from it.
+                _settle(target, durable=durable)
+                self._replace_damaged(key, staged, target)
+            else:
+                os.unlink(staged)  # noqa: PTH108
+        _settle(target, durable=durable)
+        return etag
+
+    def _replace_damaged(self, key: str, staged: str, target: str) -> None:
+        # Under the lock, so that the second of two writers finds the object of the first.
+        with locked(Path(target)):
+            if damage(Path(self._root), key) is None:
+                raise AlreadyExists(f"Object {key!r} exists.")
+            os.rename(staged, target)  # noqa: PTH104
+
+    def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
+        """Write a new file with the content next to `target`; return its name and its ETag."""
+        staged, file = _stage(target)
+        with _removed_on_error(staged), file:
+            fill(file)
+            file.flush()
+            if durable:
+                self._flush(file.fileno(), os.path.dirname(target))  # noqa: PTH120
+            return staged, etag_of(os.fstat(file.fileno()))
+
+    def _flush(self, file: int, folder: str) -> None:
+        """Wait until the file's content is on the disk, and the names of the folders above it."""
+        fresh = []
+        while folder not in self._on_disk:
+            fresh.append(folder)
+            folder = os.path.dirname(folder)  # noqa: PTH120
+        names = [self._threads.submit(sync_folder, os.path.dirname(one)) for one in fresh]  # noqa: PTH120
+        try:
+            os.fdatasync(file)
+        finally:
+            wait(names)
+        for name in names:
+            name.result()
+        if len(self._on_disk) > _KNOWN_FOLDERS:
+            self._on_disk = {self._root}
+        self._on_disk.update(fresh)
+
+
+def _settle(target: str, *, durable: bool) -> None:
+    """Wait until the name is on the disk."""
+    if durable:
+        sync_folder(os.path.dirname(target))  # noqa: PTH120
+
+
+@contextmanager
+def _removed_on_error(staged: str) -> Iterator[None]:
+    # Only on an error: a name that is free again may be another writer's by now.
+    try:
+        yield
+    except BaseException:
+        os.unlink(staged)  # noqa: PTH108
+        raise
+
+
+def _stage(target: str) -> tuple[str, BinaryIO]:
+    """Open a new file next to `target`, with a name that cannot be a key."""
+    for number in count(1):
+        staged = f"{target}#{number}"
+        try:
+            return staged, open(staged, "xb", opener=private)
+        except FileExistsError:
+            continue  # another writer's, or left behind by a process that was killed
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
+    raise AssertionError("numbers do not end")
+
+
+def copy_into(source: BinaryIO) -> Fill:
+    """Return a function that copies `source`."""
+    return lambda target: _copy(source, target)
+
+
+def copy_out(source: Path, target: Path) -> None:
+    """Write the file `source` to `target`, which must not be a file of the bucket."""
+    with source.open("rb") as file, target.open("wb") as copy:
+        _copy(file, copy)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    shutil.copyfileobj(source, target, _COPY_BYTES)

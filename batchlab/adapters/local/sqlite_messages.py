@@ -1,0 +1,417 @@
+"""Queues and messages in one SQLite file: what each call on them does, as one transaction.
+
+Invariant: after SIGKILL at any time a message is in exactly one queue or deleted, and every query
+is served by one range of one index, however deep the queues are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab.adapters.limits import MAX_IN_FLIGHT
+from batchlab.adapters.local.sqlite_wal import make_private
+from batchlab.core.atomic_write import private
+from batchlab.core.errors import BackendError, NotFound, Throttled, Unreachable
+from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
+
+_BUSY_S = 10.0
+_AT_ONCE_S = 0.01
+_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
+_DROPPED_AT_ONCE = 1000
+
+# AUTOINCREMENT: a receipt is made of the row's id, so an id must never come back.
+# A message is in flight while it has been received and `visible_s` lies ahead, delayed while it
+# has not. `total` spares `depth` a count of the visible ones, which may be a million.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS queues (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    visibility_s REAL NOT NULL,
+    retention_s REAL NOT NULL,
+    dead_letters TEXT,
+    max_receives INTEGER NOT NULL,
+    total INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    queue INTEGER NOT NULL,
+    visible_s REAL NOT NULL,
+    receives INTEGER NOT NULL DEFAULT 0,
+    sent_s REAL NOT NULL,
+    received_s REAL,
+    first_received_s REAL,
+    body TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS due ON messages (queue, visible_s, receives);
+"""
+
+_PRAGMAS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",
+    # A purge of a million messages must not leave its log behind for good.
+    "PRAGMA journal_size_limit = 67108864",
+    # 16 MiB, four times the default: each checkpoint waits for the disk.
+    "PRAGMA wal_autocheckpoint = 4096",
+)
+
+_PROBE = """
+SELECT id, visibility_s, retention_s, dead_letters, max_receives, total,
+    (SELECT visible_s FROM messages WHERE queue = queues.id ORDER BY visible_s LIMIT 1)
+FROM queues WHERE name = ?
+"""
+_VISIBLE = """
+SELECT id, receives, sent_s, first_received_s, body FROM messages
+WHERE queue = ? AND visible_s <= ? ORDER BY visible_s
+"""
+_EXPIRE = """
+DELETE FROM messages WHERE id IN
+    (SELECT id FROM messages WHERE queue = ? AND visible_s <= ? ORDER BY visible_s LIMIT 10000)
+"""
+_DEPTH = """
+SELECT total, (SELECT count(*) FROM messages WHERE queue = queues.id AND visible_s > ?),
+    (SELECT count(*) FROM messages WHERE queue = queues.id AND visible_s > ? AND receives > 0)
+FROM queues WHERE id = ?
+"""
+_HELD = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND receives > 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a receive came to. `due_in_s` is when the next message becomes visible, None if none.
+
+    `moved` says how many went to `dead_letters`, `more` that there may be more to clear away.
+    """
+
+    messages: Sequence[Message] = ()
+    due_in_s: float | None = None
+    more: bool = False
+    dead_letters: str | None = None
+    moved: int = 0
+    over_limit: bool = False
+
+
+class _Queue:
+    """A row of `queues` and when the first of its messages is or becomes visible."""
+
+    __slots__ = (
+        "dead_letters",
+        "first_s",
+        "id",
+        "max_receives",
+        "retention_s",
+        "total",
+        "visibility_s",
+    )
+
+    def __init__(self, row: tuple[int, float, float, str | None, int, int, float | None]) -> None:
+        (
+            self.id,
+            self.visibility_s,
+            self.retention_s,
+            self.dead_letters,
+            self.max_receives,
+            self.total,
+            self.first_s,
+        ) = row
+
+
+class SqliteMessages:
+    """One connection, for one call at a time. A call waits for other processes, or with
+    `at_once` is refused with Throttled and has done nothing."""
+
+    def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
+        self._path = path
+        self._clock = clock
+        self._max_in_flight = max_in_flight
+        self._connection: sqlite3.Connection | None = None
+        self._turn = -1
+        self._waits = self._has_patience = True
+        """Whether calls are to wait, and whether the connection does: it is told when that changes,
+        which is seldom."""
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is called in here waits for nobody; the file must be open."""
+        self._waits = False
+        try:
+            yield
+        finally:
+            self._waits = True
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._turn >= 0:
+            os.close(self._turn)
+            self._turn = -1
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._turn < 0:
+                self._turn = private(f"{self._path}-turn", os.O_CREAT | os.O_RDWR)
+            make_private(self._path)
+            db = sqlite3.connect(
+                self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            try:
+                # Two processes that make the same file at once would find it locked.
+                with self._my_turn():
+                    for pragma in _PRAGMAS:
+                        db.execute(pragma)
+                    db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+            except sqlite3.Error:
+                db.close()
+                raise
+            self._connection, self._has_patience = db, True
+        if self._has_patience is not self._waits:
+            busy_s = _BUSY_S if self._waits else _AT_ONCE_S
+            self._connection.execute(f"PRAGMA busy_timeout = {busy_s * 1000:.0f}")
+            self._has_patience = self._waits
+        return self._connection
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        # SQLite's own wait for its lock is a backoff, not a line: of 16 busy processes some got
+        # a tenth of what others got, and waited up to 2 s. The kernel's line is fair and free,
+        # and forgets a holder that was killed.
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
+        except BlockingIOError as error:
+            raise Throttled(
+                f"It is somebody else's turn at the queue file {self._path}."
+            ) from error
+        try:
+            yield
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _translated(self._path):
+            db = self._db
+            with self._my_turn():
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+
+    def _queue(self, name: str) -> _Queue:
+        row = self._db.execute(_PROBE, (name,)).fetchone()
+        if row is None:
+            raise NotFound(f"No queue {name!r}.")
+        return _Queue(row)
+
+    def ensure(self, spec: QueueSpec) -> None:
+        with self._transaction() as db:
+            if spec.dead_letters is not None:
+                self._queue(spec.dead_letters)
+            values = (spec.visibility_s, spec.retention_s, spec.dead_letters, spec.max_receives)
+            db.execute(
+                "INSERT INTO queues (name, visibility_s, retention_s, dead_letters, max_receives)"
+                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
+                " visibility_s = excluded.visibility_s, retention_s = excluded.retention_s,"
+                " dead_letters = excluded.dead_letters, max_receives = excluded.max_receives",
+                (spec.name, *values),
+            )
+
+    def send(self, name: str, messages: Sequence[Outgoing]) -> None:
+        with self._transaction() as db:
+            queue, now_s = self._queue(name), self._clock.now_s()
+            db.executemany(
+                "INSERT INTO messages (queue, visible_s, sent_s, body) VALUES (?, ?, ?, ?)",
+                [(queue.id, now_s + one.delay_s, now_s, one.body) for one in messages],
+            )
+            _grow(db, queue.id, len(messages))
+
+    def receive(self, name: str, limit: int, visibility_s: float | None) -> Taken:
+        # The first look takes no lock: idle receivers must not keep senders waiting.
+        with _translated(self._path):
+            due_in_s = self._due_in_s(self._queue(name))
+        if due_in_s is None or due_in_s > 0:
+            return Taken(due_in_s=due_in_s)
+        with self._transaction() as db:
+            return self._take(db, self._queue(name), limit, visibility_s)
+
+    def _due_in_s(self, queue: _Queue) -> float | None:
+        return None if queue.first_s is None else queue.first_s - self._clock.now_s()
+
+    def _take(
+        self, db: sqlite3.Connection, queue: _Queue, limit: int, visibility_s: float | None
+    ) -> Taken:
+        now_s = self._clock.now_s()
+        if queue.total >= self._max_in_flight:
+            (held,) = db.execute(_HELD, (queue.id, now_s)).fetchone()
+            limit = min(limit, self._max_in_flight - held)
+            if limit <= 0:
+                return Taken(over_limit=True)
+        dead = self._dead_letters(queue)
+        messages: list[Message] = []
+        expired: list[tuple[int]] = []
+        moved: list[tuple[int]] = []
+        more = False
+        rows = db.execute(_VISIBLE, (queue.id, now_s))
+        for number, receives, sent_s, first_s, body in rows:
+            more = len(expired) + len(moved) == _DROPPED_AT_ONCE
+            if more or len(messages) == limit:
+                break
+            if sent_s + queue.retention_s <= now_s:
+                expired.append((number,))
+            elif dead is not None and receives >= queue.max_receives:
+                moved.append((number,))
+            else:
+                count = receives + 1
+                first_s = now_s if first_s is None else first_s
+                receipt = f"{number}.{count}"
+                messages.append(Message(str(number), body, receipt, count, sent_s, first_s))
+        rows.close()
+        hidden_s = now_s + (queue.visibility_s if visibility_s is None else visibility_s)
+        db.executemany(
+            "UPDATE messages SET visible_s = ?, receives = receives + 1, received_s = ?,"
+            " first_received_s = ? WHERE id = ?",
+            [(hidden_s, now_s, one.first_received_s, int(one.id)) for one in messages],
+        )
+        if expired:
+            db.executemany("DELETE FROM messages WHERE id = ?", expired)
+        if dead is not None and moved:
+            # Sent time and receive count stay: the retention goes on, the history is kept.
+            db.executemany(
+                "UPDATE messages SET queue = ?, visible_s = ? WHERE id = ?",
+                [(dead, now_s, number) for (number,) in moved],
+            )
+            _grow(db, dead, len(moved))
+        if expired or moved:
+            _grow(db, queue.id, -len(expired) - len(moved))
+        return Taken(messages, more=more, dead_letters=queue.dead_letters, moved=len(moved))
+
+    def _dead_letters(self, queue: _Queue) -> int | None:
+        if queue.dead_letters is None:
+            return None
+        row = self._db.execute(
+            "SELECT id FROM queues WHERE name = ?", (queue.dead_letters,)
+        ).fetchone()
+        # Where somebody removed it the messages keep coming, as from SQS: none is lost.
+        return None if row is None else int(row[0])
+
+    def undo(self, name: str, messages: Sequence[Message]) -> None:
+        """Take back a receive whose answer nobody will read."""
+        with self._transaction() as db:
+            queue, now_s = self._queue(name), self._clock.now_s()
+            db.executemany(
+                "UPDATE messages SET visible_s = ?, receives = receives - 1"
+                " WHERE id = ? AND receives = ? AND queue = ?",
+                [(now_s, int(one.id), one.receive_count, queue.id) for one in messages],
+            )
+
+    def delete(self, name: str, receipts: Sequence[str]) -> list[str]:
+        refused = []
+        with self._transaction() as db:
+            queue = self._queue(name)
+            for receipt in receipts:
+                done = db.execute(
+                    "DELETE FROM messages WHERE id = ? AND receives = ? AND queue = ?",
+                    (*_parsed(receipt), queue.id),
+                )
+                if not done.rowcount:
+                    refused.append(receipt)
+            _grow(db, queue.id, len(refused) - len(receipts))
+        return refused
+
+    def change_visibility(self, name: str, changes: Sequence[tuple[str, float]]) -> list[str]:
+        refused = []
+        with self._transaction() as db:
+            queue, now_s = self._queue(name), self._clock.now_s()
+            for receipt, visibility_s in changes:
+                # Only what is in flight, and at most until 12 hours after its receive.
+                done = db.execute(
+                    "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
+                    " AND visible_s > ? AND received_s >= ?",
+                    (
+                        now_s + visibility_s,
+                        *_parsed(receipt),
+                        queue.id,
+                        now_s,
+                        now_s + visibility_s - MAX_VISIBILITY_S,
+                    ),
+                )
+                if not done.rowcount:
+                    refused.append(receipt)
+        return refused
+
+    def depth(self, name: str) -> Depth:
+        with _translated(self._path):
+            queue, now_s = self._queue(name), self._clock.now_s()
+        expired_s = now_s - queue.retention_s
+        if queue.first_s is not None and queue.first_s <= expired_s:
+            # Nobody receives here (dead letters), so nobody else clears away what is too old.
+            with self._transaction() as db:
+                gone = db.execute(_EXPIRE, (queue.id, expired_s)).rowcount
+                _grow(db, queue.id, -gone)
+        with _translated(self._path):
+            row = self._db.execute(_DEPTH, (now_s, now_s, queue.id)).fetchone()
+        if row is None:
+            raise NotFound(f"No queue {name!r}.")
+        total, ahead, in_flight = row
+        return Depth(visible=total - ahead, in_flight=in_flight, delayed=ahead - in_flight)
+
+    def purge(self, name: str) -> None:
+        with self._transaction() as db:
+            queue = self._queue(name)
+            db.execute("DELETE FROM messages WHERE queue = ?", (queue.id,))
+            db.execute("UPDATE queues SET total = 0 WHERE id = ?", (queue.id,))
+
+    def remove(self, name: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "DELETE FROM messages WHERE queue = (SELECT id FROM queues WHERE name = ?)", (name,)
+            )
+            db.execute("DELETE FROM queues WHERE name = ?", (name,))
+
+
+def _grow(db: sqlite3.Connection, queue: int, by: int) -> None:
+    db.execute("UPDATE queues SET total = total + ? WHERE id = ?", (by, queue))
+
+
+def _parsed(receipt: str) -> tuple[int, int]:
+    number, dot, count = receipt.partition(".")
+    if dot and number.isdecimal() and count.isdecimal() and len(receipt) < 20:
+        return int(number), int(count)
+    # No message has this id, so the receipt is refused like any other that is not ours.
+    return -1, -1
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        kinds = {
+            sqlite3.SQLITE_BUSY: Throttled,
+            sqlite3.SQLITE_CANTOPEN: Unreachable,
+            # A full disk is waited out like an outage.
+            sqlite3.SQLITE_FULL: Unreachable,
+        }
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        raise kinds.get(code, BackendError)(
+            f"The queue file {path} cannot be used: {error}.",
+            remedy="Move it away and start the grid again: what was in it is sent anew."
+            if damaged
+            else "",
+        ) from error

@@ -1,0 +1,156 @@
+"""Simulated instances: they boot in the loop's time, and then a supplied function starts them.
+
+Invariant: what happens depends on the calls and the random source alone, so a seed replays it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+from batchlab.core.errors import AlreadyExists, BackendError
+from batchlab.core.model import Machine, Pool
+from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S
+
+
+class SimInstance(Protocol):
+    """A worker in the simulator. `ended` is None while it lives, else how it ended ("exit 0")."""
+
+    ended: str | None
+
+    def stop(self, grace_s: float) -> None:
+        """Begin to drain; it is killed after `grace_s`."""
+
+    def kill(self, reason: str) -> None:
+        """End at once, with `ended` = `reason`."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """An instance from launch on: `booting` until it has started, `worker` from then on."""
+
+    booting: asyncio.TimerHandle | None
+    worker: SimInstance | None = None
+    ended: str | None = None
+    ended_s: float | None = None
+    kill: asyncio.TimerHandle | None = None
+
+
+class SimLauncher:
+    """The Launcher port over coroutines of one event loop.
+
+    Booting takes the pool's `boot_s` give or take a quarter, drawn from `rng`. `refuse` may name
+    a reason not to launch (no capacity), which is then the BackendError's text. `launched` and
+    `ended` are told (pool, instance) and (instance, how) as that happens; `changed` is set by
+    `crash`; a worker that ends by itself is noticed at the next look.
+    """
+
+    def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:
+        self.changed = asyncio.Event()
+        self.refuse: Callable[[Pool, str], str | None] = lambda _pool, _instance: None
+        self.launched: Callable[[Pool, str], None] = lambda _pool, _instance: None
+        self.ended: Callable[[str, str], None] = lambda _instance, _how: None
+        self._start = start
+        self._rng = rng
+        self._slots: dict[str, _Slot] = {}
+        # Machines outlive a manager that crashes, so nothing here runs in its caller's context,
+        # which in the simulator says whose death ends a task.
+        self._context = copy_context()
+
+    async def launch(
+        self,
+        pool: Pool,
+        instance: str,
+        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all are alike here
+    ) -> None:
+        """As the port says; BackendError where `refuse` has a reason, AlreadyExists where the id
+        was used in the last ten minutes."""
+        if instance in self._slots:
+            raise AlreadyExists(f"instance {instance} exists already")
+        reason = self.refuse(pool, instance)
+        if reason is not None:
+            raise BackendError(reason)
+        delay_s = pool.boot_s * self._rng.uniform(0.75, 1.25)
+        loop = asyncio.get_running_loop()
+        self._slots[instance] = _Slot(
+            loop.call_later(delay_s, self._boot, pool, instance, context=self._context)
+        )
+        self.launched(pool, instance)
+
+    async def terminate(self, instance: str, *, grace_s: float) -> None:
+        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
+        is unknown or has ended is left alone."""
+        slot = self._slots.get(instance)
+        if slot is None or self._look(instance, slot) is not None:
+            return
+        if slot.worker is None:
+            self._end(instance, slot, "exit -15")
+            return
+        if slot.kill is None:
+            self._context.run(slot.worker.stop, grace_s)
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + grace_s
+        if slot.kill is None or due_s < slot.kill.when():
+            if slot.kill is not None:
+                slot.kill.cancel()
+            slot.kill = loop.call_at(
+                due_s, self._end, instance, slot, "exit -9", context=self._context
+            )
+
+    async def running(self) -> Mapping[str, str | None]:
+        """As the port says; the end of an instance is remembered for ten minutes."""
+        now_s = asyncio.get_running_loop().time()
+        known = {name: self._look(name, slot) for name, slot in self._slots.items()}
+        for name, slot in list(self._slots.items()):
+            if slot.ended_s is not None and now_s - slot.ended_s > KEEP_ENDED_S:
+                del self._slots[name]
+        return known
+
+    def crash(self, instance: str, note: str = "exit -9") -> None:
+        """End it at once, as if by itself; nothing where it has ended. KeyError if unknown."""
+        self._end(instance, self._slots[instance], note)
+        self.changed.set()
+
+    def _boot(self, pool: Pool, instance: str) -> None:
+        slot = self._slots[instance]
+        slot.booting = None
+        slot.worker = self._start(pool, instance)
+
+    def _end(self, instance: str, slot: _Slot, how: str) -> None:
+        if self._look(instance, slot) is not None:
+            return
+        if slot.booting is not None:
+            slot.booting.cancel()
+        if slot.worker is not None:
+            slot.worker.kill(how)
+        self._settle(instance, slot, how)
+
+    def _look(self, instance: str, slot: _Slot) -> str | None:
+        if slot.ended is None and slot.worker is not None and slot.worker.ended is not None:
+            self._settle(instance, slot, slot.worker.ended)
+        return slot.ended
+
+    def _settle(self, instance: str, slot: _Slot, how: str) -> None:
+        slot.ended, slot.ended_s = how, asyncio.get_running_loop().time()
+        # The worker goes: thousands of ended ones must not keep their memory for ten minutes.
+        slot.worker = slot.booting = None
+        if slot.kill is not None:
+            slot.kill.cancel()
+        self.ended(instance, how)
+
+
+class MemoryState:
+    """The fleet's Store for a world that lasts as long as its process."""
+
+    def __init__(self) -> None:
+        self._data: bytes | None = None
+
+    def load(self) -> bytes | None:
+        return self._data
+
+    def save(self, data: bytes) -> None:
+        self._data = data

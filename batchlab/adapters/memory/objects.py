@@ -1,0 +1,165 @@
+"""A bucket in memory, for the simulator.
+
+Invariant: no operation awaits anything, so each is atomic, and equal calls give equal answers. An
+ETag is the MD5 of the content, as S3's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from batchlab.adapters.limits import check_key, check_prefix, check_size
+from batchlab.core.errors import AlreadyExists, NotFound
+from batchlab.core.ports import ObjectInfo
+
+PAGE = 1000
+
+# Up to here one insertion each is cheaper than sorting a million keys once more.
+_FEW = 64
+
+
+class SimObjects:
+    """The Objects port over one dict; keys are sorted when somebody lists."""
+
+    def __init__(self) -> None:
+        # None marks a deleted key that the sorted keys still hold.
+        self._objects: dict[str, tuple[bytes, str] | None] = {}
+        self._keys: list[str] = []
+        self._unsorted: list[str] = []
+        self._gone = 0
+        self.writes = 0
+        """Puts that have taken effect."""
+        self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
+        """Told (key, what was there before, data, if_absent) of each write."""
+
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        check_key(key)
+        if if_match is not None and self._stored(key)[1] != if_match:
+            raise AlreadyExists(f"Object {key!r} is another one by now.")
+        if key not in self._objects:
+            self._unsorted.append(key)
+        elif self._objects[key] is None:
+            self._gone -= 1
+        elif if_absent:
+            raise AlreadyExists(f"Object {key!r} exists.")
+        before = self._objects.get(key)
+        self.written(key, before[0] if before else None, data, if_absent)
+        self.writes += 1
+        etag = _etag(data)
+        self._objects[key] = (bytes(data), etag)
+        return etag
+
+    def _stored(self, key: str) -> tuple[bytes, str]:
+        stored = self._objects.get(key)
+        if stored is None:
+            check_key(key)  # what is there has been checked
+            raise NotFound(f"No object {key!r}.")
+        return stored
+
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        data = self._stored(key)[0]
+        check_size(key, len(data), limit)
+        return data
+
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        if start < 0:
+            raise ValueError(f"a range starts at 0 or later, not {start}")
+        return self._stored(key)[0][start : max(stop, start)]
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        stored = self._stored(key)
+        return None if stored[1] == etag else stored
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        check_key(key)
+        stored = self._objects.get(key)
+        return None if stored is None else ObjectInfo(key, len(stored[0]), stored[1])
+
+    async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
+        check_prefix(prefix)
+        while True:
+            page = self._page(prefix, after)
+            if page:
+                yield page
+            if len(page) < PAGE:
+                return
+            after = page[-1].key
+
+    def _page(self, prefix: str, after: str) -> Sequence[ObjectInfo]:
+        self._sort()
+        keys = self._keys
+        page: list[ObjectInfo] = []
+        at = max(bisect_left(keys, prefix), bisect_right(keys, after))
+        while at < len(keys) and len(page) < PAGE and keys[at].startswith(prefix):
+            stored = self._objects[keys[at]]
+            if stored is not None:
+                page.append(ObjectInfo(keys[at], len(stored[0]), stored[1]))
+            at += 1
+        return page
+
+    def _sort(self) -> None:
+        if len(self._unsorted) <= _FEW:
+            for key in self._unsorted:
+                insort(self._keys, key)
+        else:
+            self._keys += self._unsorted
+            self._keys.sort()
+        self._unsorted.clear()
+        if self._gone * 2 > len(self._keys):
+            self._objects = {key: kept for key, kept in self._objects.items() if kept is not None}
+            self._keys = [key for key in self._keys if key in self._objects]
+            self._gone = 0
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            check_key(key)
+        for key in keys:
+            if self._objects.get(key) is not None:
+                self._objects[key] = None
+                self._gone += 1
+
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
+        check_key(key)
+        data = _read(path)
+        await self.put(key, data, if_absent=if_absent)
+        return len(data)
+
+    async def download(self, key: str, path: Path) -> int:
+        return _write(path, self._stored(key)[0])
+
+    # --- What a test sees and does ---------------------------------------------------------------
+
+    def names(self) -> Sequence[str]:
+        """Return the keys of all objects, in order."""
+        return sorted(key for key, stored in self._objects.items() if stored is not None)
+
+    def content(self, key: str) -> bytes | None:
+        """Return the content of an object, None if there is none."""
+        stored = self._objects.get(key)
+        return stored[0] if stored else None
+
+    def damage(self, key: str, data: bytes | None) -> None:
+        """A fault: the object has this content, or is lost if `data` is None. `written` is not
+        called."""
+        assert self._objects[key] is not None
+        self._gone += data is None
+        self._objects[key] = None if data is None else (data, _etag(data))
+
+
+def _etag(data: bytes) -> str:
+    # As S3's: a put of the same content gives the same ETag.
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def _write(path: Path, data: bytes) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.write_bytes(data)

@@ -1,0 +1,466 @@
+"""SQS standard queues in memory, for the simulator.
+
+Invariant: no operation but a waiting receive awaits anything, and all choices come from the random
+source handed in, so equal calls at equal times give equal answers.
+
+What a simulated queue holds: its messages, where each of them is, and who waits for one.
+
+Invariant: these change nothing by themselves; SimQueue is their only user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from batchlab.adapters.limits import (
+    MAX_IN_FLIGHT,
+    check_batch,
+    check_changes,
+    check_queue_name,
+    check_receive,
+    check_send,
+)
+from batchlab.core.errors import NotFound, Throttled
+from batchlab.core.ports import (
+    MAX_VISIBILITY_S,
+    MAX_WAIT_S,
+    Clock,
+    Depth,
+    Message,
+    Outgoing,
+    QueueSpec,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A message in its queue; `visible` says where it is, `visible_s` until when it is hidden."""
+
+    number: int
+    body: str
+    sent_s: float
+    visible_s: float
+    visible: bool = False
+    receives: int = 0
+    received_s: float = 0.0
+    first_received_s: float = 0.0
+
+    @property
+    def receipt(self) -> str:
+        return f"{self.number}.{self.receives}"
+
+
+class Bag:
+    """Numbers to pick from at random; adding, removing and picking take constant time."""
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+        self._places: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def add(self, number: int) -> None:
+        self._places[number] = len(self._numbers)
+        self._numbers.append(number)
+
+    def discard(self, number: int) -> None:
+        place = self._places.pop(number, None)
+        if place is None:
+            return
+        last = self._numbers.pop()
+        if last != number:
+            self._numbers[place] = last
+            self._places[last] = place
+
+    def pick(self, rng: random.Random) -> int | None:
+        return self._numbers[rng.randrange(len(self._numbers))] if self._numbers else None
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A receive that waits, and what it asked for. `given` is what it has been handed: None that
+    its time is over, or that the queue is gone."""
+
+    limit: int
+    visibility_s: float | None
+    given: asyncio.Future[list[Message] | None]
+
+
+@dataclass(slots=True, eq=False)
+class QueueState:
+    """`ready` holds visible numbers in order of arrival, `window` those next in turn, both with
+    leftovers of messages that are gone; `hidden` is a heap by `visible_s`, with leftovers too."""
+
+    spec: QueueSpec
+    entries: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
+    everyone: Bag = field(default_factory=Bag)
+    in_flight: Bag = field(default_factory=Bag)
+    ready: deque[int] = field(default_factory=deque)
+    window: list[int] = field(default_factory=list)
+    visible: int = 0
+    hidden: list[tuple[float, int]] = field(default_factory=list)
+    waiters: OrderedDict[int, Waiter] = field(default_factory=OrderedDict)
+    timer: asyncio.TimerHandle | None = None
+    timer_s: float = 0.0
+
+
+def entry_of(queue: QueueState, receipt: str) -> Entry | None:
+    number, _, _ = receipt.partition(".")
+    entry = queue.entries.get(int(number)) if number.isdecimal() else None
+    return entry if entry is not None and entry.receipt == receipt else None
+
+
+_DISORDER = 32
+"""A receive picks among this many of the oldest: SQS's order is loose, not random."""
+
+# An epoch second as a float is this exact; a timer may fire that much too early.
+_TICK_S = 1e-6
+
+
+class SimQueue:
+    """The Queue port in memory, on any asyncio loop whose time agrees with `clock`.
+
+    `rng` decides in which order messages come. Receives past `max_in_flight` are Throttled where
+    they do not wait, and empty where they do, as from SQS.
+
+    Two things that SQS does not offer, for worlds that are compared with theory or are idle for
+    hours: with `fifo` messages come in the order in which they became visible, and a receive may
+    wait for up to `max_wait_s`.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        rng: random.Random,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        fifo: bool = False,
+        max_wait_s: float = MAX_WAIT_S,
+    ) -> None:
+        self.lapsed: Callable[[str, str], None] = lambda _queue, _receipt: None
+        """Told (queue, receipt) when the visibility timeout of a message in flight runs out."""
+        self._clock = clock
+        self._rng = rng
+        self._max_in_flight = max_in_flight
+        self._disorder = 1 if fifo else _DISORDER
+        self._max_wait_s = max_wait_s
+        self._queues: dict[str, QueueState] = {}
+        self._sent = 0
+        self._waits = 0
+        # A service's timers belong to no client: they go off though the client is frozen.
+        self._context = copy_context()
+
+    def _found(self, name: str) -> QueueState:
+        try:
+            queue = self._queues[name]
+        except KeyError as error:
+            raise NotFound(f"No queue {name!r}.") from error
+        now_s = self._clock.now_s()
+        while queue.hidden and queue.hidden[0][0] <= now_s + _TICK_S:
+            due_s, number = heappop(queue.hidden)
+            entry = queue.entries.get(number)
+            if entry is not None and not entry.visible and entry.visible_s == due_s:
+                if entry.receives:
+                    self.lapsed(name, entry.receipt)
+                self._show(queue, entry)
+        while queue.entries:
+            oldest = next(iter(queue.entries.values()))
+            if oldest.sent_s + queue.spec.retention_s > now_s:
+                break
+            self._forget(queue, oldest)
+        return queue
+
+    def _show(self, queue: QueueState, entry: Entry) -> None:
+        entry.visible = True
+        queue.visible += 1
+        queue.in_flight.discard(entry.number)
+        queue.ready.append(entry.number)
+
+    def _hide(self, queue: QueueState, entry: Entry, until_s: float) -> None:
+        entry.visible_s = until_s
+        heappush(queue.hidden, (until_s, entry.number))
+
+    def _forget(self, queue: QueueState, entry: Entry) -> None:
+        del queue.entries[entry.number]
+        queue.everyone.discard(entry.number)
+        queue.in_flight.discard(entry.number)
+        queue.visible -= entry.visible
+
+    def _stir(self, queue: QueueState) -> None:
+        """Hand what there is to those who wait, first come first: a service does not ask whether
+        the one it answers is still there."""
+        while queue.waiters and queue.visible and len(queue.in_flight) < self._max_in_flight:
+            number, waiter = next(iter(queue.waiters.items()))
+            if not waiter.given.done():
+                messages = self._take(queue, waiter.limit, waiter.visibility_s)
+                if not messages:
+                    break
+                waiter.given.set_result(messages)
+            del queue.waiters[number]
+        if queue.waiters:
+            self._arm(queue)
+
+    def _arm(self, queue: QueueState) -> None:
+        """Have the queue looked at when its next hidden message appears."""
+        while queue.hidden:
+            due_s, number = queue.hidden[0]
+            entry = queue.entries.get(number)
+            if entry is not None and not entry.visible and entry.visible_s == due_s:
+                break
+            heappop(queue.hidden)
+        else:
+            return
+        if queue.timer is not None:
+            if queue.timer_s <= due_s:
+                return
+            queue.timer.cancel()
+        queue.timer_s = due_s
+        queue.timer = asyncio.get_running_loop().call_later(
+            max(0.0, due_s - self._clock.now_s()), self._appeared, queue, context=self._context
+        )
+
+    def _appeared(self, queue: QueueState) -> None:
+        queue.timer = None
+        if self._queues.get(queue.spec.name) is queue:
+            self._stir(self._found(queue.spec.name))
+
+    async def ensure(self, spec: QueueSpec) -> None:
+        check_queue_name(spec.name)
+        if spec.dead_letters is not None:
+            self._found(spec.dead_letters)
+        if spec.name in self._queues:
+            self._queues[spec.name].spec = spec
+        else:
+            self._queues[spec.name] = QueueState(spec)
+
+    async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
+        check_send(messages)
+        found, now_s = self._found(queue), self._clock.now_s()
+        for message in messages:
+            self._sent += 1
+            entry = Entry(self._sent, message.body, now_s, now_s)
+            self._enter(found, entry)
+            if message.delay_s > 0:
+                self._hide(found, entry, now_s + message.delay_s)
+            else:
+                self._show(found, entry)
+        self._stir(found)
+
+    def _enter(self, queue: QueueState, entry: Entry) -> None:
+        queue.entries[entry.number] = entry
+        queue.everyone.add(entry.number)
+
+    async def receive(
+        self,
+        queue: str,
+        *,
+        max_messages: int = 10,
+        wait_s: float = 20.0,
+        visibility_s: float | None = None,
+    ) -> Sequence[Message]:
+        check_receive(max_messages, wait_s, visibility_s, max_wait_s=self._max_wait_s)
+        found = self._found(queue)
+        messages = self._take(found, max_messages, visibility_s)
+        self._stir(found)
+        if not messages and wait_s > _TICK_S:
+            return await self._wait(queue, wait_s, max_messages, visibility_s)
+        if not messages and len(found.in_flight) >= self._max_in_flight:
+            raise Throttled(f"Queue {queue!r} has too many messages in flight.")
+        return messages
+
+    async def _wait(
+        self, name: str, wait_s: float, limit: int, visibility_s: float | None
+    ) -> list[Message]:
+        loop, queue = asyncio.get_running_loop(), self._queues[name]
+        self._waits += 1
+        number, waiter = self._waits, Waiter(limit, visibility_s, loop.create_future())
+        queue.waiters[number] = waiter
+        self._arm(queue)
+        timer = loop.call_later(wait_s, _settle, waiter.given, context=self._context)
+        try:
+            messages = await waiter.given
+        except asyncio.CancelledError:
+            if waiter.given.done() and not waiter.given.cancelled():
+                self._take_back(queue, waiter.given.result() or [])
+            raise
+        finally:
+            timer.cancel()
+            queue.waiters.pop(number, None)
+        if messages is None:
+            self._found(name)
+        return messages or []
+
+    def _take_back(self, queue: QueueState, messages: Sequence[Message]) -> None:
+        """Handed over and cancelled in one instant: as if it had never been received."""
+        for message in messages:
+            entry = entry_of(queue, message.receipt)
+            if entry is not None and not entry.visible:
+                entry.receives -= 1
+                self._show(queue, entry)
+        self._stir(queue)
+
+    def _take(self, queue: QueueState, limit: int, visibility_s: float | None) -> list[Message]:
+        spec, now_s = queue.spec, self._clock.now_s()
+        limit = min(limit, self._max_in_flight - len(queue.in_flight))
+        dead = self._queues.get(spec.dead_letters or "")
+        hidden_s = now_s + (spec.visibility_s if visibility_s is None else visibility_s)
+        messages: list[Message] = []
+        while len(messages) < limit and (entry := self._draw(queue)) is not None:
+            if entry.sent_s + spec.retention_s <= now_s:
+                self._forget(queue, entry)
+            elif dead is not None and entry.receives >= spec.max_receives:
+                self._forget(queue, entry)
+                self._enter(dead, entry)
+                self._show(dead, entry)
+                self._stir(dead)
+            else:
+                messages.append(self._receive(queue, entry, now_s, hidden_s))
+        return messages
+
+    def _draw(self, queue: QueueState) -> Entry | None:
+        while True:
+            while queue.ready and len(queue.window) < self._disorder:
+                queue.window.append(queue.ready.popleft())
+            if not queue.window:
+                return None
+            place = self._rng.randrange(len(queue.window))
+            number = queue.window[place]
+            queue.window[place] = queue.window[-1]
+            queue.window.pop()
+            entry = queue.entries.get(number)
+            if entry is not None:
+                return entry
+
+    def _receive(self, queue: QueueState, entry: Entry, now_s: float, hidden_s: float) -> Message:
+        entry.visible = False
+        queue.visible -= 1
+        entry.receives += 1
+        entry.received_s = now_s
+        if entry.receives == 1:
+            entry.first_received_s = now_s
+        queue.in_flight.add(entry.number)
+        self._hide(queue, entry, hidden_s)
+        return Message(
+            id=str(entry.number),
+            body=entry.body,
+            receipt=entry.receipt,
+            receive_count=entry.receives,
+            sent_s=entry.sent_s,
+            first_received_s=entry.first_received_s,
+        )
+
+    async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        check_batch(receipts)
+        found = self._found(queue)
+        refused = []
+        for receipt in receipts:
+            entry = entry_of(found, receipt)
+            if entry is None:
+                refused.append(receipt)
+            else:
+                self._forget(found, entry)
+        self._stir(found)
+        return refused
+
+    async def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> Sequence[str]:
+        check_changes(changes)
+        found, now_s = self._found(queue), self._clock.now_s()
+        refused = []
+        for receipt, visibility_s in changes:
+            entry, until_s = entry_of(found, receipt), now_s + visibility_s
+            if entry is None or entry.visible or until_s > entry.received_s + MAX_VISIBILITY_S:
+                refused.append(receipt)
+            elif visibility_s > 0:
+                self._hide(found, entry, until_s)
+            else:
+                self._show(found, entry)
+        self._stir(found)
+        return refused
+
+    async def depth(self, queue: str) -> Depth:
+        found = self._found(queue)
+        in_flight = len(found.in_flight)
+        delayed = len(found.entries) - found.visible - in_flight
+        return Depth(visible=found.visible, in_flight=in_flight, delayed=delayed)
+
+    async def purge(self, queue: str) -> None:
+        found = self._found(queue)
+        for entry in list(found.entries.values()):
+            self._forget(found, entry)
+
+    async def remove(self, queue: str) -> None:
+        found = self._queues.pop(queue, None)
+        if found is not None:
+            # Receivers that still wait get the answer that the queue does not exist.
+            for waiter in found.waiters.values():
+                _settle(waiter.given)
+
+    # --- What a test sees and does ---------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The queues there are."""
+        return sorted(self._queues)
+
+    def bodies(self, queue: str) -> list[str]:
+        """The bodies of all messages of the queue."""
+        return [entry.body for entry in self._queues[queue].entries.values()]
+
+    def held_s(self, queue: str, receipt: str) -> float:
+        """For how long the message will still be hidden by the receive that gave this receipt: 0
+        where it is visible, gone, or somebody else's."""
+        entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
+        if entry is None or entry.visible:
+            return 0.0
+        return max(0.0, entry.visible_s - self._clock.now_s())
+
+    def redeliver(self, queue: str, rng: random.Random) -> str | None:
+        """A fault: a random message in flight is visible again although its holder works on it.
+
+        Returns its id, None where none is in flight.
+        """
+        found = self._found(queue)
+        number = found.in_flight.pick(rng)
+        if number is None:
+            return None
+        self._show(found, found.entries[number])
+        self._stir(found)
+        return str(number)
+
+    def drop(self, queue: str, rng: random.Random) -> str | None:
+        """A fault: a random message is lost. Returns its id, None where the queue is empty."""
+        found = self._found(queue)
+        number = found.everyone.pick(rng)
+        if number is None:
+            return None
+        self._forget(found, found.entries[number])
+        return str(number)
+
+    def expire(self, queue: str, age_s: float) -> int:
+        """A fault: messages sent longer than `age_s` ago are past their retention; how many."""
+        found, now_s = self._found(queue), self._clock.now_s()
+        old = [entry for entry in found.entries.values() if entry.sent_s + age_s <= now_s]
+        for entry in old:
+            self._forget(found, entry)
+        return len(old)
+
+    def shuffle(self, queue: str, rng: random.Random) -> bool:
+        """A fault: what is visible changes its order; False where no two messages are."""
+        found = self._found(queue)
+        waiting = [number for number in (*found.window, *found.ready) if number in found.entries]
+        rng.shuffle(waiting)
+        found.window, found.ready = [], deque(waiting)
+        return len(waiting) > 1
+
+
+def _settle(given: asyncio.Future[list[Message] | None]) -> None:
+    if not given.done():
+        given.set_result(None)

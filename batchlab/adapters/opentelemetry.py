@@ -1,0 +1,188 @@
+"""Traces by OpenTelemetry over OTLP, set up by its own environment variables.
+
+Invariants: recording puts a span into a queue and waits for nobody; a receiver that is away costs
+spans, never work. Imported only where an endpoint is named, since the SDK takes a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    set_span_in_context,
+)
+from opentelemetry.trace import Span as OtelSpan
+
+from batchlab import __version__
+from batchlab.core.model import Bundle
+from batchlab.core.tracing import NO_SPAN, Attribute, Span, Subject, is_context
+
+CLOSE_S = 3.0
+SEND_S = 1.0
+"""Spans are sent so often unless OTEL_BSP_SCHEDULE_DELAY says otherwise: what a process that is
+killed loses of its traces."""
+_KINDS = {
+    "submit": SpanKind.SERVER,
+    "send": SpanKind.PRODUCER,
+    "forward": SpanKind.PRODUCER,
+    "receive": SpanKind.CONSUMER,
+    "fold": SpanKind.CONSUMER,
+}
+
+
+class _Recorded:
+    """The Span port over a span of OpenTelemetry."""
+
+    __slots__ = ("_span", "context")
+
+    def __init__(self, span: OtelSpan, parent: str) -> None:
+        self._span = span
+        at = span.get_span_context()
+        # One that the sampler has left out is stood for by its parent.
+        self.context = (
+            f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
+        )
+
+    def note(self, **attributes: Attribute) -> None:
+        self._span.set_attributes(_named(attributes))
+
+    def end(self, *, error: str = "", end_s: float | None = None) -> None:
+        if error:
+            self._span.set_status(Status(StatusCode.ERROR, error))
+            self._span.set_attribute("error.type", error)
+        self._span.end(None if end_s is None else _ns(end_s))
+
+
+class OtelTracer:
+    """The Tracer port. `service` is the service's name unless OTEL_SERVICE_NAME gives one,
+    `instance` which of its processes this is."""
+
+    def __init__(self, service: str, instance: str) -> None:
+        own = {SERVICE_INSTANCE_ID: instance, "service.version": __version__}
+        if not os.environ.get("OTEL_SERVICE_NAME"):
+            own[SERVICE_NAME] = service
+        # Its own wish to end with the process would hold that up while a receiver is away.
+        self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
+        delay_ms = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
+        self._provider.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms)
+        )
+        self._tracer = self._provider.get_tracer("batchlab", __version__)
+        # It says so for each batch that a receiver does not take.
+        logging.getLogger("opentelemetry").setLevel(logging.ERROR)
+
+    def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
+        made = self._begin(name, parent if is_context(parent) else "", about, None, (), {})
+        return made if made.context.endswith("-01") else NO_SPAN
+
+    def begin(
+        self,
+        name: str,
+        parent: str,
+        about: Bundle | Subject,
+        *,
+        start_s: float | None = None,
+        links: Sequence[str] = (),
+        **attributes: Attribute,
+    ) -> Span:
+        if not is_context(parent):
+            return NO_SPAN
+        return self._begin(name, parent, about, start_s, links, attributes)
+
+    def record(
+        self,
+        name: str,
+        parent: str,
+        about: Bundle | Subject,
+        *,
+        start_s: float,
+        end_s: float,
+        error: str = "",
+        **attributes: Attribute,
+    ) -> str:
+        if not is_context(parent):
+            return ""
+        made = self._begin(name, parent, about, start_s, (), attributes)
+        made.end(error=error, end_s=max(start_s, end_s))
+        return made.context
+
+    def _begin(
+        self,
+        name: str,
+        parent: str,
+        about: Bundle | Subject,
+        start_s: float | None,
+        links: Sequence[str],
+        attributes: Mapping[str, Attribute],
+    ) -> _Recorded:
+        # An empty context: what else this thread may be tracing is none of ours.
+        above = Context()
+        if parent:
+            above = set_span_in_context(NonRecordingSpan(_read(parent)), above)
+        span = self._tracer.start_span(
+            name,
+            above,
+            _KINDS.get(name, SpanKind.INTERNAL),
+            {**_of(about), **_named(attributes)},
+            [Link(_read(one)) for one in links if is_context(one)],
+            None if start_s is None else _ns(start_s),
+        )
+        return _Recorded(span, parent)
+
+    async def close(self) -> None:
+        """In a thread that nobody waits for longer than that."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def flush() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # the loop has not waited
+                loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=flush, name="last spans", daemon=True).start()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await done.wait()
+
+
+def _read(context: str) -> SpanContext:
+    _, trace, span, flags = context.split("-")
+    return SpanContext(int(trace, 16), int(span, 16), True, TraceFlags(int(flags, 16)))
+
+
+def _of(about: Bundle | Subject) -> dict[str, Attribute]:
+    found: dict[str, Attribute] = {"batchlab.job": about.job}
+    if about.stage:
+        found["batchlab.stage"] = about.stage
+    if isinstance(about, Bundle):
+        found["batchlab.bundle"] = about.id
+        found["batchlab.tasks"] = len(about.tasks)
+        found["batchlab.task.first"] = about.tasks.first
+        found["batchlab.task.last"] = about.tasks.last
+        found["batchlab.attempt"] = about.attempt
+        found["batchlab.round"] = about.round
+    return found
+
+
+def _named(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
+    return {f"batchlab.{name}": value for name, value in attributes.items()}
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,122 @@
+"""Bundles as items of their own, and the questions that are asked of them.
+
+Invariant: an item only gains attributes, each once, by the write that planned the bundle and by the
+one that folded it; both wrote down when. So what a job's item says is read from them as of that
+moment, whatever is written meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from batchlab.adapters.ledger_projection import Book, Key, Known, Row
+from batchlab.adapters.simpledb import domain
+from batchlab.adapters.simpledb.domain import Item, Pairs, Store, check, quoted
+from batchlab.core.errors import BackendError
+from batchlab.core.model import BundleId, StageName
+from batchlab.core.protocol import json_format
+
+
+def row_items(gen: str, row: Row) -> dict[str, Pairs]:
+    """What is to be written for it: further items first."""
+    name = _name(gen, row.key)
+    pairs: list[tuple[str, str]] = []
+    items: dict[str, Pairs] = {}
+    if row.at is not None:
+        pairs += [("gen", gen), ("at", f"{row.at:010d}"), ("stage", row.stage), ("id", row.id)]
+    if row.planned:
+        text = domain.dumps(json_format.bundle_to_json(row.planned))
+        more, extra = domain.lay(name, "b", text, gen)
+        pairs += more
+        items |= extra
+    if row.completion:
+        assert row.seq is not None
+        text = domain.dumps(json_format.completion_to_json(row.completion))
+        more, extra = domain.lay(name, "c", text, gen)
+        pairs += [("done", _order(gen, row.seq)), *more]
+        if row.completion.failed:
+            pairs.append(("fail", _order(gen, row.seq)))
+        items |= extra
+    items[name] = pairs
+    for one, its in items.items():
+        # Now, since it cannot be refused any more once it is committed.
+        check(one, its)
+    return items
+
+
+def _name(gen: str, key: Key) -> str:
+    return f"{gen}/{key[0]}/{key[1]}"
+
+
+def _order(gen: str, seq: int) -> str:
+    return f"{gen}/{seq:016d}"
+
+
+class Rows:
+    """Reads them; blocks."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def known(self, gen: str, keys: Sequence[Key]) -> Known:
+        """Those of these bundles that are there."""
+        names = {_name(gen, key): key for key in keys}
+        found = self._store.select_named("at, done", list(names))
+        return {names[name]: "done" in item for name, item in found.items()}
+
+    def folded(
+        self, gen: str, book: Book, *, stage: StageName | None, after: int, failed: bool, page: int
+    ) -> Iterator[Row]:
+        """In order, those after the seq `after`, as of `book`."""
+        key = "fail" if failed else "done"
+        first, last = _order(gen, max(after + 1, 0)), _order(gen, max(book.last_seq, 0))
+        if after >= book.last_seq:
+            return
+        where = f"{key} between {quoted(first)} and {quoted(last)}"
+        where += f" and stage = {quoted(stage)}" if stage else ""
+        for _, item in self._store.select("*", where, order=key, page=page):
+            row = self._row(item)
+            if not book.is_void(row):
+                yield row
+
+    def planned(self, gen: str, book: Book, *, stage: StageName | None) -> list[Row]:
+        """Those that are not folded as of `book`, by stage and id."""
+        where = f"gen = {quoted(gen)} and "
+        where += f"stage = {quoted(stage)}" if stage else "stage is not null"
+        where += f" and (done is null or done > {quoted(_order(gen, max(book.last_seq, 0)))})"
+        rows = (self._row(item) for _, item in self._store.select("*", where))
+        open_ = [row for row in rows if _is_there(row, book) and not book.is_void(row)]
+        return sorted(open_, key=lambda row: row.key)
+
+    def all(self, gen: str, book: Book) -> list[Row]:
+        """All as of `book`, also those of void plans."""
+        where = f"gen = {quoted(gen)} and stage is not null"
+        rows = (self._row(item) for _, item in self._store.select("*", where))
+        return [row for row in rows if _is_there(row, book)]
+
+    def _row(self, item: Item) -> Row:
+        planned, completion = self._doc(item, "b"), self._doc(item, "c")
+        return Row(
+            StageName(item["stage"]),
+            BundleId(item["id"]),
+            int(item["at"]),
+            json_format.bundle_from_json(json.loads(planned)) if planned else None,
+            json_format.completion_from_json(json.loads(completion)) if completion else None,
+            int(item["done"].partition("/")[2]) if "done" in item else None,
+        )
+
+    def _doc(self, item: Item, prefix: str) -> str | None:
+        if prefix not in item:
+            return None
+        text = domain.read(item, prefix, self._store.get_all)
+        if text is None:
+            raise BackendError(
+                f"A bundle in the SimpleDB domain {self._store.domain} lacks a part.",
+                remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+            )
+        return text
+
+
+def _is_there(row: Row, book: Book) -> bool:
+    return row.at is not None and row.at <= book.at

@@ -1,0 +1,314 @@
+"""The item of each job, by which everything about the job is committed at once.
+
+Invariant: every change of a job is one conditional put of its item, from a stamp that nobody else
+has seen changed to one that was never there. What else a change writes is there before that put and
+means nothing yet, or is told in full by the put (`redo`) and written by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from batchlab.adapters.ledger_projection import Book, Row
+from batchlab.adapters.simpledb import domain
+from batchlab.adapters.simpledb.bundle_items import row_items
+from batchlab.adapters.simpledb.domain import Item, Pairs, Store, quoted
+from batchlab.core.errors import BackendError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId
+from batchlab.core.protocol import json_format
+
+NOBODY = "-"
+"""In place of a job's order: the item holds a place, and no job."""
+_STAMP = "v"
+_LOOKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A job's item as it was read: `book` is None where it only holds a place.
+
+    `gen` is the generation whose items belong to the job now; `gens` are all that may have items.
+    """
+
+    name: str
+    item: Item
+    book: Book | None
+
+    @property
+    def stamp(self) -> str:
+        return self.item[_STAMP]
+
+    @property
+    def gen(self) -> str:
+        return self.item["now"]
+
+    @property
+    def gens(self) -> list[str]:
+        return gens_of(self.item)
+
+
+def fresh() -> str:
+    """A word that was never there."""
+    return secrets.token_hex(8)
+
+
+def gens_of(item: Item) -> list[str]:
+    """The generations that a job's item tells of."""
+    return [gen for gen in item.get("gens", "").split(",") if gen]
+
+
+def name_of(job: JobId) -> str:
+    return f"job/{job}"
+
+
+def order_of(job: JobDef) -> str:
+    """A text that sorts as (submitted_s, id) does."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", job.submitted_s))
+    bits = bits ^ 0xFFFFFFFFFFFFFFFF if bits >> 63 else bits | 1 << 63
+    return f"{bits:016x}/{job.id}"
+
+
+@lru_cache(256)
+def _job_def(text: str) -> JobDef:
+    return json_format.job_from_json(json_format.loads(text))
+
+
+class Heads:
+    """Reads and changes the items of jobs; blocks."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    # --- Reading ----------------------------------------------------------------------------------
+
+    def get(self, job: JobId, *, settle: bool = True) -> Head | None:
+        """The job's item, None where there is none. With `settle` its bundles' items are as it
+        says, whoever was to write them."""
+        name = name_of(job)
+        for _ in range(_LOOKS):
+            item = self._store.get(name)
+            if item is None:
+                return None
+            if settle and self._has_redo(item) and not self._settle(name, item):
+                continue
+            head = self._read(name, item)
+            if head:
+                return head
+        raise BackendError(
+            f"Job {job} in the SimpleDB domain {self._store.domain} lacks a part.",
+            remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+        )
+
+    def _read(self, name: str, item: Item) -> Head | None:
+        """None where a part of it is gone, since it has changed meanwhile."""
+        if item["okey"] == NOBODY:
+            return Head(name, item, None)
+        job = domain.read(item, "j", self._store.get_all)
+        state = domain.read(item, "s", self._store.get_all)
+        if job is None or state is None:
+            return None
+        return Head(name, item, Book.from_json(_job_def(job), json.loads(state)))
+
+    def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Book]:
+        """Jobs in order, at most so many, older than `before`."""
+        key = "live" if active else "okey"
+        where = f"{key} > '0'"
+        if before:
+            where += f" and {key} < {quoted(order_of(before))}"
+        found: list[Book] = []
+        for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
+            if len(found) == limit:
+                break
+            head = self._read(name, item) or self.get(
+                JobId(name.removeprefix("job/")), settle=False
+            )
+            if head and head.book:
+                found.append(head.book)
+        return found
+
+    def names(self) -> list[str]:
+        """Of all items of jobs, also those that only hold a place."""
+        return [name for name, _ in self._store.select("itemName()", "okey is not null")]
+
+    # --- Changing ---------------------------------------------------------------------------------
+
+    def commit(self, head: Head, book: Book, rows: Sequence[Row]) -> bool | None:
+        """Make the job be as `book` says, and `rows` with it; False where it has changed since it
+        was read. None where that may have been ourselves: the answer was lost, and somebody has
+        changed it since."""
+        gen, stamp = head.gen, fresh()
+        items = _items_of(gen, rows)
+        pairs, extra = self._state(book, gen, stamp)
+        redo: dict[str, Pairs] = {}
+        if items:
+            told, redo = domain.lay(
+                f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0
+            )
+            pairs += told
+        else:
+            pairs.append(("redo", NOBODY))
+        self._store.put_all({**extra, **redo})
+        is_ours = self._store.put_if(head.name, pairs, _STAMP, head.stamp)
+        if is_ours is False:
+            self._store.delete_all([*extra, *redo])
+        if not is_ours:
+            return is_ours
+        if items:
+            self._settle(head.name, dict(pairs), items)
+        self._store.delete_all(domain.names(head.item, "s"))
+        return True
+
+    def install(self, job: JobId, head: Head | None, book: Book, rows: Sequence[Row]) -> bool:
+        """Put `book` and `rows` in the place of all that is known of the job; False where that has
+        changed since it was read."""
+        name, gen, stamp = name_of(job), fresh(), fresh()
+        held = head.stamp if head else None
+        text = domain.dumps(json_format.job_to_json(book.job))
+        spec, items = domain.lay(f"{gen}/spec", "j", text, gen)
+        state, extra = self._state(book, gen, stamp)
+        items |= {**extra, **_items_of(gen, rows)}
+        if items:
+            # Told first, so that what is left by a process that dies here can be found.
+            place = [(_STAMP, fresh())]
+            if head is None:
+                place += [("okey", NOBODY), ("live", NOBODY)]
+            if not self._store.put_if(name, place, _STAMP, held, more=[("gens", gen)]):
+                return False
+            held = place[0][1]
+            self._store.put_all(items)
+        token = _token_name(book.job.token) if book.job.token else NOBODY
+        pairs = [*state, *spec, ("now", gen), ("redo", NOBODY), ("token", token)]
+        is_ours = self._store.put_if(name, pairs, _STAMP, held, more=[("gens", gen)])
+        if is_ours is False:
+            self.sweep(gen)
+        if is_ours and head:
+            self._bury(name, head.gens)
+        return bool(is_ours)
+
+    def hold(self, job: JobId, head: Head | None) -> bool:
+        """Change the stamp of an item that holds no job, so that whoever means to make one of what
+        it was has to look again; False where it has changed."""
+        pairs = [(_STAMP, fresh()), ("okey", NOBODY), ("live", NOBODY)]
+        held = head.stamp if head else None
+        return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
+
+    def forget(self, job: JobId) -> None:
+        """Leave nothing of the job."""
+        name = name_of(job)
+        while head := self.get(job, settle=False):
+            stamp = fresh()
+            pairs = [(_STAMP, stamp), ("okey", NOBODY), ("live", NOBODY), ("redo", NOBODY)]
+            if self._store.put_if(name, pairs, _STAMP, head.stamp):
+                for gen in head.gens:
+                    self.sweep(gen)
+                self._give_up(head.item.get("token", NOBODY), job)
+                # Somebody may have begun to make it anew.
+                self._store.delete_if(name, _STAMP, stamp)
+                return
+
+    def sweep(self, gen: str) -> None:
+        """Delete all items of a generation that no job can come to have again."""
+        where = f"gen = {quoted(gen)}"
+        self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
+
+    def sweep_lost(self) -> None:
+        """Delete the items of generations that no job's item tells of: it told of each before
+        there was an item of it."""
+        found = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
+        for _, item in self._store.select("gens", "okey is not null"):
+            found.difference_update(gens_of(item))
+        for gen in sorted(found):
+            self.sweep(gen)
+
+    def _bury(self, name: str, gens: Iterable[str]) -> None:
+        for gen in gens:
+            self.sweep(gen)
+            self._store.drop_value(name, "gens", gen)
+
+    def _state(
+        self, book: Book, gen: str, stamp: str
+    ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
+        """The attributes that change with every write, and the further items they take."""
+        order = order_of(book.job)
+        text = domain.dumps(book.to_json())
+        state, items = domain.lay(f"{gen}/state/{stamp}", "s", text, gen)
+        live = NOBODY if book.state.ended else order
+        return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
+
+    # --- What a commit leaves to be written -------------------------------------------------------
+
+    def _has_redo(self, item: Item) -> bool:
+        return item.get("redo", NOBODY) != NOBODY
+
+    def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
+        """Write what the item's last change tells of, and tell no more of it; False where somebody
+        has just done so. Harmless however often, and however late."""
+        if items is None:
+            text = domain.read(item, "redo", self._store.get_all)
+            if text is None:
+                return False
+            items = {key: [(k, v) for k, v in pairs] for key, pairs in json.loads(text).items()}
+        self._store.put_all(items)
+        self._store.drop_value(name, "redo", item["redo"])
+        self._store.delete_all(domain.names(item, "redo"))
+        return True
+
+    # --- Tokens -----------------------------------------------------------------------------------
+
+    def claim(self, token: str, job: JobId) -> Book | None:
+        """Have the client's token stand for this job; the job that it stands for already, where
+        that is there."""
+        name, stamp = _token_name(token), fresh()
+        pairs = [(_STAMP, stamp), ("job", str(job))]
+        while True:
+            item = self._store.get(name)
+            if item is None:
+                if self._store.put_if(name, pairs, _STAMP, None):
+                    return None
+                continue
+            if item["job"] == job:
+                return None
+            other = JobId(item["job"])
+            head = self.get(other, settle=False)
+            if head and head.book:
+                return head.book
+            if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
+                break
+        # Who had it may have looked at it before, and be about to make its job.
+        while not self.hold(other, head):
+            head = self.get(other, settle=False)
+            if head and head.book:
+                back = [(_STAMP, fresh()), ("job", str(other))]
+                self._store.put_if(name, back, _STAMP, stamp)
+                return head.book
+        return None
+
+    def _give_up(self, name: str, job: JobId) -> None:
+        item = self._store.get(name) if name != NOBODY else None
+        if item and item["job"] == job:
+            self._store.delete_if(name, _STAMP, item[_STAMP])
+
+
+def _token_name(token: str) -> str:
+    # A client may call it anything.
+    return f"token/{hashlib.sha256(token.encode()).hexdigest()}"
+
+
+def _items_of(gen: str, rows: Iterable[Row]) -> dict[str, Pairs]:
+    items: dict[str, Pairs] = {}
+    for row in rows:
+        items |= row_items(gen, row)
+    return items
+
+
+def heads_of(heads: Heads, jobs: Iterable[JobId]) -> Iterator[tuple[JobId, Head | None]]:
+    """The items of these jobs, each once."""
+    for job in dict.fromkeys(jobs):
+        yield job, heads.get(job)

@@ -1,0 +1,260 @@
+"""What a job has cost, and what a grid costs now: facts found, prices put to them.
+
+Invariant: a job's bill can be had whether or not its grid is up, where its bucket is a folder here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.core.api_usage_types import account_of
+from batchlab.core.errors import BatchlabError, NotFound, UsageError
+from batchlab.core.model import Market
+from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
+from batchlab.core.pricing.money import Usd, range_json
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.price_book import load as load_prices
+from batchlab.core.pricing.request_costs import Moved
+from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.text import listed
+from batchlab.runtime import home as fetches
+from batchlab.runtime.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.client.http import Client
+    from batchlab.core.api_types import GridView, JobView
+    from batchlab.core.api_usage_types import JobUseView
+    from batchlab.core.ports import Objects
+
+
+# --- The bill ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a job and what it used."""
+
+    job: JobView
+    use: JobUseView
+    backend: str
+
+
+def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bill]:
+    """A job and its bill; UsageError where there is no such job, or no price. `types` are the
+    instance types of pools, in place of what they say themselves."""
+    from batchlab.runtime import factory
+
+    facts = facts_of(home, job)
+    backend = factory.load(facts.backend)
+    book = load_prices(home.path)
+    for name in types.values():
+        book.instance_usd_h(name)  # says so where there is none
+    pools = {
+        name: PoolFacts(slots, types.get(name) or facts.use["types"].get(name, ""))
+        for name, slots in facts.use["pools"].items()
+    }
+    per_task = facts.use["slots"]
+    stages = [
+        StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1))
+        for s in facts.job["stages"]
+    ]
+    shown = facts.use["account"]
+    account = _retyped(account_of(shown), types) if shown else None
+    size = asyncio.run(_stored(backend.open_objects(home), facts.job["id"]))
+    moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
+    return facts.job, bill(
+        stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved
+    )
+
+
+def _egress(home: Home, backend: str) -> str:
+    """How the stack's instances reach AWS, "" where there is no stack."""
+    from batchlab.runtime import factory
+    from batchlab.runtime.aws import deployment
+
+    known = deployment.read(home) if factory.capabilities_of(backend).stack else None
+    return known.egress if known else ""
+
+
+def _retyped(account: Account, types: Mapping[str, str]) -> Account:
+    billed: dict[Kind, float] = {}
+    for kind, seconds in account.billed_s.items():
+        named = replace(kind, type=types.get(kind.pool) or kind.type)
+        billed[named] = billed.get(named, 0.0) + seconds
+    return replace(account, billed_s=billed)
+
+
+def facts_of(home: Home, job: str) -> Facts:
+    """What is known of a job, whether or not its grid is up; UsageError where there is no such
+    job."""
+    return _asked(home, job) if home.record() else asyncio.run(_found(home, job))
+
+
+def _asked(home: Home, job: str) -> Facts:
+    """Of the grid that is up."""
+    from batchlab.cli.session import connect, resolve
+
+    record = home.record()
+    assert record
+    with connect(home) as client:
+        view = resolve(client, job)
+        return Facts(view, client.job_use(view["id"]), record.backend)
+
+
+async def _found(home: Home, text: str) -> Facts:
+    """Of a grid that is not up: from its folder."""
+    from batchlab.core.api_usage_types import job_use_view
+    from batchlab.runtime import factory
+    from batchlab.server.views.jobs import job_view
+
+    if not home.ledger_file.exists():
+        raise UsageError(
+            f"No grid is up in {home.path}, and its folder knows of no jobs.",
+            remedy="Bring the grid up with `batchlab grid up`, or name another folder with --home.",
+        )
+    backend = factory.load("local")
+    ledger, objects = backend.open_ledger(home), backend.open_objects(home)
+    try:
+        records = await ledger.jobs(limit=1000)
+        matching = [r for r in records if text == "last" or r.job.id.startswith(text)]
+        exact = [r for r in matching if r.job.id == text]
+        if not matching or (len(matching) > 1 and text != "last" and not exact):
+            what = "There is no job" if not matching else "More than one job begins with"
+            known = listed([str(r.job.id) for r in matching or records]) or "none"
+            do = "Write the whole id" if matching else "Those that its folder knows of are"
+            raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {known}.")
+        record = (exact or matching)[0]
+        rows = await ledger.rows(record.job.id)
+        account = await _kept(objects, record.job.id)
+        use = job_use_view(record.job, account, backend.pools, max_cost_usd=record.job.max_cost_usd)
+        return Facts(job_view(record, rows.stages), use, backend.name)
+    finally:
+        await ledger.close()
+
+
+async def _kept(objects: Objects, job: str) -> Account | None:
+    """The account that the last manager has left of a job."""
+    from batchlab.core.model import JobId
+    from batchlab.core.protocol import json_format, object_keys
+
+    for key in (object_keys.used(JobId(job)), object_keys.USE):
+        try:
+            doc = json_format.loads(await objects.get(key))
+        except NotFound:
+            continue
+        found = doc.get("account") or doc.get("jobs", {}).get(job)
+        if found:
+            return Account.from_json(found)
+    return None
+
+
+async def _stored(objects: Objects, job: str) -> int:
+    """Bytes that the bucket holds of a job: a request of S3 for every thousand objects."""
+    from batchlab.core.model import JobId
+    from batchlab.core.protocol import object_keys
+
+    size_bytes = 0
+    for prefix in object_keys.everything_of(JobId(job)):
+        async for page in objects.list(prefix):
+            size_bytes += sum(info.size for info in page)
+    return size_bytes
+
+
+def bill_text(job: JobView, found: Bill) -> str:
+    """The bill for a person."""
+    rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in found.items]
+    usd = found.usd
+    rows.append(("all", f"{usd.typical:.6f}", ""))
+    exact = usd.low == usd.high
+    between = f"between {usd.low:.6f} and {usd.high:.6f} USD"
+    spread = "" if exact else f" By what Spot and other zones may cost it is {between}."
+    return "\n".join(
+        [
+            f"{job['id']} {job['state']}: {usd} on AWS.{spread}",
+            "",
+            output.table(("what", "USD", "how"), rows),
+            "",
+            f"Prices: {found.prices}, before tax, free tiers and discounts.",
+            *(f"Note: {note}." for note in found.notes),
+        ]
+    )
+
+
+# --- While it runs -------------------------------------------------------------------------------
+
+
+class Burn:
+    """What a grid costs now and has cost so far. On another backend than `aws` only where somebody
+    asks what it would cost there."""
+
+    def __init__(self, home: Home, *, as_if_aws: bool) -> None:
+        self._home = home
+        self._as_if = as_if_aws
+        self._book: PriceBook | None = None
+
+    def applies(self, backend: str) -> bool:
+        from batchlab.runtime import factory
+
+        return self._as_if or factory.capabilities_of(backend).billed
+
+    def _prices(self) -> PriceBook:
+        if self._book is None:
+            self._book = load_prices(self._home.path)
+        return self._book
+
+    def grid(self, client: Client) -> dict[str, object]:
+        """For a program: USD per hour now, USD spent, the cap."""
+        view = client.use()
+        living = {
+            Kind(one["pool"], one["type"], Market(one["market"])): one["instances"]
+            for one in view["living"]
+        }
+        now = burn_usd_h(living, {}, self._prices())
+        spent = spent_usd(account_of(view["total"]), {}, self._prices())
+        return {
+            "usd_per_hour": range_json(now),
+            "spent_usd": range_json(spent),
+            "max_cost_usd": view["max_cost_usd"],
+            "capped": view["capped"],
+            "text": self._text(
+                now, spent, view["max_cost_usd"], "; ".join(view["capped"].values())
+            ),
+        }
+
+    def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:
+        """The same of one job: USD spent, and per hour by the instances of its pools."""
+        view = client.job_use(job)
+        account = account_of(view["account"]) if view["account"] else Account()
+        spent = spent_usd(account, view["types"], self._prices())
+        living: dict[Kind, int] = {}
+        for pool in grid["pools"] if grid else ():
+            kind = Kind(pool["name"], view["types"].get(pool["name"], ""))
+            mine = any(k.pool == pool["name"] for k in account.billed_s)
+            there = sum(one["state"] != "Terminated" for one in pool["instances"])
+            living[kind] = there if mine else 0
+        now = burn_usd_h(living, view["types"], self._prices())
+        return {
+            "usd_per_hour": range_json(now),
+            "spent_usd": range_json(spent),
+            "max_cost_usd": view["max_cost_usd"],
+            "capped": view["capped"],
+            "text": self._text(now, spent, view["max_cost_usd"], view["capped"]),
+        }
+
+    def line(self, client: Client, job: str, grid: GridView | None) -> str:
+        """A word on the job's cost for whoever watches it; "" where nothing can be said."""
+        try:
+            return str(self.job(client, job, grid)["text"])
+        except BatchlabError as error:
+            return f"its cost is not known: {error.message}"
+
+    def _text(self, now: Usd, spent: Usd, cap: float | None, capped: str) -> str:
+        would = "would cost on AWS" if self._as_if else "costs"
+        text = f"{would} {now} an hour now, {spent} so far"
+        if cap is not None:
+            text += f", cap {cap:g} USD"
+        return f"{text}, reached: no more is launched than it pays for" if capped else text

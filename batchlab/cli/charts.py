@@ -1,0 +1,301 @@
+"""A scenario's arrivals as a chart of characters: the peak, the fleet's size and the faults.
+
+Plain text, so that it is the same in a terminal, a pipe and a ticket.
+
+A chart in plain characters: the same in a terminal, a pipe and a ticket.
+
+A verdict for a person: what was expected of a run, what it came to, green or red.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from math import ceil, log10
+
+from batchlab.cli import output
+from batchlab.core.pricing.money import shown
+from batchlab.scenarios.model.demand_curve import Ask, Curve
+from batchlab.scenarios.model.values import LASTING, Fault, FaultName, Scenario
+from batchlab.scenarios.verdicts.measures import Unit
+from batchlab.scenarios.verdicts.verdict import Colour, Row
+
+_BLOCKS, _LINE, _FLOOR, _MARKS = " ▁▂▃▄▅▆▇█", "┄", "─", "123456789abcdefghijklmnopqrstuvwxyz"
+_PLAIN_BLOCKS, _PLAIN_LINE, _PLAIN_FLOOR = " ....::##", "-", "-"
+_SEVERAL = "+"
+_MARGIN = 8
+_TALL = 10
+_LOW = 4
+
+
+def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
+    """The charts of work, one for each pool that gets any, of jobs, and the list of faults.
+
+    `fancy` False uses nothing but ASCII.
+    """
+    width = len(curve.columns)
+    column = span(curve.width_s)
+    parts = []
+    several = len(curve.asks) > 1
+    for ask in curve.asks:
+        of = f" of the pool {ask.pool}" if several else ""
+        if not ask.peak:
+            parts.append(f"No work{of} arrives.")
+            continue
+        parts.append(
+            f"Work{of} that arrives, in slots that it keeps busy; a column is {column}\n"
+            + chart(ask.busy, _TALL, fancy=fancy, line=ask.slots, says="the largest fleet")
+            + "\n"
+            + _feet(scenario, curve)
+            + "\n"
+            + _fits(ask)
+        )
+    jobs = [float(one.jobs) for one in curve.columns]
+    parts.append(
+        f"Jobs that arrive in {column}\n"
+        + chart(jobs, _LOW, fancy=fancy)
+        + "\n"
+        + _axis(curve.span_s, width)
+    )
+    if scenario.faults:
+        told = [f"  {_mark(i)}  {fault_said(one)}" for i, one in enumerate(scenario.faults)]
+        parts.append("\n".join(["What breaks", *told]))
+    return "\n\n".join(parts)
+
+
+def chart(
+    values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = ""
+) -> str:
+    """Columns as high as `values`, at most `rows` lines, and at `line` a line across them."""
+    peak = max(*values, 0.0, 1e-9)
+    # A line far above all columns would press them flat.
+    shown = line is not None and line <= 4 * peak
+    top = _round(max(peak, line if shown and line else 0.0))
+    step = top / rows
+    at = None
+    if shown and line is not None:
+        at = min(rows - 1, max(0, ceil(line / step - 1e-9) - 1))
+    told = []
+    for row in range(rows - 1, -1, -1):
+        fill = _LINE if fancy else _PLAIN_LINE
+        cells = "".join(_cell(value, row, step, fancy) for value in values)
+        label = _number(top) if row == rows - 1 else ""
+        if row == at and line is not None:
+            label = _number(line)
+            cells = cells.replace(" ", fill) + f" {says}"
+        told.append(f"{label:>{_MARGIN - 1}} {cells}".rstrip())
+    told.append(f"{'0':>{_MARGIN - 1}} {(_FLOOR if fancy else _PLAIN_FLOOR) * len(values)}")
+    if line is not None and not shown:
+        told.insert(0, f"{'':{_MARGIN}}({says}: {_number(line)} slots, above this chart)")
+    return "\n".join(told)
+
+
+def _cell(value: float, row: int, step: float, fancy: bool) -> str:
+    blocks = _BLOCKS if fancy else _PLAIN_BLOCKS
+    part = value / step - row
+    if row == 0 and value > 0:
+        part = max(part, 1 / 8)
+    return blocks[max(0, min(8, round(part * 8)))]
+
+
+def _round(top: float) -> float:
+    """The next number that is easy to read."""
+    scale = 10.0 ** (ceil(log10(top)) - 1)
+    return next(one * scale for one in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if one * scale >= top)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+
+
+def _feet(scenario: Scenario, curve: Curve) -> str:
+    """The axis of time, and above it where faults and pre-warmed spans are."""
+    width = len(curve.columns)
+    feet = []
+    if scenario.faults:
+        feet.append(_row(width, scenario.faults, curve.width_s, _mark))
+    return "\n".join([*feet, _axis(curve.span_s, width)])
+
+
+def _row(width: int, faults: Sequence[Fault], width_s: float, mark: Callable[[int], str]) -> str:
+    cells = [" "] * width
+    for i, fault in enumerate(faults):
+        first = min(width - 1, int(fault.at_s / width_s))
+        last = first
+        if fault.name in LASTING:
+            last = min(width - 1, max(first, ceil((fault.at_s + fault.for_s) / width_s) - 1))
+        for at in range(first, last + 1):
+            cells[at] = _SEVERAL if cells[at].strip() else mark(i)
+    return f"{'breaks':>{_MARGIN - 1}} {''.join(cells)}".rstrip()
+
+
+def _mark(number: int) -> str:
+    return _MARKS[number] if number < len(_MARKS) else "*"
+
+
+def span(seconds: float) -> str:
+    """A duration without parts that are nothing: 3 h, 90 s, 1 h 30 min."""
+    return re.sub(r" 0?0 (h|min|s)$|\.0(?= )", "", output.span(seconds))
+
+
+def _axis(span_s: float, width: int) -> str:
+    """Times below the columns, as many as there is room for."""
+    line = [" "] * (width + 12)
+    parts = max(1, min(4, width // 14))
+    for part in range(parts + 1):
+        start = width * part // parts
+        label = span(span_s * start / width) if part else "0"
+        line[start : start + len(label)] = label
+    return f"{'':{_MARGIN}}{''.join(line)}".rstrip()
+
+
+def _fits(ask: Ask) -> str:
+    """What the fleet can make of it, in one sentence."""
+    peak, slots = _number(ask.peak), output.count(ask.slots, "slot")
+    if ask.peak <= ask.slots:
+        return (
+            f"At the peak it keeps {peak} slots busy; the largest fleet has {slots}, so work need "
+            "not wait once the fleet is there."
+        )
+    return (
+        f"At the peak it would keep {peak} slots busy; the largest fleet has {slots}, so work "
+        f"waits, at {span(ask.behind_at_s)} up to {span(ask.behind_s)}, and is not "
+        f"done before {span(ask.idle_from_s)} from the scenario's beginning."
+    )
+
+
+def fault_said(fault: Fault) -> str:
+    """One fault in a sentence."""
+    told = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
+    if fault.name in (FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS):
+        told += f" ({fault.rate:.0%})"
+    if fault.name is FaultName.ZONE_LOSS:
+        told += f" (zone {fault.zone or 'a'})"
+    if fault.name in (
+        *(FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE),
+        FaultName.SLOW_DISK,
+    ):
+        whose = f" of {fault.pool}" if fault.pool else ""
+        many = f"{fault.share:.0%}" if fault.count is None else str(fault.count)
+        told += f" ({many}{whose})"
+    return f"{told}, for {span(fault.for_s)}" if fault.name in LASTING else told
+
+
+WIDTH, HEIGHT = 64, 10
+AREA, LINE = "░", "●"
+
+Label = Callable[[float], str]
+
+
+class Chart:
+    """A field of `width` × `height` characters over [0, most_x] and [0, most_y]; where a span is
+    empty it counts as 1. What is drawn later covers the former.
+    """
+
+    def __init__(
+        self, most_x: float, most_y: float, *, width: int = WIDTH, height: int = HEIGHT
+    ) -> None:
+        self.width = width
+        self._height = height
+        self._most_x = most_x if most_x > 0.0 else 1.0
+        self._most_y = most_y if most_y > 0.0 else 1.0
+        self._rows = [[" "] * width for _ in range(height)]
+        """From the top down."""
+
+    def area(self, levels: Sequence[float], mark: str = AREA) -> None:
+        """One level for each column, filled down to the axis; what is not 0 is seen."""
+        for column, level in enumerate(levels[: self.width]):
+            if level > 0.0:
+                for row in range(self._row(level), self._height):
+                    self._rows[row][column] = mark
+
+    def line(self, levels: Sequence[float], mark: str = LINE) -> None:
+        """One level for each column."""
+        for column, level in enumerate(levels[: self.width]):
+            self._rows[self._row(level)][column] = mark
+
+    def dot(self, x: float, y: float, mark: str = LINE) -> None:
+        """A point, at the edge where it lies beyond."""
+        column = round(x / self._most_x * (self.width - 1))
+        self._rows[self._row(y)][min(self.width - 1, max(0, column))] = mark
+
+    def wall(self, x: float, mark: str = "┊") -> None:
+        """A line from top to bottom, where nothing is drawn yet; none where it lies beyond."""
+        if 0.0 <= x <= self._most_x:
+            column = round(x / self._most_x * (self.width - 1))
+            for row in self._rows:
+                row[column] = mark if row[column] == " " else row[column]
+
+    def text(self, x: Label, y: Label) -> str:
+        """The chart with its axes; `x` and `y` write their numbers."""
+        top, bottom = y(self._most_y), y(0.0)
+        margin = max(len(top), len(bottom))
+        names = [top, *[""] * (self._height - 2), bottom]
+        lines = [
+            f"{name.rjust(margin)} │{''.join(row)}".rstrip()
+            for name, row in zip(names, self._rows, strict=True)
+        ]
+        first, last = x(0.0), x(self._most_x)
+        gap = max(1, self.width - len(first) - len(last))
+        lines.append(f"{' ' * margin} └{'─' * self.width}")
+        lines.append(f"{' ' * margin}  {first}{' ' * gap}{last}")
+        return "\n".join(lines)
+
+    def _row(self, level: float) -> int:
+        up = round(level / self._most_y * (self._height - 1))
+        return self._height - 1 - min(self._height - 1, max(0, up))
+
+
+NOTHING = "-"
+
+
+def text_verdicts(rows: Sequence[Row]) -> str:
+    """The table, and below it one sentence on all of it."""
+    if not rows:
+        return "The scenario expects nothing, so nothing is judged."
+    cells = [
+        (
+            row.measure,
+            row.template or "all",
+            _expected(row),
+            number(row.measured, row.unit),
+            row.colour.value,
+            row.why,
+        )
+        for row in rows
+    ]
+    columns = ("measure", "jobs", "expected", "measured", "verdict", "why")
+    return f"{output.table(columns, cells)}\n\n{_sum(rows)}"
+
+
+def number(value: float | None, unit: Unit) -> str:
+    """A measure's number as a person reads it."""
+    if value is None:
+        return NOTHING
+    if math.isinf(value):
+        return "never"
+    if unit is Unit.SECONDS:
+        return output.span(value)
+    if unit is Unit.USD:
+        return shown(value)
+    if unit is Unit.SHARE:
+        return f"{value:.1%}"
+    return f"{value:,.10g}"
+
+
+def _expected(row: Row) -> str:
+    least, most = (number(bound, row.unit) for bound in (row.least, row.most))
+    if row.least is None:
+        return NOTHING if row.most is None else f"at most {most}"
+    if row.most is None:
+        return f"at least {least}"
+    return f"exactly {most}" if row.least == row.most else f"{least} to {most}"
+
+
+def _sum(rows: Sequence[Row]) -> str:
+    counts = {colour: sum(row.colour is colour for row in rows) for colour in Colour}
+    told = ", ".join(f"{count} {colour.value}" for colour, count in counts.items() if count)
+    if counts[Colour.RED]:
+        return f"Red: {told}."
+    return f"Green: {told}." if counts[Colour.GREEN] else f"Nothing was judged: {told}."

@@ -1,0 +1,287 @@
+"""From a job file to an estimate of its cost: tasks counted, times found, pools named.
+
+Invariant: what is taken from nowhere else is asked for, or told as assumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.pricing.estimate import (
+    MEASURED,
+    Estimate,
+    Policy,
+    PoolPlan,
+    Three,
+    estimate,
+    loads,
+)
+from batchlab.core.pricing.price_book import load as load_prices
+from batchlab.runtime.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.core.model import Pool
+    from batchlab.jobs.job_file import JobFile
+    from batchlab.runtime.factory import Backend
+
+DEFAULT_TYPE = "m7i.large"
+"""Of a pool that names no instance type."""
+LOOKED_BACK = 200
+"""Jobs among which an earlier run is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; `spot` is a share, 0 to 1."""
+
+    file: Path
+    home: Home
+    overrides: Mapping[str, str]
+    seconds: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    pools: Sequence[str] = ()
+    types: Sequence[str] = ()
+    spot: float = 0.0
+    results: str = ""
+    """How large what is fetched home will be; empty where nobody says."""
+
+
+def run(request: Request) -> Estimate:
+    """The estimate; UsageError, JobFileErrors."""
+    from batchlab.core.model import JobId
+    from batchlab.jobs import api
+    from batchlab.jobs.job_file import compile_job
+    from batchlab.runtime import factory
+
+    jobfile = api.load(request.file, request.overrides, needs_input=not request.tasks)
+    job = compile_job(
+        jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0
+    )
+    names = [str(stage.name) for stage in job.stages]
+    roots = [str(stage.name) for stage in job.roots()]
+    given = {n: _whole(text) for n, text in by_name(request.tasks, names, all_=roots).items()}
+    told = {name: _seconds(text) for name, text in by_name(request.seconds, names).items()}
+    assumed: list[str] = []
+    if len(told) < len(names):
+        measured, whence = _measured(request.home, jobfile.job.name)
+        told = {**{n: s for n, s in measured.items() if n in names}, **told}
+        assumed += [whence] if whence else []
+    root_tasks, size_bytes, files = 0, 0, 0
+    if not set(roots) <= given.keys():
+        jobfile = api.load(request.file, request.overrides)
+        root_tasks, files, size_bytes = asyncio.run(count(jobfile))
+    stages, more = loads(job.stages, root_tasks, told, given)
+    backend = factory.load("aws")
+    pools = plan_pools(request, backend, sorted({stage.pool for stage in stages}), assumed)
+    return estimate(
+        stages,
+        pools,
+        load_prices(request.home.path),
+        Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
+        input_files=files,
+        input_bytes=size_bytes,
+        result_bytes=_results(request, jobfile.job.name, assumed),
+        assumed=[*assumed, *more],
+    )
+
+
+def by_name(
+    texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None
+) -> dict[str, str]:
+    """`NAME=VALUE` for one, `VALUE` for all that are not named (or for `all_`); UsageError for a
+    name that is none."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if equals and name not in names:
+            raise UsageError(
+                f"{text!r} names {name!r}, which there is not.",
+                remedy=f"There are {', '.join(names)}.",
+            )
+        if equals:
+            found[name] = value
+        else:
+            found = {**dict.fromkeys(names if all_ is None else all_, value), **found}
+    return found
+
+
+def _results(request: Request, name: str, assumed: list[str]) -> int | None:
+    """Bytes of results that are fetched home: as said, or as of an earlier run, which is added to
+    `assumed`; None where neither is known."""
+    from batchlab.core import units
+    from batchlab.runtime import home as fetches
+
+    if request.results:
+        try:
+            return units.size_bytes(request.results)
+        except ValueError as error:
+            raise UsageError(f"{error}.", remedy="Write for example --results 500MB.") from error
+    if (known := fetches.last_of(request.home, name)) is None:
+        return None
+    job, size_bytes = known
+    assumed.append(f"results are as large as those of {job} that were fetched to here")
+    return size_bytes
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**10:
+        raise UsageError(f"{text!r} is no number of tasks.", remedy="Write for example 1000.")
+    return int(text)
+
+
+def _seconds(text: str) -> Three:
+    """`2.5`, or a range such as `1-4`."""
+    try:
+        low, _, high = text.partition("-")
+        span = (float(low), float(high or low))
+    except ValueError:
+        span = (0.0, 0.0)
+    if not 0 < span[0] <= span[1] < 1e8:
+        raise UsageError(
+            f"{text!r} is no number of seconds.", remedy="Write for example 2.5, or a range: 1-4."
+        )
+    return (span[0], (span[0] * span[1]) ** 0.5, span[1])
+
+
+async def count(jobfile: JobFile) -> tuple[int, int, int]:
+    """Tasks, files and bytes of the job's input, cut as the planner does it; UsageError where it
+    is not here to be counted."""
+    from batchlab.adapters.local.objects import open_local
+    from batchlab.core.job_definition import InputDef, SplitBy
+    from batchlab.jobs.job_file import task_size
+    from batchlab.manager.jobs.input_split import items
+
+    tasks = size_bytes = 0
+    how = SplitBy(jobfile.job.input.split)
+    for file in jobfile.files:
+        if not isinstance(file, Path):
+            raise UsageError(
+                f"The tasks of {file} cannot be counted from here.",
+                remedy="Say how many there are with --tasks N.",
+            )
+        size_bytes += file.stat().st_size
+        if how is SplitBy.FILE:
+            tasks += 1
+            continue
+        raw = InputDef((file.name,), how, task_size(jobfile.job), jobfile.job.input.header)
+        async for _ in items(open_local(file.parent), raw):
+            tasks += 1
+    return tasks, len(jobfile.files), size_bytes
+
+
+# --- Earlier runs --------------------------------------------------------------------------------
+
+
+def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
+    """Seconds per task by stage of the last run of a job of that name, and which that was."""
+    for job, means in _earlier(home, name):
+        found: dict[str, Three] = {}
+        for stage, mean_s in means.items():
+            low, typical, high = (mean_s * factor for factor in MEASURED)
+            found[stage] = (low, typical, high)
+        if found:
+            return found, f"a task takes as long as in {job} on the machine that ran it"
+    return {}, ""
+
+
+def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
+    if home.record() is not None:
+        from batchlab.cli.session import connect
+
+        with connect(home) as client, suppress(BackendError):
+            views = client.jobs(limit=LOOKED_BACK)
+            return [
+                (v["id"], {s["name"]: s["mean_s"] for s in v["stages"] if s["mean_s"]})
+                for v in views
+                if v["name"] == name
+            ]
+    if home.ledger_file.exists():
+        return asyncio.run(_in_ledger(home, name))
+    return []
+
+
+async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
+    """Of the ledger of a grid that is not up."""
+    from batchlab.runtime import factory
+
+    ledger = factory.load("local").open_ledger(home)
+    try:
+        records = await ledger.jobs(limit=LOOKED_BACK)
+        found = []
+        for record in records:
+            if record.job.name == name:
+                rows = await ledger.rows(record.job.id)
+                means = {str(s.counts.stage): s.counts.mean_s or 0.0 for s in rows.stages}
+                found.append((str(record.job.id), {k: v for k, v in means.items() if v}))
+        return found
+    finally:
+        await ledger.close()
+
+
+# --- Pools ---------------------------------------------------------------------------------------
+
+
+def plan_pools(
+    request: Request, backend: Backend, names: Sequence[str], assumed: list[str]
+) -> list[PoolPlan]:
+    """The pools that the job names, as they would be on AWS; what is assumed is added to
+    `assumed`."""
+    from batchlab.cli.grid_page import parse_all
+    from batchlab.core import instance_types
+
+    types = by_name(request.types, names)
+    known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
+    own = {pool.name: pool for pool in parse_all(request.pools)}
+    found: list[PoolPlan] = []
+    for name in names:
+        base = own.get(name) or known.get(name)
+        kind = types.get(name) or (known[name].instance_type if name in known else "")
+        if not kind:
+            kind = DEFAULT_TYPE
+            assumed.append(f"pool {name} is of {kind}, unless --instance-type says otherwise")
+        row = instance_types.load().types.get(kind)
+        if base is None:
+            slots = row.vcpu if row else 2
+            plan = PoolPlan(name, kind, slots, 0, 10)
+            assumed.append(
+                f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise"
+            )
+        else:
+            plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
+        found.append(replace(plan, spot_share=request.spot))
+    return found
+
+
+# --- Told ----------------------------------------------------------------------------------------
+
+
+def text(found: Estimate) -> str:
+    """The estimate for a person."""
+    rows = [
+        (
+            item.what,
+            *(f"{usd:.4f}" for usd in (item.usd.low, item.usd.typical, item.usd.high)),
+            item.how,
+        )
+        for item in found.items
+    ]
+    usd = found.usd
+    rows.append(("all", f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", ""))
+    low, typical, high = (output.span(span_s) for span_s in found.span_s)
+    return "\n".join(
+        [
+            f"It will cost {usd}, and take {typical} ({low} to {high}).",
+            "",
+            output.table(("USD", "from", "typical", "to", "how"), rows),
+            "",
+            f"Prices: {found.prices}, before tax, free tiers and discounts.",
+            *(f"Assumed: {one}." for one in found.assumed),
+        ]
+    )

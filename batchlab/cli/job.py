@@ -1,0 +1,331 @@
+"""`batchlab job …`: what a grid that is up has been given to do.
+
+`job check`: a job file looked at, and nothing of it run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import job_failures, output
+from batchlab.cli.options import (
+    AsIfOption,
+    FileArgument,
+    HomeOption,
+    JobArgument,
+    JsonOption,
+    MaxCostOption,
+    OutOption,
+    SetOption,
+    cap_of,
+    home_of,
+)
+
+if TYPE_CHECKING:
+    from batchlab.client.http import Client
+    from batchlab.core.api_types import JobView, StageView
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def job() -> None:
+    """Submit jobs to a grid that is up, and look after them.
+
+    \b
+    Example: batchlab job list
+    """
+
+
+@app.command()
+def submit(
+    file: FileArgument,
+    set_: SetOption = None,
+    max_cost: MaxCostOption = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Submit a job file to the grid that is up; prints the job's id.
+
+    The same file again, unchanged, is the same job until that has ended.
+
+    \b
+    Example: batchlab job submit job.yaml
+    """
+    from batchlab.cli.submission import submit as submit_file
+
+    cap = cap_of(max_cost) if max_cost else None
+    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap)
+    output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
+    if json:
+        output.show_json(view)
+    else:
+        output.show(view["id"])
+
+
+@app.command("list")
+def list_(
+    active: Annotated[
+        bool, typer.Option("--active", help="Only jobs that have not ended.")
+    ] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 20,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List jobs, newest first.
+
+    \b
+    Example: batchlab job list --active
+    """
+    from batchlab.cli.session import connect
+
+    with connect(home_of(home)) as client:
+        jobs = client.jobs(limit=limit, active=active)
+    if json:
+        output.show_json(jobs)
+    elif not jobs:
+        output.say("There are no jobs.")
+    else:
+        columns = ("id", "state", "submitted", "took", "tasks", "failed", "reason")
+        output.show(output.table(columns, map(_row, jobs)))
+
+
+def _row(view: JobView) -> tuple[object, ...]:
+    took_s = _took_s(view)
+    return (
+        view["id"],
+        view["state"],
+        output.moment(view["submitted_s"]),
+        "-" if took_s is None else output.span(took_s),
+        _done(view["stages"]),
+        sum(stage["failed"] for stage in view["stages"]),
+        view["reason"],
+    )
+
+
+def _took_s(view: JobView) -> float | None:
+    if view["started_s"] is None or view["ended_s"] is None:
+        return None
+    return view["ended_s"] - view["started_s"]
+
+
+def _done(stages: list[StageView]) -> str:
+    ended = sum(s["succeeded"] + s["failed"] + s["cancelled"] for s in stages)
+    planned = sum(s["planned"] or 0 for s in stages)
+    more = "+" if any(s["planned"] is None for s in stages) else ""
+    return f"{ended}/{planned}{more}"
+
+
+@app.command()
+def show(
+    job: JobArgument,
+    as_if_aws: AsIfOption = False,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show one job with its stages, and why it is not further than it is.
+
+    \b
+    Example: batchlab job show last
+    """
+    from batchlab.cli.bills import Burn
+    from batchlab.cli.session import connect, resolve
+
+    place = home_of(home)
+    burn, cost = Burn(place, as_if_aws=as_if_aws), None
+    with connect(place) as client:
+        view = resolve(client, job)
+        why, eta = client.why(view["id"]), client.eta(view["id"])
+        record = place.record()
+        if record and burn.applies(record.backend):
+            cost = burn.job(client, view["id"], client.grid())
+    if json:
+        output.show_json({**view, "why": why, "eta": eta, **({"cost": cost} if cost else {})})
+        return
+    tags = ", ".join(f"{key}={value}" for key, value in view["tags"].items())
+    facts = {
+        "job": view["id"],
+        "state": view["state"],
+        "why": why,
+        **({} if view["ended_s"] else {"to go": eta["text"]}),
+        "submitted": output.moment(view["submitted_s"]),
+        "started": output.moment(view["started_s"]),
+        "ended": output.moment(view["ended_s"]),
+        "priority": str(view["priority"]),
+        "tags": tags or "-",
+        "retries": str(view["round"]),
+        **({"cost": str(cost["text"])} if cost else {}),
+        **({"report": _unwritten(view)} if view.get("report") else {}),
+    }
+    columns = ("stage", "planned", "succeeded", "failed", "cancelled", "running", "retried", "mean")
+    rows = [
+        (
+            s["name"],
+            "-" if s["planned"] is None else s["planned"],
+            *(s["succeeded"], s["failed"], s["cancelled"], s["running"], s["retried"]),
+            "-" if s["mean_s"] is None else output.span(s["mean_s"]),
+        )
+        for s in view["stages"]
+    ]
+    lines = [f"{key:<11}{output.clean(value)}" for key, value in facts.items()]
+    output.show("\n".join([*lines, "", output.table(columns, rows)]))
+
+
+@app.command()
+def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None) -> None:
+    """Watch a job until it ends; exit code 1 unless it succeeds.
+
+    \b
+    Example: batchlab job watch last
+    """
+    from batchlab.cli.bills import Burn
+    from batchlab.cli.progress import follow
+    from batchlab.cli.session import Session, resolve
+    from batchlab.cli.submission import watch as watch_job
+
+    place = home_of(home)
+    with Session.attached(place) as session:
+        view = session.call(lambda client: resolve(client, job))
+        with follow() as shown:
+            burn = Burn(place, as_if_aws=as_if_aws)
+            view = watch_job(session, view, shown, {}, burn)
+    reason = f": {output.clean(view['reason'])}" if view["reason"] else ""
+    output.show(f"{view['id']} {view['state']}{reason}")
+    if view["state"] != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def _unwritten(view: JobView) -> str:
+    return (
+        f"its performance data is not written: {view['report']}; "
+        f"`batchlab report write {view['id']}` tries again"
+    )
+
+
+def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], json: bool) -> None:
+    from batchlab.cli.session import connect, steer
+
+    with connect(home_of(home)) as client:
+        view = steer(client, job, verb)
+    if json:
+        output.show_json(view)
+    else:
+        output.show(f"{view['id']} {view['state']}")
+
+
+@app.command()
+def cancel(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+    """Cancel a job; returns once no task of it can start any more.
+
+    \b
+    Example: batchlab job cancel last
+    """
+    _tell(job, home, lambda client, name: client.cancel(name), json)
+
+
+@app.command()
+def pause(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+    """Let running tasks end and start no more, until `job resume`.
+
+    \b
+    Example: batchlab job pause last
+    """
+    _tell(job, home, lambda client, name: client.pause(name), json)
+
+
+@app.command()
+def resume(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+    """Go on with a paused job.
+
+    \b
+    Example: batchlab job resume last
+    """
+    _tell(job, home, lambda client, name: client.resume(name), json)
+
+
+app.command()(job_failures.retry)
+
+
+@app.command()
+def results(
+    job: JobArgument,
+    out: OutOption = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage",
+            metavar="NAME",
+            help="A stage whose results to fetch; may be repeated. Unless said, those that "
+            "nothing comes after.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Fetch a job's results into a folder: of what has succeeded so far, if it still runs.
+
+    \b
+    Example: batchlab job results last --out out/claims
+    """
+    from batchlab.cli.session import Session, resolve
+    from batchlab.cli.submission import fetch_results
+
+    with Session.attached(home_of(home)) as session:
+        view = session.call(lambda client: resolve(client, job))
+        fetched = fetch_results(session, view, out, stage or ())
+    if json:
+        output.show_json(
+            {
+                "folder": str(fetched.folder),
+                "results": dict(fetched.results),
+                "files": fetched.files,
+                "size_bytes": fetched.size_bytes,
+            }
+        )
+        return
+    for name, number in fetched.results.items():
+        output.show(f"{fetched.folder / f'{name}.jsonl'}: {output.count(number, 'result')}")
+    if fetched.files:
+        files = output.count(fetched.files, "file")
+        output.show(f"{fetched.folder / 'files'}: {files}, {output.size(fetched.size_bytes)}")
+
+
+app.command()(job_failures.failures)
+
+
+def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Check a job file and what it names, without running any of it.
+
+    \b
+    Example: batchlab job check job.yaml
+    """
+    from batchlab.cli.submission import overrides
+    from batchlab.jobs.api import load
+    from batchlab.jobs.submission import check_input, code_digest
+
+    jobfile = load(file, overrides(set_ or ()))
+    check_input(jobfile)
+    data, _ = code_digest(jobfile)
+    stages = [stage.name for stage in jobfile.job.stages]
+    if json:
+        output.show_json(
+            {
+                "name": jobfile.job.name,
+                "stages": stages,
+                "inputs": len(jobfile.files),
+                "code": str(jobfile.code),
+                "code_bytes": len(data),
+                "params": dict(jobfile.params),
+            }
+        )
+        return
+    output.show(
+        f"{file} is fine: job {jobfile.job.name}, {output.count(len(jobfile.files), 'input')}, "
+        f"{output.count(len(stages), 'stage')} ({', '.join(stages)}), "
+        f"{output.size(len(data))} of code"
+    )

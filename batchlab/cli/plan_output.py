@@ -1,0 +1,296 @@
+"""A plan for a person: what is recommended, how sure, the frontier drawn, and YAML to paste."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from statistics import mean
+
+import yaml
+
+from batchlab.cli import output
+from batchlab.cli.charts import LINE, Chart
+from batchlab.core.pricing.money import shown
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Prewarm, Scenario
+from batchlab.scenarios.planner.candidates import SHARES, Candidate, Point, quantiles
+from batchlab.scenarios.planner.plan import SURE, Plan, Share, enough
+
+CHOSEN = "◆"
+
+
+def text(plan: Plan) -> str:
+    """All of it."""
+    told = [
+        _asked(plan),
+        "",
+        _verdict(plan),
+        "",
+        *_candidate(plan.chosen.candidate),
+        "",
+        *_sure(plan),
+        "",
+        *_frontier(plan),
+        "",
+        "To run it so, put this into the scenario:",
+        "",
+        *(f"  {line}" for line in as_yaml(plan.planned).splitlines()),
+        "",
+        *_waves_to_delete(plan),
+        *(f"Assumed: {one}." for one in plan.assumed),
+    ]
+    if plan.cut:
+        told.append(f"The search ended early: {plan.cut}. There may be better fleets.")
+    return "\n".join(told)
+
+
+def _asked(plan: Plan) -> str:
+    budget = plan.goal.budget_usd
+    within = "" if budget is None else f" for at most {shown(budget)}"
+    return (
+        f"Scenario {plan.scenario.name}, all done within {output.span(plan.goal.deadline_s)}"
+        f"{within}; {output.count(plan.runs, 'simulated run')}"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    outcomes = plan.outcomes
+    usd, latest = shown(mean(o.usd for o in outcomes)), _span(max(o.finish_s for o in outcomes))
+    deadline = output.span(plan.goal.deadline_s)
+    if plan.holds:
+        return (
+            f"Recommended: {usd} a run, {_met(plan)} in {plan.met.met} of {plan.met.of} fresh "
+            f"seeds, done after {latest} at the latest."
+        )
+    if not any(map(plan.goal.met, outcomes)) and plan.undone == len(outcomes):
+        return _undone(plan)
+    if not enough(plan.in_time):
+        nearest = f"The nearest that was found is done after {latest} at the latest, for {usd}."
+        if not any(map(plan.goal.in_time, (*outcomes, *plan.chosen.outcomes))):
+            return f"No fleet meets the deadline of {deadline}.{_cannot(plan)} {nearest}"
+        return (
+            f"No fleet was found that meets the deadline of {deadline} in {SURE:.0%} of all seeds. "
+            f"{nearest}"
+        )
+    if not enough(plan.met):
+        return _too_dear(plan)
+    return (
+        f"The best so far: {usd} a run, done after {latest} at the latest; it has been put to "
+        f"{len(plan.fresh)} of {output.count(plan.seeds, 'fresh seed')}."
+    )
+
+
+def _cannot(plan: Plan) -> str:
+    """Why none can, where the arrivals alone take longer."""
+    jobs = expand(plan.scenario).jobs
+    span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
+    if span_s < plan.goal.deadline_s:
+        return ""
+    return (
+        f" None can: the last job is due {output.span(span_s)} after the first, from which the "
+        "deadline counts."
+    )
+
+
+def _met(plan: Plan) -> str:
+    return "in time" if plan.goal.budget_usd is None else "in time and within the budget"
+
+
+def _undone(plan: Plan) -> str:
+    failed = max(one.failed_jobs for one in plan.outcomes)
+    lost = max(one.lost for one in plan.outcomes)
+    why = []
+    if failed:
+        why.append(f"up to {output.count(failed, 'job')} fail")
+    if lost:
+        why.append(f"up to {output.count(lost, 'task')} are not done")
+    told = f": {' and '.join(why)}" if why else ""
+    return (
+        f"No fleet that was tried does all of the work{told}. `batchlab scenario simulate` says "
+        "more of one run."
+    )
+
+
+def _too_dear(plan: Plan) -> str:
+    """In time, and not for that money."""
+    budget = shown(plan.goal.budget_usd or 0.0)
+    costs = [one.usd for one in plan.outcomes]
+    told = (
+        f"No fleet was found that is in time for {budget} in {SURE:.0%} of all seeds. The nearest "
+        f"is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} on average and "
+        f"{shown(max(costs))} at most."
+    )
+    if (other := plan.affordable) is not None and other.candidate != plan.chosen.candidate:
+        return f"{told} For that budget the fastest is done after {_span(other.finish_s)}."
+    if min(costs) > (plan.goal.budget_usd or 0.0) and other is None:
+        return f"{told} Nothing that was tried costs so little, however late it is."
+    return told
+
+
+def _span(seconds: float) -> str:
+    return output.span(seconds) if math.isfinite(seconds) else "no time that can be told"
+
+
+def _candidate(candidate: Candidate) -> Iterator[str]:
+    yield output.table(
+        ("pool", "minimum", "maximum", "spot"),
+        [(one.pool, one.min_size, one.max_size, f"{one.spot:.0%}") for one in candidate.fleets],
+    )
+    yield f"drain target  {_drain(candidate)}"
+    yield f"pre-warm      {_warm(candidate)}"
+
+
+def _drain(candidate: Candidate) -> str:
+    return "the backend's own" if candidate.drain_s is None else output.span(candidate.drain_s)
+
+
+def _warm(candidate: Candidate) -> str:
+    told = (
+        f"{one.min_size} in pool {one.pool} from {output.span(one.at_s)} "
+        f"until {output.span(one.until_s)}"
+        for one in candidate.prewarm
+    )
+    return "; ".join(told) or "nothing"
+
+
+def _sure(plan: Plan) -> Iterator[str]:
+    outcomes = plan.outcomes
+    yield f"{_met(plan).capitalize()} {_share(plan, plan.met)}."
+    if (share := plan.in_budget) is not None:
+        yield f"In time {_share(plan, plan.in_time)}; within the budget {_share(plan, share)}."
+    if plan.failed:
+        yield (
+            f"Before it {output.count(plan.failed, 'candidate')} had been put to other fresh seeds "
+            "and had not held."
+        )
+    if plan.undone:
+        yield f"Not all of the work is done in {plan.undone} of {len(outcomes)} seeds."
+    if (late := max(one.late for one in outcomes)) > 0:
+        yield f"Up to {output.count(late, 'job')} a run miss their own deadlines."
+    if (missed := plan.missed_waves).met:
+        yield (
+            f"The Spot wave hit no instance in {missed.met} of {missed.of} seeds: what it would "
+            "have cost there is not known."
+        )
+    finish = quantiles([one.finish_s for one in outcomes])
+    usd = quantiles([one.usd for one in outcomes])
+    yield output.table(
+        ("over seeds", *SHARES),
+        [
+            ("done after", *("never" if s is None else output.span(s) for s in finish.values())),
+            ("cost", *("-" if u is None else shown(u) for u in usd.values())),
+        ],
+    )
+
+
+def _share(plan: Plan, share: Share) -> str:
+    low, high = share.interval
+    seeds = "fresh seeds" if plan.fresh else "seeds that it was chosen by"
+    return f"in {share.met} of {share.of} {seeds} (95% interval {low:.0%} to {high:.0%})"
+
+
+def _frontier(plan: Plan) -> Iterator[str]:
+    points = plan.frontier
+    if not points:
+        yield "Nothing that was tried came to its end, so there is no frontier."
+        return
+    yield (
+        f"The frontier of cost (mean) against time (latest) over "
+        f"{output.count(plan.searched, 'seed')} of the search; {CHOSEN} is the one above, "
+        "┊ the deadline"
+    )
+    yield _drawn(plan)
+    yield ""
+    yield output.table(
+        ("", "cost", "done after", "minimum", "maximum", "spot", "drain target", "pre-warm"),
+        [_row(point, plan) for point in points],
+    )
+
+
+def _drawn(plan: Plan) -> str:
+    points = plan.frontier
+    most_s = max(plan.goal.deadline_s, *(one.finish_s for one in points))
+    chart = Chart(most_s, max(one.usd for one in points))
+    # What is recommended last, so that no neighbour covers it.
+    for point in sorted(points, key=lambda one: one.candidate == plan.chosen.candidate):
+        chart.dot(point.finish_s, point.usd, _mark(point, plan))
+    chart.wall(plan.goal.deadline_s)
+    return chart.text(output.span, shown)
+
+
+def _mark(point: Point, plan: Plan) -> str:
+    return CHOSEN if point.candidate == plan.chosen.candidate else LINE
+
+
+def _row(point: Point, plan: Plan) -> tuple[str, ...]:
+    fleets = point.candidate.fleets
+    return (
+        _mark(point, plan),
+        shown(point.usd),
+        output.span(point.finish_s),
+        ", ".join(str(one.min_size) for one in fleets),
+        ", ".join(str(one.max_size) for one in fleets),
+        ", ".join(f"{one.spot:.0%}" for one in fleets),
+        _drain(point.candidate),
+        _warm(point.candidate),
+    )
+
+
+def _waves_to_delete(plan: Plan) -> Iterator[str]:
+    if waves := plan.idle_waves:
+        at = " and ".join(output.span(fault.at_s) for fault in waves)
+        which = f"the spot-wave at {at}" if len(waves) == 1 else f"the spot-waves at {at}"
+        yield f"Delete {which} there: this fleet has no Spot instance for it to take."
+        yield ""
+
+
+# --- To paste ------------------------------------------------------------------------------------
+
+
+def as_yaml(scenario: Scenario) -> str:
+    """Its pools, policy and pre-warming as in a scenario file."""
+    doc: dict[str, object] = {"pools": {plan.pool.name: {} for plan in scenario.pools}}
+    doc["pools"] = {
+        plan.pool.name: _filled(
+            min=plan.pool.min_size,
+            max=plan.pool.max_size,
+            slots=plan.pool.slots,
+            boot=duration(plan.pool.boot_s) if plan.pool.boot_s else None,
+            instance_type=plan.pool.instance_type or None,
+            spot=plan.spot or None,
+        )
+        for plan in scenario.pools
+    }
+    policy = scenario.policy
+    times = {
+        "drain_target": policy.drain_target_s,
+        "cooldown_in": policy.cooldown_in_s,
+        "idle": policy.idle_s,
+    }
+    if told := {name: duration(s) for name, s in times.items() if s is not None}:
+        doc["policy"] = told
+    if scenario.prewarm:
+        doc["prewarm"] = [_prewarmed(one) for one in scenario.prewarm]
+    found: str = yaml.safe_dump(doc, sort_keys=False, default_flow_style=None, width=100)
+    return found.rstrip()
+
+
+def _filled(**values: object) -> Mapping[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _prewarmed(one: Prewarm) -> Mapping[str, object]:
+    return {
+        "pool": one.pool,
+        "min": one.min_size,
+        "at": duration(one.at_s),
+        "until": duration(one.until_s),
+    }
+
+
+def duration(seconds: float) -> str:
+    """As spec.units reads it, in the largest unit that it is a whole number of."""
+    for unit, size_s in (("h", 3600), ("m", 60)):
+        if seconds and seconds % size_s == 0:
+            return f"{seconds / size_s:.0f}{unit}"
+    return f"{seconds:.10g}s"

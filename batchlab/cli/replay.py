@@ -1,0 +1,456 @@
+"""One replay from start to end: grid, run, record, verdict, and the forecast beside it.
+
+Invariant: what this command has started it ends, and the record is written before anything that
+could still go wrong.
+
+`batchlab scenario replay` and `record`: scenarios in real time, and of what has run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import charts, output, replay_progress, signals
+from batchlab.cli import simulate as comparing
+from batchlab.cli.options import (
+    BackendOption,
+    CalibrationOption,
+    EndpointOption,
+    HomeOption,
+    JsonOption,
+    ScenarioArgument,
+    home_of,
+    seconds_of,
+)
+from batchlab.cli.session import Session
+from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.values import FaultName
+from batchlab.scenarios.replay.run import INTERRUPTED
+
+if TYPE_CHECKING:
+    from batchlab.runtime.descriptor import Calibration
+    from batchlab.runtime.factory import Backend
+    from batchlab.scenarios.faults.proxy import Front
+    from batchlab.scenarios.forecast.comparison import Comparison
+    from batchlab.scenarios.model.values import Scenario
+    from batchlab.scenarios.verdicts.record import Record
+
+FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
+"""Faults that a front before the endpoint brings, where the endpoint can have one."""
+MANY_PROCESSES = 100
+"""More instances than this are told of where each is a process of this machine."""
+LONG_S = 600.0
+"""Who replays for longer than this in real time is told so before."""
+WHY = (
+    "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
+    "was killed it may be deleted."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for."""
+
+    scenario: str
+    home: Home
+    backend: str
+    endpoint: str | None = None
+    compress: float | None = None
+    seed: int | None = None
+    out: Path | None = None
+    limit_s: float | None = None
+    forecast: bool = True
+    calibration: Path | None = None
+    keep_up: bool = False
+
+
+def run(request: Request, *, json: bool) -> None:
+    """Replay, and tell how it went; exits with 1 where the verdict is red, and with 130 where it
+    was interrupted."""
+    from batchlab.cli.simulate import calibrated
+    from batchlab.runtime import factory
+    from batchlab.scenarios.model import loader
+    from batchlab.scenarios.model.expansion import compressed
+    from batchlab.scenarios.verdicts import verdict
+
+    backend = factory.load(request.backend, request.endpoint)
+    if backend.capabilities.simulated:
+        raise UsageError(
+            "A replay needs a real grid.", remedy="`batchlab scenario simulate` is in virtual time."
+        )
+    whole = loader.load(loader.find(request.scenario))
+    factor = whole.compress if request.compress is None else request.compress
+    scenario = compressed(whole, factor)
+    calibration = calibrated(request.calibration, backend.name, scenario.compressed)
+    if factor != 1:
+        output.say(f"All times of {scenario.name} are divided by {factor:g}.")
+    else:
+        _tell_long(scenario, request.seed)
+    _tell_large(scenario, backend)
+    if odd := sum(len(tuple(source.odd())) for source in scenario.arrivals):
+        output.say(
+            f"{output.count(odd, 'record')} of its traces {'is' if odd == 1 else 'are'} odd; "
+            "`batchlab scenario check` shows what is."
+        )
+    if request.out:
+        output.check_writable(request.out, folder=True)
+    path = request.out or _free(request.home.records, scenario.name)
+    found = _replayed(request, backend, scenario, path)
+    _tell_late(found)
+    rows = verdict.judge(found, scenario.expect)
+    comparison = None
+    if request.forecast and not found.cut:
+        comparison = _compared(request, backend, scenario, found, calibration)
+    if json:
+        output.show_json(
+            {
+                "record": str(path),
+                "red": verdict.is_red(rows),
+                "cut": found.cut,
+                "verdict": [row.to_json() for row in rows],
+                "comparison": comparison.to_json() if comparison else None,
+            }
+        )
+    else:
+        if comparison:
+            output.show(f"{comparing.text(comparison)}\n")
+        output.show(charts.text_verdicts(rows))
+    output.say(f"The record is {path}.")
+    if request.keep_up and request.home.settings_file.exists():
+        output.say(
+            f"The grid stays up, with the policy that {request.home.settings_file} says; without "
+            "that file the next one has the backend's own."
+        )
+    if found.cut == INTERRUPTED:
+        raise typer.Exit(signals.INTERRUPTED)
+    if verdict.is_red(rows):
+        raise typer.Exit(1)
+
+
+def _tell_long(scenario: Scenario, seed: int | None) -> None:
+    from batchlab.scenarios.model.expansion import expand
+
+    last_s = max((job.due_s for job in expand(scenario, seed).jobs), default=0.0)
+    if last_s > LONG_S:
+        output.say(
+            f"{scenario.name} runs in real time, for at least {output.span(last_s)}; "
+            "--compress 100 divides every time by a hundred."
+        )
+
+
+def _tell_large(scenario: Scenario, backend: Backend) -> None:
+    fleet, cores = sum(plan.pool.max_size for plan in scenario.pools), backend.usual.cores
+    if cores and fleet > MANY_PROCESSES:
+        output.say(
+            f"Its fleet may come to {output.count(fleet, 'instance')}, each a process of this "
+            f"machine, which has {output.count(cores, 'core')}. `batchlab scenario simulate --like "
+            f"{backend.name}` says what they would make of it."
+        )
+
+
+def _free(folder: Path, name: str) -> Path:
+    """The next free name for a record."""
+    numbers = [
+        int(found[1])
+        for path in folder.glob(f"{name}-*.json")
+        if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)\.json", path.name))
+    ]
+    return folder / f"{name}-{max(numbers, default=0) + 1}.json"
+
+
+# --- The run -------------------------------------------------------------------------------------
+
+
+def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path) -> Record:
+    from batchlab.runtime import settings
+    from batchlab.scenarios.faults import spot_market
+    from batchlab.scenarios.replay import grid_fit
+    from batchlab.scenarios.verdicts import record as records
+
+    home = request.home
+    is_fixed = backend.capabilities.fixed_pools
+    policy = {} if is_fixed else grid_fit.settings_of(scenario.policy)
+    is_up = home.record() is not None
+    with ExitStack() as stack:
+        front = None
+        if not is_up:
+            if any(fault.name in FRONTED for fault in scenario.faults):
+                backend, front = stack.enter_context(_fronted(request, backend))
+            stack.enter_context(settings.said(home, policy, why=WHY, keep=request.keep_up))
+        pools = () if is_fixed else [plan.pool for plan in scenario.pools]
+        session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
+        session.start()
+        spot = {plan.pool.name: plan.spot for plan in scenario.pools}
+        stack.enter_context(spot_market.bought(backend, home, spot))
+        found = asyncio.run(_run(request, session, scenario, front))
+        # Before all that was changed for it is put back, which may fail.
+        records.write(found, path)
+    return found
+
+
+@contextmanager
+def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, Front | None]]:
+    from batchlab.scenarios.faults.proxy import fronted
+
+    if backend.emulator and request.keep_up:
+        raise UsageError(
+            f"On {backend.name} what breaks S3 stands before its endpoint, and would go with this "
+            "command.",
+            remedy="Leave out --keep-up, or bring the grid up before with `batchlab grid up`.",
+        )
+    with fronted(backend, request.home, output.say) as found:
+        yield found
+
+
+async def _run(
+    request: Request, session: Session, scenario: Scenario, front: Front | None
+) -> Record:
+    from batchlab.client.http import Client
+    from batchlab.runtime.factory import patience
+    from batchlab.scenarios.faults.fault_injection import Injector, injector_for
+    from batchlab.scenarios.replay import driver
+
+    home, backend = session.home, session.backend
+    found = home.record()
+    assert found
+
+    # The same for every manager that this one is replaced by: a fault starts them at its address.
+    with (
+        Client.of(home, found) as client,
+        _stopping() as stop,
+        replay_progress.follow() as shown,
+    ):
+
+        def injector() -> Injector:
+            return injector_for(
+                backend,
+                home,
+                client,
+                pools=[plan.pool for plan in scenario.pools],
+                parent=session.ours,
+                front=front,
+            )
+
+        return await driver.replay(
+            scenario,
+            home,
+            backend,
+            patience=patience(),
+            seed=request.seed,
+            limit=request.limit_s,
+            injector=injector,
+            stop=stop,
+            progress=shown.show,
+        )
+
+
+@contextmanager
+def _stopping() -> Iterator[asyncio.Event]:
+    """Set by the first Ctrl-C or SIGTERM; the second one ends at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ask() -> None:
+        if stop.is_set():
+            raise signals.Stopped(signals.INTERRUPTED)
+        output.say("Stopping: what runs is cancelled, and what was measured is kept.")
+        stop.set()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, ask)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        signals.install()
+
+
+def _tell_late(found: Record) -> None:
+    late = [job.submitted_s - job.due_s for job in found.jobs]
+    many = sum(one > replay_progress.LATE_S for one in late)
+    if many:
+        output.say(
+            f"{output.count(many, 'job')} of {len(late):,} arrived late, up to "
+            f"{output.span(max(late))}: this machine, or the manager, could not keep up."
+        )
+
+
+# --- The forecast --------------------------------------------------------------------------------
+
+
+def _compared(
+    request: Request,
+    backend: Backend,
+    scenario: Scenario,
+    found: Record,
+    calibration: Calibration | None,
+) -> Comparison | None:
+    """The forecast beside the fact; None, and a note, where there is none."""
+    from batchlab.core.pricing import price_book
+    from batchlab.scenarios.faults import fault_table
+    from batchlab.scenarios.forecast.comparison import compare
+    from batchlab.scenarios.forecast.grid import Options
+    from batchlab.scenarios.forecast.simulate import simulate
+
+    output.say("Simulating the same.")
+    options = Options(impossible=fault_table.impossible(backend.name))
+    try:
+        forecast = simulate(
+            scenario,
+            seed=request.seed,
+            like=backend,
+            calibration=calibration,
+            options=options,
+            book=price_book.load(request.home.path),
+        )
+    except BatchlabError as error:
+        output.say(f"There is no forecast: {error.message}")
+        return None
+    return compare(forecast, found)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("replay")(replay)
+    app.command("record")(record)
+
+
+def replay(
+    scenario: ScenarioArgument,
+    backend: BackendOption = "local",
+    compress: Annotated[
+        float | None,
+        typer.Option(
+            "--compress",
+            metavar="K",
+            min=0.001,
+            help="Divide every time by so much; without it, by what the file says.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", metavar="N", help="In place of the file's own seed.", show_default=False
+        ),
+    ] = None,
+    home: HomeOption = None,
+    endpoint: EndpointOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Where the record goes; without it, into records/ in the grid's folder.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            "--limit",
+            metavar="DURATION",
+            help="End it after so long, such as 20m; without it, after twice what its work takes "
+            "on the whole fleet, and five minutes.",
+            show_default=False,
+        ),
+    ] = None,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast/--no-forecast", help="Simulate it too, and hold the one against the other."
+        ),
+    ] = True,
+    calibration: CalibrationOption = None,
+    keep_up: Annotated[
+        bool, typer.Option("--keep-up", help="Leave the grid up afterwards.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a scenario in real time, and judge what it expects.
+
+    A grid is brought up with the scenario's pools and policy, and taken down again; one that is up
+    already is used if it has just those. Jobs are stand-ins that take exactly their time, or the
+    real work that the scenario names. Exit code 1 where an expectation is red.
+
+    \b
+    Example: batchlab scenario replay claims-month-end --compress 600
+    """
+
+    run(
+        Request(
+            scenario=scenario,
+            home=home_of(home),
+            backend=backend,
+            endpoint=endpoint,
+            compress=compress,
+            seed=seed,
+            out=out,
+            limit_s=None if limit is None else seconds_of("--limit", limit, least_s=1.0),
+            forecast=forecast,
+            calibration=calibration,
+            keep_up=keep_up,
+        ),
+        json=json,
+    )
+
+
+def record(
+    job: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[JOB]...",
+            help="Ids of jobs that have ended, the beginnings of some, or 'last'.",
+            show_default=False,
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RECORD",
+            help="The record of a replay, in place of jobs.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="The scenario file; its trace goes beside it, with the suffix .jsonl. Without it, "
+            "NAME.yaml here.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="The scenario's name; without it, the job's.", show_default=False
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a scenario of what has run: its arrivals, its sizes, its measured task times.
+
+    Simulated or replayed it has the same jobs and tasks again, which take as long in all.
+
+    \b
+    Example: batchlab scenario record last --out march.yaml
+    """
+    from batchlab.cli import recordings
+
+    recordings.run(recordings.Request(tuple(job or ()), from_, out, name, home_of(home)), json=json)

@@ -1,0 +1,234 @@
+"""Where the performance data lies that RUN means: a folder, a job of the grid, or a replay's jobs.
+
+Invariant: whoever names a folder needs no grid, no account and no network; whoever names a job gets
+its data as it is now, written anew where the bucket has none that is up to date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.model import JobId
+from batchlab.core.protocol import object_keys
+from batchlab.runtime.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.core.ports import Objects
+    from batchlab.reports.tables.write import Index, Writer
+    from batchlab.runtime.factory import Backend
+
+LOCAL = "local"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The bucket of one grid, as this command reaches it. `backend` is its name, or "" for that of
+    the grid that is up."""
+
+    home: Home
+    backend: str = ""
+    endpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the backend that is meant."""
+        if self.backend:
+            return self.backend
+        record = self.home.record()
+        return record.backend if record else LOCAL
+
+    def load(self) -> Backend:
+        from batchlab.runtime import factory
+
+        return factory.load(self.name, self.endpoint)
+
+
+@contextmanager
+def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
+    """The folders with the data of these runs, for as long as they are needed; "last" where none is
+    named. UsageError for what is neither a folder nor a job."""
+    with ExitStack() as stack:
+        yield [_folder(source, run, stack) for run in meant(runs or ["last"])]
+
+
+def meant(runs: Sequence[str]) -> Iterator[str]:
+    """Each run, and in place of a replay's record those of all its jobs; UsageError."""
+    from batchlab.scenarios.verdicts import record
+
+    for run in runs:
+        path = Path(run)
+        if path.suffix != ".json" or not path.is_file():
+            yield run
+            continue
+        found = record.read(path)
+        if found.simulated:
+            raise UsageError(
+                f"{run} is the record of a forecast, whose jobs have not run.",
+                remedy="Name the record of a replay, a folder or a job.",
+            )
+        yield from (job.id for job in found.jobs)
+
+
+def _folder(source: Source, run: str, stack: ExitStack) -> Path:
+    path = Path(run)
+    if path.is_dir():
+        return path
+    if "/" in run:
+        raise UsageError(
+            f"There is no folder {run}.",
+            remedy="Name a folder that `batchlab report pull` has made, or a job.",
+        )
+    job = job_of(source, run)
+    return asyncio.run(_of_job(source, job, stack))
+
+
+async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
+    from batchlab.reports.tables.write import fetch, index_of
+    from batchlab.runtime import factory
+
+    backend = source.load()
+    objects, patience = backend.open_bucket(source.home), factory.patience()
+    index = await index_of(objects, patience, job)
+    if index is None:
+        return await _written(source, backend, objects, job, stack)
+    files = backend.open_local_files(source.home)
+    if files and (file := files.path(object_keys.reports(job) + "jobs.parquet")):
+        return file.parent
+    kept = source.home.reports / backend.name / job
+    if not _is_kept(kept, index):
+        with _made_anew(kept) as fresh:
+            await fetch(objects, patience, job, index, fresh)
+            (fresh / ".index.json").write_bytes(index.to_bytes())
+    return kept
+
+
+async def _written(
+    source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack
+) -> Path:
+    """What is made now; it goes into the bucket too, where it is the job's end and may."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
+    writer = writer_of(source, backend, objects)
+    index = await writer.make(job, folder)
+    if index.is_final:
+        # Of use to the next one who asks, and nothing to this one: it may not be allowed.
+        with suppress(BatchlabError):
+            await writer.publish(job, folder, index)
+    return folder
+
+
+def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
+    """Writes by the home's prices; without cost, and saying so, where these cannot be read."""
+    from batchlab.server.report_writer import open_writer
+
+    return open_writer(
+        backend,
+        source.home,
+        objects,
+        backend.pools_in(source.home),
+        lambda error: output.say(f"The data has no cost: {error}"),
+    )
+
+
+def _is_kept(folder: Path, index: Index) -> bool:
+    try:
+        return (folder / ".index.json").read_bytes() == index.to_bytes()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _made_anew(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of `folder` once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        yield fresh
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.chmod(0o755)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def pull(source: Source, job: JobId, out: Path) -> Index:
+    """Bring a job's data into the folder `out`, which is made or replaced; UsageError where that
+    holds something else."""
+    from batchlab.reports.tables.schema import JOBS
+
+    is_run = (out / JOBS.file).is_file()
+    if out.exists() and not is_run and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} is there already, and is no job performance data.",
+            remedy="Name another folder with --out.",
+        )
+    try:
+        with _made_anew(out.absolute()) as fresh:
+            return asyncio.run(_brought(source, job, fresh))
+    except OSError as error:
+        raise UsageError(
+            f"{out} cannot be written: {error.strerror}.", remedy="Name another folder with --out."
+        ) from error
+
+
+async def _brought(source: Source, job: JobId, folder: Path) -> Index:
+    from batchlab.reports.tables.write import fetch, index_of
+    from batchlab.runtime import factory
+
+    backend = source.load()
+    objects, patience = backend.open_bucket(source.home), factory.patience()
+    index = await index_of(objects, patience, job)
+    if index is None:
+        return await writer_of(source, backend, objects).make(job, folder)
+    await fetch(objects, patience, job, index, folder)
+    return index
+
+
+async def write(source: Source, job: JobId) -> Index:
+    """Make a job's data anew and put it into the bucket."""
+    backend = source.load()
+    objects = backend.open_bucket(source.home)
+    writer = writer_of(source, backend, objects)
+    with tempfile.TemporaryDirectory(prefix="batchlab-report-") as folder:
+        index = await writer.make(job, Path(folder))
+        await writer.publish(job, Path(folder), index)
+    return index
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def job_of(source: Source, text: str) -> JobId:
+    """The job that `text` means: an id, the beginning of one, or "last"; UsageError. Of a grid that
+    is not up, and whose ledger is not here, only a whole id means one."""
+    from batchlab.cli.session import connect, resolve
+
+    record = source.home.record()
+    if record and record.backend == source.name:
+        with connect(source.home) as client:
+            return JobId(resolve(client, text)["id"])
+    if source.load().capabilities.local_bucket:
+        from batchlab.cli.bills import facts_of
+
+        return JobId(facts_of(source.home, text).job["id"])
+    if text == "last":
+        raise UsageError(
+            f"No grid on {source.name} is up in {source.home.path}, so nobody knows which job is "
+            "the last one.",
+            remedy="Write the job's whole id, or bring the grid up.",
+        )
+    if not _ID.fullmatch(text):
+        raise UsageError(
+            f"{text!r} is no job's id.", remedy="An id looks like month-end-0123456789."
+        )
+    return JobId(text)

@@ -1,0 +1,155 @@
+"""The process in which a task runs again: the worker's own code for it, with a debugger around.
+
+Invariant: the handler is found, called and judged by what a worker's child process uses, and
+nothing is sent anywhere. Imports the standard library and a few light modules of ours only.
+
+    python -P -m batchlab.client.debug.child FOLDER [--pdb] [--break] [--debugpy PORT]
+                                          [--env NAME] [--supervised]
+"""
+
+from __future__ import annotations
+
+import argparse
+import bdb
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchlab.client.debug import debuggers, foreground, verdict
+from batchlab.client.debug.task_folder import Ended, Told, Unknown, read, write_ended
+from batchlab.worker import handlers
+from batchlab.worker.shared_memory import IMPORTING, Board
+from batchlab.worker.task_executor import Bench
+
+_PR_SET_PDEATHSIG = 1
+
+LEFT = (bdb.BdbQuit, KeyboardInterrupt)
+"""What ends a task that somebody does not want to see the end of."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the task of a folder; exits with 0 where it succeeded, 1 where it failed."""
+    given = _parser().parse_args(arguments)
+    # Of code that is mended within the second in which it was read, with as many letters as before,
+    # Python would take the bytecode of before.
+    sys.dont_write_bytecode = True
+    try:
+        told = read(given.folder)
+    except Unknown as error:
+        sys.exit(f"Error: {error}")
+    if given.supervised:
+        # Whoever supervises it passes Ctrl-C on to it, and must not leave it behind.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A program of the user's that hangs says where, once its time is up.
+    faulthandler.enable(2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    here = dict(os.environ)
+    if not given.supervised:
+        _keep_back(given.passed)
+    debugger = debuggers.choose(pdb=given.pdb, at_start=given.at_start, port=given.debugpy)
+    sys.argv = ["batchlab"]
+    if code := told.request["code"]:
+        sys.path.insert(0, code)
+    told.clean()
+    os.chdir(told.request["cwd"])
+    ended = run(told, debugger, Board(told.board) if given.supervised else None)
+    os.chdir(told.folder)
+    write_ended(told.folder, ended)
+    if not given.supervised:
+        _say("\n".join(verdict.judge(told, ended, here).lines))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a worker's child: threads that a handler left behind are not waited for.
+    os._exit(1 if ended.failure or ended.left else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="Run a task of a job again, here.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pdb", action="store_true", help="Debug where it fails.")
+    parser.add_argument(
+        "--break", dest="at_start", action="store_true", help="Stop at the handler's first line."
+    )
+    parser.add_argument("--debugpy", type=int, metavar="PORT", help="Wait for an IDE there.")
+    parser.add_argument(
+        "--env",
+        dest="passed",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Give it that variable of here too; again for more.",
+    )
+    parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _keep_back(passed: Sequence[str]) -> None:
+    """Remove the variables from this process that the task is not given."""
+    names = foreground.withheld(os.environ, passed)
+    for name in names:
+        del os.environ[name]
+    if names:
+        _say(foreground.told(names))
+
+
+def run(told: Told, debugger: debuggers.Debugger, board: Board | None) -> Ended:
+    """Run the task, and let the debugger have what it raises."""
+    began_s = time.monotonic()
+
+    def mark(task: int) -> None:
+        if board:
+            board.mark(task, time.monotonic())
+
+    def rest() -> None:
+        # The clock of its limits stands while somebody debugs.
+        if board:
+            board.rest()
+
+    mark(IMPORTING)
+    try:
+        bench = Bench(told.request)
+    except handlers.Problem as problem:
+        rest()
+        _tell(problem.fault)
+        debugger.failed(problem.__cause__)
+        return Ended(problem.fault)
+    rest()
+    debugger.begin(told)
+    mark(told.task)
+    try:
+        with debugger.around(told):
+            done = bench.run(told.task, told.item)
+    except LEFT as error:
+        rest()
+        if (told.failure or {}).get("error") == type(error).__name__:
+            return Ended(bench.explain(error), run_s=time.monotonic() - began_s)
+        return Ended(left=True)
+    except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
+        run_s = time.monotonic() - began_s
+        rest()
+        fault = bench.explain(error)
+        _tell(fault)
+        debugger.failed(None if isinstance(error, handlers.Problem) else error)
+        return Ended(fault, run_s=run_s)
+    rest()
+    return Ended(value=json.loads(done.text), run_s=time.monotonic() - began_s)
+
+
+def _tell(fault: handlers.Fault) -> None:
+    sys.stdout.flush()
+    _say(fault["traceback"].rstrip() or fault["reason"])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a program of its own
+
+
+if __name__ == "__main__":
+    main()

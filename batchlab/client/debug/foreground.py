@@ -1,0 +1,257 @@
+"""Runs a prepared task in front of the user, within the job's limits, or opens a shell for it.
+
+Invariant: the limits are judged by what a worker judges them by, and whatever the task has started
+ends with it.
+
+What of the environment a job's code is not given when it runs on somebody's own machine.
+
+Invariant: a variable reaches the task only if it is named or `environment.is_harmless` lists it.
+No rule recognizes each secret, so it is not enough that a variable does not look like one.
+It is no sandbox: the task runs with its user's rights, and can read what they can. Imported by the
+process that runs the task: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from batchlab.client.debug.task_folder import ENDED, Ended, Told, read_ended
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import FailureKind, StageName
+from batchlab.core.protocol.settlement import LOSS_LIMIT
+from batchlab.worker import commands
+from batchlab.worker.child_process import describe_crash
+from batchlab.worker.environment import is_harmless
+from batchlab.worker.handlers import Problem, fault
+from batchlab.worker.process_table import family, table
+from batchlab.worker.resource_limits import Limits
+from batchlab.worker.shared_memory import Board
+from batchlab.worker.task_executor import decoded
+
+NAMED = 5
+"""Variables that are named before the rest is counted."""
+_LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+"""A password in an address."""
+
+
+def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[str]:
+    """Names of the variables that are kept back, but for those that are to be `passed`."""
+    return sorted(
+        name
+        for name, value in environ.items()
+        if name not in passed and (not is_harmless(name) or _LOGIN.search(value))
+    )
+
+
+def given(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
+    """The environment without them."""
+    kept_back = frozenset(withheld(environ, passed))
+    return {name: value for name, value in environ.items() if name not in kept_back}
+
+
+def told(names: list[str]) -> str:
+    """A sentence about what is kept back, "" where nothing is."""
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    are = "is" if len(names) == 1 else "are"
+    return (
+        f"{', '.join(names[:NAMED])}{more} {are} set here and {are} not given to it: --env NAME "
+        "gives it one."
+    )
+
+
+_LOOK_S = 0.2
+"""How long a task that is over its time has to say where it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What the user wants: pdb at the exception, or at the first line too, or an IDE at a port;
+    without limits; with all that it prints on stderr, where stdout is for a program. `passed` are
+    variables that it is given though they look like secrets."""
+
+    pdb: bool = False
+    at_start: bool = False
+    debugpy: int | None = None
+    no_limits: bool = False
+    aside: bool = False
+    passed: tuple[str, ...] = ()
+
+    @property
+    def is_interactive(self) -> bool:
+        return self.pdb or self.at_start or self.debugpy is not None
+
+    @property
+    def takes_time(self) -> bool:
+        """Whether somebody is at a prompt while the task runs."""
+        return self.at_start or self.debugpy is not None
+
+
+def run(told: Told, how: How) -> Ended:
+    """Run it to its end, in a process of its own."""
+    (told.folder / ENDED).unlink(missing_ok=True)
+    board = Board(told.board, create=True)
+    with _left_to_it():
+        process = subprocess.Popen(
+            argv(told, how),
+            env=given(os.environ, how.passed),
+            # As on a worker, where nobody is asked anything.
+            stdin=None if how.is_interactive else subprocess.DEVNULL,
+            stdout=2 if how.aside else None,
+        )
+        try:
+            return _watch(told, how, _Watched(process.pid, board), process)
+        finally:
+            _end(process)
+            board.close()
+
+
+def argv(told: Told, how: How) -> list[str]:
+    """The command of that process."""
+    debugging = [
+        *(["--pdb"] if how.pdb else []),
+        *(["--break"] if how.at_start else []),
+        *(["--debugpy", str(how.debugpy)] if how.debugpy is not None else []),
+    ]
+    inside = ("-P", "-m", "batchlab.client.debug.child", str(told.folder), "--supervised")
+    return [sys.executable, *inside, *debugging]
+
+
+@contextmanager
+def _left_to_it() -> Iterator[None]:
+    """Ctrl-C is for the task, or for its debugger; the terminal tells both of us."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    pid: int
+    board: Board
+
+
+class _Memory:
+    """Of a process and its descendants: it is in our own process group, for the terminal's sake."""
+
+    def resident_bytes(self, group: int, since_s: float) -> int:
+        del since_s
+        ours = family(group)
+        return sum(one.resident_bytes for one in table() if one.pid in ours)
+
+
+def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[bytes]) -> Ended:
+    limits = Limits(_limited(told, how), _Memory())
+    began_s = time.monotonic()
+    while True:
+        try:
+            code = process.wait(limits.wait_s(watched))
+        except subprocess.TimeoutExpired:
+            found = limits.broken(watched)
+            if found is None:
+                continue
+            # Where it was, on stderr.
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(_LOOK_S)
+            _end(process)
+            return Ended(fault(found.kind, found.sentence), run_s=found.ran_s)
+        if ended := read_ended(told.folder):
+            return ended
+        slain = LOSS_LIMIT if code == -signal.SIGKILL else 0
+        reason = describe_crash(code, slain)
+        failure = fault(FailureKind.CRASH, reason, exit_code=code)
+        return Ended(failure, run_s=time.monotonic() - began_s)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End it with all that it has started. It leads no process group, so it is not ended as a
+    worker's child is."""
+    if process.poll() is None:
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _limited(told: Told, how: How) -> StageDef:
+    unlimited = how.no_limits
+    return StageDef(
+        StageName(told.stage),
+        handler=told.request["handler"],
+        timeout_s=None if unlimited or how.takes_time else told.timeout_s,
+        memory_bytes=None if unlimited else told.memory_bytes,
+    )
+
+
+def not_applied(told: Told, how: How) -> list[str]:
+    """Which of the job's limits do not hold in such a run, a sentence each."""
+    found = []
+    if told.timeout_s is not None and (how.no_limits or how.takes_time):
+        found.append(f"Its time limit of {told.timeout_s:g} s did not hold.")
+    if told.memory_bytes is not None and how.no_limits:
+        found.append(f"Its memory limit of {told.memory_bytes / 2**20:g} MiB did not hold.")
+    return found
+
+
+# --- A shell -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """A command stage's task, ready for a shell: `command` as one would type it."""
+
+    command: str
+    call: commands.Call
+
+
+def shell(told: Told, passed: Collection[str] = ()) -> Shell:
+    """UsageError where the task is no command, or cannot be one. `passed` as in How."""
+    if not told.is_command:
+        raise UsageError(
+            f"{told.name} is a Python function, not a command.",
+            remedy="Leave out --shell to debug it, or say --keep DIR.",
+        )
+    told.clean()
+    request = told.request
+    try:
+        item: Any = decoded(told.item, pickles=told.request["objects"])
+        call = commands.prepare(
+            request["command"], request["stdout"], request["code"], item, told.context
+        )
+    except Problem as problem:
+        raise UsageError(
+            f"The command of {told.name} cannot be made: {problem}.",
+            remedy="It fails so on the grid too.",
+        ) from problem
+    return Shell(typed(call), call._replace(environment=given(call.environment, passed)))
+
+
+def typed(call: commands.Call) -> str:
+    """A call as a line for a shell."""
+    line = shlex.join(call.arguments)
+    return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
+
+
+def open_shell(ready: Shell) -> int:
+    """The user's shell where the command would run; its exit code."""
+    with _left_to_it():
+        return subprocess.run(
+            [os.environ.get("SHELL") or "/bin/sh"],
+            cwd=ready.call.cwd,
+            env=ready.call.environment,
+            check=False,
+        ).returncode

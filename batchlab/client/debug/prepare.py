@@ -1,0 +1,284 @@
+"""Brings a task's input and code from the bucket into a folder, by the worker's own code for that.
+
+Invariant: the bucket is read through `ReadOnly`, which cannot write, and nothing that the folder
+gets is the stored object itself, so that no debugging changes a grid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from batchlab.client.debug import verdict
+from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, Told, write
+from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, StageName
+from batchlab.core.ports import ObjectInfo, Objects
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.bundle_inputs import NoSuchTask
+from batchlab.core.protocol.references import Own
+from batchlab.core.retry import Patience
+from batchlab.core.task_names import task_name
+from batchlab.jobs import attempts
+from batchlab.jobs.attempts import Attempt
+from batchlab.worker import environment, materialization
+from batchlab.worker.code_cache import Library
+from batchlab.worker.environment import Environment
+from batchlab.worker.handlers import Problem
+from batchlab.worker.runner import Scratch, Work
+
+_FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbidden")
+
+
+class ReadOnly:
+    """An Objects port that only reads."""
+
+    def __init__(self, objects: Objects, patience: Patience) -> None:
+        self._objects = objects
+        self._patience = patience
+
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        return await self._patience(lambda: self._objects.get(key, limit=limit))
+
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return await self._patience(lambda: self._objects.get_range(key, start, stop))
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        return await self._patience(lambda: self._objects.get_if_changed(key, etag))
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        return await self._patience(lambda: self._objects.head(key))
+
+    async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
+        async for page in self._objects.list(prefix, after=after):
+            yield page
+
+    async def download(self, key: str, path: Path) -> int:
+        return await self._patience(lambda: self._objects.download(key, path))
+
+    async def put(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        del data, if_absent, if_match
+        raise _only_reads(key)
+
+    async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
+        del path, if_absent
+        raise _only_reads(key)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        raise _only_reads(", ".join(keys))
+
+
+def _only_reads(key: str) -> Refused:
+    return Refused(f"{key} is not written: a task that runs again on this machine commits nothing.")
+
+
+class _Layout(Scratch):
+    """The folders of a worker's scratch, where a task's folder has them."""
+
+    def code(self, digest: str) -> Path:
+        del digest
+        return self.root / CODE
+
+    def execution(self, name: str) -> Path:
+        del name
+        return self.root / EXECUTION
+
+
+async def bring(
+    objects: Objects,
+    job: JobId,
+    stage: StageName,
+    task: int,
+    folder: Path,
+    *,
+    patience: Patience,
+    number: int | None = None,
+    round_: int | None = None,
+) -> Told:
+    """Prepare `folder` for a task: of the attempt that is named, of the last one that failed, or of
+    the last; of one that has not ended yet, where its input is there.
+
+    UsageError where there is no such task or attempt, or where something of it is not there any
+    more; BackendError where the bucket cannot be read.
+    """
+    reading = ReadOnly(objects, patience)
+    try:
+        return await _bring(reading, job, stage, task, folder, patience, number, round_)
+    except (NotFound, UsageError):
+        raise
+    except BackendError as error:
+        if any(word in str(error) for word in _FORBIDDEN):
+            raise UsageError(
+                f"The bucket does not let you read what the task needs: {error.message}",
+                remedy="It takes s3:GetObject below jobs/, raw/, files/, code/ and logs/ and of "
+                "grid/commit-secret.json, and s3:ListBucket.",
+            ) from error
+        raise
+
+
+async def _bring(
+    reading: Objects,
+    job_id: JobId,
+    stage: StageName,
+    task: int,
+    folder: Path,
+    patience: Patience,
+    number: int | None,
+    round_: int | None,
+) -> Told:
+    job = await _definition(reading, job_id, patience)
+    if stage not in (one.name for one in job.stages):
+        names = ", ".join(one.name for one in job.stages)
+        raise UsageError(f"Job {job_id} has no stage {stage!r}.", remedy=f"It has {names}.")
+    found = await attempts.attempts(reading, job, stage, task, patience)
+    attempt = attempts.chosen(found, number, round_)
+    if attempt is None and (number, round_) != (None, None):
+        raise _no_such_attempt(stage, task, found)
+    try:
+        bundle = (
+            attempt.bundle
+            if attempt
+            else await attempts.task_bundle(reading, job, stage, task, patience)
+        )
+        item = await attempts.task_input(reading, job, bundle, patience)
+    except NoSuchTask as error:
+        raise UsageError(error.message, remedy=error.remedy) from error
+    except NotFound as error:
+        raise _gone("input", stage, task, error.message) from error
+    there = None
+    if attempt:
+        there = await environment.of(reading, attempt.outcome.worker, patience)
+    told = await _fetched(reading, job, bundle, item, folder, attempt, there)
+    write(told)
+    (folder / object_keys.MADE).touch()
+    (folder / README).write_text(verdict.text(told, attempts.describe(item)))
+    (folder / RUN).write_text(verdict.script(told))
+    return told
+
+
+async def _definition(reading: Objects, job: JobId, patience: Patience) -> JobDef:
+    try:
+        return await attempts.definition(reading, job, patience)
+    except NotFound as error:
+        raise UsageError(
+            f"The bucket has no job {job}: it never had, or its objects have been removed.",
+            remedy="Name the job by its whole id, as `batchlab job list` shows it.",
+        ) from error
+
+
+def _no_such_attempt(stage: str, task: int, found: Sequence[Attempt]) -> UsageError:
+    there = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in found]
+    return UsageError(
+        f"{task_name(stage, task)} has no such attempt.",
+        remedy=f"It has {', '.join(there)}." if there else "None of it has ended yet.",
+    )
+
+
+async def _fetched(
+    reading: Objects,
+    job: JobDef,
+    bundle: Bundle,
+    item: Json,
+    folder: Path,
+    attempt: Attempt | None,
+    there: Environment | None,
+) -> Told:
+    step, task = job.stage(bundle.stage), bundle.tasks.first
+    layout = _Layout(folder)
+    library = Library(reading, layout, asyncio.to_thread)
+    work = Work(job, step, bundle, "again", [item])
+    try:
+        _, code = await library.code(job.code)
+        key = materialization.function_key(work)
+        function = await library.function(key) if key else None
+    except Problem as problem:
+        raise _gone("code", bundle.stage, task, problem.fault["reason"]) from problem
+    execution = layout.execution("")
+    request = materialization.request(work, execution, function=function, code=code)
+    inputs = materialization.Inputs(reading, execution, asyncio.to_thread, Own.of(job))
+    [(_, ready)] = await inputs.fetch([(task, item)])
+    failure = attempt.failure if attempt else None
+    if isinstance(ready, Failure):
+        raise _gone("input", bundle.stage, task, ready.reason)
+    return Told(
+        folder,
+        job.id,
+        bundle.stage,
+        task,
+        bundle.attempt,
+        bundle.round,
+        request,
+        ready,
+        step.timeout_s,
+        step.memory_bytes,
+        attempt.state if attempt else "",
+        _fields(failure) if failure else None,
+        attempt.value if attempt else None,
+        environment.to_json(there) if there else None,
+        _notes(attempt, there, is_pickled=function is not None),
+    )
+
+
+def _fields(failure: Failure) -> dict[str, Json]:
+    names = ("kind", "reason", "error", "traceback", "exit_code")
+    return {name: getattr(failure, name) for name in names}
+
+
+def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bool) -> list[str]:
+    """What is to be known before the run, and is no difference that can be measured."""
+    notes = []
+    if attempt and there is None:
+        notes.append(
+            f"Nothing is known of the surroundings of its worker {attempt.outcome.worker}: it has "
+            "stored none, or they have expired."
+        )
+    if is_pickled and there and there.minor != environment.here().minor:
+        notes.append(
+            f"Its function was pickled for Python {there.minor}, which no other version is sure to "
+            "run."
+        )
+    if attempt and attempt.failure and attempt.failure.kind is FailureKind.LOST:
+        notes.append("On the grid nobody saw it fail: its workers were gone each time.")
+    return notes
+
+
+def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
+    """One sentence: which thing, and what to do."""
+    if what == "code":
+        remedy = "Submit the job again from its folder: that uploads its code again."
+    elif "'files/" in reason:
+        remedy = (
+            "Files that tasks have written expire where the stack says so (AttemptDays); run the "
+            "stage before it again."
+        )
+    elif "'raw/" in reason:
+        remedy = "Submit the job again: that uploads its input again."
+    else:
+        remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows what is left of it."
+    text = reason.rstrip(".")
+    return UsageError(
+        f"The {what} of {task_name(stage, task)} cannot be had: {text}.", remedy=remedy
+    )
+
+
+def room(folder: Path) -> None:
+    """Make `folder` empty for a task. UsageError where it holds anything but an earlier task's
+    folder, or cannot be made."""
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if not ((folder / object_keys.MADE).is_file() and (folder / TASK).is_file()):
+                raise UsageError(
+                    f"{folder} is not empty, and not the folder of a task.",
+                    remedy="Name another folder with --keep.",
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be made: {error.strerror}.", remedy="Name another folder with --keep."
+        ) from error

@@ -1,0 +1,196 @@
+"""Many jobs watched at once, on the event loop of the grid's link.
+
+Invariant: whoever watches a job hears of each outcome with results once, and at last of the job's
+end or of why nothing more will be heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from urllib.parse import quote
+
+from batchlab.client.grid_link import POLL_S, Link
+from batchlab.client.http import Client
+from batchlab.client.requests import PATIENCE_S
+from batchlab.client.results import gap_s, outcomes
+from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.core.model import ENDED, Outcome
+
+if TYPE_CHECKING:
+    import httpx
+
+    from batchlab.core.api_types import JobView, OutcomesView
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 64
+CROWDED_S = 1.0
+"""How long a question waits for news where more jobs are watched than there are connections."""
+GAP_S = 0.05
+"""Between two questions about a job at most: on what has come somebody may call again."""
+BEATS_S = 1.0
+"""After so long, and the control lease, beats have told of every task that has begun."""
+
+
+class Listener(Protocol):
+    """Told on the loop's thread, where nothing may take long."""
+
+    def outcome(self, job: str, outcome: Outcome) -> None: ...
+    def ended(self, job: str, view: JobView) -> None: ...
+    def lost(self, job: str, error: Exception) -> None:
+        """Nothing more will be heard of the job; it may not have ended."""
+
+
+class Watch:
+    """Watches jobs for one listener. Callable from any thread."""
+
+    def __init__(self, link: Link, listener: Listener) -> None:
+        self._link = link
+        self._listener = listener
+        self._jobs: set[str] = set()
+        self._count = 0
+        self._http: httpx.AsyncClient | None = None
+        """Open while there are jobs: whoever forgets us need not close anything."""
+        self._url = ""
+
+    def add(self, job: str, after: int | None) -> None:
+        """Watch this job for outcomes folded after that seq, or for all of them. UsageError once
+        the link is closed."""
+        self._link.check_open()
+        self._jobs.add(job)
+        self._link.start(self._follow(job, after))
+
+    def drop(self, job: str) -> None:
+        """Nothing more is to be heard of it, because it has ended or is about to."""
+        # Its question is not cancelled: the answer comes soon, and anyio loses the socket of a
+        # request that is cancelled while it connects.
+        self._jobs.discard(job)
+
+    def wind_up(self, job: str) -> None:
+        """Cancel the job, but let the tasks that have begun come to their end first."""
+        self._link.check_open()
+        self._link.start(self._wind_up(job)).add_done_callback(_tell_of_bugs)
+
+    # --- Listening -------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        """While in it, the client is not closed; the last one out closes it."""
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count and self._http:
+                http, self._http = self._http, None
+                await http.aclose()
+
+    async def _follow(self, job: str, after: int | None) -> None:
+        try:
+            async with self._asking():
+                view = await self._hear(job, after)
+        except asyncio.CancelledError:  # the loop ends
+            self._listener.lost(
+                job, Unreachable("The grid was closed.", remedy="Make another Grid.")
+            )
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for this job
+            self._listener.lost(job, error)
+        else:
+            if view:
+                self._listener.ended(job, view)
+
+    async def _hear(self, job: str, after: int | None) -> JobView | None:
+        """Hand on every outcome; the job as it has ended, None once it is dropped."""
+        now_s = self._link.clock.monotonic_s
+        began_s = now_s()
+        while job in self._jobs:
+            page = await self._page(job, after)
+            answered_s = now_s()
+            listed = page["outcomes"]
+            if page["ended"] and not listed:
+                return await self._again(lambda client: client.job(job))
+            async for outcome in outcomes(self._link, listed):
+                self._listener.outcome(job, outcome)
+            after = listed[-1]["seq"] if listed else after
+            await asyncio.sleep(
+                max(0.0, answered_s + gap_s(answered_s - began_s, most_s=GAP_S) - now_s())
+            )
+        return None
+
+    async def _page(self, job: str, after: int | None) -> OutcomesView:
+        give_up_s = self._link.clock.monotonic_s() + PATIENCE_S
+        wait_s = POLL_S if self._count <= CONNECTIONS else CROWDED_S
+        while True:
+            try:
+                return await self._ask(
+                    f"/v1/jobs/{quote(job, safe='')}/outcomes",
+                    {"wait_s": wait_s} if after is None else {"wait_s": wait_s, "after": after},
+                    lambda client: client.outcomes(job, after=after),
+                )
+            except Unreachable:
+                raise  # whoever asked for us has been patient
+            except BackendError:
+                if self._link.clock.monotonic_s() > give_up_s:
+                    raise
+            await asyncio.sleep(0.5)
+
+    async def _ask(self, path: str, query: dict[str, Any], again: Callable[[Client], T]) -> T:
+        """The manager's answer, waited for without a thread. Where there is none, asked `again`
+        by way of the link, which revives a manager, and knows what is wrong with an answer."""
+        import httpx
+
+        with suppress(httpx.TransportError):
+            response = await (await self._client()).get(path, params=query)
+            if response.is_success:
+                return cast(T, response.json())
+        return await self._again(again)
+
+    async def _again(self, ask: Callable[[Client], T]) -> T:
+        return await asyncio.to_thread(self._link.call, ask)
+
+    async def _client(self) -> httpx.AsyncClient:
+        client = self._link.client
+        if self._http is None or self._url != client.url:
+            old, self._http, self._url = self._http, client.for_loop(CONNECTIONS), client.url
+            if old:
+                await old.aclose()
+        return self._http
+
+    # --- Ending ----------------------------------------------------------------------------------
+
+    async def _wind_up(self, job: str) -> None:
+        try:
+            async with self._asking():
+                await self._let_end(job)
+        except (Refused, NotFound, UsageError):
+            return  # it has ended meanwhile, or the grid is closed, which cancels it
+        except BackendError as error:
+            log.warning("job %s is not cancelled: %s", job, error)
+
+    async def _let_end(self, job: str) -> None:
+        now_s = self._link.clock.monotonic_s
+        view = await self._again(lambda client: client.pause(job))
+        # A worker whose last look was just before the pause may start tasks for so long.
+        sure_s = now_s() + self._link.backend.manager.control_lease_s + BEATS_S
+        while view["state"] not in ENDED:
+            if now_s() > sure_s and not any(stage["running"] for stage in view["stages"]):
+                await self._again(lambda client: client.cancel(job))
+                return
+            await asyncio.sleep(0.05)
+            query = {"version": view["version"], "wait_s": CROWDED_S / 2}
+            view = await self._ask(
+                f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job)
+            )
+
+
+def _tell_of_bugs(doing: Future[None]) -> None:
+    if not doing.cancelled() and (error := doing.exception()):
+        log.error("a job is not cancelled", exc_info=error)

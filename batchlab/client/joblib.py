@@ -1,0 +1,110 @@
+"""A joblib backend: `Parallel`, and with it scikit-learn's `n_jobs`, on the grid. Importing this
+registers it:
+
+    import batchlab.client.joblib
+    with joblib.parallel_config("batchlab", grid=grid):
+        GridSearchCV(estimator, parameters).fit(x, y)
+
+Invariant: an executor for each call of Parallel, so that one that is aborted takes no other along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from batchlab.client.executor import GridExecutor
+from batchlab.client.grid import Grid
+from batchlab.core.errors import UsageError
+from batchlab.worker.executor_calls import Timed
+
+try:
+    from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, register_parallel_backend
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "joblib":
+        raise
+    raise ModuleNotFoundError(
+        "batchlab.client.joblib needs joblib, which is not installed: pip install joblib brings it.",
+        name="joblib",
+    ) from None
+
+NAME = "batchlab"
+
+if TYPE_CHECKING:  # joblib has no types
+
+    class _Base:
+        def __init__(self, *, nesting_level: int | None) -> None: ...
+        def reset_batch_stats(self) -> None: ...
+        def batch_completed(self, batch_size: int, duration: float) -> None: ...
+else:
+
+    class _Base(AutoBatchingMixin, ParallelBackendBase):
+        """Batches grow until each takes a fifth of a second."""
+
+
+class GridBackend(_Base):
+    """What joblib asks of a backend."""
+
+    default_n_jobs = -1
+    supports_retrieve_callback = True
+
+    def __init__(self, grid: Grid | None = None, nesting_level: int | None = None) -> None:
+        super().__init__(nesting_level=nesting_level)
+        if grid is None:
+            raise UsageError(
+                "The joblib backend needs a grid.",
+                remedy='Say joblib.parallel_config("batchlab", grid=grid).',
+            )
+        self._grid = grid
+        self._executor: GridExecutor | None = None
+        self._worked_s = 0.0
+        self.parallel: Any = None
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        """Joblib counts down from all of them with negative numbers."""
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        if n_jobs is not None and n_jobs > 0:
+            return n_jobs
+        return max(1, self._workers()._max_workers + 1 + (n_jobs or -1))
+
+    def _workers(self) -> GridExecutor:
+        self._executor = self._executor or self._grid.executor(name="joblib")
+        return self._executor
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **_: Any) -> int:
+        self.parallel = parallel
+        return self.effective_n_jobs(n_jobs)
+
+    def submit(
+        self, func: Callable[[], Any], callback: Callable[[Future[Any]], Any] | None = None
+    ) -> Future[Any]:
+        future: Future[Any] = self._workers().submit(Timed(func))
+        if callback is not None:
+            future.add_done_callback(callback)
+        return future
+
+    def retrieve_result_callback(self, out: Future[Any]) -> Any:
+        result, self._worked_s = out.result()
+        return result
+
+    def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - see below
+        """Called by whoever has just retrieved a result. Joblib's `duration` counts the way there
+        and back too: with it, tiny calls would look long, and never be batched."""
+        super().batch_completed(batch_size, self._worked_s)
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 - joblib's own
+        """Nobody reads what is left of the call's results. The next call makes another executor."""
+        if self._executor:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+    def terminate(self) -> None:
+        if self._executor:
+            self._executor.shutdown(wait=False)
+            self._executor = None
+        self.reset_batch_stats()
+
+
+register_parallel_backend(NAME, GridBackend)

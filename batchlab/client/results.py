@@ -1,0 +1,223 @@
+"""Results on their way back: outcomes as the manager lists them, read some at a time.
+
+Invariant: each task's result comes once; memory holds a few outcomes, however long the job and
+however slow whoever takes its results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from heapq import heappop, heappush
+from typing import Any
+
+from batchlab.client.grid_link import POLL_S, Link
+from batchlab.core.api_types import OutcomeView
+from batchlab.core.errors import BackendError, JobFailed, TaskFailed
+from batchlab.core.model import Failure, Json, Outcome
+from batchlab.core.protocol import json_format, object_keys, values
+from batchlab.core.protocol.references import Own
+from batchlab.core.task_context import File
+from batchlab.core.task_names import task_name
+from batchlab.worker import materialization
+
+AHEAD = 4
+"""Outcomes that are fetched before they are asked for."""
+GAP_S = 0.2
+GAP_SHARE = 0.1
+"""Between two questions lies this share of the time since the first, and of what is left at this
+pace, `GAP_S` at most: a busy job has news all the time, and answering takes the manager from it."""
+VALUES_AT_ONCE = 16
+"""Large values and files that are fetched at the same time."""
+
+Run = tuple[int, list[Json | TaskFailed]]
+"""Neighbouring results: the first one's task, and for each its encoded value or its failure."""
+
+
+class Incoming:
+    """The results of one map, as an iterator of encoded values."""
+
+    def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
+        self._link = link
+        self._job = job
+        self._count = count
+        self._ordered = ordered
+        self._after: int | None = None
+        self._heard = 0
+        """Tasks of which outcomes have told."""
+        self._began_s = self._answered_s = link.clock.monotonic_s()
+        self._listed: list[tuple[float, int, OutcomeView]] = []
+        """Heap of (task or seq from which on it is needed, seq, view) of outcomes to fetch."""
+        self._coming: list[tuple[float, int, Future[Outcome]]] = []
+        """Heap of the same for those being fetched."""
+
+    def runs(self) -> Iterator[Run]:
+        """Every task's result, once: from task 0 on, or as they come."""
+        ready: list[Run] = []
+        given = 0
+        while given < self._count:
+            needed = given if self._ordered else math.inf
+            if ready and ready[0][0] <= needed:
+                run = heappop(ready)
+                given += len(run[1])
+                yield run
+            elif outcome := self._next(needed):
+                for run in _runs(outcome):
+                    heappush(ready, run)
+            else:
+                self._listen(given)
+
+    def drop(self) -> None:
+        """Nothing more will be asked for."""
+        for _, _, coming in self._coming:
+            coming.cancel()
+
+    def _next(self, needed: float) -> Outcome | None:
+        """The next outcome that may hold what is needed; None until another one is listed."""
+        listed, coming = self._listed, self._coming
+        while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
+            at, seq, view = heappop(listed)
+            heappush(coming, (at, seq, self._link.start(fetched(self._link, view))))
+        if not coming or coming[0][0] > needed:
+            return None
+        return heappop(coming)[2].result()
+
+    def _listen(self, given: int) -> None:
+        """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
+        now_s = self._link.clock.monotonic_s
+        left = (self._count - self._heard) / self._heard if self._heard else math.inf
+        pause_s = gap_s(self._answered_s - self._began_s, left)
+        time.sleep(max(0.0, self._answered_s + pause_s - now_s()))
+        page = self._link.call(
+            lambda client: client.outcomes(self._job, after=self._after, wait_s=POLL_S)
+        )
+        self._answered_s = now_s()
+        for one in page["outcomes"]:
+            self._after = one["seq"]
+            self._heard += one["failed"] + sum(stop - start for start, stop in one["tasks"])
+            # Others hold no result: all their tasks are tried again, split off or cancelled.
+            if one["tasks"] or one["failed"]:
+                at = _first(one) if self._ordered else one["seq"]
+                heappush(self._listed, (at, one["seq"], one))
+        if page["ended"] and not page["outcomes"]:
+            view = self._link.call(lambda client: client.job(self._job))
+            reason = f" ({view['reason']})" if view["reason"] else ""
+            raise JobFailed(
+                f"Job {self._job} ended {view['state']}{reason} with {given} of {self._count} "
+                "results given."
+            )
+
+
+def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
+    """How long after an answer the next question may come, where the first came so long before,
+    and `left` times as much is still to come as has come."""
+    return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
+
+
+async def fetched(link: Link, one: OutcomeView) -> Outcome:
+    """The outcome that is listed so."""
+    if one["outcome"]:
+        outcome = json_format.outcome_from_json(one["outcome"])
+    else:
+        get = partial(link.objects.get, one["key"])
+        outcome = json_format.outcome_from_json(json_format.loads(await link.patience(get)))
+    said, bundle = object_keys.outcome_key(one["key"]), outcome.bundle
+    if said is None or (said.job, said.stage, said.bundle) != (bundle.job, bundle.stage, bundle.id):
+        raise BackendError(f"The outcome {one['key']} is one of another bundle.")
+    return outcome
+
+
+async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
+    """These outcomes, read some at a time."""
+    # Others hold no result: all their tasks are tried again, split off or cancelled.
+    wanted = [one for one in listed if one["tasks"] or one["failed"]]
+    for first in range(0, len(wanted), AHEAD):
+        some = (fetched(link, one) for one in wanted[first : first + AHEAD])
+        for outcome in await asyncio.gather(*some):
+            yield outcome
+
+
+def _first(one: OutcomeView) -> int:
+    """A task from which on the outcome may be needed. Which of its tasks failed is not listed."""
+    return int(one["bundle"].partition("-")[0]) if one["failed"] else one["tasks"][0][0]
+
+
+def _runs(outcome: Outcome) -> Iterator[Run]:
+    at = 0
+    for start, stop in outcome.succeeded.ranges:
+        yield start, list(outcome.values[at : at + stop - start])
+        at += stop - start
+    for failure in outcome.failed:
+        if failure.final:
+            yield failure.task, [failed(outcome, failure)]
+
+
+def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
+    """The error that stands for a task's final failure."""
+    attempt = outcome.bundle.attempt
+    times = f" {attempt} times, at last" if attempt > 1 else ""
+    name = task_name(outcome.bundle.stage, failure.task)
+    return kind(
+        f"Task {name} of job {outcome.bundle.job} failed{times}: {failure.reason}",
+        task=failure.task,
+        traceback=failure.traceback,
+    )
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+
+
+def decoded(
+    link: Link,
+    where: str,
+    stage: str,
+    tasks: Sequence[int],
+    encoded: Sequence[Json | TaskFailed],
+    own: Own,
+) -> Iterator[Any]:
+    """The values of these tasks of a stage again, with what they refer to fetched into a folder of
+    the name `where`. A TaskFailed stays as it is, and stands for a value that cannot be read.
+    Pickled objects are read only for a job of the Python API."""
+    if not any(type(one) is dict or type(one) is list for one in encoded):
+        yield from encoded
+        return
+    for at in range(0, len(encoded), VALUES_AT_ONCE):
+        stop = at + VALUES_AT_ONCE
+        some = dict(zip(tasks[at:stop], encoded[at:stop], strict=True))
+        needy = [(task, one) for task, one in some.items() if _refers(one)]
+        if needy:
+            folder = link.folder / where
+            inputs = materialization.Inputs(
+                link.objects, folder, asyncio.to_thread, own, link.files
+            )
+            some |= dict(link.run(inputs.fetch(needy)))
+        for task, one in some.items():
+            yield _decoded(stage, task, one, pickles=own.is_python)
+
+
+def _refers(encoded: Json | TaskFailed) -> bool:
+    return next(values.references(encoded), None) is not None
+
+
+def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pickles: bool) -> Any:
+    if isinstance(encoded, Failure):
+        name = task_name(stage, task)
+        return TaskFailed(f"The result of task {name} cannot be had: {encoded.reason}", task=task)
+    try:
+        return values.decode(encoded, _file, pickles=pickles)
+    except Exception as error:  # noqa: BLE001 - unpickling runs whatever code the value names
+        name = task_name(stage, task)
+        told = TaskFailed(
+            f"The result of task {name} cannot be read here: {type(error).__name__}: {error}",
+            task=task,
+        )
+        told.__cause__ = error
+        return told
+
+
+def _file(reference: Json) -> File:
+    return File.fetched(reference["$file"], reference["name"], reference["origin"])

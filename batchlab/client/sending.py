@@ -1,0 +1,82 @@
+"""A batch of an executor's calls on its way: packed, submitted, and its first results heard.
+
+Invariant: a batch that was accepted stays so, whatever becomes of the answer that brings results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from batchlab.client.futures import Batch, Call, Packer
+from batchlab.client.grid_link import Link
+from batchlab.client.results import outcomes
+from batchlab.client.submission import MAP, Outgoing, job_name
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.job_definition import RetryRule, StageDef
+from batchlab.core.model import Outcome
+from batchlab.core.protocol import json_format
+from batchlab.worker.executor_calls import Initializer
+
+if TYPE_CHECKING:
+    from batchlab.core.api_types import OutcomesView
+
+FIRST_S = 0.2
+"""So long the request that submits a batch waits for first results: short calls need no other."""
+
+Tell = Callable[[str, Outcome], None]
+"""Told of a job's outcome."""
+
+
+class Sender:
+    """Sends the batches of one executor, each on a thread of its caller's."""
+
+    def __init__(
+        self, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None
+    ) -> None:
+        """`name` is for the jobs."""
+        self._link = link
+        self._outgoing = outgoing
+        self._packer = Packer(outgoing.shipping, initializer)
+        self._name = name
+
+    def send(
+        self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], tell: Tell
+    ) -> int | None:
+        """Submit the calls as the batch's job, if any of them can be packed. `accepted` is called
+        once, when the batch has its job. The seq of the last outcome that `tell` has heard of.
+
+        Raises what makes it impossible to submit, and nothing once the batch is accepted.
+        """
+        stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
+        draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
+        packed = self._packer.pack(draft.id, calls)
+        batch.open = dict(enumerate(packed.futures))
+        batch.rejected = packed.rejected
+
+        def note() -> None:
+            if not batch.job:
+                batch.job = draft.id
+                accepted()
+
+        try:
+            page = self._outgoing.send(draft, packed.handler, packed.chunks, note, wait_s=FIRST_S)
+            return self._hear(batch, page, tell) if page else None
+        except (BackendError, UsageError):
+            if not batch.job:
+                raise
+            return None  # whoever watches it from now on meets the same error
+
+    def _hear(self, batch: Batch, page: OutcomesView, tell: Tell) -> int | None:
+        listed = page["outcomes"]
+
+        async def read() -> None:
+            async for outcome in outcomes(self._link, listed):
+                tell(batch.job, outcome)
+
+        if all(one["outcome"] for one in listed):
+            for one in listed:
+                tell(batch.job, json_format.outcome_from_json(one["outcome"]))
+        else:
+            self._link.run(read())
+        return listed[-1]["seq"] if listed else None

@@ -1,0 +1,275 @@
+"""Items on their way to the grid: the function and the plan in the bucket, then the job.
+
+Invariant: payload before pointer, and nothing of a job that could not be submitted stays behind.
+The items of a map are drawn on its caller's thread, some at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from batchlab.client.grid_link import Link
+from batchlab.client.pickling import Shipping
+from batchlab.core.errors import AlreadyExists, UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, Json, StageName, TaskSet
+from batchlab.core.protocol import json_format, object_keys, values
+from batchlab.core.task_context import File, name_problem
+from batchlab.manager.jobs.stage_plans import FEW, FEW_BYTES, ITEM_BYTES, PART_ITEMS, PartWriter
+from batchlab.worker.executor_calls import Starred
+
+if TYPE_CHECKING:
+    from batchlab.client.http import Client
+    from batchlab.core.api_types import OutcomesView
+
+T = TypeVar("T")
+
+MAP = StageName("map")
+
+UPLOADS_AT_ONCE = 16
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Encoded items from index `first` on, and the files (path, key) that they refer to."""
+
+    first: int
+    items: list[Json]
+    files: list[tuple[Path, str]]
+
+    def file(self, job: JobId) -> Callable[[File], Json]:
+        """What encodes a file that one of the items refers to."""
+        return partial(_reference, f"{object_keys.raw(job)}{self.first:08d}", self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A job to submit, and its items where they are few."""
+
+    job: JobDef
+    few: list[Json] | None
+
+
+class Outgoing:
+    """Submits jobs of one grid that bring their own items."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.shipping = Shipping()
+        self._stored: set[str] = set()
+        """Keys of functions that are in the bucket."""
+
+    def submit(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        stage: StageDef,
+        *,
+        tolerant: bool,
+        starred: bool = False,
+    ) -> JobDef | None:
+        """Submit a job of one task per item, None where there is no item. The items of a
+        `starred` function are sequences of arguments.
+
+        `stage` is what the tasks are to be, but for the handler. A `tolerant` job succeeds whatever
+        fails. UsageError for what cannot be pickled, and whatever drawing the items raises, with
+        nothing submitted.
+        """
+        self._link.check_open()
+        pickled = self.shipping.function(Starred(function) if starred else function)
+        draft = self.draft(name, stage)
+        chunks = self._chunks(draft.id, items, starred=starred)
+        made = self._made(draft, pickled, chunks, tolerant=tolerant)
+        if made is None:
+            return None
+        self._submitted(made.job, lambda client: client.submit(made.job, made.few))
+        return made.job
+
+    def draft(self, name: str, stage: StageDef) -> JobDef:
+        """A job that has an id, and nothing else of its own yet."""
+        link = self._link
+        job = object_keys.job_id(name, link.ids.fresh("map"))
+        # Without a token: nobody else can ask for this id, and it begins sooner.
+        return JobDef(job, name, (stage,), link.clock.now_s())
+
+    def send(
+        self,
+        draft: JobDef,
+        pickled: bytes,
+        chunks: Iterable[Chunk],
+        accepted: Callable[[], None],
+        *,
+        wait_s: float,
+    ) -> OutcomesView | None:
+        """Submit the job with its encoded items and its pickled handler; as `submit` otherwise.
+        It is tolerant. Waits so long for its first outcomes; `accepted` may be called twice."""
+        made = self._made(draft, pickled, chunks, tolerant=True)
+        if made is None:
+            return None
+        return self._submitted(
+            made.job,
+            lambda client: client.submit_and_hear(made.job, made.few, accepted, wait_s=wait_s),
+        )
+
+    def _made(
+        self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
+    ) -> _Made | None:
+        """The job, with what it needs in the bucket; None where it has no item."""
+        link, job = self._link, draft.id
+        (stage,) = draft.stages
+        key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
+        try:
+            count, few = self._bring(job, key, pickled, chunks)
+        except BaseException:
+            link.run(self._remove(job))
+            raise
+        if not count:
+            return None
+        made = replace(
+            draft,
+            stages=(replace(stage, handler=f"pickle:{key}"),),
+            items=count,
+            max_failures=count if tolerant else 0,
+        )
+        return _Made(made, few)
+
+    def _submitted(self, job: JobDef, submit: Callable[[Client], T]) -> T:
+        link = self._link
+        link.follow(job.id)
+        try:
+            return link.call(submit)
+        except UsageError:
+            link.leave(job.id, cancel=False)
+            link.run(self._remove(job.id))
+            raise
+        except BaseException:
+            # It may have arrived all the same.
+            link.leave(job.id, cancel=True)
+            raise
+
+    def _bring(
+        self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
+    ) -> tuple[int, list[Json] | None]:
+        """Bring the handler into the bucket, and the items but for a few, which go along with
+        the submission; how many there are, and those few."""
+        run = self._link.run
+        writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
+        kept: list[Chunk] = []
+        count = size_bytes = 0
+        are_few = True
+        for chunk in chunks:
+            if not are_few:
+                run(self._write(writer, job, *kept))
+                kept.clear()
+            kept.append(chunk)
+            count += len(chunk.items)
+            if are_few and count <= FEW and not chunk.files:
+                size_bytes += sum(map(values.roughly, chunk.items))
+                are_few = size_bytes <= FEW_BYTES
+            else:
+                are_few = False
+        if are_few:
+            if kept and key not in self._stored:
+                run(self._store(key, pickled))
+            return count, [item for one in kept for item in one.items]
+        # The last chunks along with the rest: most maps have one, and pay for one trip.
+        run(self._commit(writer, job, kept, key, pickled))
+        return count, None
+
+    def _chunks(self, job: JobId, items: Iterable[Any], *, starred: bool) -> Iterator[Chunk]:
+        drawn, first = iter(items), 0
+        while some := list(islice(drawn, PART_ITEMS)):
+            chunk = Chunk(first, [], [])
+            chunk.items += self.shipping.items(some, first, chunk.file(job), starred=starred)
+            yield chunk
+            first += len(some)
+
+    async def _write(self, writer: PartWriter, job: JobId, *chunks: Chunk) -> None:
+        for chunk in chunks:
+            await self._write_one(writer, job, chunk)
+
+    async def _write_one(self, writer: PartWriter, job: JobId, chunk: Chunk) -> None:
+        limit = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        objects, patience = self._link.objects, self._link.patience
+
+        async def upload(path: Path, key: str) -> None:
+            async with limit:
+                await objects.upload(key, path)
+
+        async def put(number: int) -> None:
+            data = json_format.to_bytes(chunk.items[number])
+            if len(data) <= ITEM_BYTES:
+                return
+            key = object_keys.item(job, MAP, 0, object_keys.digest(data))
+            async with limit:
+                await patience(partial(objects.put, key, data))
+            chunk.items[number] = values.value_ref(key)
+
+        await asyncio.gather(
+            *(upload(path, key) for path, key in chunk.files),
+            *(
+                # As the writer would, but several at once.
+                put(n)
+                for n, item in enumerate(chunk.items)
+                if values.roughly(item) > ITEM_BYTES
+            ),
+        )
+        await writer.add(*chunk.items)
+
+    async def _commit(
+        self, writer: PartWriter, job: JobId, last: Sequence[Chunk], key: str, pickled: bytes
+    ) -> None:
+        await self._write(writer, job, *last)
+        if key not in self._stored:
+            await self._store(key, pickled)
+        await writer.commit(TaskSet())
+
+    async def _store(self, key: str, pickled: bytes) -> None:
+        put = partial(self._link.objects.put, key, pickled, if_absent=True)
+        with suppress(AlreadyExists):  # named by its content, so what is there is the same
+            await self._link.patience(put)
+        self._stored.add(key)
+
+    async def _remove(self, job: JobId) -> None:
+        for prefix in object_keys.everything_of(job):
+            async for page in self._link.objects.list(prefix):
+                await self._link.objects.delete([one.key for one in page])
+
+
+def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
+    """What stands for a file among the items; one that this process has made is to be uploaded."""
+    origin = file.origin()
+    if origin is not None:
+        return origin
+    if not file.path.is_file():
+        raise values.NotAValue(f"It names the file {file.path}, which does not exist.")
+    if problem := name_problem(file.name):
+        raise values.NotAValue(f"It names the file {file.name!r}, but a name {problem}.")
+    key = f"{prefix}/{len(files):06d}/{file.name}"
+    files.append((file.path, key))
+    return values.file_ref(key, file.name, file.size)
+
+
+def job_name(function: Callable[..., Any], name: str | None) -> str:
+    """The job's name: the given one if it may be one, else made from the function's."""
+    if name is None:
+        text = str(getattr(function, "__name__", "")).lower()
+        return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot name a job.",
+            remedy="Use up to 40 lower case letters, digits, - and _, no - or _ first.",
+        )
+    return name

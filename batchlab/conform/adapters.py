@@ -1,0 +1,296 @@
+"""S3 through batchlab's own adapter: what the Objects port promises, on this endpoint.
+
+SQS through batchlab's own adapter: what the Queue port promises, on this endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from batchlab.adapters.aws.sqs import SqsQueue
+from batchlab.conform.check import Differs, Severity, Table, expect
+from batchlab.conform.s3_list import ODD_KEYS, ORDERED
+from batchlab.conform.site import Site
+from batchlab.core.errors import AlreadyExists, NotFound
+from batchlab.core.ports import Message, Outgoing, QueueSpec
+
+NEEDED = Severity.NEEDED
+
+RACERS = 16
+UPLOAD_BYTES = 17 * 1024 * 1024
+"""Three parts."""
+
+S3_PORTS = Table()
+
+
+@S3_PORTS.check(
+    "s3-port-create",
+    NEEDED,
+    rule="The loser of a conditional create gets AlreadyExists, also in a race of 16 calls.",
+    source="S3 User Guide, conditional writes",
+    promise="I1, Objects.put(if_absent)",
+    otherwise="two workers both commit one bundle, or one treats the other's commit as an outage",
+)
+async def port_create(site: Site) -> None:
+    objects = site.objects
+
+    async def create(key: str, who: int) -> int | None:
+        try:
+            await objects.put(key, bytes([who]), if_absent=True)
+        except AlreadyExists:
+            return None
+        return who
+
+    for number in range(5):
+        key = site.own(f"outcome-{number}")
+        results = await asyncio.gather(*(create(key, who) for who in range(RACERS)))
+        winners = [who for who in results if who is not None]
+        expect(len(winners) == 1, "not exactly one is told that it won")
+        expect(await objects.get(key) == bytes(winners), "the object is not the winner's")
+
+
+@S3_PORTS.check(
+    "s3-port-ranges",
+    NEEDED,
+    rule="A range is shortened at the end of the object, and empty after it.",
+    source="S3 API, GetObject",
+    promise="Objects.get_range",
+    otherwise="the last part of an input, or an empty input, fails its task",
+)
+async def port_ranges(site: Site) -> None:
+    objects, at = site.objects, site.own
+    await objects.put(at("ten"), b"0123456789")
+    await objects.put(at("empty"), b"")
+    for start, stop in ((0, 3), (7, 20), (9, 10), (10, 12), (50, 60), (4, 4), (0, 10)):
+        expected = b"0123456789"[start:stop]
+        expect(await objects.get_range(at("ten"), start, stop) == expected, "it gives other bytes")
+    expect(await objects.get_range(at("empty"), 0, 1024) == b"", "nothing is not nothing")
+
+
+@S3_PORTS.check(
+    "s3-port-unchanged",
+    NEEDED,
+    rule="An object is read again only if its ETag has changed.",
+    source="S3 User Guide, conditional reads",
+    promise="I4, Objects.get_if_changed",
+    otherwise="workers do not notice a cancellation, or read the object every time",
+)
+async def port_unchanged(site: Site) -> None:
+    objects, at = site.objects, site.own
+    etag = await objects.put(at("control"), b"run")
+    expect(await objects.get_if_changed(at("control"), etag) is None, "an unchanged one is read")
+    after = await objects.put(at("control"), b"cancel")
+    found = await objects.get_if_changed(at("control"), etag)
+    expect(found == (b"cancel", after), "a changed one is not read")
+
+
+@S3_PORTS.check(
+    "s3-port-missing",
+    NEEDED,
+    rule="Every read of a missing object raises NotFound, and a delete of it succeeds.",
+    source="S3 API, GetObject, HeadObject, DeleteObjects",
+    promise="Objects raises NotFound",
+    otherwise="a bundle without an outcome looks like an outage",
+)
+async def port_missing(site: Site) -> None:
+    objects, at = site.objects, site.own
+    reads: list[Callable[[], Awaitable[object]]] = [
+        partial(objects.get, at("nothing")),
+        partial(objects.get_range, at("nothing"), 0, 1),
+        partial(objects.get_if_changed, at("nothing"), None),
+        partial(objects.get_if_changed, at("nothing"), '"0123"'),
+    ]
+    for read in reads:
+        try:
+            await read()
+        except NotFound:
+            continue
+        raise Differs("a read gives something")
+    expect(await objects.head(at("nothing")) is None, "a head gives something")
+    await objects.delete([at("nothing")])
+
+
+@S3_PORTS.check(
+    "s3-port-list",
+    NEEDED,
+    rule="A listing returns the keys under any prefix, after any key, in order.",
+    source="S3 API, ListObjectsV2",
+    promise="Objects.list",
+    otherwise="a rebuilt ledger misses outcomes",
+)
+async def port_list(site: Site) -> None:
+    objects, at = site.objects, site.own
+    keys = [at(key) for key in sorted(ORDERED)]
+    for key in keys:
+        await objects.put(key, b"1")
+    for prefix in ("", "a", "a/", "b/1", "q/"):
+        for after in ("", "a", "a/", "b/1", "zzz"):
+            pages = objects.list(at(prefix), after=at(after) if after else "")
+            found = [info.key async for page in pages for info in page]
+            expected = [key for key in keys if key.startswith(at(prefix)) and key > at(after)]
+            expect(found == expected, "it gives other keys")
+
+
+@S3_PORTS.check(
+    "s3-port-keys",
+    NEEDED,
+    rule="Keys with spaces, accents, and special characters are returned as they were written.",
+    source="S3 User Guide, naming objects",
+    promise="Objects: keys are UTF-8",
+    otherwise="inputs and results with such names are lost or confused",
+)
+async def port_keys(site: Site) -> None:
+    objects, at = site.objects, site.own
+    keys = {at(key): key.encode() for key in ODD_KEYS}
+    for key, data in keys.items():
+        await objects.put(key, data)
+    for key, data in keys.items():
+        expect(await objects.get(key) == data, f"{data.decode()!r} does not come back")
+    listed = {info.key async for page in objects.list(at("")) for info in page}
+    expect(listed == keys.keys(), "a listing gives other names")
+    await objects.delete(list(keys))
+    expect([page async for page in objects.list(at(""))] == [], "some cannot be deleted")
+
+
+@S3_PORTS.check(
+    "s3-port-upload",
+    NEEDED,
+    rule="A file that was uploaded in parts is downloaded unchanged.",
+    source="S3 User Guide, multipart upload",
+    promise="Objects.upload and download",
+    otherwise="large inputs and results are damaged",
+)
+async def port_upload(site: Site) -> None:
+    with tempfile.TemporaryDirectory(prefix="batchlab-conform-") as name:
+        await _up_and_down(site, Path(name))
+
+
+async def _up_and_down(site: Site, folder: Path) -> None:
+    objects, at = site.objects, site.own
+    source, target = folder / "up", folder / "down"
+    content = bytes(range(256)) * (UPLOAD_BYTES // 256)
+    source.write_bytes(content)
+    expect(await objects.upload(at("big"), source) == len(content), "it reports another size")
+    expect(await objects.download(at("big"), target) == len(content), "another size comes down")
+    expect(target.read_bytes() == content, "another content comes down")
+
+
+SQS_PORTS = Table()
+
+
+async def _take(queue: SqsQueue, name: str, count: int = 1) -> Sequence[Message]:
+    found: list[Message] = []
+    for _ in range(4):
+        found += await queue.receive(name, max_messages=count - len(found), wait_s=3)
+        if len(found) == count:
+            return found
+    raise Differs(f"{len(found)} of {count} messages came")
+
+
+@SQS_PORTS.check(
+    "sqs-port-round",
+    NEEDED,
+    rule="A message is sent, received, returned, received again, and deleted.",
+    source="SQS Developer Guide, message lifecycle",
+    promise="Queue",
+    otherwise="a grid cannot run on this endpoint",
+)
+async def port_round(site: Site) -> None:
+    async with site.port() as queue:
+        await queue.ensure(QueueSpec("a", visibility_s=300))
+        await queue.send("a", [Outgoing("one")])
+        (first,) = await _take(queue, "a")
+        expect((first.body, first.receive_count) == ("one", 1), "something else comes")
+        refused = await queue.change_visibility("a", [(first.receipt, 0)])
+        expect(not refused, "its receipt is refused for giving it back")
+        (second,) = await _take(queue, "a")
+        expect((second.id, second.receive_count) == (first.id, 2), "something else comes again")
+        expect(second.sent_s == first.sent_s, "it was sent at another time")
+        expect(not await queue.delete("a", [second.receipt]), "its receipt is refused")
+        expect(not await queue.receive("a", wait_s=1), "it comes although it was deleted")
+
+
+@SQS_PORTS.check(
+    "sqs-port-ensure",
+    NEEDED,
+    rule="An existing queue accepts new attributes, including dead letters on and off.",
+    source="SQS API, CreateQueue, SetQueueAttributes",
+    promise="Queue.ensure",
+    otherwise="a changed visibility timeout never takes effect",
+)
+async def port_ensure(site: Site) -> None:
+    async with site.port() as queue:
+        await queue.ensure(QueueSpec("dead"))
+        for spec in (
+            QueueSpec("a", visibility_s=600),
+            QueueSpec("a", visibility_s=0.5, dead_letters="dead", max_receives=1),
+            QueueSpec("a", visibility_s=0.5, dead_letters="dead", max_receives=1),
+        ):
+            await queue.ensure(spec)
+        await asyncio.sleep(site.lag_s)
+        await queue.send("a", [Outgoing("one")])
+        await _take(queue, "a")
+        expect(not await queue.receive("a", wait_s=3), "it comes once more than it should")
+        (corpse,) = await _take(queue, "dead")
+        expect(corpse.body == "one", "something else is dead")
+        await queue.ensure(QueueSpec("a", visibility_s=1))
+        await asyncio.sleep(site.lag_s)
+        await queue.send("a", [Outgoing("two")])
+        await _take(queue, "a")
+        (again,) = await _take(queue, "a")
+        expect(again.body == "two", "dead letters cannot be turned off")
+
+
+@SQS_PORTS.check(
+    "sqs-port-refused",
+    NEEDED,
+    rule="Invalid receipts are returned as refused, and the valid ones in the same call work.",
+    source="SQS API, DeleteMessageBatch, ChangeMessageVisibilityBatch",
+    promise="Queue.delete, change_visibility",
+    otherwise="one foreign message stops the heartbeats of all messages",
+)
+async def port_refused(site: Site) -> None:
+    async with site.port() as queue:
+        await queue.ensure(QueueSpec("a", visibility_s=300))
+        await queue.send("a", [Outgoing("one"), Outgoing("two")])
+        one, two = await _take(queue, "a", 2)
+        changes = [(one.receipt, 0.0), ("nonsense", 0.0), (two.receipt, 300.0)]
+        refused = await queue.change_visibility("a", changes)
+        expect(list(refused) == ["nonsense"], "other receipts are refused for a change")
+        (again,) = await _take(queue, "a")
+        expect(again.id == one.id, "the good one is not changed")
+        refused = await queue.delete("a", [again.receipt, "nonsense", two.receipt])
+        expect(list(refused) == ["nonsense"], "other receipts are refused for a delete")
+        expect(not await queue.receive("a", wait_s=1), "the good ones are not deleted")
+
+
+@SQS_PORTS.check(
+    "sqs-port-missing",
+    NEEDED,
+    rule="Every call on a missing queue raises NotFound.",
+    source="SQS API, common errors",
+    promise="Queue raises NotFound",
+    otherwise="a removed queue looks like an outage, and callers wait for it",
+)
+async def port_missing_sqs_ports(site: Site) -> None:
+    async with site.port() as queue:
+        calls: list[Callable[[], Awaitable[object]]] = [
+            partial(queue.send, "nothing", [Outgoing("a")]),
+            partial(queue.receive, "nothing", wait_s=0),
+            partial(queue.delete, "nothing", ["a"]),
+            partial(queue.change_visibility, "nothing", [("a", 1.0)]),
+            partial(queue.depth, "nothing"),
+            partial(queue.purge, "nothing"),
+            partial(queue.ensure, QueueSpec("a", dead_letters="nothing")),
+        ]
+        for call in calls:
+            try:
+                await call()
+            except NotFound:
+                continue
+            raise Differs("a call on it succeeds")
+        await queue.remove("nothing")

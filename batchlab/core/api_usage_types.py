@@ -1,0 +1,267 @@
+"""What the API shows of what the grid uses: typed dicts, filled by the manager, read by clients.
+
+Invariant: as in views. No price is in here; whoever reads it has a price book.
+
+What the API shows of schedules, as typed dicts that the manager fills and its clients read.
+
+Invariant: pure and cheap to import, as views.py is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
+
+from batchlab.core.schedules import due_times
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from batchlab.core.job_definition import JobDef
+    from batchlab.core.model import Pool
+    from batchlab.core.pricing.usage_meter import Account
+    from batchlab.core.schedules.model import Run, Schedule
+    from batchlab.manager.usage.spending import Spending
+
+
+class BilledView(TypedDict):
+    """Instance seconds as AWS bills them, of instances of one kind. `type` is empty where machines
+    do not differ."""
+
+    pool: str
+    type: str
+    market: str
+    seconds: float
+
+
+class AccountView(TypedDict):
+    """What was used. `failed_s` (attempts that failed) and `lost_s` (runs whose instance died) are
+    slot seconds by pool; `requests` those that SQS and S3 bill, all 0 on a backend that has
+    neither. Not `is_whole`: some of it was not counted."""
+
+    billed: list[BilledView]
+    failed_s: dict[str, float]
+    lost_s: dict[str, float]
+    requests: dict[str, float]
+    bundles: int
+    is_whole: bool
+
+
+class LivingView(TypedDict):
+    """Instances of one kind that are billed now."""
+
+    pool: str
+    type: str
+    market: str
+    instances: int
+
+
+class UseView(TypedDict):
+    """What the grid has used since its account was opened, `nobody` for no job; `capped` says by
+    pool why no more is launched. The cap is in USD."""
+
+    total: AccountView
+    nobody: AccountView
+    living: list[LivingView]
+    max_cost_usd: float | None
+    capped: dict[str, str]
+
+
+class JobUseView(TypedDict):
+    """What a job has used, None where nobody has counted. `pools` are the slots of an instance,
+    `types` its type, `slots` those of a task by stage; `capped` which cap has held it back
+    and does not pay for all that is left of it, empty where none."""
+
+    job: str
+    account: AccountView | None
+    max_cost_usd: float | None
+    capped: str
+    pools: dict[str, int]
+    types: dict[str, str]
+    slots: dict[str, int]
+
+
+def account_view(account: Account) -> AccountView:
+    return {
+        "billed": [
+            {"pool": k.pool, "type": k.type, "market": k.market.value, "seconds": seconds}
+            for k, seconds in account.billed_s.items()
+        ],
+        "failed_s": dict(account.failed_s),
+        "lost_s": dict(account.lost_s),
+        "requests": asdict(account.requests),
+        "bundles": account.bundles,
+        "is_whole": account.is_whole,
+    }
+
+
+def account_of(view: AccountView) -> Account:
+    """What the manager shows, as it is reckoned with."""
+    from batchlab.core.model import Market
+    from batchlab.core.pricing.usage_meter import Account, Kind
+    from batchlab.core.request_counter import Requests
+
+    return Account(
+        {Kind(b["pool"], b["type"], Market(b["market"])): b["seconds"] for b in view["billed"]},
+        dict(view["failed_s"]),
+        dict(view["lost_s"]),
+        Requests(**view["requests"]),
+        view["bundles"],
+        view["is_whole"],
+    )
+
+
+def use_view(spending: Spending) -> UseView:
+    """The grid's account as it is."""
+    kinds = Counter(life.kind for life in spending.meter.lives.values())
+    return {
+        "total": account_view(spending.meter.total),
+        "nobody": account_view(spending.meter.nobody),
+        "living": [
+            {"pool": k.pool, "type": k.type, "market": k.market.value, "instances": number}
+            for k, number in kinds.items()
+        ],
+        "max_cost_usd": spending.caps.max_cost_usd,
+        "capped": dict(spending.caps.capped),
+    }
+
+
+def job_use_view(
+    job: JobDef,
+    account: Account | None,
+    pools: Iterable[Pool],
+    *,
+    max_cost_usd: float | None,
+    capped: str = "",
+) -> JobUseView:
+    known = list(pools)
+    return {
+        "job": job.id,
+        "account": account_view(account) if account else None,
+        "max_cost_usd": max_cost_usd,
+        "capped": capped,
+        "pools": {pool.name: pool.slots for pool in known},
+        "types": {pool.name: pool.instance_type for pool in known},
+        "slots": {str(stage.name): stage.slots for stage in job.stages},
+    }
+
+
+class RunView(TypedDict):
+    """A due time and what came of it; `due` is it in the schedule's zone. `state` is waiting,
+    running, ended or skipped, `result` how its job ended. `tasks` is None where nobody saw it."""
+
+    due_s: float
+    due: str
+    by_hand: bool
+    state: str
+    result: str
+    reason: str
+    job: str | None
+    started_s: float | None
+    ended_s: float | None
+    peak: dict[str, int]
+    tasks: int | None
+
+
+class ScheduleView(TypedDict):
+    """A schedule with its runs, newest first. `state` is active, paused or done: nothing is due any
+    more. Either `cron` or `at_s` is set. `next` is the next due time in its zone."""
+
+    name: str
+    job: str
+    state: str
+    cron: str
+    timezone: str
+    at_s: float | None
+    next_s: float | None
+    next: str
+    missed: str
+    missed_within_s: float | None
+    overlap: str
+    prewarm_s: float
+    capacity: int | None
+    due_param: str
+    source: str
+    source_digest: str
+    input: list[str]
+    added_s: float
+    runs: list[RunView]
+
+
+class SchedulesView(TypedDict):
+    """`notes` say what was missed when this manager began to lead, and what became of it."""
+
+    schedules: list[ScheduleView]
+    notes: list[str]
+
+
+class DueView(TypedDict):
+    """A due time: epoch seconds, in the schedule's zone, in UTC."""
+
+    at_s: float
+    local: str
+    utc: str
+
+
+class ComingView(TypedDict):
+    times: list[DueView]
+
+
+def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -> ScheduleView:  # noqa: A002 - the view's own word
+    """A schedule with the last `runs` of its runs; `input` are the prefixes listed at each run."""
+    definition = schedule.definition
+    when, next_s = definition.when, schedule.next_s()
+    state = "paused" if schedule.paused else "done" if next_s is None else "active"
+    return {
+        "name": definition.name,
+        "job": definition.job,
+        "state": state,
+        "cron": when.cron,
+        "timezone": when.zone,
+        "at_s": when.at_s,
+        "next_s": next_s,
+        "next": "" if next_s is None else due_times.iso(next_s, when.tz),
+        "missed": definition.missed.value,
+        "missed_within_s": definition.missed_within_s,
+        "overlap": definition.overlap.value,
+        "prewarm_s": definition.prewarm_s,
+        "capacity": definition.capacity,
+        "due_param": definition.due_param,
+        "source": definition.source,
+        "source_digest": definition.source_digest,
+        "input": list(input),
+        "added_s": schedule.added_s,
+        "runs": [run_view(schedule, run) for run in reversed(schedule.runs[-runs:])],
+    }
+
+
+def run_view(schedule: Schedule, run: Run) -> RunView:
+    return {
+        "due_s": run.due_s,
+        "due": due_times.iso(run.due_s, schedule.definition.when.tz),
+        "by_hand": bool(run.asked),
+        "state": run.state.value,
+        "result": run.result,
+        "reason": run.reason,
+        "job": run.job,
+        "started_s": run.started_s,
+        "ended_s": run.ended_s,
+        "peak": dict(run.peak),
+        "tasks": run.tasks,
+    }
+
+
+def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
+    """The next due times, were it not paused."""
+    when = schedule.definition.when
+    found: list[DueView] = []
+    due_s = when.next_after(max(now_s, schedule.through_s))
+    while due_s is not None and len(found) < count:
+        found.append(
+            {"at_s": due_s, "local": due_times.iso(due_s, when.tz), "utc": due_times.iso(due_s)}
+        )
+        due_s = when.next_after(due_s)
+    return found

@@ -1,0 +1,139 @@
+"""Files that hold a whole text or the one before it, and folders whose names have reached the disk.
+
+Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote
+holds either its old or its new content. When `write_whole` returns, the new content is on the disk.
+
+The rule for which writes of a local grid wait for the disk.
+
+A power cut on `local` ends the client, the manager, and the workers together. A job outlives them,
+so its writes wait for the disk. The result of a single call has a reader only while its client
+runs, so the writes of a single call do not wait unless the user asks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import StrEnum
+from pathlib import Path
+
+from batchlab.core.errors import UsageError
+
+PRIVATE = 0o600
+PRIVATE_FOLDER = 0o700
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
+"""Errors of file systems that write names at once, or that cannot sync a folder."""
+
+
+def write_whole(
+    path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True
+) -> None:
+    """Replace the file's content and set its permissions; its folder must exist.
+
+    The file is never readable for more users than `mode` names. Without `durable` the content
+    survives the end of the process only. Raises OSError if the file cannot be written.
+    """
+    staged = path.with_name(f"{path.name}.new")
+    staged.unlink(missing_ok=True)  # a file of an interrupted write may be read-only
+    data = content.encode() if isinstance(content, str) else content
+    with open(staged, "xb", opener=private) as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    staged.replace(path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def private(path: str | os.PathLike[str], flags: int) -> int:
+    """Opener of files that only their user may read."""
+    return os.open(path, flags, PRIVATE)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder, for its user only, and the folders above it; wait for their names."""
+    made = []
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    for one in reversed(made):
+        # The folders above belong to the user, with the permissions that the user's umask gives.
+        one.mkdir(PRIVATE_FOLDER if one is made[0] else 0o777, exist_ok=True)
+        sync_folder(one.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until the names in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+VARIABLE = "BATCHLAB_SYNC"
+
+_single_call: ContextVar[bool] = ContextVar("single_call", default=False)
+_repeated: ContextVar[bool] = ContextVar("repeated", default=False)
+
+
+class Sync(StrEnum):
+    """The writes that wait for the disk."""
+
+    ALL = "all"
+    """Writes of jobs and of single calls."""
+    JOBS = "jobs"
+    """Writes of jobs."""
+    NONE = "none"
+
+    @property
+    def waits(self) -> bool:
+        """Whether a write in the current context waits for the disk."""
+        if _repeated.get():
+            return False
+        return self is Sync.ALL or (self is Sync.JOBS and not _single_call.get())
+
+
+def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
+    """Return the choice in BATCHLAB_SYNC, `jobs` by default; UsageError for an unknown value."""
+    value = environ.get(VARIABLE) or Sync.JOBS
+    try:
+        return Sync(value)
+    except ValueError as error:
+        raise UsageError(
+            f"{VARIABLE} is {value!r}, which is not a choice.",
+            remedy=f"Use one of {', '.join(Sync)}.",
+        ) from error
+
+
+@contextmanager
+def of_single_call(is_call: bool) -> Iterator[None]:
+    """Mark the writes inside, also of tasks that start inside, as those of a single call."""
+    with _set(_single_call, is_call):
+        yield
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """Mark the writes inside as writes that the next manager repeats if a power cut undoes them.
+    They wait for no disk."""
+    with _set(_repeated, True):
+        yield
+
+
+@contextmanager
+def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

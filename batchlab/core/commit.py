@@ -1,0 +1,197 @@
+"""The commit point and the forwarding after it: steps 2 and 3 of a bundle's life.
+
+Invariant (I1): an outcome is written once, by one conditional PUT. Whoever finds it there
+throws its own work away and goes on from what was committed, so everything after may be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from batchlab.core.errors import AlreadyExists, Malformed, NotFound, TooLarge
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, Follow, Json, Outcome
+from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.messages import TaskMessage, task_message
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol.values import OUTCOME_WEIGHT
+from batchlab.core.retry import Patience
+
+INLINE_BYTES = 60_000
+"""Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
+steps of 64 KB, so one message then costs one request."""
+
+
+async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
+    """Commit `outcome`; returns the one that counts, which is another's where that came first."""
+    name = object_keys.outcome(outcome.bundle, key)
+    data = json_format.outcome_text(outcome).encode()
+    try:
+        await patience(lambda: objects.put(name, data, if_absent=True))
+    except AlreadyExists:
+        # Somebody else's, or our own first try whose answer was lost: either way this counts.
+        found = await committed(objects, outcome.bundle, patience, key)
+        if found is None:
+            raise NotFound(f"No object {name!r}, though it exists.") from None
+        return found
+    return outcome
+
+
+def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
+    """Return the outcome stored under `name`; Malformed if it cannot be read, or if `name` is not
+    sealed by `key`."""
+    outcome = json_format.outcome_from_bytes(data, name)
+    if object_keys.outcome(outcome.bundle, key) != name:
+        raise Malformed(f"The outcome {name} has a wrong seal.")
+    return outcome
+
+
+async def committed(
+    objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey
+) -> Outcome | None:
+    """The committed outcome of `bundle`, None while there is none. If its object cannot be read,
+    that is the replacement that the manager has committed, and Malformed without one."""
+    try:
+        return await read_outcome(objects, object_keys.outcome(bundle, key), patience)
+    except NotFound:
+        return None
+    except Malformed:
+        try:
+            return await read_outcome(objects, object_keys.replacement(bundle), patience)
+        except NotFound:
+            pass
+        raise
+
+
+async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outcome:
+    """Return the outcome in the object `name`. NotFound if there is no such object, Malformed if it
+    cannot be read or is one of another bundle. An object that is too large is not fetched."""
+    try:
+        data = await patience(lambda: objects.get(name, limit=OUTCOME_WEIGHT))
+    except TooLarge as error:
+        raise json_format.unreadable(name, error) from error
+    return json_format.outcome_from_bytes(data, name)
+
+
+async def uncommitted(
+    objects: Objects, follows: Sequence[Follow], patience: Patience, key: CommitKey
+) -> tuple[Follow, ...]:
+    """Those of which there is no outcome yet: who committed one had its message."""
+    there = [
+        await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows
+    ]
+    return tuple(f for f, outcome in zip(follows, there, strict=True) if outcome is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """A message and the queue it goes to."""
+
+    queue: str
+    message: Outgoing
+
+
+def address(
+    job: JobDef,
+    bundle: Bundle,
+    key: CommitKey,
+    *,
+    items: Sequence[Json] | None = None,
+    delay_s: float = 0.0,
+    now_s: float,
+    watchdog: bool = False,
+    trace: str = "",
+) -> Addressed:
+    """The message for `bundle`, with the commit key of its job; a delay beyond SQS's longest goes
+    on by `not_before_s`. `trace` is whose work sends it, where the job is traced; without it that
+    is the submission."""
+    if items is not None and len(json.dumps(items)) > INLINE_BYTES:
+        items = None
+    body = task_message(
+        TaskMessage(
+            bundle,
+            items,
+            now_s + delay_s if delay_s > MAX_DELAY_S else None,
+            watchdog,
+            trace or job.trace,
+            key,
+        )
+    )
+    pool = job.stage(bundle.stage).pool
+    return Addressed(object_keys.tasks_queue(pool), Outgoing(body, min(delay_s, MAX_DELAY_S)))
+
+
+def follow_ups(
+    job: JobDef,
+    outcome: Outcome,
+    key: CommitKey,
+    *,
+    now_s: float,
+    items: Mapping[int, Json] | None = None,
+    trace: str = "",
+) -> list[Addressed]:
+    """The messages that `outcome` calls for. `items` are the bundle's own inputs by task, where
+    they are at hand, so that retries and splits need not fetch them again; `trace` as `address`."""
+    if not outcome.follows:
+        return []
+    if not settlement.fits(job, outcome.bundle, outcome.follows):
+        raise Malformed(f"The outcome of bundle {outcome.bundle.id} does not fit job {job.id}.")
+    values = dict(zip(outcome.succeeded, outcome.values, strict=True))
+
+    def inputs(follow: Follow) -> Sequence[Json] | None:
+        chained = follow.bundle.stage != outcome.bundle.stage
+        known: Mapping[int, Json] = values if chained else (items or {})
+        if any(task not in known for task in follow.bundle.tasks):
+            return None
+        return [known[task] for task in follow.bundle.tasks]
+
+    def delay_s(follow: Follow) -> float:
+        if follow.bundle.due_s is None:
+            return settlement.delay_s(job, follow)
+        # An outcome may be forwarded again long after its commit.
+        return min(follow.delay_s, settlement.wait_s(job, follow.bundle, now_s))
+
+    return [
+        address(job, f.bundle, key, items=inputs(f), delay_s=delay_s(f), now_s=now_s, trace=trace)
+        for f in outcome.follows
+    ]
+
+
+def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
+    """`messages` in calls of at most 10 and 256 KiB."""
+    calls: list[list[Outgoing]] = []
+    size = 0
+    for message in messages:
+        length = len(message.body.encode())
+        if not calls or len(calls[-1]) == MAX_BATCH or size + length > MAX_MESSAGE_BYTES:
+            calls.append([])
+            size = 0
+        calls[-1].append(message)
+        size += length
+    return calls
+
+
+def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
+    """What goes to each queue, in order."""
+    found: dict[str, list[Outgoing]] = {}
+    for one in messages:
+        found.setdefault(one.queue, []).append(one.message)
+    return found
+
+
+async def send_to(
+    queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience
+) -> None:
+    """Send every message to one queue, in as few calls as the limits allow."""
+    for call in batches(messages):
+        await patience(partial(queue.send, name, call))
+
+
+async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patience) -> None:
+    """Send every message to the queue it is addressed to."""
+    for name, outgoing in by_queue(messages).items():
+        await send_to(queue, name, outgoing, patience)

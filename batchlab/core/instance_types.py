@@ -1,0 +1,114 @@
+"""EC2 instance types (`backends/instance-types.toml`), and a share of one for a container.
+
+Invariant: a catalogue that loads has only types with every figure there and possible.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchlab.core import package_data
+from batchlab.core.errors import UsageError
+
+ARCHITECTURES = ("x86_64", "arm64")
+LEAST_MEMORY_MIB = 128
+"""No share is smaller: it is what a worker takes before it has run anything."""
+
+_FIGURES = {"vcpu", "memory_mib", "architecture"}
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceType:
+    """A row of the catalogue."""
+
+    name: str
+    vcpu: int
+    memory_mib: int
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a container may use in place of an instance."""
+
+    cpus: float
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Instance types by name, in the order of their file."""
+
+    types: Mapping[str, InstanceType]
+
+    def of(self, name: str) -> InstanceType:
+        """The type called `name`; UsageError where there is none."""
+        if found := self.types.get(name):
+            return found
+        near = difflib.get_close_matches(name, self.types, n=3)
+        raise UsageError(
+            f"The catalogue has no instance type {name!r}.",
+            remedy=f"Did you mean {' or '.join(near)}?"
+            if near
+            else "backends/instance-types.toml lists what there is.",
+        )
+
+    def share(self, name: str, scale: float = 1.0) -> Share:
+        """The type's figures times `scale`, so that a laptop can hold a whole group; memory is
+        never less than LEAST_MEMORY_MIB. UsageError unless 0 < scale ≤ 1."""
+        if not 0.0 < scale <= 1.0:
+            raise UsageError(
+                f"Instances cannot be scaled by {scale:g}.",
+                remedy="Give a number above 0 and up to 1.",
+            )
+        kind = self.of(name)
+        memory_mib = max(LEAST_MEMORY_MIB, round(kind.memory_mib * scale))
+        return Share(kind.vcpu * scale, memory_mib)
+
+
+def load(path: Path | None = None) -> Catalogue:
+    """The catalogue in the file `path`, else the one that ships; UsageError says what is wrong."""
+    path = path or package_data.folder("backends") / "instance-types.toml"
+    try:
+        doc = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
+    rows = doc.get("types")
+    if set(doc) != {"types"} or not isinstance(rows, dict) or not rows:
+        raise UsageError(
+            f"{path} must have a table [types] with a line for each instance type.",
+            remedy="backends/instance-types.toml has one.",
+        )
+    return Catalogue({name: _type(path, name, row) for name, row in rows.items()})
+
+
+def _type(path: Path, name: str, row: Any) -> InstanceType:
+    if not isinstance(row, dict) or set(row) != _FIGURES:
+        raise UsageError(
+            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.",
+            remedy="Say each of them, and nothing else.",
+        )
+    for figure in ("vcpu", "memory_mib"):
+        # To Python, true is a number.
+        if type(row[figure]) is not int or row[figure] < 1:
+            raise UsageError(
+                f"{path}: {figure} of {name!r} is {row[figure]!r}, not a whole number above 0.",
+                remedy="Write what AWS says of the type.",
+            )
+    if row["architecture"] not in ARCHITECTURES:
+        raise UsageError(
+            f"{path}: architecture of {name!r} is {row['architecture']!r},"
+            f" not {' or '.join(ARCHITECTURES)}.",
+            remedy="Write one of these.",
+        )
+    return InstanceType(name, **row)

@@ -1,0 +1,356 @@
+"""The ledger as a Protocol: a projection of the bucket that people and the planner read.
+
+Invariant: each call is one transaction and may be repeated. A change names the round of the job, so
+a late call of a paused manager has no effect on a later round.
+
+Rows of the ledger, and the changes that a ledger applies to them.
+
+Invariant: the values are frozen. They follow from the bucket alone, so a rebuilt ledger has equal
+rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, overload
+
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import (
+    Bundle,
+    Completion,
+    Control,
+    JobId,
+    JobState,
+    StageCounts,
+    StageName,
+    TaskSet,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job's row. `round` counts the user's retries."""
+
+    job: JobDef
+    state: JobState
+    reason: str = ""
+    control: Control = Control.RUN
+    round: int = 0
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A stage's row: its counters, and how far its plan has been cut into bundles.
+
+    `plan_round` is the round whose plan its tasks come from; `cut_seq` numbers the cuts of that
+    round, -1 before the first; `left` are the tasks not yet cut.
+    """
+
+    counts: StageCounts
+    plan_round: int = 0
+    cut_seq: int = -1
+    left: TaskSet = TaskSet()
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRecord:
+    """A bundle's row: planned while `completion` is None. `seq` orders completions as folded."""
+
+    bundle: Bundle
+    completion: Completion | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Bundles that a planner committed to, the content of one plan/cuts object."""
+
+    job: JobId
+    stage: StageName
+    round: int
+    seq: int
+    bundles: tuple[Bundle, ...]
+    left: TaskSet
+    planned: int | None = None
+    """Set in a stage's first cut: its number of tasks."""
+    at_s: float | None = field(default=None, compare=False)
+    """When it was decided, for reports; None where the job's submission decided it too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reopening:
+    """What one `job retry` takes back from a stage's counters before it runs again.
+
+    `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again,
+    and that its bundles so far appear in no listing any more.
+    """
+
+    stage: StageName
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    replan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a round of a job ended; `closed` tasks of each stage never came to be."""
+
+    state: JobState
+    reason: str
+    ended_s: float
+    closed: Mapping[StageName, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round of a job has come to, as far as the bucket says.
+
+    `planned` are the chained stages whose number of tasks its first cuts say; `casualties` belong
+    to the completions, one each.
+    """
+
+    reopened: Sequence[Reopening]
+    cuts: Sequence[Cut]
+    planned: Mapping[StageName, int]
+    completions: Sequence[Completion]
+    casualties: Sequence[Mapping[StageName, int]]
+    ending: Ending | None
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """All that the bucket says of a job: `state` is how it began, `rounds` what followed."""
+
+    job: JobDef
+    state: JobState
+    rounds: Sequence[Round]
+    control: Control
+
+
+@dataclass(frozen=True, slots=True)
+class JobRows:
+    """The row of a job and the rows of its stages, in order, at one moment.
+
+    `stamp` tells writes apart that leave equal rows. It is the ledger's own, so it is not compared.
+    """
+
+    job: JobRecord
+    stages: tuple[StageRecord, ...]
+    stamp: str | int = field(default="", compare=False, repr=False)
+
+    def is_version(self, other: JobRows | None) -> bool:
+        """Return whether the ledger has not changed the job between the two reads."""
+        return other is not None and self == other and self.stamp == other.stamp
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Answer to the change of a job: the rows after the change, and whether it changed them."""
+
+    rows: JobRows
+    is_new: bool
+
+    def has_control(self, change: SetControl) -> bool:
+        """Return whether the job is in the round of the change, has not ended, and has the control
+        of the change. A change that is made twice is new only once."""
+        job = self.rows.job
+        return job.round == change.round and not job.state.ended and job.control is change.control
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Answer to a `Fold`: which completions were new, and the rows of their jobs after it.
+
+    A new completion at position i has the seq `first_seq` + i. No other completion has a seq
+    between `first_seq` and the last of these.
+    """
+
+    new: Sequence[bool]
+    first_seq: int
+    jobs: Mapping[JobId, JobRows]
+
+
+# --- Changes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AddJob:
+    """Insert a job with its stages, and with its first cut if that is known.
+
+    A job with the same id or token leaves the existing rows unchanged.
+    """
+
+    job: JobDef
+    state: JobState
+    cut: Cut | None = None
+
+    @property
+    def job_id(self) -> JobId:
+        return self.job.id
+
+
+@dataclass(frozen=True, slots=True)
+class MoveJob:
+    """Change the state of a job, if `may_move` allows it and the job is in that round."""
+
+    job_id: JobId
+    state: JobState
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetControl:
+    """Record the control word of the bucket.
+
+    The change has no effect if the job is in another round or has ended. A cancellation is final
+    within its round.
+    """
+
+    job_id: JobId
+    control: Control
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddCut:
+    """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
+
+    A cut that is known, older than a known one, or of another round than the job has no effect. A
+    stage whose `plan_round` is older than the cut takes the round of the cut.
+    """
+
+    cut: Cut
+
+    @property
+    def job_id(self) -> JobId:
+        return self.cut.job
+
+
+@dataclass(frozen=True, slots=True)
+class SetPlanned:
+    """Set the number of planned tasks of a chained stage, if it is unknown and the job is in that
+    round."""
+
+    job_id: JobId
+    stage: StageName
+    planned: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Begin round `round` of a job that ended without success, unless that round has begun."""
+
+    job_id: JobId
+    round: int
+    stages: Sequence[Reopening]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """End the job in that round, unless it has ended.
+
+    The tasks that `ending.closed` counts for each stage are counted as cancelled. A stage without a
+    plan gets that count as its planned tasks.
+    """
+
+    job_id: JobId
+    ending: Ending
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Fold completions, each exactly once however often it arrives. A waiting job becomes RUNNING.
+
+    The counters of the bundle's stage grow by the completion. `casualties` has one mapping for each
+    completion: these stages grow in `cancelled`. The `follows` of a completion become planned
+    bundles, unless they are folded already.
+    """
+
+    completions: Sequence[Completion]
+    casualties: Sequence[Mapping[StageName, int]]
+
+
+JobChange = AddJob | MoveJob | SetControl | AddCut | SetPlanned | Reopen | Finish
+"""A change of one job. Its effect depends on the round of the job, so a late call of a former
+leader has no effect on a later round."""
+Change = JobChange | Fold
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lease as it stands: every renewal adds 1 to `beat`. One that is seen unchanged for as long
+    as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree. `beat`
+    never starts again, so an owner whose renewal adds more than 1 may not have been the only one.
+    """
+
+    owner: str
+    beat: int
+
+
+class Ledger(Protocol):
+    """Rows of jobs, stages, and bundles, and the leases of managers.
+
+    Readers see whole transactions. The ledger has no facts about single tasks: those are in the
+    outcomes. A change returns the rows that it leaves, which saves the caller a read.
+    """
+
+    @overload
+    async def apply(self, change: Fold) -> Folded: ...
+
+    @overload
+    async def apply(self, change: JobChange) -> Written:
+        """Apply the change, unless it was applied before; NotFound if the job or a stage does not
+        exist."""
+
+    async def job(self, job: JobId) -> JobRecord:
+        """Return one job; NotFound."""
+
+    async def jobs(
+        self, *, active: bool = False, limit: int = 100, before: str | None = None
+    ) -> Sequence[JobRecord]:
+        """Return jobs, newest first by (submitted_s, id). `active` leaves out jobs that have ended.
+        `before` is the id of the last job of the previous page; NotFound if it does not exist."""
+
+    async def rows(self, job: JobId) -> JobRows:
+        """Return the job with its stages; NotFound."""
+
+    async def bundles(
+        self,
+        job: JobId,
+        *,
+        stage: StageName | None = None,
+        done: bool | None = None,
+        after_seq: int | None = None,
+        failed: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[BundleRecord]:
+        """Return bundles in the order (seq, stage, id), planned ones last.
+
+        `done` selects folded (True) or planned bundles (False), `after_seq` completions that were
+        folded after that one, and `failed` bundles with failed tasks.
+        """
+
+    async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
+        """Take the lease if it is free, renew it if it is the owner's, or take it over if it is
+        still `over`, which the caller read earlier. Return the lease after that."""
+
+    async def release(self, name: str, owner: str) -> None:
+        """Release the lease if the owner holds it. Its beat continues from there."""
+
+    async def restore(self, past: Past, *, over: JobRows | None) -> bool:
+        """Replace all rows of a job by what the bucket says of it.
+
+        `over` are the rows that `rows` returned before the bucket was read, None if the job did not
+        exist. Return False and change nothing if the job has changed since.
+        """
+
+    async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
+        """Delete these jobs, or all jobs. Leases stay."""
+
+    async def close(self) -> None:
+        """Release connections."""

@@ -1,0 +1,231 @@
+"""What a run has cost on AWS, or would have: split into what it was for.
+
+Invariant: the lines add up to the whole. Every billed instance second is in exactly one of
+compute, wasted work and idle; what was not counted but reckoned is told as derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from batchlab.core.pricing import request_costs
+from batchlab.core.pricing.money import (
+    BILLED_LEAST_S,
+    GB,
+    HOURS_A_MONTH,
+    NOTHING,
+    WORKER_DISK_GB,
+    Item,
+    Usd,
+    range_json,
+    total,
+)
+from batchlab.core.pricing.price_book import AS_IF, PriceBook
+from batchlab.core.pricing.request_costs import Moved, Pace
+from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.request_counter import Requests
+
+UNUSED = 0.15
+"""Of the instance time of a run of which nobody counted, assumed idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageUse:
+    """A stage's useful work: seconds of succeeded tasks, slots that each takes."""
+
+    name: str
+    pool: str
+    run_s: float
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """A pool's slots per instance, and what its instances are on AWS."""
+
+    slots: int
+    instance_type: str = ""
+    disk_gb: float = WORKER_DISK_GB
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """The lines, what there is to know about them, and where the prices are from."""
+
+    items: tuple[Item, ...]
+    notes: tuple[str, ...]
+    prices: str
+
+    @property
+    def usd(self) -> Usd:
+        return total(self.items)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "usd": range_json(self.usd),
+            "items": [item.to_json() for item in self.items],
+            "notes": list(self.notes),
+            "prices": self.prices,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Billed:
+    """Instance seconds of one pool: all that are billed, and what they went to."""
+
+    all_s: float
+    useful_s: float
+    wasted_s: float
+
+    @property
+    def idle_s(self) -> float:
+        return max(0.0, self.all_s - self.useful_s - self.wasted_s)
+
+
+def bill(
+    stages: Sequence[StageUse],
+    account: Account | None,
+    pools: Mapping[str, PoolFacts],
+    book: PriceBook,
+    *,
+    stored_bytes: int | None = None,
+    pace: Pace | None = None,
+    moved: Moved | None = None,
+) -> Bill:
+    """The bill of one job, at list prices in USD. Without an account, or where that was not kept
+    from the start, instance seconds are derived from task times; without counted requests (a
+    backend that has no S3 and SQS) these are derived from bundles and time. `stored_bytes` is what
+    the bucket holds of the job, `moved` what is known of data that has left it."""
+    notes: list[str] = []
+    account = account or Account(is_whole=False)
+    derived = not account.is_whole
+    if derived:
+        notes.append(
+            f"not all of its instance time was counted: derived from task times, with "
+            f"{UNUSED:.0%} of it idle"
+        )
+    used: dict[str, Billed] = {}
+    items: list[Item] = []
+    for name, facts in pools.items():
+        found = seconds(name, facts, stages, account)
+        if not found.all_s:
+            continue
+        used[name] = found
+        kinds = {k: s for k, s in account.billed_s.items() if k.pool == name}
+        kinds = kinds if kinds and not derived else {Kind(name, facts.instance_type): found.all_s}
+        if any(not kind.type for kind in kinds) and not facts.instance_type:
+            notes.append(f"instances of pool {name} count as {AS_IF}")
+        items += _lines(name, found, usd_per_s(kinds, facts, book), _said(kinds))
+    items += _requests(account, used, pace or Pace(), book, notes)
+    if stored_bytes is not None:
+        month = stored_bytes / GB * book.of("s3", "usd_per_gb_month")
+        items.append(
+            Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month")
+        )
+    if moved is not None:
+        items += _moved(moved, account, book, notes)
+    day = max(block.date for block in book.blocks.values()).isoformat()
+    said = f"AWS's list prices of {book.region} in USD, as of {day}"
+    return Bill(tuple(items), tuple(notes), said)
+
+
+def seconds(
+    pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None
+) -> Billed:
+    """What instances of one pool were billed for; derived where not all of it was counted."""
+    account = account or Account(is_whole=False)
+    derived = not account.is_whole
+    useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
+    wasted_s = (account.failed_s.get(pool, 0.0) + account.lost_s.get(pool, 0.0)) / facts.slots
+    all_s = sum(s for kind, s in account.billed_s.items() if kind.pool == pool)
+    needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
+    if derived and needed_s:
+        needed_s = max(needed_s, BILLED_LEAST_S)
+    # Clocks differ: more cannot have been worked than was billed.
+    return Billed(max(all_s, needed_s), useful_s, wasted_s)
+
+
+def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) -> Usd:
+    """USD per second of an average instance, with its disk."""
+    seconds = sum(kinds.values())
+    usd = NOTHING
+    for kind, part_s in kinds.items():
+        usd += book.rate(kind.type, kind.market, facts.instance_type).times(part_s / seconds)
+    disk = book.of("ebs", "gp3_usd_per_gb_month") * facts.disk_gb / HOURS_A_MONTH
+    return (usd + Usd.exactly(disk)).times(1 / 3600)
+
+
+def _said(kinds: Mapping[Kind, float]) -> str:
+    names = [f"{kind.type or AS_IF} {kind.market.value}" for kind in kinds]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _lines(pool: str, found: Billed, rate: Usd, of: str) -> list[Item]:
+    lines = [
+        Item(f"compute, pool {pool}", rate.times(found.useful_s), f"{_hours(found.useful_s)} {of}"),
+        Item(
+            f"idle, pool {pool}",
+            rate.times(found.idle_s),
+            f"{_hours(found.idle_s)} boot, waiting, tail and the 60 s that are billed at least",
+        ),
+    ]
+    if found.wasted_s:
+        how = f"{_hours(found.wasted_s)} attempts that failed, and runs that went with an instance"
+        lines.insert(1, Item(f"wasted work, pool {pool}", rate.times(found.wasted_s), how))
+    return lines
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.3f} h of"
+
+
+def _requests(
+    account: Account,
+    used: Mapping[str, Billed],
+    pace: Pace,
+    book: PriceBook,
+    notes: list[str],
+) -> list[Item]:
+    counted = account.requests
+    if counted:
+        return request_costs.items((counted, counted, counted), book, "counted")
+    made = request_costs.of_bundles(account.bundles)
+    for one in used.values():
+        each_s = one.useful_s / max(1, account.bundles)
+        made += request_costs.of_workers(one.useful_s, each_s, pace)
+        made += request_costs.of_idle_workers(one.idle_s)
+    if made:
+        notes.append("requests are derived from bundles and time: this backend makes none")
+    return request_costs.items((made, made, made), book, "derived")
+
+
+def _moved(moved: Moved, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
+    found: list[Item] = []
+    if moved.fetched_bytes:
+        how = "results that were fetched to here"
+        found.append(request_costs.out_of_aws(moved.fetched_bytes, book, how))
+    else:
+        notes.append("no results were fetched to here, so no data out of AWS is in it")
+    if item := request_costs.through(moved.egress, account.requests.sqs_bytes, book):
+        found.append(item)
+    notes += request_costs.not_counted(moved.egress)
+    return found
+
+
+def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:
+    """What so many instances of each kind cost per hour; `types` by pool where a kind has none."""
+    usd = NOTHING
+    for kind, number in living.items():
+        usd += book.rate(kind.type, kind.market, types.get(kind.pool, "")).times(number)
+    return usd
+
+
+def spent_usd(account: Account, types: Mapping[str, str], book: PriceBook) -> Usd:
+    """What an account comes to so far: instances, and the requests that were counted."""
+    usd = NOTHING
+    for kind, seconds in account.billed_s.items():
+        rate = book.rate(kind.type, kind.market, types.get(kind.pool, ""))
+        usd += rate.times(seconds / 3600)
+    sqs, s3 = request_costs.usd_of(account.requests or Requests(), book)
+    return usd + Usd.exactly(sqs + s3)

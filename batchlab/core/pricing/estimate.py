@@ -1,0 +1,336 @@
+"""What a run will cost, before it: a range, line by line, with what it rests on.
+
+Invariant: pure arithmetic. Three cases are reckoned with the same formulas, the best, the usual
+and the worst; every number that is assumed and not given is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import Market
+from batchlab.core.pricing import request_costs
+from batchlab.core.pricing.money import (
+    BILLED_LEAST_S,
+    GB,
+    HOURS_A_MONTH,
+    WORKER_DISK_GB,
+    Item,
+    Usd,
+    range_json,
+    total,
+)
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.request_costs import Pace
+from batchlab.core.protocol import bundle_size
+from batchlab.core.request_counter import Requests
+
+BOOT_S = (30.0, 60.0, 180.0)
+"""From launch to the first bundle, where the pool does not say."""
+USED = (1.0, 0.9, 0.7)
+"""Share of the slots' time that tasks get while there is work."""
+REQUESTS = (0.75, 1.0, 1.7)
+"""By how much the measured requests of a bundle differ with its shape: few beats and no plan to
+read, or a log to write."""
+SPOT_WASTE = (0.0, 0.02, 0.10)
+"""Share of the work that Spot interruptions throw away."""
+MEASURED = (0.8, 1.0, 1.25)
+"""By how much task times differ from those of an earlier run."""
+
+Three = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoad:
+    """A stage's work: tasks and the seconds of each in the three cases."""
+
+    name: str
+    tasks: Three
+    seconds: Three
+    slots: int = 1
+    bundle: int | None = None
+    pool: str = "default"
+    chained: str = ""
+    """The stage whose bundles it takes over, item by item."""
+    reads_raw: bool = False
+    """Each task reads its part of the input from the bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """A pool as it would be on AWS. `spot_share` is of its instances, 0 to 1; `disk_gb` gp3."""
+
+    name: str
+    instance_type: str
+    slots: int
+    min_size: int = 0
+    max_size: int = 2
+    boot_s: float = 0.0
+    spot_share: float = 0.0
+    disk_gb: float = WORKER_DISK_GB
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The grid's own numbers that decide how many instances there are, and for how long."""
+
+    drain_target_s: float = 300.0
+    idle_s: float = 60.0
+    pace: Pace = field(default_factory=Pace)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The lines, how long it takes in seconds, instances by pool, and what was assumed."""
+
+    items: tuple[Item, ...]
+    span_s: Three
+    instances: Mapping[str, int]
+    bundles: int
+    assumed: tuple[str, ...]
+    prices: str
+
+    @property
+    def usd(self) -> Usd:
+        return total(self.items)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "usd": range_json(self.usd),
+            "items": [item.to_json() for item in self.items],
+            "span_s": dict(zip(("low", "typical", "high"), self.span_s, strict=True)),
+            "instances": dict(self.instances),
+            "bundles": self.bundles,
+            "assumed": list(self.assumed),
+            "prices": self.prices,
+        }
+
+
+def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
+    """How many bundles a stage of so many tasks is cut into (protocol.sizing)."""
+    if tasks <= 0:
+        return 0
+    first = [] if fixed is not None else bundle_size.wave(tasks, slots, None, None, tasks)
+    left, found = tasks - sum(first), len(first)
+    # While there is plenty left every bundle is as large as its time allows; only the tail shrinks.
+    largest = bundle_size.bundle_size(10**12, slots, mean_s, fixed)
+    bulk = max(0, (left - largest * slots * bundle_size.SHARES) // largest)
+    left, found = left - bulk * largest, found + bulk
+    return found + len(bundle_size.wave(left, slots, mean_s, fixed, left))
+
+
+def loads(
+    stages: Sequence[StageDef],
+    root_tasks: int,
+    seconds: Mapping[str, Three],
+    given: Mapping[str, int],
+) -> tuple[list[StageLoad], list[str]]:
+    """The work of each stage, and what was assumed: a root stage has `root_tasks`, a chained one
+    those of the stage before, a gather of all one; `given` says otherwise. UsageError where the
+    seconds of a stage are not known."""
+    found: dict[str, StageLoad] = {}
+    assumed: list[str] = []
+    for stage in stages:
+        if stage.name not in seconds:
+            raise UsageError(
+                f"Nothing is known of how long a task of stage {stage.name} takes.",
+                remedy=f"Say it with --seconds {stage.name}=2.5, or run the job once.",
+            )
+        upstream = found[stage.after[0]].tasks if stage.after else None
+        if stage.name in given:
+            tasks: Three = (float(given[stage.name]),) * 3
+        elif upstream is None:
+            tasks = (float(root_tasks),) * 3
+        elif stage.gather is None:
+            tasks = upstream
+        elif stage.gather == "*":
+            tasks = (1.0, 1.0, 1.0)
+        else:
+            tasks = (1.0, math.sqrt(upstream[1]), upstream[2])
+            assumed.append(
+                f"stage {stage.name} gathers by {stage.gather}: 1 to {upstream[2]:,.0f} tasks, "
+                f"unless --tasks {stage.name}=N says how many"
+            )
+        found[stage.name] = StageLoad(
+            stage.name,
+            tasks,
+            seconds[stage.name],
+            stage.slots,
+            stage.bundle,
+            stage.pool,
+            stage.after[0] if stage.chained else "",
+            reads_raw=not stage.after,
+        )
+    return list(found.values()), assumed
+
+
+def estimate(
+    stages: Sequence[StageLoad],
+    pools: Sequence[PoolPlan],
+    prices: PriceBook,
+    policy: Policy | None = None,
+    *,
+    input_files: int = 0,
+    input_bytes: int = 0,
+    result_bytes: int | None = None,
+    assumed: Sequence[str] = (),
+) -> Estimate:
+    """What running these stages on these pools costs, in USD at list prices; UsageError for a
+    type that has none. `result_bytes` is what is fetched home of it, None where nobody knows."""
+    policy = policy or Policy()
+    by_name = {pool.name: pool for pool in pools}
+    for stage in stages:
+        if stage.pool not in by_name:
+            raise UsageError(
+                f"Stage {stage.name} runs in pool {stage.pool!r}, of which nothing is said.",
+                remedy=f"Say it with --pool {stage.pool}:0-4x2.",
+            )
+    used = [pool for pool in pools if any(stage.pool == pool.name for stage in stages)]
+    cases = [_Case(which, stages, used, policy, input_files) for which in range(3)]
+    items: list[Item] = []
+    for pool in used:
+        items += _compute(pool, cases, prices)
+    asked = [case.requests() for case in cases]
+    items += request_costs.items(asked, prices, "from measured counts")
+    if input_bytes:
+        month = input_bytes / GB * prices.of("s3", "usd_per_gb_month")
+        how = f"{input_bytes / GB:,.2f} GB of input for a month"
+        items.append(Item("S3 storage", Usd.exactly(month), how))
+    if result_bytes is not None:
+        items.append(request_costs.out_of_aws(result_bytes, prices, "results, fetched once"))
+    typical = cases[1]
+    day = max(block.date for block in prices.blocks.values()).isoformat()
+    return Estimate(
+        tuple(items),
+        (cases[0].span_s, typical.span_s, cases[2].span_s),
+        {pool.name: typical.instances[pool.name] for pool in used},
+        round(sum(typical.bundles.values())),
+        (*assumed, *_assumptions(used, prices, knows_results=result_bytes is not None)),
+        f"AWS's list prices of {prices.region} in USD, as of {day}",
+    )
+
+
+class _Case:
+    """One of the three: `which` is 0 for the best, 2 for the worst."""
+
+    def __init__(
+        self,
+        which: int,
+        stages: Sequence[StageLoad],
+        pools: Sequence[PoolPlan],
+        policy: Policy,
+        input_files: int,
+    ) -> None:
+        self.which = which
+        self._stages = stages
+        self._policy = policy
+        self._input_files = input_files
+        self.instances: dict[str, int] = {}
+        self.busy_s: dict[str, float] = {}
+        """Instance-seconds with tasks, by pool; what is thrown away included."""
+        self.wasted_s: dict[str, float] = {}
+        self.idle_s: dict[str, float] = {}
+        """Instance-seconds without: boot, tail and the billed minimum."""
+        self.bundles: dict[str, float] = {}
+        self.span_s = 0.0
+        self._slots: dict[str, int] = {}
+        for pool in pools:
+            self._size(pool)
+        for stage in stages:
+            slots = self._slots[stage.pool]
+            cut = bundles_of(round(stage.tasks[which]), slots, stage.seconds[which], stage.bundle)
+            self.bundles[stage.name] = max(cut, self.bundles.get(stage.chained, 0.0))
+
+    def _size(self, pool: PoolPlan) -> None:
+        which, policy = self.which, self._policy
+        mine = [stage for stage in self._stages if stage.pool == pool.name]
+        work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in mine)
+        parallel = max((s.tasks[which] * s.slots for s in mine), default=0.0)
+        # As the autoscaler does it.
+        needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
+        useful = math.ceil(parallel / pool.slots)
+        count = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
+        wasted = SPOT_WASTE[which] * pool.spot_share
+        run_s = work_s * (1 + wasted) / pool.slots
+        busy_s = run_s / USED[which]
+        boot_s = pool.boot_s or BOOT_S[which]
+        each_s = max(BILLED_LEAST_S, busy_s / count + boot_s + policy.idle_s)
+        self.instances[pool.name] = count
+        self.busy_s[pool.name] = work_s / pool.slots
+        self.wasted_s[pool.name] = work_s * wasted / pool.slots
+        self.idle_s[pool.name] = count * each_s - run_s
+        self.span_s += boot_s + busy_s / count
+        self._slots[pool.name] = count * pool.slots
+
+    def requests(self) -> Requests:
+        """All that is asked of SQS and S3."""
+        found = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
+        pace = self._policy.pace
+        for stage in self._stages:
+            slots = max(1, self._slots[stage.pool])
+            worked_s = stage.tasks[self.which] * stage.seconds[self.which] * stage.slots
+            # A worker asks once for all of its slots.
+            per_worker = slots / self.instances[stage.pool]
+            bundle_s = worked_s / max(1.0, self.bundles[stage.name])
+            found += request_costs.of_workers(worked_s / per_worker, bundle_s, pace)
+            if stage.reads_raw:
+                found += Requests(s3_gets=stage.tasks[self.which])
+        for idle_s in self.idle_s.values():
+            found += request_costs.of_idle_workers(idle_s)
+        found += request_costs.of_manager(self.span_s, len(self.instances), pace)
+        return found + Requests(s3_puts=self._input_files + 2, s3_gets=self._input_files)
+
+
+def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[Item]:
+    """The lines of a pool's instances."""
+    on_demand = prices.instance_usd_h(pool.instance_type)
+    spot = prices.instance_usd_h(pool.instance_type, Market.SPOT)
+    disk = prices.of("ebs", "gp3_usd_per_gb_month") * pool.disk_gb / HOURS_A_MONTH
+    rate = on_demand.times(1 - pool.spot_share) + spot.times(pool.spot_share)
+    rates = (rate.low + disk, rate.typical + disk, rate.high + disk)
+
+    def usd(seconds: Sequence[float]) -> Usd:
+        return Usd(*(s / 3600 * one for s, one in zip(seconds, rates, strict=True)))
+
+    typical = cases[1]
+    share = f", {pool.spot_share:.0%} Spot" if pool.spot_share else ""
+    what = f"{typical.instances[pool.name]} × {pool.instance_type}{share}"
+    busy = [case.busy_s[pool.name] for case in cases]
+    idle = [case.idle_s[pool.name] for case in cases]
+    wasted = [case.wasted_s[pool.name] for case in cases]
+    found = [
+        Item(f"compute, pool {pool.name}", usd(busy), f"{busy[1] / 3600:,.2f} h of {what}"),
+        Item(
+            f"idle, pool {pool.name}",
+            usd(idle),
+            f"{idle[1] / 3600:,.2f} h of boot, waiting, tail and the 60 s that are billed at least",
+        ),
+    ]
+    if pool.spot_share:
+        how = f"{wasted[1] / 3600:,.2f} h lost to Spot interruptions"
+        found.append(Item(f"wasted work, pool {pool.name}", usd(wasted), how))
+    return found
+
+
+def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results: bool) -> list[str]:
+    found = [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
+    if any(not pool.boot_s for pool in pools):
+        found.append(f"an instance boots in {BOOT_S[0]:g} to {BOOT_S[2]:g} s")
+    if any(pool.spot_share for pool in pools):
+        found.append(f"Spot interruptions throw away up to {SPOT_WASTE[2]:.0%} of the work")
+    found.append("what tasks themselves ask of S3 is not in it")
+    if not knows_results:
+        found.append(
+            f"fetching results home is not in it ({request_costs.rates(prices, '')}): how large they "
+            "will be is not known, unless --results says"
+        )
+    found.append(
+        "data through the stack's NAT gateway or VPC endpoints is not in it: how much that will be "
+        "is not known, and `batchlab cost bill` has it afterwards"
+    )
+    found.append("the stack's own cost per hour comes on top: `batchlab deploy plan` shows it")
+    return found

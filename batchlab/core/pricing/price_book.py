@@ -1,0 +1,264 @@
+"""The price book (`prices.toml`): what AWS asks for what, of which region and day, says who.
+
+Invariant: a book that loads has every price there, a number above or at 0; and no price leaves it
+for a region that it is not of.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from batchlab.core import package_data
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market
+from batchlab.core.pricing.money import CURRENCY, Usd
+
+NAME = "prices.toml"
+
+BLOCKS: Mapping[str, Sequence[str]] = {
+    "on_demand": (),
+    "spot": ("smallest_discount", "typical_discount", "largest_discount"),
+    "sqs": ("usd_per_million_requests",),
+    "s3": ("usd_per_1000_puts", "usd_per_1000_gets", "usd_per_gb_month"),
+    "ebs": ("gp3_usd_per_gb_month",),
+    "rds": ("usd_per_gb_month", "usd_per_backup_gb_month"),
+    "network": (
+        "nat_usd_per_hour",
+        "nat_usd_per_gb",
+        "endpoint_usd_per_hour",
+        "endpoint_usd_per_gb",
+        "public_ipv4_usd_per_hour",
+    ),
+    "transfer": ("internet_usd_per_gb", "zone_usd_per_gb_each_way"),
+    "secrets": ("usd_per_secret_month", "usd_per_10000_calls"),
+    "cloudwatch": ("logs_usd_per_gb", "logs_usd_per_gb_month", "usd_per_alarm_month"),
+    "simpledb": ("usd_per_machine_hour", "usd_per_gb_month"),
+}
+"""The prices of each block by name."""
+
+TABLES: Mapping[str, str] = {
+    "on_demand": "usd_per_hour",
+    "rds": "usd_per_hour",
+    "spot": "usd_per_hour",
+}
+"""Blocks with a table of prices by instance type or class; that of `spot` may be missing."""
+
+AS_IF = "m7i.large"
+"""What an instance counts as, where its pool names no type."""
+
+HOW = "`batchlab prices refresh --from FILE` takes prices from a file; see docs/costs.md."
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Prices that were looked up together; USD throughout, discounts as shares of 1."""
+
+    name: str
+    region: str
+    date: date
+    source: str
+    prices: Mapping[str, float]
+    table: Mapping[str, Any]
+    """USD per hour by type; for Spot a list of the lowest, typical and highest seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriceBook:
+    """The blocks by name."""
+
+    blocks: Mapping[str, Block]
+    path: Path | None = None
+
+    @property
+    def region(self) -> str:
+        """The region of its instance prices."""
+        return self.blocks["on_demand"].region
+
+    def of(self, block: str, price: str) -> float:
+        """One price; KeyError where a block has none of that name."""
+        return self.blocks[block].prices[price]
+
+    def at(self, region: str) -> PriceBook:
+        """The same book, asked for prices in `region`; UsageError where it has others."""
+        others = sorted({b.region for b in self.blocks.values() if b.region != region})
+        if others:
+            names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
+            raise UsageError(
+                f"The price book has no prices for {region}: its blocks {names} are of "
+                f"{', '.join(others)}.",
+                remedy=f"Write those of {region} into a {NAME} in the grid's folder. {HOW}",
+            )
+        return self
+
+    def instance_usd_h(self, name: str, market: Market = Market.ON_DEMAND) -> Usd:
+        """What an instance of that type costs per hour, as a range where it is Spot; UsageError
+        for a type that is not in the book."""
+        on_demand = self._of_type("on_demand", name, "instance type")
+        if market is Market.ON_DEMAND:
+            return Usd.exactly(on_demand)
+        if seen := self.blocks["spot"].table.get(name):
+            return Usd(*seen)
+        discounts = self.blocks["spot"].prices
+        return Usd(
+            on_demand * (1 - discounts["largest_discount"]),
+            on_demand * (1 - discounts["typical_discount"]),
+            on_demand * (1 - discounts["smallest_discount"]),
+        )
+
+    def rate(self, type_: str, market: Market, otherwise: str = "") -> Usd:
+        """As `instance_usd_h`, for a type that was seen and not chosen: of one that is not in the
+        book `otherwise` counts, and of none AS_IF."""
+        known = self.blocks["on_demand"].table
+        name = next((one for one in (type_, otherwise) if one in known), AS_IF)
+        return self.instance_usd_h(name, market)
+
+    def database_usd_h(self, name: str) -> float:
+        """What a database instance of that class costs per hour in one zone; UsageError."""
+        return self._of_type("rds", name, "database instance class")
+
+    def _of_type(self, block: str, name: str, kind: str) -> float:
+        known = self.blocks[block]
+        if name in known.table:
+            return float(known.table[name])
+        near = difflib.get_close_matches(name, known.table, n=3)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(
+            f"The price book of {known.region} has no {kind} {name!r}.", remedy=f"{hint}{HOW}"
+        )
+
+
+def load(home: Path | None = None) -> PriceBook:
+    """The grid's own price book where its folder has one, else the one that ships; UsageError says
+    what is wrong with it."""
+    if home is not None and (home / NAME).exists():
+        return read(home / NAME)
+    return read(_shipped())
+
+
+def _shipped() -> Path:
+    return package_data.folder("backends") / "aws" / NAME
+
+
+def read(path: Path) -> PriceBook:
+    """The price book in a file; UsageError."""
+    try:
+        doc = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.", remedy="Put that line right.") from error
+    return from_doc(doc, path)
+
+
+def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
+    """The price book that a TOML document says; UsageError names `path`."""
+    if doc.get("currency") != CURRENCY:
+        raise UsageError(
+            f"{path}: currency is {doc.get('currency')!r}, not {CURRENCY!r}.",
+            remedy="AWS's list prices are in USD; convert what is shown, not the book.",
+        )
+    expected = {"currency", *BLOCKS}
+    if lacking := sorted(expected - set(doc)):
+        raise UsageError(
+            f"{path} lacks block [{lacking[0]}].",
+            remedy=f"Take it from {_shipped()}, with prices of your region. {HOW}",
+        )
+    if odd := sorted(set(doc) - expected):
+        raise UsageError(f"{path} has an unknown block [{odd[0]}].", remedy=HOW)
+    return PriceBook({name: _block(path, name, doc[name]) for name in BLOCKS}, path)
+
+
+def _block(path: Path, name: str, doc: Any) -> Block:
+    if not isinstance(doc, dict):
+        raise UsageError(f"{path}: [{name}] is not a table.", remedy=HOW)
+    for key in ("region", "source"):
+        if not isinstance(doc.get(key), str) or not doc[key].strip():
+            raise UsageError(f"{path}: [{name}] does not say its {key}.", remedy=HOW)
+    # A datetime is a date to Python.
+    if type(doc.get("date")) is not date:
+        raise UsageError(
+            f"{path}: [{name}] does not say of which day its prices are.",
+            remedy="Write date = 2026-07-20.",
+        )
+    table_name = TABLES.get(name)
+    table = doc.get(table_name, {} if name == "spot" else None) if table_name else {}
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: [{name}] lacks its table {table_name}.", remedy=HOW)
+    known = {"region", "date", "source", *BLOCKS[name], *([table_name] if table_name else [])}
+    if odd := sorted(set(doc) - known):
+        raise UsageError(f"{path}: [{name}] has an unknown key {odd[0]!r}.", remedy=HOW)
+    prices = {key: _number(path, name, key, doc.get(key)) for key in BLOCKS[name]}
+    if name == "spot":
+        _check_spot(path, prices)
+        entry = _range
+    else:
+        entry = _number
+    found = {key: entry(path, name, key, value) for key, value in table.items()}
+    return Block(name, doc["region"], doc["date"], doc["source"], prices, found)
+
+
+def _number(path: Path, block: str, key: str, value: Any) -> Any:
+    # To Python, true is a number.
+    if type(value) not in (int, float) or not 0 <= value < 1e9:
+        raise UsageError(
+            f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW
+        )
+    return float(value)
+
+
+def _range(path: Path, block: str, key: str, value: Any) -> Any:
+    if not isinstance(value, list) or len(value) != 3:
+        raise UsageError(
+            f"{path}: {key} of [{block}] is {value!r}, not the lowest, typical and highest price.",
+            remedy=HOW,
+        )
+    found = tuple(_number(path, block, key, one) for one in value)
+    if list(found) != sorted(found):
+        raise UsageError(
+            f"{path}: {key} of [{block}] has its three prices in no order.",
+            remedy="Write the lowest first, the highest last.",
+        )
+    return found
+
+
+def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
+    found = [prices[key] for key in BLOCKS["spot"]]
+    if found != sorted(found) or found[-1] > 1:
+        raise UsageError(
+            f"{path}: the discounts of [spot] must be shares of 1, from the smallest to the "
+            f"largest.",
+            remedy=HOW,
+        )
+
+
+def write(book: PriceBook) -> str:
+    """The book as TOML, which `from_doc` reads back as the same."""
+    lines = [f'currency = "{CURRENCY}"']
+    for name, block in book.blocks.items():
+        lines += ["", f"[{name}]", f"region = {_text(block.region)}"]
+        lines += [f"date = {block.date.isoformat()}", f"source = {_text(block.source)}"]
+        lines += [f"{key} = {value!r}" for key, value in block.prices.items()]
+        if block.table:
+            lines += ["", f"[{name}.{TABLES[name]}]"]
+            lines += [f"{_text(k)} = {_value(v)}" for k, v in block.table.items()]
+        elif name in TABLES and name != "spot":
+            lines += ["", f"[{name}.{TABLES[name]}]"]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: float | tuple[float, ...]) -> str:
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _text(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else " " for c in escaped) + '"'

@@ -1,0 +1,287 @@
+"""Newer prices from a file: AWS's own price lists and Spot history, or a small CSV.
+
+Invariant: of a file that is refused nothing is taken; what a file does not say stays as it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.errors import UsageError
+from batchlab.core.pricing.price_book import Block, PriceBook
+
+SMALL = ("region", "instance_type", "linux_on_demand_usd_per_hour")
+"""The columns of a small CSV."""
+FORMS = (
+    "Give the offer file of AmazonEC2, AmazonRDS or AWSDataTransfer from AWS's price list (CSV or "
+    "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns "
+    + ",".join(SMALL)
+    + "."
+)
+_METADATA_ROWS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a file says of one block: its `table`, prices in USD per hour by type, or `prices` by
+    their names in the book."""
+
+    block: str
+    region: str
+    date: date
+    source: str
+    table: Mapping[str, Any]
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.table) + len(self.prices)
+
+
+def refreshed(book: PriceBook, found: Found) -> PriceBook:
+    """The book with what was found. Prices of another region take the place of all that the block
+    had; of the same region, those of other types stay."""
+    before = book.blocks[found.block]
+    same = before.region == found.region
+    table = {**(before.table if same else {}), **found.table}
+    block = Block(
+        found.block,
+        found.region,
+        found.date,
+        found.source,
+        {**before.prices, **found.prices},
+        dict(sorted(table.items())),
+    )
+    return replace(book, blocks={**book.blocks, found.block: block})
+
+
+def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
+    """Read a file of any form that is known. `region` chooses where it has several; `day` is
+    needed where it does not say of when it is. UsageError."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            start = file.read(1)
+            file.seek(0)
+            if start in ("{", "["):
+                return _of_json(json.load(file), path, region)
+            return _of_csv(csv.reader(file), path, region, day)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}.",
+            remedy="Name a file that is there and can be read.",
+        ) from error
+    except (ValueError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read as prices: {error}.", remedy=FORMS) from error
+
+
+def _of_json(doc: Any, path: Path, region: str) -> Found:
+    if isinstance(doc, dict) and isinstance(doc.get("SpotPriceHistory"), list):
+        return _spot(doc["SpotPriceHistory"], path, region)
+    if isinstance(doc, dict) and isinstance(doc.get("products"), dict) and "offerCode" in doc:
+        published = str(doc.get("publicationDate", ""))
+        return _offer(str(doc["offerCode"]), published, _json_rows(doc), path, region)
+    raise UsageError(f"{path} is JSON, but no price list of AWS.", remedy=FORMS)
+
+
+def _of_csv(rows: Iterator[list[str]], path: Path, region: str, day: date | None) -> Found:
+    first = next(rows, [])
+    if tuple(first) == SMALL:
+        return _small((dict(zip(SMALL, row, strict=True)) for row in rows), path, region, day)
+    if first[:1] != ["FormatVersion"]:
+        raise UsageError(f"{path} is not a list of prices.", remedy=FORMS)
+    facts = {
+        row[0]: row[1] for row in [next(rows, []) for _ in range(_METADATA_ROWS - 1)] if row[1:]
+    }
+    columns = [_plain(name) for name in next(rows, [])]
+    found = (dict(zip(columns, row, strict=False)) for row in rows)
+    published = facts.get("Publication Date", "")
+    return _offer(facts.get("OfferCode", ""), published, found, path, region)
+
+
+def _small(rows: Iterable[Mapping[str, str]], path: Path, region: str, day: date | None) -> Found:
+    if day is None:
+        raise UsageError(
+            f"{path} does not say of which day its prices are.",
+            remedy="Say it with --date, as in --date 2026-07-20.",
+        )
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        usd_h = _price(row["linux_on_demand_usd_per_hour"], path)
+        table.setdefault(row["region"], {})[row["instance_type"]] = usd_h
+    region = _only_region(table, path, region)
+    return Found("on_demand", region, day, f"{path.name}, Linux on-demand", table[region])
+
+
+# --- AWS's price list ----------------------------------------------------------------------------
+
+_OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "AmazonEC2": (
+        "on_demand",
+        {
+            "operatingsystem": "Linux",
+            "tenancy": "Shared",
+            "preinstalledsw": "NA",
+            "capacitystatus": "Used",
+        },
+    ),
+    "AmazonRDS": (
+        "rds",
+        {
+            "databaseengine": "PostgreSQL",
+            "deploymentoption": "Single-AZ",
+            "productfamily": "Database Instance",
+        },
+    ),
+}
+"""The block that an offer is for, and what its rows must say to be taken."""
+
+
+def _offer(
+    code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str
+) -> Found:
+    if code == "AWSDataTransfer":
+        return _transfer(published, rows, path, region)
+    if code not in _OFFERS:
+        raise UsageError(f"{path} is the price list of {code or 'nothing'}.", remedy=FORMS)
+    block, wanted = _OFFERS[code]
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("termtype") != "OnDemand" or row.get("unit") != "Hrs":
+            continue
+        if any(row.get(key) != value for key, value in wanted.items()):
+            continue
+        _check_currency(row, path)
+        name, place = row.get("instancetype", ""), row.get("regioncode", "")
+        usd_h = _price(row.get("priceperunit", ""), path)
+        if not (name and place and usd_h):
+            continue
+        # Of several offers for one type, such as storage with or without I/O, the plain one.
+        known = table.setdefault(place, {})
+        known[name] = min(usd_h, known.get(name, usd_h))
+    day = _day(published, path)
+    region = _only_region(table, path, region)
+    return Found(block, region, day, f"AWS's price list of {code}, {path.name}", table[region])
+
+
+_TRANSFERS: Mapping[str, str] = {
+    "DataTransfer-Out-Bytes": "internet_usd_per_gb",
+    "DataTransfer-Regional-Bytes": "zone_usd_per_gb_each_way",
+}
+"""The usage types that are in the book, without the region that most begin with."""
+
+
+def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
+    """Of a price with tiers the first that is billed: each further one is lower, and what comes
+    before it is a free one."""
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        usage = re.sub(r"^[A-Z0-9]+-(?=DataTransfer-)", "", row.get("usagetype", ""))
+        if usage not in _TRANSFERS or row.get("termtype") != "OnDemand":
+            continue
+        _check_currency(row, path)
+        place, name = row.get("fromregioncode", ""), _TRANSFERS[usage]
+        if place and row.get("unit") == "GB":
+            known = table.setdefault(place, {})
+            known[name] = max(_price(row.get("priceperunit", ""), path), known.get(name, 0.0))
+    region = _only_region(table, path, region)
+    if missing := [usage for usage, name in _TRANSFERS.items() if name not in table[region]]:
+        raise UsageError(f"{path} has no price of {missing[0]} in {region}.", remedy=FORMS)
+    source = f"AWS's price list of AWSDataTransfer, {path.name}: first tier"
+    return Found("transfer", region, _day(published, path), source, {}, table[region])
+
+
+def _check_currency(row: Mapping[str, str], path: Path) -> None:
+    if row.get("currency", "USD") != "USD":
+        raise UsageError(
+            f"{path} has prices in {row['currency']}, not in USD.",
+            remedy="Take the price list of a region that AWS bills in USD.",
+        )
+
+
+def _json_rows(doc: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
+    terms = doc.get("terms", {}).get("OnDemand", {})
+    for sku, product in doc["products"].items():
+        facts = {_plain(k): str(v) for k, v in product.get("attributes", {}).items()}
+        facts["productfamily"] = str(product.get("productFamily", ""))
+        for term in terms.get(sku, {}).values():
+            for price in term.get("priceDimensions", {}).values():
+                for currency, amount in price.get("pricePerUnit", {}).items():
+                    yield {
+                        **facts,
+                        "termtype": "OnDemand",
+                        "unit": str(price.get("unit", "")),
+                        "priceperunit": str(amount),
+                        "currency": str(currency),
+                    }
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+# --- Spot ----------------------------------------------------------------------------------------
+
+
+def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Found:
+    """The lowest, median and highest price of each type, over all zones and times."""
+    seen: dict[str, dict[str, list[float]]] = {}
+    newest = ""
+    for one in history:
+        if "Linux" not in str(one.get("ProductDescription", "")):
+            continue
+        place = str(one.get("AvailabilityZone", "")).rstrip("abcdefghij")
+        usd_h = _price(str(one.get("SpotPrice", "")), path)
+        seen.setdefault(place, {}).setdefault(str(one.get("InstanceType")), []).append(usd_h)
+        newest = max(newest, str(one.get("Timestamp", "")))
+    region = _only_region(seen, path, region)
+    table = {
+        name: (min(found), statistics.median(found), max(found))
+        for name, found in seen[region].items()
+    }
+    source = f"Spot price history, {path.name}: lowest, median and highest of each type"
+    return Found("spot", region, _day(newest, path), source, table)
+
+
+# --- What they share -----------------------------------------------------------------------------
+
+
+def _only_region(table: Mapping[str, Any], path: Path, region: str) -> str:
+    if not table:
+        raise UsageError(f"{path} has no price that the price book has a place for.", remedy=FORMS)
+    if region and region not in table:
+        raise UsageError(
+            f"{path} has no prices for {region}.", remedy=f"It has {', '.join(sorted(table))}."
+        )
+    if not region and len(table) > 1:
+        raise UsageError(
+            f"{path} has prices for {len(table)} regions.",
+            remedy=f"Say --region; it has {', '.join(sorted(table))}.",
+        )
+    return region or next(iter(table))
+
+
+def _price(text: str, path: Path) -> float:
+    try:
+        usd_h = float(text)
+    except ValueError:
+        usd_h = -1.0
+    if not 0 <= usd_h < 1e6:
+        raise UsageError(f"{path} has {text!r} where a price in USD belongs.", remedy=FORMS)
+    return usd_h
+
+
+def _day(text: str, path: Path) -> date:
+    try:
+        return datetime.fromisoformat(text).date()
+    except ValueError:
+        raise UsageError(
+            f"{path} does not say of which day its prices are.", remedy=FORMS
+        ) from None

@@ -1,0 +1,290 @@
+"""Where a bundle's inputs come from: the message, the upstream outcome, or the stage's plan."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from batchlab.core.commit import read_outcome
+from batchlab.core.errors import Malformed, NotFound, TooNew
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol.field_checks import (
+    MOST_TASKS,
+    UNREADABLE,
+    bundle_name,
+    listed,
+    name,
+    text,
+    whole,
+)
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.retry import Patience
+from batchlab.core.task_names import task_name
+from batchlab.core.text import count
+
+T = TypeVar("T")
+
+_PARTS_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A stage's plan: `count` tasks; part i holds the inputs from index `starts[i]` on.
+
+    `parts` has the name of each part. Plans of release 0.1.0 name none, and number their parts.
+    """
+
+    count: int
+    starts: tuple[int, ...]
+    skipped: TaskSet = TaskSet()
+    """Tasks that are cancelled from the start: something upstream did not succeed."""
+    round: int = 0
+    parts: tuple[str, ...] = ()
+
+    def part(self, number: int) -> str:
+        """Return the name of that part (see naming.part)."""
+        return self.parts[number] if self.parts else object_keys.old_part(number)
+
+    @classmethod
+    def of(cls, items: Sequence[Json]) -> Manifest:
+        """The plan of items that came with the job's definition: one part."""
+        return cls(len(items), (0,))
+
+    def to_bytes(self) -> bytes:
+        return json_format.to_bytes(
+            {
+                "v": json_format.VERSION,
+                "count": self.count,
+                "starts": self.starts,
+                "skipped": json_format.tasks_to_json(self.skipped),
+                "round": self.round,
+                "parts": self.parts,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Malformed if it is not a plan."""
+        doc = json_format.loads(data)
+        try:
+            return _consistent(
+                cls(
+                    whole(doc["count"], MOST_TASKS),
+                    tuple([whole(start, MOST_TASKS) for start in listed(doc["starts"])]),
+                    json_format.tasks_from_json(doc["skipped"]),
+                    whole(doc["round"]),
+                    tuple([text(part) for part in listed(doc.get("parts", []))]),
+                )
+            )
+        except UNREADABLE as error:
+            raise Malformed(
+                f"A stage's plan cannot be read: {json_format.brief(error)}."
+            ) from error
+
+
+def _consistent(plan: Manifest) -> Manifest:
+    """Return `plan`; ValueError if its parts do not begin at 0, have no order, or lack names. A
+    plan without tasks may have no part."""
+    starts = plan.starts
+    if (starts or plan.count) and starts[:1] != (0,):
+        raise ValueError("its first part does not begin at task 0")
+    if any(start >= later for start, later in pairwise(starts)):
+        raise ValueError("a part of it begins before the part that precedes it")
+    if plan.parts and len(plan.parts) != len(starts):
+        raise ValueError(f"it names {len(plan.parts)} parts and has {len(starts)}")
+    return plan
+
+
+class NoSuchTask(NotFound):
+    """A stage's plan has fewer tasks."""
+
+
+class Inputs:
+    """Resolves inputs, keeping the last few plan parts, which neighbouring bundles share."""
+
+    def __init__(self, objects: Objects, patience: Patience) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._parts: OrderedDict[str, Sequence[Json]] = OrderedDict()
+        self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
+
+    async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
+        """One encoded input per task of `bundle`; NotFound where an object it needs is gone,
+        Malformed if the bundle cannot be one of its stage."""
+        if bundle.source is not None:
+            stage = job.stage(bundle.stage)
+            if not stage.chained:
+                raise Malformed(
+                    f"Bundle {bundle.id} of job {job.id} names a source, and stage {stage.name} "
+                    "does not follow another stage item by item."
+                )
+            return await self.values(job, stage.after[0], bundle.source, bundle.tasks, key)
+        manifest = await self._manifest(job, bundle)
+        found: list[Json] = []
+        for start, stop in bundle.tasks.ranges:
+            while start < stop:
+                if start >= manifest.count:
+                    raise _no_such_task(bundle, start, manifest)
+                number = bisect_right(manifest.starts, start) - 1
+                part = await self._part(job, bundle, manifest, number)
+                offset = start - manifest.starts[number]
+                items = part[offset : offset + stop - start]
+                if not items:
+                    raise _no_such_task(bundle, start, manifest)
+                found += [await self._gathered(job, i, key) if is_gather(i) else i for i in items]
+                start += len(items)
+        return found
+
+    async def check(self, job: JobDef, bundle: Bundle) -> None:
+        """NoSuchTask where the plan that `bundle` is of has fewer tasks; NotFound where it is not
+        there, or not yet."""
+        manifest = await self._manifest(job, bundle)
+        if bundle.tasks.last >= manifest.count:
+            raise _no_such_task(bundle, bundle.tasks.last, manifest)
+
+    async def values(
+        self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet, key: CommitKey
+    ) -> list[Json]:
+        """The committed results of `tasks` in that upstream bundle."""
+        stored = object_keys.outcome_of(job.id, stage, bundle, key)
+        outcome = await self._outcome(stored)
+        by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
+        if missing := tasks - outcome.succeeded:
+            raise NotFound(f"{stored} has no result of task {missing.first}.")
+        return [by_task[task] for task in tasks]
+
+    async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
+        """All results of the upstream stages, in task order: a list, or one list per stage."""
+        lists: dict[str, list[Json]] = {}
+        for stage, bundles in _gather_in(item).items():
+            values: list[tuple[int, Json]] = []
+            for bundle, tasks in bundles:
+                got = await self.values(job, stage, bundle, tasks, key)
+                values += zip(tasks, got, strict=True)
+            values.sort(key=lambda pair: pair[0])
+            lists[stage] = [value for _, value in values]
+        return next(iter(lists.values())) if len(lists) == 1 else lists
+
+    async def _outcome(self, name: str) -> Outcome:
+        try:
+            return await read_outcome(self._objects, name, self._patience)
+        except Malformed as error:
+            # As good as absent: the task fails with a reason that names the object.
+            raise NotFound(error.message) from error
+
+    async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
+        """The plan of the bundle's round, or of the latest round before it that made one."""
+        for round_ in range(bundle.round, -1, -1):
+            known = self._manifests.get((bundle.job, bundle.stage, round_))
+            if known:
+                return known
+            key = object_keys.manifest(bundle.job, bundle.stage, round_)
+            try:
+                data = await self._patience(partial(self._objects.get, key))
+            except NotFound:
+                continue
+            manifest = _whole(key, data, Manifest.from_bytes)
+            return self._keep_manifest(bundle.job, bundle.stage, manifest)
+        return await self._brought(job, bundle, key)
+
+    async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
+        """Return the plan of items that came with the job's definition: they are its root's. `lost`
+        is the key of the object that is not there."""
+        if job.stage(bundle.stage).after:
+            what = f"Stage {bundle.stage} of job {bundle.job}"
+            raise NotFound(f"{what} has no plan yet, or its plan is gone: {lost}.")
+        key = object_keys.spec(bundle.job)
+        data = await self._patience(partial(self._objects.get, key))
+        opening = _whole(key, data, lambda data: spec_object.opening_in(json_format.loads(data)))
+        if opening is None:
+            what = f"The plan of stage {bundle.stage} of job {bundle.job}"
+            raise NotFound(f"{what} is gone: {lost}.")
+        return self.keep(bundle.job, bundle.stage, opening.items)
+
+    def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
+        """Remember the items that came with a job's definition; their plan."""
+        manifest = Manifest.of(items)
+        self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items)
+        return self._keep_manifest(job, stage, manifest)
+
+    def _keep_manifest(self, job: JobId, stage: StageName, manifest: Manifest) -> Manifest:
+        self._manifests[(job, stage, manifest.round)] = manifest
+        while len(self._manifests) > 16 * _PARTS_KEPT:
+            self._manifests.popitem(last=False)
+        return manifest
+
+    async def _part(
+        self, job: JobDef, bundle: Bundle, manifest: Manifest, number: int
+    ) -> Sequence[Json]:
+        key = object_keys.part(bundle.job, bundle.stage, manifest.round, manifest.part(number))
+        if key not in self._parts:
+            try:
+                data = await self._patience(partial(self._objects.get, key))
+            except NotFound:
+                await self._brought(job, bundle, key)
+                if key not in self._parts:
+                    raise
+            else:
+                self._keep_part(key, _whole(key, data, partial(_items, manifest.part(number))))
+        self._parts.move_to_end(key)
+        return self._parts[key]
+
+    def _keep_part(self, key: str, items: Sequence[Json]) -> None:
+        self._parts[key] = items
+        while len(self._parts) > _PARTS_KEPT:
+            self._parts.popitem(last=False)
+
+
+def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
+    """Return what `read` makes of an object. One that cannot be read is as good as absent: its
+    tasks fail with a reason that names it."""
+    try:
+        return read(data)
+    except (Malformed, TooNew) as error:
+        raise NotFound(f"The object {key} cannot be read: {error.message}") from error
+
+
+def _items(name: str, data: bytes) -> Sequence[Json]:
+    """Return the items of the part of a plan with that name, which is the digest of its content."""
+    if len(name) == len(object_keys.digest(b"")) and object_keys.digest(data) != name:
+        raise Malformed("It is not the content that it is named by.")
+    try:
+        return listed(json_format.loads(data)["items"])
+    except UNREADABLE as error:
+        raise Malformed(f"It is not a part of a plan: {json_format.brief(error)}.") from error
+
+
+def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, TaskSet]]]:
+    """Return the tasks that the item stands for, by stage and bundle; NotFound if it cannot be
+    read."""
+    try:
+        return {
+            StageName(name(stage)): [
+                (BundleId(bundle_name(bundle)), json_format.tasks_from_json(ranges))
+                for bundle, ranges in listed(bundles)
+            ]
+            for stage, bundles in item["$gather"].items()
+        }
+    except UNREADABLE as error:
+        raise NotFound(f"An input of a plan cannot be read: {json_format.brief(error)}.") from error
+
+
+def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
+    name = task_name(bundle.stage, task)
+    return NoSuchTask(
+        f"The plan of job {bundle.job} has no task {name}.",
+        remedy=f"Stage {bundle.stage} has {count(manifest.count, 'task')}, counted from 0.",
+    )
+
+
+def is_gather(item: Json) -> bool:
+    """Whether the item stands for the results of whole stages."""
+    return isinstance(item, dict) and "$gather" in item

@@ -1,0 +1,178 @@
+"""The commit keys of a grid's jobs, derived from the secret in its bucket.
+
+Invariant: the secret is created once, by a conditional PUT. Whoever may read `grid/` of the bucket
+can derive every commit key; workers may not, and get the keys with their messages.
+
+Proofs in event messages: that the worker which sent one has the commit keys of its jobs.
+
+Invariant: a proof covers the whole text of its message, so that none can be moved to another one.
+The proofs are the first member of the message's object, and the text is the message without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId
+from batchlab.core.ports import Ids, Objects
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.messages import Events
+from batchlab.core.protocol.seals import (
+    UNSEALED,
+    CommitKey,
+    commit_key,
+    digest,
+    opens,
+    proof,
+    summary,
+)
+from batchlab.core.retry import Patience
+
+KEPT = 4096
+"""Keys in memory."""
+
+
+T = TypeVar("T")
+
+
+class _Tries(Protocol):
+    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T: ...
+
+
+async def _once(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+class CommitKeys:
+    """The commit keys of one grid; the secret is read at the first use."""
+
+    def __init__(
+        self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None
+    ) -> None:
+        """Without `patience` nothing is tried again. With `ids`, of a manager, the secret is
+        created if the bucket has none."""
+        self._objects = objects
+        self._patience: _Tries = patience or _once
+        self._ids = ids
+        self._secret: bytes | None = None
+        self._keys: dict[JobId, CommitKey] = {}
+
+    async def ensure(self) -> None:
+        """Read the secret, or create it. A bucket that has lost it gets back the one in memory."""
+        try:
+            secret = await self._read()
+        except NotFound:
+            if self._ids is None:
+                raise
+            secret = await self._create(self._ids)
+        if secret != self._secret:
+            self._secret = secret
+            self._keys.clear()
+
+    async def _create(self, ids: Ids) -> bytes:
+        drawn = "".join(ids.fresh("secret") for _ in range(8))
+        secret = self._secret or hashlib.sha256(drawn.encode()).digest()
+        doc = json_format.to_bytes({"v": json_format.VERSION, "secret": secret.hex()})
+        put = partial(self._objects.put, object_keys.COMMIT_SECRET, doc, if_absent=True)
+        try:
+            await self._patience(put)
+        except AlreadyExists:
+            return await self._read()
+        return secret
+
+    async def of(self, job: JobDef) -> CommitKey:
+        """Return the commit key of a job, UNSEALED for a job without one.
+
+        BackendError if the bucket has lost the secret under which the job was submitted.
+        """
+        if not job.commit_hash:
+            return UNSEALED
+        key = await self.new(job.id)
+        if not opens(key, job):
+            raise BackendError(
+                f"The commit secret of this grid is not the one of job {job.id}.",
+                remedy="Restore grid/commit-secret.json in the bucket, or submit the job again.",
+            )
+        return key
+
+    async def stored(self, job: JobId) -> CommitKey:
+        """Return the commit key of a job that the bucket has; NotFound."""
+        data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
+        return await self.of(json_format.job_from_json(json_format.loads(data)))
+
+    async def new(self, job: JobId) -> CommitKey:
+        """Return the commit key that a job of this id gets, or has."""
+        if self._secret is None:
+            await self.ensure()
+        assert self._secret is not None
+        key = self._keys.get(job)
+        if key is None:
+            key = self._keys[job] = commit_key(self._secret, job)
+            while len(self._keys) > KEPT:
+                del self._keys[next(iter(self._keys))]
+        return key
+
+    async def sealed(self, job: JobDef) -> JobDef:
+        """Return the job with the hash of its commit key, as the manager accepts it."""
+        return replace(job, commit_hash=digest(await self.new(job.id)))
+
+    async def _read(self) -> bytes:
+        get = partial(self._objects.get, object_keys.COMMIT_SECRET)
+        try:
+            return bytes.fromhex(json_format.loads(await self._patience(get))["secret"])
+        except NotFound as error:
+            raise NotFound(
+                "The bucket has no commit secret, so the outcomes of its jobs cannot be named.",
+                remedy="Start the grid's manager, or restore grid/commit-secret.json.",
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise BackendError(
+                "The commit secret in the bucket cannot be read.",
+                remedy="Restore grid/commit-secret.json from a backup.",
+            ) from error
+
+
+MOST_PROOFS = 2_000
+"""One message cannot speak of more jobs."""
+_START = '{"p":{'
+
+
+def jobs_in(events: Events) -> set[JobId]:
+    """Return the jobs that the facts in a message are about."""
+    jobs = {one.bundle.job for one in events.completions}
+    jobs |= {one.bundle.job for one in events.outcomes}
+    jobs |= {held.job for beat in events.beats for held in beat.held}
+    jobs |= {one.job for one in events.duplicates}
+    jobs |= {job for job, *_ in events.traces}
+    named = map(object_keys.outcome_key, events.committed)
+    return jobs | {one.job for one in named if one}
+
+
+def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], CommitKey]) -> str:
+    """Return the message `text` with a proof for each of these jobs that has a commit key."""
+    keys = [(job, key) for job in sorted(jobs) if (key := key_of(job))]
+    if not keys:
+        return text
+    of_text = summary(text)
+    proofs = {job: proof(key, of_text) for job, key in keys}
+    return f'{{"p":{json.dumps(proofs, separators=(",", ":"))},{text[1:]}'
+
+
+def split(body: str) -> tuple[str, Mapping[str, str]]:
+    """Return the text of a message and its proofs by job; ValueError if they cannot be read."""
+    if not body.startswith(_START):
+        return body, {}
+    end = body.find("}")
+    proofs = json.loads(body[len(_START) - 1 : end + 1])
+    if len(proofs) > MOST_PROOFS or not all(isinstance(one, str) for one in proofs.values()):
+        raise ValueError("its proofs cannot be read")
+    if body[end + 1 : end + 2] != ",":
+        raise ValueError("it has proofs and nothing else")
+    return "{" + body[end + 2 :], proofs

@@ -1,0 +1,237 @@
+"""Checks of single values that another process has written.
+
+Invariant: each function returns the value unchanged and of the type that its name says, within the
+bounds given here, or raises ValueError. No value is converted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import isfinite
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from batchlab.core.object_names import check_key
+
+T = TypeVar("T")
+
+UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions that reading a malformed document raises; every reader turns them into Malformed."""
+
+MOST_TASKS = 1 << 40
+"""Bound of a task's index."""
+MOST_IN_BUNDLE = 1 << 16
+"""Bound of the tasks in one bundle. The planner cuts bundles of at most `sizing.CAP`."""
+MOST_ROUNDS = 10_000
+"""Bound of a job's rounds. A worker looks for the plan of a bundle's round, then of each before."""
+MOST_COUNT = 1 << 53
+"""Bound of any counter: larger numbers are not exact in JSON, and SQL has no room for them."""
+MOST_S = 1e11
+"""Bound of every time in seconds: in the epoch that is the year 5138."""
+MOST_TEXT = 1 << 20
+MOST_KEY = 1024
+MOST_DEPTH = 256
+"""Nesting of a value. `values.encode` refuses values that are nested deeper than 200 levels."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@#-]{0,199}")
+_BUNDLE = re.compile(r"\d{8,13}-\d{8,13}\.\d{1,16}\.\d{1,16}")
+_LONGEST_NAME = 200
+_known_hints: dict[Any, dict[str, Any]] = {}
+_NUMBERS = frozenset({float, int})
+_CONTAINERS = frozenset({dict, list})
+
+
+def known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that this batchlab knows. A later batchlab may have added others."""
+    return {name: doc[name] for name in kind.__slots__ if name in doc}
+
+
+def text(value: Any, most: int = MOST_TEXT) -> str:
+    """Return `value`; ValueError if it is not a text of at most `most` characters."""
+    if type(value) is str and len(value) <= most:
+        return value
+    raise ValueError(f"a text of at most {most} characters is expected, not {_kind(value)}")
+
+
+@lru_cache(maxsize=4096)
+def _is_name(value: str) -> bool:
+    return _NAME.fullmatch(value) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_label(value: str) -> bool:
+    return _LABEL.fullmatch(value) is not None
+
+
+def name(value: Any) -> str:
+    """Return `value`; ValueError if it cannot name a job or a stage."""
+    # Texts from outside are not kept in the cache unless they are short.
+    if type(value) is str and len(value) <= _LONGEST_NAME and _is_name(value):
+        return value
+    raise ValueError(f"a name is expected, not {_kind(value)}")
+
+
+def label(value: Any) -> str:
+    """Return `value`; ValueError if it cannot name a worker, an instance, a pool or a queue."""
+    if type(value) is str and len(value) <= _LONGEST_NAME and _is_label(value):
+        return value
+    raise ValueError(f"a label is expected, not {_kind(value)}")
+
+
+def new_label(value: Any) -> str:
+    """Return `value` as `label` does. For an execution or a bundle, which few messages name: the
+    cache of labels gains nothing from it."""
+    if type(value) is str and _LABEL.fullmatch(value):
+        return value
+    raise ValueError(f"a label is expected, not {_kind(value)}")
+
+
+def bundle_name(value: Any) -> str:
+    """Return `value`; ValueError if it is not a bundle's id."""
+    if type(value) is str and len(value) <= _LONGEST_NAME and _BUNDLE.fullmatch(value):
+        return value
+    raise ValueError(f"a bundle's id is expected, not {_kind(value)}")
+
+
+def handler(value: Any) -> str:
+    """Return `value`; ValueError if it is neither module:function nor a pickled function's key."""
+    kind, _, rest = text(value, MOST_KEY).partition(":")
+    if kind == "pickle":
+        check_key(rest)
+        if not rest.startswith("code/"):
+            raise ValueError("the key of a pickled function is expected")
+    elif not all(part.isidentifier() for part in (*kind.split("."), *rest.split("."))):
+        raise ValueError("a handler module:function is expected")
+    return str(value)
+
+
+def flag(value: Any) -> bool:
+    """Return `value`; ValueError if it is neither True nor False."""
+    if type(value) is bool:
+        return value
+    raise ValueError(f"true or false is expected, not {_kind(value)}")
+
+
+def figure(value: Any, most: float = MOST_S) -> float:
+    """Return `value`; ValueError if it is not a number from 0 to `most`."""
+    if (type(value) is float or type(value) is int) and 0 <= value <= most:
+        return value
+    raise ValueError(f"a number from 0 to {most:g} is expected, not {_kind(value)}")
+
+
+def whole(value: Any, most: int = MOST_COUNT) -> int:
+    """Return `value`; ValueError if it is not a whole number from 0 to `most`."""
+    if type(value) is int and 0 <= value <= most:
+        return value
+    raise ValueError(f"a whole number from 0 to {most} is expected, not {_kind(value)}")
+
+
+def integer(value: Any, most: int = MOST_COUNT) -> int:
+    """Return `value`; ValueError if it is not a whole number from -`most` to `most`."""
+    if type(value) is int and -most <= value <= most:
+        return value
+    raise ValueError(f"a whole number is expected, not {_kind(value)}")
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """Return `value`; ValueError if it is not a list, or a tuple as a document has in memory."""
+    if type(value) is list or type(value) is tuple:
+        return value
+    raise ValueError(f"a list is expected, not {_kind(value)}")
+
+
+def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
+    """Return the numbers in the list `value`; ValueError if one is not from 0 to `most`."""
+    found = tuple(listed(value))
+    if len(found) == 1:
+        figure(found[0], most)
+        return found
+    # Passes in C are faster than one in Python, and the sum takes less time than the largest does.
+    # NaN has been refused by `wire.loads`.
+    if found and not (
+        _NUMBERS.issuperset(map(type, found))
+        and min(found) >= 0
+        and (sum(found) <= most or max(found) <= most)
+    ):
+        raise ValueError(f"numbers from 0 to {most:g} are expected")
+    return found
+
+
+def fitted(value: T) -> T:
+    """Return `value`, an instance of a dataclass; ValueError if one of its fields has a value that
+    its annotation or the bounds given here do not allow."""
+    for field, hint in _hints(type(value)).items():
+        if not _fits(getattr(value, field), hint):
+            raise ValueError(f"{field} has a value that it cannot have")
+    return value
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    found = _known_hints.get(kind)
+    if found is None:
+        found = _known_hints[kind] = get_type_hints(kind)
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        shallow([value])
+        return True
+    kinds, simple = get_args(hint), getattr(hint, "__supertype__", hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in kinds)
+    if get_origin(hint) is tuple:
+        if type(value) is not tuple:
+            return False
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if simple is float:
+        return type(value) in _NUMBERS and abs(value) <= MOST_S
+    if simple is int:
+        return type(value) is int and abs(value) <= MOST_COUNT
+    if simple is str:
+        return type(value) is str and len(value) <= MOST_TEXT
+    return isinstance(value, get_origin(hint) or simple)
+
+
+def shallow(values: Sequence[Any]) -> None:
+    """Raise ValueError if one of these JSON values is nested deeper than MOST_DEPTH levels, or
+    holds a number that is not finite, as 1e999 is read."""
+    layer = values
+    for _ in range(MOST_DEPTH + 1):
+        kinds = set(map(type, layer))
+        if float in kinds and not _are_finite(layer, kinds):
+            raise ValueError("a value holds a number that is not finite")
+        if kinds.isdisjoint(_CONTAINERS):
+            return
+        layer = [
+            inner
+            for one in layer
+            if type(one) in _CONTAINERS
+            for inner in (one.values() if type(one) is dict else one)
+        ]
+    raise ValueError(f"a value is nested deeper than {MOST_DEPTH} levels")
+
+
+def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:
+    numbers = values if len(kinds) == 1 else [one for one in values if type(one) is float]
+    # The sum of finite numbers is finite, except if it is too large.
+    return isfinite(sum(numbers)) or all(map(isfinite, numbers))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    return f"{value:.6g}" if isinstance(value, float) else type(value).__name__

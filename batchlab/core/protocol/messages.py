@@ -1,0 +1,321 @@
+"""The messages on the queues: a bundle for a worker, and what workers tell the manager.
+
+Invariant: `read_x(x(m)) == m` for what its reader needs. A message is written in `wire`'s format;
+a reader refuses any other as a whole with Malformed, so nobody acts on half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, TypeVar
+
+from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
+from batchlab.core.ports import MAX_MESSAGE_BYTES
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.field_checks import (
+    UNREADABLE,
+    bundle_name,
+    figure,
+    flag,
+    label,
+    listed,
+    name,
+    shallow,
+    text,
+    whole,
+)
+from batchlab.core.protocol.json_format import (
+    VERSION,
+    brief,
+    bundle_from_json,
+    bundle_to_json,
+    check_parts,
+    completion_from_json,
+    completion_to_json,
+    dumps,
+    fields,
+    loads,
+    outcome_from_json,
+    outcome_text,
+)
+from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.request_counter import Asked, Requests
+
+T = TypeVar("T")
+
+MOST_SLOTS = 1 << 20
+MOST_REQUESTS = 1e15
+MOST_RECEIPT = 2048
+"""Characters. A receipt handle of SQS has at most 1,024."""
+MOST_TRACE = 200
+MOST_KEY = 1024
+_COUNTED = len(Requests.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMessage:
+    """What a pool's queue carries.
+
+    `items` are the encoded inputs where they are small enough to travel along, aligned with the
+    bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
+    `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
+    `trace` is the W3C traceparent of whoever sent it, where the job is traced.
+    `key` is the commit key of the job: a worker compares it with the job's definition.
+    """
+
+    bundle: Bundle
+    items: Sequence[Json] | None = None
+    not_before_s: float | None = None
+    watchdog: bool = False
+    trace: str = ""
+    key: CommitKey = UNSEALED
+
+
+def task_message(m: TaskMessage) -> str:
+    doc: dict[str, Json] = {"v": VERSION, "b": bundle_to_json(m.bundle)}
+    if m.items is not None:
+        doc["in"] = m.items
+    if m.not_before_s is not None:
+        doc["nb"] = m.not_before_s
+    if m.watchdog:
+        doc["wd"] = True
+    if m.trace:
+        doc["tp"] = m.trace
+    if m.key:
+        doc["ck"] = m.key
+    return dumps(doc)
+
+
+def read_task_message(body: str) -> TaskMessage:
+    """Return the task message with that body. TooNew if a later batchlab has sent it, Malformed if
+    it cannot be read."""
+    return _read(body, "A task message", _task_message_from_json)
+
+
+def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
+    bundle = bundle_from_json(doc["b"])
+    items, not_before_s = doc.get("in"), doc.get("nb")
+    if items is not None:
+        if len(listed(items)) != len(bundle.tasks):
+            raise ValueError("there is not one item for each task")
+        shallow(items)
+    return TaskMessage(
+        bundle,
+        items,
+        None if not_before_s is None else figure(not_before_s),
+        flag(doc.get("wd", False)),
+        text(doc.get("tp", ""), MOST_TRACE),
+        CommitKey(text(doc.get("ck", UNSEALED), MOST_TRACE)),
+    )
+
+
+def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
+    """Return what `read` makes of the document in a body; Malformed names `what` it should be."""
+    try:
+        # Characters, not bytes: encoding the text only to measure it would take time.
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"it has {len(body)} characters")
+        return read(loads(body))
+    except TooNew:
+        raise
+    except (Malformed, *UNREADABLE) as error:
+        raise Malformed(f"{what} cannot be read: {brief(error)}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A bundle in a worker's hands: the manager gives its message back when the instance dies.
+
+    `receipt` is None for one that was handed over: its watchdog message is on the way.
+    """
+
+    queue: str
+    receipt: str | None
+    job: JobId
+    stage: StageName
+    bundle: BundleId
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker's sign of life. `held` is complete as of `at_s`; `leaving` says it is draining."""
+
+    worker: str
+    instance: str
+    pool: str
+    at_s: float
+    slots: int
+    busy: int
+    held: tuple[Held, ...]
+    number: int
+    """Counts the worker's beats: the queue may deliver an older one later, and clocks jump."""
+    leaving: bool = False
+    gone: bool = False
+    """The last beat: it has given everything back."""
+    key: str = field(default="", repr=False)
+    """The key of its instance, a secret of its workers; "" for a worker of release 0.1.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """What a worker has met twice: a "message" of a bundle whose outcome was there, or an
+    "execution" that another one was faster than, for so many slot seconds. `execution` is its own,
+    so that hearing of it again counts nothing."""
+
+    job: JobId
+    stage: StageName
+    kind: str
+    execution: str
+    slot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a worker has done since its start, in numbers by name (see worker.deeds)."""
+
+    worker: str
+    counts: Mapping[str, int]
+
+
+Traces = tuple[tuple[JobId, StageName, BundleId, str], ...]
+"""Where the trace of each bundle goes on, as a W3C traceparent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """The body of one message on the events queue."""
+
+    completions: tuple[Completion, ...] = ()
+    committed: tuple[str, ...] = ()
+    """Keys of outcomes whose completion is too large to travel; the reader fetches them."""
+    beats: tuple[Beat, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    """Instead of completions, where they are small: whoever waits for results need not fetch them.
+    """
+    asked: tuple[Asked, ...] = ()
+    """Goes along with beats."""
+    duplicates: tuple[Duplicate, ...] = ()
+    told: tuple[Told, ...] = ()
+    """Likewise."""
+    traces: Traces = ()
+    """Of the outcomes in here that belong to a job that is traced."""
+
+
+def events_message(e: Events) -> str:
+    texts = {"v": dumps(VERSION)}
+    if e.completions:
+        texts["c"] = dumps([completion_to_json(c) for c in e.completions])
+    if e.committed:
+        texts["k"] = dumps(e.committed)
+    if e.beats:
+        texts["h"] = dumps([_beat_to_json(b) for b in e.beats])
+    if e.outcomes:
+        texts["o"] = f"[{','.join(map(outcome_text, e.outcomes))}]"
+    if e.asked:
+        texts["q"] = dumps(
+            [[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.asked]
+        )
+    if e.duplicates:
+        texts["d"] = dumps([list(astuple(d)) for d in e.duplicates])
+    if e.told:
+        texts["m"] = dumps([[t.worker, t.counts] for t in e.told])
+    if e.traces:
+        texts["tp"] = dumps(e.traces)
+    pairs = (f'"{key}":{text}' for key, text in texts.items())
+    return f"{{{','.join(pairs)}}}"
+
+
+def _beat_to_json(b: Beat) -> dict[str, Json]:
+    doc = {**fields(b), "held": [fields(h) for h in b.held]}
+    if not b.key:
+        del doc["key"]
+    return doc
+
+
+def _completion_from_json(doc: dict[str, Any]) -> Completion:
+    one = completion_from_json(doc)
+    check_parts(one.bundle, one.succeeded, one.failed, one.cancelled, one.follows)
+    return one
+
+
+def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
+    return Beat(
+        label(doc["worker"]),
+        label(doc["instance"]),
+        label(doc["pool"]),
+        figure(doc["at_s"]),
+        whole(doc["slots"], MOST_SLOTS),
+        whole(doc["busy"], MOST_SLOTS),
+        tuple([_held_from_json(h) for h in listed(doc["held"])]),
+        whole(doc["number"]),
+        flag(doc.get("leaving", False)),
+        flag(doc.get("gone", False)),
+        text(doc.get("key", ""), MOST_TRACE),
+    )
+
+
+def _held_from_json(doc: Mapping[str, Any]) -> Held:
+    receipt = doc["receipt"]
+    return Held(
+        label(doc["queue"]),
+        None if receipt is None else text(receipt, MOST_RECEIPT),
+        JobId(name(doc["job"])),
+        StageName(name(doc["stage"])),
+        BundleId(bundle_name(doc["bundle"])),
+        flag(doc["running"]),
+    )
+
+
+def _asked_from_json(doc: Sequence[Any]) -> Asked:
+    worker, instance, is_spot, *counts = listed(doc)
+    requests = Requests(*[figure(one, MOST_REQUESTS) for one in counts[:_COUNTED]])
+    return Asked(label(worker), label(instance), requests, flag(is_spot))
+
+
+def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
+    job, stage, kind, execution, slot_s, *_ = listed(doc)
+    return Duplicate(
+        JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s)
+    )
+
+
+def _told_from_json(doc: Sequence[Any]) -> Told:
+    worker, counts = listed(doc)
+    return Told(label(worker), {label(key): whole(count) for key, count in counts.items()})
+
+
+def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
+    job, stage, bundle, trace = listed(doc)
+    return (
+        *(JobId(name(job)), StageName(name(stage))),
+        *(BundleId(bundle_name(bundle)), text(trace, MOST_TRACE)),
+    )
+
+
+def _key_from_json(value: Any) -> str:
+    if object_keys.outcome_key(text(value, MOST_KEY)) is None:
+        raise ValueError("a key is not that of an outcome")
+    return str(value)
+
+
+def read_events_message(body: str) -> Events:
+    """Return what a worker tells. TooNew if a later batchlab has sent it, Malformed if any part of
+    it cannot be read."""
+    return _read(body, "An event", _events_from_json)
+
+
+def _events_from_json(doc: dict[str, Any]) -> Events:
+    # Most messages have one or two of these parts, and an absent one should cost nothing.
+    return Events(
+        tuple([_completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
+        tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
+        tuple([_beat_from_json(b) for b in listed(doc["h"])]) if "h" in doc else (),
+        tuple([outcome_from_json(o) for o in listed(doc["o"])]) if "o" in doc else (),
+        tuple([_asked_from_json(a) for a in listed(doc["q"])]) if "q" in doc else (),
+        tuple([_duplicate_from_json(d) for d in listed(doc["d"])]) if "d" in doc else (),
+        tuple([_told_from_json(t) for t in listed(doc["m"])]) if "m" in doc else (),
+        tuple([_trace_from_json(t) for t in listed(doc["tp"])]) if "tp" in doc else (),
+    )

@@ -1,0 +1,171 @@
+"""What user code sees: the file it is given or gives back, and the context of its task.
+
+Imported by every child process at start-up, so it needs the standard library only, and little of
+that. Invariant: a relative name that gets in here never leads out of its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from batchlab.core.object_names import STAGED
+
+
+def name_problem(name: str) -> str | None:
+    """Why `name` is no safe relative file name, as the end of a sentence; None where it is one."""
+    parts = name.split("/")
+    if not name or name.startswith("/") or "\\" in name:
+        return "must be a relative name such as 'part.csv' or 'charts/part.png'"
+    if any(part in ("", ".", "..") for part in parts):
+        return "must not have empty parts, '.' or '..' in it"
+    if not name.isprintable() or any(STAGED.search(part) for part in parts):
+        return "must be printable and must not end in '#' and digits"
+    if len(name.encode()) > 512 or any(len(part.encode()) > 200 for part in parts):
+        return "is too long"
+    return None
+
+
+class File:
+    """A local file: an input that was fetched for the task, or one that a result refers to.
+
+    Treat inputs as read-only: on some backends `path` is the stored object itself.
+    """
+
+    __slots__ = ("_origin", "name", "path")
+
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        self.path = Path(path).absolute()
+        self.name = name or self.path.name
+        self._origin: tuple[Any, tuple[int, int]] | None = None
+
+    @classmethod
+    def fetched(cls, path: str, name: str, origin: Any) -> File:
+        """A file with the content that the encoded reference `origin` stands for."""
+        file = cls(path, name)
+        file._origin = (origin, file._stamp())
+        return file
+
+    def _stamp(self) -> tuple[int, int]:
+        info = self.path.stat()
+        return info.st_size, info.st_mtime_ns
+
+    def origin(self) -> Any:
+        """The reference it was fetched by, None once its content has changed."""
+        if self._origin is None or not self.path.is_file():
+            return None
+        reference, stamp = self._origin
+        return reference if self._stamp() == stamp else None
+
+    @property
+    def size(self) -> int:
+        """Size in bytes, as of now."""
+        return self.path.stat().st_size
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def open(self, mode: str = "rb", encoding: str | None = None) -> IO[Any]:
+        """Open it; binary reading by default."""
+        return self.path.open(mode, encoding=encoding)
+
+    def read_bytes(self) -> bytes:
+        """The whole content."""
+        return self.path.read_bytes()
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The whole content as text."""
+        return self.path.read_text(encoding)
+
+    def __repr__(self) -> str:
+        return f"File({str(self.path)!r}, name={self.name!r})"
+
+
+class Context:
+    """What a handler may ask about its own task: `def handler(item, ctx)`.
+
+    `job` and `stage` are names, `task` is the index in the stage, `attempt` counts from 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        stage: str,
+        task: int,
+        attempt: int,
+        params_json: str,
+        folder: str,
+        cwd: str,
+    ) -> None:
+        self.job = job
+        self.stage = stage
+        self.task = task
+        self.attempt = attempt
+        self.saved: dict[str, File] = {}
+        self.touched = False
+        """Whether the task has a folder."""
+        self._folder = folder
+        self._params_json = params_json
+        self._params: dict[str, Any] | None = None
+        self._cwd = cwd
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The job's parameters, a copy of this task's own."""
+        # Read on demand and per task: a handler that changes them must not change its
+        # neighbour's, and most handlers never look.
+        if self._params is None:
+            self._params = json.loads(self._params_json)
+        return self._params
+
+    @property
+    def folder(self) -> Path:
+        """All of the task's own files; `scratch` and what was saved are in it."""
+        return Path(self._folder)
+
+    @property
+    def scratch(self) -> Path:
+        """A private folder of this task; it is removed after the task."""
+        return self.made("scratch")
+
+    def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
+        """Keep a large output: bytes, or the path of a file, under a safe relative name.
+
+        The file is stored when the task succeeds. A path inside `scratch` or the current folder
+        is moved, any other copied. ValueError where the name is unsafe or taken.
+        """
+        if problem := name_problem(name):
+            raise ValueError(f"cannot save {name!r}: the name {problem}")
+        if name in self.saved:
+            raise ValueError(f"cannot save {name!r}: this task has saved that name before")
+        target = self.made("out") / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes | bytearray | memoryview):
+            target.write_bytes(content)
+        else:
+            self.take(Path(content), target)
+        file = self.saved[name] = File(target, name)
+        return file
+
+    def made(self, name: str) -> Path:
+        """The subfolder `name` of the task's folder, which is made where it is not there."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self.touched = True
+        return folder
+
+    def take(self, source: Path, target: Path) -> None:
+        """Bring a file to `target`: moved where it is the task's own to lose, else copied."""
+        where = os.path.join(source.resolve().parent, "")  # noqa: PTH118 - for its final slash
+        ours = [f"{self.folder.resolve() / 'scratch'}/"]
+        if self._cwd:
+            ours.append(f"{Path(self._cwd).resolve()}/")
+        if where.startswith(tuple(ours)) and not source.is_symlink():
+            source.replace(target)
+            return
+        import shutil  # brings the compression modules, which start-up should not pay for
+
+        shutil.copyfile(source, target)

@@ -1,0 +1,289 @@
+"""How a stack ends.
+
+Invariant: data goes only where somebody has said so in as many words; what stays is listed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from batchlab.core.errors import BackendError, Refused, Unreachable
+from batchlab.deploy import outputs, removal
+from batchlab.deploy.account import Missing, asked
+from batchlab.deploy.apply import Front, StackFailed
+from batchlab.deploy.removal import Thing
+from batchlab.deploy.stack import Stack
+from batchlab.deploy.stack_records import Resource, State
+
+BATCH = 50
+"""SetInstanceProtection's limit."""
+QUIET_S = 600.0
+"""So long the instances of all groups may take to end: they drain for two minutes at most."""
+
+_BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
+_GROUP = "AWS::AutoScaling::AutoScalingGroup"
+_KINDS = {
+    _BUCKET: "s3:bucket",
+    _DOMAIN: "sdb:domain",
+    "AWS::Logs::LogGroup": "logs:log-group",
+    "AWS::SecretsManager::Secret": "secretsmanager:secret",
+}
+_FATES = {"Retain": "kept", "RetainExceptOnCreate": "kept", "Snapshot": "snapshot"}
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A part of a stack that holds data, and what CloudFormation does with it: "deleted", "kept",
+    or "snapshot" for a database that leaves a last one behind."""
+
+    resource: Resource
+    fate: str
+    what: str
+
+
+def holdings(stack: Stack) -> list[Holding]:
+    """What of the stack holds data now."""
+    declared = stack.template()["Resources"]
+    found = []
+    for one in stack.resources():
+        if one.status == "CREATE_FAILED":
+            continue  # what has that name, if anything does, is somebody else's
+        policy = declared.get(one.id, {}).get("DeletionPolicy", "")
+        # For a database alone CloudFormation's own default is a snapshot.
+        usual = "Snapshot" if one.type == _DATABASE else "Delete"
+        fate = _FATES.get(policy or usual, "deleted")
+        if one.type == _BUCKET and removal.has_data(stack.account, one.physical):
+            found.append(Holding(one, fate, "objects"))
+        elif one.type == _DATABASE:
+            found.append(Holding(one, fate, "a PostgreSQL database"))
+        elif one.type == _DOMAIN:
+            found.append(Holding(one, fate, "a SimpleDB domain"))
+    return found
+
+
+@dataclass(slots=True)
+class Destroy:
+    """One run of it; with `delete_data` whatever it holds goes too."""
+
+    stack: Stack
+    front: Front
+    delete_data: bool
+    sleep: Callable[[float], None] = time.sleep
+
+    def run(self) -> list[Resource] | None:
+        """What stays; None where the person in front has declined. Refused while data would be
+        lost and nobody has said that it may; StackFailed, BackendError."""
+        state = self.stack.state()
+        if state is None:
+            raise Refused(
+                f"There is no stack {self.stack.name} in {self.stack.account.region}.",
+                remedy="`--stack` and `--region` name another.",
+            )
+        if state.is_moving:
+            self.front.say(f"The stack {state.name} is {state.status}: following that first.")
+            since, _ = self.stack.last_operation(state.id)
+            with self.front.watching(state.status, 0) as see:
+                state = self.stack.follow(state.id, since, see)
+            if state.status == "DELETE_COMPLETE":
+                return []
+        held = [] if state.is_new else holdings(self.stack)
+        self._check(state, held)
+        if not self.front.agrees(self._question(state, held)):
+            return None
+        if state.is_protected:
+            self.stack.protect(on=False)
+        if not state.is_new:
+            self._quiet(state)
+            self._release_databases(held)
+            self._emptied(held)
+        stays = [*self._deleted(state), *self._snapshots(held)]
+        self._forget_logs(held)
+        return stays
+
+    def _check(self, state: State, held: list[Holding]) -> None:
+        lost = [one for one in held if one.fate == "deleted"]
+        if lost and not self.delete_data:
+            named = ", ".join(f"{one.resource.physical} ({one.what})" for one in lost)
+            raise Refused(
+                f"With the stack {state.name} its data would go: {named}.",
+                remedy="Fetch what you need, then say --delete-data.",
+            )
+
+    def _question(self, state: State, held: list[Holding]) -> str:
+        if not self.delete_data:
+            kept = [one for one in held if one.fate != "deleted"]
+            stays = ", ".join(
+                f"{one.resource.physical} "
+                + ("stays" if one.fate == "kept" else "leaves a last snapshot")
+                for one in kept
+            )
+            return f"Destroy the stack {state.name}{f' ({stays})' if stays else ''}?"
+        gone = ", ".join(f"{one.resource.physical} ({one.what})" for one in held) or "no data"
+        return f"Destroy the stack {state.name}, and with it {gone}?"
+
+    def _quiet(self, state: State) -> None:
+        """End all instances: a manager would launch others and protect them, a worker would write
+        into a bucket that is being emptied, and a protected one would keep its group."""
+        names = [one.physical for one in self.stack.resources() if one.type == _GROUP]
+        if not names:
+            return
+        # The manager first, which has the say on the others.
+        workers = outputs.pool_groups(state)
+        managers = [one for one in self._groups(names) if _name(one) not in workers]
+        for some in (managers, self._groups(names)):
+            for group in some:
+                self._to_zero(group)
+            self._wait_for_end([_name(one) for one in some])
+
+    def _to_zero(self, group: Mapping[str, Any]) -> None:
+        with asked(f"Auto Scaling group {_name(group)!r}"):
+            self.stack.account.client("autoscaling").update_auto_scaling_group(
+                AutoScalingGroupName=_name(group), MinSize=0, DesiredCapacity=0
+            )
+
+    def _wait_for_end(self, names: list[str]) -> None:
+        give_up_s = time.monotonic() + QUIET_S
+        said = 0
+        while True:
+            groups = self._groups(names)
+            left = sum(len(_instances(group)) for group in groups)
+            if not left:
+                return
+            if left != said:
+                said = left
+                self.front.say(f"{left} instances are ending.")
+            for group in groups:
+                if self._unprotected(group):
+                    # It may have given up on them for being protected.
+                    self._to_zero(group)
+            if time.monotonic() > give_up_s:
+                raise Unreachable(
+                    f"Instances of {', '.join(names)} have not ended in {QUIET_S:.0f} s.",
+                    remedy="Look at the groups' activities in the console, then destroy again.",
+                )
+            self.sleep(2.0)
+
+    def _unprotected(self, group: Mapping[str, Any]) -> bool:
+        """Whether there were instances that scaling in would have left alone."""
+        scaling = self.stack.account.client("autoscaling")
+        guarded = [one["InstanceId"] for one in _instances(group) if one["ProtectedFromScaleIn"]]
+        for begin in range(0, len(guarded), BATCH):
+            with asked(f"Auto Scaling group {_name(group)!r}"):
+                scaling.set_instance_protection(
+                    AutoScalingGroupName=_name(group),
+                    InstanceIds=guarded[begin : begin + BATCH],
+                    ProtectedFromScaleIn=False,
+                )
+        return bool(guarded)
+
+    def _groups(self, names: list[str]) -> list[Any]:
+        if not names:
+            return []
+        told = self.stack.account.pages(
+            "autoscaling",
+            "describe_auto_scaling_groups",
+            "AutoScalingGroups",
+            AutoScalingGroupNames=names,
+        )
+        return list(told)
+
+    def _release_databases(self, held: list[Holding]) -> None:
+        """CloudFormation does not delete a database that is protected on its own account."""
+        rds = self.stack.account.client("rds")
+        for one in held:
+            if one.resource.type != _DATABASE or one.fate == "kept":
+                continue
+            name = one.resource.physical
+            with suppress(Missing), asked(f"Database {name!r}", _is_gone):
+                (told,) = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
+                if told.get("DeletionProtection"):
+                    rds.modify_db_instance(
+                        DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True
+                    )
+
+    def _emptied(self, held: list[Holding]) -> None:
+        """Empty what CloudFormation could not delete otherwise: a bucket with nothing but releases
+        holds no data."""
+        kept = [] if self.delete_data else [one.resource for one in held]
+        for one in self.stack.resources():
+            if one.type == _BUCKET and one not in kept and one.status != "CREATE_FAILED":
+                removal.empty(self.stack.account, one.physical, self.front.say)
+
+    def _deleted(self, state: State) -> list[Resource]:
+        before = self.stack.resources()
+        since = self.stack.mark(state.id)
+        self.stack.delete(state.id)
+        if state.is_new:
+            return []
+        with self.front.watching("deleting", len(before)) as see:
+            ended = self.stack.follow(state.id, since, see)
+        events = self.stack.events(state.id, since)
+        if ended.status != "DELETE_COMPLETE":
+            raise StackFailed(ended, self.stack.cause(state.id, events))
+        skipped = {one.resource for one in events if one.status == "DELETE_SKIPPED"}
+        stays = [one for one in before if one.id in skipped]
+        return [one for one in stays if not self._removed(one)]
+
+    def _snapshots(self, held: list[Holding]) -> Iterator[Resource]:
+        """The last ones of databases that are gone."""
+        for one in held:
+            if one.fate != "snapshot":
+                continue
+            for told in self.stack.account.pages(
+                "rds",
+                "describe_db_snapshots",
+                "DBSnapshots",
+                DBInstanceIdentifier=one.resource.physical,
+                SnapshotType="manual",
+            ):
+                name = told["DBSnapshotIdentifier"]
+                yield Resource(one.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
+
+    def _forget_logs(self, held: list[Holding]) -> None:
+        """End what RDS has made anew for its last words, after the stack's own log groups went."""
+        account = self.stack.account
+        for one in held:
+            if one.resource.type != _DATABASE or one.fate == "kept":
+                continue
+            prefix = f"/aws/rds/instance/{one.resource.physical}/"
+            try:
+                for told in account.pages(
+                    "logs", "describe_log_groups", "logGroups", logGroupNamePrefix=prefix
+                ):
+                    name = told["logGroupName"]
+                    thing = Thing(name, "logs:log-group", name, self.stack.name)
+                    removal.remove(account, thing, self.front.say)
+            except BackendError as error:
+                # The stack is gone all the same.
+                self.front.say(f"There may be logs left below {prefix}: {error}")
+
+    def _removed(self, resource: Resource) -> bool:
+        """Whether what CloudFormation has kept is gone too: that was asked for, or it is a bucket
+        without data."""
+        kind = _KINDS.get(resource.type)
+        if kind is None:
+            return False
+        if not self.delete_data and (
+            resource.type != _BUCKET or removal.has_data(self.stack.account, resource.physical)
+        ):
+            return False
+        name = resource.physical
+        removal.remove(self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say)
+        return True
+
+
+def _is_gone(code: str, _message: str) -> bool:
+    """Somebody has deleted the database by hand, which CloudFormation does not mind."""
+    return code.startswith("DBInstanceNotFound")
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    return str(group["AutoScalingGroupName"])
+
+
+def _instances(group: Mapping[str, Any]) -> list[Any]:
+    return list(group.get("Instances") or ())

@@ -1,0 +1,116 @@
+"""The Fleet port for plain pools: workers that are alike and report when they are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchlab.core.errors import Refused
+from batchlab.core.model import Activity, GroupView, LifecycleState, Pool
+from batchlab.fleet.engine import Engine
+from batchlab.fleet.group_state import Group, Member
+from batchlab.fleet.scheduled_actions import check_decrement, check_desired, check_limits
+from batchlab.fleet.termination import clamp
+
+
+class ManagedFleet(Engine):
+    """The Fleet port over a launcher that no one else uses, plus `ready`.
+
+    Activities are AWS's: one per launch and one per termination, whose status settles later, and
+    one per change of desired capacity.
+    """
+
+    async def ensure(self, pool: Pool) -> None:
+        """Create the group with desired = min, or change it; Refused unless 0 ≤ min ≤ max, and
+        max is a number that somebody could mean."""
+        limits = check_limits(pool)
+        group = self._groups.get(pool.name)
+        if group is None:
+            self._groups[pool.name] = self._changes.found(pool)
+        elif group.pool != pool:
+            group.pool = pool
+            group.calm()
+            cause = f"a user request that set limits to {limits}"
+            self._changes.want(group, clamp(pool, group.desired), cause)
+        self._save()
+
+    async def describe(self) -> Sequence[GroupView]:
+        """As the port says."""
+        return [group.view() for group in self._groups.values()]
+
+    async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
+        """As the port says. Who leaves is chosen at once; the next tick asks them to."""
+        group = self._group(pool)
+        check_desired(group.pool, desired)
+        self._changes.want(group, desired, cause)
+        self._save()
+
+    async def terminate(
+        self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
+    ) -> None:
+        """As the port says, protected or not.
+
+        Refused, and nothing done, where an instance is unknown or `decrement` would take desired
+        capacity below min. An instance that is ending already is left alone.
+        """
+        group = self._group(pool)
+        named = {name: self._member(group, name) for name in instances}
+        leaving = [member for member in named.values() if member.counted]
+        if decrement:
+            check_decrement(group.pool, group.desired, len(leaving))
+        for member in leaving:
+            self._changes.retire(group, member, why=cause, note=f"terminated: {cause}")
+        if decrement:
+            self._changes.want(group, group.desired - len(leaving), cause)
+        self._save()
+
+    async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
+        """As the port says; Refused, and nothing done, unless all are InService, as on EC2.
+
+        Saved by the next tick, because protection may change with every bundle.
+        """
+        group = self._group(pool)
+        members = [self._member(group, name) for name in instances]
+        for member in members:
+            if member.state is not LifecycleState.IN_SERVICE:
+                raise Refused(f"instance {member.instance.id} is {member.state}, not InService")
+        for member in members:
+            self._changes.protect(member, on=on)
+        if group.stuck:
+            self._changes.scale_in(group)
+
+    async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
+        """As the port says; Refused where it is unknown. One that is ending stays unhealthy."""
+        found = self._find(instance)
+        if found is None:
+            raise Refused(f"there is no instance {instance!r}")
+        group, member = found
+        if member.counted and not healthy:
+            self._changes.fail(group, member, cause, note=f"terminated: unhealthy: {cause}")
+            self._save()
+
+    async def ready(self, instance: str) -> None:
+        """The worker in `instance` reported for work; once is enough, again is harmless.
+
+        Silently nothing for an instance that is unknown or ending: a beat may come late.
+        """
+        found = self._find(instance)
+        if found is not None:
+            group, member = found
+            member.ready = True
+            self._changes.arrive(group, member)
+
+    async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
+        """As the port says; pool "" has those of no group (orphans that were terminated)."""
+        return self._changes.log.newest(pool, limit)
+
+    def _group(self, pool: str) -> Group:
+        if pool not in self._groups:
+            raise Refused(
+                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are."
+            )
+        return self._groups[pool]
+
+    def _member(self, group: Group, instance: str) -> Member:
+        if instance not in group.members:
+            raise Refused(f"there is no instance {instance!r} in pool {group.pool.name!r}")
+        return group.members[instance]

@@ -1,0 +1,260 @@
+"""Instance refresh: replace a group's instances in steps, keeping enough of it ready.
+
+A new instance is ready once it has been in service for the warm-up. With a maximum healthy
+percentage above 100 successors are launched first; otherwise instances are terminated first, as
+many as the minimum healthy percentage allows, and one at a time where that allows none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import GroupConfig, InstanceRefresh, Process
+from batchlab.fleet.changes import Changes
+from batchlab.fleet.group_features import Asg, Rolling
+from batchlab.fleet.group_state import ON_STANDBY, WARM, Group, Member, weigh
+from batchlab.fleet.placement import Sources, apply, configuration, template_of
+
+GIVE_UP_S = 3_600.0
+"""Without progress for so long a refresh fails."""
+_WHY = "an instance refresh"
+_ROLLBACK = "RollbackInProgress"
+
+
+def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
+    """Whether it is what the configuration would launch today."""
+    wanted = template_of(config, sources.templates)
+    mixed = config.mixed_instances_policy
+    kinds = [override.instance_type for override in mixed.overrides] if mixed else []
+    return member.bond.template == wanted.reference and member.instance.machine.type in (
+        kinds or [wanted.instance_type]
+    )
+
+
+def roll(changes: Changes, group: Group) -> None:
+    """One step."""
+    asg = group.asg
+    if asg is None or asg.rolling is None:
+        return
+    rolling, now_s = asg.rolling, changes.steady.now_s()
+    held = (Process.INSTANCE_REFRESH, Process.LAUNCH, Process.TERMINATE)
+    if rolling.refresh.status == "Cancelling":
+        if not _unready(group, rolling, now_s):
+            finish(changes, asg, "Cancelled", "Cancelled due to user request.")
+        return
+    if any(group.suspended(process) for process in held):
+        rolling.moved_s = now_s
+        return
+    _set(changes, rolling, status=_running(rolling.refresh))
+    _strike_off(group, rolling)
+    _measure(changes, group, rolling, now_s)
+    if now_s < rolling.paused_until_s:
+        rolling.moved_s = now_s
+    elif _complete(changes, group, asg, rolling, now_s):
+        return
+    elif now_s - rolling.moved_s > GIVE_UP_S:
+        _give_up(changes, group, asg, rolling)
+    elif now_s >= rolling.paused_until_s:
+        _replace(changes, group, asg, rolling, now_s)
+
+
+def _running(refresh: InstanceRefresh) -> str:
+    return "InProgress" if refresh.status == "Pending" else refresh.status
+
+
+def _strike_off(group: Group, rolling: Rolling) -> None:
+    """Whom the group no longer has, or whom the preferences leave alone."""
+    preferences = rolling.refresh.preferences
+    for name in list(rolling.old):
+        member = group.members.get(name)
+        gone = member is None or not (member.counted or member.state in ON_STANDBY)
+        ignored = member is not None and (
+            (member.instance.protected and preferences.scale_in_protected_instances == "Ignore")
+            or (member.state in ON_STANDBY and preferences.standby_instances == "Ignore")
+        )
+        if gone or ignored:
+            rolling.old.discard(name)
+
+
+def _unready(group: Group, rolling: Rolling, now_s: float) -> int:
+    """Units of capacity that are not ready: missing, starting or warming up."""
+    new = [m for m in group.staying() if m.instance.id not in rolling.before]
+    warming = [m for m in new if not is_ready(m, rolling, now_s)]
+    return max(0, group.desired - weigh(group.staying())) + weigh(warming)
+
+
+def is_ready(member: Member, rolling: Rolling, now_s: float) -> bool:
+    """Whether it is in service and, where it is new, has warmed up."""
+    since_s = member.bond.in_service_s
+    if member.state is not LifecycleState.IN_SERVICE or since_s is None:
+        return False
+    return member.instance.id in rolling.before or now_s - since_s >= rolling.warmup
+
+
+def _measure(changes: Changes, group: Group, rolling: Rolling, now_s: float) -> None:
+    left = min(rolling.total, len(rolling.old) + _unready(group, rolling, now_s))
+    complete = 100 if not rolling.total else 100 * (rolling.total - left) // rolling.total
+    if (complete, left) != (
+        rolling.refresh.percentage_complete,
+        rolling.refresh.instances_to_update,
+    ):
+        rolling.moved_s = now_s
+        _set(changes, rolling, percentage_complete=complete, instances_to_update=left)
+
+
+def _complete(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> bool:
+    """Whether all is done; a checkpoint that has been reached begins its pause."""
+    complete = rolling.refresh.percentage_complete
+    if not rolling.old and not _unready(group, rolling, now_s):
+        _succeed(changes, group, asg, rolling)
+        return True
+    checkpoints = rolling.refresh.preferences.checkpoint_percentages
+    if rolling.checkpoint < len(checkpoints) and complete >= checkpoints[rolling.checkpoint]:
+        rolling.checkpoint += 1
+        changes.unsaved = True
+        if rolling.checkpoint == len(checkpoints):
+            _succeed(changes, group, asg, rolling)
+            return True
+        rolling.paused_until_s = now_s + rolling.refresh.preferences.checkpoint_delay
+    return False
+
+
+def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None:
+    if rolling.refresh.status == _ROLLBACK:
+        finish(changes, asg, "RollbackSuccessful", "")
+        return
+    wanted = rolling.refresh.desired_configuration
+    for name in rolling.warm:
+        member = group.members.get(name)
+        if member is not None and member.state in WARM:
+            changes.retire(group, member, why=_WHY, note=f"terminated: {_WHY}")
+    if wanted is not None:
+        asg.config = apply(asg.config, wanted.launch_template, wanted.mixed_instances_policy)
+    finish(changes, asg, "Successful", "")
+
+
+def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
+    """The refresh has ended."""
+    assert asg.rolling is not None
+    ended = replace(
+        asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s()
+    )
+    asg.refreshes.insert(0, ended)
+    asg.rolling = None
+    changes.unsaved = True
+
+
+def _give_up(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None:
+    reason = f"No progress for {GIVE_UP_S:g} s: {_held(group, rolling)}"
+    refresh = rolling.refresh
+    if refresh.preferences.auto_rollback and refresh.desired_configuration is not None:
+        roll_back(changes, group, rolling)
+        _set(changes, rolling, status_reason=reason)
+        return
+    finish(changes, asg, "RollbackFailed" if refresh.status == _ROLLBACK else "Failed", reason)
+
+
+def _held(group: Group, rolling: Rolling) -> str:
+    old = [group.members[name] for name in sorted(rolling.old)]
+    kinds = {
+        "protected from scale-in": [m for m in old if m.instance.protected],
+        "on standby": [m for m in old if m.state in ON_STANDBY],
+    }
+    said = [f"{len(found)} instances are {what}" for what, found in kinds.items() if found]
+    return " and ".join(said) or "new instances do not become ready"
+
+
+def roll_back(changes: Changes, group: Group, rolling: Rolling) -> None:
+    """Turn round: replace what is new by what the group's own configuration launches."""
+    new = {m.instance.id for m in group.counted() if m.instance.id not in rolling.before}
+    rolling.before = {m.instance.id for m in group.counted()}
+    rolling.old, rolling.total, rolling.checkpoint = new, len(new), 0
+    rolling.paused_until_s, rolling.moved_s = 0.0, changes.steady.now_s()
+    plain = replace(rolling.refresh.preferences, checkpoint_percentages=(), auto_rollback=False)
+    _set(changes, rolling, status=_ROLLBACK, desired_configuration=None, preferences=plain)
+
+
+def _set(changes: Changes, rolling: Rolling, **facts: Any) -> None:
+    refresh = replace(rolling.refresh, **facts)
+    if refresh != rolling.refresh:
+        rolling.refresh = refresh
+        changes.unsaved = True
+
+
+def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> None:
+    """Take the next ones out, or launch their successors first."""
+    preferences = rolling.refresh.preferences
+    unready = _unready(group, rolling, now_s)
+    able = _able(group, rolling)[: _until_checkpoint(rolling)]
+    extra = group.desired * preferences.max_healthy_percentage // 100 - group.desired
+    if preferences.max_healthy_percentage > 100:
+        leaving = sum(bool(m.bond.leaving) for m in group.counted())
+        room = max(1, extra) - max(leaving, unready)
+        for member in able[: max(0, room)]:
+            changes.replace_first(group, member, _WHY)
+            rolling.old.discard(member.instance.id)
+        return
+    least = math.ceil(group.desired * preferences.min_healthy_percentage / 100)
+    spare = group.desired - unready - least
+    for member in able[: max(spare, 0 if unready else 1)]:
+        asg.replacing.append(f"an instance was launched in response to {_WHY}")
+        changes.retire(group, member, why=_WHY, note=f"terminated: {_WHY}")
+        rolling.old.discard(member.instance.id)
+
+
+def _able(group: Group, rolling: Rolling) -> list[Member]:
+    """Old ones that may be replaced now, oldest first; one on standby only where it is to go."""
+    preferences = rolling.refresh.preferences
+    found = []
+    for name, member in group.members.items():
+        if name not in rolling.old or member.bond.leaving:
+            continue
+        waits = preferences.scale_in_protected_instances != "Refresh"
+        if member.instance.protected and waits:
+            continue
+        on_standby = member.state in ON_STANDBY and preferences.standby_instances == "Terminate"
+        if on_standby or member.state is LifecycleState.IN_SERVICE:
+            found.append(member)
+    return found
+
+
+def _until_checkpoint(rolling: Rolling) -> int:
+    """How many more may be replaced before the next checkpoint."""
+    checkpoints = rolling.refresh.preferences.checkpoint_percentages
+    if rolling.checkpoint >= len(checkpoints):
+        return rolling.total
+    target = math.ceil(rolling.total * checkpoints[rolling.checkpoint] / 100)
+    return max(0, target - (rolling.total - len(rolling.old)))
+
+
+def begin(
+    changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources
+) -> None:
+    """Start a refresh that has been checked."""
+    members = group.members.values()
+    here = [m for m in members if m.counted or m.state in ON_STANDBY]
+    pool = [m for m in members if m.state in WARM]
+    preferences = refresh.preferences
+    warmup = preferences.instance_warmup
+    if warmup is None:
+        default = asg.config.default_instance_warmup
+        warmup = asg.config.health_check_grace_period if default is None else default
+    rolling = Rolling(refresh, warmup=warmup, moved_s=changes.steady.now_s())
+    rolling.before = {m.instance.id for m in here}
+    asg.rolling = rolling
+    if preferences.skip_matching:
+        config = configuration(asg)
+        here = [m for m in here if not matches(m, config, sources)]
+        pool = [m for m in pool if not matches(m, config, sources)]
+    rolling.old, rolling.total = {m.instance.id for m in here}, len(here)
+    rolling.warm = {m.instance.id for m in pool}
+    _set(changes, rolling, instances_to_update=rolling.total)
+    changes.unsaved = True
+
+
+def cancel(changes: Changes, rolling: Rolling) -> None:
+    """Replace no more; it is Cancelled once what has begun is ready."""
+    _set(changes, rolling, status="Cancelling")

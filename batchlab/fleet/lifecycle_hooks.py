@@ -1,0 +1,141 @@
+"""Lifecycle hooks: an instance waits until somebody completes its actions, or they time out.
+
+All hooks of one transition wait at the same time. On launch, ABANDON ends the instance; on
+termination it only stops the other hooks from being waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import (
+    ABANDON,
+    CONTINUE,
+    LAUNCHING,
+    LifecycleHook,
+    LifecycleNotification,
+)
+from batchlab.fleet.group_state import Group, Member, Wait
+
+if TYPE_CHECKING:
+    from batchlab.fleet.changes import Changes
+
+SETTLING_S = 10.0
+"""An instance that ends by itself so soon after it came into service was never any good: the crash
+loop counts it. AWS has no such number; it replaces at any rate."""
+
+EC2 = "EC2"
+_PROCEED = {
+    LifecycleState.PENDING_WAIT: LifecycleState.PENDING_PROCEED,
+    LifecycleState.WARMED_PENDING_WAIT: LifecycleState.WARMED_PENDING_PROCEED,
+    LifecycleState.TERMINATING_WAIT: LifecycleState.TERMINATING_PROCEED,
+}
+
+
+def settled(member: Member, now_s: float) -> bool:
+    """Whether it counts as working: it has been in service for long enough, or since somebody
+    said that it had come up."""
+    since_s = member.bond.in_service_s
+    return since_s is not None and (member.bond.vouched or now_s - since_s >= SETTLING_S)
+
+
+def begin(changes: Changes, group: Group, member: Member, transition: str) -> bool:
+    """Open an action for every hook of this transition; whether there are any."""
+    assert group.asg is not None
+    now_s = changes.steady.now_s()
+    for hook in group.asg.hooks.values():
+        if hook.lifecycle_transition != transition:
+            continue
+        token = changes.ids.fresh("token")
+        until_s = now_s + hook.heartbeat_timeout
+        wait = Wait(hook, token, until_s, now_s + hook.global_timeout)
+        member.bond.waits.append(wait)
+        origin, destination = _ends(member, transition)
+        changes.notices.append(
+            LifecycleNotification(
+                hook, member.instance.id, token, changes.now_s(), origin, destination
+            )
+        )
+    return bool(member.bond.waits)
+
+
+def _ends(member: Member, transition: str) -> tuple[str, str]:
+    """AWS's origin and destination of the transition."""
+    group, pool = "AutoScalingGroup", "WarmPool"
+    if member.state is LifecycleState.WARMED_PENDING:
+        return (EC2 if transition == LAUNCHING else group), pool
+    if transition == LAUNCHING:
+        return (pool if member.bond.warm else EC2), group
+    return group, EC2
+
+
+def find(
+    group: Group, hook: str, *, instance: str | None = None, token: str | None = None
+) -> tuple[Member, Wait] | None:
+    """The open action of this hook, by instance or by token."""
+    for member in group.members.values():
+        for wait in member.bond.waits:
+            mine = wait.token == token if token else member.instance.id == instance
+            if mine and wait.hook.lifecycle_hook_name == hook:
+                return member, wait
+    return None
+
+
+def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
+    """Give the action its whole heartbeat timeout again, within the global timeout."""
+    waits = member.bond.waits
+    until_s = changes.steady.now_s() + wait.hook.heartbeat_timeout
+    waits[waits.index(wait)] = replace(wait, until_s=until_s)
+    changes.unsaved = True
+
+
+def complete(
+    changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str
+) -> None:
+    """Close the action; the last one, or ABANDON, lets the instance go on."""
+    waits = member.bond.waits
+    waits.remove(wait)
+    changes.unsaved = True
+    abandoned = result == ABANDON
+    if abandoned and wait.hook.lifecycle_transition == LAUNCHING:
+        token = f"Lifecycle Action with token {wait.token}"
+        text = f"Instance failed to complete user's Lifecycle Action: {token} was abandoned: {how}"
+        changes.abandon(group, member, text)
+        return
+    if abandoned:
+        waits.clear()
+    if not waits:
+        _go_on(changes, group, member)
+
+
+def expire(changes: Changes, group: Group) -> None:
+    """Close every action that has timed out, with its hook's default result."""
+    now_s = changes.steady.now_s()
+    for member in list(group.members.values()):
+        # Abandoning one clears the others of the same instance.
+        while late := next((w for w in member.bond.waits if _late(w, now_s)), None):
+            complete(changes, group, member, late, late.hook.default_result, "Heartbeat Timeout")
+
+
+def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
+    """The hook is deleted: its open actions end with ABANDON on launch, CONTINUE on termination."""
+    result = ABANDON if hook.lifecycle_transition == LAUNCHING else CONTINUE
+    for member in list(group.members.values()):
+        found = find(group, hook.lifecycle_hook_name, instance=member.instance.id)
+        if found is not None:
+            complete(changes, group, member, found[1], result, "Lifecycle Hook Deleted")
+
+
+def _late(wait: Wait, now_s: float) -> bool:
+    return now_s >= min(wait.until_s, wait.at_most_s)
+
+
+def _go_on(changes: Changes, group: Group, member: Member) -> None:
+    ending = member.state is LifecycleState.TERMINATING_WAIT
+    changes.move(member, _PROCEED[member.state])
+    if ending:
+        changes.mark(group, member.end, "InProgress")
+    else:
+        changes.mark(group, member.bond.moving or member.launch, "PreInService")

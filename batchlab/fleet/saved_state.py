@@ -1,0 +1,147 @@
+"""A fleet's state as bytes and back, over a restart and over a change of format.
+
+Format 1 knew plain pools only and did not say when an activity ended.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import cache, lru_cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Activity, Instance, LifecycleState, Machine, Market, Pool
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import FINAL, ActivityLog, Bond, Group, Member
+
+_FORMAT = 2
+_PLAIN = Bond()
+
+
+@cache
+def _asg_adapter() -> TypeAdapter[Asg]:
+    return TypeAdapter(Asg)
+
+
+@cache
+def _bond_adapter() -> TypeAdapter[Bond]:
+    return TypeAdapter(Bond)
+
+
+def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
+    """The state as JSON."""
+    state = {
+        "format": _FORMAT,
+        "next_activity": log.following,
+        "groups": [_group(group) for group in groups.values()],
+    }
+    activities = ",".join(log.written(_activity_text))
+    return f'{_dumps(state)[:-1]},"activities":[{activities}]}}'.encode()
+
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _activity_text(a: Activity) -> str:
+    return _dumps([a.id, a.pool, a.at_s, a.description, a.cause, a.status, a.ended_s, a.message])
+
+
+def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
+    """The inverse of `encode`; BackendError for anything it did not write."""
+    try:
+        state = json.loads(data)
+        if state["format"] not in (1, _FORMAT):
+            raise ValueError(f"format {state['format']}, not {_FORMAT}")
+        groups = [_regroup(saved) for saved in state["groups"]]
+        log = ActivityLog.restore(
+            [_activity(*saved) for saved in state["activities"]], state["next_activity"]
+        )
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise BackendError(
+            f"The fleet's saved state cannot be read: {error}.",
+            remedy="Move it away (fleet/groups.json in the grid's folder) to start anew; instances "
+            "still running are then terminated.",
+        ) from error
+    return {group.pool.name: group for group in groups}, log
+
+
+def _activity(
+    id_: int,
+    pool: str,
+    at_s: float,
+    description: str,
+    cause: str,
+    status: str,
+    ended_s: float | None = None,
+    message: str = "",
+) -> Activity:
+    if ended_s is None and status in FINAL:
+        ended_s = at_s
+    return Activity(id_, pool, at_s, description, cause, status, ended_s, message)
+
+
+def _group(group: Group) -> dict[str, Any]:
+    saved: dict[str, Any] = {
+        "pool": _pool(group.pool),
+        "desired": group.desired,
+        "members": [_member(member) for member in group.members.values()],
+    }
+    if group.asg is not None:
+        saved["asg"] = _asg_adapter().dump_python(group.asg, mode="json")
+    return saved
+
+
+@lru_cache(maxsize=256)
+def _pool(pool: Pool) -> dict[str, Any]:
+    return asdict(pool)
+
+
+def _member(m: Member) -> list[Any]:
+    i = m.instance
+    saved: list[Any] = [
+        *(i.id, i.state, i.launched_s, i.healthy, i.protected, i.note),
+        *(m.launch, m.end, m.ready),
+    ]
+    if i.machine != Machine() or m.bond != _PLAIN:
+        machine = [i.machine.type, i.machine.zone, i.machine.market]
+        saved += [machine, _bond_adapter().dump_python(m.bond, mode="json")]
+    return saved
+
+
+def _regroup(saved: dict[str, Any]) -> Group:
+    env = tuple((key, value) for key, value in saved["pool"].pop("env"))
+    group = Group(Pool(**saved["pool"], env=env), saved["desired"])
+    if "asg" in saved:
+        group.asg = _asg_adapter().validate_python(saved["asg"])
+    for member in saved["members"]:
+        again = _remember(group.pool.name, *member)
+        group.members[again.instance.id] = again
+    return group
+
+
+def _remember(
+    pool: str,
+    id_: str,
+    state: str,
+    launched_s: float,
+    healthy: bool,
+    protected: bool,
+    note: str,
+    launch: int,
+    end: int,
+    ready: bool,
+    machine: tuple[str, str, str] = ("", "", Market.ON_DEMAND),
+    bond: dict[str, Any] | None = None,
+) -> Member:
+    kind, zone, market = machine
+    instance = Instance(
+        *(id_, pool, LifecycleState(state), launched_s, healthy, protected, note),
+        Machine(kind, zone, Market(market)),
+    )
+    again = Member(instance, launch, end, ready)
+    if bond is not None:
+        again.bond = _bond_adapter().validate_python(bond)
+    return again

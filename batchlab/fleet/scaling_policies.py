@@ -1,0 +1,195 @@
+"""Simple and step scaling: from a policy to a desired capacity, by AWS's rules of rounding.
+
+Target tracking: capacity in proportion to a metric, out fast and in slowly.
+
+A policy has two alarms, as on AWS: the high one goes off when the metric has been above the target
+for 3 periods, the low one when it has been below nine tenths of it for 15. Any policy may scale
+out; only all together may scale in. Without data nothing happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from batchlab.core.model import LifecycleState
+from batchlab.fleet.api_types import GroupConfig, Process, ScalingPolicy, StepAdjustment
+from batchlab.fleet.changes import Changes
+from batchlab.fleet.external_data import Metrics
+from batchlab.fleet.group_features import Alarm, Asg
+from batchlab.fleet.group_state import COUNTED, Group, Member, weigh
+from batchlab.fleet.termination import clamp
+
+
+def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
+    """Seconds in service after which an instance counts: the policy's own, else the group's, else
+    the default cooldown."""
+    if policy.estimated_instance_warmup is not None:
+        return policy.estimated_instance_warmup
+    if config.default_instance_warmup is not None:
+        return config.default_instance_warmup
+    return config.default_cooldown
+
+
+def warm_capacity(group: Group, warm_after_s: float, now_s: float) -> int:
+    """Units that are in service and have warmed up."""
+    return weigh([member for member in group.staying() if _warm(member, warm_after_s, now_s)])
+
+
+def is_warming(group: Group, warm_after_s: float, now_s: float) -> bool:
+    """Whether any instance is starting or warming up: then nothing is scaled in."""
+    staying = [member for member in group.staying() if member.state in COUNTED]
+    return any(not _warm(member, warm_after_s, now_s) for member in staying)
+
+
+def _warm(member: Member, warm_after_s: float, now_s: float) -> bool:
+    since_s = member.bond.in_service_s
+    in_service = member.state is LifecycleState.IN_SERVICE and since_s is not None
+    return in_service and since_s is not None and now_s - since_s >= warm_after_s
+
+
+def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) -> int:
+    """Desired capacity after this adjustment of `base` units, within the group's limits."""
+    if policy.adjustment_type == "ExactCapacity":
+        return clamp(group.pool, adjustment)
+    change = adjustment
+    if policy.adjustment_type == "PercentChangeInCapacity":
+        change = _percent(base, adjustment, policy.min_adjustment_magnitude or 0)
+    return clamp(group.pool, base + change)
+
+
+def _percent(base: int, percent: int, least: int) -> int:
+    """Towards zero, but never to zero; at least so many where a least is given."""
+    exact = abs(base * percent) / 100
+    size = max(int(exact), 1 if exact else 0, least)
+    return size if percent > 0 else -size
+
+
+def step_for(policy: ScalingPolicy, breach: float) -> StepAdjustment | None:
+    """The step in whose interval the breach lies: above the threshold the lower bound belongs to
+    it, below the threshold the upper one."""
+    for step in policy.step_adjustments:
+        low, high = step.metric_interval_lower_bound, step.metric_interval_upper_bound
+        if breach >= 0:
+            inside = (low is None or low <= breach) and (high is None or breach < high)
+        else:
+            inside = (low is None or low < breach) and (high is None or breach <= high)
+        if inside:
+            return step
+    return None
+
+
+HIGH_PERIODS = 3
+LOW_PERIODS = 15
+LOW_SHARE = 0.9
+
+
+def track(
+    changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, period_s: float
+) -> None:
+    """Look at every target-tracking policy."""
+    if group.suspended(Process.ALARM_NOTIFICATION) or asg.deleting:
+        return
+    now_s = changes.steady.now_s()
+    policies = [p for p in asg.policies.values() if p.target_tracking_configuration and p.enabled]
+    wanted: dict[str, int] = {}
+    for policy in policies:
+        alarm = asg.alarms[policy.policy_name]
+        before = (alarm.above_since_s, alarm.below_since_s)
+        value = _observe(alarm, policy, metrics, now_s)
+        changes.unsaved |= before != (alarm.above_since_s, alarm.below_since_s)
+        if value is not None:
+            wanted[policy.policy_name] = _wanted(group, asg, policy, value, now_s)
+    if not _scale_out(changes, group, asg, policies, wanted, period_s):
+        _scale_in(changes, group, asg, policies, wanted, period_s)
+
+
+def _observe(
+    alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float
+) -> float | None:
+    """The metric's value, and since when it has been above or below."""
+    value = metrics.value(policy) if metrics is not None else None
+    target = _target(policy)
+    high = value is not None and value > target
+    low = value is not None and value < target * LOW_SHARE
+    alarm.above_since_s = (alarm.above_since_s or now_s) if high else None
+    alarm.below_since_s = (alarm.below_since_s or now_s) if low else None
+    return value
+
+
+def _target(policy: ScalingPolicy) -> float:
+    assert policy.target_tracking_configuration is not None
+    return policy.target_tracking_configuration.target_value
+
+
+def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
+    """Rounded up: too much rather than too little. Instances that warm up are on their way to be
+    counted, so they are not in the capacity that the value speaks of."""
+    ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))
+    return clamp(group.pool, math.ceil(ready * value / _target(policy)))
+
+
+def _due(alarm: Alarm, since_s: float | None, periods: int, now_s: float, period_s: float) -> bool:
+    if since_s is None or now_s - since_s < periods * period_s:
+        return False
+    return alarm.acted_s is None or now_s - alarm.acted_s >= period_s
+
+
+def _scale_out(
+    changes: Changes,
+    group: Group,
+    asg: Asg,
+    policies: Sequence[ScalingPolicy],
+    wanted: dict[str, int],
+    period_s: float,
+) -> bool:
+    now_s = changes.steady.now_s()
+
+    def due(policy: ScalingPolicy) -> bool:
+        alarm = asg.alarms[policy.policy_name]
+        ready = _due(alarm, alarm.above_since_s, HIGH_PERIODS, now_s, period_s)
+        return ready and wanted[policy.policy_name] > group.desired
+
+    able = [policy for policy in policies if policy.policy_name in wanted and due(policy)]
+    if not able:
+        return False
+    most = max(able, key=lambda policy: wanted[policy.policy_name])
+    _act(changes, group, asg, most, wanted[most.policy_name], high=True)
+    return True
+
+
+def _scale_in(
+    changes: Changes,
+    group: Group,
+    asg: Asg,
+    policies: Sequence[ScalingPolicy],
+    wanted: dict[str, int],
+    period_s: float,
+) -> None:
+    now_s = changes.steady.now_s()
+    able = [policy for policy in policies if not _no_scale_in(policy)]
+    for policy in able:
+        alarm = asg.alarms[policy.policy_name]
+        if policy.policy_name not in wanted or not _due(
+            *(alarm, alarm.below_since_s, LOW_PERIODS, now_s, period_s)
+        ):
+            return
+        if is_warming(group, warmup_s(asg.config, policy), now_s):
+            return
+    most = max(able, key=lambda policy: wanted[policy.policy_name], default=None)
+    if most is not None and wanted[most.policy_name] < group.desired:
+        _act(changes, group, asg, most, wanted[most.policy_name], high=False)
+
+
+def _no_scale_in(policy: ScalingPolicy) -> bool:
+    assert policy.target_tracking_configuration is not None
+    return policy.target_tracking_configuration.disable_scale_in
+
+
+def _act(
+    changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desired: int, *, high: bool
+) -> None:
+    asg.alarms[policy.policy_name].acted_s = changes.steady.now_s()
+    name = policy.alarms[0 if high else 1]
+    cause = f"a monitor alarm {name} in state ALARM triggered policy {policy.policy_name}"
+    changes.want(group, desired, cause)

@@ -1,0 +1,156 @@
+"""The warm pool: instances that are launched ahead and wait, running or stopped, until the group
+grows.
+
+They pass through the launch hooks twice, on their way into the pool and out of it. A launcher that
+cannot stop instances (sources.Resting) can keep running ones only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchlab.core.model import LifecycleState
+from batchlab.fleet import lifecycle_hooks
+from batchlab.fleet.api_types import LAUNCHING, TERMINATING, Process, WarmPool
+from batchlab.fleet.group_features import Asg
+from batchlab.fleet.group_state import WARM, WARMING, Group, Member, weigh
+from batchlab.fleet.termination import CRASH_LOOP, take_by_default
+
+if TYPE_CHECKING:
+    from batchlab.fleet.changes import Changes
+
+RESTED = {
+    "Running": LifecycleState.WARMED_RUNNING,
+    "Stopped": LifecycleState.WARMED_STOPPED,
+    "Hibernated": LifecycleState.WARMED_HIBERNATED,
+}
+_TRIM = "the warm pool being larger than it should be"
+
+
+def members(group: Group) -> list[Member]:
+    return [member for member in group.members.values() if member.state in WARM]
+
+
+def _pool(group: Group) -> WarmPool | None:
+    return group.asg.warm_pool if group.asg is not None else None
+
+
+def size(group: Group) -> int:
+    """How many instances the pool should have: what is prepared beyond desired capacity."""
+    pool = _pool(group)
+    if pool is None or pool.status is not None:
+        return 0
+    prepared = pool.max_group_prepared_capacity
+    most = group.pool.max_size if prepared is None else prepared
+    return max(pool.min_size, most - group.desired, 0)
+
+
+def room(group: Group, now_s: float) -> int:
+    """How many to launch into the pool now; in a crash loop one at a time, after its wait."""
+    here = members(group)
+    missing = max(0, size(group) - len(here))
+    if group.failures < CRASH_LOOP:
+        return missing
+    probing = any(member.state in WARMING for member in here)
+    return 0 if probing or now_s < group.retry_s else min(1, missing)
+
+
+def trim(changes: Changes, group: Group, asg: Asg) -> None:
+    """Terminate whom the pool has too many, by the default termination policy, and whom somebody
+    has called unhealthy; forget a pool that was deleted once it is empty."""
+    if not group.suspended(Process.TERMINATE):
+        here = members(group)
+        for member in here:
+            if not member.instance.healthy and not group.suspended(Process.REPLACE_UNHEALTHY):
+                changes.retire(group, member, why="a user health-check", note="terminated")
+        here = members(group)
+        # Those that the group is about to take are not too many.
+        owed = max(0, group.desired - weigh(group.staying()))
+        excess = len(here) - owed - size(group)
+        for member in take_by_default(asg, here, excess, changes.steady.now_s()):
+            changes.retire(group, member, why=_TRIM, note=f"terminated: {_TRIM}")
+    pool = asg.warm_pool
+    if pool is not None and pool.status is not None and not members(group):
+        asg.warm_pool, changes.unsaved = None, True
+
+
+def arrive(changes: Changes, group: Group, member: Member) -> None:
+    """Into the pool, once it runs and the hooks let it. One that comes back from service has passed
+    the hooks on termination instead."""
+    if member.state is LifecycleState.WARMED_PENDING and not member.bond.resting:
+        transition = TERMINATING if member.bond.moving else LAUNCHING
+        if lifecycle_hooks.begin(changes, group, member, transition):
+            changes.move(member, LifecycleState.WARMED_PENDING_WAIT)
+            activity = member.bond.moving or member.launch
+            changes.mark(group, activity, "MidLifecycleAction")
+    pool = _pool(group)
+    if member.state is LifecycleState.WARMED_PENDING_WAIT or pool is None:
+        return
+    if pool.pool_state == "Running":
+        lie_down(changes, group, member)
+    else:
+        member.bond.resting = changes.unsaved = True
+
+
+def lie_down(changes: Changes, group: Group, member: Member) -> None:
+    """It is in the pool, in the state that the pool keeps."""
+    # While the launcher stopped it, a request may have made it Terminating.
+    if member.state not in WARMING:
+        return
+    pool = _pool(group)
+    member.bond.asleep, member.bond.resting = member.bond.resting, False
+    changes.move(member, RESTED[pool.pool_state if pool else "Running"])
+    changes.settle(group, member.bond.moving or member.launch, "Successful")
+    if not member.bond.moving:
+        group.calm()
+    member.bond.moving = 0
+
+
+def hibernates(group: Group) -> bool:
+    pool = _pool(group)
+    return pool is not None and pool.pool_state == "Hibernated"
+
+
+def leave(changes: Changes, group: Group, missing: int) -> list[Member]:
+    """Those of the pool that go into service for so many units of capacity, first come first."""
+    asg = group.asg
+    assert asg is not None
+    taken: list[Member] = []
+    ready = [m for m in members(group) if m.state not in WARMING and m.instance.healthy]
+    for member in ready:
+        if missing <= 0:
+            break
+        growing = "a difference between desired and actual capacity"
+        member.launch = changes.note(
+            group.pool.name,
+            f"Launching a new EC2 instance from warm pool: {member.instance.id}",
+            changes.told(asg, f"an instance was started in response to {growing}"),
+            "PreInService",
+        )
+        changes.move(member, LifecycleState.PENDING)
+        member.bond.in_service_s = None
+        changes.arrive(group, member)
+        missing -= member.bond.weight
+        taken.append(member)
+    return taken
+
+
+def takes_back(group: Group, member: Member) -> bool:
+    """Whether scale-in returns it to the pool instead of ending it."""
+    pool = _pool(group)
+    reuses = pool is not None and pool.reuse_on_scale_in and pool.status is None
+    return reuses and member.state is LifecycleState.IN_SERVICE
+
+
+def take_back(changes: Changes, group: Group, member: Member, why: str) -> None:
+    """Scale-in returns it to the pool."""
+    assert group.asg is not None
+    member.bond.moving = changes.note(
+        group.pool.name,
+        f"Moving EC2 instance to warm pool: {member.instance.id}",
+        changes.told(group.asg, f"an instance was taken out of service in response to {why}"),
+        "InProgress",
+    )
+    member.bond.warm, member.bond.leaving = True, ""
+    changes.move(member, LifecycleState.WARMED_PENDING)
+    changes.arrive(group, member)

@@ -1,0 +1,256 @@
+"""One task, as the bucket knows it: how each attempt ended, what it printed, what it was given.
+
+Invariant: read through the Objects port alone, so that it needs neither a manager nor a ledger, and
+is the same on every backend; nothing is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from batchlab.core.commit import committed
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys, values
+from batchlab.core.protocol.bundle_inputs import Inputs, NoSuchTask
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.failure_fingerprint import fingerprint
+from batchlab.core.retry import Patience
+from batchlab.core.task_names import task_name
+
+READ_AT_ONCE = 16
+_SHOWN = 200
+_READ_BYTES = 4 * 1024 * 1024
+"""Of a log, in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What one outcome says of one of its tasks: it succeeded, failed or was cancelled in it."""
+
+    task: int
+    outcome: Outcome
+    failure: Failure | None = None
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle of this one task, as it would be sent again."""
+        return replace(self.outcome.bundle, tasks=TaskSet.of([self.task]), losses=0)
+
+    @property
+    def name(self) -> str:
+        """As `parse/3`."""
+        return task_name(self.outcome.bundle.stage, self.task)
+
+    @property
+    def state(self) -> str:
+        """SUCCEEDED, FAILED, CANCELLED, or RETRIED: it failed, and was tried again."""
+        if self.failure is not None:
+            return "FAILED" if self.failure.final else "RETRIED"
+        return "SUCCEEDED" if self.task in self.outcome.succeeded else "CANCELLED"
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its failure, "" where it has not failed."""
+        return fingerprint(self.failure) if self.failure else ""
+
+    @property
+    def run_s(self) -> float | None:
+        """Seconds it ran, None where it never did."""
+        if self.failure is not None:
+            return self.failure.run_s
+        return dict(zip(self.outcome.succeeded, self.outcome.run_s, strict=True)).get(self.task)
+
+    @property
+    def value(self) -> Json:
+        """Its encoded result, None where it has none."""
+        outcome = self.outcome
+        return dict(zip(outcome.succeeded, outcome.values, strict=True)).get(self.task)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where in the log object is what it printed: first byte, last byte + 1."""
+        return [(start, stop) for task, start, stop in self.outcome.log_spans if task == self.task]
+
+
+# --- Finding -------------------------------------------------------------------------------------
+
+
+async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef:
+    """The job as it was submitted; NotFound."""
+    data = await patience(partial(objects.get, object_keys.spec(job)))
+    return json_format.job_from_json(json_format.loads(data))
+
+
+async def attempts(
+    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
+) -> list[Attempt]:
+    """Every attempt of a task that has come to an end, first to last; lists the stage's outcomes,
+    a request for every 1000, and reads those whose bundles may hold the task."""
+    several: list[Bundle] = []
+    key = await CommitKeys(objects, patience).of(job)
+    async for page in objects.list(object_keys.outcomes(job.id, stage)):
+        for info in page:
+            name = object_keys.outcome_key(info.key)
+            if name and name.first <= task <= name.last:
+                ends = TaskSet.of({name.first, name.last})
+                several.append(Bundle(job.id, stage, ends, name.attempt, name.round))
+    found: list[Attempt] = []
+    for start in range(0, len(several), READ_AT_ONCE):
+        some = several[start : start + READ_AT_ONCE]
+        read = await asyncio.gather(*(committed(objects, one, patience, key) for one in some))
+        found += [one for outcome in read if outcome and (one := attempt_in(outcome, task))]
+    found.sort(key=lambda one: (one.outcome.bundle.round, one.outcome.bundle.attempt))
+    return found
+
+
+def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
+    """What `outcome` says of the task; None where that is in another one."""
+    for failure in outcome.failed:
+        if failure.task == task:
+            return Attempt(task, outcome, failure)
+    ended = task in outcome.succeeded or task in outcome.cancelled
+    return Attempt(task, outcome) if ended else None
+
+
+def chosen(
+    found: Sequence[Attempt], number: int | None = None, round_: int | None = None
+) -> Attempt | None:
+    """The attempt of that number, in that round or the last one that has it; unless said the last
+    that failed, else the last of all. None where there is none."""
+    some = [one for one in found if round_ in (None, one.outcome.bundle.round)]
+    if number is not None:
+        some = [one for one in some if one.outcome.bundle.attempt == number]
+    failed = [one for one in some if one.failure]
+    return next(reversed(failed or some), None)
+
+
+# --- What it printed, and what it was given -------------------------------------------------------
+
+
+async def printed(
+    objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience
+) -> dict[int, bytes]:
+    """What each of these tasks printed in an outcome, b"" where that was nothing; neighbours are
+    read in one request. NotFound where their log is not stored yet, or has expired."""
+    wanted = set(tasks)
+    spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans if task in wanted)
+    found = dict.fromkeys(wanted, b"")
+    first = 0
+    while first < len(spans):
+        begin, end, last = spans[first][0], spans[first][1], first + 1
+        while last < len(spans) and spans[last][1] - begin <= _READ_BYTES:
+            end, last = spans[last][1], last + 1
+        data = await patience(partial(objects.get_range, outcome.log, begin, end))
+        for start, stop, task in spans[first:last]:
+            found[task] += data[start - begin : stop - begin]
+        first = last
+    return found
+
+
+async def log_end(
+    outcome: Outcome, task: int, limit: int, read: Callable[[int, int], Awaitable[bytes]]
+) -> tuple[bytes, int]:
+    """The last `limit` bytes of what a task printed in an outcome, and how many came before them.
+    `read` gets the bytes [first, beyond the last) of the log. One that was started again, since its
+    process was lost, has printed in more than one place."""
+    spans = sorted((start, stop) for of, start, stop in outcome.log_spans if of == task)
+    parts: list[bytes] = []
+    room = limit
+    for start, stop in reversed(spans):
+        begin = max(start, stop - room)
+        if begin < stop:
+            parts.append(await read(begin, stop))
+        room -= stop - begin
+    before = sum(stop - start for start, stop in spans) - (limit - room)
+    return b"".join(reversed(parts)), before
+
+
+async def task_bundle(
+    objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
+) -> Bundle:
+    """The bundle of a task that has not come to an end: where its input is, or will be. UsageError
+    where what it follows has no result yet, NoSuchTask where that is not in its plan."""
+    step = job.stage(stage)
+    alone = Bundle(job.id, stage, TaskSet.of([task]))
+    if step.gather is not None:
+        # It may have been planned by a retry only, once all before it had succeeded.
+        return replace(alone, round=await _round(objects, job.id, patience))
+    if not step.chained:
+        return alone
+    upstream = await attempts(objects, job, step.after[0], task, patience)
+    done = [one for one in upstream if one.state == "SUCCEEDED"]
+    if not done:
+        if not upstream:
+            await _check_head(objects, job, step, task, patience)
+        before = task_name(step.after[0], task)
+        raise UsageError(
+            f"{task_name(stage, task)} has no input yet: {before} has not succeeded.",
+            remedy=f"Look at that one: `batchlab job show-task {job.id} {before}`.",
+        )
+    source = done[-1].outcome.bundle.id
+    return replace(alone, source=BundleId(source))
+
+
+async def _check_head(
+    objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience
+) -> None:
+    """NoSuchTask where the stage that a chain begins with is planned without such a task."""
+    head = step
+    while head.chained:
+        head = job.stage(head.after[0])
+    bundle = await task_bundle(objects, job, head.name, task, patience)
+    try:
+        await Inputs(objects, patience).check(job, bundle)
+    except NoSuchTask as error:
+        name = task_name(step.name, task)
+        raise NoSuchTask(
+            f"The plan of job {job.id} has no task {name}.", remedy=error.remedy
+        ) from error
+    except NotFound:
+        return  # it is planned later, or was removed: nobody knows
+
+
+async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
+    """The last round that the job's user has asked for."""
+    round_ = 0
+    while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
+        round_ += 1
+    return round_
+
+
+async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
+    """The encoded input of the one task of `bundle`, as a worker gets it: inline JSON, or
+    references to objects (see protocol.values). NotFound where an object is gone, and where the
+    stage's plan has no such task."""
+    inputs = Inputs(objects, patience)
+    if bundle.source is None:
+        await inputs.check(job, bundle)
+    (item,) = await inputs.resolve(job, bundle, await CommitKeys(objects, patience).of(job))
+    return item
+
+
+def describe(item: Json) -> str:
+    """An encoded input in a few words for a person."""
+    kind = values.kind(item)
+    if kind == "$file":
+        return f"the file {item['name']} ({item['size']:,} bytes)"
+    if kind == "$part":
+        start, stop = int(item["start"]), int(item["stop"])
+        header = ", after its header" if item["header"] else ""
+        return f"{stop - start:,} bytes of {item['name']}, from byte {start:,}{header}"
+    if kind == "$pickle":
+        return "a pickled object"
+    if kind == "$value":
+        return "a large value, stored by itself"
+    if isinstance(item, list):
+        files = sum(1 for _ in values.references(item))
+        objects = f"{files:,} object" + "s" * (files != 1)
+        return f"a list of {len(item):,}" + (f", which refers to {objects}" if files else "")
+    text = json_format.dumps(item)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

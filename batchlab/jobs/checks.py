@@ -1,0 +1,257 @@
+"""The checks across keys: what no single value of a job file can tell.
+
+Invariant: a job file that passes names only stages, handlers, parameters and files that exist,
+and its stages form a graph without a cycle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab.core import notifications, units
+from batchlab.core.job_definition import NotifyDef
+from batchlab.core.protocol import placeholders
+from batchlab.jobs import field_types, handler_lookup, paths
+from batchlab.jobs.field_types import NotifySpec
+from batchlab.jobs.schema import JobSpec, StageSpec
+from batchlab.jobs.validation import Structure
+from batchlab.jobs.yaml_source import Loc, Problem, suggest
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A job with the folder that its relative paths start from."""
+
+    job: JobSpec
+    folder: Path
+
+    @property
+    def code(self) -> Path:
+        return paths.absolute(self.folder / self.job.code)
+
+    def stages(self) -> Iterator[tuple[Loc, StageSpec]]:
+        for i, stage in enumerate(self.job.stages):
+            yield ("stages", i), stage
+
+
+def run(found: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
+    """Every problem of the checks whose places are sound; unless `needs_input`, the input may be
+    anywhere."""
+    if found.whole is None:
+        return []
+    subject = Subject(found.whole, folder)
+    problems: list[Problem] = []
+    for check, places in _CHECKS:
+        if found.sound(*places) and (needs_input or check is not _input_files):
+            problems.extend(check(subject))
+    return problems
+
+
+_OBJECT_URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*))?", re.DOTALL)
+
+
+def is_url(pattern: str) -> bool:
+    """Whether an input is an object store's URL instead of a local pattern."""
+    return "://" in pattern
+
+
+def bucket_and_key(url: str) -> tuple[str, str] | None:
+    """Return the bucket and the key of s3://BUCKET/KEY, or None for any other text.
+
+    The scheme is s3 on every backend: BUCKET is the bucket of the grid.
+    """
+    found = _OBJECT_URL.fullmatch(url)
+    return (found[1], found[2] or "") if found else None
+
+
+def _one_action(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        if stage.python is None and stage.command is None:
+            message = f"Stage '{stage.name}' does not say what to run."
+            remedy = "Write `python: module:function` or `command: [program, …]`."
+            yield Problem(loc, message, remedy)
+        elif stage.python is not None and stage.command is not None:
+            message = f"Stage '{stage.name}' has both python and command."
+            yield Problem((*loc, "command"), message, "Delete one of the two.", at_key=True)
+        elif stage.stdout is not None and stage.command is None:
+            message = "stdout goes with a command; a Python stage returns its result."
+            yield Problem((*loc, "stdout"), message, "Delete stdout.", at_key=True)
+
+
+def _unique_names(subject: Subject) -> Iterator[Problem]:
+    yield from field_types.unique_names(subject.job.stages, ("stages",))
+
+
+def _graph(subject: Subject) -> Iterator[Problem]:
+    yield from field_types.order(subject.job.stages, ("stages",))
+
+
+def _gathers(subject: Subject) -> Iterator[Problem]:
+    yield from field_types.gathers(subject.job.stages, ("stages",))
+
+
+def _code(subject: Subject) -> Iterator[Problem]:
+    if not paths.is_folder(subject.code):
+        what = "is a file" if paths.is_file(subject.code) else "does not exist"
+        message = f"The code folder {subject.code} {what}."
+        yield Problem(("code",), message, "Write a folder relative to the job file.")
+
+
+def _handlers(subject: Subject) -> Iterator[Problem]:
+    if not paths.is_folder(subject.code):
+        return
+    broken: set[str] = set()
+    for loc, stage in subject.stages():
+        module = (stage.python or "").partition(":")[0]
+        if stage.python is None or module in broken:
+            continue
+        if found := handler_lookup.missing(stage.python, subject.code):
+            yield Problem((*loc, "python"), *found)
+            if found[1] == handler_lookup.MEND:
+                # It is one mistake, however many stages use the module.
+                broken.add(module)
+
+
+def _placeholders(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        for i, argument in enumerate(stage.command or ()):
+            # Only the first argument is the program, which has a rule of its own.
+            for message in placeholders.check([argument] if i == 0 else ["program", argument]):
+                remedy = "Write a brace of your own twice, as in {{ and }}."
+                yield Problem((*loc, "command", i), message, remedy)
+
+
+def _params(subject: Subject) -> Iterator[Problem]:
+    declared = subject.job.params
+    for loc, stage in subject.stages():
+        for i, argument in enumerate(stage.command or ()):
+            for name in placeholders.used([argument]):
+                key = name.removeprefix("params.")
+                if key not in (name, "") and key not in declared:
+                    message = f"The job has no parameter '{key}' for {{{name}}}."
+                    remedy = suggest(key, declared, "parameters")
+                    yield Problem((*loc, "command", i), message, remedy)
+
+
+def _outputs(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        names = placeholders.outputs(stage.command or ()) + ([stage.stdout] if stage.stdout else [])
+        places = [f"{name.rstrip('/')}/" for name in names]
+        for i, place in enumerate(places):
+            clash = next((j for j in range(i) if place.startswith(places[j])), None)
+            clash = next((j for j in range(i) if places[j].startswith(place)), clash)
+            if clash is not None:
+                message = f"The outputs '{names[clash]}' and '{names[i]}' are one place."
+                key = "stdout" if names[i] is stage.stdout else "command"
+                yield Problem((*loc, key), message, "Give one of them another name.")
+
+
+def _retries(subject: Subject) -> Iterator[Problem]:
+    for loc, stage in subject.stages():
+        rule = stage.retry
+        for key, kind in (("exit_codes", "exit"), ("exceptions", "exception")):
+            if getattr(rule, key) and rule.on and kind not in rule.on:
+                message = f"'{key}' has no effect while 'on' leaves out '{kind}'."
+                yield Problem((*loc, "retry", key), message, f"Add {kind} to on.", at_key=True)
+
+
+def _input_size(subject: Subject) -> Iterator[Problem]:
+    given = subject.job.input
+    if given.size is not None and given.split == "file":
+        message = "With split: file a task gets a whole file, so size has no meaning."
+        remedy = "Delete size, or write split: lines, bytes or items."
+        yield Problem(("input", "size"), message, remedy, at_key=True)
+    elif isinstance(given.size, str) and given.split != "bytes":
+        message = f"With split: {given.split} size counts {given.split}, not bytes."
+        yield Problem(("input", "size"), message, "Write a number such as 1000.")
+    elif given.split == "bytes" and given.size is not None and units.size_bytes(given.size) < 1:
+        yield Problem(("input", "size"), "A part of no bytes is no part.", "Write 8 MiB.")
+    if given.header and given.split not in ("lines", "bytes"):
+        message = f"With split: {given.split} there is no header line to repeat."
+        remedy = "Delete header, or write split: lines or bytes."
+        yield Problem(("input", "header"), message, remedy, at_key=True)
+
+
+def _times(subject: Subject) -> Iterator[Problem]:
+    if subject.job.at is not None and subject.job.cron is not None:
+        message = "The job says both at, which is once, and cron, which is again and again."
+        yield Problem(("cron",), message, "Delete one of the two.", at_key=True)
+    if subject.job.timezone != "UTC" and subject.job.cron is None:
+        message = "timezone says where cron is meant, and there is no cron."
+        yield Problem(("timezone",), message, "Delete it, or write cron.", at_key=True)
+
+
+def _input_files(subject: Subject) -> Iterator[Problem]:
+    for i, pattern in enumerate(subject.job.input.files):
+        loc = ("input", "files", i)
+        if is_url(pattern):
+            if bucket_and_key(pattern) is None:
+                remedy = "Write s3://bucket/prefix, or a local pattern."
+                what = units.shown(pattern)
+                yield Problem(loc, f"{what} is no URL of an S3 bucket.", remedy)
+        else:
+            yield from _matches(loc, pattern, subject.folder)
+
+
+def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
+    found = paths.matches(pattern, folder)
+    if not found:
+        message = f"No file matches {units.shown(pattern)}, looked for in {folder}."
+        remedy = "Write a pattern relative to the job file, such as data/*.csv."
+        if pattern and paths.is_folder(folder / pattern):
+            remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
+        yield Problem(loc, message, remedy)
+    # The first one will do: whoever has many has one reason for all.
+    unfit = next((path for path in found if paths.unfit(path.name)), None)
+    if unfit is not None:
+        message = f"The name of the input file {str(unfit)!r} {paths.unfit(unfit.name)}."
+        yield Problem(loc, message, "Rename it, or write a pattern that leaves it out.")
+
+
+def _notify(subject: Subject) -> Iterator[Problem]:
+    for i, one in enumerate(subject.job.notify):
+        loc: Loc = ("notify", i)
+        if sum(said is not None for said in (one.webhook, one.sns, one.target)) != 1:
+            message = "A target of notify says one of webhook, sns and target."
+            yield Problem(loc, message, "Write one of the three.")
+            continue
+        if problem := notifications.problem(notify_def(one)):
+            yield Problem(loc, problem, "Mend it, or delete it.")
+
+
+def notify_def(one: NotifySpec) -> NotifyDef:
+    """The target as the grid knows it."""
+    ways = (("webhook", one.webhook), ("sns", one.sns), (notifications.NAMED, one.target))
+    # A file without any is refused, after this has been made of it.
+    kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
+    return NotifyDef(
+        kind,
+        to,
+        tuple(one.on),
+        one.secret or "",
+        one.failures,
+        one.stuck_after,
+    )
+
+
+_ANY = ("stages", "*")
+
+_CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], ...] = (
+    (_one_action, ((*_ANY, "python"), (*_ANY, "command"), (*_ANY, "stdout"))),
+    (_unique_names, ((*_ANY, "name"),)),
+    (_graph, ((*_ANY, "name"), (*_ANY, "after"))),
+    (_gathers, ((*_ANY, "after"), (*_ANY, "gather"))),
+    (_code, (("code",),)),
+    (_handlers, (("code",), (*_ANY, "python"))),
+    (_placeholders, ((*_ANY, "command"),)),
+    (_params, ((*_ANY, "command"), ("params",))),
+    (_outputs, ((*_ANY, "command"), (*_ANY, "stdout"))),
+    (_retries, ((*_ANY, "retry"),)),
+    (_input_size, (("input", "split"), ("input", "size"), ("input", "header"))),
+    (_times, (("at",), ("cron",), ("timezone",))),
+    (_input_files, (("input", "files"),)),
+    (_notify, (("notify",),)),
+)

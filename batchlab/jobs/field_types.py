@@ -1,0 +1,356 @@
+"""The forms of single values in a job file: how each is written, checked and published.
+
+Invariant: a form's JSON Schema accepts what its check accepts, and a refused value always comes
+with the forms that are accepted.
+
+`notify` of a job file as a pydantic model: whom to tell of the job, and of which moments.
+
+Invariant: as in schema. No command can be written here: who submits a job must not run commands
+where the manager runs.
+
+The order of a job's stages: which follow which, and what is wrong with it.
+
+Invariant: stages without a problem here form a graph without a cycle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from batchlab.core import units
+from batchlab.core.errors import UsageError
+from batchlab.core.notifications import MOST_TARGETS
+from batchlab.core.pricing import money
+from batchlab.core.schedules import due_times
+from batchlab.core.task_context import name_problem
+from batchlab.jobs.yaml_source import Loc, Problem, suggest
+
+MIN_MEMORY_BYTES = 16 * 1024 * 1024
+MOST_TASKS = 10**12
+"""Of any count of tasks: more is a slip."""
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+HANDLER_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+_SHARE_PATTERN = r"^\d+(\.\d+)?\s*%$"
+
+
+def refusal(message: str, remedy: str) -> PydanticCustomError:
+    """An error of one field that brings its own sentence and remedy."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "remedy": remedy})
+
+
+def _check(parse: Callable[[object], Any], forms: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise refusal(f"{error}.", f"Write {forms}.") from error
+
+    return check
+
+
+def _either(title: str, kind: str, minimum: int, pattern: str) -> WithJsonSchema:
+    number = {"type": kind, "minimum": minimum}
+    text = {"type": "string", "pattern": pattern}
+    return WithJsonSchema({"title": title, "anyOf": [number, text]})
+
+
+def _timeout(value: object) -> float:
+    if (limit := units.seconds(value)) < 0.001:
+        raise ValueError(f"{value!r} leaves no time to run")
+    return limit
+
+
+def _memory(value: object) -> int:
+    if (limit := units.size_bytes(value)) < MIN_MEMORY_BYTES:
+        raise ValueError(f"{value!r} is less than the 16 MiB that any program needs")
+    return limit
+
+
+def _task_size(value: object) -> int | str:
+    if isinstance(value, str):
+        units.size_bytes(value)
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= units.LARGEST_BYTES:
+        return value
+    raise ValueError(f"{units.shown(value)} is no size of a task")
+
+
+def _allowance(value: object) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TASKS:
+        return value
+    if (
+        isinstance(value, str)
+        and re.match(_SHARE_PATTERN, value)
+        and float(value.strip(" %")) <= 100
+    ):
+        return value
+    raise ValueError(f"{units.shown(value)} is no number of tasks")
+
+
+def _start(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a start time")
+    units.start_s(value, 0.0)
+    return value
+
+
+def _cost(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{units.shown(value)} is no amount with its currency")
+    try:
+        money.parse(value)
+    except UsageError as error:
+        raise ValueError(error.message.rstrip(".")) from error
+    return value
+
+
+def _cron(value: object) -> str:
+    return _checked(value, lambda text: due_times.check(text, "UTC"))
+
+
+def _zone(value: object) -> str:
+    return _checked(value, due_times.zone_of)
+
+
+def _checked(value: object, check: Callable[[str], object]) -> str:
+    if not isinstance(value, str):
+        raise refusal(f"{units.shown(value)} is no text.", "Put it in quotes.")
+    try:
+        check(value)
+    except UsageError as error:
+        raise refusal(error.message, error.remedy) from error
+    return value
+
+
+def _output(value: str) -> str:
+    if problem := name_problem(value):
+        raise refusal(f"The output name '{value}' {problem}.", "Write for example count.txt.")
+    return value
+
+
+def _auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise refusal(f"bundle cannot be '{value}'.", "Write auto, or a number of tasks.")
+    return None if value == "auto" else value
+
+
+def one_or_many(value: Any) -> Any:
+    """A single text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
+ParamName = Annotated[str, StringConstraints(pattern=PARAM_PATTERN)]
+OutputName = Annotated[str, AfterValidator(_output)]
+Handler = Annotated[str, StringConstraints(pattern=HANDLER_PATTERN)]
+OneOrMany = Annotated[
+    list[str], BeforeValidator(one_or_many, json_schema_input_type=str | list[str])
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(_check(units.seconds, units.DURATION_FORMS)),
+    _either("duration", "number", 0, units.DURATION_PATTERN),
+]
+Timeout = Annotated[
+    float,
+    BeforeValidator(_check(_timeout, units.DURATION_FORMS)),
+    _either("duration", "number", 0, units.DURATION_PATTERN),
+]
+Memory = Annotated[
+    int,
+    BeforeValidator(_check(_memory, units.SIZE_FORMS)),
+    _either("size", "integer", MIN_MEMORY_BYTES, units.SIZE_PATTERN),
+]
+TaskSize = Annotated[
+    int | str,
+    PlainValidator(_check(_task_size, "a number from 1, or with split: bytes a size: 8 MiB")),
+    _either("number or size", "integer", 1, units.SIZE_PATTERN),
+]
+Allowance = Annotated[
+    int | str,
+    PlainValidator(_check(_allowance, "0, a number of tasks, or a share such as 5%")),
+    _either("number or percentage", "integer", 0, _SHARE_PATTERN),
+]
+Cost = Annotated[
+    str,
+    BeforeValidator(_check(_cost, "an amount with its currency such as 5USD")),
+    WithJsonSchema({"type": "string", "pattern": money.PATTERN}),
+]
+Start = Annotated[
+    str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})
+]
+Cron = Annotated[str, BeforeValidator(_cron), WithJsonSchema({"type": "string"})]
+Zone = Annotated[str, BeforeValidator(_zone), WithJsonSchema({"type": "string"})]
+BundleSize = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+
+
+Moment = Literal["ended", "succeeded", "failed", "cancelled", "failures", "stuck", "capped"]
+
+
+def _ended() -> list[Moment]:
+    return ["ended"]
+
+
+class NotifySpec(BaseModel):
+    """Somebody to tell of the job: exactly one of `webhook`, `sns` and `target` says how."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    webhook: str | None = Field(
+        default=None,
+        description="Address that gets a POST, by https. The manager's own machine only where the "
+        "grid's operator lets jobs; by http too then.",
+        examples=["https://hooks.example.org/batch"],
+    )
+    sns: str | None = Field(
+        default=None,
+        description="ARN of an SNS topic.",
+        examples=["arn:aws:sns:eu-central-1:123456789012:batch"],
+    )
+    target: str | None = Field(
+        default=None,
+        description="Name of one of the grid's own targets that jobs may name: its address and "
+        "secret are then in no job file.",
+        examples=["chat"],
+    )
+    on: Annotated[
+        list[Moment],
+        BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment]),
+    ] = Field(
+        default_factory=_ended,
+        description="Moments: `ended` (unless said), or one of `succeeded`, `failed`, `cancelled`; "
+        "`failures` "
+        "(so many tasks have failed), `stuck` (nothing has moved for so long), `capped` (a cap on "
+        "cost holds the job back).",
+        examples=[["failed", "stuck"]],
+    )
+    secret: str | None = Field(
+        default=None,
+        description="Where the key is that signs what a webhook gets: `env:BATCHLAB_NOTIFY_…`, a "
+        "variable of the manager's environment that the grid's operator lets sign what goes "
+        "there. The key itself is written nowhere.",
+        examples=["env:BATCHLAB_NOTIFY_SECRET"],
+    )
+    failures: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_TASKS,
+        description="Failed tasks from which `failures` is told, once.",
+        examples=[10],
+    )
+    stuck_after: Timeout = Field(
+        default=600.0,
+        description="How long nothing moves before `stuck` is told, seconds or text with a unit.",
+        examples=["10m"],
+    )
+
+
+Notify = Annotated[
+    list[NotifySpec],
+    Field(
+        max_length=MOST_TARGETS,
+        description="Whom to tell of the job, beside whom the grid tells. A list.",
+        examples=[[{"webhook": "https://hooks.example.org/batch", "on": "failed"}]],
+    ),
+]
+
+
+class Staged(Protocol):
+    """What is looked at of a stage, in a job file or elsewhere."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def after(self) -> Sequence[str] | None: ...
+
+    @property
+    def gather(self) -> object | None: ...
+
+
+def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
+    """Names of the stages that the `stage`-th follows, the default filled in."""
+    named = stages[stage].after
+    if named is not None:
+        return tuple(named)
+    return (stages[stage - 1].name,) if stage else ()
+
+
+def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
+    """Names that are there twice; the list of stages is at `at` in the file."""
+    first: dict[str, int] = {}
+    for i, stage in enumerate(stages):
+        if stage.name in first:
+            number = first[stage.name] + 1
+            message = f"Stage {number} is named '{stage.name}' already."
+            yield Problem((*at, i, "name"), message, "Give this stage another name.")
+        first.setdefault(stage.name, i)
+
+
+def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
+    """Stages to come after that there are not or that are listed later, and circles."""
+    names = [stage.name for stage in stages]
+    for i, stage in enumerate(stages):
+        for j, before in enumerate(stage.after or ()):
+            if before not in names:
+                message = f"There is no stage '{before}' to come after."
+                yield Problem((*at, i, "after", j), message, suggest(before, names, "stages"))
+            elif before in (stage.after or ())[:j]:
+                message = f"'{before}' is named twice."
+                yield Problem((*at, i, "after", j), message, "Delete one of the two.")
+    upstream_of = {name: upstream(stages, i) for i, name in enumerate(names)}
+    cycle = _cycle(upstream_of) if len(upstream_of) == len(names) else []
+    if cycle:
+        loc = (*at, names.index(cycle[-1]), "after")
+        message = f"The stages run in a circle: {' → '.join(cycle)}."
+        yield Problem(loc, message, "Change 'after' so that one of them comes first.")
+        return
+    for i, stage in enumerate(stages):
+        for j, before in enumerate(stage.after or ()):
+            if before in names[i + 1 :]:
+                message = f"The stage '{before}' is listed after this one, which follows it."
+                remedy = "List the stages in an order in which they can run."
+                yield Problem((*at, i, "after", j), message, remedy)
+
+
+def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
+    """One circle in the direction of the data, its first stage repeated at the end."""
+    left = dict(before)
+    while ready := [name for name, some in left.items() if not any(b in left for b in some)]:
+        for name in ready:
+            del left[name]
+    if not left:
+        return []
+    path = [next(iter(left))]
+    while path[-1] not in path[:-1]:
+        path.append(next(b for b in left[path[-1]] if b in left))
+    return path[path.index(path[-1]) :][::-1]
+
+
+def gathers(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
+    """Stages that gather nothing."""
+    for i, stage in enumerate(stages):
+        if stage.gather is not None and not upstream(stages, i):
+            message = f"Stage '{stage.name}' follows no stage, so it has nothing to gather."
+            remedy = "Delete gather, or name the stages before in 'after'."
+            yield Problem((*at, i, "gather"), message, remedy, at_key=True)

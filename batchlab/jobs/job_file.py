@@ -1,0 +1,210 @@
+"""Loading a job file, and turning it into the job that the grid runs.
+
+Invariant: a JobFile has passed every check; what is made from it depends on nothing but its
+content, the files it names and the arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchlab.core import units
+from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
+from batchlab.core.model import FailureKind, JobId, Json, StageName
+from batchlab.core.pricing import money
+from batchlab.jobs import checks, paths, yaml_source
+from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text
+from batchlab.jobs.validation import validate
+from batchlab.jobs.yaml_source import Problem, suggest
+
+_NONE = "Write its path, or make one with `batchlab init`."
+_TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """A job file that has passed every check, its paths absolute and its parameters final."""
+
+    path: Path
+    job: JobSpec
+    code: Path
+    """The folder of the user's code."""
+    params: Mapping[str, Json]
+    """The parameters, overrides applied."""
+    files: tuple[Path | str, ...]
+    """The input in task order: local files, and S3 URLs as they were written."""
+
+    def input_files(self) -> list[Path | str]:
+        """The input in task order: local files, and S3 URLs as they were written."""
+        return list(self.files)
+
+    @property
+    def urls(self) -> list[str]:
+        """What of the input lies in S3, as it was written."""
+        return [file for file in self.files if isinstance(file, str)]
+
+    def name_of(self, file: Path) -> str:
+        """A local input file's name relative to the job file, with "/" on every system."""
+        return Path(os.path.relpath(file, self.path.parent)).as_posix()
+
+
+def load(
+    path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True
+) -> JobFile:
+    """Read and check the job file at `path`, its parameters replaced by `overrides` (`--set`).
+
+    Unless `needs_input`, its input files need not be there. JobFileErrors with every mistake there
+    is. Nothing of the user's code is run.
+    """
+    path = paths.absolute(path)
+    document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
+    if isinstance(document.data, dict) and {"jobs", "arrivals"} <= document.data.keys():
+        raise yaml_source.another(
+            path,
+            "There is no key 'jobs' here: this is a scenario, not a job file.",
+            "`batchlab scenario check` looks at it, `batchlab scenario simulate` says what it "
+            "costs, `batchlab scenario replay` runs it.",
+        )
+    problems = list(document.problems)
+    job: JobSpec | None = None
+    params: dict[str, Json] = {}
+    if document.data is not None or not problems:
+        structure = validate(document.data, SHAPE, {problem.loc for problem in problems})
+        problems += structure.problems
+        problems += checks.run(structure, path.parent, needs_input=needs_input)
+        job = structure.whole
+        if job is not None and structure.sound(("params",)):
+            params, refused = _override(job.params, overrides or {})
+            problems += refused
+    if problems or job is None:
+        raise yaml_source.errors(path, document, problems)
+    return JobFile(
+        path,
+        job,
+        checks.Subject(job, path.parent).code,
+        params,
+        _files(job, path.parent),
+    )
+
+
+def compile_job(
+    jobfile: JobFile,
+    *,
+    job_id: JobId,
+    token: str,
+    code_key: str | None,
+    input_keys: Sequence[str],
+    submitted_s: float,
+) -> JobDef:
+    """The job as the grid runs it. `input_keys` are the objects that hold the input files, in
+    their order; a start time such as `+10m` counts from `submitted_s` (epoch seconds)."""
+    job = jobfile.job
+    most = job.failure.max_failures
+    return JobDef(
+        id=job_id,
+        name=job.name,
+        stages=tuple(_stage(stage, job.upstream(i)) for i, stage in enumerate(job.stages)),
+        submitted_s=submitted_s,
+        input=InputDef(
+            tuple(input_keys), SplitBy(job.input.split), task_size(job), job.input.header
+        ),
+        code=code_key,
+        params=tuple(jobfile.params.items()),
+        max_failures=float(most.strip(" %")) if isinstance(most, str) else most,
+        max_failures_percent=isinstance(most, str),
+        fail_fast=job.failure.then == "stop",
+        priority=job.priority,
+        tags=tuple(job.tags.items()),
+        token=token,
+        max_cost_usd=None if job.max_cost is None else money.parse(job.max_cost),
+        notify=tuple(map(checks.notify_def, job.notify)),
+        start_at_s=None if job.at is None else units.start_s(job.at, submitted_s),
+    )
+
+
+def source_digest(jobfile: JobFile, code_digest: str) -> str:
+    """A sha256 that is the same as long as running the job again would do the same: its content,
+    parameters, code, and name, size and time of each input file."""
+    facts: list[Json] = []
+    for file in jobfile.files:
+        if isinstance(file, Path):
+            stat = file.stat()
+            facts.append([jobfile.name_of(file), stat.st_size, stat.st_mtime_ns])
+        else:
+            facts.append([file])
+    # What it may cost, when a schedule runs it, and who is told of it, is nothing that it does.
+    apart = {"max_cost", "cron", "timezone", "notify"}
+    content = jobfile.job.model_dump(mode="json", exclude=apart)
+    whole = [content, dict(jobfile.params), code_digest, facts]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _override(
+    declared: Mapping[str, Json], overrides: Mapping[str, str]
+) -> tuple[dict[str, Json], list[Problem]]:
+    params: dict[str, Json] = dict(declared)
+    problems = []
+    for key, text in overrides.items():
+        if key not in declared:
+            remedy = suggest(key, declared, "parameters")
+            problems.append(Problem(None, f"--set {key}: there is no parameter '{key}'.", remedy))
+            continue
+        try:
+            # Where the default is text, 007 stays 007.
+            as_text = isinstance(declared[key], str)
+            params[key] = yaml_source.plain_text(text) if as_text else yaml_source.scalar(text)
+        except yaml_source.ScalarRefused as refused:
+            problems.append(Problem(None, f"--set {key}: {refused}", refused.remedy))
+    return params, problems
+
+
+def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
+    found: dict[Path | str, None] = {}
+    for pattern in job.input.files:
+        if checks.is_url(pattern):
+            found[pattern] = None
+        else:
+            found.update((file, None) for file in paths.matches(pattern, folder))
+    return tuple(found)
+
+
+def task_size(job: JobSpec) -> int:
+    """What one task gets: lines, bytes or items."""
+    size = job.input.size
+    return _TASK_SIZES[job.input.split] if size is None else units.size_bytes(size)
+
+
+def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
+    return StageDef(
+        name=StageName(stage.name),
+        after=tuple(StageName(name) for name in upstream),
+        gather=None if stage.gather is None else stage.gather.by,
+        handler=stage.python,
+        command=tuple(stage.command or ()),
+        stdout=stage.stdout,
+        timeout_s=stage.timeout,
+        retry=retry_rule(stage.retry),
+        slots=stage.resources.slots,
+        memory_bytes=stage.resources.memory,
+        bundle=stage.bundle,
+        pool=stage.pool,
+    )
+
+
+def retry_rule(retry: RetrySpec) -> RetryRule:
+    """The rule that a stage's `retry` means."""
+    return RetryRule(
+        attempts=retry.attempts,
+        backoff_s=retry.backoff,
+        factor=retry.factor,
+        max_backoff_s=retry.max_backoff,
+        jitter=retry.jitter,
+        kinds=tuple(FailureKind(kind) for kind in retry.on),
+        exit_codes=tuple(retry.exit_codes),
+        exceptions=tuple(retry.exceptions),
+    )

@@ -1,0 +1,280 @@
+"""From a job file to a job the grid can run: code and raw data go to the bucket first.
+
+Invariant: payload before pointer. When the manager hears of a job, all that it names is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from batchlab.core.errors import AlreadyExists, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.ports import Clock, ObjectInfo, Objects
+from batchlab.core.protocol import object_keys
+from batchlab.core.retry import Patience
+from batchlab.jobs import paths
+from batchlab.jobs.checks import bucket_and_key
+from batchlab.jobs.job_file import JobFile, compile_job
+from batchlab.worker import code_cache
+
+RAW = "raw/"
+"""Where a worker may read a job's input, on AWS and so everywhere."""
+UPLOADS_AT_ONCE = 16
+MANY_FILES = 1000
+"""A job with more input files names the folder that they are uploaded to: the files' keys would
+make its definition, which is read again and again, as long as their list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """Progress of an upload: files done, of how many, and bytes so far."""
+
+    files: int
+    of: int
+    size_bytes: int
+
+
+def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes, str]:
+    """The code folder as a zip, without the input that may lie in it, and its sha256; UsageError
+    where it is more than that, or than what workers take."""
+    data = code_cache.pack(
+        jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes
+    )
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def refuse_recurring(jobfile: JobFile) -> None:
+    """UsageError where the job file asks for a schedule."""
+    if jobfile.job.cron is not None:
+        raise UsageError(
+            f"{jobfile.path.name} says cron: it is to run again and again, and not once.",
+            remedy=f"`batchlab schedule add {jobfile.path.name}` sees to that; "
+            f"`batchlab schedule run {jobfile.job.name}` then runs it now.",
+        )
+
+
+async def prepare(
+    jobfile: JobFile,
+    *,
+    objects: Objects,
+    clock: Clock,
+    patience: Patience,
+    token: str,
+    packed: tuple[bytes, str] | None = None,
+    progress: Callable[[Uploaded], None] | None = None,
+    bucket: str = "",
+    keys: Sequence[str] | None = None,
+    recurring: bool = False,
+) -> JobDef:
+    """Upload the code and the raw data of `jobfile`; the job to submit, or where it is `recurring`
+    the one that a schedule runs.
+
+    `packed` is `code_digest(jobfile)` where it is at hand. Uploading the same again is harmless.
+    `bucket` is what job files call the bucket by; empty, no input can lie in it already. With
+    `keys` no input is uploaded, nor looked for: it is these objects, or those below these prefixes.
+    """
+    if not recurring:
+        refuse_recurring(jobfile)
+    if keys is None:
+        keys = own_keys(jobfile, bucket)
+        for key in keys or ():
+            await _look(objects, key, patience)
+    data, digest = packed or code_digest(jobfile)
+    code_key = object_keys.code(digest)
+    with suppress(AlreadyExists):  # named by its content, so what is there is the same
+        await patience(lambda: objects.put(code_key, data, if_absent=True))
+    job_id = object_keys.job_id(jobfile.job.name, token)
+    if keys is None:
+        keys = await _upload(jobfile, object_keys.raw(job_id), objects, progress)
+    return compile_job(
+        jobfile,
+        job_id=job_id,
+        token=token,
+        code_key=code_key,
+        input_keys=keys,
+        submitted_s=clock.now_s(),
+    )
+
+
+# --- Input that lies in the bucket ---------------------------------------------------------------
+
+
+def check_input(jobfile: JobFile) -> None:
+    """UsageError for input in a bucket that is none of the grid's, whatever that is called."""
+    urls = jobfile.urls
+    if urls and len(urls) < len(jobfile.files):
+        raise UsageError(
+            f"The input is partly files, and partly, with {urls[0]}, objects of a bucket.",
+            remedy="Name files only, which are uploaded, or objects of the grid's bucket only.",
+        )
+    for url in urls:
+        check_key(url, _parts(url)[1])
+
+
+def check_key(shown: str, key: str) -> None:
+    """UsageError for a key or prefix, `shown` as it was written, that no job's input can have."""
+    parts = key.removesuffix("/").split("/")
+    if not key.startswith(RAW) or {"", ".", ".."} & set(parts):
+        raise UsageError(
+            f"The input {shown!r} is not below raw/ in the grid's bucket, where workers may read.",
+            remedy="Write a prefix such as raw/incoming/, which ends in a slash.",
+        )
+    if why := paths.unfit(key):
+        raise UsageError(
+            f"The input {shown!r} {why}.", remedy="Give the objects other names, and name those."
+        )
+
+
+def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
+    """Keys, and prefixes that end in a slash, of the grid's own `bucket` that are the job's input;
+    None where files are to be uploaded. UsageError for what is not there to be read."""
+    check_input(jobfile)
+    urls = jobfile.urls
+    if not urls:
+        return None
+    if not bucket:
+        raise UsageError(
+            f"The grid cannot read the input {urls[0]} of a job that comes this way.",
+            remedy="Name local files; `batchlab run`, `batchlab job submit` and schedules take "
+            "input of the bucket on a grid that has one: not the simulator, a replay, or the page.",
+        )
+    others = [url for url in urls if _parts(url)[0] != bucket]
+    if others and len(others) < len(urls):
+        raise UsageError(
+            f"The input is partly in the grid's bucket, and partly, with {others[0]}, in another.",
+            remedy=f"Name objects of s3://{bucket}/raw/ only.",
+        )
+    if others:
+        raise UsageError(
+            f"The grid cannot read the input {others[0]}: its own bucket is s3://{bucket}/.",
+            remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which "
+            "are uploaded.",
+        )
+    keys = [_parts(url)[1] for url in urls]
+    # What lies below a prefix too is taken once.
+    wider = [key for key in keys if key.endswith("/")]
+    return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
+
+
+async def contents(
+    objects: Objects, keys: Sequence[str], patience: Patience
+) -> tuple[str, list[str]]:
+    """A sha256 of names, sizes and ETags of the objects that `keys` mean, and the keys of up to
+    MANY_FILES objects, else `keys` as they are; UsageError where one means none."""
+    digest = hashlib.sha256()
+    found: list[str] = []
+
+    def note(info: ObjectInfo) -> None:
+        digest.update(f"{info.key}\0{info.size}\0{info.etag}\n".encode())
+        if len(found) <= MANY_FILES:
+            found.append(info.key)
+
+    for key in keys:
+        await _look(objects, key, patience, note)
+    return digest.hexdigest(), found if len(found) <= MANY_FILES else list(keys)
+
+
+async def _look(
+    objects: Objects,
+    key: str,
+    patience: Patience,
+    note: Callable[[ObjectInfo], None] | None = None,
+) -> None:
+    """Tell `note` of each object that `key` means; without, see whether there is one."""
+    is_empty = True
+    async for page in _pages(objects, key, patience):
+        is_empty = False
+        if note is None:
+            return
+        for info in page:
+            note(info)
+    if is_empty:
+        below = "below" if key.endswith("/") else "named"
+        raise UsageError(
+            f"There is no object {below} {key} in the grid's bucket.",
+            remedy="Put the input there, or name another key, or a prefix that ends in a slash; "
+            "`*` has no meaning in a bucket.",
+        )
+
+
+async def _pages(
+    objects: Objects, key: str, patience: Patience
+) -> AsyncIterator[Sequence[ObjectInfo]]:
+    """The objects that a key or prefix means, without any page that has none."""
+    if not key.endswith("/"):
+        if info := await patience(partial(objects.head, key)):
+            yield [info]
+        return
+    async for page in objects.list(key):
+        # The S3 console marks a folder by an empty object of that name.
+        if found := [info for info in page if not info.key.endswith("/")]:
+            yield found
+
+
+def _parts(url: str) -> tuple[str, str]:
+    return bucket_and_key(url) or ("", "")
+
+
+# --- Input that is uploaded ----------------------------------------------------------------------
+
+
+async def _upload(
+    jobfile: JobFile,
+    prefix: str,
+    objects: Objects,
+    progress: Callable[[Uploaded], None] | None,
+) -> list[str]:
+    files = [file for file in jobfile.files if isinstance(file, Path)]
+    many = len(files) > MANY_FILES
+    digits = 9 if many else 7
+    names = [f"{number:0{digits}d}/{path.name}" for number, path in enumerate(files)]
+    if many:
+        # Another list of files has another folder, so that nothing else is ever found there.
+        prefix += f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:16]}/"
+    await _upload_all(list(zip(files, names, strict=True)), prefix, objects, progress)
+    return [prefix] if many else [prefix + name for name in names]
+
+
+async def _upload_all(
+    files: Sequence[tuple[Path, str]],
+    prefix: str,
+    objects: Objects,
+    progress: Callable[[Uploaded], None] | None,
+) -> None:
+    waiting = iter(files)
+    done = size_bytes = 0
+
+    async def next_ones() -> None:
+        nonlocal done, size_bytes
+        for path, name in waiting:
+            try:
+                # Not `+= await`, which would add to what the sum was before the wait.
+                uploaded_bytes = await objects.upload(prefix + name, path)
+            except FileNotFoundError as error:
+                raise UsageError(
+                    f"The input file {path} has vanished.", remedy="Put it back, or run again."
+                ) from error
+            except PermissionError as error:
+                raise UsageError(
+                    f"The input file {path} may not be read.", remedy="Make it readable for you."
+                ) from error
+            done += 1
+            size_bytes += uploaded_bytes
+            if progress:
+                progress(Uploaded(done, len(files), size_bytes))
+            # An upload may not wait for anything, and there may be a million.
+            await asyncio.sleep(0)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(UPLOADS_AT_ONCE, len(files))):
+                group.create_task(next_ones())
+    except ExceptionGroup as several:
+        # One sentence for a person; the others end for the same reason, or by being cancelled.
+        raise several.exceptions[0] from several

@@ -1,0 +1,293 @@
+"""From plain data to the validated models, with every mistake said in words of the file.
+
+Invariant: a key that is wrong does not hide the mistakes after it: the checks across keys still
+run on the rest, except those that depend on what is broken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from batchlab.core.model import Json
+from batchlab.core.units import shown
+from batchlab.jobs import field_types
+from batchlab.jobs.yaml_source import Loc, Problem, nearest, suggest
+
+M = TypeVar("M", bound=BaseModel)
+
+_KINDS = {
+    "string": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "model": "a mapping of keys",
+    "dict": "a mapping of keys",
+}
+
+_PATTERNS = {
+    field_types.NAME_PATTERN: "lower case letters, digits, - and _, beginning with a letter or digit",
+    field_types.PARAM_PATTERN: "letters, digits and _, beginning with a letter",
+    field_types.HANDLER_PATTERN: "module:function",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape(Generic[M]):
+    """What kind of file it is: the model of the whole, and what is needed to speak of it."""
+
+    model: type[M]
+    what: str
+    """Such as "job file"."""
+    begin: str
+    """What to write where there is nothing yet."""
+    stand_ins: Mapping[str, Json]
+    """What stands, until the mistakes have been told, for a key that is missing."""
+    free: frozenset[Loc] = frozenset()
+    """Mappings of the user's own, where a key may be without a value."""
+
+
+@dataclass(slots=True)
+class Structure(Generic[M]):
+    """`whole` is None where too little is left to look at; `broken` are the places that were wrong
+    and that stand-ins or defaults fill."""
+
+    whole: M | None = None
+    problems: list[Problem] = field(default_factory=list)
+    broken: list[Loc] = field(default_factory=list)
+
+    def sound(self, *places: Loc) -> bool:
+        """Whether nothing was wrong at, around or inside any of `places` ("*": anywhere)."""
+        return not any(_related(loc, place) for loc in self.broken for place in places)
+
+
+def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) -> Structure[M]:
+    """Check `data` against the models of `shape`; whatever is wrong is left out and reported,
+    except what lies at `refused`, which has been reported before."""
+    found = Structure[M]()
+    if not isinstance(data, dict):
+        found.problems.append(Problem((), f"A {shape.what} is a mapping of keys.", shape.begin))
+        return found
+    data = deepcopy(data)
+    _drop_empty(data, (), found, refused, shape.free)
+    reported = False
+    # Leaving out one value can uncover that a key is missing, hence the further looks.
+    for _ in range(4):
+        try:
+            found.whole = shape.model.model_validate(data)
+            break
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            # A key that is misspelt or has no value is told as that, not as missing too.
+            known = {*found.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
+            for one in details:
+                again = one["loc"] in (known if one["type"] == "missing" else refused)
+                if not reported and not again:
+                    found.problems.append(_explain(shape, one))
+                found.broken.append(_blamed(shape, one))
+                _mend(data, one, shape.stand_ins)
+            reported = True
+    return found
+
+
+def _related(loc: Loc, place: Loc) -> bool:
+    return all(a == b or "*" in (a, b) for a, b in zip(loc, place, strict=False))
+
+
+def _drop_empty(
+    data: Any,
+    loc: Loc,
+    found: Structure[M],
+    refused: Collection[Loc | None],
+    free: Collection[Loc],
+) -> None:
+    """A key without a value is a slip, not a wish for the default."""
+    if loc in free:
+        return
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in list(items):
+        if isinstance(value, dict | list):
+            _drop_empty(value, (*loc, key), found, refused, free)
+        elif value is None and isinstance(data, dict):
+            del data[key]
+            at = (*loc, key)
+            found.broken.append(at)
+            if at not in refused:
+                remedy = "Write one, or delete the line."
+                found.problems.append(Problem(at, f"'{key}' has no value.", remedy))
+
+
+def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of `model` by the keys that the file has for them."""
+    return {
+        field.alias or name: field
+        for name, field in model.model_fields.items()
+        if not field.exclude  # what a validator alone writes
+    }
+
+
+def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
+    """The model and key that `loc` is in, or the last such on the way there."""
+    found: tuple[type[BaseModel], str] | None = None
+    here: Any = shape.model
+    for part in loc:
+        here = _bare(here)
+        if _is_model(here):
+            found = (here, str(part))
+            known = keys(here).get(str(part))
+            if known is None:
+                break
+            here = known.annotation
+        elif get_origin(here) in (list, dict):
+            here = get_args(here)[-1]
+        else:
+            break
+    return found
+
+
+def _bare(annotation: Any) -> Any:
+    """`annotation` without its checks, and of several forms the one that has parts."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        forms_ = [_bare(one) for one in get_args(annotation)]
+        parted = [one for one in forms_ if get_origin(one) or _is_model(one)]
+        return parted[0] if parted else forms_[0]
+    return annotation
+
+
+def _is_model(one: Any) -> bool:
+    return isinstance(one, type) and issubclass(one, BaseModel)
+
+
+def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
+    """The keys that there are where `loc` is."""
+    place = _place(shape, loc)
+    return keys(place[0]) if place else {}
+
+
+def _example(shape: Shape[M], loc: Loc) -> str:
+    place = _place(shape, loc)
+    known = keys(place[0]).get(place[1]) if place else None
+    if place is None or known is None:
+        return "Write another value."
+    examples = known.examples or [""]
+    return f"Write for example `{place[1]}: {_flow(examples[0])}`."
+
+
+def _flow(value: Json) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_flow(v) for v in value) + "]"
+    if isinstance(value, str) and re.search(r"[{*]", value):
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _kind_of(value: Json) -> str:
+    for kind, name in (
+        (bool, "true or false"),
+        (str, "text"),
+        (int | float, shown(value)),
+        (list, "a list"),
+        (dict, "a mapping"),
+    ):
+        if isinstance(value, kind):
+            return name
+    return "nothing"
+
+
+def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
+    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    name = next((str(part) for part in reversed(loc) if isinstance(part, str)), "")
+    value = error["input"]
+    if kind == "missing":
+        return Problem(loc[:-1], f"'{name}' is missing.", _example(shape, loc), at_key=True)
+    if kind == "extra_forbidden":
+        known = _known(shape, loc)
+        return Problem(loc, f"There is no key '{name}' here.", suggest(name, known, "keys"), True)
+    if kind == "refused":
+        return Problem(loc, context["message"], context["remedy"])
+    if kind == "literal_error":
+        words = re.findall(r"'([^']*)'", context["expected"])
+        return Problem(
+            loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values")
+        )
+    if kind == "string_pattern_mismatch":
+        return _pattern(shape, loc, name, str(value), context["pattern"])
+    if kind == "string_too_long":
+        limit = context["max_length"]
+        return Problem(loc, f"'{name}' has more than {limit} characters.", "Write a shorter one.")
+    if kind in ("too_short", "too_long") and context["actual_length"]:
+        wanted = context["min_length" if kind == "too_short" else "max_length"]
+        message = f"'{name}' has {context['actual_length']} entries, and must have {wanted}."
+        return Problem(loc, message, _example(shape, loc))
+    if kind in ("too_short", "string_too_short"):
+        return Problem(loc, f"'{name}' is empty.", _example(shape, loc))
+    if kind in _BOUNDS:
+        bound = f"{_BOUNDS[kind]} {next(iter(context.values())):g}"
+        return Problem(loc, f"'{name}' must be {bound}, not {shown(value)}.", _example(shape, loc))
+    wanted = _KINDS.get(kind.split("_")[0])
+    what = f"An entry of '{name}'" if isinstance(loc[-1], int) else f"'{name}'"
+    if wanted is None:
+        return Problem(loc, f"{what} is wrong: {error['msg']}.", _example(shape, loc))
+    return Problem(loc, f"{what} must be {wanted}, not {_kind_of(value)}.", _example(shape, loc))
+
+
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "less_than_equal": "at most",
+    "greater_than": "above",
+}
+
+
+def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:
+    takes = f"it takes {_PATTERNS[pattern]}."
+    # pydantic places an error of a dict's key under "[key]".
+    if is_key := loc[-1] == "[key]":
+        loc = loc[:-1]
+        name = str(loc[-2])
+    what = f"A name in '{name}'" if is_key else f"'{name}'"
+    slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
+    rename = slug if pattern == field_types.NAME_PATTERN else ""
+    remedy = f"Write {rename}." if rename else _example(shape, loc)
+    return Problem(loc, f"{what} cannot be {shown(value)}: {takes}", remedy, at_key=is_key)
+
+
+def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
+    loc = error["loc"]
+    if error["type"] != "extra_forbidden":
+        return loc
+    # A misspelt key leaves the key it was meant for unset.
+    meant = nearest(str(loc[-1]), _known(shape, loc))
+    return (*loc[:-1], meant or loc[-1])
+
+
+def _mend(data: Any, error: ErrorDetails, stand_ins: Mapping[str, Json]) -> None:
+    """Take the faulty key out of `data`, or put a stand-in where one is missing."""
+    owner: Any = None
+    key: str | int = ""
+    here = data
+    for part in error["loc"]:
+        inside = part in here if isinstance(here, dict) else False
+        if isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        elif inside:
+            owner, key = here, part
+            here = here[part]
+    if error["type"] == "missing" and isinstance(here, dict):
+        name = str(error["loc"][-1])
+        if name in stand_ins:
+            here[name] = deepcopy(stand_ins[name])
+    elif owner is not None:
+        owner.pop(key, None)

@@ -1,0 +1,365 @@
+"""A YAML text as plain data that remembers the line of every key and value.
+
+Invariant: nothing in the text can run code, grow without bound or be overwritten silently (tags,
+alias bombs and repeated keys are refused), and a scalar means what YAML 1.2 says: `on` is a
+name and a date is text.
+
+What is wrong with a job file or a scenario, collected so that one look shows every mistake.
+
+Invariant: each mistake is one sentence at one line, with a remedy.
+
+The text of a file that a person wrote, and the mistakes in it as errors.
+
+Invariant: whatever lies at the path, looking at it ends, and with one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from batchlab.core.errors import JobFileError
+from batchlab.core.model import Json
+
+Loc = tuple[str | int, ...]
+"""Where in the document: keys and list indices from the root."""
+
+
+def lies(loc: Loc, places: Collection[Loc]) -> bool:
+    """Whether `loc` is one of `places`, where "*" is any index or key."""
+    return any(
+        len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True))
+        for place in places
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake, at the line of the value, or with `at_key` of the key; `loc` None: not in the
+    file but on the command line."""
+
+    loc: Loc | None
+    message: str
+    remedy: str
+    at_key: bool = False
+
+
+class JobFileErrors(JobFileError):
+    """All mistakes of a file in the order of its lines; its own fields are the first one's."""
+
+    def __init__(self, errors: Sequence[JobFileError]) -> None:
+        first = errors[0]
+        super().__init__(first.message, file=first.file, line=first.line, remedy=first.remedy)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(e) for e in self.errors)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def suggest(name: str, known: Iterable[str], what: str) -> str:
+    """A remedy for an unknown name: the nearest one, or all of them."""
+    names = list(known)
+    close = nearest(name, names)
+    if close is not None:
+        return f"Did you mean '{close}'?"
+    return f"Write one of the {what}: {', '.join(names)}." if names else f"There are no {what}."
+
+
+MAX_CHARACTERS = 1024 * 1024
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 40
+
+_TAG = "tag:yaml.org,2002:"
+_TEXTS = frozenset(_TAG + kind for kind in ("str", "int", "float", "bool", "merge"))
+_TRUTH_OF_YAML_1_1 = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+# PyYAML follows YAML 1.1, where `on:` is a key named true and 1:30 is the number 90.
+_Loader.yaml_implicit_resolvers = {}
+for _name, _regex, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    yaml.add_implicit_resolver(
+        _TAG + _name, re.compile(rf"^(?:{_regex})$"), list(_first), Loader=_Loader
+    )
+
+
+class ScalarRefused(ValueError):
+    """A scalar that cannot be taken as it stands; `remedy` says what to write."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class _TooMuch(Exception):
+    """Aliases multiply the text beyond every honest file."""
+
+
+@dataclass(slots=True)
+class Document:
+    """`data` as it was written; `problems` are those of the notation itself."""
+
+    data: Any = None
+    problems: list[Problem] = field(default_factory=list)
+    lines: dict[Loc, tuple[int, int]] = field(default_factory=dict)
+    """The lines of key and value by location."""
+
+    def line(self, problem: Problem) -> int | None:
+        """The line to show for a problem: that of the nearest thing around it where the thing
+        itself is not in the text."""
+        if problem.loc is None:
+            return None
+        known: Loc = ()
+        for part in problem.loc:
+            if (*known, part) in self.lines:
+                known = (*known, part)
+        whole = len(known) == len(problem.loc)
+        lines = self.lines.get(known)
+        return lines[0 if problem.at_key or not whole else 1] if lines else None
+
+
+def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
+    """The one document in `text`. Where `is_text(loc)`, a scalar is taken as it is written, so
+    that 1.50 in a command stays 1.50."""
+    document = Document()
+    if len(text) > MAX_CHARACTERS:
+        limit = f"It is longer than {MAX_CHARACTERS} characters."
+        document.problems.append(Problem((), limit, "Move what is long into files of its own."))
+        return document
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if root is not None:
+            document.lines[()] = (1, 1)
+            document.data = _Reader(document, is_text).value(root, ())
+    except yaml.YAMLError as error:
+        document.problems.append(_syntax(document, error, text))
+    except (_TooMuch, RecursionError):
+        limit = f"It holds more than {_MAX_VALUES} values or is nested deeper than {_MAX_DEPTH}."
+        document.problems.append(Problem((), limit, "Write it without aliases of aliases."))
+    return document
+
+
+def scalar(text: str) -> Json:
+    """What `text` means as one YAML scalar; text that is no YAML stays text.
+
+    ScalarRefused for a list or mapping, and for words that YAML 1.1 took as true or false.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return plain_text(text)
+    if node is None:
+        return ""
+    if isinstance(node, ScalarNode):
+        return _scalar(node)
+    raise ScalarRefused("It is a list or a mapping.", f"Write it in quotes as text: '\"{text}\"'.")
+
+
+def plain_text(text: str) -> str:
+    """`text` itself; ScalarRefused where neither UTF-8 nor a command line could hold it."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ScalarRefused("It holds a character that no text may have.", "Write it without.")
+    return text
+
+
+def _syntax(document: Document, error: yaml.YAMLError, text: str) -> Problem:
+    loc: Loc = ("",)
+    mark = getattr(error, "problem_mark", None)
+    position = getattr(error, "position", 0)
+    line = mark.line + 1 if mark else text.count("\n", 0, position) + 1
+    document.lines[loc] = (line, line)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+    remedy = "Indent with spaces, and quote text that has a colon or begins with a sign."
+    return Problem(loc, f"This is not YAML: {what}.", remedy)
+
+
+def _scalar(node: ScalarNode) -> Json:
+    text = plain_text(node.value)
+    if node.tag == _TAG + "str":
+        truth = _TRUTH_OF_YAML_1_1.get(text.lower()) if node.style is None else None
+        if truth:
+            raise ScalarRefused(
+                f"{text} is text in YAML 1.2 but {truth} in YAML 1.1.",
+                f"Write {truth}, or '{text}' in quotes.",
+            )
+        return text
+    if node.tag == _TAG + "null":
+        return None
+    if node.tag == _TAG + "bool":
+        return text.lower() == "true"
+    try:
+        if node.tag == _TAG + "int":
+            # A leading zero is decimal in YAML 1.2, and int(text, 0) refuses it.
+            whole = int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+            str(whole)  # ValueError where it has more digits than Python writes
+            return whole
+        number = float(text) if node.tag == _TAG + "float" else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        what = f"{_clipped(text)} is no value here."
+        raise ScalarRefused(what, "Write it in quotes as text.")
+    return number
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}…"
+
+
+class _Reader:
+    def __init__(self, document: Document, is_text: Callable[[Loc], bool]) -> None:
+        self._document = document
+        self._is_text = is_text
+        self._values = 0
+
+    def value(self, node: Node, loc: Loc) -> Json:
+        self._values += 1
+        if self._values > _MAX_VALUES or len(loc) > _MAX_DEPTH:
+            raise _TooMuch
+        if isinstance(node, ScalarNode) and node.tag in {*_TEXTS, _TAG + "null"}:
+            return self._scalar(node, loc)
+        if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
+            return [self._child(loc, i, None, child) for i, child in enumerate(node.value)]
+        if isinstance(node, MappingNode) and node.tag == _TAG + "map":
+            pairs = self._pairs(node, loc)
+            return {key: self._child(loc, key, at, child) for key, (at, child) in pairs.items()}
+        self._refuse(loc, f"The tag {_clipped(node.tag)} has no meaning here.", "Delete the tag.")
+        return None
+
+    def _child(self, loc: Loc, name: str | int, key: Node | None, node: Node) -> Json:
+        line = node.start_mark.line + 1
+        self._document.lines[(*loc, name)] = (key.start_mark.line + 1 if key else line, line)
+        return self.value(node, (*loc, name))
+
+    def _scalar(self, node: ScalarNode, loc: Loc) -> Json:
+        try:
+            as_text = self._is_text(loc) and node.tag in _TEXTS
+            return plain_text(node.value) if as_text else _scalar(node)
+        except ScalarRefused as refused:
+            self._refuse(loc, str(refused), refused.remedy)
+            return None
+
+    def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
+        """The mapping's own keys after those it merges, the first of several merged ones."""
+        self._values += len(node.value)
+        if self._values > _MAX_VALUES:
+            raise _TooMuch
+        own: dict[str, tuple[Node, Node]] = {}
+        merged: dict[str, tuple[Node, Node]] = {}
+        for key, child in node.value:
+            if key.tag == _TAG + "merge":
+                for source in self._merged(child, loc):
+                    merged = {**self._pairs(source, loc), **merged}
+            elif not isinstance(key, ScalarNode) or not key.value.isprintable():
+                self._document.lines[(*loc, "?")] = (key.start_mark.line + 1,) * 2
+                self._refuse((*loc, "?"), "A key must be a word.", "Write text before the colon.")
+            elif key.value in own:
+                first = own[key.value][0].start_mark.line + 1
+                again = (*loc, key.value, "again")
+                self._document.lines[(*loc, key.value)] = (first, first)
+                self._document.lines[again] = (key.start_mark.line + 1,) * 2
+                message = f"'{_clipped(key.value)}' is already on line {first}."
+                self._refuse(again, message, "Delete one of the two.")
+            else:
+                own[key.value] = (key, child)
+        return {**merged, **own}
+
+    def _merged(self, node: Node, loc: Loc) -> Iterator[MappingNode]:
+        for one in node.value if isinstance(node, SequenceNode) else [node]:
+            if self._values > _MAX_VALUES:
+                raise _TooMuch
+            if isinstance(one, MappingNode):
+                yield one
+            else:
+                self._document.lines[(*loc, "<<")] = (one.start_mark.line + 1,) * 2
+                self._refuse((*loc, "<<"), "'<<' merges mappings only.", "Write an alias of one.")
+
+    def _refuse(self, loc: Loc, message: str, remedy: str) -> None:
+        self._document.problems.append(Problem(loc, message, remedy))
+
+
+_MOST_TOLD = 50
+"""Mistakes of one file: nobody reads more, and the first may be the cause of all."""
+
+
+def text_of(path: Path, what: str, none: str) -> str:
+    """The text of the file at `path`, which is to be a `what`; JobFileError where it cannot be
+    read, with `none` as the remedy where there is none."""
+    try:
+        # A pipe would be waited for, and a device might never end.
+        if path.exists() and not path.is_file():
+            raise _unreadable(path, what, "it is no file", _inside(path))
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS + 1)
+    except FileNotFoundError as error:
+        raise JobFileError(
+            f"There is no such {what}.",
+            file=str(path),
+            remedy=none,
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _unreadable(
+            path, what, f"it is not UTF-8 text, from byte {error.start} on"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, what, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _inside(path: Path) -> str:
+    """What to write in place of the folder that a file lies in."""
+    found = sorted(path.glob("*.yaml")) if path.is_dir() else []
+    return f"Did you mean {found[0]}?" if len(found) == 1 else ""
+
+
+def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileError:
+    return JobFileError(
+        f"The {what} cannot be read: {why}.",
+        file=str(path),
+        remedy=remedy or "Write the path of a text file in UTF-8.",
+    )
+
+
+def another(path: Path, message: str, remedy: str) -> JobFileErrors:
+    """The file at `path` is one of another kind: its keys would all be mistakes, and are none."""
+    return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
+
+
+def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFileErrors:
+    """What `document`, read from `path`, has wrong with it: each mistake once, at its line."""
+    found = {}
+    for problem in problems:
+        line = document.line(problem)
+        # A mistake in an anchored part shows once, however many aliases repeat it.
+        found[line, problem.message] = JobFileError(
+            problem.message, file=str(path), line=line, remedy=problem.remedy
+        )
+    told = [found[key] for key in sorted(found, key=lambda key: key[0] or 0)]
+    if len(told) > _MOST_TOLD:
+        more = f"There are {len(told) - _MOST_TOLD} more mistakes."
+        told[_MOST_TOLD:] = [
+            JobFileError(more, file=str(path), remedy="Mend the first ones first.")
+        ]
+    return JobFileErrors(told)

@@ -1,0 +1,195 @@
+"""Folds completions into the ledger and brings the live jobs up to date with it.
+
+Invariant: the ledger decides which completions are new, once, in one transaction; memory only
+follows it. Events may come twice, late, in any order, or not at all (see the reconciler).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import BundleId, Completion, Control, JobId, StageName
+from batchlab.core.ports import BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows
+from batchlab.core.protocol import settlement
+from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.manager.counters import Counts
+from batchlab.manager.events.retained_outcomes import Retained
+from batchlab.manager.state import LiveJob, Ports, Superseded
+
+log = logging.getLogger(__name__)
+
+Key = tuple[JobId, StageName, BundleId]
+Whole = Mapping[Key, Retained]
+"""Outcomes that came whole, by their bundles."""
+Traces = Mapping[Key, str]
+"""Where the traces of bundles go on, as traceparents."""
+NOTHING: Mapping[Key, Any] = MappingProxyType({})
+
+
+class Folder:
+    """Completions in, ledger and live jobs out."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        lives: Mapping[JobId, LiveJob],
+        restored: Callable[[JobId], Awaitable[JobDef | None]],
+        repeated: Callable[[JobId, StageName], None] = lambda *_: None,
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
+        on_author: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`restored` brings a job back that the ledger does not know; `repeated` hears of outcomes
+        that had been counted before. `on_author` is called with the worker of each new outcome."""
+        self._on_author = on_author
+        self._restored = restored
+        self._repeated = repeated
+        self._tracer = tracer
+        self._counts = counts or Counts()
+        self._ports = ports
+        self._lives = lives
+        self._next_seq = 0
+        """The seq of the next completion, if nobody else folds."""
+
+    async def fold(
+        self,
+        completions: Sequence[Completion],
+        whole: Whole = NOTHING,
+        traces: Traces = NOTHING,
+    ) -> None:
+        """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
+        known = await self._known(completions)
+        if not known:
+            return
+        lives = (self._lives.get(one.bundle.job) for one, _ in known)
+        before = {live.id: live.record for live in lives if live}
+        begun_s = self._ports.clock.now_s() if traces else 0.0
+        folded = await self._ports.ledger.apply(
+            Fold([one for one, _ in known], [settlement.casualties(job, one) for one, job in known])
+        )
+        for (one, job), is_new in zip(known, folded.new, strict=True):
+            if is_new:
+                self._counts.folded(job.stage(one.bundle.stage), one)
+                self._on_author(one.worker)
+            else:
+                self._counts.repeated += 1
+        if traces:
+            self._trace([one for one, _ in known], traces, begun_s)
+        touched = self._note([one for one, _ in known], folded, whole)
+        for live in touched:
+            await self._follow(live, before.get(live.id), folded.jobs[live.id])
+            live.poke.set()
+
+    def _trace(self, folded: Sequence[Completion], traces: Traces, begun_s: float) -> None:
+        now_s = self._ports.clock.now_s()
+        for one in folded:
+            bundle = one.bundle
+            if parent := traces.get((bundle.job, bundle.stage, bundle.id)):
+                at = self._tracer.record("fold", parent, bundle, start_s=begun_s, end_s=now_s)
+                if live := self._lives.get(bundle.job):
+                    live.trace(bundle.stage, at)
+
+    async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
+        """Those that the ledger can take, with their jobs."""
+        known: list[tuple[Completion, JobDef]] = []
+        names = dict.fromkeys(one.bundle.job for one in completions)
+        jobs = {name: await self.job(name) for name in names}
+        for one in completions:
+            job = jobs[one.bundle.job]
+            if job is None:
+                continue
+            if not settlement.fits(job, one.bundle, one.follows):
+                # The ledger would refuse it, and with it all that came in the same batch.
+                about = {"job": job.id, "bundle": one.bundle.id}
+                log.error("dropped a completion of a stage that the job does not have", extra=about)
+                continue
+            known.append((one, job))
+            live = self._lives.get(job.id)
+            # Before it is counted: a stage must not seem to have come to its end by this.
+            if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
+                live.doubtful = True
+        return known
+
+    def _note(
+        self,
+        completions: Sequence[Completion],
+        folded: Folded,
+        whole: Whole,
+    ) -> list[LiveJob]:
+        """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
+        if folded.first_seq != self._next_seq:
+            # Another leader folds too, or we have not heard what came of a fold of ours.
+            for every in self._lives.values():
+                every.forget_outcomes(folded.first_seq - 1)
+        self._next_seq = folded.first_seq + len(completions)
+        now_s = self._ports.clock.monotonic_s()
+        touched: dict[JobId, LiveJob] = {}
+        for n, one in enumerate(completions):
+            live = self._lives.get(one.bundle.job)
+            if live is not None:
+                touched[live.id] = live
+                live.folds += 1
+                if folded.new[n]:
+                    live.timed(one)
+                    record = BundleRecord(one.bundle, one, folded.first_seq + n)
+                    key = (live.id, one.bundle.stage, one.bundle.id)
+                    live.remember(record, whole.get(key))
+                else:
+                    self._repeated(live.id, one.bundle.stage)
+                # Or not new, but to us: the ledger's first answer was lost, and we asked again.
+                if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
+                    live.expect(
+                        (f.bundle, now_s + settlement.delay_s(live.job, f))
+                        for f in one.follows
+                        if (f.bundle.stage, f.bundle.id) not in live.early
+                    )
+        # In a second pass: a follow's own completion may have come in the same batch.
+        for one in completions:
+            live = self._lives.get(one.bundle.job)
+            if live is not None:
+                live.settled(one.bundle)
+        return list(touched.values())
+
+    async def write(self, live: LiveJob, change: JobChange) -> bool:
+        """Apply the change to the ledger, and take over the rows that it leaves. Return whether it
+        was new; Superseded if the job is in a later round."""
+        before = live.record
+        written = await self._ports.ledger.apply(change)
+        await self._follow(live, before, written.rows)
+        if live.record.round > live.round:
+            raise Superseded(live)
+        return written.is_new
+
+    async def refresh(self, live: LiveJob) -> None:
+        """Read the job and its stages from the ledger again; Superseded as from `write`."""
+        before = live.record
+        await self._follow(live, before, await self._ports.ledger.rows(live.id))
+        if live.record.round > live.round:
+            raise Superseded(live)
+
+    async def _follow(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
+        """Take these rows, for which the ledger was asked when the record was `before`."""
+        # Who has changed the record meanwhile knows more than what was read: a cancellation would
+        # be forgotten.
+        while live.record is not before:
+            before = live.record
+            rows = await self._ports.ledger.rows(live.id)
+        if rows.job.round > live.round:
+            live.end()  # what was conducted here has ended, and a retry has begun the next
+        live.take(rows)
+
+    async def job(self, job: JobId) -> JobDef | None:
+        """Return the job of that id, restored from the bucket if the ledger does not have it; None
+        if the bucket does not have it either."""
+        live = self._lives.get(job)
+        if live:
+            return live.job
+        try:
+            return (await self._ports.ledger.job(job)).job
+        except NotFound:
+            return await self._restored(job)

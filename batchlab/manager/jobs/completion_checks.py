@@ -1,0 +1,87 @@
+"""The last checks of a job: what was counted is what is committed, and is all that was planned.
+
+Invariants: a sealed job ends only when each bundle that the ledger has counted has its outcome in
+the bucket, under its sealed name. A worker with the job's commit key can prove events of outcomes
+that it never committed. A job whose bundles have all ended before its tasks ends too (I7): such a
+worker can commit outcomes without the bundles that follow from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from enum import Enum, auto
+from functools import partial
+
+from batchlab.core.model import Bundle, JobId
+from batchlab.core.protocol import object_keys
+from batchlab.manager.state import LiveJob, Ports
+
+FEW = 8
+"""So many bundles are asked for one by one, which is faster than a listing."""
+_PAGE = 2_000
+KEPT_JOBS = 1_000
+
+
+async def uncommitted(ports: Ports, live: LiveJob) -> list[Bundle]:
+    """Return bundles that were counted and have no outcome object, none for an unsealed job."""
+    key = await ports.keys.of(live.job)
+    if not key:
+        return []
+    named: dict[str, Bundle] = {}
+    last: int | None = None
+    while rows := await ports.ledger.bundles(live.id, done=True, after_seq=last, limit=_PAGE):
+        named |= {object_keys.outcome(row.bundle, key): row.bundle for row in rows}
+        last = rows[-1].seq
+        if len(rows) < _PAGE:
+            break
+    if len(named) <= FEW:
+        heads = [ports.patience(partial(ports.objects.head, name)) for name in named]
+        found = await asyncio.gather(*heads)
+        return [one for one, head in zip(named.values(), found, strict=True) if head is None]
+    for stage in live.job.stages:
+        async for page in ports.objects.list(object_keys.outcomes(live.id, stage.name)):
+            for info in page:
+                named.pop(info.key, None)
+    return list(named.values())
+
+
+class Step(Enum):
+    """The answer to a job whose bundles have all ended before its tasks."""
+
+    NONE = auto()
+    RESTORE = auto()
+    """From the bucket, where only what is committed counts."""
+    FAIL = auto()
+    """The bucket says the same."""
+
+
+class Lost:
+    """Jobs with tasks that are in no bundle and never will be."""
+
+    def __init__(self, ports: Ports, wait_s: float) -> None:
+        """A job must stay so for `wait_s`: its counters and its bundles change one by one."""
+        self._clock = ports.clock
+        self._wait_s = wait_s
+        self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()
+        self._restored: OrderedDict[tuple[JobId, int], None] = OrderedDict()
+
+    def step(self, live: LiveJob) -> Step:
+        """Return what has to be done about the job now."""
+        name = live.id, live.round
+        if not live.lacks_bundles:
+            self._since_s.pop(name, None)
+            return Step.NONE
+        now_s = self._clock.monotonic_s()
+        since_s = self._since_s.setdefault(name, now_s)
+        if len(self._since_s) > KEPT_JOBS:
+            self._since_s.popitem(last=False)
+        if now_s - since_s < self._wait_s:
+            return Step.NONE
+        del self._since_s[name]
+        if name in self._restored:
+            return Step.FAIL
+        self._restored[name] = None
+        if len(self._restored) > KEPT_JOBS:
+            self._restored.popitem(last=False)
+        return Step.RESTORE

@@ -1,0 +1,291 @@
+"""What a user may ask of a job: submit, cancel, pause, resume, retry.
+
+Invariant: each is committed in the bucket first (spec, control object, retry object) and is in the
+ledger second, so that a rebuild knows of it; each may be repeated, and is answered when both have
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from batchlab.core import control_object
+from batchlab.core.atomic_write import of_single_call
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Control, JobId, JobState, Json
+from batchlab.core.ports import MAX_BATCH, AddJob, JobRecord, Reopen, Written
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.retry import STEP_BACK_S
+from batchlab.core.tracing import NOBODY, Subject, Tracer, ending
+from batchlab.manager.counters import Counts
+from batchlab.manager.events.quarantine import UnreadableObject, read_stored
+from batchlab.manager.jobs import admission
+from batchlab.manager.jobs.bundling import Cutter
+from batchlab.manager.jobs.early_events import Arrivals
+from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.jobs.retries import Chosen, Retry, RetryPlanner
+from batchlab.manager.state import LiveJob, Ports, Superseded, all_jobs, move
+
+log = logging.getLogger(__name__)
+
+
+class Requests:
+    """The user's verbs. `adopt` makes the manager conduct a job that has (re)started; a pool
+    `is_staffed` where instances are in service."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        conductor: Conductor,
+        cutter: Cutter,
+        lives: dict[JobId, LiveJob],
+        adopt: Callable[[Written], Awaitable[LiveJob]],
+        arrivals: Arrivals,
+        is_staffed: Callable[[str], bool],
+        counts: Counts | None = None,
+        tracer: Tracer = NOBODY,
+    ) -> None:
+        self._ports = ports
+        self._conductor = conductor
+        self._cutter = cutter
+        self._lives = lives
+        self._adopt = adopt
+        self._arrivals = arrivals
+        self._is_staffed = is_staffed
+        self._retries = RetryPlanner(ports, conductor.plans)
+        self._counts = counts or Counts()
+        self._tracer = tracer
+        self._begun: set[JobId] = set()
+        """Jobs of which a retry may be in the bucket and not in the ledger."""
+
+    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
+        """Accept a job, with its encoded items where it brings some and they are few.
+
+        The same client token again answers with the job it made, and is Refused for a job that
+        is another. The trace that the job says it belongs to is gone on with, where it is traced.
+        """
+        with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
+            sealed = await self._ports.keys.sealed(job)
+            return await self._submit(replace(sealed, trace=submitting.context), items)
+
+    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
+        opening = self._cutter.opening(job, items) if items is not None else None
+        job, opening, is_ours = await self._define(job, opening)
+        if not is_ours or not opening or not self._may_begin(job, opening):
+            return await self._accept(job, opening, is_ours=is_ours)
+        with self._arrivals.of(job.id):
+            return await self._accept(job, opening, is_sent=await self._sent(job, opening))
+
+    def _may_begin(self, job: JobDef, opening: spec_object.Opening) -> bool:
+        """Whether the work of a job that the bucket did not have before may begin while the
+        ledger's row is written: no token could name another one, its bundles are few, and somebody
+        waits for them."""
+        cut = opening.cut
+        if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
+            return False
+        if job.token or job.id in self._lives:
+            return False
+        return self._is_staffed(job.stage(cut.stage).pool)
+
+    async def _sent(self, job: JobDef, opening: spec_object.Opening) -> bool:
+        try:
+            await self._conductor.send_opening(job, opening)
+        except BackendError as error:
+            # It is tried again once the ledger has the job, and nothing can be lost any more.
+            log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
+            return False
+        await asyncio.sleep(STEP_BACK_S)
+        return True
+
+    async def _accept(
+        self,
+        job: JobDef,
+        opening: spec_object.Opening | None,
+        *,
+        is_ours: bool = True,
+        is_sent: bool | None = None,
+    ) -> Written:
+        """Have the ledger know the job, conduct it, and send what its opening has cut, unless that
+        `is_sent` (None: nobody has tried). Where that failed, or somebody else made the job, some
+        may be under way."""
+        now_s = self._ports.clock.now_s()
+        later = job.start_at_s is not None and job.start_at_s > now_s
+        state = JobState.SCHEDULED if later else JobState.SUBMITTED
+        cut = opening.cut if opening else None
+        with of_single_call(job.is_single_call):
+            written = await self._ports.ledger.apply(AddJob(job, state, cut))
+            if is_ours and not written.is_new and written.rows.job.state.ended:
+                # The bucket did not have the definition, so it has lost the job of that row.
+                log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
+                await self._ports.ledger.forget([job.id])
+                written = await self._ports.ledger.apply(AddJob(job, state, cut))
+        if written.is_new:
+            self._counts.submitted += 1
+            log.info("accepted", extra={"job": job.id})
+        if not written.rows.job.state.ended and job.id not in self._lives:
+            # If another manager made the job, completions of it may already be in the queue.
+            live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
+            if opening and cut and written.is_new:
+                self._conductor.begin(live, cut)
+                if not is_sent:
+                    again = is_sent is False or not is_ours
+                    await self._conductor.send_opening(job, opening, again=again)
+        return written
+
+    async def _define(
+        self, job: JobDef, opening: spec_object.Opening | None
+    ) -> tuple[JobDef, spec_object.Opening | None, bool]:
+        """Commit the definition; answers with the one that counts, and whether it is this one."""
+        objects, patience = self._ports.objects, self._ports.patience
+        hidden = admission.hidden(job)
+        key = object_keys.spec(job.id)
+        try:
+            data = spec_object.to_bytes(hidden, opening)
+        except ValueError as error:
+            raise UsageError(
+                f"Job {job.name} holds a value that JSON does not know: {error}.",
+                remedy="Leave out NaN, infinity and halves of UTF-16 pairs.",
+            ) from error
+        await admission.store(self._ports, job)
+        try:
+            with of_single_call(job.is_single_call):
+                await patience(lambda: objects.put(key, data, if_absent=True))
+        except AlreadyExists:
+            try:
+                known, its = await read_stored(self._ports, key, _defined)
+            except UnreadableObject as error:
+                raise Refused(
+                    f"A job with the id {job.id} is in the bucket, and its definition cannot be "
+                    f"read: {error.message}",
+                    remedy=f"Remove the object {key}, or submit the job under another name.",
+                ) from error
+            if _content(admission.hidden(known), its) != _content(hidden, opening):
+                by = "client token" if job.token else "id"
+                raise Refused(
+                    f"Job {job.id} is another one, submitted with the same {by}.",
+                    remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
+                ) from None
+            return await admission.restored(self._ports, known), its, False
+        return job, opening, True
+
+    async def cancel(self, job: JobId) -> None:
+        """Returns once no task of the job can start any more (I4); Refused where it has ended."""
+        live = self.running(job, "cancelled")
+        word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+        await self._conductor.forbid(live, word)
+        live.poke.set()
+
+    async def pause(self, job: JobId) -> None:
+        """Running tasks end, no further one starts, until `resume`."""
+        live = self.running(job, "paused")
+        await self._control(live, Control.PAUSE)
+        await move(self._ports, live, JobState.PAUSED)
+
+    async def resume(self, job: JobId) -> None:
+        """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
+        live = self.running(job, "resumed")
+        if live.record.control is Control.RUN:
+            raise Refused(
+                f"Job {job} is not paused.", remedy="`batchlab job why` says what it does."
+            )
+        await self._control(live, Control.RUN)
+        await move(self._ports, live, JobState.RUNNABLE)
+        # Copies, which a worker checks for an outcome: some may not have been dropped yet.
+        again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
+        await self._conductor.send(live.job, again)
+        live.poke.set()
+
+    async def retry(self, job: JobId, chosen: Chosen | None = None) -> JobRecord:
+        """Run again what did not succeed, in a new round; of what has failed only the `chosen`
+        tasks. Refused while the job runs, or where that is nothing."""
+        objects, patience = self._ports.objects, self._ports.patience
+        record = await self._ports.ledger.job(job)
+        if not record.state.ended:
+            raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
+        if record.state is JobState.SUCCEEDED:
+            raise Refused(
+                f"Job {job} SUCCEEDED: there is nothing to run again.",
+                remedy="Submit its file again to run all of it anew.",
+            )
+        round_ = record.round + 1
+        made = await self._retries.plan(record, chosen)
+        # Before the round: who finds that one in the bucket must not find it forbidden.
+        await control_object.permit(objects, job, round_, patience)
+        key = object_keys.retry(job, round_)
+        self._begun.add(job)
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            made = Retry.from_bytes(await patience(lambda: objects.get(key)))
+        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
+        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        self._begun.discard(job)
+        await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        return live.record
+
+    async def look_back(self) -> None:
+        """Note the jobs of which the leader before us may have begun a retry: those that have ended
+        and did not succeed."""
+        async for one in all_jobs(self._ports):
+            if one.state.ended and one.state is not JobState.SUCCEEDED:
+                self._begun.add(one.job.id)
+
+    async def finish_retries(self) -> None:
+        """Go on with retries that are in the bucket and not in the ledger, since whoever began one
+        has died or been told of an error, and nobody may ask again."""
+        for job in sorted(self._begun):
+            with suppress(NotFound, Refused):  # forgotten, or somebody else was faster
+                round_ = (await self._ports.ledger.job(job)).round + 1
+                head = partial(self._ports.objects.head, object_keys.retry(job, round_))
+                if await self._ports.patience(head):
+                    log.warning("the retry of %s was not finished", job, extra={"job": job})
+                    await self.retry(job)
+            self._begun.discard(job)
+
+    def running(self, job: JobId, verb: str) -> LiveJob:
+        """A job that has not ended; Refused, since it cannot be what the `verb` says."""
+        live = self._lives.get(job)
+        if live is None or live.ended.is_set():
+            raise Refused(
+                f"Job {job} is not running, so it cannot be {verb}.",
+                remedy="`batchlab job list` shows the jobs there are.",
+            )
+        return live
+
+    async def _control(self, live: LiveJob, wanted: Control) -> None:
+        objects, patience = self._ports.objects, self._ports.patience
+        async with live.control_lock:
+            while True:
+                found = await control_object.spoken(objects, live.id, patience)
+                if found and found.word.round > live.round:
+                    raise Superseded(live)
+                if found and found.word.control is Control.CANCEL:
+                    live.doubtful = True  # another leader's, perhaps
+                    live.poke.set()
+                if Control.CANCEL in (live.record.control, found and found.word.control):
+                    raise Refused(
+                        f"Job {live.id} is being cancelled.",
+                        remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
+                    )
+                word = json_format.Word(wanted, round=live.round)
+                if await control_object.say(objects, live.id, word, patience, over=found):
+                    break
+            await self._conductor.record_control(live, wanted)
+
+
+def _defined(data: bytes) -> tuple[JobDef, spec_object.Opening | None]:
+    doc = json_format.loads(data)
+    return json_format.job_from_json(doc), spec_object.opening_in(doc)
+
+
+def _content(job: JobDef, opening: spec_object.Opening | None) -> bytes:
+    """What a job is, but for when it was submitted and is to start, in which trace, and whether it
+    is sealed: a job of an earlier release is not."""
+    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
+    return spec_object.to_bytes(timeless, spec_object.Opening(opening.items) if opening else None)

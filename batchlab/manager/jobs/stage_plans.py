@@ -1,0 +1,304 @@
+"""A stage's plan: its inputs written in parts, committed by one conditional PUT of the manifest.
+
+Invariant: parts and large items are named by their content, and the manifest names its parts. So
+two managers that plan the same stage replace nothing of each other's plans, even where their inputs
+differ, and the first manifest counts for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import partial
+from operator import itemgetter
+
+from batchlab.core.commit import read_outcome
+from batchlab.core.errors import (
+    AlreadyExists,
+    Malformed,
+    NotFound,
+    TooLarge,
+    Unreachable,
+    UsageError,
+)
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
+from batchlab.core.ports import BundleRecord, Cut, Objects
+from batchlab.core.protocol import json_format, object_keys, spec_object, values
+from batchlab.core.protocol.bundle_inputs import Manifest, is_gather
+from batchlab.core.protocol.field_checks import UNREADABLE
+from batchlab.core.protocol.references import Own
+from batchlab.core.retry import Patience
+from batchlab.core.task_names import task_name
+from batchlab.manager.events.quarantine import read_stored
+from batchlab.manager.jobs import input_split
+from batchlab.manager.state import Ports
+
+PART_ITEMS = 4096
+PART_BYTES = 1_000_000
+BREATHE = 4
+"""Parts written without a break for others, about 50 ms of work."""
+FEW = 10_000
+FEW_BYTES = 100_000
+"""Items that go along with their job's submission, roughly. What the manager writes in one object,
+it reads again should a worker be lost."""
+
+ITEM_BYTES = 100_000
+"""A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
+stays small, and only the worker that needs it holds it in memory."""
+
+RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
+"""Bound of the weight of one large result that the manager reads to gather by a field or to join.
+"""
+
+
+async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
+    """A stage's bundles with results, by task. Unreachable where the ledger does not have all that
+    `counts` tells of: it is being rebuilt, and a plan made from a part would be wrong for ever."""
+    records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
+    found = [r for r in records if r.completion and r.completion.succeeded]
+    if sum(len(r.completion.succeeded) for r in found if r.completion) != counts.succeeded:
+        raise Unreachable(
+            f"The ledger lacks results of stage {counts.stage} of job {job}.",
+            remedy="If nobody is rebuilding it, `batchlab ledger rebuild` does.",
+        )
+    # By task, not by arrival: the plan must not depend on who was faster.
+    return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
+
+
+class Plans:
+    """Makes plans, and reads those that are there."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+
+    async def existing(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
+        """The committed plan of that round, None while there is none."""
+        key = object_keys.manifest(job.id, stage, round)
+        try:
+            return await read_stored(self._ports, key, Manifest.from_bytes)
+        except NotFound:
+            # A few items come with the job's definition.
+            came = job.items is not None and round == 0 and not job.stage(stage).after
+            return await self._brought(job) if came else None
+
+    async def _brought(self, job: JobDef) -> Manifest | None:
+        opening = await self._opening(job)
+        return Manifest.of(opening.items) if opening else None
+
+    async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
+        """The cut that was committed in the place of this one along with the job's definition;
+        None where there is none."""
+        if cut.seq or cut.round or job.items is None:
+            return None
+        opening = await self._opening(job)
+        found = opening.cut if opening else None
+        return found if found and found.stage == cut.stage else None
+
+    async def _opening(self, job: JobDef) -> spec_object.Opening | None:
+        def opening(data: bytes) -> spec_object.Opening | None:
+            return spec_object.opening_in(json_format.loads(data))
+
+        try:
+            return await read_stored(self._ports, object_keys.spec(job.id), opening)
+        except NotFound:
+            return None
+
+    async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
+        """Plan a root stage from the job's raw input; UsageError where that is malformed."""
+        assert job.input is not None
+        return await self._write(
+            job, stage.name, 0, input_split.items(self._ports.objects, job.input)
+        )
+
+    async def of_stages(
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
+    ) -> Manifest:
+        """Plan a stage that waits for all of `stage.after`, which have ended with these counts."""
+        if stage.gather == "*":
+            items: AsyncIterator[Json] = self._gather_all(job, stage, counts)
+        elif stage.gather is not None:
+            items = self._gather_by(job, stage, stage.gather, counts)
+        else:
+            return await self._join(job, stage, round, counts)
+        return await self._write(job, stage.name, round, items)
+
+    async def _gather_all(
+        self, job: JobDef, stage: StageDef, counts: Mapping[StageName, StageCounts]
+    ) -> AsyncIterator[Json]:
+        bundles = {
+            upstream: [
+                [r.bundle.id, json_format.tasks_to_json(r.completion.succeeded)]
+                for r in await successes(self._ports, job.id, counts[upstream])
+                if r.completion
+            ]
+            for upstream in stage.after
+        }
+        yield {"$gather": bundles}
+
+    async def _gather_by(
+        self,
+        job: JobDef,
+        stage: StageDef,
+        field: str,
+        counts: Mapping[StageName, StageCounts],
+    ) -> AsyncIterator[Json]:
+        groups: dict[str, list[Json]] = {}
+        for upstream in stage.after:
+            found = [one async for one in self._values(job, counts[upstream])]
+            # A bundle has tasks of several ranges, and a retried task is in a bundle of its own.
+            for task, value in sorted(found, key=itemgetter(0)):
+                for element in value if isinstance(value, list) else [value]:
+                    if not isinstance(element, dict) or field not in element:
+                        raise UsageError(
+                            f"Stage {stage.name} gathers by {field!r}, but the result of task "
+                            f"{task_name(upstream, task)} has no such field.",
+                            remedy=f"Return objects with {field!r}, or lists of them.",
+                        )
+                    groups.setdefault(str(element[field]), []).append(element)
+        for key in sorted(groups):
+            yield groups[key]
+
+    async def _join(
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
+    ) -> Manifest:
+        planned = {u: counts[u].planned or 0 for u in stage.after}
+        if len(set(planned.values())) > 1:
+            told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
+            raise UsageError(
+                f"Stage {stage.name} follows several stages item by item, but they differ in "
+                f"their number of tasks: {told}.",
+                remedy="Gather them, or let them have one common input.",
+            )
+        count = planned[stage.after[0]]
+        rows: list[dict[str, Json]] = [{} for _ in range(count)]
+        for upstream in stage.after:
+            async for task, value in self._values(job, counts[upstream]):
+                rows[task][upstream] = value
+        skipped = TaskSet.of(i for i, row in enumerate(rows) if len(row) < len(stage.after))
+        return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
+
+    async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
+        """(task, encoded result) of every success of a stage, large results fetched."""
+        stage = counts.stage
+        key, own = await self._ports.keys.of(job), Own.of(job)
+        for record in await successes(self._ports, job.id, counts):
+            outcome = await self._outcome(stage, object_keys.outcome(record.bundle, key))
+            for task, value in zip(outcome.succeeded, outcome.values, strict=True):
+                if values.kind(value) == "$value":
+                    yield task, await self._result(stage, own, value)
+                else:
+                    yield task, value
+
+    async def _outcome(self, stage: StageName, key: str) -> Outcome:
+        try:
+            return await read_outcome(self._ports.objects, key, self._ports.patience)
+        except (NotFound, Malformed) as error:
+            raise _no_results(stage, error) from error
+
+    async def _result(self, stage: StageName, own: Own, reference: Json) -> Json:
+        """Return the value in the object of a reference. A worker wrote it, so it may be of any
+        size and anything at all."""
+        key = own.key(reference)
+        get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
+        try:
+            data = await self._ports.patience(get)
+            if values.weight(data.decode("latin-1")) > RESULT_WEIGHT:
+                raise TooLarge(f"its {len(data)} bytes need too much memory")
+            return own.value(reference, data)
+        except NotFound as error:
+            raise _no_results(stage, error) from error
+        except (TooLarge, *UNREADABLE) as error:
+            raise _no_results(stage, json_format.unreadable(key, error)) from error
+
+    async def _write(
+        self,
+        job: JobDef,
+        stage: StageName,
+        round: int,
+        items: AsyncIterator[Json],
+        *,
+        skipped: TaskSet | None = None,
+    ) -> Manifest:
+        writer = PartWriter(self._ports.objects, self._ports.patience, job.id, stage, round)
+        async for item in items:
+            await writer.add(item)
+        return await writer.commit(skipped or TaskSet())
+
+
+class PartWriter:
+    """Writes a plan's parts as items come, in constant memory, and its manifest at the end."""
+
+    def __init__(
+        self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int
+    ) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._job = job
+        self._stage = stage
+        self._round = round
+        self._starts: list[int] = []
+        self._parts: list[str] = []
+        self._count = 0
+        self._items: list[Json] = []
+        self._bytes = 0
+
+    async def add(self, *items: Json) -> None:
+        """Append the next tasks' inputs."""
+        for item, size in zip(items, map(values.roughly, items), strict=True):
+            if size > ITEM_BYTES and not is_gather(item):
+                item, size = await self._apart(item)
+            if not self._items:
+                self._starts.append(self._count)
+            self._items.append(item)
+            self._count += 1
+            self._bytes += size
+            if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
+                await self._flush()
+
+    async def _apart(self, item: Json) -> tuple[Json, int]:
+        """The item, or what refers to it where it is too large after all; and its size."""
+        data = json_format.to_bytes(item)
+        if len(data) <= ITEM_BYTES:
+            return item, len(data)
+        key = object_keys.item(self._job, self._stage, self._round, object_keys.digest(data))
+        await self._patience(partial(self._objects.put, key, data))
+        return values.value_ref(key), 0
+
+    async def commit(self, skipped: TaskSet) -> Manifest:
+        """The plan that counts: this one, or the one that was committed before it."""
+        await self._flush()
+        parts = tuple(self._parts)
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
+        key = object_keys.manifest(self._job, self._stage, self._round)
+        objects, patience = self._objects, self._patience
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            return Manifest.from_bytes(await patience(lambda: objects.get(key)))
+        return made
+
+    async def _flush(self) -> None:
+        if not self._items:
+            return
+        data = json_format.to_bytes({"v": json_format.VERSION, "items": self._items})
+        self._parts.append(object_keys.digest(data))
+        key = object_keys.part(self._job, self._stage, self._round, self._parts[-1])
+        await self._patience(partial(self._objects.put, key, data))
+        self._items, self._bytes = [], 0
+        if len(self._parts) % BREATHE == 0:
+            # Neither reading nor writing may have waited for anything, and others have work too.
+            await asyncio.sleep(0)
+
+
+def _no_results(stage: StageName, error: Exception) -> UsageError:
+    how = "have vanished from" if isinstance(error, NotFound) else "cannot be read from"
+    return UsageError(
+        f"The results of stage {stage} {how} the bucket: {error}",
+        remedy="Submit the job again.",
+    )
+
+
+async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:
+    for row in rows:
+        yield row

@@ -1,0 +1,388 @@
+"""What reports need of the time while jobs ran: queues, fleet, scaling, instances, requests.
+
+Invariants: a sample is taken from what the manager has in memory anyway, at most once a second, and
+asks nobody. What is kept is bounded, and coarser the older it is. It is in the bucket once a minute
+while there are jobs, and of a job that has ended along with its account, so that the next leader
+goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from batchlab.core.errors import BackendError
+from batchlab.core.model import GroupView, JobId, JobState, LifecycleState, StageName
+from batchlab.core.ports import Depth
+from batchlab.core.pricing.usage_meter import Account
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.messages import Duplicate
+from batchlab.manager.recording.downsampling import Point, Series, asked, latest, of_pool
+from batchlab.manager.recording.instance_history import Roster
+from batchlab.manager.recording.recorded_data import Doc, joined, part_of
+from batchlab.manager.scaling.autoscaler import Backlog
+from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.versioned_document import UNREADABLE, Kept
+
+log = logging.getLogger(__name__)
+
+SAMPLE_S = 1.0
+REQUESTS_S = 10.0
+"""How often a job's requests are noted."""
+SAVE_S = 60.0
+CLOSE_S = 1.0
+SHORT_S = 5.0
+FEW = 64
+"""Instances, and workers, that a job shorter than `SHORT_S` tells of."""
+MOST_DECISIONS = 2_000
+MOST_JOBS = 200
+"""So many jobs have their requests noted over time; of others only the total is known."""
+HEARD = 4_096
+"""Duplicates that are told apart from those heard before."""
+_BOOTING = {
+    LifecycleState.PENDING,
+    LifecycleState.PENDING_WAIT,
+    LifecycleState.PENDING_PROCEED,
+}
+_LEAVING = {
+    LifecycleState.TERMINATING,
+    LifecycleState.TERMINATING_WAIT,
+    LifecycleState.TERMINATING_PROCEED,
+}
+
+
+class _Seen:
+    """A live job: since when it is there (seconds of the epoch), and what is its own."""
+
+    def __init__(self, since_s: float, pools: Iterable[str]) -> None:
+        self.since_s = since_s
+        self.begun_s = float("inf")
+        """Monotonic; when this process began to look at it."""
+        self.pools = sorted(set(pools))
+        self.requests = Series(latest)
+        self.duplicates: dict[str, dict[str, list[float]]] = {}
+        """By stage and kind: how often, slot seconds."""
+        self.live: LiveJob | None = None
+        """Itself, once this manager has met it."""
+
+    def took_s(self, now_s: float, monotonic_s: float) -> float:
+        """For how long this round of it has been there: by the watch of this process, and where it
+        was there before, by the calendar, which may have been set back. An earlier manager may have
+        conducted it before we have seen it, and then its tasks tell, or the retry."""
+        starts: list[float | None] = []
+        if self.live and self.live.round:
+            starts = [self.live.retried_s]  # the tasks tell of the rounds before too
+        elif self.live:
+            starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
+        began_s = min([self.since_s, *(one for one in starts if one is not None)])
+        return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
+
+    def to_doc(self) -> Doc:
+        return {
+            "since_s": self.since_s,
+            "requests": self.requests.points,
+            "duplicates": self.duplicates,
+            "pools": self.pools,
+        }
+
+
+class Recorder:
+    """The leader's."""
+
+    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: Registry) -> None:
+        self._ports = ports
+        self._lives = lives
+        self._registry = registry
+        self._pools: dict[str, Series] = {}
+        self._slots: dict[str, tuple[int, str]] = {}
+        """By pool: slots of an instance, its type."""
+        self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
+        self._roster = Roster(registry)
+        self._jobs: dict[JobId, _Seen] = {}
+        self._earlier: dict[JobId, Doc] = {}
+        """Of jobs that are run again, what was recorded in the rounds before."""
+        self._heard: dict[str, None] = {}
+        self._sampled_s: float | None = None
+        """Monotonic."""
+        self._asked_s: float | None = None
+        self._is_due = False
+        self._kept = Kept(ports, object_keys.RECORD)
+
+    # --- What is seen ----------------------------------------------------------------------------
+
+    def observe(
+        self,
+        views: Mapping[str, GroupView],
+        depths: Mapping[str, Depth],
+        backlog_of: Callable[[str], Backlog],
+    ) -> None:
+        """Take a sample, where it is time for one."""
+        now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
+        self._note_jobs()
+        for name, view in views.items():
+            self._slots[name] = view.pool.slots, view.pool.instance_type
+        self._roster.note_instances(views.values(), now_s, partial(self._since_s, now_s))
+        if not self._jobs:
+            self._sampled_s = None
+            self._forget(now_s)
+            return
+        if self._sampled_s is not None and monotonic_s - self._sampled_s < SAMPLE_S:
+            return
+        step_s = monotonic_s - self._sampled_s if self._sampled_s is not None else 0.0
+        self._sampled_s = monotonic_s
+        self._is_due = True
+        self._roster.note_workers(now_s)
+        for name, view in views.items():
+            depth = depths.get(name, Depth(0, 0, 0))
+            point = self._point(view, depth, backlog_of(name), now_s, step_s)
+            self._pools.setdefault(name, Series(of_pool)).add(point)
+        if self._asked_s is None or monotonic_s - self._asked_s >= REQUESTS_S:
+            step_s = monotonic_s - self._asked_s if self._asked_s is not None else 0.0
+            self._asked_s = monotonic_s
+            self._note_requests(now_s, step_s)
+
+    def _note_jobs(self) -> None:
+        """Begin with jobs that have come, and forget those that have ended."""
+        for live in self._lives.values():
+            self.adopt(live)
+        for job in [one for one in self._jobs if one not in self._lives]:
+            del self._jobs[job]
+            self._earlier.pop(job, None)
+
+    def adopt(self, live: LiveJob) -> None:
+        """A job is conducted from now on: it may have ended before the next look."""
+        if live.id in self._jobs:
+            self._jobs[live.id].live = live
+        elif live.record.state is not JobState.SCHEDULED:
+            self._begin(live)
+
+    def _begin(self, live: LiveJob) -> _Seen:
+        now_s = round(self._ports.clock.now_s(), 3)
+        seen = self._jobs[live.id] = _Seen(now_s, (stage.pool for stage in live.job.stages))
+        seen.begun_s = self._ports.clock.monotonic_s()
+        seen.live = live
+        return seen
+
+    def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, Doc]]:
+        """Of jobs that have ended, for how many seconds the last round of each was there (0 where
+        nobody saw it) and what was recorded of it, to be kept along with its account."""
+        now_s = self._ports.clock.now_s()
+        self._roster.note_workers(now_s)
+        found: dict[JobId, tuple[float, Doc]] = {}
+        for job, account in ended.items():
+            if seen := self._jobs.get(job):
+                seen.requests.add(asked(account, now_s, 0.0))
+            took_s = seen.took_s(now_s, self._ports.clock.monotonic_s()) if seen else 0.0
+            found[job] = took_s, self._part(job, seen, took_s)
+            # Now, and not at the next look: a retry may come before that, and begins anew.
+            self._jobs.pop(job, None)
+            self._earlier.pop(job, None)
+        return found
+
+    def _part(self, job: JobId, seen: _Seen | None, took_s: float) -> Doc:
+        """What belongs to the job; what was before it is not looked at, since there may be very
+        many jobs."""
+        doc: Doc = {
+            "jobs": {},
+            "earlier": {job: self._earlier[job]} if job in self._earlier else {},
+        }
+        if seen:
+            # Of the short ones there are most, and each would tell of the whole fleet.
+            most = FEW if took_s < SHORT_S else None
+            doc |= {
+                "pools": self._pools_doc(seen.pools),
+                "scaling": self._decisions,
+                **self._roster.of(seen.pools, seen.since_s, most),
+                "jobs": {job: seen.to_doc()},
+            }
+        return part_of(doc, job)
+
+    def _point(
+        self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float
+    ) -> Point:
+        states = [instance.state for instance in view.instances]
+        in_service = sum(state is LifecycleState.IN_SERVICE for state in states)
+        holding, busy_slots = self._busy(view.pool.name)
+        return [
+            *(round(now_s, 3), round(step_s, 3)),
+            *(depth.visible, depth.in_flight, depth.delayed, backlog.tasks),
+            view.desired,
+            sum(state in _BOOTING for state in states),
+            in_service,
+            sum(state in _LEAVING for state in states),
+            holding,
+            in_service * view.pool.slots,
+            busy_slots,
+        ]
+
+    def _busy(self, pool: str) -> tuple[int, float]:
+        """Instances that hold a bundle, and slots that run one, as their last beats say."""
+        holding, slots = 0, 0.0
+        for seen in self._registry.workers.values():
+            if seen.beat.pool != pool or not seen.beat.held:
+                continue
+            holding += 1
+            for held in seen.beat.held:
+                live = self._lives.get(held.job)
+                if held.running and live:
+                    slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
+        return holding, slots
+
+    def _note_requests(self, now_s: float, step_s: float) -> None:
+        for n, (job, seen) in enumerate(self._jobs.items()):
+            if n < MOST_JOBS and (live := self._lives.get(job)):
+                seen.requests.add(asked(live.account, now_s, step_s))
+
+    def samples(self, since_s: float) -> dict[str, list[Point]]:
+        """Each pool's points after that moment, as `_point` makes them."""
+        return {name: series.since(since_s) for name, series in self._pools.items()}
+
+    # --- What is told ----------------------------------------------------------------------------
+
+    def decided(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
+        """A pool's desired capacity is to be another."""
+        now_s = round(self._ports.clock.now_s(), 3)
+        in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
+        self._decisions.append(
+            [
+                *(view.pool.name, now_s, view.desired, desired, in_service),
+                *(backlog.tasks, round(backlog.seconds, 3), why),
+            ]
+        )
+        self._is_due = True
+
+    def repeated(self, job: JobId, stage: StageName) -> None:
+        """An outcome was heard of that had been counted."""
+        self._count(job, stage, "event", 0.0)
+
+    def told(self, duplicates: Iterable[Duplicate]) -> None:
+        """Workers have met something twice."""
+        for one in duplicates:
+            if one.execution not in self._heard:
+                self._heard[one.execution] = None
+                self._count(one.job, one.stage, one.kind, one.slot_s)
+        while len(self._heard) > HEARD:
+            del self._heard[next(iter(self._heard))]
+
+    def _count(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
+        seen = self._jobs.get(job)
+        if seen is None:
+            live = self._lives.get(job)
+            if live is None:
+                return  # its end has been recorded
+            seen = self._begin(live)
+        counted = seen.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
+        counted[0] += 1
+        counted[1] = round(counted[1] + slot_s, 6)
+
+    def reopened(self, job: JobId, earlier: Doc) -> None:
+        """A job runs again, of which that was recorded before."""
+        self._earlier[job] = earlier
+
+    # --- The bucket ------------------------------------------------------------------------------
+
+    def _since_s(self, now_s: float) -> float:
+        """Since when there is a live job (seconds of the epoch); now, where there is none."""
+        return min((seen.since_s for seen in self._jobs.values()), default=now_s)
+
+    def _forget(self, now_s: float) -> None:
+        """Drop what no live job needs."""
+        since_s = self._since_s(now_s)
+        for series in self._pools.values():
+            series.forget(since_s)
+        while self._decisions and self._decisions[0][1] < since_s - SAVE_S:
+            self._decisions.popleft()
+        self._roster.forget(since_s)
+
+    def _to_doc(self) -> Doc:
+        return {
+            "pools": self._pools_doc(self._slots),
+            "scaling": list(self._decisions),
+            **self._roster.to_doc(),
+            "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
+            "earlier": self._earlier,
+        }
+
+    def _pools_doc(self, names: Iterable[str]) -> Doc:
+        return {
+            name: {
+                "slots": self._slots[name][0],
+                "type": self._slots[name][1],
+                "series": self._pools[name].points if name in self._pools else [],
+            }
+            for name in names
+            if name in self._slots
+        }
+
+    async def load(self) -> None:
+        """Take over what the leader before us has written down."""
+        try:
+            data = await self._kept.read()
+            if data is not None:
+                self._take_over(json_format.loads(data))
+        except UNREADABLE as error:
+            # One that a later release has written must not keep anybody from leading.
+            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
+
+    async def reread(self) -> None:
+        """Others have led meanwhile: what they have seen is recorded too."""
+        data = await self._kept.read()
+        if data is not None:
+            self._meet(data)
+
+    def _meet(self, there: bytes) -> bool:
+        try:
+            self._take_over(joined(json_format.loads(there), self._to_doc()))
+        except UNREADABLE as error:
+            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
+        return True
+
+    def _take_over(self, doc: Doc) -> None:
+        pools = {name: Series(of_pool, pool["series"]) for name, pool in doc["pools"].items()}
+        slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
+        roster = Roster.from_doc(doc, self._registry)
+        jobs: dict[JobId, _Seen] = {}
+        for job, one in doc["jobs"].items():
+            seen = jobs[JobId(job)] = _Seen(one["since_s"], one["pools"])
+            if ours := self._jobs.get(JobId(job)):
+                seen.begun_s, seen.live = ours.begun_s, ours.live
+            seen.requests = Series(latest, one["requests"])
+            seen.duplicates = one["duplicates"]
+        earlier = {JobId(job): one for job, one in doc["earlier"].items()}
+        # Only now, when all of it could be read.
+        self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
+        self._roster = roster
+        self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
+
+    async def leave(self) -> None:
+        """Write down what there is, if the bucket takes it soon; the next leader goes on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.save()
+
+    async def keep(self) -> None:
+        """Write it down now and then, for ever; no tick waits for that."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write it down, where there is something new."""
+        if not self._is_due:
+            return
+        self._is_due = False
+        self._forget(self._ports.clock.now_s())
+        try:
+            await self._kept.write(self._to_bytes, self._meet)
+        except BackendError as error:
+            log.warning("what was recorded of queues and fleet is not written down yet: %s", error)
+            self._is_due = True
+
+    def _to_bytes(self) -> bytes:
+        return json_format.to_bytes({"v": json_format.VERSION, **self._to_doc()})

@@ -1,0 +1,263 @@
+"""`ledger rebuild`: an equal ledger from the bucket alone (I3).
+
+Invariant: each job is restored in one transaction, and only where nobody has changed what the
+ledger has of it since the bucket was asked. So users, and a manager that does not know yet that
+another one leads, may do anything meanwhile: they see a job whole, as it was or as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from batchlab.core.commit import read_outcome
+from batchlab.core.control_object import word_of
+from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Completion, Control, JobId, JobState, Outcome, StageName
+from batchlab.core.ports import Cut, Ending, JobRows, ObjectInfo, Past, Round
+from batchlab.core.protocol import json_format, object_keys, settlement, spec_object
+from batchlab.core.protocol.seals import CommitKey
+from batchlab.manager.events.quarantine import UnreadableObject, read_cut, read_stored
+from batchlab.manager.jobs import admission
+from batchlab.manager.jobs.retries import Retry, read_retry
+from batchlab.manager.state import Ports
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAGE = 1000
+_TRIES = 10
+
+
+@dataclass(slots=True)
+class Rebuilt:
+    """A ledger made anew."""
+
+    jobs: int
+    """Jobs that were restored."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Why an object could not be read, by its key. A job with an unreadable outcome or end is
+    restored without it, and a job with an unreadable control word as paused. A job with another
+    unreadable object stays as the ledger had it."""
+
+
+async def rebuild(ports: Ports) -> Rebuilt:
+    """Read every job from the bucket again, and forget the jobs that are not there. Unreachable if
+    somebody changes one of them all the time."""
+    known = await _in_ledger(ports)  # first: a job that comes meanwhile must not be forgotten
+    found = await _in_bucket(ports)
+    gone = sorted(known - found)
+    if gone:
+        await ports.ledger.forget(gone)
+    rebuilt = Rebuilt(0)
+    for job in sorted(found):
+        try:
+            rebuilt.unreadable |= await restore(ports, job)
+            rebuilt.jobs += 1
+        except (Throttled, Unreachable):
+            raise
+        except BackendError as error:
+            # The other jobs must not wait for this one.
+            key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)
+            rebuilt.unreadable[key] = error.message
+    for key, why in rebuilt.unreadable.items():
+        log.error("the rebuild went on without %s: %s", key, why)
+    return rebuilt
+
+
+async def _in_ledger(ports: Ports) -> set[JobId]:
+    known: set[JobId] = set()
+    last: JobId | None = None
+    while page := await ports.ledger.jobs(limit=_PAGE, before=last):
+        known.update(record.job.id for record in page)
+        last = page[-1].job.id
+    return known
+
+
+async def _in_bucket(ports: Ports) -> set[JobId]:
+    found: set[JobId] = set()
+    async for page in ports.objects.list(object_keys.JOBS):
+        for info in page:
+            job = JobId(info.key.split("/", 2)[1])
+            if info.key == object_keys.spec(job):
+                found.add(job)
+    return found
+
+
+async def restore(ports: Ports, job: JobId) -> dict[str, str]:
+    """Read one job from the bucket again; return why an outcome object could not be read, by its
+    key. NotFound if the job is not there, UnreadableObject if another object of it cannot be read,
+    Unreachable if somebody changes it all the time."""
+    for _ in range(_TRIES):
+        before = await _rows(ports, job)
+        past, unreadable = await _past(ports, job)
+        if await ports.ledger.restore(past, over=before):
+            return unreadable
+    raise Unreachable(
+        f"Job {job} changes faster than it is read from the bucket.",
+        remedy="Ask for the rebuild again.",
+    )
+
+
+async def _rows(ports: Ports, job: JobId) -> JobRows | None:
+    try:
+        return await ports.ledger.rows(job)
+    except NotFound:
+        return None
+
+
+@dataclass(slots=True)
+class _Found:
+    """What there is of one job, of any round. Of outcomes only what they come to: a job's values
+    may be more than memory holds."""
+
+    cuts: list[Cut] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """The errors of objects without which the job is restored, by their keys."""
+
+    async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
+        """Read one object, if it is a cut or an outcome."""
+        name = info.key
+        if object_keys.is_cut(name):
+            self.cuts.append(await read_cut(ports, name))
+        elif object_keys.is_genuine(name, key):
+            try:
+                outcome = await read_outcome(ports.objects, name, ports.patience)
+            except Malformed as error:
+                self.unreadable[name] = error.message
+            else:
+                self.completions.append(settlement.completion(outcome))
+        elif object_keys.is_outcome(name):
+            log.error("an outcome with a wrong seal is ignored: %s", name)
+
+    async def replace(self, ports: Ports, name: str, key: CommitKey) -> None:
+        """Read the outcome that replaces one that cannot be read, if it does."""
+        outcome = await _read_replacement(ports, name)
+        if self.unreadable.pop(object_keys.outcome(outcome.bundle, key), None) is not None:
+            self.completions.append(settlement.completion(outcome))
+
+    def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
+        """Drop the completions that cannot be of the job."""
+        fits = partial(settlement.fits, job)
+        strangers = [one for one in self.completions if not fits(one.bundle, one.follows)]
+        for one in strangers:
+            self.completions.remove(one)
+            name = object_keys.outcome(one.bundle, key)
+            self.unreadable[name] = "It does not fit the stages of its job."
+
+
+async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
+    found = _Found()
+    spec, opening = await _read(ports, object_keys.spec(job), spec_object.from_json)
+    if spec.id != job:
+        raise UnreadableObject(object_keys.spec(job), f"It defines the job {spec.id}.")
+    spec = await admission.restored(ports, spec)
+    if opening and opening.cut:
+        found.cuts.append(opening.cut)
+    key = await _key_of(ports, spec)
+    replacements: list[str] = []
+    async for page in ports.objects.list(object_keys.committed(job)):
+        for info in page:
+            if object_keys.is_replacement(info.key):
+                replacements.append(info.key)
+            else:
+                await found.take(ports, info, key)
+    found.drop_strangers(spec, key)
+    for name in replacements:
+        await found.replace(ports, name, key)
+    # What has been cut has started, though the clock may have been set back since.
+    later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
+    state = JobState.SCHEDULED if later else JobState.SUBMITTED
+    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job, found))
+    return past, found.unreadable
+
+
+async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
+    """Return the commit key of a job; UnreadableObject if its definition has the hash of another
+    key, as a damaged one may."""
+    try:
+        return await ports.keys.of(job)
+    except (Throttled, Unreachable, NotFound):
+        raise
+    except BackendError as error:
+        raise UnreadableObject(object_keys.spec(job.id), error.message) from error
+
+
+async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
+    rounds: list[Round] = []
+    retry = Retry((), ())
+    while True:
+        rounds.append(await _round(ports, job, len(rounds), retry, found))
+        try:
+            retry = await read_retry(ports, job, len(rounds))
+        except NotFound:
+            return rounds
+        if rounds[-1].ending is None:
+            final = object_keys.final(job.id, len(rounds) - 1)
+            why = found.unreadable.get(final, "It is gone, and a retry follows it.")
+            raise UnreadableObject(final, why)
+
+
+async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _Found) -> Round:
+    cuts = sorted(
+        (cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq)
+    )
+    planned: dict[StageName, int] = {}
+    for cut in cuts:
+        if cut.planned is not None:
+            planned |= {stage.name: cut.planned for stage in job.fed_by(cut.stage)}
+    stages = {stage.name for stage in job.stages}
+    for cut in cuts:
+        if cut.stage not in stages:
+            key = object_keys.cut(job.id, cut.stage, cut.round, cut.seq)
+            raise UnreadableObject(key, "It is a cut of a stage that the job does not have.")
+    completions = [one for one in found.completions if one.bundle.round == number]
+    return Round(
+        retry.reopened,
+        (*retry.cuts, *cuts),
+        planned,
+        completions,
+        [settlement.casualties(job, one) for one in completions],
+        await _ending(ports, job.id, number, found),
+    )
+
+
+async def _ending(ports: Ports, job: JobId, round_: int, found: _Found) -> Ending | None:
+    try:
+        return await _read(ports, object_keys.final(job, round_), json_format.ending_from_json)
+    except NotFound:
+        return None
+    except UnreadableObject as error:
+        # The manager comes to an end again from the counters.
+        found.unreadable[error.key] = error.message
+        return None
+
+
+async def _control(ports: Ports, job: JobId, found: _Found) -> Control:
+    try:
+        return (await word_of(ports.objects, job, ports.patience)).control
+    except NotFound:
+        return Control.RUN
+    except Malformed as error:
+        # It may have been a cancellation. The user can resume the job.
+        found.unreadable[object_keys.control(job)] = error.message
+        return Control.PAUSE
+    except TooNew as error:
+        raise UnreadableObject(object_keys.control(job), error.message) from error
+
+
+async def _read(ports: Ports, key: str, read: Callable[[dict[str, Any]], T]) -> T:
+    return await read_stored(ports, key, lambda data: read(json_format.loads(data)))
+
+
+async def _read_replacement(ports: Ports, key: str) -> Outcome:
+    try:
+        return await read_outcome(ports.objects, key, ports.patience)
+    except Malformed as error:
+        raise UnreadableObject(key, error.message) from error

@@ -1,0 +1,197 @@
+"""What a user may ask of schedules: add, pause, resume, remove, run now.
+
+Invariant: what is due is decided on first, as it was meant then; a request is in the bucket when it
+is answered, and may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.protocol import object_keys
+from batchlab.core.schedules import decisions, due_times
+from batchlab.core.schedules.model import Definition, Missed, Overlap, Run, Schedule
+from batchlab.core.text import listed
+from batchlab.manager.schedules.scheduler import Scheduler
+
+READY_S = 10.0
+"""A request waits so long for the schedules to be read."""
+TRIES = 20
+
+
+class Schedules(Scheduler):
+    """A scheduler with its users' verbs, which wait for its schedules to have been read."""
+
+    async def _ready(self) -> None:
+        """Wait until the schedules have been read; BackendError where that takes too long."""
+        try:
+            async with asyncio.timeout(READY_S):
+                while True:
+                    await self._is_read.wait()
+                    async with self._lock:
+                        if self._is_read.is_set():
+                            return
+        except TimeoutError:
+            raise BackendError(
+                "The schedules have not been read yet.", remedy="Try again in some seconds."
+            ) from None
+
+    async def all(self) -> list[Schedule]:
+        """Those that are not removed, by name."""
+        await self._ready()
+        found = self.shelf.schedules
+        return [found[name] for name in sorted(found) if not found[name].removed]
+
+    async def one(self, name: str) -> Schedule:
+        """NotFound."""
+        await self._ready()
+        return self._known(name)
+
+    async def prefixes(self, schedule: Schedule) -> list[str]:
+        """Prefixes of the bucket whose objects are each run's input."""
+        try:
+            job = await self.shelf.template(schedule.definition.template)
+        except NotFound:
+            return []
+        keys, uploaded = job.input.keys if job.input else (), object_keys.raw(job.id)
+        return [key for key in keys if key.endswith("/") and not key.startswith(uploaded)]
+
+    def _known(self, name: str) -> Schedule:
+        found = self.shelf.schedules.get(name)
+        if found is None or found.removed:
+            raise NotFound(
+                f"There is no schedule {name!r}.",
+                remedy="`batchlab schedule list` shows those there are.",
+            )
+        return found
+
+    async def add(
+        self, definition: Definition, job: JobDef, *, replacing: bool
+    ) -> tuple[Schedule, bool]:
+        """Keep a schedule, and say whether anything has changed; Refused where there is another
+        one of that name, unless it is `replacing` that."""
+        when = definition.when
+        if when.at_s is None:
+            due_times.check(when.cron, when.zone)
+        due_times.zone_of(when.zone)
+        if definition.missed is Missed.RUN_ALL and definition.overlap is Overlap.REPLACE:
+            raise UsageError(
+                "All missed runs are to be made up for, and each is to replace the one before it.",
+                remedy="Say --overlap queue, or --missed run-once.",
+            )
+        if definition.due_param and definition.due_param not in dict(job.params):
+            raise UsageError(
+                f"Job {job.name} has no parameter {definition.due_param!r} for the due time.",
+                remedy="Declare it under params: in the job file.",
+            )
+        self._admit(job)
+        await self._ready()
+        if definition.name in self.shelf.unreadable:
+            raise Refused(
+                f"There is a schedule {definition.name!r} that this batchlab cannot read.",
+                remedy="Was it written by a newer version? Give this one a --name of its own.",
+            )
+        timeless = replace(job, token="", submitted_s=0.0, start_at_s=None)
+        definition = replace(definition, template=await self.shelf.keep_template(timeless))
+        now_s = self._ports.clock.now_s()
+        before = self.shelf.schedules.get(definition.name)
+        if before and not before.removed and before.definition == definition:
+            return before, False
+        if when.at_s is not None and when.at_s <= now_s:
+            raise UsageError("That time is past.", remedy="Name one that is to come.")
+        if before is None or before.removed:
+            generation = before.generation + 1 if before else 1
+            made = Schedule(definition, generation, added_s=now_s, through_s=now_s)
+            async with self._lock:
+                if await self.shelf.put(made):
+                    self._wake.set()
+                    return made, True
+            return await self.add(definition, job, replacing=replacing)
+        if not replacing:
+            raise Refused(
+                f"There is a schedule {definition.name!r} already, and it is another one: "
+                f"{difference(before.definition, definition)}.",
+                remedy="Say --replace to change it, or give this one a --name of its own.",
+            )
+
+        def change(schedule: Schedule, now_s: float) -> Schedule:
+            return replace(decisions.settled(schedule, now_s), definition=definition)
+
+        return await self._change(definition.name, change), True
+
+    async def pause(self, name: str) -> Schedule:
+        """Nothing is started until `resume`; what runs is finished."""
+
+        def change(schedule: Schedule, now_s: float) -> Schedule:
+            if schedule.paused:
+                raise Refused(
+                    f"Schedule {name} is paused already.",
+                    remedy="`batchlab schedule resume` lets it go on.",
+                )
+            return replace(decisions.settled(schedule, now_s), paused=True)
+
+        return await self._change(name, change)
+
+    async def resume(self, name: str) -> Schedule:
+        """Go on with what falls due from now on."""
+
+        def change(schedule: Schedule, now_s: float) -> Schedule:
+            if not schedule.paused:
+                raise Refused(
+                    f"Schedule {name} is not paused.",
+                    remedy="`batchlab schedule show` says when it is due.",
+                )
+            return replace(decisions.settled(schedule, now_s), paused=False)
+
+        return await self._change(name, change)
+
+    async def remove(self, name: str) -> Schedule:
+        """Nothing is due any more; a job that runs is finished."""
+        return await self._change(name, decisions.removed)
+
+    async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
+        """Run it now, whenever it is due; the same request again is the same run."""
+
+        def change(schedule: Schedule, now_s: float) -> Schedule:
+            return decisions.by_hand(schedule, asked, now_s)
+
+        after = await self._change(name, change)
+        return after, next(run for run in after.runs if run.asked == asked)
+
+    async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
+        """What is due is decided on first, as it was meant then."""
+        await self._ready()
+        async with self._lock:
+            for _ in range(TRIES):
+                self._known(name)
+                await self._advance(name)
+                before = self._known(name)
+                after = change(before, self._ports.clock.now_s())
+                if after is before or await self.shelf.put(after):
+                    await self._advance(name)
+                    self._wake.set()
+                    return self.shelf.schedules[name]
+        raise BackendError(f"Schedule {name} changes faster than it is read.", remedy="Try again.")
+
+
+def difference(old: Definition, new: Definition) -> str:
+    """What of a definition is another, in words."""
+    words = {
+        "when": "when it is due",
+        "template": "the job, its code or its input",
+        "missed": "what becomes of missed runs",
+        "missed_within_s": "how long ago they may be",
+        "overlap": "what becomes of overlapping runs",
+        "prewarm_s": "how long before it the fleet is warmed",
+        "capacity": "the capacity it is warmed to",
+        "due_param": "the parameter for the due time",
+        "source": "the job file's place",
+        "source_digest": "the job file, or what it names",
+        "job": "the job's name",
+    }
+    other = [text for name, text in words.items() if getattr(old, name) != getattr(new, name)]
+    return listed(other, most=len(words))

@@ -1,0 +1,277 @@
+"""Charts as geometry: paths, marks and words, which the page's template draws as SVG.
+
+Invariant: a chart's size does not follow the size of the run; it has at most as many shapes as it
+has bins or lanes, and always a table that says the same.
+
+The plot is drawn 1,000 units wide and stretched to the page's width; heights are in pixels, and
+what is written stands beside the plot, so that text is never stretched or shrunk.
+
+Axes: where their marks are and what these say.
+
+Invariant: every mark lies on its axis, and no two of an axis say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+MOST = 7
+"""Marks that an axis of time has room for."""
+_TIMES_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
+    *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400),
+)
+"""Steps that a person counts time in."""
+_POWERS_S = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0, 360000.0)
+"""Marks of a logarithmic axis of time."""
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (0.001, "ms"), (1e-6, "µs"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A mark of an axis: `at` in [0, 1] of its length, and what it says."""
+
+    at: float
+    label: str
+
+
+def time_label(seconds: float, unit_s: float = 0.0) -> str:
+    """A time on an axis, such as `90 s` or `1.5 h`: in the unit that is `unit_s` long, or in the
+    largest of which it has a whole one."""
+    if not seconds:
+        return "0"
+    if not unit_s:
+        unit_s = next((u for u, _ in _UNITS if seconds >= u * 0.999), 1e-6)
+    name = dict(_UNITS)[unit_s]
+    return f"{seconds / unit_s:.6g} {name}"
+
+
+def time_ticks(span_s: float) -> tuple[Tick, ...]:
+    """Marks of an axis of [0, `span_s`], at most `MOST` beside that at 0."""
+    if span_s <= 0:
+        return (Tick(0.0, "0"),)
+    step_s = next((s for s in _TIMES_S if span_s / s <= MOST), 0.0)
+    if not step_s:
+        step_s = 86400.0 * _step(span_s / 86400.0, MOST)
+    unit_s = next((u for u, _ in _UNITS if step_s >= u * 0.999), 1e-6)
+    # Half hours are read as such, not as 30, 60 and 90 minutes, where the axis has hours.
+    unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
+    number = int(span_s / step_s * (1 + 1e-9))
+    return tuple(
+        Tick(n * step_s / span_s, time_label(n * step_s, unit_s)) for n in range(number + 1)
+    )
+
+
+def count_ticks(most: float, ticks: int = 4) -> tuple[float, tuple[Tick, ...]]:
+    """The top of an axis of whole numbers that has room for `most`, and its marks from 0 on."""
+    step = max(1.0, _step(max(most, 1.0), ticks))
+    number = math.ceil(max(most, 1.0) / step * (1 - 1e-6))
+    top = number * step
+    return top, tuple(Tick(n / number, number_label(n * step)) for n in range(number + 1))
+
+
+def number_label(number: float) -> str:
+    """A number in little room: `1,200`, `120k`, `1.5M`."""
+    if number >= 1e6:
+        return f"{number / 1e6:.4g}M"
+    if number >= 1e5:
+        return f"{number / 1e3:.6g}k"
+    return f"{number:,.6g}" if number % 1 else f"{number:,.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class LogAxis:
+    """A logarithmic axis of time in bins, `PER_DECADE` to a power of ten; bin k is from
+    10**(k / PER_DECADE) seconds on, and the axis has the bins `first` to `last`."""
+
+    PER_DECADE = 6
+
+    first: int
+    last: int
+
+    @property
+    def bins(self) -> int:
+        return self.last - self.first + 1
+
+    def edge_s(self, number: int) -> float:
+        """Where bin `number` begins, in seconds."""
+        return float(10.0 ** (number / self.PER_DECADE))
+
+    def at(self, seconds: float) -> float:
+        """Where a time lies in [0, 1]; at the edge where it lies beyond."""
+        if seconds <= 0:
+            return 0.0
+        place = (math.log10(seconds) * self.PER_DECADE - self.first) / self.bins
+        return min(1.0, max(0.0, place))
+
+    def ticks(self) -> tuple[Tick, ...]:
+        """Marks at powers of ten, or where these are few at other times; at most `MOST`."""
+        low, high = self.edge_s(self.first), self.edge_s(self.last + 1)
+        inside = [s for s in _POWERS_S if low * 0.999 <= s <= high * 1.001]
+        if len(inside) < 3:
+            inside = [s for s in _TIMES_S if low * 0.999 <= s <= high * 1.001]
+        every = -(-len(inside) // MOST) if inside else 1
+        return tuple(Tick(self.at(s), time_label(s)) for s in inside[::every])
+
+
+def _step(span: float, most: int) -> float:
+    """The least of 1, 2, 5, 10 … that goes into `span` at most `most` times."""
+    least = span / most
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+
+
+WIDTH = 1000.0
+"""Of a plot, in its own units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A path in the plot's units. `look` is a class of the style sheet, `title` what a pointer
+    that rests on it is told."""
+
+    path: str
+    look: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A pointer on the time axis, `at` in [0, 1]."""
+
+    at: float
+    look: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A line of the legend."""
+
+    look: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A table. A column whose name begins with `#` holds numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart for the template. `text` says in words what there is to see; of a `quiet` one it is
+    not written above it. With `lanes` there are names on the left in place of numbers, and more
+    room for them."""
+
+    id: str
+    title: str
+    text: str
+    height: float
+    x: tuple[Tick, ...]
+    y: tuple[Tick, ...]
+    shapes: tuple[Shape, ...]
+    keys: tuple[Key, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    data: Data | None = None
+    lanes: bool = False
+    quiet: bool = False
+
+
+def number(value: float) -> str:
+    """A coordinate to a tenth, as short as it can be written."""
+    text = f"{value:.1f}"
+    return (text[:-2] if text.endswith(".0") else text) if text != "-0.0" else "0"
+
+
+def area(levels: Sequence[float], top: float, height: float) -> str:
+    """Bins of equal width, filled from the axis up to a level each; `top` is the level at which
+    the plot ends. Empty where there is nothing to fill."""
+    if not any(levels):
+        return ""
+    return f"M0 {number(height)}{_steps(levels, top, height)}V{number(height)}Z"
+
+
+def line(levels: Sequence[float | None], top: float, height: float) -> str:
+    """The same as a line that steps from bin to bin, broken where there is no level."""
+    width = WIDTH / max(1, len(levels))
+    path: list[str] = []
+    before: float | None = None
+    for k, level in enumerate(levels):
+        if level is not None:
+            y = number(height - min(level, top) / top * height)
+            if before is None:
+                path.append(f"M{number(k * width)} {y}")
+            elif level != before:
+                path.append(f"V{y}")
+            if k + 1 == len(levels) or levels[k + 1] != level:
+                path.append(f"H{number((k + 1) * width)}")
+        before = level
+    return "".join(path)
+
+
+def _steps(levels: Sequence[float], top: float, height: float) -> str:
+    width = WIDTH / len(levels)
+    path: list[str] = []
+    for k, level in enumerate(levels):
+        if k == 0 or level != levels[k - 1]:
+            path.append(f"V{number(height - min(level, top) / top * height)}")
+        if k + 1 == len(levels) or levels[k + 1] != level:
+            path.append(f"H{number((k + 1) * width)}")
+    return "".join(path)
+
+
+def stacked(layers: Sequence[Sequence[float]], top: float, height: float) -> list[str]:
+    """Areas on top of each other, the first at the bottom: a path each, empty for nothing."""
+    below = [0.0] * (len(layers[0]) if layers else 0)
+    paths: list[str] = []
+    for levels in layers:
+        above = [a + b for a, b in zip(below, levels, strict=True)]
+        paths.append(_band(below, above, top, height) if any(levels) else "")
+        below = above
+    return paths
+
+
+def _band(below: Sequence[float], above: Sequence[float], top: float, height: float) -> str:
+    width = WIDTH / len(below)
+    path = [f"M0 {number(height - min(below[0], top) / top * height)}", _steps(above, top, height)]
+    for k in reversed(range(len(below))):
+        y = number(height - min(below[k], top) / top * height)
+        if k + 1 == len(below) or below[k + 1] != below[k]:
+            path.append(f"V{y}")
+        if k == 0 or below[k - 1] != below[k]:
+            path.append(f"H{number(k * width)}")
+    return f"{''.join(path)}Z"
+
+
+def columns(heights: Sequence[float], top: float, height: float) -> str:
+    """A histogram's columns, with a gap between them; what is not 0 is seen."""
+    width = WIDTH / max(1, len(heights))
+    path: list[str] = []
+    for k, level in enumerate(heights):
+        if level > 0:
+            tall = max(1.5, level / top * height)
+            path.append(_box(k * width + width * 0.06, height - tall, width * 0.88, tall))
+    return "".join(path)
+
+
+def box(left: float, right: float, top: float, height: float) -> str:
+    """A box from `left` to `right`, in [0, 1] of the plot's width, at least as wide as is seen."""
+    return _box(left * WIDTH, top, max(0.6, (right - left) * WIDTH), height)
+
+
+def _box(x: float, y: float, width: float, height: float) -> str:
+    return f"M{number(x)} {number(y)}h{number(width)}v{number(height)}h{number(-width)}Z"
+
+
+def cells(runs: Iterable[tuple[int, int, float]], bins: int, height: float) -> str:
+    """Cells of a lane that are alike: (first bin, bin after the last, top of the lane)."""
+    width = WIDTH / bins
+    return "".join(
+        _box(first * width, top, (after - first) * width, height) for first, after, top in runs
+    )

@@ -1,0 +1,155 @@
+"""What the run has cost, split: by what for, and by stage.
+
+Invariant: the parts that are shown add up to the whole that is shown, to the last digit; each is a
+sum of rows of the bill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from batchlab.core.pricing import money
+from batchlab.core.text import span
+from batchlab.reports.html import charts
+from batchlab.reports.html.charts import Shape
+from batchlab.reports.html.source import Run
+from batchlab.reports.html.text import adding_up, share, visible
+
+KINDS = {
+    "compute": "compute",
+    "wasted": "wasted work",
+    "idle": "idle",
+    "sqs": "SQS",
+    "s3": "S3 requests",
+    "storage": "S3 storage",
+    "ledger": "ledger",
+}
+"""Of the bill's lines, in the order in which they are drawn; others follow by their own names."""
+BAR = 26.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the whole; `usd` is exact, `shown` rounded so that the parts add up."""
+
+    look: str
+    name: str
+    usd: Decimal
+    shown: str
+    share: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """`total` is what the job's row says, `lines` are the bill's. `kinds` and `stages` are the
+    same amount, split in two ways; `brief` is the total in few digits."""
+
+    total: Decimal
+    shown: str
+    brief: str
+    kinds: tuple[Part, ...]
+    lines: tuple[Part, ...]
+    stages: tuple[Part, ...]
+    bar: tuple[Shape, ...]
+    text: str
+    prices: str
+    is_whole: bool
+
+    def of(self, kind: str) -> Decimal:
+        """What went to one kind of the bill's lines."""
+        return sum((part.usd for part in self.kinds if part.name == KINDS.get(kind, kind)), ZERO)
+
+
+ZERO = Decimal(0)
+
+
+def cost(run: Run) -> Cost | None:
+    """None where nobody has put prices to the run."""
+    rows = run.rows(
+        """SELECT line, kind, pool, sum(cost_usd) AS usd, sum(seconds) AS seconds,
+                  any_value(how) AS how
+           FROM cost WHERE job = $job AND cost_usd IS NOT NULL
+           GROUP BY line, kind, pool ORDER BY usd DESC, line"""
+    )
+    if not rows or run.job["cost_usd"] is None:
+        return None
+    total: Decimal = run.job["cost_usd"]
+    decimals = 2 if total >= 100 else 4 if total >= 1 else 6
+    looks = {kind: f"c{n}" for n, kind in enumerate(KINDS)}
+    by_kind: dict[str, Decimal] = {}
+    for row in rows:
+        by_kind[row["kind"]] = by_kind.get(row["kind"], ZERO) + row["usd"]
+    order = [*KINDS, *sorted(by_kind.keys() - KINDS.keys())]
+    kinds = [
+        (looks.get(k, "c6"), KINDS.get(k, visible(k, 40)), by_kind[k], "")
+        for k in order
+        if k in by_kind
+    ]
+    lines = [
+        (
+            looks.get(row["kind"], "c6"),
+            visible(row["line"], 80),
+            row["usd"],
+            _how(row["how"], row["seconds"]),
+        )
+        for row in rows
+    ]
+    of_stages = run.rows(
+        """SELECT stage, sum(cost_usd) AS usd FROM cost
+           WHERE job = $job AND cost_usd IS NOT NULL GROUP BY stage ORDER BY usd DESC, stage"""
+    )
+    stages = [
+        (
+            run.looks.get(row["stage"], "c6") if row["stage"] is not None else "c2",
+            visible(row["stage"], 60) if row["stage"] is not None else "no stage's own",
+            row["usd"],
+            "",
+        )
+        for row in of_stages
+    ]
+    parts = _parts(kinds, decimals)
+    return Cost(
+        total,
+        f"{total.quantize(Decimal(1).scaleb(-decimals)):,} USD",
+        money.shown(float(total)),
+        parts,
+        _parts(lines, decimals),
+        _parts(stages, decimals),
+        _bar(parts),
+        "What the run cost, by what it was for: "
+        + ", ".join(f"{part.name} {part.share}" for part in parts)
+        + ".",
+        visible(run.job["prices"] or "", 300),
+        bool(run.job["is_whole"]),
+    )
+
+
+def _how(how: str | None, seconds: float | None) -> str:
+    if how:
+        return visible(how, 300)
+    return f"{span(seconds)} of instances" if seconds is not None else ""
+
+
+def _parts(found: Sequence[tuple[str, str, Decimal, str]], decimals: int) -> tuple[Part, ...]:
+    total = sum((usd for _, _, usd, _ in found), ZERO)
+    rounded = adding_up([usd for _, _, usd, _ in found], decimals)
+    return tuple(
+        Part(look, name, usd, f"{shown:,}", share(float(usd), float(total)), note)
+        for (look, name, usd, note), shown in zip(found, rounded, strict=True)
+    )
+
+
+def _bar(parts: Sequence[Part]) -> tuple[Shape, ...]:
+    total = float(sum((part.usd for part in parts), ZERO))
+    shapes: list[Shape] = []
+    left = 0.0
+    for part in parts:
+        right = left + (float(part.usd) / total if total else 0.0)
+        if right > left:
+            title = f"{part.name}: {part.shown} USD, {part.share}"
+            shapes.append(Shape(charts.box(left, right, 0, BAR), f"fill {part.look}", title))
+        left = right
+    return tuple(shapes)

@@ -1,0 +1,178 @@
+"""How long tasks waited and how long they ran, by stage: percentiles and histograms.
+
+Invariant: each histogram holds every task that its stage's count names; percentiles are exact, with
+linear interpolation between neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from batchlab.core.text import count, span
+from batchlab.reports.html import charts
+from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
+from batchlab.reports.html.source import Row, Run
+from batchlab.reports.html.text import share, visible
+
+STAGES = 8
+"""Stages with a histogram: those that took most. All are in the table."""
+LONGEST = 10
+"""Tasks that are shown one by one."""
+HEIGHT = 110.0
+LEAST_S = {"run_s": 0.0001, "wait_s": 0.001}
+"""What took less is in the first bin."""
+FEW = 5
+"""Of fewer tasks there is nothing to be seen in a histogram."""
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One stage's run or waiting times, in seconds; `bins` are numbers of tasks by the bin of a
+    LogAxis."""
+
+    stage: str
+    tasks: int
+    mean_s: float
+    most_s: float
+    percentiles_s: Mapping[int, float]
+    bins: Mapping[int, int]
+
+    @property
+    def sum_s(self) -> float:
+        return self.mean_s * self.tasks
+
+
+def spreads(run: Run, column: str) -> list[Spread]:
+    """Of `run_s` or `wait_s`, a stage each in the job's order; stages of which nothing ran are
+    left out."""
+    points = ", ".join(f"{p / 100}" for p in PERCENTILES)
+    rows = run.rows(
+        f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean_s,
+                   max({column}) AS most_s, quantile_cont({column}, [{points}]) AS points
+            FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY stage"""
+    )
+    bins: dict[str, dict[int, int]] = {}
+    for row in run.rows(
+        f"""SELECT stage, floor(log10(greatest({column}, $least)) * $per)::INTEGER AS bin,
+                   count(*) AS tasks
+            FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY ALL""",
+        least=LEAST_S[column],
+        per=LogAxis.PER_DECADE,
+    ):
+        bins.setdefault(row["stage"], {})[row["bin"]] = row["tasks"]
+    found = {row["stage"]: row for row in rows}
+    return [
+        _spread(found[stage], bins[stage])
+        for stage in (row["stage"] for row in run.stages)
+        if stage in found
+    ]
+
+
+def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
+    points = dict(zip(PERCENTILES, row["points"], strict=True))
+    return Spread(row["stage"], row["tasks"], row["mean_s"], row["most_s"], points, bins)
+
+
+def table(found: Sequence[Spread]) -> Data:
+    """All stages with their percentiles."""
+    rows = tuple(
+        (
+            visible(one.stage, 60),
+            f"{one.tasks:,}",
+            span(one.mean_s),
+            *(span(one.percentiles_s[p]) for p in PERCENTILES),
+            span(one.most_s),
+        )
+        for one in found
+    )
+    names = ("# median", *(f"# {p}%" for p in PERCENTILES[1:]))
+    return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
+
+
+def longest(run: Run) -> Data:
+    """The tasks that took longest, and how that compares with their stage's median."""
+    rows = run.rows(
+        """WITH typical AS (
+             SELECT stage, median(run_s) AS median_s FROM tasks
+             WHERE job = $job AND run_s IS NOT NULL GROUP BY stage
+           ), most AS (
+             SELECT * FROM tasks WHERE job = $job AND run_s IS NOT NULL
+             ORDER BY run_s DESC, stage, task LIMIT $most
+           )
+           SELECT t.stage, t.task, t.run_s, t.state, t.attempts, m.median_s,
+                  coalesce(w.instance, t.worker, '') AS place
+           FROM most t JOIN typical m ON m.stage = t.stage
+           LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
+           ORDER BY t.run_s DESC, t.stage, t.task""",
+        most=LONGEST,
+    )
+    return Data(
+        ("stage", "# task", "# ran", "# times the median", "# attempts", "state", "instance"),
+        tuple(
+            (
+                visible(row["stage"], 60),
+                f"{row['task']:,}",
+                span(row["run_s"]),
+                f"{row['run_s'] / row['median_s']:,.1f}" if row["median_s"] else "–",
+                f"{row['attempts']:,}",
+                visible(row["state"], 20),
+                visible(row["place"], 60),
+            )
+            for row in rows
+        ),
+    )
+
+
+def drawn(run: Run, found: Sequence[Spread], column: str) -> list[Chart]:
+    """A histogram for each of the stages that took most, all over one axis."""
+    some = [one for one in found if one.tasks >= FEW]
+    if not some:
+        return []
+    keys = [k for one in some for k in one.bins]
+    first, last = min(keys), max(keys)
+    axis = LogAxis(first - 1, max(last + 1, first + LogAxis.PER_DECADE))
+    most = sorted(some, key=lambda one: -one.sum_s)[:STAGES]
+    return [_histogram(run, one, axis, column) for one in some if one in most]
+
+
+def _histogram(run: Run, one: Spread, axis: LogAxis, column: str) -> Chart:
+    heights = [float(one.bins.get(axis.first + k, 0)) for k in range(axis.bins)]
+    top, y = count_ticks(max(heights), 3)
+    name, verb = visible(one.stage, 60), "ran" if column == "run_s" else "waited"
+    p = one.percentiles_s
+    shapes = [Shape(charts.columns(heights, top, HEIGHT), f"fill {run.looks[one.stage]}")]
+    for percentile, look in ((50, "line strong"), (95, "line dashed")):
+        x = charts.number(axis.at(p[percentile]) * charts.WIDTH)
+        shapes.append(Shape(f"M{x} 0V{charts.number(HEIGHT)}", look))
+    rows = []
+    for k, tasks in enumerate(heights):
+        low, high = axis.edge_s(axis.first + k), axis.edge_s(axis.first + k + 1)
+        if not tasks:
+            continue
+        said = f"{span(low)} to {span(high)}"
+        shapes.append(
+            Shape(
+                charts.box(k / axis.bins, (k + 1) / axis.bins, 0, HEIGHT),
+                "hover",
+                f"{said}: {count(int(tasks), 'task')}, {share(tasks, one.tasks)}",
+            )
+        )
+        rows.append((said, f"{int(tasks):,}", share(tasks, one.tasks)))
+    return Chart(
+        f"{column}-{[row['stage'] for row in run.stages].index(one.stage)}",
+        name,
+        f"How long {count(one.tasks, 'task')} of {name} {verb}, on a logarithmic axis: half of "
+        f"them at most {span(p[50])}, 95% at most {span(p[95])}, the longest {span(one.most_s)}.",
+        HEIGHT,
+        axis.ticks(),
+        y,
+        tuple(shapes),
+        keys=(
+            Key("stroke strong", f"median {span(p[50])}"),
+            Key("stroke dashed", f"95% {span(p[95])}"),
+        ),
+        data=Data(("from – to", "# tasks", "# share"), tuple(rows)),
+        quiet=True,
+    )

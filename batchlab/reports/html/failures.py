@@ -1,0 +1,274 @@
+"""What failed, grouped by cause.
+
+Invariant: the groups' failed tasks add up to the job's, those of causes that are not shown one by
+one included.
+
+What a failed attempt has left in the bucket: its traceback, and what it printed.
+
+Invariant: of each case at most two objects are asked for, and of its log no more than is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from batchlab.core.commit import outcome_at
+from batchlab.core.errors import NotFound
+from batchlab.core.model import BundleId, JobId, Outcome, StageName
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.task_names import task_name
+from batchlab.core.text import count, listed, span
+from batchlab.jobs.attempts import log_end
+from batchlab.reports.html.charts import Data
+from batchlab.reports.html.source import Row, Run
+from batchlab.reports.html.text import moment, visible, visible_lines
+
+GROUPS = 20
+"""Shown one by one; the rest is summed up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One attempt that stands for its group, and where what it printed is found."""
+
+    stage: str
+    task: int
+    round: int
+    attempt: int
+    bundle: str
+    execution: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is known of a case beside its row: the traceback, and what it printed."""
+
+    traceback: str = ""
+    log: str = ""
+
+
+Samples = Callable[[Case], Sample | None]
+"""Where samples come from; None where the case's objects are not there any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Failures of one cause. `tasks` failed for good of it, `retried` attempts were followed by
+    another."""
+
+    fingerprint: str
+    title: str
+    reason: str
+    kind: str
+    tasks: int
+    attempts: int
+    retried: int
+    run: str
+    stages: str
+    where: str
+    when: str
+    case: str
+    traceback: str
+    log: str
+    missing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """`groups` are shown, `more` says in words what is not; `tasks` is how many failed for good,
+    `causes` how many there are in all."""
+
+    groups: tuple[Group, ...]
+    tasks: int
+    attempts: int
+    causes: int
+    more: str
+
+
+def cases(run: Run) -> list[Case]:
+    """Those of which a sample is shown: one of each cause that is shown."""
+    return [_case(row["one"]) for row in run.rows(_GROUPS)[:GROUPS] if row["one"]]
+
+
+def failures(run: Run, samples: Samples | None = None) -> Failures:
+    """Those with most tasks that failed for good first, then those with most attempts."""
+    rows = run.rows(_GROUPS)
+    shown = [_group(run, row, samples) for row in rows[:GROUPS]]
+    rest = rows[GROUPS:]
+    more = ""
+    if rest:
+        tasks, attempts = sum(r["tasks"] for r in rest), sum(r["attempts"] for r in rest)
+        more = (
+            f"{count(len(rest), 'more cause')}, with {count(tasks, 'failed task')} and "
+            f"{count(attempts, 'failed attempt')}, not shown here."
+        )
+    return Failures(
+        tuple(shown),
+        sum(r["tasks"] for r in rows),
+        sum(r["attempts"] for r in rows),
+        len(rows),
+        more,
+    )
+
+
+_GROUPS = """
+WITH tries AS (
+  SELECT coalesce(a.fingerprint, '') AS print, a.stage, a.task, a.round, a.attempt, a.bundle,
+         a.is_final, a.run_s, a.kind, a.error, a.reason, a.exit_code, b.ended_s, b.execution,
+         coalesce(w.instance, a.worker) AS place
+  FROM attempts a
+  LEFT JOIN bundles b ON b.job = a.job AND b.stage = a.stage AND b.bundle = a.bundle
+  LEFT JOIN workers w ON w.job = a.job AND w.worker = a.worker
+  WHERE a.job = $job AND a.state = 'FAILED'
+), of_tries AS (
+  SELECT print, count(*) AS attempts, count(*) FILTER (NOT is_final) AS retried,
+         sum(run_s) AS run_s, array_agg(DISTINCT stage ORDER BY stage) AS stages,
+         count(DISTINCT place) AS places, min(place) AS place, min(ended_s) AS first_s,
+         max(ended_s) AS last_s,
+         arg_min({stage: stage, task: task, round: round, attempt: attempt, bundle: bundle,
+                  execution: execution, kind: kind, error: error, reason: reason,
+                  exit_code: exit_code},
+                 (CASE WHEN is_final THEN 0 ELSE 1 END, stage, task, round, attempt)) AS one
+  FROM tries GROUP BY print
+), of_tasks AS (
+  SELECT coalesce(fingerprint, '') AS print, count(*) AS tasks,
+         array_agg(DISTINCT stage ORDER BY stage) AS stages
+  FROM tasks WHERE job = $job AND state = 'FAILED' GROUP BY print
+)
+SELECT coalesce(t.print, f.print) AS print, coalesce(f.tasks, 0) AS tasks,
+       coalesce(t.attempts, 0) AS attempts, coalesce(t.retried, 0) AS retried,
+       coalesce(t.run_s, 0) AS run_s, coalesce(t.stages, f.stages) AS stages,
+       coalesce(t.places, 0) AS places, t.place, t.first_s, t.last_s, t.one
+FROM of_tries t FULL JOIN of_tasks f ON f.print = t.print
+ORDER BY tasks DESC, attempts DESC, print
+"""
+
+
+def _group(run: Run, row: Row, samples: Samples | None) -> Group:
+    one: Mapping[str, object] = row["one"] or {}
+    kind, error = str(one.get("kind") or ""), str(one.get("error") or "")
+    reason = str(one.get("reason") or "No attempt of these tasks has told why.")
+    case, missing, sample = "", "", Sample()
+    if one:
+        case = (
+            f"task {task_name(visible(str(one['stage']), 60), int(str(one['task'])))}, "
+            f"attempt {one['attempt']}"
+            + (f" of round {one['round']}" if run.job["rounds"] > 1 else "")
+        )
+        found = samples(_case(one)) if samples else None
+        sample = found or Sample()
+        if found is None:
+            missing = "Its traceback and its log were not at hand when this page was made."
+        elif not (found.traceback or found.log):
+            missing = "It has left neither a traceback nor a log."
+    places = row["places"]
+    where = f"{places:,} instances" if places > 1 else visible(str(row["place"] or ""), 60)
+    return Group(
+        row["print"],
+        visible(error or kind or "unknown", 120),
+        visible(reason, 500),
+        visible(kind, 40),
+        row["tasks"],
+        row["attempts"],
+        row["retried"],
+        span(row["run_s"]),
+        listed([visible(stage, 40) for stage in row["stages"] or ()]),
+        where,
+        _when(row),
+        case,
+        visible_lines(sample.traceback),
+        visible_lines(sample.log),
+        missing,
+    )
+
+
+def _when(row: Row) -> str:
+    first, last = moment(row["first_s"]), moment(row["last_s"])
+    return first if first == last else f"{first} to {last}"
+
+
+def _case(one: Mapping[str, object]) -> Case:
+    return Case(
+        str(one["stage"]),
+        int(str(one["task"])),
+        int(str(one["round"])),
+        int(str(one["attempt"])),
+        str(one["bundle"]),
+        str(one["execution"] or ""),
+    )
+
+
+# --- What came twice -----------------------------------------------------------------------------
+
+_TWICE = {
+    "message": "a bundle was delivered again, and nothing ran",
+    "event": "an outcome was heard of again, and counted once",
+    "execution": "a bundle ran again, and its work was thrown away",
+    "result": "a task got a second result",
+}
+
+
+def twice(run: Run) -> Data | None:
+    """What came more than once, by kind; None where nothing did."""
+    rows = run.rows(
+        """SELECT kind, sum(seen)::BIGINT AS seen, sum(harmless)::BIGINT AS harmless,
+                  sum(harmful)::BIGINT AS harmful, sum(wasted_slot_s) AS wasted_s
+           FROM duplicates WHERE job = $job GROUP BY kind ORDER BY kind"""
+    )
+    if not rows:
+        return None
+    return Data(
+        ("what", "# seen", "# harmless", "# harmful", "# slot time"),
+        tuple(
+            (
+                _TWICE.get(row["kind"], visible(row["kind"], 40)),
+                *(f"{row[name]:,}" for name in ("seen", "harmless", "harmful")),
+                span(row["wasted_s"] or 0.0),
+            )
+            for row in rows
+        ),
+    )
+
+
+LOG_BYTES = 8000
+"""The end of what it printed, which is where it failed."""
+
+
+async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Case, Sample]:
+    """Those of which the bucket still has the outcome. BackendError where the bucket cannot be
+    asked."""
+    found: dict[Case, Sample] = {}
+    try:
+        key = await CommitKeys(objects).stored(JobId(job))
+    except NotFound:
+        key = UNSEALED  # the job has been removed
+    for case in cases:
+        name = object_keys.outcome_of(JobId(job), StageName(case.stage), BundleId(case.bundle), key)
+        try:
+            outcome = outcome_at(name, await objects.get(name), key)
+        except NotFound:
+            continue
+        found[case] = Sample(
+            _traceback(outcome, case.task), await _log(objects, outcome, case.task)
+        )
+    return found
+
+
+def _traceback(outcome: Outcome, task: int) -> str:
+    return next((one.traceback for one in outcome.failed if one.task == task), "")
+
+
+async def _log(objects: Objects, outcome: Outcome, task: int) -> str:
+    try:
+        data, before = await log_end(
+            outcome, task, LOG_BYTES, partial(objects.get_range, outcome.log)
+        )
+    except NotFound:
+        return ""
+    text = data.decode(errors="replace")
+    return f"… {before:,} bytes are left out …\n{text}" if before else text

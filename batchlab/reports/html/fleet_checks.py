@@ -1,0 +1,286 @@
+"""Checks of the run as a whole: the size of its fleet, when that was there, waste and money.
+
+Invariant: each has one finding about the fleet as it was, in figures that the page shows too.
+
+What to change next: each check looks at a run's signs and says what it has found.
+
+Invariant: a check that finds nothing says what it has looked at, so that a page without anything to
+change is no page without checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchlab.core.text import count, span
+from batchlab.reports.html import task_checks
+from batchlab.reports.html.metrics import Signs
+from batchlab.reports.html.task_checks import (
+    FINER,
+    MATTERS_S,
+    Check,
+    Finding,
+    Level,
+    good,
+    limits,
+    name,
+    slots_of,
+)
+from batchlab.reports.html.text import share
+
+FILLED = 0.6
+IDLE, VERY_IDLE = 0.35, 0.6
+UNUSED = 0.25
+STARVED = 0.2
+FULL = 0.5
+LAG = 0.15
+TAIL = 0.25
+WASTED = 0.05
+
+
+def idle_slots(signs: Signs) -> Iterator[Finding]:
+    """Instances that are busy in few of their slots."""
+    if signs.filled is None:
+        yield good("idle slots", "No instance is half idle", "Each has one slot, or ran nothing.")
+        return
+    figure = (
+        f"While an instance ran anything of this job, {share(signs.filled, 1)} of its "
+        f"{signs.slots_each} slots did."
+    )
+    if signs.filled < FILLED and signs.busy_s > MATTERS_S:
+        yield Finding(
+            "idle slots",
+            Level.NOTE,
+            "Slots of busy instances are idle",
+            figure,
+            f"Fewer slots on smaller instances ({slots_of(signs.pool)}), or a longer "
+            "`drain_target_s` in `settings.toml`: fewer instances are then filled better.",
+        )
+    else:
+        yield good("idle slots", "Busy instances are filled", figure)
+
+
+def lag(signs: Signs) -> Iterator[Finding]:
+    """How long work waits for instances that are not there yet."""
+    wait_s = signs.first_wait_s or 0.0
+    boots = ""
+    if signs.boots and signs.boot_s is not None:
+        boots = (
+            f" {count(signs.boots, 'instance')} booted, half of them in at most "
+            f"{span(signs.boot_s)}, the slowest in {span(signs.longest_boot_s or 0.0)}."
+        )
+    figure = (
+        f"The first task began {span(wait_s)} after it was ready: "
+        f"{share(wait_s, signs.span_s)} of the run.{boots}"
+    )
+    if wait_s > max(LAG * signs.span_s, MATTERS_S):
+        yield Finding(
+            "scaling lag",
+            Level.ACT,
+            "Work waited for instances to come up",
+            figure,
+            f"Keep some ready ({limits(signs.pool, '--min')}), or have them before a known peak "
+            f"({limits(signs.pool, '--desired')}); a machine image with everything in it boots "
+            "sooner.",
+        )
+    else:
+        yield good("scaling lag", "Instances were there in time", figure)
+
+
+def too_small(signs: Signs) -> Iterator[Finding]:
+    """All slots busy for most of the time, with tasks waiting."""
+    figure = (
+        f"For {share(signs.full_s, signs.span_s)} of the run nearly all slots were busy while "
+        f"tasks waited; at most {signs.peak_slots:,.0f} slots were in service."
+    )
+    if signs.full_s > max(FULL * signs.span_s, MATTERS_S):
+        yield Finding(
+            "fleet too small",
+            Level.NOTE,
+            "A larger fleet would have ended it sooner",
+            f"{figure} Twice as many would have saved up to {span(signs.full_s / 2)}, for about "
+            "the same instance time.",
+            f"A higher maximum ({limits(signs.pool, '--max')}), or a shorter `drain_target_s` in "
+            "`settings.toml`.",
+        )
+    else:
+        yield good("fleet too small", "The fleet was not too small", figure)
+
+
+def too_large(signs: Signs) -> Iterator[Finding]:
+    """Instances that are paid for and do nothing."""
+    idle_s = max(0.0, signs.slot_s - signs.busy_s)
+    of = count(signs.instances, signs.noun)
+    ran = f"{signs.unused:,} of {of} never ran any." if signs.unused else f"{of} ran some of it."
+    figure = (
+        f"{share(idle_s, signs.slot_s)} of the slot time in service, {span(idle_s)}, was not used "
+        f"by this job; {ran}"
+    )
+    unused = signs.unused > UNUSED * signs.instances
+    if signs.slot_s and (unused or idle_s > max(IDLE * signs.slot_s, MATTERS_S)):
+        yield Finding(
+            "fleet too large",
+            Level.ACT if unused or idle_s > VERY_IDLE * signs.slot_s else Level.NOTE,
+            "The fleet was larger than its work",
+            figure,
+            f"A lower maximum ({limits(signs.pool, '--max')}), a longer `drain_target_s`, so that "
+            "fewer come, or a shorter `idle_s`, so that they leave sooner, both in "
+            "`settings.toml`.",
+        )
+    else:
+        yield good("fleet too large", "The fleet was not too large", figure)
+
+
+def idle_cost(signs: Signs) -> Iterator[Finding]:
+    """Instances that cost more than their work, though their slots were busy: boot, tail, and the
+    60 s that are billed at least."""
+    if not signs.total:
+        yield good("idle cost", "Idle instances cannot be judged", "The run has no prices.")
+        return
+    total = float(signs.total)
+    figure = (
+        f"Idle instance time (boot, waiting, tail, and what is billed at least) is "
+        f"{share(float(signs.idle), total)} of the bill, compute is "
+        f"{share(float(signs.compute), total)}."
+    )
+    if signs.idle > signs.compute:
+        yield Finding(
+            "idle cost",
+            Level.NOTE,
+            "Instances cost more idle than at work",
+            figure,
+            "An instance is paid from its launch, for 60 s at the least: for short jobs have fewer "
+            f"({limits(signs.pool, '--max')}), or let several jobs use the same ones, with a "
+            "longer `idle_s` in `settings.toml`.",
+        )
+    else:
+        yield good("idle cost", "Instances cost less idle than at work", figure)
+
+
+def starved(signs: Signs) -> Iterator[Finding]:
+    """Slots that are idle though tasks are ready."""
+    figure = (
+        f"{share(signs.starved_s, signs.slot_s)} of the slot time, {span(signs.starved_s)}, was "
+        "idle while tasks were ready."
+    )
+    if signs.starved_s > max(STARVED * signs.slot_s, MATTERS_S):
+        yield Finding(
+            "idle while work waits",
+            Level.ACT,
+            "Slots were idle while tasks waited",
+            figure,
+            "Smaller bundles (`bundle` of the stage) spread over more slots; tasks that take "
+            "several `slots` leave some empty; other jobs of the pool with a higher `priority` "
+            "have theirs first.",
+        )
+    else:
+        yield good("idle while work waits", "Hardly a slot was idle while tasks waited", figure)
+
+
+def tail(signs: Signs) -> Iterator[Finding]:
+    """A few long tasks at the end, which all wait for."""
+    figure = (
+        f"For the last {span(signs.tail_s)}, {share(signs.tail_s, signs.span_s)} of the run, less "
+        "than half as many tasks ran as at most."
+    )
+    if signs.stages and signs.tail_s > max(TAIL * signs.span_s, MATTERS_S):
+        longest = max(signs.stages, key=lambda one: one.longest_s)
+        yield Finding(
+            "long tail",
+            Level.NOTE,
+            "The run waited for its last tasks",
+            f"{figure} The longest task took {span(longest.longest_s)}, in {name(longest.name)}, "
+            f"where half took at most {span(longest.median_s)}.",
+            f"{FINER}, or begin with the large items.",
+        )
+    else:
+        yield good("long tail", "The run had no long tail", figure)
+
+
+def wasted(signs: Signs) -> Iterator[Finding]:
+    """Slot time for nothing, and results that came twice."""
+    if signs.harmful:
+        yield Finding(
+            "duplicates",
+            Level.WRONG,
+            "A task has two results",
+            f"{count(signs.harmful, 'task')} got a second committed result, which must never be.",
+            "Report it as a bug, with this page; `batchlab ledger rebuild` counts anew what the "
+            "bucket says.",
+        )
+    all_s = signs.busy_s + signs.lost_s + signs.repeated_s
+    figure = (
+        f"{share(signs.wasted_s, all_s)} of the slot time was for nothing: attempts that failed "
+        f"{span(signs.failed_s)}, runs that went with their instance {span(signs.lost_s)}, work "
+        f"done twice {span(signs.repeated_s)}."
+    )
+    if signs.wasted_s > max(WASTED * all_s, 1.0):
+        yield Finding("wasted work", Level.ACT, "Work was done for nothing", figure, _mend(signs))
+    else:
+        yield good("wasted work", "Hardly any work was for nothing", figure)
+
+
+def _mend(signs: Signs) -> str:
+    most_s = max(signs.failed_s, signs.lost_s, signs.repeated_s)
+    if most_s == signs.failed_s:
+        return (
+            "Mend what stands first under Failures. Where another attempt cannot help, name in "
+            "`on` of the stage's `retry` what is worth one, or lower its `attempts`."
+        )
+    if most_s == signs.lost_s:
+        return (
+            "Less is lost with smaller bundles (`bundle` of the stage) or shorter tasks (`size` in "
+            "the job file's `input`), and on fewer Spot instances (`--on-demand-percent` of "
+            "`batchlab deploy apply`)."
+        )
+    return (
+        "A longer `visibility_s` in `settings.toml`, where workers are too busy to extend it in "
+        "time."
+    )
+
+
+def requests(signs: Signs) -> Iterator[Finding]:
+    """Requests that cost more than the work."""
+    if not signs.total:
+        yield good("requests", "Requests cannot be judged", "No prices were put to the run.")
+        return
+    total = float(signs.total)
+    figure = (
+        f"Requests to SQS and S3 are {share(float(signs.requests), total)} of the bill, compute is "
+        f"{share(float(signs.compute), total)}."
+    )
+    if signs.requests > signs.compute:
+        yield Finding(
+            "requests",
+            Level.ACT,
+            "Requests cost more than the work",
+            figure,
+            "A larger `bundle` of the stage, or tasks with more to do, ask less often.",
+        )
+    else:
+        yield good("requests", "Requests cost less than the work", figure)
+
+
+CHECKS: tuple[Check, ...] = (
+    wasted,
+    task_checks.tiny,
+    task_checks.overhead,
+    task_checks.long_on_spot,
+    task_checks.too_long,
+    task_checks.crowding,
+    idle_slots,
+    lag,
+    too_small,
+    too_large,
+    idle_cost,
+    starved,
+    tail,
+    requests,
+)
+"""What matters as much as another stands in this order."""
+
+
+def findings(signs: Signs) -> tuple[Finding, ...]:
+    """Of all checks, what matters most first; each check has at least one, good or not."""
+    found = [finding for check in CHECKS for finding in check(signs)]
+    return tuple(sorted(found, key=lambda one: -one.level))

@@ -1,0 +1,319 @@
+"""Who worked when: a lane for each slot, instance or group of instances, over the run's time.
+
+Invariant: whatever the size of the run, there are at most `LANES` lanes. Few bundles are drawn one
+by one; of many, each cell of a lane says how much of it was busy, and with which stage most.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from batchlab.core.text import count, span
+from batchlab.reports.html import charts
+from batchlab.reports.html.charts import Chart, Data, Key, Shape, Tick, time_ticks
+from batchlab.reports.html.source import PLACED, PLACES, Row, Run
+from batchlab.reports.html.text import offset, share, visible
+
+LANES = 40
+BARS = 1000
+"""Bundles that are drawn one by one."""
+BINS = 150
+LEVELS = 5
+"""Shades of a cell, by the share of it that was busy."""
+FEW = 16
+"""Lanes, up to which they are taller."""
+FIRST = 100
+"""Bundles that the table of those drawn one by one has."""
+
+Busy = dict[tuple[int, int], dict[str, float]]
+"""By lane and bin: slots that each stage kept busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """`places` are the instances that share it; `slot` is None where it is for all of theirs."""
+
+    name: str
+    title: str
+    places: tuple[str, ...]
+    slots: int
+    slot: int | None = None
+
+
+def drawn(run: Run) -> Chart | None:
+    """The chart; None where nothing ever ran or was launched."""
+    places = run.rows(f"SELECT * FROM {PLACES} ORDER BY pool, launched_s, begin_s, place")
+    if not places:
+        return None
+    bundles = run.one(f"SELECT count(*) AS n FROM {PLACED}")["n"]
+    few = bundles <= BARS and sum(row["slots"] for row in places) <= LANES
+    if few:
+        return _bars(run, places)
+    return _shades(run, places, bundles)
+
+
+# --- One by one ----------------------------------------------------------------------------------
+
+
+def _bars(run: Run, places: Sequence[Row]) -> Chart:
+    lanes = [
+        Lane(_short(row["place"], slot, row["slots"]), "", (row["place"],), 1, slot)
+        for row in places
+        for slot in range(row["slots"])
+    ]
+    number = {(lane.places[0], lane.slot): n for n, lane in enumerate(lanes)}
+    tall = _tall(len(lanes))
+    tops = {
+        row["place"]: (number[row["place"], 0] * tall + 1, row["slots"] * tall - 2)
+        for row in places
+    }
+    shapes = _living(run, places, tops)
+    first: list[tuple[str, ...]] = []
+    feet: list[str] = []
+    for row, slots in _slotted(run, {row["place"]: row["slots"] for row in places}):
+        look = f"bar {run.looks.get(row['stage'], 's0')}"
+        between = _between(run, row["started_s"], row["ended_s"])
+        at = [number[row["place"], slot] * tall + 1 for slot in slots]
+        path = "".join(charts.box(*between, top, tall - 2) for top in at)
+        shapes.append(Shape(path, look, _said(run, row)))
+        if row["failed"] or row["retried"]:
+            feet += [charts.box(*between, top + tall - 6, 4) for top in at]
+        if len(first) < FIRST:
+            first.append(_told(run, row, slots))
+    if feet:
+        shapes.append(Shape("".join(feet), "fill foot"))
+    note = f"The first {FIRST} bundles." if len(first) == FIRST else ""
+    return _chart(
+        run,
+        lanes,
+        shapes,
+        "Each bar is a bundle of tasks on the slot that ran it, in the colour of its stage; one "
+        "with a dark foot had tasks that failed.",
+        Data(
+            ("instance", "slot", "# start", "# took", "stage", "# tasks", "# failed"),
+            tuple(first),
+            note,
+        ),
+    )
+
+
+def _told(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
+    return (
+        visible(row["place"], 60),
+        ", ".join(str(slot + 1) for slot in slots),
+        offset(row["started_s"] - run.start_s, run.span_s),
+        span(row["ended_s"] - row["started_s"]),
+        visible(row["stage"], 60),
+        f"{row['tasks']:,}",
+        f"{row['failed'] or 0:,}",
+    )
+
+
+def _slotted(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Each bundle with as many slots of its instance as it takes, that were free when it began.
+    Where clocks differ and none was free, it has those that were first to be."""
+    free = {place: [0.0] * number for place, number in slots.items()}
+    rows = run.rows(f"SELECT * FROM {PLACED} ORDER BY started_s, ended_s, bundle")
+    for row in rows:
+        ends_s = free[row["place"]]
+        # The lowest of the free ones, so that a worker that is half idle has an empty lane.
+        ready = sorted(range(len(ends_s)), key=lambda n: (max(ends_s[n], row["started_s"]), n))
+        taken = tuple(sorted(ready[: row["slots"]]))
+        for slot in taken:
+            ends_s[slot] = row["ended_s"]
+        yield row, taken
+
+
+def _said(run: Run, row: Row) -> str:
+    took = span(row["ended_s"] - row["started_s"])
+    failed = f", {row['failed']} failed" if row["failed"] else ""
+    retried = f", {row['retried']} tried again" if row["retried"] else ""
+    start = offset(row["started_s"] - run.start_s, run.span_s)
+    what = f"{visible(row['stage'], 40)}: {count(row['tasks'], 'task')}"
+    return f"{what}, {took} from {start}{failed}{retried}"
+
+
+# --- Shaded --------------------------------------------------------------------------------------
+
+
+def _shades(run: Run, places: Sequence[Row], bundles: int) -> Chart:
+    each = -(-len(places) // LANES)
+    groups = [places[k : k + each] for k in range(0, len(places), each)]
+    lanes = [_lane(group) for group in groups]
+    tall = _tall(len(lanes))
+    if each == 1:
+        tops = {lane.places[0]: (n * tall + 1, tall - 2) for n, lane in enumerate(lanes)}
+        shapes = _living(run, places, tops)
+    else:
+        shapes = _there(run, lanes, tall)
+    busy = _busy(run, lanes)
+    found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+    for n, lane in enumerate(lanes):
+        looks = [_look(run, busy.get((n, k), {}), lane.slots) for k in range(BINS)]
+        for first, after in _same(looks):
+            if looks[first]:
+                found[looks[first]].append((first, after, n * tall + 1))
+    shapes += [Shape(charts.cells(at, BINS, tall - 2), look) for look, at in sorted(found.items())]
+    busy_s = [_busy_s(run, busy, n) for n in range(len(lanes))]
+    rows = []
+    for n, lane in enumerate(lanes):
+        used = share(busy_s[n], lane.slots * run.span_s)
+        title = f"{lane.title}: slots busy for {used} of the run's time"
+        shapes.append(Shape(charts.box(0, 1, n * tall, tall), "hover", title))
+        rows.append((lane.title, f"{len(lane.places):,}", f"{lane.slots:,}", span(busy_s[n]), used))
+    who = "an instance" if each == 1 else f"an instance and up to {each - 1} launched after it"
+    columns = ("lane", "# instances", "# slots", "# slot time busy", "# of the run's time")
+    return _chart(
+        run,
+        lanes,
+        shapes,
+        f"Each lane is {who}, each cell {span(run.span_s / BINS)}. A cell has the colour of the "
+        "stage that kept most slots busy, and the fuller it is, the more of the slots were: "
+        f"{count(bundles, 'bundle')} in all.",
+        Data(columns, tuple(rows)),
+    )
+
+
+def _busy(run: Run, lanes: Sequence[Lane]) -> Busy:
+    found: Busy = defaultdict(dict)
+    table = _in_lanes(PLACED)
+    values = _laned(lanes)
+    for row in run.over(table, "started_s", "ended_s", "slots", "lane, stage", BINS, **values):
+        found[row["lane"], row["bin"]][row["stage"]] = row["amount"]
+    return found
+
+
+def _lane(group: Sequence[Row]) -> Lane:
+    names = tuple(row["place"] for row in group)
+    slots = sum(row["slots"] for row in group)
+    if len(group) == 1:
+        return Lane(_short(names[0], None, slots), visible(names[0], 60), names, slots)
+    title = f"{len(group)} instances, {visible(names[0], 40)} to {visible(names[-1], 40)}"
+    return Lane(f"{_tail(names[0])} +{len(group) - 1}", title, names, slots)
+
+
+def _look(run: Run, cell: dict[str, float], slots: int) -> str:
+    total = sum(cell.values())
+    if total <= 0.005 * slots:
+        return ""
+    stage = max(sorted(cell), key=lambda one: cell[one])
+    level = min(LEVELS, 1 + int(total / slots * LEVELS * 0.999))
+    return f"fill {run.looks.get(stage, 's0')} l{level}"
+
+
+def _busy_s(run: Run, busy: Busy, lane: int) -> float:
+    cells = (busy[lane, k] for k in range(BINS) if (lane, k) in busy)
+    return sum(sum(cell.values()) for cell in cells) * run.span_s / BINS
+
+
+# --- What both have ------------------------------------------------------------------------------
+
+
+def _living(
+    run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]
+) -> list[Shape]:
+    """From when to when each instance was there, and how long it booted; `tops` has the top and
+    the height of its lanes."""
+    there, boots = [], []
+    for row in places:
+        top, height = tops[row["place"]]
+        launched_s, begin_s, end_s = row["launched_s"], row["begin_s"], row["end_s"]
+        if begin_s is not None and begin_s < end_s:
+            there.append(charts.box(*_between(run, begin_s, end_s), top, height))
+        # Of one that never was in service all its time was a boot.
+        ready_s = end_s if begin_s is None else begin_s
+        if launched_s is not None and launched_s < ready_s and ready_s > run.start_s:
+            boots.append(charts.box(*_between(run, launched_s, ready_s), top, height))
+    return [
+        Shape("".join(paths), look)
+        for paths, look in ((there, "fill there"), (boots, "fill boot"))
+        if paths
+    ]
+
+
+def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
+    """The same for groups of instances: how many of each were there."""
+    members = [len(lane.places) for lane in lanes]
+    shares = [[0.0] * BINS for _ in lanes]
+    rows = run.over(_in_lanes(PLACES), "begin_s", "end_s", "1", "lane", BINS, **_laned(lanes))
+    for row in rows:
+        shares[row["lane"]][row["bin"]] = row["amount"] / members[row["lane"]]
+    found: dict[int, list[tuple[int, int, float]]] = defaultdict(list)
+    for n, levels in enumerate(shares):
+        shades = [min(3, int(level * 3 + 0.5)) for level in levels]
+        for first, after in _same(shades):
+            if shades[first]:
+                found[shades[first]].append((first, after, n * tall + 1))
+    return [
+        Shape(charts.cells(cells, BINS, tall - 2), f"fill there t{shade}")
+        for shade, cells in sorted(found.items())
+    ]
+
+
+def _same(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """Neighbours that are alike: the first, and after the last."""
+    first = 0
+    for k in range(1, len(levels) + 1):
+        if k == len(levels) or levels[k] != levels[first]:
+            yield first, k
+            first = k
+
+
+def _in_lanes(table: str) -> str:
+    return f"""(SELECT t.*, l.lane FROM {table} t JOIN (
+      SELECT unnest($names::VARCHAR[]) AS place, unnest($lanes::INTEGER[]) AS lane
+    ) l USING (place))"""
+
+
+def _laned(lanes: Sequence[Lane]) -> dict[str, object]:
+    pairs = [(place, n) for n, lane in enumerate(lanes) for place in lane.places]
+    return {"names": [place for place, _ in pairs], "lanes": [n for _, n in pairs]}
+
+
+def _between(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
+    """Both in [0, 1] of the run."""
+    first, last = ((at_s - run.start_s) / run.span_s for at_s in (begin_s, end_s))
+    return min(1.0, max(0.0, first)), min(1.0, max(0.0, last))
+
+
+def _tall(lanes: int) -> float:
+    return 18.0 if lanes <= FEW else 12.0
+
+
+def _short(place: str, slot: int | None, slots: int) -> str:
+    """A lane's name: the end of the instance's, which is where names differ."""
+    name = _tail(place)
+    return name if slot is None or slots == 1 else f"{name} · {slot + 1}"
+
+
+def _tail(place: str) -> str:
+    name = visible(place, 60)
+    return name if len(name) <= 9 else f"…{name[-8:]}"
+
+
+def _chart(
+    run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data
+) -> Chart:
+    tall = _tall(len(lanes))
+    shapes = tuple(shapes)
+    stages = [row["stage"] for row in run.stages]
+    # Of groups of instances boots are not drawn.
+    boots = [Key("box boot", "booting")] if any(one.look == "fill boot" for one in shapes) else []
+    return Chart(
+        "gantt",
+        "Workers over time",
+        text,
+        tall * len(lanes),
+        time_ticks(run.span_s),
+        tuple(Tick((n + 0.5) / len(lanes), lane.name) for n, lane in enumerate(lanes)),
+        shapes,
+        keys=(
+            *(Key(f"box {run.looks[stage]}", visible(stage, 40)) for stage in stages),
+            Key("box there", "in service, not busy with this job"),
+            *boots,
+        ),
+        data=data,
+        lanes=True,
+    )

@@ -1,0 +1,193 @@
+"""Opens folders of Parquet files for SQL: one view for each table, and nothing else within reach.
+
+Invariant: a query can read the files that were opened, and can do nothing else: no other file, no
+network, no extension, no setting, and nothing can be written (see `checked`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from batchlab.core.errors import UsageError
+from batchlab.reports.tables.schema import JOBS, TABLES, VERSION, Table
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+"""Of a parsed query. There are others that write, within a WITH."""
+_TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"}
+"""Others read files, or run a text as SQL."""
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder, where it holds one run, else those in it that do; UsageError where none does."""
+    if (folder / JOBS.file).is_file():
+        return [folder]
+    found = sorted(one.parent for one in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
+    if not found:
+        raise UsageError(
+            f"{folder} holds no job performance data.",
+            remedy="`batchlab report pull JOB` fetches a job's, into a folder of that name. A job "
+            "that is named like a folder here is meant by its whole id.",
+        )
+    return found
+
+
+def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
+    """A connection with one view for each table of the schema, over all runs in `folders`.
+
+    Tables and columns that an older version has not written are there, empty or NULL. UsageError
+    for a folder without data, for data of a newer version, and for a job that comes twice.
+    """
+    import duckdb
+
+    runs = [run for folder in folders for run in runs_in(folder)]
+    connection = duckdb.connect(":memory:")
+    try:
+        connection.execute("SET python_enable_replacements = false")
+        # Else what does not fit into memory is written to a folder that a query could write to.
+        connection.execute("SET temp_directory = ''")
+        connection.execute("SET autoinstall_known_extensions = false")
+        connection.execute("SET autoload_known_extensions = false")
+        for table in TABLES:
+            paths = [str(run / table.file) for run in runs if (run / table.file).is_file()]
+            connection.execute(_view(connection, table, paths))
+        _check(connection, runs)
+        _lock(connection, [str(run / table.file) for run in runs for table in TABLES])
+    except duckdb.Error as error:
+        connection.close()
+        raise UsageError(
+            f"The job performance data cannot be read: {_sentence(error)}",
+            remedy="`batchlab report write JOB` makes it anew, `batchlab report pull JOB` fetches "
+            "it again.",
+        ) from error
+    except UsageError:
+        connection.close()
+        raise
+    return connection
+
+
+def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) -> str:
+    if not paths:
+        columns = ", ".join(f'NULL::{c.type} AS "{c.name}"' for c in table.columns)
+        return f'CREATE VIEW "{table.name}" AS SELECT {columns} WHERE false'
+    files = f"[{', '.join(_quoted(path) for path in paths)}]"
+    # The files of one version all have the same columns, and reading them by name takes longer.
+    rows = connection.execute(
+        f"SELECT name, count(*) FROM parquet_schema({files}) GROUP BY name"  # noqa: S608 - paths
+    ).fetchall()
+    there = {str(name): int(files) for name, files in rows}
+    columns = ", ".join(
+        f'"{c.name}"::{c.type} AS "{c.name}"'
+        if c.name in there
+        else f'NULL::{c.type} AS "{c.name}"'
+        for c in table.columns
+    )
+    by_name = ", union_by_name = true" if len(paths) > 1 else ""
+    return (
+        f'CREATE VIEW "{table.name}" AS '  # noqa: S608 - names of the schema, quoted paths
+        f"SELECT {columns} FROM read_parquet({files}{by_name})"
+    )
+
+
+def _check(connection: DuckDBPyConnection, runs: Sequence[Path]) -> None:
+    rows = connection.execute("SELECT job, schema_version FROM jobs").fetchall()
+    newer = [job for job, version in rows if version > VERSION]
+    if newer:
+        raise UsageError(
+            f"The data of job {newer[0]} is of a newer version than this batchlab knows.",
+            remedy="Read it with the batchlab that has written it, or a later one.",
+        )
+    jobs = [job for job, _ in rows]
+    twice = next((job for job in jobs if jobs.count(job) > 1), None)
+    if twice is not None:
+        named = ", ".join(str(run) for run in runs)
+        raise UsageError(
+            f"Job {twice} comes more than once in {named}.", remedy="Name every run once."
+        )
+
+
+def _lock(connection: DuckDBPyConnection, paths: Sequence[str]) -> None:
+    allowed = ", ".join(_quoted(path) for path in paths)
+    connection.execute(f"SET allowed_paths = [{allowed}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+# --- What users ask ------------------------------------------------------------------------------
+
+
+def asked(
+    connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] | None = None
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The names of the columns and the rows that a user's query comes to; UsageError with what
+    DuckDB says of a wrong one, or of one that does not only read."""
+    import duckdb
+
+    try:
+        checked(connection, sql)
+        found = connection.execute(sql, parameters)
+        names = [str(column[0]) for column in found.description or ()]
+        return names, found.fetchall()
+    except duckdb.Error as error:
+        raise UsageError(
+            f"The query fails: {str(error).strip()}",
+            remedy="`batchlab report queries` lists queries that work, docs/report-data.md the "
+            "tables.",
+        ) from error
+
+
+def checked(connection: DuckDBPyConnection, sql: str) -> None:
+    """UsageError unless `sql` is one query that only reads the views.
+
+    DuckDB takes COPY and INSERT within a WITH, and would write to the very files that were opened;
+    so what it has parsed is looked through, and only what is known to read is let pass.
+    """
+    from duckdb import StatementType
+
+    statements = connection.extract_statements(sql)
+    kinds = [statement.type for statement in statements]
+    if kinds != [StatementType.SELECT]:
+        raise _refused("is not one SELECT")
+    row = connection.execute("SELECT json_serialize_sql(?)", [statements[0].query]).fetchone()
+    tree = json.loads(cast(tuple[str], row)[0])
+    if tree.get("error"):
+        raise _refused(f"cannot be checked ({tree.get('error_message', 'no reason given')})")
+    for node in _nodes(tree):
+        kind = node.get("type")
+        if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _NODES:
+            raise _refused("does not only read")
+        if kind == "TABLE_FUNCTION":
+            name = str(node.get("function", {}).get("function_name", "")).lower()
+            if name not in _TABLE_FUNCTIONS:
+                raise _refused(f"calls {name or 'a function'} in place of a table")
+
+
+def _refused(why: str) -> UsageError:
+    return UsageError(
+        f"The query {why}, and only the tables of the runs may be read.",
+        remedy="Write one SELECT over the tables that docs/report-data.md lists.",
+    )
+
+
+def _nodes(tree: object) -> Iterator[dict[str, Any]]:
+    waiting = [tree]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield one
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one

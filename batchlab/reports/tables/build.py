@@ -1,0 +1,341 @@
+"""Makes a job's tables from what was gathered, with DuckDB.
+
+Invariant: what the files say is a function of what was gathered. Memory is bounded: what does not
+fit goes to the scratch folder, and one core is taken, so that a manager has the others.
+
+Writes a table of job performance data as a Parquet file.
+
+Invariant: a file has the columns of its table, in order and of their types, whatever it was made
+from; and says in its own metadata which version of the schema it is of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchlab.core.model import Pool
+from batchlab.core.pricing.bill import PoolFacts, StageUse
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.request_costs import Pace
+from batchlab.reports import costs
+from batchlab.reports.queries.named_queries import sections
+from batchlab.reports.tables.gather import Gathered
+from batchlab.reports.tables.schema import BY_NAME, TABLES, USD, VERSION, Table
+from batchlab.reports.tables.staging import FILES, plain
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+ROWS = 122_880
+"""Of a row group: what DuckDB reads on one core at a time."""
+
+
+def save(
+    connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False
+) -> int:
+    """Write what the query comes to, in the order of the table's key, or where it is `ordered` as
+    it comes; answers how many rows.
+
+    The query names every column of the table, in any order; DuckDB's Error where it does not, or
+    where a value is not of its column's type.
+    """
+    order = "" if ordered else "ORDER BY " + ", ".join(f'"{name}"' for name in table.key)
+    target = str(path).replace("'", "''")
+    connection.execute(
+        f"COPY (SELECT {table.select()} FROM ({query}) {order}) "  # noqa: S608 - ours
+        f"TO '{target}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS}, "
+        f"KV_METADATA {{batchlab_schema: '{VERSION}'}})"
+    )
+    row = connection.fetchone()
+    return int(row[0]) if row else 0
+
+
+MEMORY = "512MB"
+MOST_LINE_BYTES = 64 * 1024 * 1024
+_STEPS = Path(__file__).with_name("tables.sql")
+
+_JOB = {
+    "job": "VARCHAR",
+    "schema_version": "INTEGER",
+    "name": "VARCHAR",
+    "backend": "VARCHAR",
+    "is_final": "BOOLEAN",
+    "state": "VARCHAR",
+    "reason": "VARCHAR",
+    "round": "INTEGER",
+    "priority": "INTEGER",
+    "tags": "VARCHAR",
+    "submitted_s": "DOUBLE",
+    "began_s": "DOUBLE",
+    "ended_s": "DOUBLE",
+    "lost_slot_s": "DOUBLE",
+    "is_whole": "BOOLEAN",
+}
+_STAGE = {
+    "stage": "VARCHAR",
+    "position": "INTEGER",
+    "pool": "VARCHAR",
+    "slots": "INTEGER",
+    "after": "VARCHAR[]",
+    "is_planned": "BOOLEAN",
+}
+_COST = {
+    "line": "VARCHAR",
+    "kind": "VARCHAR",
+    "pool": "VARCHAR",
+    "stage": "VARCHAR",
+    "seconds": "DOUBLE",
+    "cost_usd": USD,
+    "how": "VARCHAR",
+}
+_POOL_POINT = (
+    *("at_s", "step_s", "visible", "in_flight", "delayed", "backlog_tasks", "desired", "pending"),
+    *("in_service", "terminating", "busy", "slots", "busy_slots"),
+)
+_INSTANCE = (
+    *("pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note"),
+    "slots",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What of a grid is not in its bucket: where it runs, its pools where nothing was recorded,
+    how often it asks, and the prices; without these there is no cost."""
+
+    backend: str
+    pools: Sequence[Pool]
+    pace: Pace
+    book: PriceBook | None = None
+
+
+class Building:
+    """Of one job, in `scratch`, where its staged files are."""
+
+    def __init__(self, gathered: Gathered, setting: Setting, scratch: Path) -> None:
+        import duckdb
+
+        self._gathered = gathered
+        self._setting = setting
+        self._scratch = scratch
+        self._steps = sections(_STEPS.read_text())
+        self._connection: DuckDBPyConnection = duckdb.connect(str(scratch / "work.duckdb"))
+
+    def interrupt(self) -> None:
+        """From another thread: end as soon as possible; nothing where it has just ended."""
+        import duckdb
+
+        with suppress(duckdb.ConnectionException):
+            self._connection.interrupt()
+
+    def run(self, folder: Path) -> dict[str, int]:
+        """Write every table into `folder`; answers the rows of each. duckdb.Error, OSError."""
+        try:
+            return self._run(folder)
+        finally:
+            self._connection.close()
+
+    def _run(self, folder: Path) -> dict[str, int]:
+        do = self._connection.execute
+        do("SET threads = 1")
+        do(f"SET memory_limit = '{MEMORY}'")
+        for name, columns in FILES.items():
+            self._read(name, columns, self._scratch / f"{name}.ndjson")
+        self._facts()
+        for step in ("done", "tries", "last_failures", "stopped", "others"):
+            do(self._steps[step])
+        if self._gathered.ending is None:
+            self._follow_losses()
+        do(self._steps["good"])
+        rows = {"tasks": self._save_tasks(folder), "attempts": self._save(folder, "attempts")}
+        tasks = str(folder / BY_NAME["tasks"].file).replace("'", "''")
+        do(f"CREATE VIEW written_tasks AS SELECT * FROM read_parquet('{tasks}')")  # noqa: S608
+        do(self._steps["stage_sums"])
+        self._seen()
+        prices = self._cost()
+        do("ALTER TABLE job ADD COLUMN prices VARCHAR")
+        do("UPDATE job SET prices = ?", [prices])
+        for table in TABLES:
+            if table.name not in rows:
+                rows[table.name] = self._save(folder, table.name)
+        return rows
+
+    def _save(self, folder: Path, name: str) -> int:
+        table = BY_NAME[name]
+        query, path = self._steps[f"table_{name}"], folder / table.file
+        return save(self._connection, table, query, path, ordered=name == "attempts")
+
+    def _save_tasks(self, folder: Path) -> int:
+        query, table = self._steps["table_tasks"], BY_NAME["tasks"]
+        if self._gathered.results_twice:
+            # It must never come to that, and if it does the table still has each task once.
+            query = f"SELECT DISTINCT ON (stage, task) * FROM ({query})"  # noqa: S608 - ours
+        return save(self._connection, table, query, folder / table.file, ordered=True)
+
+    # --- Tables to begin with --------------------------------------------------------------------
+
+    def _read(self, name: str, columns: Mapping[str, str], path: Path) -> None:
+        types = ", ".join(f"'{column}': '{type_}'" for column, type_ in columns.items())
+        self._connection.execute(
+            f"CREATE TABLE {name} AS SELECT * FROM read_json(?, "  # noqa: S608 - names of ours
+            f"format = 'newline_delimited', columns = {{{types}}}, "
+            f"maximum_object_size = {MOST_LINE_BYTES})",
+            [str(path)],
+        )
+
+    def _fill(
+        self, name: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """A table of what is few."""
+        path = self._scratch / f"{name}.ndjson"
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, default=str) + "\n")
+        self._read(name, columns, path)
+
+    def _facts(self) -> None:
+        found, job = self._gathered, self._gathered.job
+        ending = found.ending
+        lost_slot_s = sum(found.account.lost_s.values()) if found.account else 0.0
+        row = {
+            "job": job.id,
+            "schema_version": VERSION,
+            "name": job.name,
+            "backend": self._setting.backend,
+            "is_final": ending is not None,
+            "state": ending.state.value if ending else "RUNNING",
+            "reason": plain(ending.reason) if ending else "",
+            "round": found.round,
+            "priority": job.priority,
+            "tags": json.dumps(dict(job.tags), ensure_ascii=False),
+            "submitted_s": job.submitted_s,
+            "began_s": found.began_s,
+            "ended_s": ending.ended_s if ending else None,
+            "lost_slot_s": lost_slot_s,
+            "is_whole": found.account is not None and found.account.is_whole,
+        }
+        self._fill("job", _JOB, [row])
+        stages = (
+            {
+                "stage": stage.name,
+                "position": n,
+                "pool": stage.pool,
+                "slots": stage.slots,
+                "after": list(stage.after),
+                "is_planned": stage.name in found.planned,
+            }
+            for n, stage in enumerate(job.stages)
+        )
+        self._fill("stage_facts", _STAGE, stages)
+
+    def _follow_losses(self) -> None:
+        """Of a job that runs: what follows a task that is lost can never come to be."""
+        for stage in self._gathered.job.stages:
+            if stage.chained:
+                self._connection.execute(
+                    "UPDATE others SET state = 'CANCELLED' FROM others up "
+                    "WHERE others.stage = $stage AND up.stage = $source AND up.task = others.task "
+                    "AND others.state = 'PLANNED' AND up.state IN ('FAILED', 'CANCELLED')",
+                    {"stage": stage.name, "source": stage.after[0]},
+                )
+
+    # --- What was seen while it ran --------------------------------------------------------------
+
+    def _seen(self) -> None:
+        record = self._gathered.record
+        self._fill(
+            "seen_pools",
+            _types("queues", "fleet", names=("pool", *_POOL_POINT)),
+            (
+                {"pool": name, **dict(zip(_POOL_POINT, point, strict=True))}
+                for name, pool in record["pools"].items()
+                for point in pool["series"]
+            ),
+        )
+        scaling = ("pool", "at_s", "before", "after", "in_service", "backlog_tasks", "backlog_s")
+        self._rows("scaling", (*scaling, "reason"), record["scaling"])
+        self._rows(
+            "instances",
+            ("instance", *_INSTANCE),
+            ([name, *one] for name, one in record["instances"].items()),
+        )
+        self._rows(
+            "workers",
+            ("worker", "instance", "pool", "slots", "first_s", "last_s"),
+            ([name, *one] for name, one in record["workers"].items()),
+        )
+        requests = ("at_s", "step_s", "sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes")
+        self._rows("requests", requests, self._requests())
+        duplicates = ("stage", "kind", "seen", "harmless", "harmful", "wasted_slot_s")
+        self._rows("duplicates", duplicates, self._duplicates())
+
+    def _rows(self, table: str, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        made = (dict(zip(names, row, strict=True)) for row in rows)
+        self._fill(f"seen_{table}", _types(table, names=names), made)
+
+    def _requests(self) -> list[Sequence[Any]]:
+        """With the total in the last row, though nobody may have looked at them over time."""
+        found: list[Sequence[Any]] = list(self._gathered.record["requests"])
+        if account := self._gathered.account:
+            made = account.requests
+            total = [made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes]
+            ending = self._gathered.ending
+            if not found or list(found[-1][2:]) != total:
+                last_s = found[-1][0] if found else self._gathered.began_s
+                found.append([max(last_s, ending.ended_s if ending else last_s), 0.0, *total])
+        return found
+
+    def _duplicates(self) -> list[Sequence[Any]]:
+        found: list[Sequence[Any]] = [
+            [stage, kind, int(count), int(count), 0, slot_s]
+            for stage, kinds in self._gathered.record["duplicates"].items()
+            for kind, (count, slot_s) in kinds.items()
+        ]
+        twice = self._gathered.results_twice
+        return [*found, *([stage, "result", n, 0, n, 0.0] for stage, n in twice.items())]
+
+    # --- The bill --------------------------------------------------------------------------------
+
+    def _cost(self) -> str | None:
+        """Make the bill's lines; answers which prices they are of, None where there are none."""
+        prices, rows = None, []
+        if self._setting.book:
+            made, parts = costs.parts(
+                self._uses(),
+                self._gathered.account,
+                self._pools(),
+                self._setting.book,
+                stored_bytes=self._gathered.stored_bytes,
+                pace=self._setting.pace,
+            )
+            prices = made.prices
+            rows = [{**asdict(part), "cost_usd": f"{part.cost_usd:f}"} for part in parts]
+        self._fill("cost_lines", _COST, rows)
+        return prices
+
+    def _uses(self) -> list[costs.Use]:
+        rows = self._connection.execute(
+            "SELECT stage, pool, run_s, slots, failed_slot_s, bundles FROM stage_sums "
+            "ORDER BY position"
+        ).fetchall()
+        return [
+            costs.Use(StageUse(stage, pool, run_s, slots), failed_slot_s, bundles)
+            for stage, pool, run_s, slots, failed_slot_s, bundles in rows
+        ]
+
+    def _pools(self) -> dict[str, PoolFacts]:
+        found = {one.name: PoolFacts(one.slots, one.instance_type) for one in self._setting.pools}
+        for name, pool in self._gathered.record["pools"].items():
+            found[name] = PoolFacts(pool["slots"], pool["type"])
+        return found
+
+
+def _types(*tables: str, names: Iterable[str]) -> dict[str, str]:
+    """The types that columns of these names have in the tables."""
+    known = {c.name: c.type for table in tables for c in BY_NAME[table].columns}
+    return {name: known[name] for name in names}

@@ -1,0 +1,179 @@
+"""Reads all that the bucket says of a job: its definition, cuts, outcomes, end, and what was seen.
+
+Invariant: nothing else is asked, so that whoever has the bucket can write a job's data at any time
+and comes to the same; and of outcomes only a few are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.ports import Cut, Ending, Objects
+from batchlab.core.pricing.usage_meter import Account
+from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.retry import Patience
+from batchlab.manager.jobs.retries import Retry
+from batchlab.manager.recording import recorded_data
+from batchlab.reports.tables.staging import Staging, universe
+
+AT_ONCE = 8
+"""Objects that are fetched at once; a manager has other requests to make meanwhile."""
+BATCH = 64
+BATCH_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What is not in the staged files. `account` is None where nobody has counted; `planned` has
+    the tasks of the stages that are planned; `began_s` is when the last round did."""
+
+    job: JobDef
+    round: int
+    ending: Ending | None
+    planned: dict[StageName, TaskSet]
+    account: Account | None
+    record: recorded_data.Doc
+    stored_bytes: int
+    results_twice: dict[StageName, int]
+    began_s: float
+
+
+class Gatherer:
+    """Of one bucket."""
+
+    def __init__(self, objects: Objects, patience: Patience) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._keys = CommitKeys(objects, patience)
+
+    async def gather(self, job: JobId, folder: Path) -> Gathered:
+        """Read the job, staging what there may be very much of in `folder`; UsageError where the
+        bucket has no such job."""
+        try:
+            doc = await self._doc(object_keys.spec(job))
+        except NotFound:
+            raise UsageError(
+                f"The bucket has nothing of a job {job}.",
+                remedy="`batchlab job list` shows the jobs of the grid that is up.",
+            ) from None
+        spec, opening = json_format.job_from_json(doc), spec_object.opening_in(doc)
+        retries = await self._retries(job)
+        void_before = {
+            one.stage: number
+            for number, retry in enumerate(retries, start=1)
+            for one in retry.reopened
+            if one.replan
+        }
+        submitted_s = max(spec.submitted_s, spec.start_at_s or 0.0)
+        cuts = [opening.cut] if opening and opening.cut else []
+        cuts += [cut for retry in retries for cut in retry.cuts]
+        with await asyncio.to_thread(Staging, folder, spec, void_before) as staging:
+            stored_bytes = await self._outcomes(spec, staging, cuts)
+            planned = universe(spec, cuts, void_before)
+            await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
+        stored_bytes += await self._size(object_keys.raw(job))
+        account, record = await self._used(job)
+        again_s = [cut.at_s for cut in retries[-1].cuts if cut.at_s] if retries else []
+        return Gathered(
+            spec,
+            len(retries),
+            await self._ending(job, len(retries)),
+            planned,
+            account,
+            record,
+            stored_bytes,
+            staging.results_twice,
+            min(again_s, default=submitted_s),
+        )
+
+    async def _doc(self, key: str) -> dict[str, Any]:
+        return json_format.loads(await self._patience(partial(self._objects.get, key)))
+
+    async def _retries(self, job: JobId) -> list[Retry]:
+        found: list[Retry] = []
+        while True:
+            get = partial(self._objects.get, object_keys.retry(job, len(found) + 1))
+            try:
+                found.append(Retry.from_bytes(await self._patience(get)))
+            except NotFound:
+                return found
+
+    async def _ending(self, job: JobId, round_: int) -> Ending | None:
+        try:
+            return json_format.ending_from_json(await self._doc(object_keys.final(job, round_)))
+        except NotFound:
+            return None
+
+    async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
+        """Stage every outcome, note every cut; answers with the bytes that the bucket holds."""
+        key = await self._keys.of(job)
+        size_bytes, batch_bytes = 0, 0
+        batch: list[str] = []
+        async for page in self._objects.list(object_keys.committed(job.id)):
+            for info in page:
+                size_bytes += info.size
+                if object_keys.is_cut(info.key):
+                    cuts.append(json_format.cut_from_json(await self._doc(info.key)))
+                elif object_keys.is_genuine(info.key, key):
+                    batch.append(info.key)
+                    batch_bytes += info.size
+                if len(batch) >= BATCH or batch_bytes >= BATCH_BYTES:
+                    await self._stage(batch, staging)
+                    batch, batch_bytes = [], 0
+        await self._stage(batch, staging)
+        return size_bytes
+
+    async def _stage(self, keys: Sequence[str], staging: Staging) -> None:
+        for i in range(0, len(keys), AT_ONCE):
+            gets = [partial(self._objects.get, key) for key in keys[i : i + AT_ONCE]]
+            found = await asyncio.gather(*(self._patience(get) for get in gets))
+            await asyncio.to_thread(_take, staging, found)
+
+    async def _size(self, prefix: str) -> int:
+        size_bytes = 0
+        async for page in self._objects.list(prefix):
+            size_bytes += sum(info.size for info in page)
+        return size_bytes
+
+    async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.Doc]:
+        """What the job has used, and what was recorded while it ran."""
+        try:
+            doc = await self._doc(object_keys.used(job))
+            return Account.from_json(doc["account"]), doc.get("record") or recorded_data.empty()
+        except NotFound:
+            pass  # it has not ended, or the manager before it could say what it used
+        account, record = None, recorded_data.empty()
+        try:
+            doc = await self._doc(object_keys.USE)
+            if job in doc["jobs"]:
+                account = Account.from_json(doc["jobs"][job])
+            record = recorded_data.part_of(await self._doc(object_keys.RECORD), job)
+        except NotFound:
+            pass  # on a grid where nobody counts
+        return account, record
+
+
+def _take(staging: Staging, found: Sequence[bytes]) -> None:
+    for data in found:
+        staging.outcome(data)
+
+
+def _plan(
+    staging: Staging,
+    cuts: Sequence[Cut],
+    planned: dict[StageName, TaskSet],
+    submitted_s: float,
+) -> None:
+    for cut in cuts:
+        staging.cut(cut, submitted_s)
+    for stage, tasks in planned.items():
+        staging.rest(stage, tasks)

@@ -1,0 +1,238 @@
+"""What outcomes and cuts say, on its way into tables: lines of JSON in files, without the values.
+
+Invariant: memory holds a byte for each task and nothing else that grows with the job; and the
+lines say of each task that ended when, where and how, whatever order the outcomes came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, StageName, TaskSet
+from batchlab.core.ports import Cut
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.failure_fingerprint import fingerprint
+
+CHUNK = 8_192
+"""Run times in a line."""
+REASON_CHARS = 500
+
+FILES: Mapping[str, Mapping[str, str]] = {
+    "outcomes": {
+        "n": "BIGINT",
+        "stage": "VARCHAR",
+        "bundle": "VARCHAR",
+        "round": "INTEGER",
+        "attempt": "INTEGER",
+        "tasks": "BIGINT",
+        "first_task": "BIGINT",
+        "last_task": "BIGINT",
+        "source": "VARCHAR",
+        "losses": "INTEGER",
+        "worker": "VARCHAR",
+        "execution": "VARCHAR",
+        "started_s": "DOUBLE",
+        "ended_s": "DOUBLE",
+        "run_s": "DOUBLE",
+        "failed_run_s": "DOUBLE",
+        "succeeded": "BIGINT",
+        "failed": "BIGINT",
+        "retried": "BIGINT",
+        "cancelled": "BIGINT",
+        "is_void": "BOOLEAN",
+    },
+    "runs": {"n": "BIGINT", "stage": "VARCHAR", "first_task": "BIGINT", "run_s": "DOUBLE[]"},
+    "failures": {
+        "n": "BIGINT",
+        "stage": "VARCHAR",
+        "task": "BIGINT",
+        "is_final": "BOOLEAN",
+        "run_s": "DOUBLE",
+        "kind": "VARCHAR",
+        "error": "VARCHAR",
+        "reason": "VARCHAR",
+        "exit_code": "INTEGER",
+        "fingerprint": "VARCHAR",
+    },
+    "cancelled": {"n": "BIGINT", "stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"},
+    "planned": {
+        "stage": "VARCHAR",
+        "bundle": "VARCHAR",
+        "round": "INTEGER",
+        "attempt": "INTEGER",
+        "tasks": "BIGINT",
+        "first_task": "BIGINT",
+        "last_task": "BIGINT",
+        "source": "VARCHAR",
+        "losses": "INTEGER",
+        "ready_s": "DOUBLE",
+    },
+    "rest": {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"},
+}
+"""The columns of each file, with DuckDB's types."""
+
+
+def plain(text: str) -> str:
+    """Without what no table takes: an exception's message may hold anything."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+class Staging:
+    """Of one job, into `folder`. `void_before` has the first round that counts, of stages whose
+    plan a retry made void. A context manager; when it ends the files are whole."""
+
+    def __init__(self, folder: Path, job: JobDef, void_before: Mapping[StageName, int]) -> None:
+        self._job = job
+        self._void_before = void_before
+        self._files: dict[str, IO[str]] = {
+            name: (folder / f"{name}.ndjson").open("w", encoding="utf-8") for name in FILES
+        }
+        self._outcomes = 0
+        self._succeeded: dict[StageName, bytearray] = {}
+        self.results_twice: dict[StageName, int] = {}
+        """Tasks that succeeded once more, by stage."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _put(self, file: str, **fields: Any) -> None:
+        self._files[file].write(json_format.dumps(fields) + "\n")
+
+    def outcome(self, data: bytes) -> None:
+        """Take a committed outcome, as it is in the bucket."""
+        outcome = json_format.outcome_from_json(json_format.loads(data))
+        n, self._outcomes = self._outcomes, self._outcomes + 1
+        bundle = outcome.bundle
+        is_void = bundle.round < self._void_before.get(bundle.stage, 0)
+        final = sum(failure.final for failure in outcome.failed)
+        self._put(
+            "outcomes",
+            n=n,
+            **_bundle(bundle),
+            worker=outcome.worker,
+            execution=outcome.execution,
+            started_s=outcome.started_s,
+            ended_s=outcome.ended_s,
+            run_s=sum(outcome.run_s),
+            failed_run_s=sum(failure.run_s for failure in outcome.failed),
+            succeeded=len(outcome.succeeded),
+            failed=final,
+            retried=len(outcome.failed) - final,
+            cancelled=len(outcome.cancelled),
+            is_void=is_void,
+        )
+        self._runs(n, bundle.stage, outcome.succeeded, outcome.run_s)
+        if not is_void:
+            self._mark(bundle.stage, outcome.succeeded)
+        for failure in outcome.failed:
+            self._put(
+                "failures",
+                n=n,
+                stage=bundle.stage,
+                task=failure.task,
+                is_final=failure.final,
+                run_s=failure.run_s,
+                kind=failure.kind.value,
+                error=plain(failure.error)[:REASON_CHARS],
+                reason=plain(failure.reason)[:REASON_CHARS],
+                exit_code=failure.exit_code,
+                fingerprint=fingerprint(failure),
+            )
+        for start, stop in outcome.cancelled.ranges:
+            self._put("cancelled", n=n, stage=bundle.stage, start=start, stop=stop)
+        for follow in outcome.follows:
+            ready_s = outcome.ended_s + follow.delay_s
+            self._put("planned", **_bundle(follow.bundle), ready_s=ready_s)
+
+    def _runs(self, n: int, stage: StageName, tasks: TaskSet, run_s: tuple[float, ...]) -> None:
+        at = 0
+        for start, stop in tasks.ranges:
+            for first in range(start, stop, CHUNK):
+                count = min(CHUNK, stop - first)
+                self._put("runs", n=n, stage=stage, first_task=first, run_s=run_s[at : at + count])
+                at += count
+
+    def _mark(self, stage: StageName, tasks: TaskSet) -> None:
+        marks = self._succeeded.setdefault(stage, bytearray())
+        for start, stop in tasks.ranges:
+            if len(marks) < stop:
+                marks.extend(bytes(max(stop - len(marks), len(marks) // 2)))
+            if twice := marks.count(1, start, stop):
+                self.results_twice[stage] = self.results_twice.get(stage, 0) + twice
+            marks[start:stop] = b"\x01" * (stop - start)
+
+    def cut(self, cut: Cut, otherwise_s: float) -> None:
+        """Take the bundles of a cut, made at `otherwise_s` where it does not say when."""
+        ready_s = otherwise_s if cut.at_s is None else cut.at_s
+        for bundle in cut.bundles:
+            self._put("planned", **_bundle(bundle), ready_s=ready_s)
+
+    def rest(self, stage: StageName, tasks: TaskSet) -> None:
+        """Take the stage's tasks, once every outcome is in: of those that did not succeed."""
+        marks = self._succeeded.get(stage, bytearray())
+        for start, stop in tasks.ranges:
+            for first, last in _gaps(marks, start, stop):
+                for chunk in range(first, last, CHUNK):
+                    end = min(chunk + CHUNK, last)
+                    self._put("rest", stage=stage, start=chunk, stop=end)
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "stage": bundle.stage,
+        "bundle": bundle.id,
+        "round": bundle.round,
+        "attempt": bundle.attempt,
+        "tasks": len(bundle.tasks),
+        "first_task": bundle.tasks.first,
+        "last_task": bundle.tasks.last,
+        "source": bundle.source,
+        "losses": bundle.losses,
+    }
+
+
+def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges within [start, stop) that are not marked."""
+    at = start
+    while at < stop:
+        first = marks.find(0, at, stop)
+        if first < 0:
+            first = max(at, len(marks))
+        if first >= stop:
+            return
+        last = marks.find(1, first, stop)
+        at = stop if last < 0 else last
+        yield first, at
+
+
+def universe(
+    job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]
+) -> dict[StageName, TaskSet]:
+    """The tasks of each stage that has been planned, by its first cut; a chained stage has those of
+    the stage that it follows."""
+    first: dict[StageName, Cut] = {}
+    for cut in sorted(cuts, key=lambda one: (one.stage, one.round)):
+        valid = cut.round >= void_before.get(cut.stage, 0)
+        if valid and cut.seq == 0 and cut.planned is not None:
+            first[cut.stage] = cut
+    found: dict[StageName, TaskSet] = {}
+    for stage in job.stages:
+        if stage.chained:
+            if (source := found.get(stage.after[0])) is not None:
+                found[stage.name] = source
+        elif cut_ := first.get(stage.name):
+            found[stage.name] = TaskSet.union([cut_.left, *(b.tasks for b in cut_.bundles)])
+    return found

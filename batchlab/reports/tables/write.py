@@ -1,0 +1,144 @@
+"""Writes a job's performance data: gathered from the bucket, made into Parquet, put back there.
+
+Invariant: the list of the files is written last, so that who finds it finds them all; and writing
+again comes to the same facts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from batchlab import __version__
+from batchlab.core.errors import BackendError, NotFound
+from batchlab.core.model import JobId
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
+from batchlab.reports.tables.build import Building, Setting
+from batchlab.reports.tables.gather import Gatherer
+from batchlab.reports.tables.schema import TABLES, VERSION
+
+INDEX = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Which files there are, and how far the job was: `rows` and `sizes` (bytes) by table."""
+
+    round: int
+    is_final: bool
+    rows: dict[str, int]
+    sizes: dict[str, int]
+
+    def to_bytes(self) -> bytes:
+        tables = {name: [rows, self.sizes[name]] for name, rows in self.rows.items()}
+        return json_format.to_bytes(
+            {
+                "v": json_format.VERSION,
+                "schema_version": VERSION,
+                "by": f"batchlab {__version__}",
+                "round": self.round,
+                "is_final": self.is_final,
+                "tables": tables,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Index:
+        doc = json_format.loads(data)
+        tables = doc["tables"]
+        return cls(
+            doc["round"],
+            doc["is_final"],
+            {name: rows for name, (rows, _) in tables.items()},
+            {name: size for name, (_, size) in tables.items()},
+        )
+
+
+class Writer:
+    """Of one bucket. `scratch` is a folder for what does not fit into memory, made when needed."""
+
+    def __init__(
+        self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None
+    ) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._setting = setting
+        self._scratch = scratch
+
+    async def write(self, job: JobId) -> None:
+        """Write the job's data into the bucket. UsageError where there is no such job,
+        BackendError, OSError, duckdb.Error."""
+        async with self._folder() as folder:
+            await self.publish(job, folder, await self.make(job, folder))
+
+    async def make(self, job: JobId, folder: Path) -> Index:
+        """Write the job's data into a folder."""
+        async with self._folder() as scratch:
+            gathered = await Gatherer(self._objects, self._patience).gather(job, scratch)
+            building = await asyncio.to_thread(Building, gathered, self._setting, scratch)
+            try:
+                rows = await asyncio.to_thread(building.run, folder)
+            except asyncio.CancelledError:
+                building.interrupt()  # or the process could not end before it is through
+                raise
+        sizes = {table.name: (folder / table.file).stat().st_size for table in TABLES}
+        return Index(gathered.round, gathered.ending is not None, rows, sizes)
+
+    async def publish(self, job: JobId, folder: Path, index: Index) -> None:
+        """Put a folder's files into the bucket, without a condition: only managers may write there.
+        A reader compares each file's size with the index, which comes last."""
+        prefix = object_keys.reports(job)
+        for table in TABLES:
+            upload = partial(self._objects.upload, prefix + table.file, folder / table.file)
+            await self._patience(upload)
+        await self._patience(partial(self._objects.put, prefix + INDEX, index.to_bytes()))
+
+    @asynccontextmanager
+    async def _folder(self) -> AsyncIterator[Path]:
+        def made() -> Path:
+            if self._scratch:
+                self._scratch.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="report-", dir=self._scratch))
+
+        folder = await asyncio.to_thread(made)
+        try:
+            yield folder
+        finally:
+            # A thread that was interrupted may hold some of it for another moment.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | None:
+    """What the bucket has of the job's data, None where that is nothing, or not the job's end: the
+    job went on, or was run again, since."""
+    try:
+        data = await patience(partial(objects.get, object_keys.reports(job) + INDEX))
+    except NotFound:
+        return None
+    index = Index.from_bytes(data)
+    if not index.is_final:
+        return None
+    again = partial(objects.head, object_keys.retry(job, index.round + 1))
+    return None if await patience(again) else index
+
+
+async def fetch(objects: Objects, patience: Patience, job: JobId, index: Index, to: Path) -> None:
+    """Copy the files that an index tells of into a folder; BackendError where they changed while
+    they were read."""
+    prefix = object_keys.reports(job)
+    for table in TABLES:
+        if table.name in index.sizes:
+            download = partial(objects.download, prefix + table.file, to / table.file)
+            if await patience(download) != index.sizes[table.name]:
+                raise BackendError(
+                    f"The performance data of job {job} changed while it was read.",
+                    remedy="Ask again.",
+                )

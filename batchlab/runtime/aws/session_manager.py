@@ -1,0 +1,90 @@
+"""The way from a laptop to a stack's manager, which listens on its own instance alone.
+
+Invariant: no port of the instance is open to anybody; whoever gets in has AWS's permission for a
+Session Manager session on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.runtime.aws.deployment import MANAGER_PORT, AwsDeployment
+
+PLUGIN = "session-manager-plugin"
+"""AWS's own program that carries a session; the AWS CLI calls it too."""
+_GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
+"""The variable that the program reads where its first argument is this name."""
+_DOCUMENT = "AWS-StartPortForwardingSession"
+
+
+def secret_text(region: str, secret: str) -> str:
+    """What the secret of that ARN holds; BackendError."""
+    manager = client(Endpoint(region=region), "secretsmanager", connections=1)
+    with closing(manager), translated(f"Secret {secret!r}"):
+        return str(manager.get_secret_value(SecretId=secret)["SecretString"])
+
+
+def manager_instance(at: AwsDeployment) -> str:
+    """The id of the instance that the manager runs on; Unreachable while there is none."""
+    scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
+    try:
+        with translated(f"Auto Scaling group {at.manager_group!r}"):
+            groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])[
+                "AutoScalingGroups"
+            ]
+    finally:
+        scaling.close()
+    if not groups:
+        raise BackendError(
+            f"The stack {at.stack!r} has no Auto Scaling group {at.manager_group!r}.",
+            remedy="`batchlab deploy status` says what it has.",
+        )
+    for instance in groups[0].get("Instances", ()):
+        if instance["LifecycleState"] == "InService":
+            return instance["InstanceId"]
+    raise Unreachable(
+        f"No instance of {at.manager_group!r} is InService: the manager is not up.",
+        remedy="It may be starting; `batchlab deploy status` shows it.",
+    )
+
+
+def find_plugin() -> str:
+    """The path of AWS's program; UsageError where it is not installed."""
+    if found := shutil.which(PLUGIN):
+        return found
+    raise UsageError(
+        f"{PLUGIN} is not installed, which carries connections to the manager on AWS.",
+        remedy="Install AWS's Session Manager plugin, or name the manager's URL by "
+        "BATCHLAB_MANAGER_URL where there is another way to it.",
+    )
+
+
+def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """A process that listens on `port` of 127.0.0.1 and carries connections to the manager's;
+    what it says goes to `log`. BackendError where AWS refuses the session."""
+    plugin = find_plugin()
+    wanted: dict[str, Any] = {
+        "Target": instance,
+        "DocumentName": _DOCUMENT,
+        "Parameters": {"portNumber": [str(MANAGER_PORT)], "localPortNumber": [str(port)]},
+    }
+    ssm = client(Endpoint(region=at.region), "ssm", connections=1)
+    with closing(ssm), translated(f"Session on {instance}"):
+        session = ssm.start_session(**wanted)
+        url = ssm.meta.endpoint_url
+    granted = {key: session[key] for key in ("SessionId", "TokenValue", "StreamUrl")}
+    # The session's token goes by the environment: anybody may read a command line.
+    argv = [plugin, _GRANTED, at.region, "StartSession", "", json.dumps(wanted), url]
+    env = {**os.environ, _GRANTED: json.dumps(granted)}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )

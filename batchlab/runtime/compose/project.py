@@ -1,0 +1,293 @@
+"""A grid's containers as one Compose project: brought up, waited for, taken down, swept.
+
+Invariant: everything that is made carries the label `batchlab.grid` with the project's name, and
+nothing without it is ever touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.docker import engine as docker_engine
+from batchlab.adapters.docker.engine import Engine
+from batchlab.core import package_data
+from batchlab.core.errors import BackendError, Unreachable
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime.compose.images import docker
+from batchlab.runtime.home import Home
+
+LABEL = "batchlab.grid"
+HOME_LABEL = "batchlab.home"
+START_S = 240.0
+_LOOK_S = 0.3
+_RESTARTS = 3
+"""So often a service may end while it is waited for."""
+_STOP_S = "5"
+_SOCKET = "/var/run/docker.sock"
+
+
+def name_for(home: Home) -> str:
+    """The project of a home, the same each time: two grids in one folder cannot be."""
+    return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
+
+
+def networks() -> list[str]:
+    """The subnets of every Docker network on this machine; Unreachable where Docker is away."""
+    # One call: of a list first and each of them then, one may be gone in between.
+    with Engine() as engine:
+        found = engine.do("list the networks", lambda api: api.networks())
+    return [
+        config["Subnet"]
+        for one in found
+        for config in (one.get("IPAM", {}).get("Config") or [])
+        if config.get("Subnet")
+    ]
+
+
+class Project:
+    """The Compose project of one home."""
+
+    def __init__(
+        self,
+        home: Home,
+        at: Deployment,
+        *,
+        settings: Mapping[str, str],
+        passed: Sequence[str] = (),
+    ) -> None:
+        """`passed` are names of variables of this process's environment for the manager's."""
+        self._home = home
+        self._at = at
+        self._settings = settings
+        self._passed = passed
+        self._log = deployment.folder(home) / "compose.log"
+        self._more = deployment.folder(home) / "compose.more.json"
+
+    def up(self, say: Callable[[str], None], *, storage: bool) -> None:
+        """Start every service and wait until all are healthy, `storage` being a LocalStack of
+        the grid's own; BackendError with the reason, and what runs then is left as it is."""
+        say("Starting the containers; missing images are pulled, which may take minutes.")
+        # Names alone: Compose takes the values from its own environment, and none is in a file.
+        more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
+        self._more.parent.mkdir(parents=True, exist_ok=True)
+        self._more.write_text(json.dumps(more))
+        profiles = ["--profile", "localstack"] if storage else []
+        self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
+        self._wait(say)
+
+    def _wait(self, say: Callable[[str], None]) -> None:
+        deadline_s = time.monotonic() + START_S
+        told: set[str] = set()
+        before: dict[str, int] = {}
+        while True:
+            looked = self._inspected()
+            states = {service: _state(one["State"]) for service, one in looked.items()}
+            # Docker starts what has ended again and again, so it is seldom seen as ended.
+            restarts = {service: int(one["RestartCount"]) for service, one in looked.items()}
+            before = {**restarts, **before}
+            for service, state in sorted(states.items()):
+                if state == "healthy" and service not in told:
+                    told.add(service)
+                    say(f"  {service} is ready")
+            if states and all(state == "healthy" for state in states.values()):
+                return
+            bad = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
+            bad += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
+            if bad or time.monotonic() > deadline_s:
+                missing = bad or sorted(s for s in states if s not in told)
+                raise BackendError(
+                    f"{missing[0]} did not become ready: {self.last_line(missing[0])}.",
+                    remedy=f"The output of all services is in {self._keep_logs()}.",
+                )
+            time.sleep(_LOOK_S)
+
+    def states(self) -> dict[str, str]:
+        """Each service's health ("healthy", "starting"…), or its state where it is not up."""
+        return {service: _state(one["State"]) for service, one in self._inspected().items()}
+
+    def _inspected(self) -> dict[str, Any]:
+        ids = checked(
+            *("ps", "-aq", "--filter", f"label={LABEL}={self._at.project}"),
+            *("--filter", "label=com.docker.compose.service"),
+        ).split()
+        if not ids:
+            return {}
+        return {
+            one["Config"]["Labels"]["com.docker.compose.service"]: one
+            for one in json.loads(checked("inspect", *ids))
+        }
+
+    def last_line(self, service: str) -> str:
+        """The last that a service has said."""
+        said = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
+        lines = (said.stdout + said.stderr).strip().splitlines()
+        return lines[-1].strip().rstrip(".") if lines else "it ended without a word"
+
+    def down(self, *, drain_s: float = 0.0) -> None:
+        """Stop and remove everything, the instances included, which have `drain_s` to give back
+        what they have in hand. What is gone already is no error."""
+        # A full disk must not keep a grid from being taken down.
+        with suppress(OSError):
+            self._keep_logs()
+        self._run("stop", "--timeout", _STOP_S, "manager")
+        # Else it would replace the instances that end.
+        self._run("kill", "asg")
+        sweep_instances(self._at.project, drain_s=drain_s)
+        # It does not remove a network that something of ours is still on, which the sweep does.
+        self._run(
+            *("--profile", "localstack", "down", "--timeout", _STOP_S),
+            *("--volumes", "--remove-orphans"),
+        )
+        sweep(self._at.project)
+
+    def _keep_logs(self) -> Path:
+        path = deployment.folder(self._home) / "services.log"
+        said = self._run("logs", "--no-color", "--timestamps")
+        path.write_text(said.stdout + said.stderr)
+        return path
+
+    def _compose(self, *arguments: str) -> None:
+        done = self._run(*arguments)
+        with suppress(OSError):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            self._log.write_text(done.stdout + done.stderr)
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            cause = lines[-1].rstrip(".") if lines else f"exit {done.returncode}"
+            if unpulled := unpulled_of(lines):
+                raise BackendError(
+                    f"The image of {unpulled[0]} cannot be pulled: {cause}.",
+                    remedy="Without an image registry compose/offline/build.sh makes the images, "
+                    "and prints the settings that name them.",
+                )
+            raise BackendError(
+                f"Docker Compose could not do it: {cause}.",
+                remedy=f"Its output is in {self._log}; `batchlab doctor --backend localstack` "
+                "looks for what is missing.",
+            )
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        files = ["--file", str(package_data.folder("compose") / "compose.yaml")]
+        if self._more.exists():
+            files += ["--file", str(self._more)]
+        return subprocess.run(
+            ["docker", "compose", *files, "--ansi", "never", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self._environment(),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        at = self._at
+        return {
+            **os.environ,
+            **self._settings,
+            "BATCHLAB_PROJECT": at.project,
+            "COMPOSE_PROJECT_NAME": at.project,
+            "BATCHLAB_SUBNET": at.subnet,
+            "BATCHLAB_IMAGE": at.image,
+            "BATCHLAB_USER": at.user,
+            "BATCHLAB_HOME_FOLDER": str(self._home.path),
+            "BATCHLAB_DOCKER_GROUP": str(_group(os.environ)),
+        }
+
+
+def unpulled_of(lines: Sequence[str]) -> list[str]:
+    """The services whose images Compose could not pull, by the lines it has printed."""
+    parts = ("Container", "Network", "Volume")  # it tells of what it could not start likewise
+    failed = [line.split()[0] for line in lines if " Error " in line]
+    return [name for name in failed if name not in parts]
+
+
+def _state(state: Mapping[str, object]) -> str:
+    health = state.get("Health")
+    if state.get("Status") == "running" and isinstance(health, dict):
+        return str(health.get("Status"))
+    return str(state.get("Status"))
+
+
+def _group(settings: Mapping[str, str]) -> int:
+    """The group that may speak to Docker; 0 where the socket is not here to be looked at."""
+    path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_gid if stat.S_ISSOCK(found.st_mode) else 0
+
+
+def checked(*arguments: str) -> str:
+    """What the docker command prints; Unreachable where it fails."""
+    done = docker(*arguments)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise Unreachable(
+            f"Docker does not do `docker {arguments[0]}`: {lines[-1].rstrip('.')}.",
+            remedy="Start Docker, and see that you may use it (`docker info`).",
+        )
+    return done.stdout
+
+
+def sweep_instances(project: str, *, drain_s: float) -> None:
+    """End the project's instances, each within `drain_s`, and remove them."""
+    filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
+    if drain_s and (ids := checked("ps", "-q", *filters).split()):
+        docker("stop", "--time", str(math.ceil(drain_s)), *ids)
+    if ids := checked("ps", "-aq", *filters).split():
+        docker("rm", "--force", "--volumes", *ids)
+
+
+def sweep(project: str) -> int:
+    """Remove what carries the project's label: containers, networks, volumes; how many."""
+    with Engine() as engine:
+        return len(docker_engine.sweep(engine, {LABEL: project}))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What of one project is on this machine."""
+
+    project: str
+    home: str
+    """The folder of its grid; "" where nothing says so."""
+    parts: int
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its grid's folder knows nothing of it, or is gone. What names no folder is
+        somebody's who will end it himself, such as an `asg serve` of its own."""
+        if not self.home:
+            return False
+        try:
+            known = deployment.read(Home(Path(self.home)))
+        except BackendError:
+            return False  # another user's, or damaged: nobody can tell
+        return known is None or known.project != self.project
+
+
+def projects() -> list[Found]:
+    """Every project of which something is there; Unreachable where Docker is away."""
+    homes: dict[str, str] = {}
+    parts: Counter[str] = Counter()
+    with Engine() as engine:
+        found = docker_engine.find(engine, {LABEL: None})
+    for one in found:
+        name = one.labels[LABEL]
+        parts[name] += 1
+        homes[name] = homes.get(name) or one.labels.get(HOME_LABEL, "")
+    return [Found(name, homes[name], count) for name, count in sorted(parts.items())]

@@ -1,0 +1,259 @@
+"""A grid in containers, seen from outside: brought up, taken down, found again.
+
+Invariant: what `up` has begun it finishes or takes back; `down` leaves nothing of it behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from batchlab.adapters.aws.endpoint import Endpoint, loopback
+from batchlab.core.atomic_write import write_whole
+from batchlab.core.errors import Unreachable, UsageError
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
+from batchlab.runtime import environment, notification_settings
+from batchlab.runtime.compose import deployment, images
+from batchlab.runtime.compose.deployment import MANAGER_PORT, Deployment
+from batchlab.runtime.compose.project import Project, name_for, networks
+from batchlab.runtime.factory import VARIABLE, Backend, fresh_bucket
+from batchlab.runtime.home import Home, ManagerRecord, Place
+
+_TYPE = "m7i.large"
+"""Of instances of a pool that names none."""
+_WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - its own
+_NOBODY = 10001
+
+
+def up(
+    home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]
+) -> ManagerRecord:
+    """Bring the grid up, or bring back what has stopped of it, from the code that is installed
+    now; returns when its manager leads or is about to. BackendError, UsageError."""
+    named = backend.named_place(home)
+    if named:
+        _refuse_loopback(named)
+        backend.provide(home, say)
+    for name, value in environment.taken_over(os.environ).items():
+        if "ENDPOINT" in name and loopback(value):
+            say(
+                f"{name} is {value}, which in a container is the container itself: let the "
+                "receiver listen on an address that containers reach, and name that."
+            )
+    _refuse_foreign(home)
+    home.make()
+    deployment.folder(home).mkdir(exist_ok=True)
+    with deployment.locked(home):
+        if running := home.record():  # another command was faster
+            return running
+        return _up(home, backend, pools, named, say)
+
+
+def _up(
+    home: Home,
+    backend: Backend,
+    pools: Sequence[Pool],
+    named: Place | None,
+    say: Callable[[str], None],
+) -> ManagerRecord:
+    passed = notification_settings.variables(
+        home
+    )  # a mistake in notify.toml is told before anything starts
+    known = deployment.read(home)
+    try:
+        at = _plan(home, backend, pools, known, named, say)
+        project = Project(home, at, settings=_settings(at), passed=passed)
+        project.up(say, storage=named is None)
+    except BaseException:
+        # One that was there before has work and a database in it.
+        if known is None:
+            if begun := deployment.read(home):
+                Project(home, begun, settings={}).down()
+            _forget(home, backend)
+        raise
+    record = home.record()
+    if record is None:
+        raise Unreachable(
+            f"The manager ended as soon as it had started: {project.last_line('manager')}.",
+            remedy=f"`batchlab grid up --backend {backend.name}` starts it again.",
+        )
+    return record
+
+
+def down(home: Home, backend: Backend) -> bool:
+    """Remove every part; False where there is none."""
+    if deployment.read(home) is None:
+        return False
+    with deployment.locked(home):
+        at = deployment.read(home)
+        if at is None:
+            return False
+        place = home.place(backend.name)
+        # In a LocalStack of the grid's own nobody will ever ask for it.
+        keeps = place is not None and place.named
+        Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
+        _forget(home, backend)
+    return True
+
+
+def _plan(
+    home: Home,
+    backend: Backend,
+    pools: Sequence[Pool],
+    known: Deployment | None,
+    named: Place | None,
+    say: Callable[[str], None],
+) -> Deployment:
+    """Decide where everything will be, or leave it where it is; make the image, and write it all
+    down."""
+    recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    image = images.provide(recipe, home.of(backend.name) / "image.log", say)
+    if known is None:
+        name = name_for(home)
+        subnet, python = deployment.free_subnet(networks(), name), images.python_of(image)
+        at = Deployment(name, subnet, image, _user(), python)
+    else:
+        at = replace(known, image=image, python=images.python_of(image))
+    if pools:
+        at = replace(at, pools=tuple(map(_option, pools)))
+    place = (
+        named
+        or (home.place(backend.name) if known else None)
+        or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
+    )
+    deployment.write(home, at)
+    path = deployment.folder(home) / "templates.toml"
+    if known and not pools and path.exists():  # and edited, perhaps
+        old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
+        templates = path.read_text().replace(old, new)
+    else:
+        more = environment.taken_over(os.environ)
+        templates = templates_for(at, place, pools or backend.pools, more)
+    write_whole(path, templates)  # an endpoint that is up reads it at any time
+    home.write_place(backend.name, place)
+    home.token()
+    _hand_over(home, at.user)
+    return at
+
+
+def templates_for(
+    at: Deployment,
+    place: Place,
+    pools: Sequence[Pool],
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The launch templates of the pools, for `asg serve`, with `more` in the environment."""
+    env = {
+        **more,
+        VARIABLE: f"{place.url}/{place.bucket}",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url,
+    }
+    table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
+    lines = []
+    for pool in pools:
+        name = json.dumps(deployment.TEMPLATE.replace("{pool}", pool.name))
+        lines += [
+            f"[[{name}.version]]",
+            f"image = {json.dumps(at.image)}",
+            f"command = {json.dumps(_WORKER)}",
+            f"network = {json.dumps(at.project)}",
+            f"user = {json.dumps(at.user)}",
+            f"type = {json.dumps(pool.instance_type or _TYPE)}",
+            f"slots = {pool.slots}",
+            f"env = {{ {table} }}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _refuse_loopback(named: Place) -> None:
+    if Endpoint(named.url).loopback:
+        raise UsageError(
+            f"In a container {named.url} is the container itself.",
+            remedy="Let the service listen on an address that containers reach, and name that.",
+        )
+
+
+def _storage_port() -> int:
+    from localstack_client.config import DEFAULT_EDGE_PORT
+
+    given = os.environ.get("BATCHLAB_LOCALSTACK_PORT") or str(DEFAULT_EDGE_PORT)
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        raise UsageError(
+            f"BATCHLAB_LOCALSTACK_PORT is {given!r}, which is no port.",
+            remedy=f"Leave it out, for {DEFAULT_EDGE_PORT}.",
+        )
+    return int(given)
+
+
+def _refuse_foreign(home: Home) -> None:
+    """Root's grid gives its folder to the containers' user, so that must be a grid's folder."""
+    here = home.path
+    ours = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
+    is_grids = not here.exists() or (here / object_keys.MADE).exists()
+    if not os.getuid() and not is_grids and {one.name for one in here.iterdir()} - ours:
+        raise UsageError(
+            f"{here} has other things in it, and root's grid in containers gives its folder to "
+            "another user.",
+            remedy="Name a new or an empty folder with --home, or do not be root.",
+        )
+
+
+def _user() -> str:
+    """Whoever calls, so that what the containers write in the home is theirs; never root."""
+    uid, gid = os.getuid(), os.getgid()
+    return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
+
+
+def _hand_over(home: Home, user: str) -> None:
+    """Root's own files cannot be read in the containers, where nobody is root."""
+    if os.getuid():
+        return
+    uid, gid = (int(part) for part in user.split(":"))
+    for path in handed_over(home):
+        # Not what a link leads to: who has been given the folder may put one there.
+        with suppress(FileNotFoundError):
+            os.chown(path, uid, gid, follow_symlinks=False)
+
+
+def handed_over(home: Home) -> list[Path]:
+    """What the containers use of a home. The folder may have other things in it, which stay whose
+    they are: it is the user's to name."""
+    here = home.path
+    files = [here / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
+    files += [home.settings_file, home.notify_file]
+    folders = [here, home.objects, home.fleet, home.scratch]  # it must be possible to write there
+    ours = deployment.folder(home)
+    return [*folders, *files, ours, *ours.rglob("*")]
+
+
+def _option(pool: Pool) -> str:
+    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+
+
+def _settings(at: Deployment) -> dict[str, str]:
+    command = [
+        *("manager", "--home", deployment.HOME, "--backend", deployment.NAME),
+        *("--host", at.manager_host, "--port", str(MANAGER_PORT)),
+    ]
+    for pool in at.pools:
+        command += ["--pool", pool]
+    settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
+    if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
+        # Newer ones than the compose file's own start with a token only.
+        settings["BATCHLAB_LOCALSTACK_IMAGE"] = "localstack/localstack:latest"
+    return settings
+
+
+def _forget(home: Home, backend: Backend) -> None:
+    """What was in a LocalStack of the grid's own is gone with it, and so is where it was."""
+    deployment.forget(home)
+    place = home.place(backend.name)
+    if place and not place.named:
+        home.forget_place(backend.name)

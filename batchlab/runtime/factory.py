@@ -1,0 +1,375 @@
+"""The adapters that a backend's descriptor names, opened.
+
+Invariant: each is imported only when it is named, so that a backend needs nothing of another one's.
+
+The launcher that `batchlab asg serve` is told to use.
+
+The one composition root: a backend's descriptor, and the adapters it names.
+
+A backend is a named choice of adapters, written down as data in `backends/<name>/backend.toml`.
+Adapters are imported in this package and nowhere else, each only when it is named: descriptor.py
+reads what is written down, placed.py finds the grid's parts, opening.py opens the adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.bucket import Bucket
+from batchlab.core import optional_dependencies
+from batchlab.core.atomic_write import read_sync
+from batchlab.core.errors import Unreachable, UsageError
+from batchlab.core.model import Pool
+from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
+from batchlab.core.request_counter import Tally
+from batchlab.core.retry import Patience
+from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.runtime import descriptor
+from batchlab.runtime.aws import deployment as stacks
+from batchlab.runtime.compose import deployment as deployment
+from batchlab.runtime.descriptor import (
+    VARIABLE,
+    Image,
+    capabilities_of,
+    fresh_bucket,
+    names,
+    with_pools,
+)
+from batchlab.runtime.home import Home
+from batchlab.runtime.locations import Placed, client_environment
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws.instance_metadata import Imds
+    from batchlab.adapters.aws.metadata_server import Signals
+    from batchlab.adapters.aws.sqs import SqsQueue
+    from batchlab.adapters.aws.termination_hook import DrainHook
+    from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.adapters.local.local_wakeup_queue import RungQueue
+    from batchlab.adapters.local.ministack import Emulator
+    from batchlab.adapters.local.processes import ProcessLauncher
+    from batchlab.adapters.local.sqlite_queue import SqliteQueue
+    from batchlab.core.ports import Fleet
+    from batchlab.manager.notifications.notifier import Deliver
+    from batchlab.server.autoscaling_api.engine_loop import AsgSettings
+    from batchlab.server.autoscaling_api.launch_templates import TemplateFile
+
+
+def open_asg_launcher(
+    settings: AsgSettings,
+    templates: TemplateFile,
+    clock: Clock,
+    signals: Callable[[str], Signals],
+) -> ProcessLauncher | ContainerLauncher:
+    """The launcher that `asg serve` is told to use, which tells instances their `signals` where it
+    can; UsageError where there is none of that name."""
+    if settings.launcher == "process":
+        from batchlab.adapters.local.processes import ProcessLauncher
+
+        return ProcessLauncher(settings.state, templates.argv, clock, dict(os.environ))
+    if settings.launcher != "docker":
+        raise UsageError(
+            f"There is no launcher {settings.launcher!r}.",
+            remedy="Say --launcher process or --launcher docker.",
+        )
+    from batchlab.adapters.docker.container import Template
+    from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.core import instance_types
+
+    def template(pool: Pool) -> Template:
+        version = templates.launched(pool)
+        return Template(
+            version.image,
+            tuple(templates.argv(pool, "{instance}")),
+            version.network,
+            type=version.type,
+            user=version.user,
+            system=version.system,
+        )
+
+    return ContainerLauncher(
+        template,
+        instance_types.load(),
+        clock,
+        settings.state,
+        grid=settings.grid.removeprefix("batchlab-"),
+        labels={**settings.labels, "batchlab.grid": settings.grid},
+        scale=settings.scale,
+        signals=signals,
+    )
+
+
+__all__ = [
+    "VARIABLE",
+    "Backend",
+    "Image",
+    "capabilities_of",
+    "client_environment",
+    "fresh_bucket",
+    "load",
+    "names",
+    "open_asg_launcher",
+    "patience",
+    "with_pools",
+]
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend(Placed):
+    """A named choice of adapters, each opened for a home."""
+
+    def open_clock(self) -> Clock:
+        from batchlab.adapters.clock import WallClock
+
+        return WallClock()
+
+    def open_tracer(self, service: str, instance: str) -> Tracer:
+        """Where the traces of this process go, as the environment says; nowhere unless it does."""
+        if not _is_traced(os.environ):
+            return NOBODY
+        try:
+            from batchlab.adapters.opentelemetry import OtelTracer
+        except ImportError:
+            log.warning(
+                "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
+                "so there are no traces: %s",
+                optional_dependencies.remedy("otel"),
+            )
+            return NOBODY
+        return OtelTracer(f"batchlab-{service}", instance)
+
+    def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
+        """The ways to who is notified."""
+        from batchlab.adapters.aws.endpoint import Endpoint
+        from batchlab.adapters.notifications import Deliveries
+
+        def endpoint_of(region: str) -> Endpoint:
+            """Return the grid's own endpoint if it has one, else AWS."""
+            if not self.capabilities.takes_endpoint:
+                return Endpoint(None, region)
+            return replace(self.services(home).endpoint, region=region)
+
+        return Deliveries(clock, endpoint_of)
+
+    def open_ids(self) -> Ids:
+        from batchlab.adapters.clock import RandomIds
+
+        return RandomIds()
+
+    def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
+        """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
+        if self.capabilities.simulated:
+            raise _not_a_process("objects", self.objects)
+        bucket = self._bucket(home, tally)
+        opened: Objects = import_module(self.objects).open_objects(bucket)
+        return opened
+
+    def _bucket(self, home: Home, tally: Tally | None) -> Bucket:
+        if self.capabilities.local_bucket:
+            home.make()
+            return Bucket(folder=home.objects, sync=read_sync())
+        if self.bucket_scheme:
+            return Bucket(self.place(home).bucket, tally=tally)
+        self.check_installed("boto3")
+        there = self.services(home)
+        return Bucket(there.bucket, endpoint=there.endpoint, tally=tally)
+
+    def open_local_files(self, home: Home) -> LocalFiles | None:
+        """Return the bucket's files, or None if the bucket is not a folder of this machine."""
+        if not self.capabilities.local_bucket:
+            return None
+        from batchlab.adapters.local.objects import FilesInPlace
+
+        return FilesInPlace(home.objects)
+
+    def open_bucket(self, home: Home) -> Objects:
+        """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's
+        that comes and goes with a grid which is not up."""
+        record = home.record()
+        is_up = record is not None and record.backend == self.name
+        if self.capabilities.takes_endpoint and not is_up:
+            place = self.place(home)
+            if not place.named:
+                raise Unreachable(
+                    f"The bucket of the grid on {self.name} in {home.path} is an emulator's of its "
+                    "own, which is there while the grid is up.",
+                    remedy=f"Bring it up with `batchlab grid up --backend {self.name}`.",
+                )
+        return self.open_objects(home)
+
+    def open_queue(
+        self, home: Home, clock: Clock, tally: Tally | None = None
+    ) -> SqliteQueue | RungQueue | SqsQueue:
+        """The queues; as `open_objects`."""
+        if self.queue == "sqlite":
+            from batchlab.adapters.local.sqlite_queue import SqliteQueue
+
+            home.make()
+            folder = self.folder(home)
+            folder.mkdir(exist_ok=True)
+            return SqliteQueue(folder / home.queue_file.name, clock)
+        _only("queue", self.queue, "sqs")
+        self.check_installed("boto3")
+        from batchlab.adapters.aws.sqs import SqsQueue
+        from batchlab.adapters.local.local_wakeup_queue import RungQueue
+
+        there, makes = self.services(home), not self.capabilities.stack
+        queue = SqsQueue(there.endpoint, prefix=there.queue_prefix, makes=makes, tally=tally)
+        if not self.capabilities.one_machine:
+            return queue
+        # Instances and clients are processes of the same machine.
+        return RungQueue(queue, home.of(self.name) / "wake")
+
+    def open_ledger(self, home: Home) -> Ledger:
+        if self.ledger == "postgres":
+            from batchlab.adapters.sql import open_postgres
+
+            at = self.deployment(home)
+            return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
+        if self.ledger == "deployed":
+            from batchlab.runtime.aws.analytics_store import open_ledger
+
+            stacks.folder(home).mkdir(parents=True, exist_ok=True)
+            return open_ledger(self.stack(home), stacks.folder(home) / home.ledger_file.name)
+        _only("ledger", self.ledger, "sqlite")
+        from batchlab.adapters.sql import open_sqlite
+
+        home.make()
+        folder = self.folder(home)
+        folder.mkdir(exist_ok=True)
+        path = folder / home.ledger_file.name
+        return (
+            open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
+        )
+
+    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
+        """Who launches instances in this process; None where a service of its own does."""
+        if self.fleet == "autoscaling":
+            return None
+        _only("fleet", self.fleet, "process")
+        from batchlab.adapters.local.fork_server import Nursery
+        from batchlab.adapters.local.processes import ProcessLauncher
+
+        python = [sys.executable, "-P", "-m"]
+        whose = ["--home", str(home.path), "--backend", self.name]
+        program = [*python, "batchlab"]
+
+        def argv(pool: Pool, instance: str) -> Sequence[str]:
+            return [
+                *(*program, "worker", *whose),
+                *("--pool", pool.name, "--slots", str(pool.slots), "--instance", instance),
+            ]
+
+        log = home.fleet / "logs" / "nursery.log"
+        nursery = Nursery([*python, "batchlab.cli.fork_server_main", *whose], program, log)
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
+
+    def import_for_worker(self) -> None:
+        """What is imported where a worker opens its bucket and its queues; nothing is opened."""
+        import_module(self.objects)
+        if self.queue == "sqlite":
+            from batchlab.adapters.local import sqlite_queue  # noqa: F401
+        else:
+            from batchlab.adapters.aws import sqs  # noqa: F401
+
+    def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
+        if launcher is None:
+            from batchlab.adapters.aws.fleet import Ec2Fleet
+            from batchlab.adapters.aws.group_template import GroupForm
+
+            if self.capabilities.stack:
+                stack = self.stack(home)
+                from batchlab.adapters.aws.endpoint import Endpoint
+
+                there = Endpoint(region=stack.region)
+                return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
+            at = self.deployment(home)
+            form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
+            here = deployment.autoscaling(home, at)
+            return Ec2Fleet(here, clock, form, prefix=f"{at.project}-")
+        from batchlab.adapters.local.fleet_state_file import StateFile
+        from batchlab.fleet.fleet_port import ManagedFleet
+
+        return ManagedFleet(
+            launcher,
+            clock,
+            self.open_ids(),
+            StateFile(home.fleet / "groups.json"),
+            drain_s=self.worker.drain_s + 5.0,
+        )
+
+    def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
+        """The hook that a worker's instance waits in, for the worker to complete; None where the
+        end of the worker ends its instance."""
+        if not self.capabilities.termination_hook:
+            return None
+        from batchlab.adapters.aws.endpoint import Endpoint
+        from batchlab.adapters.aws.termination_hook import DrainHook
+
+        at = self.stack(home)
+        return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
+
+    def open_emulator(self, home: Home) -> Emulator | None:
+        """The grid's own emulator, None where an endpoint is named or none is needed."""
+        if self.emulator is None or self.named_place(home):
+            return None
+        _only("emulator", self.emulator, "ministack")
+        from batchlab.adapters.local.ministack import Emulator, install
+
+        home.make()
+        return Emulator(install(lambda _: None), home.of(self.name))
+
+
+def load(name: str, endpoint: str | None = None) -> Backend:
+    """The backend of that name, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
+
+    UsageError for a name that is none, and for an endpoint where there is no use for one.
+    """
+    return descriptor.read(Backend, name, endpoint)
+
+
+def _is_traced(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables ask for traces that we can send."""
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not endpoint or is_off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return False
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get(
+        "OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    if protocol in (None, "", "http/protobuf"):
+        return True
+    log.warning(
+        "traces are sent by http/protobuf only, and OTEL_EXPORTER_OTLP_PROTOCOL says %s, so there "
+        "are none",
+        protocol,
+    )
+    return False
+
+
+def patience() -> Patience:
+    """For real backends: jitter that differs from process to process."""
+    return Patience(random.Random())  # noqa: S311 - jitter, not a secret
+
+
+def _only(port: str, named: str, known: str) -> None:
+    if named != known:
+        raise _not_a_process(port, named)
+
+
+def _not_a_process(port: str, named: str) -> UsageError:
+    return UsageError(
+        f"This backend's {port} adapter {named!r} does not run in a process of its own.",
+        remedy="`batchlab run FILE --backend sim` runs a job in it.",
+    )

@@ -1,0 +1,205 @@
+"""A grid's manager as it is seen from outside: started or connected to, awaited, ended.
+
+Invariant: the home's record says who is at home; who has started somebody waits until that is so,
+or says why it is not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from batchlab.core import logs
+from batchlab.core.atomic_write import private
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.model import Pool
+from batchlab.runtime import factory
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home, ManagerRecord
+
+log = logging.getLogger(__name__)
+
+START_S = 30.0
+CONNECT_S = 660.0
+"""What a connection may take: a little longer than it waits for a manager that boots."""
+LONG_S = 10.0
+STOP_S = 30.0
+_STARTED: dict[int, subprocess.Popen[bytes]] = {}
+"""Managers that this process has started, by pid: a dead child stays a zombie until it is waited
+for, and a Popen that is dropped complains."""
+
+
+def start_manager(
+    home: Home,
+    backend: Backend,
+    *,
+    pools: Sequence[Pool] = (),
+    parent: bool = False,
+    port: int = 0,
+    say: Callable[[str], None] = log.info,
+) -> ManagerRecord:
+    """Start a manager process and wait until it answers; the one that runs already is taken.
+
+    With `parent` it ends when this process does. `port` is where it listens on 127.0.0.1, any that
+    is free where it is 0. `say` hears of what takes long. The manager of a stack on AWS runs there
+    already: a connection to it is started. Raises Unreachable with the end of its log, and what
+    `Backend.provide` does.
+    """
+    if running := home.record():
+        return running
+    backend.check_installed()
+    _bury()
+    if backend.capabilities.container_manager:
+        from batchlab.runtime import container_grid
+
+        return container_grid.up(home, backend, pools, say)
+    home.make()
+    backend.provide(home, say)
+    service, what = "manager", "The manager did not start"
+    if backend.capabilities.remote_manager:
+        _refuse_pools(backend, home, pools)
+        service, what = "connect", "The manager on AWS cannot be reached"
+    # -P: the folder the command was called in must not provide modules.
+    argv = [sys.executable, "-P", "-m", "batchlab", service, "--home", str(home.path)]
+    argv += ["--backend", backend.name]
+    if backend.endpoint:
+        argv += ["--endpoint", backend.endpoint]
+    for pool in pools:
+        argv += ["--pool", f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"]
+    if parent:
+        argv += ["--parent", str(os.getpid())]
+    if port:
+        argv += ["--port", str(port)]
+    with open(home.manager_log, "ab", opener=private) as output:
+        # A session of its own: Ctrl-C in the terminal must reach only the command in front.
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    _STARTED[process.pid] = process
+    try:
+        if backend.capabilities.remote_manager:
+            record = _awaited(home, process, CONNECT_S, say)
+        else:
+            record = _awaited(home, process, START_S)
+    except BaseException:
+        if backend.capabilities.remote_manager:  # it would go on trying, for nobody
+            process.terminate()
+        raise
+    if record:
+        return record
+    raise Unreachable(
+        f"{what}: {_last_line(home.manager_log).rstrip('.')}.",
+        remedy=f"Its log is {home.manager_log}.",
+    )
+
+
+def _awaited(
+    home: Home,
+    process: subprocess.Popen[bytes],
+    within_s: float,
+    say: Callable[[str], None] | None = None,
+) -> ManagerRecord | None:
+    """Return the record of `process`, or of a manager that another command has started meanwhile;
+    None if no manager starts within that time. `say` is called once if it takes long."""
+    begun_s = time.monotonic()
+    while (waited_s := time.monotonic() - begun_s) < within_s:
+        has_ended = process.poll() is not None
+        record = home.record()
+        if record and (has_ended or record.pid == process.pid):
+            return record
+        if has_ended and not home.is_locked:
+            return home.record()
+        if say and waited_s > LONG_S:
+            say("The manager is not up yet: an instance takes some minutes to boot.")
+            say = None
+        time.sleep(0.02)
+    return None
+
+
+def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
+    stack = backend.stack(home).stack
+    if pools:
+        raise UsageError(
+            f"The stack {stack!r} has its own pools, which are not sized from here.",
+            remedy="`batchlab deploy apply --pool` changes them, `batchlab grid scale` their "
+            "limits.",
+        )
+
+
+def has_started(home: Home, record: ManagerRecord | None) -> bool:
+    """Return whether this process started that manager, or the containers that it runs in."""
+    if record is None or _is_in_container(record):
+        return deployment.is_made_here(home)
+    return record.pid in _STARTED
+
+
+def _is_in_container(record: ManagerRecord) -> bool:
+    return factory.capabilities_of(record.backend).container_manager
+
+
+def stop_manager(home: Home) -> bool:
+    """End the manager that runs here, with its instances; False where none runs."""
+    record = home.record()
+    _bury()
+    if deployment.read(home) and (record is None or _is_in_container(record)):
+        from batchlab.runtime import container_grid
+
+        return container_grid.down(home, factory.load(deployment.NAME))
+    if record is None:
+        return False
+    if _is_in_container(record):
+        # Its pid is one of its container's: here it is somebody else's.
+        raise BackendError(
+            f"A manager runs in {home.path} in a container, and nothing says in which.",
+            remedy="`batchlab gc` removes it.",
+        )
+    with suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + STOP_S
+    while home.record() is not None:
+        if time.monotonic() > deadline_s:
+            raise BackendError(
+                f"The manager (pid {record.pid}) has not ended after {STOP_S:.0f} s.",
+                remedy=f"Its log is {home.manager_log}.",
+            )
+        time.sleep(0.02)
+    if started := _STARTED.pop(record.pid, None):
+        started.wait()
+    return True
+
+
+def kill_manager(home: Home) -> ManagerRecord | None:
+    """SIGKILL to the manager's process that runs here, as a fault would; returns when it is gone,
+    with the record that it had, None where none runs."""
+    record = home.record()
+    if record is None:
+        return None
+    with suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGKILL)
+    if started := _STARTED.pop(record.pid, None):
+        started.wait()
+    while home.record() is not None:
+        time.sleep(0.01)
+    return record
+
+
+@atexit.register
+def _bury() -> None:
+    """Wait for those of our managers that are dead without our doing: nobody else does."""
+    for pid, process in list(_STARTED.items()):
+        if process.poll() is not None:
+            _STARTED.pop(pid, None)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return logs.text_of(lines[-1]) if lines else "it ended without a word"

@@ -1,0 +1,253 @@
+"""Harm to a stack on AWS, by the caller's own permissions.
+
+Invariant: only instances of the stack's own groups are ended, and only its database is rebooted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from functools import partial
+
+from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.adapters.aws.group_template import is_gone
+from batchlab.core.errors import BackendError, Refused, Unreachable
+from batchlab.core.text import first_of
+from batchlab.runtime.aws import session_manager
+from batchlab.scenarios.faults import manager_and_ledger, messages
+from batchlab.scenarios.faults.fault_injection import NOBODY, Harm, Scene, Seen, until
+from batchlab.scenarios.faults.rollback import Undoing, in_thread, to_its_end
+from batchlab.scenarios.faults.zone_outage import Zones
+from batchlab.scenarios.model.values import Fault, FaultName
+
+_BOOT_S = 900.0
+"""So long a manager's instance may take to be replaced, or a database to be back."""
+_LOOK_S = 1.0
+_GOING = ("shutting-down", "terminated")
+
+
+class Deployed:
+    """The instances of the scene's stack."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self.at = scene.backend.stack(scene.home)
+        self._endpoint = Endpoint(region=self.at.region)
+
+    # --- What AWS says ----------------------------------------------------------------------------
+
+    def _states(self, instances: Sequence[str]) -> dict[str, str]:
+        """What EC2 says of each."""
+        with closing(client(self._endpoint, "ec2", connections=1)) as ec2:
+            with translated("The instances"):
+                told = ec2.describe_instances(InstanceIds=list(instances))
+            return {
+                one["InstanceId"]: one["State"]["Name"]
+                for reservation in told["Reservations"]
+                for one in reservation["Instances"]
+            }
+
+    def _terminate(self, instances: Sequence[str]) -> None:
+        ec2 = client(self._endpoint, "ec2", connections=1)
+        with closing(ec2), translated("The instances"):
+            # What is told to shut down drains first, which no crash does.
+            ec2.terminate_instances(InstanceIds=list(instances), SkipOsShutdown=True)
+
+    def _lifecycle(self, pools: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """Zone and lifecycle state of each instance of these pools, as Auto Scaling has them."""
+        names = [self.at.groups_prefix + pool for pool in pools]
+        with closing(client(self._endpoint, "autoscaling", connections=1)) as scaling:
+            with translated("The Auto Scaling groups"):
+                told = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=names)
+            return {
+                one["InstanceId"]: (one["AvailabilityZone"], one["LifecycleState"])
+                for group in told["AutoScalingGroups"]
+                for one in group.get("Instances", ())
+            }
+
+    async def _instances(self, pool: str) -> dict[str, tuple[str, str]]:
+        pools = [one["name"] for one in (await self._scene.grid())["pools"]]
+        wanted = [one for one in pools if pool in ("", one)]
+        return await asyncio.to_thread(self._lifecycle, wanted)
+
+    # --- Instances --------------------------------------------------------------------------------
+
+    async def kill(self, fault: Fault) -> Seen:
+        hit = await self._scene.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        return Seen(tuple(hit), first_of(await self.killed(hit)))
+
+    async def killed(self, instances: Sequence[str]) -> list[str]:
+        """TerminateInstances; what EC2 says of them then."""
+        if not instances:
+            return []
+        await to_its_end(in_thread(self._terminate, instances))
+
+        async def look() -> dict[str, str]:
+            states = await asyncio.to_thread(self._states, instances)
+            return states if all(one in _GOING for one in states.values()) else {}
+
+        states = await until(look, "the end of the instances")
+        return [f"{one}: {states.get(one, 'gone')}" for one in instances]
+
+    async def spot_wave(self, fault: Fault) -> Seen:
+        hit = await self._scene.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        began_s = time.monotonic()
+        await asyncio.to_thread(self._ask_to_leave, hit)
+
+        async def leaving() -> dict[str, str]:
+            there = await self._instances(fault.pool)
+            said = {one: there[one][1] if one in there else "gone" for one in hit}
+            told = all(one == "gone" or one.startswith("Terminat") for one in said.values())
+            return said if told else {}
+
+        told = await until(leaving, "the notice in the instances' state")
+        left = list(hit)
+        while left and time.monotonic() - began_s < fault.notice_s:
+            if self._scene.over.is_set():
+                break
+            await self._scene.hold(_LOOK_S)
+            there = await self._instances(fault.pool)
+            left = [one for one in hit if one in there]
+        took_s = time.monotonic() - began_s
+        forced = await self.killed(left)
+        states = sorted({f"{list(told.values()).count(s)} {s}" for s in told.values()})
+        return Seen(
+            tuple(hit),
+            f"told to leave: {', '.join(states)}; {len(hit) - len(left)} of {len(hit)} were gone "
+            f"after {took_s:.1f} s of {fault.notice_s:g} s, {len(forced)} were ended by force",
+        )
+
+    def _ask_to_leave(self, instances: Sequence[str]) -> None:
+        with closing(client(self._endpoint, "autoscaling", connections=1)) as scaling:
+            for one in instances:
+                try:
+                    with translated(f"Instance {one}"):
+                        scaling.terminate_instance_in_auto_scaling_group(
+                            InstanceId=one, ShouldDecrementDesiredCapacity=False
+                        )
+                except Refused as error:
+                    if not is_gone(error):  # else it was faster than we
+                        raise
+
+    async def zone_loss(self, fault: Fault) -> Seen:
+        async def inside(zone: str) -> list[str]:
+            there = await self._instances(fault.pool)
+            found = sorted(one for one, (where, _) in there.items() if where == zone)
+            if not found:
+                return []
+            states = await asyncio.to_thread(self._states, found)
+            return [one for one in found if states.get(one) not in _GOING]
+
+        zones = Zones(self._endpoint, prefix=self.at.groups_prefix)
+        return await zones.lose(self._scene, fault, inside=inside, kill=self.killed)
+
+    # --- The manager and the ledger ---------------------------------------------------------------
+
+    async def crash_manager(self, _: Fault) -> Seen:
+        owner = (await self._scene.grid())["owner"]
+        return Seen((owner,), await self._replaced(owner))
+
+    async def _replaced(self, owner: str) -> str:
+        """End the manager's instance; what was seen once another one's manager leads."""
+        instance = await asyncio.to_thread(session_manager.manager_instance, self.at)
+        began_s = time.monotonic()
+        (said,) = await self.killed([instance])
+
+        async def successor() -> str:
+            with suppress(Unreachable):
+                found = await asyncio.to_thread(session_manager.manager_instance, self.at)
+                return found if found != instance else ""
+            return ""
+
+        other = await until(successor, "another manager's instance", within_s=_BOOT_S)
+        leader = await self._scene.leader(after=owner, within_s=_BOOT_S)
+        return (
+            f"{said}; {leader} on {other} led {time.monotonic() - began_s:.0f} s later, where "
+            f"{owner} had"
+        )
+
+    async def lose_database(self, fault: Fault) -> Seen:
+        """As the stack's ledger lets one."""
+        if self.at.domain:
+            return await manager_and_ledger.lose(self._scene, fault)
+        had = await manager_and_ledger.known(self._scene)
+        if not had:
+            return Seen(impossible=manager_and_ledger.NO_JOB)
+        found: list[int] = []
+        async with Undoing(self._scene.over) as undoing:
+            manager_and_ledger.owe_rebuild(self._scene, undoing, found)
+            if self.at.database:
+                said = await self._rebooted(self.at.database.host)
+                target = self.at.database.host
+            else:
+                # Its file is on the disk of the manager's instance, and goes with that.
+                owner = (await self._scene.grid())["owner"]
+                said, target = await self._replaced(owner), owner
+            away_s = await self._scene.hold(fault.for_s)
+            left = await manager_and_ledger.known(self._scene)
+        return Seen(
+            (target,),
+            f"{said}; of {had} jobs the ledger knew {left} then, and {found[-1]} once it was "
+            f"rebuilt from the bucket {away_s:.1f} s later",
+        )
+
+    async def _rebooted(self, host: str) -> str:
+        """Reboot the database whose address that is; what RDS said of it meanwhile."""
+        name = await asyncio.to_thread(self._database_at, host)
+        began_s = time.monotonic()
+        seen: list[str] = []
+
+        def reboot() -> None:
+            rds = client(self._endpoint, "rds", connections=1)
+            with closing(rds), translated(f"Database {name!r}"):
+                told = rds.reboot_db_instance(DBInstanceIdentifier=name)["DBInstance"]
+            seen.append(told["DBInstanceStatus"])
+
+        def status() -> str:
+            rds = client(self._endpoint, "rds", connections=1)
+            with closing(rds), translated(f"Database {name!r}"):
+                told = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
+            return str(told[0]["DBInstanceStatus"])
+
+        await to_its_end(in_thread(reboot))
+
+        async def is_back() -> bool:
+            seen.append(await asyncio.to_thread(status))
+            return seen[-1] == "available"
+
+        await until(is_back, "the end of the reboot", within_s=_BOOT_S)
+        told = ", ".join(dict.fromkeys(seen))
+        return f"RDS rebooted {name}: {told} after {time.monotonic() - began_s:.0f} s"
+
+    def _database_at(self, host: str) -> str:
+        """The name of the DB instance at that address, of all in the region."""
+        rds = client(self._endpoint, "rds", connections=1)
+        with closing(rds), translated("The databases"):
+            for page in rds.get_paginator("describe_db_instances").paginate():
+                for one in page["DBInstances"]:
+                    if one.get("Endpoint", {}).get("Address") == host:
+                        return str(one["DBInstanceIdentifier"])
+        raise BackendError(
+            f"There is no DB instance at {host}.",
+            remedy="`batchlab deploy status` says what the stack has.",
+        )
+
+
+def harms(scene: Scene) -> Mapping[FaultName, Harm]:
+    """All but those that the table says no to."""
+    there = Deployed(scene)
+    return {
+        FaultName.KILL: there.kill,
+        FaultName.SPOT_WAVE: there.spot_wave,
+        FaultName.ZONE_LOSS: there.zone_loss,
+        FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
+        FaultName.SQS_DELAYS: partial(messages.delays, scene),
+        FaultName.MANAGER_CRASH: there.crash_manager,
+        FaultName.DATABASE_LOSS: there.lose_database,
+    }

@@ -1,0 +1,343 @@
+"""Harm to a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
+
+Invariant: what crashes does so by a signal to its first process from outside, so that Docker takes
+it for a crash and starts it again where it would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from batchlab.adapters.docker.container import INSTANCE, MARKET, ZONE
+from batchlab.adapters.docker.engine import Engine
+from batchlab.core.errors import BackendError, NotFound, UsageError
+from batchlab.core.model import Market
+from batchlab.core.text import first_of
+from batchlab.runtime.compose import deployment
+from batchlab.runtime.compose.project import LABEL
+from batchlab.scenarios.faults import manager_and_ledger, messages
+from batchlab.scenarios.faults.fault_injection import NOBODY, SEEN_S, Harm, Scene, Seen, until
+from batchlab.scenarios.faults.localstack_proxy import PYTHON, Interposed, networks
+from batchlab.scenarios.faults.rollback import Undoing, in_thread, to_its_end
+from batchlab.scenarios.faults.zone_outage import Zones
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.server.autoscaling_api.metadata import give
+
+if TYPE_CHECKING:
+    from docker import APIClient
+
+T = TypeVar("T")
+
+SERVICE = "com.docker.compose.service"
+_PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2).close()"
+
+
+class Containers:
+    """The containers of the scene's project, by their labels."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self.at = scene.backend.deployment(scene.home)
+        self.home = scene.home.path
+        self.engine = Engine()
+        scene.leaving.push_async_callback(self.engine.close)
+
+    async def do(self, what: str, call: Callable[[APIClient], T]) -> T:
+        return await self.engine.run(what, call)
+
+    def breaks(self, what: str, call: Callable[[APIClient], T]) -> asyncio.Future[T]:
+        """As `do`; it has its own thread, and no cancellation stops it."""
+        return in_thread(self.engine.do, what, call)
+
+    async def instances(self) -> dict[str, Mapping[str, Any]]:
+        """Docker's rows of the running instances, by instance."""
+        wanted = {"label": [f"{LABEL}={self.at.project}", INSTANCE], "status": "running"}
+        rows = await self.do("The instances", lambda api: api.containers(filters=wanted))
+        return {row["Labels"][INSTANCE]: row for row in rows}
+
+    async def service(self, name: str) -> str:
+        """The id of a service's container; BackendError where there is none."""
+        wanted = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
+        rows = await self.do(name, lambda api: api.containers(all=True, filters=wanted))
+        if not rows:
+            raise BackendError(f"The grid has no container of the service {name}.")
+        return str(rows[0]["Id"])
+
+    async def look(self, container: str) -> Mapping[str, Any]:
+        """What Docker says of it; empty where it is not there any more."""
+        with suppress(NotFound):
+            found: Mapping[str, Any] = await self.do(
+                f"Container {container[:12]}", lambda api: api.inspect_container(container)
+            )
+            return found
+        return {}
+
+    async def is_running(self, container: str) -> bool:
+        return bool((await self.look(container)).get("State", {}).get("Running"))
+
+    # --- Instances --------------------------------------------------------------------------------
+
+    async def hit(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Whom the fault takes: containers by instance."""
+        there = await self.instances() if among is None else among
+        return {name: str(there[name]["Id"]) for name in await self._scene.hit(fault, there)}
+
+    async def kill(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        return Seen(tuple(hit), first_of(await self.killed(hit)))
+
+    async def killed(self, hit: Mapping[str, str]) -> list[str]:
+        """SIGKILL to the first process of each; what Docker says of them then."""
+        for name, container in hit.items():
+            with suppress(NotFound):  # it went by itself
+                await to_its_end(self.breaks(name, partial(_kill, container)))
+        return [f"{name}: {await self._ended(one)}" for name, one in hit.items()]
+
+    async def _ended(self, container: str) -> str:
+        async def look() -> str:
+            state = (await self.look(container)).get("State")
+            if state is None:
+                return "removed"
+            return "" if state["Running"] else f"{state['Status']} with {state['ExitCode']}"
+
+        return await until(look, "the end of the container")
+
+    async def pause(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        async with Undoing(self._scene.over) as undoing:
+            for name, container in hit.items():
+                await undoing.breaking(
+                    f"the pause of {name}",
+                    partial(self._unpause, container),
+                    partial(self.breaks, name, partial(_pause, container)),
+                )
+            states = [(await self.look(one)).get("State", {}).get("Status") for one in hit.values()]
+            held_s = await self._scene.hold(fault.for_s)
+        after = [name for name, one in hit.items() if await self.is_running(one)]
+        return Seen(
+            tuple(hit),
+            f"{states.count('paused')} of {len(hit)} containers were paused for {held_s:.1f} s; "
+            f"{len(after)} go on, {len(hit) - len(after)} had been ended meanwhile",
+        )
+
+    async def _unpause(self, container: str) -> None:
+        """It goes on, where nothing has ended it meanwhile."""
+        if (await self.look(container)).get("State", {}).get("Paused"):
+            with suppress(NotFound):
+                await self.do("The pause", lambda api: api.unpause(container))
+
+    async def partition(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        async with Undoing(self._scene.over) as undoing:
+            for name, container in hit.items():
+                await undoing.breaking(
+                    f"the partition of {name}",
+                    partial(self._connect, container),
+                    partial(self.breaks, name, partial(_disconnect, container, self.at.project)),
+                )
+            cut = [name for name, one in hit.items() if not await self._reaches(one)]
+            held_s = await self._scene.hold(fault.for_s)
+        back = [name for name, one in hit.items() if await self._is_connected(one)]
+        reach = [name for name in back if await self._reaches(hit[name])]
+        return Seen(
+            tuple(hit),
+            f"from within, {len(cut)} of {len(hit)} reached the grid's services no more for "
+            f"{held_s:.1f} s, and {len(reach)} do again; {len(hit) - len(back)} had been ended "
+            "meanwhile",
+        )
+
+    async def _reaches(self, container: str) -> bool:
+        """Whether a program in it can connect to the metadata service."""
+        argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(deployment.METADATA_PORT)]
+
+        def probe(api: APIClient) -> bool:
+            made = api.exec_create(container, argv)["Id"]
+            api.exec_start(made)
+            return bool(api.exec_inspect(made)["ExitCode"] == 0)
+
+        with suppress(BackendError):  # it has ended
+            return await self.do("A look from within", probe)
+        return False
+
+    async def _connect(self, container: str) -> None:
+        """It is on the network again, where nothing has ended it meanwhile."""
+        if not await self.is_running(container) or await self._is_connected(container):
+            return
+        try:
+            await self.do(
+                "The network",
+                lambda api: api.connect_container_to_network(container, self.at.project),
+            )
+        except BackendError:
+            if await self.is_running(container):  # else it has ended at this very moment
+                raise
+
+    async def _is_connected(self, container: str) -> bool:
+        return self.at.project in networks(await self.look(container))
+
+    async def spot_wave(self, fault: Fault) -> Seen:
+        there = {
+            name: row
+            for name, row in (await self.instances()).items()
+            if row["Labels"].get(MARKET) == Market.SPOT
+        }
+        if not there:
+            return Seen(
+                impossible="No instance is a Spot Instance, and only those are interrupted: give "
+                "the pool a Spot share."
+            )
+        hit = await self.hit(fault, there)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        began_s = time.monotonic()
+        told = [name for name in hit if await self._notice(name, fault.notice_s)]
+
+        async def look() -> bool:
+            return self._scene.over.is_set() or not any(
+                [await self.is_running(one) for one in hit.values()]
+            )
+
+        await until(look, "the end of the instances", within_s=fault.notice_s + SEEN_S)
+        took_s = time.monotonic() - began_s
+        left = [name for name, one in hit.items() if await self.is_running(one)]
+        whose, gone = "its" if len(told) == 1 else "their", len(hit) - len(left)
+        return Seen(
+            tuple(hit),
+            f"{len(told)} of {len(hit)} had {whose} notice of {fault.notice_s:g} s, and {gone} "
+            f"{'was' if gone == 1 else 'were'} gone after {took_s:.1f} s ({first_of(list(hit))})",
+        )
+
+    async def _notice(self, instance: str, notice_s: float) -> bool:
+        there = deployment.autoscaling(self._scene.home, self.at)
+        with suppress(UsageError):  # it is gone by now
+            await asyncio.to_thread(give, there, instance, "interruption", notice_s)
+            return True
+        return False
+
+    # --- Services ---------------------------------------------------------------------------------
+
+    async def crashed(self, service: str, undoing: Undoing) -> str:
+        """SIGKILL to a service's first process; once Docker has started it again, what it says."""
+        container = await self.service(service)
+        before = await self.look(container)
+        pid = int(before["State"]["Pid"])
+
+        async def start() -> None:
+            if not await self.is_running(container):
+                await self.do(service, lambda api: api.start(container))
+
+        undoing.owe(f"the end of {service}", start)
+        if _is_its(pid, container):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            # Another user's, or in a virtual machine: then Docker takes it for stopped.
+            await to_its_end(self.breaks(service, partial(_kill, container)))
+            await start()
+
+        async def look() -> str:
+            state = (await self.look(container)).get("State", {})
+            began = state.get("StartedAt", "")
+            is_new = state.get("Running") and began != before["State"]["StartedAt"]
+            return f"{service} (pid {pid}) was killed, and runs again (pid {state['Pid']})" * bool(
+                is_new
+            )
+
+        return await until(look, f"the restart of {service}")
+
+    async def crash_manager(self, _: Fault) -> Seen:
+        before = await self._scene.grid()
+        began_s = time.monotonic()
+        async with Undoing(self._scene.over) as undoing:
+            said = await self.crashed("manager", undoing)
+        owner = await self._scene.leader(after=before["owner"])
+        took_s = time.monotonic() - began_s
+        return Seen(
+            (before["owner"],),
+            f"{said}; {owner} led {took_s:.1f} s later, where {before['owner']} had",
+        )
+
+    async def lose_database(self, fault: Fault) -> Seen:
+        async def restart(undoing: Undoing) -> str:
+            return f"{await self.crashed('postgres', undoing)}; "
+
+        return await manager_and_ledger.lose(self._scene, fault, before=restart)
+
+    # --- Zones and storage ------------------------------------------------------------------------
+
+    async def zone_loss(self, fault: Fault) -> Seen:
+        zones = Zones(
+            deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
+        )
+
+        async def kill(instances: Sequence[str]) -> list[str]:
+            there = await self.instances()
+            return await self.killed({one: there[one]["Id"] for one in instances if one in there})
+
+        async def inside(zone: str) -> list[str]:
+            rows = (await self.instances()).items()
+            return sorted(name for name, row in rows if row["Labels"].get(ZONE) == zone)
+
+        return await zones.lose(self._scene, fault, inside=inside, kill=kill)
+
+    async def s3_errors(self, fault: Fault) -> Seen:
+        place = self._scene.backend.place(self._scene.home)
+        if place.named:
+            return Seen(
+                impossible=f"The endpoint {place.url} is the user's own: nothing of the grid "
+                "stands before it."
+            )
+        storage = await self.service("localstack")
+        return await Interposed(self, storage, place.url).hold(self._scene, fault)
+
+
+def _kill(container: str, api: APIClient) -> None:
+    api.kill(container, "SIGKILL")
+
+
+def _pause(container: str, api: APIClient) -> None:
+    api.pause(container)
+
+
+def _disconnect(container: str, network: str, api: APIClient) -> None:
+    api.disconnect_container_from_network(container, network, force=True)
+
+
+def _is_its(pid: int, container: str) -> bool:
+    """Whether the process is here, and that container's, and may be sent a signal."""
+    with suppress(OSError):
+        if container in Path(f"/proc/{pid}/cgroup").read_text():
+            os.kill(pid, 0)
+            return True
+    return False
+
+
+def harms(scene: Scene) -> Mapping[FaultName, Harm]:
+    """All but those that the table says no to."""
+    there = Containers(scene)
+    return {
+        FaultName.KILL: there.kill,
+        FaultName.PAUSE: there.pause,
+        FaultName.PARTITION: there.partition,
+        FaultName.SPOT_WAVE: there.spot_wave,
+        FaultName.ZONE_LOSS: there.zone_loss,
+        FaultName.S3_ERRORS: there.s3_errors,
+        FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
+        FaultName.SQS_DELAYS: partial(messages.delays, scene),
+        FaultName.MANAGER_CRASH: there.crash_manager,
+        FaultName.DATABASE_LOSS: there.lose_database,
+    }

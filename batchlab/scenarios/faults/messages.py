@@ -1,0 +1,205 @@
+"""Harm to queues through the Queue port itself, so that it is the same on every backend.
+
+Invariant: no message is lost or held for longer than it is meant to be: should this process die, a
+visibility timeout gives back what it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from batchlab.core.errors import BackendError
+from batchlab.core.ports import MAX_DELAY_S, Message, Outgoing, Queue
+from batchlab.core.protocol import object_keys
+from batchlab.core.retry import patiently
+from batchlab.runtime import factory
+from batchlab.scenarios.faults.fault_injection import UNHIT, Scene, Seen
+from batchlab.scenarios.faults.rollback import Undoing, to_its_end
+from batchlab.scenarios.model.values import Fault
+
+_BATCH = 10
+_WAIT_S = 1.0
+_HELD_S = 10.0
+"""What is received to be looked at comes back after this at the latest."""
+_MARGIN_S = 20.0
+_PAUSE_S = 0.1
+"""Between two looks, twice as long after each that shows what has come by before: a receive counts
+against a message's own limit, beyond which it is a dead letter."""
+
+
+@dataclass
+class _Met:
+    """What has come by in one queue. `taken` are those that nobody else can have now, by their
+    receipts, with when they came."""
+
+    ids: dict[str, set[str]] = field(default_factory=dict)
+    """The ids that a body came under, by its digest."""
+    given_back: int = 0
+    hit: dict[str, str] = field(default_factory=dict)
+    """Of those that were hit: the first id, by the body's digest."""
+    kept_s: list[float] = field(default_factory=list)
+    taken: dict[str, tuple[float, Message]] = field(default_factory=dict)
+
+    def fresh(self, batch: Sequence[Message]) -> list[Message]:
+        """Those of the batch whose body has not come by before."""
+        found = []
+        for message in batch:
+            seen = self.ids.setdefault(_digest(message.body), set())
+            if not seen:
+                found.append(message)
+            seen.add(message.id)
+        return found
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _is_hit(message: Message, rate: float) -> bool:
+    """By its body: the same one is hit wherever it comes by."""
+    return int(_digest(message.body)[:8], 16) < rate * 16**8
+
+
+async def duplicates(scene: Scene, fault: Fault) -> Seen:
+    """Double a share of the messages that come by."""
+
+    async def work(queue: Queue, name: str, met: _Met, left_s: Callable[[], float]) -> None:
+        async for batch in _passing(queue, name, met, left_s, lambda: _HELD_S):
+            fresh, everything = batch
+            doubled = [one for one in fresh if _is_hit(one, fault.rate)]
+            for one in doubled:
+                await queue.send(name, [Outgoing(one.body)])
+                met.hit[_digest(one.body)] = one.id
+            good = await _give_back(queue, name, met, everything)
+            met.given_back += sum(one.receipt in good for one in doubled)
+
+    queues, mets = await _in_all(scene, fault, work)
+    hit = sum(len(met.hit) for met in mets)
+    twice = sum(len(met.ids[digest]) > 1 for met in mets for digest in met.hit)
+    given = sum(met.given_back for met in mets)
+    came = sum(len(met.ids) for met in mets)
+    if not hit:
+        return Seen(impossible=UNHIT.format(one="message"))
+    return Seen(
+        tuple(queues),
+        f"{hit} of {came} messages that came by were sent a second time, and {given} of those "
+        f"originals given back while nobody else had had them; {twice} came by again under a "
+        "second id",
+    )
+
+
+async def delays(scene: Scene, fault: Fault) -> Seen:
+    """Keep a share of the messages that come by from everybody else for a while."""
+
+    async def work(queue: Queue, name: str, met: _Met, left_s: Callable[[], float]) -> None:
+        def hidden_s() -> float:
+            return min(left_s(), MAX_DELAY_S) + _MARGIN_S
+
+        async for fresh, everything in _passing(queue, name, met, left_s, hidden_s):
+            late = [one for one in fresh if _is_hit(one, fault.rate)]
+            met.hit |= {_digest(one.body): one.id for one in late}
+            await _give_back(queue, name, met, [one for one in everything if one not in late])
+            over_s = time.monotonic() - MAX_DELAY_S
+            due = [one for since_s, one in met.taken.values() if since_s < over_s]
+            await _give_back(queue, name, met, due, kept=True)
+
+    queues, mets = await _in_all(scene, fault, work)
+    hit, came = (sum(len(met.hit) for met in mets), sum(len(met.ids) for met in mets))
+    kept_s = sorted(s for met in mets for s in met.kept_s)
+    spread = f", {kept_s[0]:.1f} to {kept_s[-1]:.1f} s each" if kept_s else ""
+    if not hit:
+        return Seen(impossible=UNHIT.format(one="message"))
+    return Seen(
+        tuple(queues),
+        f"{hit} of {came} messages that came by were kept back, {len(kept_s)} of them until "
+        f"their receipts were given up{spread}",
+    )
+
+
+async def _give_back(
+    queue: Queue, name: str, met: _Met, batch: Sequence[Message], *, kept: bool = False
+) -> set[str]:
+    """Make them visible again; the receipts that were still good, since nobody else has had them
+    meanwhile. It is noted how long those were `kept` that were to be."""
+    good: set[str] = set()
+    for start in range(0, len(batch), _BATCH):
+        some = [one.receipt for one in batch[start : start + _BATCH]]
+        refused = await queue.change_visibility(name, [(one, 0.0) for one in some])
+        for receipt in some:
+            since_s, _ = met.taken.pop(receipt)
+            if receipt not in refused:
+                good.add(receipt)
+                met.kept_s += [time.monotonic() - since_s] * kept
+    return good
+
+
+async def _take(queue: Queue, name: str, met: _Met, wait_s: float, hide_s: float) -> list[Message]:
+    """Receive, and note at once what nobody else can have now."""
+    batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s, max_messages=_BATCH)
+    met.taken.update({one.receipt: (time.monotonic(), one) for one in batch})
+    return list(batch)
+
+
+async def _passing(
+    queue: Queue,
+    name: str,
+    met: _Met,
+    left_s: Callable[[], float],
+    visible_s: Callable[[], float],
+) -> Any:
+    """Batches of what comes by until the time is over: those that are new, and all."""
+    pause_s = _PAUSE_S
+    while (left := left_s()) > 0:
+        # One that is cancelled in the middle would have taken what it never tells of.
+        batch = await to_its_end(_take(queue, name, met, min(_WAIT_S, left), visible_s()))
+        fresh = met.fresh(batch)
+        if batch:
+            yield fresh, batch
+        pause_s = _PAUSE_S if len(fresh) == len(batch) else 2 * pause_s
+        await asyncio.sleep(min(pause_s, max(0.0, left_s())))
+
+
+Work = Callable[[Queue, str, _Met, Callable[[], float]], Coroutine[Any, Any, None]]
+
+
+async def _in_all(scene: Scene, fault: Fault, work: Work) -> tuple[list[str], list[_Met]]:
+    """Do that in the task queues of the fault's pools, and in that of events where it names none,
+    for the fault's time."""
+    pools = [pool["name"] for pool in (await scene.grid())["pools"]]
+    names = [object_keys.tasks_queue(one) for one in pools if fault.pool in ("", one)]
+    names += [object_keys.EVENTS] if not fault.pool else []
+    ends_s = time.monotonic() + fault.for_s
+
+    def left_s() -> float:
+        return 0.0 if scene.over.is_set() else ends_s - time.monotonic()
+
+    mets = [_Met() for _ in names]
+    queue = scene.backend.open_queue(scene.home, scene.backend.open_clock())
+    patient: Queue = patiently(queue, factory.patience())
+
+    async def release(name: str, met: _Met) -> None:
+        held = [one for _, one in met.taken.values()]
+        await _give_back(patient, name, met, held, kept=True)
+
+    async def in_each() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, met in zip(names, mets, strict=True):
+                    group.create_task(work(patient, name, met, left_s))
+        except* BackendError as errors:
+            raise errors.exceptions[0] from None
+
+    try:
+        async with Undoing(scene.over) as undoing:
+            for name, met in zip(names, mets, strict=True):
+                undoing.owe(f"the hold on messages of {name}", partial(release, name, met))
+            await in_each()
+    finally:
+        await queue.close()
+    return names, mets

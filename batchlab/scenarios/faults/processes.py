@@ -1,0 +1,231 @@
+"""Harm to a grid whose manager and instances are processes of this machine.
+
+Invariant: a process is hit only while it is the one that the launcher's record tells of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from batchlab.adapters.local.processes import ended, living, start_ticks, stat
+from batchlab.core.text import first_of
+from batchlab.scenarios.faults import manager_and_ledger, messages, proxy, slow_disk
+from batchlab.scenarios.faults.fault_injection import NOBODY, UNHIT, Harm, Scene, Seen, until
+from batchlab.scenarios.faults.rollback import Undoing, in_thread
+from batchlab.scenarios.model.values import Fault, FaultName
+from batchlab.worker.process_table import family
+
+if TYPE_CHECKING:
+    from batchlab.scenarios.faults.proxy import Front
+
+_SETTLES_S = 15.0
+_GRACE_S = 0.2
+_STOPPED = (b"T", b"t")
+
+
+class Processes:
+    """The instances of the scene, by the records of its launcher."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._root = scene.home.fleet
+
+    async def hit(self, fault: Fault) -> dict[str, int]:
+        """Whom the fault takes, by instance."""
+        there = await asyncio.to_thread(living, self._root)
+        return {name: there[name] for name in await self._scene.hit(fault, there)}
+
+    async def _gone(self, instances: Collection[str]) -> Mapping[str, str]:
+        """How each ended, by the launcher's records, once all have."""
+
+        async def look() -> Mapping[str, str]:
+            said = {one: ended(self._root, one) for one in instances}
+            return said if all(said.values()) else {}
+
+        return await until(look, "the end of the instances")
+
+    async def kill(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        await asyncio.to_thread(self._kill, hit)
+        said = await self._gone(hit)
+        return Seen(tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
+
+    def _kill(self, hit: Mapping[str, int]) -> None:
+        for pid in hit.values():
+            members = family(pid)
+            # The worker first: it must not live to see its tasks die, and tell of them.
+            _send(signal.SIGKILL, [pid, *sorted(members - {pid})])
+
+    async def pause(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        halted: dict[int, int] = {}
+        async with Undoing(self._scene.over) as undoing:
+            await undoing.breaking(
+                f"the pause of {first_of(list(hit))}",
+                partial(in_thread, _go_on, halted),
+                partial(in_thread, _halt, hit.values(), halted),
+            )
+            stood = await self._still(halted)
+            held_s = await self._scene.hold(fault.for_s)
+            still = sum(_is_in(pid, _STOPPED) for pid in halted)
+        evidence = (
+            f"{stood} of {len(halted)} processes of {first_of(list(hit))} stood still, {still} of "
+            f"them still did after {held_s:.1f} s; then {await self._moving(halted)} went on"
+        )
+        return Seen(tuple(hit), evidence)
+
+    async def _still(self, halted: Mapping[int, int]) -> int:
+        """How many stand still, once all that live do: a signal takes its time to arrive."""
+
+        async def look() -> int:
+            here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
+            still = sum(_is_in(pid, _STOPPED) for pid in here)
+            return still + 1 if still == len(here) else 0
+
+        return await until(look, "the beginning of the pause", within_s=_SETTLES_S) - 1
+
+    async def _moving(self, halted: Mapping[int, int]) -> int:
+        """How many of those that live go on, once all of them do."""
+
+        async def look() -> int:
+            here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
+            moving = sum(not _is_in(pid, _STOPPED) for pid in here)
+            return moving + 1 if moving == len(here) else 0
+
+        return await until(look, "the end of the pause", within_s=_SETTLES_S) - 1
+
+    async def spot_wave(self, fault: Fault) -> Seen:
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        _send(signal.SIGTERM, hit.values())
+        ticks = {one: start_ticks(pid) for one, pid in hit.items()}
+
+        async def look() -> bool:
+            return not any(ticks[one] and start_ticks(hit[one]) == ticks[one] for one in hit)
+
+        waited_s = 0.0
+        while waited_s < fault.notice_s and not await look() and not self._scene.over.is_set():
+            waited_s += await self._scene.hold(_GRACE_S)
+        late = {
+            one: pid for one, pid in hit.items() if ticks[one] and start_ticks(pid) == ticks[one]
+        }
+        await asyncio.to_thread(self._kill, late)
+        said = await self._gone(hit)
+        left = [f"{one}: {how}" for one, how in said.items()]
+        return Seen(
+            tuple(hit),
+            f"{len(hit) - len(late)} of {len(hit)} left by themselves, the last after "
+            f"{waited_s:.1f} s of {fault.notice_s:g} s, {len(late)} were killed ({first_of(left)})",
+        )
+
+    async def partition(self, front: Front | None, fault: Fault) -> Seen:
+        if front is None:
+            return Seen(
+                impossible="The grid was started without a front before its endpoint, so nobody "
+                "stands between its instances and that."
+            )
+        hit = await self.hit(fault)
+        if not hit:
+            return Seen(impossible=NOBODY)
+        before = front.counts.kept_waiting
+
+        async def answer() -> None:
+            front.cut(None)
+
+        async with Undoing(self._scene.over) as undoing:
+            undoing.owe(f"the partition of {first_of(list(hit))}", answer)
+            front.cut(partial(proxy.is_of, frozenset(hit.values())))
+            held_s = await self._scene.hold(fault.for_s)
+        waiting = front.counts.kept_waiting - before
+        if not waiting:
+            return Seen(impossible=UNHIT.format(one="request of theirs"))
+        return Seen(
+            tuple(hit),
+            f"{waiting} requests of {first_of(list(hit))} were left without an answer in "
+            f"{held_s:.1f} s",
+        )
+
+
+async def s3_errors(scene: Scene, front: Front | None, fault: Fault) -> Seen:
+    if front is None:
+        return Seen(
+            impossible="The grid was started without a front before its endpoint, so nobody "
+            "answers 503 in its place."
+        )
+    before = front.counts.asked, front.counts.refused
+
+    async def pass_on() -> None:
+        front.rate = 0.0
+
+    async with Undoing(scene.over) as undoing:
+        undoing.owe("the front's refusal of requests", pass_on)
+        front.rate = fault.rate
+        held_s = await scene.hold(fault.for_s)
+    asked, refused = (front.counts.asked - before[0], front.counts.refused - before[1])
+    if not refused:
+        return Seen(impossible=UNHIT.format(one="request"))
+    return Seen(
+        (front.target,),
+        f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s",
+    )
+
+
+def _send(number: signal.Signals, pids: Iterable[int]) -> None:
+    """To each that is still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
+    """SIGSTOP to all of them, and to what they start meanwhile; `halted` has the start times."""
+    for leader in leaders:
+        while new := family(leader) - halted.keys():
+            # The worker first, so that it starts nobody else.
+            for pid in sorted(new, key=lambda pid: pid != leader):
+                if ticks := start_ticks(pid):
+                    halted[pid] = ticks
+                    _send(signal.SIGSTOP, [pid])
+                else:
+                    new.discard(pid)
+            if not new:
+                break
+
+
+def _go_on(halted: Mapping[int, int]) -> None:
+    _send(signal.SIGCONT, [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks])
+
+
+def _is_in(pid: int, states: Collection[bytes]) -> bool:
+    fields = stat(pid)
+    return bool(fields) and fields[0] in states
+
+
+def harms(scene: Scene, front: Front | None) -> Mapping[FaultName, Harm]:
+    """What there is of them; the rest the table says no to."""
+    instances, keeper = Processes(scene), manager_and_ledger.ProcessKeeper(scene)
+    found: dict[FaultName, Harm] = {
+        FaultName.KILL: instances.kill,
+        FaultName.PAUSE: instances.pause,
+        FaultName.SPOT_WAVE: instances.spot_wave,
+        FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
+        FaultName.SQS_DELAYS: partial(messages.delays, scene),
+        FaultName.SLOW_DISK: partial(slow_disk.slow, scene),
+        FaultName.MANAGER_CRASH: keeper.crash,
+        FaultName.DATABASE_LOSS: keeper.lose,
+    }
+    if scene.backend.emulator:
+        found[FaultName.PARTITION] = partial(instances.partition, front)
+        found[FaultName.S3_ERRORS] = partial(s3_errors, scene, front)
+    return found

@@ -1,0 +1,140 @@
+"""What a fault breaks, and how each of it is undone: noted before it is broken.
+
+Invariant: however a harm is left, all that was noted is undone, what came last first; neither a
+cancellation nor the failure of one undo keeps the others from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from batchlab.core.errors import BackendError
+from batchlab.core.text import capital
+from batchlab.scenarios.faults.fault_injection import Over
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Undo = Callable[[], Awaitable[object]]
+"""Mends one thing, also one that is whole: it is asked too where the breaking has failed, and
+again where its first try did."""
+
+TRIES = 3
+STOPS = 3
+"""So often one that is stopped in the middle begins anew."""
+PAUSE_S = 0.5
+"""Between two tries of an undo that fails."""
+
+
+class NotUndone(BackendError):
+    """Something that was broken still is."""
+
+
+class Undoing:
+    """An async context manager; when it is left, everything is undone.
+
+    `over` is set where nothing more is to be broken. Leaving it raises NotUndone for what stands
+    after all, with the sentence of the error that it is left by; where it is cancelled, that is
+    logged.
+    """
+
+    def __init__(self, over: asyncio.Event) -> None:
+        self._over = over
+        self._owed: list[tuple[str, Undo, int]] = []
+
+    def owe(self, what: str, undo: Undo, *, tries: int = TRIES) -> None:
+        """Something is about to be broken, and `undo` mends it, with so many tries. Over where it
+        is not to be broken any more; what was begun before is not left half done."""
+        if self._over.is_set() and not self._owed:
+            raise Over
+        self._owed.append((what, undo, tries))
+
+    async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
+        """Break it by `call`, once it is noted how it is mended. Who is cancelled meanwhile waits
+        for the call's end: nothing can be mended before it is broken."""
+        self.owe(what, undo)
+        return await to_its_end(call())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        stands: list[tuple[str, BaseException]] = []
+        cancelled: asyncio.CancelledError | None = None
+        while self._owed:
+            what, undo, tries = self._owed.pop()
+            why, stopped = await _undone(undo, tries)
+            cancelled = stopped or cancelled
+            if why is not None:
+                stands.append((what, why))
+        told = " ".join(f"{capital(what)} could not be undone: {why}" for what, why in stands)
+        ends = cancelled is not None or not isinstance(error, Exception | None)
+        if stands and ends:
+            log.error("%s", told)
+        elif stands:
+            raise NotUndone(f"{error} {told}" if error else told) from (error or stands[0][1])
+        if cancelled is not None and isinstance(error, Exception | None):
+            raise cancelled from error
+
+
+async def _undone(
+    undo: Undo, tries: int
+) -> tuple[BaseException | None, asyncio.CancelledError | None]:
+    """Why it failed, if it did, and the cancellation that has come meanwhile."""
+
+    async def mend() -> None:
+        await undo()
+
+    cancelled = None
+    failures: list[BaseException] = []
+    for _ in range(tries + STOPS):
+        task = asyncio.ensure_future(mend())
+        cancelled = await _ended(task) or cancelled
+        if task.cancelled():  # as a loop that is closed does to all its tasks: it begins anew
+            continue
+        why = task.exception()
+        if why is None:
+            return None, cancelled
+        failures.append(why)
+        if len(failures) == tries:
+            break
+        cancelled = await _ended(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
+    return failures[-1] if failures else TimeoutError("it was stopped again and again"), cancelled
+
+
+async def _ended(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for its end; the cancellation of ours that has come meanwhile."""
+    cancelled = None
+    while not future.done():
+        try:
+            await asyncio.wait({future})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
+
+
+async def to_its_end(doing: Awaitable[T]) -> T:
+    """What it gives. Who is cancelled meanwhile waits for its end all the same, and is cancelled
+    then: a call in a thread goes on whoever waits for it."""
+    future = asyncio.ensure_future(doing)
+    cancelled = await _ended(future)
+    if cancelled is not None:
+        raise cancelled from (None if future.cancelled() else future.exception())
+    return future.result()
+
+
+def in_thread(call: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+    """`call` in a thread. No task, which whoever closes the loop would cancel without ending the
+    thread."""
+    return asyncio.get_running_loop().run_in_executor(None, partial(call, *arguments))

@@ -1,0 +1,190 @@
+"""The loss of a zone, by the means of EC2 Auto Scaling itself: its groups leave the zone, so that
+nothing is launched there, and whoever is in it dies.
+
+Invariant: every group is left as it was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.core.text import first_of
+from batchlab.scenarios.faults.fault_injection import Scene, Seen
+from batchlab.scenarios.faults.rollback import Undoing, in_thread
+from batchlab.scenarios.model.values import Fault
+
+_LAUNCH = ["Launch"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A pool's group before the loss. `subnets` are those of its zones, where it names any."""
+
+    name: str
+    zones: tuple[str, ...]
+    subnets: tuple[str, ...]
+    suspended: bool
+    """Whether it launches nothing, at first for reasons of its own."""
+    desired: int
+    instances: Mapping[str, str]
+    """The zone of each that it has."""
+
+
+class Zones:
+    """The groups of a grid, whose names begin with `prefix`."""
+
+    def __init__(self, endpoint: Endpoint, *, prefix: str) -> None:
+        self._endpoint = endpoint
+        self._prefix = prefix
+
+    async def lose(
+        self,
+        scene: Scene,
+        fault: Fault,
+        *,
+        inside: Callable[[str], Awaitable[list[str]]],
+        kill: Callable[[Sequence[str]], Awaitable[list[str]]],
+    ) -> Seen:
+        """Lose the fault's zone for its time, the first one of the groups where it names none.
+        `inside` lists the living instances of a zone, `kill` ends some and says how."""
+        pools = [pool["name"] for pool in (await scene.grid())["pools"]]
+        names = [self._prefix + one for one in pools if fault.pool in ("", one)]
+        groups = await asyncio.to_thread(self._groups, names)
+        every = sorted({zone for group in groups for zone in group.zones})
+        zone = _named(fault.zone, every)
+        hit = [group for group in groups if zone in group.zones]
+        if not hit:
+            return Seen(
+                impossible=f"No group launches in the zone {zone!r}: there are "
+                f"{', '.join(every) or 'none'}."
+            )
+        ended: dict[str, str] = {}
+        moved: set[str] = set()
+        waited = 0
+        homes = await asyncio.to_thread(self._zones_of, hit)
+        async with Undoing(scene.over) as undoing:
+            for group in hit:
+                await undoing.breaking(
+                    f"the loss of {zone} by the group {group.name!r}",
+                    partial(in_thread, self._return, group, zone),
+                    partial(in_thread, self._leave, group, zone, homes),
+                )
+            left = await asyncio.to_thread(self._groups, names)
+            # A launch that had begun comes to its end in the zone, and dies with it.
+            waited_s = 0.0
+            while True:
+                if there := await inside(zone):
+                    ended |= dict(zip(there, await kill(there), strict=False))
+                now = await asyncio.to_thread(self._groups, [group.name for group in hit])
+                moved |= _moved(hit, now, zone)
+                waited = max(waited, _waiting(hit, now))
+                if waited_s >= fault.for_s or scene.over.is_set():
+                    break
+                waited_s += await scene.hold(min(1.0, fault.for_s - waited_s))
+        if not (ended or moved or waited):
+            return Seen(
+                impossible=f"Nobody was in {zone}, and nobody was to be launched before it was "
+                "back."
+            )
+        rest = sorted({one for group in left if not group.suspended for one in group.zones})
+        how = f" ({first_of(list(ended.values()))})" if ended else ""
+        return Seen(
+            tuple(ended),
+            f"{len(ended)} instances of {zone} died{how}; for {waited_s:.1f} s its groups "
+            f"launched in {', '.join(rest) or 'no zone'} only, and "
+            f"then in {', '.join(await asyncio.to_thread(self._in_use, names))} again; meanwhile "
+            f"{len(moved)} were launched elsewhere, and {waited} at the most had to wait",
+        )
+
+    def _groups(self, names: Sequence[str]) -> list[_Group]:
+        with closing(client(self._endpoint, "autoscaling", connections=1)) as scaling:
+            with translated("The Auto Scaling groups"):
+                told = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=list(names))
+            return [
+                _Group(
+                    one["AutoScalingGroupName"],
+                    tuple(one.get("AvailabilityZones", ())),
+                    tuple(filter(None, one.get("VPCZoneIdentifier", "").split(","))),
+                    any(p.get("ProcessName") in _LAUNCH for p in one.get("SuspendedProcesses", ())),
+                    one.get("DesiredCapacity", 0),
+                    {i["InstanceId"]: i["AvailabilityZone"] for i in one.get("Instances", ())},
+                )
+                for one in told["AutoScalingGroups"]
+            ]
+
+    def _in_use(self, names: Sequence[str]) -> list[str]:
+        groups = self._groups(names)
+        return sorted({zone for one in groups if not one.suspended for zone in one.zones})
+
+    def _leave(self, group: _Group, zone: str, homes: Mapping[str, str]) -> None:
+        zones = [one for one in group.zones if one != zone]
+        subnets = [one for one in group.subnets if homes[one] != zone]
+        scaling = client(self._endpoint, "autoscaling", connections=1)
+        with closing(scaling), translated(f"Group {group.name!r}"):
+            if not zones:
+                scaling.suspend_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
+            else:
+                scaling.update_auto_scaling_group(
+                    AutoScalingGroupName=group.name, **_where(zones, subnets)
+                )
+
+    def _return(self, group: _Group, zone: str) -> None:
+        scaling = client(self._endpoint, "autoscaling", connections=1)
+        with closing(scaling), translated(f"Group {group.name!r}"):
+            if group.zones != (zone,):
+                scaling.update_auto_scaling_group(
+                    AutoScalingGroupName=group.name, **_where(group.zones, group.subnets)
+                )
+            elif not group.suspended:
+                scaling.resume_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
+
+    def _zones_of(self, groups: Sequence[_Group]) -> dict[str, str]:
+        """The zone that each of the groups' subnets is in."""
+        subnets = [subnet for group in groups for subnet in group.subnets]
+        if not subnets:
+            return {}
+        with (
+            closing(client(self._endpoint, "ec2", connections=1)) as ec2,
+            translated("The subnets"),
+        ):
+            told = ec2.describe_subnets(SubnetIds=sorted(set(subnets)))["Subnets"]
+        return {one["SubnetId"]: one["AvailabilityZone"] for one in told}
+
+
+def _named(name: str, zones: Sequence[str]) -> str:
+    """The zone of that name, or of that last letter, as a scenario says it ("a"); the first where
+    it is empty. The name itself where there is none."""
+    if not name:
+        return zones[0] if zones else ""
+    return next((one for one in zones if name in (one, one[-1])), name)
+
+
+def _moved(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
+    """Instances that have been launched elsewhere since."""
+    old = {one for group in before for one in group.instances}
+    return {
+        one
+        for group in now
+        for one, where in group.instances.items()
+        if one not in old and where != zone
+    }
+
+
+def _waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
+    """How many instances are wanted of groups that launch nothing since they have no zone left."""
+    stopped = {group.name for group in now if group.suspended}
+    stopped -= {group.name for group in before if group.suspended}
+    return sum(max(0, one.desired - len(one.instances)) for one in now if one.name in stopped)
+
+
+def _where(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
+    """AWS takes one of the two: a subnet says its zone."""
+    if subnets:
+        return {"VPCZoneIdentifier": ",".join(subnets)}
+    return {"AvailabilityZones": list(zones)}

@@ -1,0 +1,322 @@
+"""What a simulated grid should take from runs that were measured: boots, overheads, task times.
+
+Invariant: medians, so that one instance that hung and one job that was unlucky move nothing; each
+number is told with its spread and with how many observations it rests on, and one that rests on
+fewer than LEAST is left out and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from batchlab.core import text
+from batchlab.core.errors import UsageError
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.verdicts.record import JobRun, Record
+
+LEAST = 3
+"""Observations below which a number would be an anecdote."""
+
+MOST_CORES = 4096
+"""No machine has more; each costs the simulator memory."""
+
+_ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """One number: the median, the quartiles, and of how many `what`. In seconds, but `stretch`,
+    which is a factor. `value` is None where there were too few; `why` says what would help."""
+
+    name: str
+    of: str
+    """The pool, or template/stage; "" of the whole grid."""
+    value: float | None
+    low: float | None
+    high: float | None
+    observations: int
+    what: str
+    why: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "of": self.of,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "observations": self.observations,
+            "what": self.what,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The calibration, and what it rests on."""
+
+    calibration: Calibration
+    quantities: tuple[Quantity, ...]
+    notes: tuple[str, ...]
+
+
+def calibrate(records: Sequence[Record]) -> Calibrated:
+    """From one run or several of the same backend and compression; UsageError where they differ in
+    either, or where nothing at all can be told from them."""
+    names = sorted({record.backend for record in records})
+    if len(names) != 1:
+        raise UsageError(
+            f"The records are of {len(names)} backends: {', '.join(names) or 'none'}.",
+            remedy="Calibrate each backend by itself.",
+        )
+    factors = sorted({record.compressed for record in records})
+    if len(factors) != 1:
+        told = ", ".join(f"{factor:g}" for factor in factors)
+        raise UsageError(
+            f"The records' times were divided by different numbers: {told}.",
+            remedy="Calibrate each compression by itself: a boot of one is not a boot of another.",
+        )
+    found = [
+        *_boots(records),
+        _median(
+            "bundle",
+            "",
+            _bundles(records),
+            "bundles",
+            "in which every task succeeded, in records that say what each took",
+        ),
+        _median(
+            "submit",
+            "",
+            ((wait_s, 1) for record in records for wait_s in _undisturbed(record)),
+            "jobs",
+            "that came when nothing else was to be done and an instance was in service",
+        ),
+        _median(
+            "end",
+            "",
+            ((end_s, 1) for record in records for end_s in _ends(record)),
+            "jobs",
+            "that ended, and of which it is known when their last task did",
+        ),
+        *_stretches(records),
+    ]
+    if all(one.value is None for one in found):
+        raise UsageError(
+            f"{_counted(records)} too little to calibrate anything by: "
+            f"{'; '.join(dict.fromkeys(one.why for one in found))}.",
+            remedy="Record a longer run, or several.",
+        )
+    made = replace(_calibration(names[0], found, len(records)), compressed=factors[0])
+    return Calibrated(made, tuple(found), _notes(records))
+
+
+def fitting(calibration: Calibration, backend: str, compressed: float) -> str:
+    """What to know before a forecast of runs on `backend`, divided by `compressed`, takes its
+    numbers from there; "" where there is nothing. UsageError for another backend's."""
+    if calibration.backend != backend:
+        raise UsageError(
+            f"The calibration was measured on {calibration.backend}, and the forecast is to be as "
+            f"on {backend}.",
+            remedy=f"Give --like {calibration.backend}, or records of {backend} to calibrate by.",
+        )
+    if calibration.compressed == compressed:
+        return ""
+    return (
+        f"the calibration is of runs that were compressed by {calibration.compressed:g}, the "
+        f"forecast by {compressed:g}: overheads are the same seconds, but boots are not, and of a "
+        "shorter task they are a larger share"
+    )
+
+
+def _counted(records: Sequence[Record]) -> str:
+    return "The record has" if len(records) == 1 else f"The {len(records)} records have"
+
+
+def _calibration(backend: str, found: Iterable[Quantity], runs: int) -> Calibration:
+    known = {(one.name, one.of): one.value for one in found if one.value is not None}
+
+    def by(name: str) -> dict[str, float]:
+        return {of: value for (kind, of), value in known.items() if kind == name}
+
+    usual = Calibration(backend)
+    if backend in factory.names():
+        usual = factory.load(backend).usual
+    # What was measured of a bundle has in it what it took of a core, which comes on top again where
+    # they are shared.
+    bundle_s = known.get(("bundle", ""))
+    shared_s = usual.bundle_cpu_s if usual.cores else 0.0
+    return replace(
+        usual,
+        boot_s=by("boot"),
+        bundle_s=usual.bundle_s if bundle_s is None else max(0.0, bundle_s - shared_s),
+        submit_s=known.get(("submit", ""), 0.0),
+        end_s=known.get(("end", ""), 0.0),
+        stretch=by("stretch"),
+        runs=runs,
+    )
+
+
+def _notes(records: Sequence[Record]) -> tuple[str, ...]:
+    notes = []
+    if records[0].compressed != 1:
+        notes.append(f"it holds for runs that are compressed by {records[0].compressed:g}")
+    if any(record.simulated for record in records):
+        notes.append("a simulated run is among them, which was not measured on anything")
+    if any(record.cut for record in records):
+        notes.append("a run among them was cut; what it showed until then counts")
+    return tuple(notes)
+
+
+# --- What is observed ----------------------------------------------------------------------------
+
+
+def _boots(records: Sequence[Record]) -> Iterator[Quantity]:
+    for pool in sorted({name for record in records for name in record.pools}):
+        boots = (
+            (one.boot_s, 1)
+            for record in records
+            for one in record.instances
+            if one.pool == pool and one.boot_s is not None
+        )
+        yield _median("boot", pool, boots, "launches", f"in pool {pool} that came into service")
+
+
+def _bundles(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
+    """What bundles took beyond their tasks, a sample of each stage's for all of them. Where tasks
+    failed their time is in the bundle's and not in the stage's, so such a template says nothing."""
+    for record in records:
+        spoilt = {job.template for job in record.jobs if job.failed or job.retried or job.cancelled}
+        for stage in record.stages:
+            if stage.template not in spoilt:
+                for over_s in stage.over_s:
+                    yield over_s, stage.bundles / len(stage.over_s)
+
+
+def _undisturbed(record: Record) -> Iterator[float]:
+    """What passed from submission to the first task where neither other jobs nor a boot were in
+    the way."""
+    for job in record.jobs:
+        if job.started_s is None or not _alone(job, record.jobs):
+            continue
+        at_s = job.submitted_s
+        if any(
+            one.ready_s is not None and one.ready_s <= at_s and (one.ended_s or at_s + 1) > at_s
+            for one in record.instances
+        ):
+            yield max(0.0, job.started_s - at_s)
+
+
+def _alone(job: JobRun, jobs: Iterable[JobRun]) -> bool:
+    until_s = job.started_s or job.submitted_s
+    return not any(
+        other.submitted_s <= until_s and (other.ended_s is None or other.ended_s > job.submitted_s)
+        for other in jobs
+        if other.id != job.id
+    )
+
+
+def _ends(record: Record) -> Iterator[float]:
+    for job in record.jobs:
+        if job.ended_s is not None and job.done_s is not None:
+            yield max(0.0, job.ended_s - job.done_s)
+
+
+def _stretches(records: Sequence[Record]) -> Iterator[Quantity]:
+    stages = [stage for record in records for stage in record.stages]
+    for of in sorted({f"{stage.template}/{stage.stage}" for stage in stages}):
+        ratios = (
+            (ratio, stage.tasks / len(stage.stretch))
+            for stage in stages
+            if f"{stage.template}/{stage.stage}" == of
+            for ratio in stage.stretch
+        )
+        which = f"of {of} with a declared time, in records that say what each took"
+        yield _median("stretch", of, ratios, "tasks", which)
+
+
+def _median(
+    name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str
+) -> Quantity:
+    """`observed` are numbers, each with how many observations it stands for."""
+    ordered = sorted((value, weight) for value, weight in observed if weight > 0)
+    count = round(sum(weight for _, weight in ordered))
+    if count < LEAST:
+        why = f"{count} {what} {which}, of {LEAST} that are needed"
+        return Quantity(name, of, None, None, None, count, what, why)
+
+    def at(share: float) -> float:
+        passed = 0.0
+        for value, weight in ordered:
+            passed += weight
+            if passed >= share * count - 1e-6:
+                return value
+        return ordered[-1][0]
+
+    return Quantity(name, of, at(0.5), at(0.25), at(0.75), count, what)
+
+
+# --- On disk -------------------------------------------------------------------------------------
+
+
+def to_json(calibration: Calibration) -> bytes:
+    return _ADAPTER.dump_json(calibration, indent=1) + b"\n"
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """UsageError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(to_json(calibration))
+    except OSError as error:
+        raise UsageError(
+            f"The calibration {path} cannot be written: {error.strerror}.",
+            remedy="Name another file.",
+        ) from error
+
+
+def read(path: Path) -> Calibration:
+    """UsageError where there is none, or where it says what no run can have shown."""
+    remedy = "Name the file that `batchlab scenario calibrate RECORD --out FILE` has written."
+    try:
+        data = path.read_bytes()
+        found = _ADAPTER.validate_json(data)
+    except OSError as error:
+        raise UsageError(
+            f"The calibration {path} cannot be read: {error.strerror}.", remedy=remedy
+        ) from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{path} is no calibration ({text.count(error.error_count(), 'mistake')} in it).",
+            remedy=remedy,
+        ) from error
+    known = [one.name for one in fields(Calibration)]
+    for name in json.loads(data):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"{path} says {name!r}, which no calibration has.",
+                remedy=f"{hint}There are {', '.join(known)}.",
+            )
+    low, high = found.call_s
+    times = (*found.call_s, found.bundle_s, found.submit_s, found.end_s, *found.boot_s.values())
+    times += (found.manager_s, found.bundle_cpu_s, found.other_boot_s or 0.0)
+    factors = (found.compressed, *found.stretch.values())
+    if not all(0 <= one < math.inf for one in times) or low > high:
+        raise UsageError(f"{path} has a time below 0, or one that is no number.", remedy=remedy)
+    if any(not 0 < one < 1e6 for one in factors):
+        raise UsageError(f"{path} has a stretch or compression that is none.", remedy=remedy)
+    if not 0 <= found.cores <= MOST_CORES:
+        raise UsageError(
+            f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MOST_CORES}."
+        )
+    return found

@@ -1,0 +1,243 @@
+"""Forecast against fact: two records of the same scenario, and by how much the first was off.
+
+Invariant: a function of the two records. An error is forecast minus fact; what one of them does not
+say is told as missing, never as an error of nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.verdicts.measures import MEASURES, Unit, Unknown, end_s, fleet
+from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.verdicts.verdict import unclear
+
+WHOLE = (
+    *("makespan", "p50_wait", "p95_wait", "max_wait", "p95_turnaround", "late", "peak_fleet"),
+    *("cost", "failed_tasks", "again", "idle_share"),
+)
+"""What is compared of a whole run."""
+EACH = ("makespan", "p95_wait", "p95_turnaround")
+"""And of each job template, where there is more than one."""
+POINTS = 400
+"""Moments at which two curves are compared."""
+
+Step = Sequence[tuple[float, float]]
+"""A curve that holds each value until the next one's moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One measure of both; None where a record does not say it or it never ended. `absolute` is in
+    `unit`, `relative` a share of the fact."""
+
+    measure: str
+    template: str
+    unit: Unit
+    forecast: float | None
+    fact: float | None
+
+    @property
+    def absolute(self) -> float | None:
+        if self.forecast is None or self.fact is None:
+            return None
+        return self.forecast - self.fact
+
+    @property
+    def relative(self) -> float | None:
+        """None also where the fact is 0 and the forecast is not."""
+        absolute = self.absolute
+        if absolute is None or (absolute and not self.fact):
+            return None
+        return absolute / self.fact if self.fact else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "measure": self.measure,
+            "template": self.template,
+            "unit": self.unit.value,
+            "forecast": self.forecast,
+            "fact": self.fact,
+            "absolute": self.absolute,
+            "relative": self.relative,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Something over time in both. `mean_error` is the distance between them, averaged over the
+    longer run's time, in `what`'s own unit."""
+
+    what: str
+    forecast: Step
+    fact: Step
+    until_s: float
+    mean_error: float
+    mean_fact: float
+
+    @property
+    def relative(self) -> float | None:
+        """`mean_error` as a share of the fact's own mean; None where that is 0 and it is not."""
+        if self.mean_fact:
+            return self.mean_error / self.mean_fact
+        return None if self.mean_error else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "what": self.what,
+            "until_s": self.until_s,
+            "mean_error": self.mean_error,
+            "relative": self.relative,
+            "forecast": [list(point) for point in self.forecast],
+            "fact": [list(point) for point in self.fact],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All of it; `notes` say what makes the two less alike than they should be."""
+
+    scenario: str
+    forecast_backend: str
+    fact_backend: str
+    compressed: float
+    differences: tuple[Difference, ...]
+    curves: tuple[Curves, ...]
+    notes: tuple[str, ...]
+
+    def of(self, measure: str, template: str = "") -> Difference:
+        """KeyError where that was not compared."""
+        for one in self.differences:
+            if (one.measure, one.template) == (measure, template):
+                return one
+        raise KeyError(measure)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "scenario": self.scenario,
+            "forecast": {"backend": self.forecast_backend},
+            "fact": {"backend": self.fact_backend},
+            "compressed": self.compressed,
+            "differences": [one.to_json() for one in self.differences],
+            "curves": [one.to_json() for one in self.curves],
+            "notes": list(self.notes),
+        }
+
+
+def compare(forecast: Record, fact: Record) -> Comparison:
+    """Both side by side; UsageError where they cannot be, because they are of different scenarios
+    or were compressed differently."""
+    if forecast.scenario != fact.scenario:
+        raise UsageError(
+            f"The forecast is of scenario {forecast.scenario}, the fact of {fact.scenario}.",
+            remedy="Name two records of the same scenario.",
+        )
+    if forecast.compressed != fact.compressed:
+        raise UsageError(
+            f"The forecast's times were divided by {forecast.compressed:g}, those of the fact by "
+            f"{fact.compressed:g}, so their seconds are not the same ones.",
+            remedy=f"Forecast it with `batchlab scenario simulate --compress {fact.compressed:g}`.",
+        )
+    templates = sorted({job.template for job in (*forecast.jobs, *fact.jobs)})
+    asked = [(name, "") for name in WHOLE]
+    if len(templates) > 1:
+        asked += [(name, template) for template in templates for name in EACH]
+    return Comparison(
+        fact.scenario,
+        _named(forecast),
+        _named(fact),
+        fact.compressed,
+        tuple(_difference(name, template, forecast, fact) for name, template in asked),
+        (
+            _curves("messages waiting", forecast, fact, _queue),
+            _curves("tasks to do", forecast, fact, _backlog),
+            _curves("instances in service", forecast, fact, _fleet),
+        ),
+        tuple(_notes(forecast, fact)),
+    )
+
+
+def _named(record: Record) -> str:
+    return f"{record.backend}, simulated" if record.simulated else record.backend
+
+
+def _difference(name: str, template: str, forecast: Record, fact: Record) -> Difference:
+    measure = MEASURES[name]
+
+    def of(record: Record) -> float | None:
+        found = measure.of(record, template)
+        return None if isinstance(found, Unknown) or math.isinf(found) else found
+
+    return Difference(name, template, measure.unit, of(forecast), of(fact))
+
+
+# --- Curves --------------------------------------------------------------------------------------
+
+
+def _queue(record: Record) -> Step:
+    return [(sample.at_s, float(sample.waiting)) for sample in record.samples]
+
+
+def _backlog(record: Record) -> Step:
+    return [
+        (sample.at_s, float(sum(pool.backlog_tasks for pool in sample.pools.values())))
+        for sample in record.samples
+    ]
+
+
+def _fleet(record: Record) -> Step:
+    return [(at_s, float(count)) for at_s, count in fleet(record)]
+
+
+def _curves(what: str, forecast: Record, fact: Record, of: Callable[[Record], Step]) -> Curves:
+    first, second = of(forecast), of(fact)
+    until_s = max(end_s(forecast), end_s(fact))
+    pairs = list(zip(levels(first, until_s), levels(second, until_s), strict=True))
+    error = sum(abs(a - b) for a, b in pairs) / len(pairs)
+    return Curves(what, first, second, until_s, error, sum(b for _, b in pairs) / len(pairs))
+
+
+def levels(curve: Step, until_s: float, points: int = POINTS) -> list[float]:
+    """The curve in the middle of so many equal spans; 0 before its first moment, and its last
+    value after the last one."""
+    moments = [at_s for at_s, _ in curve]
+    found = []
+    for i in range(points):
+        index = bisect_right(moments, (i + 0.5) * until_s / points) - 1
+        found.append(curve[index][1] if index >= 0 else 0.0)
+    return found
+
+
+# --- What to know before believing it ------------------------------------------------------------
+
+
+def _notes(forecast: Record, fact: Record) -> Iterator[str]:
+    if forecast.digest != fact.digest:
+        yield "the scenario's file was changed between the two runs"
+    if forecast.seed != fact.seed:
+        yield f"the seeds differ ({forecast.seed} and {fact.seed}), so arrivals and task times do"
+    if not forecast.simulated:
+        yield "the forecast was not simulated: it is a run itself"
+    for name, record in (("forecast", forecast), ("fact", fact)):
+        if record.cut:
+            yield f"the {name} was cut before it had ended: {record.cut}"
+    if len(forecast.jobs) != len(fact.jobs):
+        yield f"the forecast has {len(forecast.jobs):,} jobs, the fact {len(fact.jobs):,}"
+    if dict(forecast.pools) != dict(fact.pools):
+        yield "their pools differ in size or slots"
+    names = sorted(set(forecast.settings) & set(fact.settings))
+    if odd := [name for name in names if forecast.settings[name] != fact.settings[name]]:
+        yield f"their settings differ: {', '.join(odd)}"
+    told = (
+        f"fault {one.name}: {why}"
+        for record in (forecast, fact)
+        for one in record.faults
+        if (why := unclear(one))
+    )
+    yield from dict.fromkeys(told)
+    if fact.compressed != 1:
+        yield "both are compressed: their money is that of a shorter run, not of one on AWS"

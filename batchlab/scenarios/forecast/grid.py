@@ -1,0 +1,206 @@
+"""The simulated grid that a forecast runs on: its world, its machines, and who looks at them.
+
+Invariant: the manager, fleet and worker objects are those of every backend, with the settings of
+the one that is forecast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.model import JobId, Pool
+from batchlab.core.ports import MAX_WAIT_S, Objects
+from batchlab.manager.jobs.admission import admit
+from batchlab.manager.lease import LEASE
+from batchlab.manager.manager import Manager
+from batchlab.runtime.descriptor import Calibration
+from batchlab.runtime.factory import Backend
+from batchlab.scenarios.forecast.fault_timeline import (
+    Timeline,
+    Trouble,
+    TroubledFaults,
+    TroubledQueue,
+)
+from batchlab.scenarios.forecast.jobs import DeclaredRunner, Plays, job_def
+from batchlab.scenarios.forecast.machines import Machines, pool_of, zone_names
+from batchlab.scenarios.forecast.outcomes import Watching
+from batchlab.scenarios.model.values import FaultName, Job, Scenario
+from batchlab.sim.world import World
+from batchlab.worker.runner import Runner
+
+READY_S = 600.0
+"""The instances that are always there have so long to be ready before the run begins, beyond what
+they take to boot."""
+
+Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
+"""Looks at a world whose run is over, with the jobs that were submitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What only some forecasts ask for. `fifo` and `max_wait_s` are the queue's (see SimQueue);
+    `watched` checks the steps of the protocol all along; `examine` looks at the world at its end.
+    Faults that are `impossible` are left out, each with its reason.
+    """
+
+    fifo: bool = False
+    max_wait_s: float = MAX_WAIT_S
+    watched: bool = False
+    examine: Examine | None = None
+    impossible: Mapping[FaultName, str] = field(default_factory=dict)
+
+
+class ForecastGrid:
+    """A world for one scenario, on the running SimLoop. `now_s` is the run's time, which is
+    negative until `come_up` returns."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        like: Backend,
+        calibration: Calibration,
+        jobs: Mapping[JobId, Job],
+        log: list[str] | None,
+        options: Options,
+    ) -> None:
+        """UsageError for a job that could never run, and for what names a pool there is not."""
+        self.pools: dict[str, Pool] = {
+            plan.pool.name: pool_of(plan, calibration) for plan in scenario.pools
+        }
+        self._admit(scenario)
+        self._like, self._manager_s = like, calibration.manager_s
+        policy = {key: s for key, s in asdict(scenario.policy).items() if s is not None}
+        self.manager = replace(like.manager, **policy)
+        self.worker = like.worker
+        self.plays = Plays(seed, jobs, calibration, together_s=like.worker.control_lease_s)
+        self.world = self._world(scenario, seed, calibration, log, options)
+        self.machines = Machines(scenario.pools, zone_names(scenario.zones), self.now_s)
+        launcher = self.world.launcher
+        launcher.refuse = self.machines.refuse
+        launcher.launched, launcher.ended = self.machines.launched, self.machines.ended
+        self.timeline = Timeline(
+            scenario,
+            like,
+            self.world,
+            self.machines,
+            self.plays,
+            self._trouble,
+            self.now_s,
+            options.impossible,
+        )
+        self.watching = Watching(self.world, self.machines, self.manager.tick_s)
+        self.base_s = 0.0
+        """The loop's time at the run's second 0."""
+
+    def _admit(self, scenario: Scenario) -> None:
+        slots = {name: pool.slots for name, pool in self.pools.items()}
+        for template in scenario.jobs.values():
+            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots)
+        named = [one.pool for one in scenario.prewarm] + [one.pool for one in scenario.faults]
+        for name in named:
+            if name and name not in self.pools:
+                raise UsageError(
+                    f"The scenario names the pool {name!r}, which it has not.",
+                    remedy=f"Its pools are {', '.join(self.pools)}.",
+                )
+
+    def _world(
+        self,
+        scenario: Scenario,
+        seed: int,
+        calibration: Calibration,
+        log: list[str] | None,
+        options: Options,
+    ) -> World:
+        self._trouble = trouble = Trouble()
+        world = World(
+            seed,
+            tuple(self.pools.values()),
+            make_runner=self._runner,
+            manager_settings=self.manager,
+            worker_settings=self.worker,
+            logged=log is not None,
+            watched=options.watched,
+            sql=False,
+        )
+        world.faults = TroubledFaults(world.rng("calls"), trouble, latency_s=calibration.call_s)
+        world.queue = TroubledQueue(
+            world.clock,
+            world.rng("queue"),
+            trouble,
+            seed=seed,
+            squeeze=scenario.compressed,
+            fifo=options.fifo,
+            max_wait_s=options.max_wait_s,
+        )
+        if options.watched:
+            world.watch.queue = world.queue
+            world.queue.lapsed = world.watch.lapsed
+        if world.log is not None and log is not None:
+            world.log.lines = log
+        return world
+
+    def _runner(self, world: World, die: Callable[[], None], _objects: Objects) -> Runner:
+        return DeclaredRunner(self.plays, world.clock, die)
+
+    def now_s(self) -> float:
+        """Seconds of the run."""
+        return self.world.clock.monotonic_s() - self.base_s
+
+    @property
+    def leader(self) -> Manager | None:
+        """The manager that leads; None while none does."""
+        manager = self.world.manager
+        return manager if manager is not None and manager.is_leader.is_set() else None
+
+    async def supervise(self) -> None:
+        """Start a manager, and the next one after it ends, for ever, as the backend does it."""
+        world, rng = self.world, self.world.rng("supervisor")
+        while True:
+            await asyncio.wait([world.start_manager()])
+            await self.timeline.may_start()
+            await asyncio.sleep(rng.uniform(0.75, 1.25) * self._manager_s)
+            if self._like.capabilities.keeps_home:
+                await world.ledger.release(LEASE, world.last_owner)
+
+    async def come_up(self) -> None:
+        """Wait until a manager leads and the instances that are always there are ready: there the
+        run begins. UsageError where they never are."""
+        least = sum(pool.min_size for pool in self.pools.values())
+        slowest_s = max((pool.boot_s for pool in self.pools.values()), default=0.0)
+        limit_s = READY_S + 2 * slowest_s
+        while True:
+            leader = self.leader
+            ready = list(leader.registry.workers) if leader is not None else []
+            if leader is not None and leader.groups and len(ready) >= least:
+                break
+            if self.now_s() > limit_s:
+                raise UsageError(
+                    f"Only {len(ready)} of the {least} permanent instances were ready in "
+                    f"{limit_s:.0f} s.",
+                    remedy="Give their pools a lower min or a shorter boot time.",
+                )
+            await asyncio.sleep(min(1.0, self.manager.tick_s))
+        self.base_s = self.world.clock.monotonic_s()
+        # A replay that sets the Spot share does so for the instances launched from now on.
+        self.machines.begin(ready, on_demand=self._like.capabilities.sets_spot_share)
+        self.watching.begin(self.base_s)
+
+    def is_down(self) -> bool:
+        """Whether every pool has come down to what it is at the least."""
+        leader = self.leader
+        return leader is not None and all(
+            view.desired == view.pool.min_size == self.machines.living(view.pool.name)
+            for view in leader.groups.values()
+        )
+
+    async def ask(self, call: Callable[[Manager], object], name: str) -> object:
+        """Ask whichever manager leads, until it answers; raises what it refuses."""
+        answer = await self.world.ask(call, name)
+        if isinstance(answer, BatchlabError):
+            raise answer
+        return answer

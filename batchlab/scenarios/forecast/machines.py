@@ -1,0 +1,160 @@
+"""The machines of simulated instances: their market and zone, and when they lived.
+
+Invariant: what a launch gets depends on who lives at that moment and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Machine, Market, Pool
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.model.values import PoolPlan
+from batchlab.scenarios.verdicts.record import InstanceRun
+
+NO_ROOM = "InsufficientInstanceCapacity"
+
+_EXACT = 1e-9
+
+
+def zone_names(count: int) -> tuple[str, ...]:
+    """Names of so many availability zones."""
+    return tuple(f"us-east-1{chr(ord('a') + n)}" for n in range(count))
+
+
+@dataclass(slots=True)
+class Life:
+    """An instance; times are the run's, seconds."""
+
+    pool: str
+    machine: Machine
+    launched_s: float
+    ready_s: float | None = None
+    ended_s: float | None = None
+    note: str = ""
+
+
+class Machines:
+    """Chooses a machine for each launch: Spot for the pool's share, in the zone of the pool's
+    fewest. `now_s` is the run's time."""
+
+    def __init__(
+        self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]
+    ) -> None:
+        self.lives: dict[str, Life] = {}
+        """By instance, in the order of their launches."""
+        self.lost_zones: list[str] = []
+        self.refused = 0
+        """Launches for which there was no zone."""
+        self._spot = {plan.pool.name: plan.spot for plan in plans}
+        self._zones = zones
+        self._now_s = now_s
+        self._alive: dict[str, dict[str, None]] = {plan.pool.name: {} for plan in plans}
+
+    def refuse(self, _pool: Pool, _instance: str) -> str | None:
+        """Why none can be launched now; None where one can."""
+        if all(zone in self.lost_zones for zone in self._zones):
+            self.refused += 1
+            return f"{NO_ROOM}: no zone has capacity."
+        return None
+
+    def launched(self, pool: Pool, instance: str) -> None:
+        """An instance was launched."""
+        alive = self._alive[pool.name]
+        machines = [self.lives[one].machine for one in alive]
+        spot = sum(one.market is Market.SPOT for one in machines)
+        # Rounded in favour of on-demand, as a mixed group of EC2 Auto Scaling does.
+        is_spot = spot + 1 <= self._spot[pool.name] * (len(machines) + 1) + _EXACT
+        open_zones = [zone for zone in self._zones if zone not in self.lost_zones]
+        zone = min(open_zones, key=lambda name: sum(one.zone == name for one in machines))
+        market = Market.SPOT if is_spot else Market.ON_DEMAND
+        machine = Machine(pool.instance_type, zone, market)
+        self.lives[instance] = Life(pool.name, machine, self._now_s())
+        alive[instance] = None
+
+    def ended(self, instance: str, how: str) -> None:
+        """An instance has ended."""
+        life = self.lives[instance]
+        life.ended_s, life.note = self._now_s(), how
+        del self._alive[life.pool][instance]
+
+    def alive(self, pool: str = "") -> Mapping[str, Life]:
+        """Instances of one pool, or of all, that are ready."""
+        names = [pool] if pool else list(self._alive)
+        return {
+            one: self.lives[one]
+            for name in names
+            for one in self._alive.get(name, ())
+            if self.lives[one].ready_s is not None
+        }
+
+    def living(self, pool: str) -> int:
+        """How many of a pool's have not ended."""
+        return len(self._alive[pool])
+
+    def begin(self, ready: Sequence[str], *, on_demand: bool = False) -> None:
+        """The run begins: what lives now has been there before, and some of it is ready; with
+        `on_demand` none of it was bought as Spot."""
+        self.lives = {name: life for name, life in self.lives.items() if life.ended_s is None}
+        for life in self.lives.values():
+            life.launched_s = 0.0
+            if on_demand:
+                life.machine = replace(life.machine, market=Market.ON_DEMAND)
+        for name in ready:
+            self.lives[name].ready_s = 0.0
+
+    def zone(self, name: str) -> str:
+        """The zone of that name, or of that last letter ("b"); the first where it is empty.
+        UsageError where there is none."""
+        if not name:
+            return self._zones[0]
+        for zone in self._zones:
+            if name in (zone, zone[-1]):
+                return zone
+        raise UsageError(
+            f"There is no zone {name!r}.", remedy=f"The zones are {', '.join(self._zones)}."
+        )
+
+    def booting(self, zone: str) -> list[str]:
+        """Instances of a zone that are not ready yet."""
+        return [
+            one
+            for names in self._alive.values()
+            for one in names
+            if self.lives[one].ready_s is None and self.lives[one].machine.zone == zone
+        ]
+
+    def oldest_first(self, names: Iterable[str]) -> list[str]:
+        """These instances in the order of their launches."""
+        wanted = set(names)
+        return [one for one in self.lives if one in wanted]
+
+    def since(self, at_s: float) -> list[Life]:
+        """Instances launched since then."""
+        return [life for life in self.lives.values() if life.launched_s >= at_s]
+
+    def runs(self) -> tuple[InstanceRun, ...]:
+        """All of them for the record."""
+        return tuple(
+            InstanceRun(
+                name,
+                life.pool,
+                life.machine.type,
+                life.machine.market.value,
+                life.machine.zone,
+                life.launched_s,
+                life.ready_s,
+                life.ended_s,
+                life.note,
+            )
+            for name, life in self.lives.items()
+        )
+
+
+def pool_of(plan: PoolPlan, calibration: Calibration) -> Pool:
+    """The plan's pool, with the boot time that was measured where there is one."""
+    pool, other_s = plan.pool, calibration.other_boot_s
+    said_s = pool.boot_s if other_s is None else other_s
+    return replace(pool, boot_s=calibration.boot_s.get(pool.name, said_s))

@@ -1,0 +1,267 @@
+"""A scenario on the simulated grid: what would happen, as a record, in virtual time.
+
+Invariant: the record, but for the wall time, and the event log are a function of the scenario, the
+seed, the backend's settings, the calibration and the price book.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from batchlab.core.model import JobId
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.retry import Patience
+from batchlab.manager.scaling import fleet_commands
+from batchlab.runtime import factory
+from batchlab.runtime.descriptor import Calibration
+from batchlab.runtime.factory import Backend
+from batchlab.scenarios.forecast.costs import priced
+from batchlab.scenarios.forecast.grid import ForecastGrid, Options
+from batchlab.scenarios.forecast.jobs import bring, job_def
+from batchlab.scenarios.forecast.outcomes import Counting
+from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.values import Job, Prewarm, Scenario, Schedule
+from batchlab.scenarios.verdicts.record import Record
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.fuzz import silence
+
+LIKE = "aws"
+"""The backend whose settings a forecast has unless said otherwise."""
+
+STILL_S = 4 * 3600.0
+"""A run in which nothing has run for so long, and nothing is due any more, is cut."""
+
+REST_S = 3600.0
+"""After the last job's end the fleet has so long to come down to what it is at the least."""
+
+SUBMIT_CALLS = 4
+"""Port calls from a submission until its first bundle can be received: each takes its latency."""
+
+PLAIN = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a simulated run is: its time in seconds, and jobs by how far they are."""
+
+    at_s: float
+    submitted: int
+    ended: int
+    jobs: int
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    seed: int | None = None,
+    like: Backend | None = None,
+    calibration: Calibration | None = None,
+    log: list[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    options: Options = PLAIN,
+    book: PriceBook | None = None,
+) -> Record:
+    """Run the scenario, and its faults, to their end.
+
+    `seed` replaces the scenario's own; `like` is the backend whose settings hold (aws unless
+    given); lines of the event log are appended to `log`. Without a `book` it costs what that which
+    ships says. UsageError for a scenario that no grid could run.
+    """
+    begun_s = time.monotonic()
+    run = _Run(
+        scenario,
+        scenario.seed if seed is None else seed,
+        factory.load(LIKE) if like is None else like,
+        calibration,
+        log,
+        progress,
+        options,
+        price_book.load() if book is None else book,
+    )
+    with silence():
+        record = SimLoop(inline_executor=True).run(run.main())
+    return replace(record, wall_s=time.monotonic() - begun_s)
+
+
+class _Run:
+    def __init__(
+        self,
+        scenario: Scenario,
+        seed: int,
+        like: Backend,
+        calibration: Calibration | None,
+        log: list[str] | None,
+        progress: Callable[[Progress], None] | None,
+        options: Options,
+        book: PriceBook,
+    ) -> None:
+        self._scenario, self._seed, self._like = scenario, seed, like
+        self._book = book
+        self._calibration = calibration or like.usual
+        self._log, self._progress, self._options = log, progress, options
+        self._schedule: Schedule = expand(scenario, seed)
+        self._submitted_s: dict[str, float] = {}
+        self._open: dict[str, None] = {}
+        """Jobs that have been submitted and are not known to have ended."""
+        self._moved_s = 0.0
+        """When something was last seen to happen, run seconds."""
+        self._begun = 0
+        self._cut = ""
+
+    async def main(self) -> Record:
+        jobs = {JobId(job.id): job for job in self._schedule.jobs}
+        self._grid = ForecastGrid(
+            *(self._scenario, self._seed, self._like, self._calibration, jobs),
+            self._log,
+            self._options,
+        )
+        supervisor = asyncio.create_task(self._grid.supervise(), name="supervisor")
+        try:
+            await self._grid.come_up()
+            await self._live()
+            return await self._told()
+        finally:
+            supervisor.cancel()
+            await self._grid.world.ledger.close()
+
+    async def _live(self) -> None:
+        grid = self._grid
+        todo = [
+            asyncio.create_task(grid.timeline.run(), name="timeline"),
+            *(asyncio.create_task(self._warm(one)) for one in self._scenario.prewarm),
+            asyncio.create_task(self._arrive(), name="arrivals"),
+        ]
+        ended_s: float | None = None
+        while True:
+            await asyncio.sleep(grid.manager.tick_s)
+            await grid.watching.look()
+            await self._look_for_ends()
+            for task in todo:
+                if task.done():
+                    task.result()
+            if self._progress:
+                sent = len(self._submitted_s)
+                ended = sent - len(self._open)
+                self._progress(Progress(grid.now_s(), sent, ended, len(self._schedule.jobs)))
+            if not all(task.done() for task in todo):
+                continue
+            if self._open:
+                if self._stands_still():
+                    return
+                continue
+            ended_s = grid.now_s() if ended_s is None else ended_s
+            if grid.is_down() or grid.now_s() - ended_s > REST_S:
+                return
+
+    # --- What is asked of the grid ---------------------------------------------------------------
+
+    async def _arrive(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for job in self._schedule.jobs:
+                if (left_s := job.due_s - self._grid.now_s()) > 0:
+                    await asyncio.sleep(left_s)
+                group.create_task(self._submit(job), name=f"submit {job.id}")
+
+    async def _submit(self, job: Job) -> None:
+        grid, world = self._grid, self._grid.world
+        self._submitted_s[job.id] = grid.now_s()
+        self._open[job.id] = None
+        calls_s = SUBMIT_CALLS * sum(self._calibration.call_s) / 2
+        if (extra_s := self._calibration.submit_s - calls_s) > 0:
+            await asyncio.sleep(extra_s)
+        made = job_def(job, world.clock.now_s())
+        items = await bring(made, world.objects, Patience(world.rng(f"client/{job.id}")))
+        await grid.ask(lambda m: m.requests.submit(made, items), f"submit {job.id}")
+
+    async def _warm(self, plan: Prewarm) -> None:
+        """Keep at least so many instances in a pool for a while, whichever manager leads."""
+        grid = self._grid
+        await asyncio.sleep(max(0.0, plan.at_s - grid.now_s()))
+        led = 0
+        while (left_s := plan.until_s - grid.now_s()) > 0:
+            if led != grid.world.managers:
+                led = grid.world.managers
+                await self._at_least(plan.pool)
+            await asyncio.sleep(min(grid.manager.lease_ttl_s, left_s))
+        await self._at_least(plan.pool)
+
+    async def _at_least(self, pool: str) -> None:
+        """Set the pool's min to what is planned for now."""
+        now_s = self._grid.now_s()
+        planned = [
+            one.min_size
+            for one in self._scenario.prewarm
+            if one.pool == pool and one.at_s <= now_s < one.until_s
+        ]
+        least = max(self._grid.pools[pool].min_size, *planned, 0)
+        await self._grid.ask(
+            lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}"
+        )
+
+    # --- Its end ---------------------------------------------------------------------------------
+
+    async def _look_for_ends(self) -> None:
+        grid, plays = self._grid, self._grid.plays
+        leader = grid.leader
+        if leader is None:
+            return
+        before = len(self._open)
+        for job in [one for one in self._open if one not in leader.lives]:
+            record = await grid.world.find(JobId(job))
+            if record is not None and record.state.ended:
+                del self._open[job]
+        if before != len(self._open) or plays.running or plays.begun != self._begun:
+            self._moved_s, self._begun = grid.now_s(), plays.begun
+
+    def _stands_still(self) -> bool:
+        still_s = self._grid.now_s() - self._moved_s
+        if still_s >= STILL_S:
+            self._cut = (
+                f"{len(self._open)} jobs had not ended, and nothing had run for {still_s:.0f} s"
+            )
+        return bool(self._cut)
+
+    async def _told(self) -> Record:
+        grid, scenario, world = self._grid, self._scenario, self._grid.world
+        end_s = grid.now_s()
+        begin_s = world.clock.now_s() - end_s
+        counting = Counting(world.objects, world.ledger, grid.plays, begin_s, grid.base_s)
+        jobs = self._schedule.jobs
+        results = await counting.all(jobs, self._submitted_s, self._calibration.end_s)
+        if self._options.examine is not None:
+            await self._options.examine(world, [JobId(one) for one in self._submitted_s])
+        stages, instances = results.stages(jobs), grid.machines.runs()
+        bill = priced(
+            *(grid.pools, instances, stages, results),
+            *(self._book, grid.manager, grid.worker, end_s),
+        )
+        settings: dict[str, float] = {**asdict(grid.manager)}
+        settings.update({f"worker.{name}": s for name, s in asdict(grid.worker).items()})
+        settings["cores"] = self._calibration.cores
+        return Record(
+            scenario.name,
+            scenario.digest,
+            self._seed,
+            self._like.name,
+            scenario.compressed,
+            {name: (p.min_size, p.max_size, p.slots) for name, p in grid.pools.items()},
+            tuple(results.jobs),
+            stages,
+            tuple(grid.watching.samples),
+            instances,
+            tuple(grid.timeline.injected),
+            results.lost,
+            results.duplicates,
+            sum(one.lived_s(end_s) for one in instances),
+            results.again_s,
+            bill.usd.typical,
+            {item.what: item.usd.typical for item in bill.items},
+            settings,
+            simulated=True,
+            log_digest=world.log.digest() if world.log else "",
+            cut=self._cut,
+        )

@@ -1,0 +1,371 @@
+"""Arrivals that are drawn: Poisson, on and off, by the clock and the calendar, steps and ramps.
+
+All but `At` are Poisson processes whose rate changes over time, drawn exactly: gaps of a process of
+rate one are carried through the rate's integral (Cinlar 1975). Rates are jobs an hour, times
+seconds from the scenario's beginning; nothing arrives before `from_s` nor at or after `until_s`.
+`speed` is what the scenario has been compressed by: the same jobs, sooner.
+
+Hours, weekdays, and the working days around a month's end.
+
+Calendar days have 24 hours: a scenario knows no clock change.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from math import isfinite, sqrt
+from random import Random
+from typing import Self
+
+from batchlab.scenarios.model.values import Arrival, Odd
+
+HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+WEEK_FORMS = "monday, tue, or monday 06:30"
+
+_WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE)
+
+
+def week_s(text: str) -> float:
+    """Seconds from Monday 00:00 of a time such as `tue 06:30`; ValueError where it is none."""
+    if match := _WEEK.fullmatch(text):
+        name, hour, minute = match.groups(default="0")
+        found = [i for i, day in enumerate(WEEKDAYS) if name.lower() in (day, day[:3])]
+        if found and int(hour) < 24 and int(minute) < 60:
+            return found[0] * DAY_S + int(hour) * HOUR_S + int(minute) * 60.0
+    raise ValueError(f"{text!r} is not a time of the week ({WEEK_FORMS})")
+
+
+def hours(
+    from_s: float, until_s: float, offset_s: float = 0.0
+) -> Iterator[tuple[float, float, int]]:
+    """The span from `from_s` until `until_s` cut at every full hour: (start, end, hour).
+
+    Hour 0 begins `offset_s` before the time 0, which is so the time of day or week at 0.
+    """
+    hour = int((from_s + offset_s) // HOUR_S)
+    start_s = from_s
+    while start_s < until_s:
+        hour += 1
+        end_s = min(hour * HOUR_S - offset_s, until_s)
+        if end_s > start_s:
+            yield start_s, end_s, hour - 1
+            start_s = end_s
+
+
+def is_working_day(day: date, holidays: Container[date] = ()) -> bool:
+    """Monday to Friday, and no holiday."""
+    return day.weekday() < 5 and day not in holidays
+
+
+def working_days_left(day: date, holidays: Container[date] = ()) -> int:
+    """Working days after `day` in its month; 0 on the last one."""
+    return _working_days(day, 1, holidays)
+
+
+def working_days_gone(day: date, holidays: Container[date] = ()) -> int:
+    """Working days before `day` in its month; 0 on the first one."""
+    return _working_days(day, -1, holidays)
+
+
+def _working_days(day: date, step: int, holidays: Container[date]) -> int:
+    found = 0
+    other = day + timedelta(step)
+    while other.month == day.month:
+        found += is_working_day(other, holidays)
+        other += timedelta(step)
+    return found
+
+
+MOST_JOBS = 1_000_000
+"""More jobs than this in one scenario are a slip."""
+MOST_BURSTS = 1_000_000
+"""More than this in one source are a slip."""
+
+Segment = tuple[float, float, float, float]
+"""From, until, the rate per hour at its beginning and at its end; linear between."""
+
+
+def _moments(segments: Iterable[Segment], random: Random) -> Iterator[float]:
+    """Moments of a Poisson process with this rate, in order."""
+    due = random.expovariate(1.0)
+    for start_s, end_s, first, last in segments:
+        length_s, first_s, last_s = end_s - start_s, first / HOUR_S, last / HOUR_S
+        area = length_s * (first_s + last_s) / 2
+        slope = (last_s - first_s) / length_s if length_s > 0 else 0.0
+        while due < area:
+            # The root of first·x + slope·x²/2 = due, in the form that is stable for all slopes.
+            rate_s = sqrt(max(first_s**2 + 2 * slope * due, 0.0))
+            moment_s = start_s + 2 * due / (first_s + rate_s)
+            if moment_s >= end_s:
+                break
+            yield moment_s
+            due += random.expovariate(1.0)
+        # Rounding alone could make it negative.
+        due = max(due - area, 0.0)
+
+
+def _surely(mean: float) -> float:
+    """Six standard deviations below the mean of a Poisson number."""
+    return max(0.0, mean - 6 * sqrt(mean))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn(ABC):
+    """What all Poisson processes share: whose arrivals, when, and how much faster."""
+
+    template: str
+    from_s: float = 0.0
+    until_s: float
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.from_s < self.until_s and isfinite(self.until_s)):
+            raise ValueError(
+                f"until ({self.until_s:g} s) must be after from ({self.from_s:g} s), which must "
+                "not be negative"
+            )
+        for rate in self.numbers():
+            if not (isfinite(rate) and rate >= 0):
+                raise ValueError(f"a rate must be a number of at least 0, not {rate}")
+
+    @abstractmethod
+    def numbers(self) -> Iterable[float]:
+        """All rates and factors, none of which may be negative."""
+
+    @abstractmethod
+    def segments(self, random: Random) -> Iterable[Segment]:
+        """The rate, piece by piece."""
+
+    def arrivals(self, random: Random) -> Iterator[Arrival]:
+        for moment_s in _moments(self.segments(random), random):
+            yield Arrival(moment_s / self.speed, self.template)
+
+    def at_least(self) -> float:
+        """No fewer jobs arrive than this, but for a chance of one in a billion."""
+        found = self.segments(Random(0))  # noqa: S311 - of rates that chance has no part in
+        return _surely(sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S)
+
+    def odd(self) -> tuple[Odd, ...]:
+        return ()
+
+    def compressed(self, factor: float) -> Self:
+        return replace(self, speed=self.speed * factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poisson(_Drawn):
+    """Independent arrivals, `per_hour` on average."""
+
+    per_hour: float
+
+    def numbers(self) -> Iterable[float]:
+        return (self.per_hour,)
+
+    def segments(self, random: Random) -> Iterable[Segment]:  # noqa: ARG002
+        return ((self.from_s, self.until_s, self.per_hour, self.per_hour),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnOff(_Drawn):
+    """Bursts: `per_hour` while on, `idle_per_hour` while off; on first.
+
+    On and off periods last `on_s` and `off_s` on average, exponentially distributed, or exactly
+    that long where `regular`.
+    """
+
+    per_hour: float
+    on_s: float
+    off_s: float
+    idle_per_hour: float = 0.0
+    regular: bool = False
+
+    def numbers(self) -> Iterable[float]:
+        return self.per_hour, self.idle_per_hour
+
+    def __post_init__(self) -> None:
+        # Not super(): a dataclass with slots is not the class that it was written as.
+        _Drawn.__post_init__(self)
+        for length_s in (self.on_s, self.off_s):
+            if not (isfinite(length_s) and length_s > 0):
+                raise ValueError(f"on and off must be durations above 0, not {length_s}")
+        if self.until_s - self.from_s > MOST_BURSTS * (self.on_s + self.off_s):
+            raise ValueError(f"there would be more than {MOST_BURSTS:,} bursts until then")
+
+    def at_least(self) -> float:
+        least = min(self.per_hour, self.idle_per_hour)
+        return _surely((self.until_s - self.from_s) * least / HOUR_S)
+
+    def segments(self, random: Random) -> Iterator[Segment]:
+        start_s, is_on = self.from_s, True
+        while start_s < self.until_s:
+            length_s = self.on_s if is_on else self.off_s
+            if not self.regular:
+                length_s = random.expovariate(1 / length_s)
+            end_s = min(start_s + length_s, self.until_s)
+            rate = self.per_hour if is_on else self.idle_per_hour
+            yield start_s, end_s, rate, rate
+            start_s, is_on = end_s, not is_on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile(_Drawn):
+    """By the clock: `daily` has a number for each hour of the day, `weekly` a factor for each day
+    from Monday. They are jobs an hour; with `per_hour` set they are only weights, and that is the
+    mean over a whole week. `begins_s` is the scenario's beginning, from Monday 00:00."""
+
+    daily: tuple[float, ...]
+    weekly: tuple[float, ...] = (1.0,) * 7
+    per_hour: float | None = None
+    begins_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _Drawn.__post_init__(self)
+        if len(self.daily) != 24 or len(self.weekly) != 7:
+            raise ValueError(
+                f"a profile has 24 hours and 7 days, not {len(self.daily)} and {len(self.weekly)}"
+            )
+        if not (isfinite(self.begins_s) and self.begins_s >= 0):
+            raise ValueError(f"the week cannot begin {self.begins_s} s after Monday 00:00")
+        if self.per_hour is not None and not (sum(self.daily) and sum(self.weekly)):
+            raise ValueError("a profile of zeros alone cannot have a mean")
+
+    def numbers(self) -> Iterable[float]:
+        return (*self.daily, *self.weekly, self.per_hour or 0.0)
+
+    def segments(self, random: Random) -> Iterator[Segment]:  # noqa: ARG002
+        scale = 1.0
+        if self.per_hour is not None:
+            scale = self.per_hour * 24 * 7 / (sum(self.daily) * sum(self.weekly))
+        for start_s, end_s, hour in hours(self.from_s, self.until_s, self.begins_s):
+            rate = scale * self.daily[hour % 24] * self.weekly[hour // 24 % 7]
+            yield start_s, end_s, rate, rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonthEnd(_Drawn):
+    """By the calendar: `per_hour` on an ordinary working day, and so many times more around the
+    turn of a month.
+
+    `last` are the factors of the month's last working days, the last one first; `first` those of
+    its first working days; `off` that of weekends and `holidays`. `daily` are weights of the 24
+    hours, whose mean is made 1. The scenario begins on the day `begins`, at 00:00.
+    """
+
+    per_hour: float
+    begins: date
+    last: tuple[float, ...] = (6.0, 4.0, 2.0)
+    first: tuple[float, ...] = (3.0,)
+    off: float = 0.1
+    holidays: frozenset[date] = frozenset()
+    daily: tuple[float, ...] = (1.0,) * 24
+
+    def __post_init__(self) -> None:
+        _Drawn.__post_init__(self)
+        if len(self.daily) != 24 or not sum(self.daily):
+            raise ValueError("daily must be 24 numbers, not all of them 0")
+
+    def numbers(self) -> Iterable[float]:
+        return (self.per_hour, *self.last, *self.first, self.off, *self.daily)
+
+    def factor(self, day: date) -> float:
+        """How many times an ordinary working day's rate that day has."""
+        if not is_working_day(day, self.holidays):
+            return self.off
+        left = working_days_left(day, self.holidays)
+        if left < len(self.last):
+            return self.last[left]
+        gone = working_days_gone(day, self.holidays)
+        return self.first[gone] if gone < len(self.first) else 1.0
+
+    def segments(self, random: Random) -> Iterator[Segment]:  # noqa: ARG002
+        scale = self.per_hour * 24 / sum(self.daily)
+        day, factor = -1, 1.0
+        for start_s, end_s, hour in hours(self.from_s, self.until_s):
+            if hour // 24 != day:
+                day = hour // 24
+                factor = self.factor(self.begins + timedelta(day))
+            rate = scale * factor * self.daily[hour % 24]
+            yield start_s, end_s, rate, rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step(_Drawn):
+    """`per_hour` at first, then from each moment of `steps` on that many an hour."""
+
+    per_hour: float
+    steps: tuple[tuple[float, float], ...]
+    """(from when, jobs an hour), in order of time."""
+
+    def __post_init__(self) -> None:
+        _Drawn.__post_init__(self)
+        moments = [at_s for at_s, _ in self.steps]
+        if moments != sorted(moments):
+            raise ValueError("steps must be in order of time")
+
+    def numbers(self) -> Iterable[float]:
+        return (self.per_hour, *(number for step in self.steps for number in step))
+
+    def segments(self, random: Random) -> Iterator[Segment]:  # noqa: ARG002
+        start_s, rate = self.from_s, self.per_hour
+        for at_s, after in (*self.steps, (self.until_s, 0.0)):
+            end_s = min(at_s, self.until_s)
+            if end_s > start_s:
+                yield start_s, end_s, rate, rate
+                start_s = end_s
+            rate = after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ramp(_Drawn):
+    """From `per_hour` at the beginning evenly to `to_per_hour` at the end."""
+
+    per_hour: float
+    to_per_hour: float
+
+    def numbers(self) -> Iterable[float]:
+        return self.per_hour, self.to_per_hour
+
+    def segments(self, random: Random) -> Iterable[Segment]:  # noqa: ARG002
+        return ((self.from_s, self.until_s, self.per_hour, self.to_per_hour),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class At:
+    """Exactly at these moments, and nothing left to chance."""
+
+    template: str
+    moments: tuple[tuple[float, int], ...]
+    """(when, how many)"""
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        for at_s, count in self.moments:
+            if not (isfinite(at_s) and at_s >= 0):
+                raise ValueError(f"a moment must not be before the beginning, as {at_s:g} s is")
+            if count < 0:
+                raise ValueError(f"no job can arrive {count} times")
+
+    def at_least(self) -> float:
+        return sum(count for _, count in self.moments)
+
+    def arrivals(self, random: Random) -> Iterator[Arrival]:  # noqa: ARG002
+        for at_s, count in sorted(self.moments):
+            for _ in range(count):
+                yield Arrival(at_s / self.speed, self.template)
+
+    def odd(self) -> tuple[Odd, ...]:
+        return ()
+
+    def compressed(self, factor: float) -> Self:
+        return replace(self, speed=self.speed * factor)
+
+
+Synthetic = _Drawn | At
+"""Every source but a trace."""

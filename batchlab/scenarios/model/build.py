@@ -1,0 +1,456 @@
+"""From a scenario file's models to the values of model.py: draws, sources, jobs.
+
+Invariant: what cannot be made is told as a Problem at its place, and something stands in for it,
+so that one look finds every mistake.
+
+From a scenario file's models to the values of model.py: fleet, faults, expectations.
+
+Invariant: nothing here can fail; what is wrong with it the checks have told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from batchlab.core.errors import BatchlabError
+from batchlab.core.model import Pool
+from batchlab.core.pricing import money
+from batchlab.jobs import field_types, job_file, paths
+from batchlab.jobs.schema import GatherSpec
+from batchlab.jobs.validation import Structure
+from batchlab.jobs.yaml_source import Loc, Problem, suggest
+from batchlab.scenarios import traces
+from batchlab.scenarios.model import arrivals, distributions, schema_distributions
+from batchlab.scenarios.model.schema import SOURCES, ArrivalSpec, FaultSpec, ScenarioSpec
+from batchlab.scenarios.model.schema_distributions import (
+    MomentSpec,
+    MonthEndSpec,
+    One,
+    Span,
+    StepSpec,
+)
+from batchlab.scenarios.model.schema_jobs import (
+    ColumnsSpec,
+    GroupsSpec,
+    JobSpec,
+    StageSpec,
+    TraceSpec,
+)
+from batchlab.scenarios.model.values import (
+    Draw,
+    Expectation,
+    Fault,
+    FaultName,
+    JobTemplate,
+    Policy,
+    PoolPlan,
+    Prewarm,
+    Source,
+    StageTemplate,
+    WorkKind,
+)
+from batchlab.scenarios.verdicts.measures import MEASURES, Unit
+
+T = TypeVar("T")
+ONE_STAGE = "work"
+"""The stage of a job that is said by its task time alone."""
+
+
+@dataclass(slots=True)
+class Maker:
+    """Makes the values of one file; `folder` is where its paths start from."""
+
+    found: Structure[ScenarioSpec]
+    folder: Path
+    problems: list[Problem] = field(default_factory=list)
+    jobs: float = 0.0
+    """How many arrive at the least, of the sources that were made."""
+
+    def tell(self, loc: Loc, message: str, remedy: str, *, at_key: bool = False) -> None:
+        """One mistake, unless something is wrong there already."""
+        if self.found.sound(loc):
+            self.problems.append(Problem(loc, message, remedy, at_key))
+
+    def made(self, loc: Loc, make: Callable[[], T], stand_in: T, remedy: str) -> T:
+        """What `make` makes, or why it cannot told at `loc`."""
+        if not self.found.sound(loc):
+            return stand_in
+        try:
+            return make()
+        except (ValueError, OverflowError) as error:
+            self.tell(loc, f"This cannot be: {error}.", remedy)
+            return stand_in
+
+    # --- Draws -----------------------------------------------------------------------------------
+
+    def draw(self, spec: One[Any], loc: Loc) -> Draw:
+        """The distribution that `spec` names."""
+        stand_in: Draw = distributions.Constant(1.0)
+        named = [key for key in _KINDS if getattr(spec, key, None) is not None]
+        if len(named) != 1:
+            what = "no distribution" if not named else f"more than one: {', '.join(named)}"
+            remedy = "Write a number, or for example {lognormal: {median: 4, sigma: 0.8}}."
+            self.tell(loc, f"It names {what}.", remedy)
+            return stand_in
+        kind = named[0]
+        value = getattr(spec, kind)
+        if kind == "constant":
+            return distributions.Constant(value)
+        if kind == "mixture":
+            parts = tuple(
+                (part.weight, self.draw(part, (*loc, kind, i))) for i, part in enumerate(value)
+            )
+            return self.made(
+                (*loc, kind), lambda: distributions.Mixture(parts), stand_in, "Change it."
+            )
+        if kind == "empirical":
+            return distributions.Empirical(tuple(value))
+        numbers = value.model_dump()
+        make = _DRAWS[kind]
+
+        def usable() -> Draw:
+            found = make(**numbers)
+            if not found.mean <= field_types.MOST_TASKS:
+                raise ValueError("its mean is beyond all that is counted here")
+            return found
+
+        return self.made((*loc, kind), usable, stand_in, "Change its numbers.")
+
+    # --- Jobs ------------------------------------------------------------------------------------
+
+    def job(self, name: str, spec: JobSpec) -> JobTemplate:
+        """The template, its stages those of the job file where it names one."""
+        loc: Loc = ("jobs", name)
+        stages: tuple[StageTemplate, ...] = ()
+        file: Path | None = None
+        if spec.file is not None:
+            file = self.path(spec.file, (*loc, "file"))
+            stages = () if file is None else self._stages_of(file, spec, loc)
+        elif spec.stages is not None:
+            at = (*loc, "stages")
+            for check in (field_types.unique_names, field_types.order, field_types.gathers):
+                if self.found.sound(at):
+                    self.problems += check(spec.stages, at)
+            stages = tuple(self._stage(spec.stages, i, (*at, i)) for i in range(len(spec.stages)))
+        elif spec.task is not None:
+            stages = (StageTemplate(ONE_STAGE, self.draw(spec.task, (*loc, "task"))),)
+        else:
+            remedy = "Write task: 4s, or stages:, or file:."
+            self.tell(loc, f"Job '{name}' does not say what its work is.", remedy, at_key=True)
+        if spec.groups and spec.file is None:
+            message = "'groups' means nothing without a job file."
+            remedy = "Delete it; a stage's own gather says how many groups there are."
+            self.tell((*loc, "groups"), message, remedy, at_key=True)
+        if spec.stages is not None and (spec.task is not None or spec.file is not None):
+            other = "file" if spec.file is not None else "task"
+            message = f"Job '{name}' has both stages and {other}."
+            self.tell((*loc, other), message, "Delete one of the two.", at_key=True)
+        return JobTemplate(
+            name=name,
+            stages=stages,
+            tasks=distributions.Constant(1.0)
+            if spec.tasks is None
+            else self.draw(spec.tasks, (*loc, "tasks")),
+            tenant=spec.tenant,
+            priority=spec.priority,
+            deadline_s=spec.deadline,
+            max_failures=spec.max_failures,
+            file=file,
+        )
+
+    def _stage(self, stages: list[StageSpec], i: int, loc: Loc) -> StageTemplate:
+        spec = stages[i]
+        return StageTemplate(
+            name=spec.name,
+            task_s=self.draw(spec.task, (*loc, "task")),
+            after=field_types.upstream(stages, i),
+            gather=_gather(spec.gather),
+            groups=1 if spec.gather is None else spec.gather.groups,
+            kind=WorkKind(spec.kind),
+            slots=spec.slots,
+            memory_bytes=spec.memory,
+            bundle=spec.bundle,
+            pool=spec.pool,
+            retry=job_file.retry_rule(spec.retry),
+            fails=spec.fails,
+            poison=spec.poison,
+        )
+
+    def _stages_of(self, file: Path, spec: JobSpec, loc: Loc) -> tuple[StageTemplate, ...]:
+        """The stages of a job file, with the times that `spec` says."""
+        try:
+            stages = job_file.load(file, needs_input=False).job.stages
+        except BatchlabError as error:
+            message = f"The job file has a mistake: {error.message}"
+            self.tell((*loc, "file"), message, f"See `batchlab job check {file}`.")
+            return ()
+        at = (*loc, "task")
+        names = [stage.name for stage in stages]
+        times = None if spec.task is None else spec.task.by_stage
+        for name in (*(times or ()), *spec.groups):
+            if name not in names:
+                key = "task" if name in (times or ()) else "groups"
+                message = f"The job file has no stage '{name}'."
+                remedy = suggest(name, names, "stages")
+                self.tell((*loc, key, name), message, remedy, at_key=True)
+        by_field = {one.name for one in stages if one.gather is not None and one.gather.by != "*"}
+        for name in spec.groups:
+            if name in names and name not in by_field:
+                message = f"The stage '{name}' does not gather by a field: it has no groups."
+                self.tell((*loc, "groups", name), message, "Delete it.", at_key=True)
+        if spec.task is None or times is not None:
+            missing = [name for name in names if name not in (times or ())]
+            if missing:
+                message = f"It is not said how long the tasks of {', '.join(missing)} take."
+                remedy = f"Write for example `task: {{{missing[0]}: 4s}}`."
+                self.tell(loc if spec.task is None else at, message, remedy, at_key=True)
+        task_s: Draw = distributions.Constant(1.0)
+        if spec.task is not None and times is None:
+            task_s = self.draw(spec.task, at)
+        return tuple(
+            StageTemplate(
+                name=stage.name,
+                task_s=self.draw(times[stage.name], (*at, stage.name))
+                if times is not None and stage.name in times
+                else task_s,
+                after=field_types.upstream(stages, i),
+                gather=_gather(stage.gather),
+                groups=spec.groups.get(stage.name, 1),
+                slots=stage.resources.slots,
+                memory_bytes=stage.resources.memory,
+                bundle=stage.bundle,
+                pool=stage.pool,
+                retry=job_file.retry_rule(stage.retry),
+            )
+            for i, stage in enumerate(stages)
+        )
+
+    def path(self, text: str, loc: Loc) -> Path | None:
+        """The file that `text` names from the scenario's folder; None where there is none."""
+        if "://" in text or Path(text).is_absolute():
+            remedy = "Write a path relative to the scenario, so that it can be moved with it."
+            self.tell(loc, f"{text!r} is not a path relative to the scenario.", remedy)
+            return None
+        path = paths.absolute(self.folder / text)
+        if not paths.is_file(path):
+            what = "is a folder" if paths.is_folder(path) else "is not there"
+            remedy = "Write the path of a file, relative to the scenario."
+            self.tell(loc, f"The file {str(path)!r} {what}.", remedy)
+            return None
+        return path
+
+    # --- Arrivals --------------------------------------------------------------------------------
+
+    def source(self, number: int, spec: ArrivalSpec) -> Source | None:
+        """Where those arrivals come from; None where that is not said well."""
+        loc: Loc = ("arrivals", number)
+        named = [kind for kind in SOURCES if getattr(spec, kind) is not None]
+        if len(named) != 1:
+            what = f"has both {' and '.join(named)}" if named else "does not say when"
+            remedy = f"Write one of {', '.join(SOURCES)}."
+            self.tell(loc, f"This arrival {what}.", remedy, at_key=True)
+            return None
+        at = (*loc, named[0])
+        job = spec.job or ""
+        if not job and spec.trace is None:
+            message = "This arrival does not say which job arrives."
+            self.tell(loc, message, "Write for example `job: claims`.", at_key=True)
+        if spec.trace is not None:
+            path = self.path(spec.trace.file, (*at, "file"))
+            return None if path is None else self._trace(job, path, spec.trace, at)
+        value = getattr(spec, named[0])
+
+        def usable() -> Source:
+            found = _SOURCES[named[0]](job, value)
+            jobs = self.jobs + found.at_least()
+            if jobs > arrivals.MOST_JOBS:
+                whole = f"the {arrivals.MOST_JOBS:,} of a whole scenario"
+                raise ValueError(f"{jobs:,.0f} jobs so far are more than {whole}")
+            self.jobs = jobs
+            return found
+
+        return self.made(at, usable, None, "Change its numbers.")
+
+    def _trace(self, job: str, path: Path, spec: TraceSpec, at: Loc) -> Source | None:
+        form = traces.TraceFormat(spec.format or _format_of(path))
+        for key, why in _meaningless(form, spec, job):
+            self.tell((*at, *key), f"'{key[-1]}' means nothing {why}.", "Delete it.", at_key=True)
+        columns = _columns(form, spec.columns)
+        return self.made(
+            at,
+            lambda: traces.Trace(
+                template=job,
+                path=path,
+                format=form,
+                columns=columns(),
+                names=tuple(spec.names),
+                delimiter=spec.delimiter,
+                from_s=spec.from_s,
+                until_s=spec.until_s,
+                limit=spec.limit,
+                starts_s=spec.starts_s,
+            ),
+            None,
+            "Change it.",
+        )
+
+
+def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
+    """As StageTemplate has it: what the groups are called says nothing to a stand-in."""
+    return None if spec is None else "*" if spec.by == "*" else "key"
+
+
+def _meaningless(
+    form: traces.TraceFormat, spec: TraceSpec, job: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that nothing would follow from, and where they mean nothing."""
+    if form is not traces.TraceFormat.TABLE:
+        for key in ("names", "delimiter"):
+            if key in spec.model_fields_set:
+                yield (key,), f"in a trace of the format {form.value}"
+    columns = spec.columns or ColumnsSpec()
+    if not columns.count:
+        for key in ("every", "scale"):
+            if key in columns.model_fields_set:
+                yield ("columns", key), "without count"
+    if job and columns.job:
+        yield ("columns", "job"), "where the arrival says which job it is"
+
+
+def _format_of(path: Path) -> str:
+    """What a trace's name says it is."""
+    suffixes = {one.lower() for one in path.suffixes}
+    if ".swf" in suffixes:
+        return "swf"
+    return "jsonl" if suffixes & {".jsonl", ".ndjson", ".json"} else "table"
+
+
+def _columns(
+    form: traces.TraceFormat, spec: ColumnsSpec | None
+) -> Callable[[], traces.Columns | None]:
+    """Makes the map of columns: that of the format, with what `spec` says; ValueError."""
+
+    def make() -> traces.Columns | None:
+        if spec is None:
+            return None
+        known = {traces.TraceFormat.SWF: traces.SWF, traces.TraceFormat.JSONL: traces.RUNS}
+        base = known.get(form)
+        said: dict[str, Any] = {
+            _COLUMNS.get(name, name): getattr(spec, name) for name in spec.model_fields_set
+        }
+        for name in ("tasks", "task_s"):
+            if said.get(name) is not None:
+                said[name] = traces.Take(tuple(said[name].columns), said[name].per)
+        return traces.Columns(**{"at": "", **said}) if base is None else replace(base, **said)
+
+    return make
+
+
+_COLUMNS = {"every": "every_s", "job": "template"}
+
+_KINDS = tuple(schema_distributions.Draw.model_fields)
+
+_DRAWS: Mapping[str, Callable[..., Draw]] = {
+    "uniform": distributions.Uniform,
+    "exponential": distributions.Exponential,
+    "lognormal": distributions.Lognormal,
+    "pareto": distributions.Pareto,
+    "weibull": distributions.Weibull,
+}
+
+
+def _span(spec: Span) -> dict[str, Any]:
+    """The numbers of a source that are those of its spec, by the same names."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in ((name, getattr(spec, name)) for name in type(spec).model_fields)
+    }
+
+
+def _month_end(job: str, spec: MonthEndSpec) -> arrivals.Synthetic:
+    numbers = {**_span(spec), "holidays": frozenset(spec.holidays)}
+    return arrivals.MonthEnd(template=job, **numbers)
+
+
+def _step(job: str, spec: StepSpec) -> arrivals.Synthetic:
+    steps = tuple((one.at_s, one.per_hour) for one in spec.steps)
+    return arrivals.Step(template=job, **{**_span(spec), "steps": steps})
+
+
+def _at(job: str, spec: list[MomentSpec]) -> arrivals.Synthetic:
+    return arrivals.At(template=job, moments=tuple((one.at_s, one.count) for one in spec))
+
+
+_SOURCES: Mapping[str, Callable[[str, Any], arrivals.Synthetic]] = {
+    "at": _at,
+    "poisson": lambda job, spec: arrivals.Poisson(template=job, **_span(spec)),
+    "on_off": lambda job, spec: arrivals.OnOff(template=job, **_span(spec)),
+    "profile": lambda job, spec: arrivals.Profile(template=job, **_span(spec)),
+    "month_end": _month_end,
+    "step": _step,
+    "ramp": lambda job, spec: arrivals.Ramp(template=job, **_span(spec)),
+}
+
+
+FAULTS: Mapping[str, FaultName] = {name.value: name for name in FaultName}
+
+
+def pools(spec: ScenarioSpec) -> tuple[PoolPlan, ...]:
+    """The fleet, in the order of the file."""
+    found = []
+    for name, one in spec.pools.items():
+        pool = Pool(name, one.min, one.max, one.slots, one.boot, instance_type=one.instance_type)
+        found.append(PoolPlan(pool, one.spot))
+    return tuple(found)
+
+
+def policy(spec: ScenarioSpec) -> Policy:
+    """The scaling policy."""
+    return Policy(spec.policy.drain_target, spec.policy.cooldown_in, spec.policy.idle)
+
+
+def prewarm(spec: ScenarioSpec) -> tuple[Prewarm, ...]:
+    """Scheduled capacity, in the order of the file."""
+    return tuple(Prewarm(one.pool, one.min, one.at_s, one.until_s) for one in spec.prewarm)
+
+
+def faults(spec: ScenarioSpec) -> tuple[Fault, ...]:
+    """The faults in order of time."""
+    return tuple(sorted(map(fault, spec.faults), key=lambda fault: fault.at_s))
+
+
+def fault(spec: FaultSpec) -> Fault:
+    """One of them."""
+    said = {
+        "share": spec.share,
+        "count": spec.count,
+        "rate": spec.rate,
+        "notice_s": spec.notice,
+        "zone": spec.zone,
+        "pool": spec.pool,
+    }
+    more: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    return Fault(FAULTS[spec.fault], spec.at_s, spec.for_s, **more)
+
+
+def expectations(spec: ScenarioSpec) -> tuple[Expectation, ...]:
+    """What must hold, those of single templates last."""
+    whole: Any = spec.expect
+    found = list(_expectations(whole, ""))
+    for name, own in whole.jobs.items():
+        found += _expectations(own, name)
+    return tuple(found)
+
+
+def _expectations(spec: Any, template: str) -> Iterator[Expectation]:
+    for name, measure in MEASURES.items():
+        bound = getattr(spec, name, None)
+        if bound is not None:
+            limits = [bound.least, bound.most]
+            if measure.unit is Unit.USD:
+                limits = [None if one is None else money.parse(one) for one in limits]
+            least, most = limits
+            yield Expectation(name, least, most, template)

@@ -1,0 +1,133 @@
+"""What a scenario asks of its fleet over time: jobs and work that arrive, against what it can do.
+
+Invariant: a function of the scenario and its jobs alone. Work is slot seconds: what a job's tasks
+take by the mean of their distribution, times the slots of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from batchlab.scenarios.model import distributions
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import Job, Scenario
+
+_MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
+WIDTHS_S = (
+    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0),
+    *(factor * _MINUTE for factor in (1, 2, 5, 10, 15, 30)),
+    *(factor * _HOUR for factor in (1, 2, 3, 6, 12)),
+    *(factor * _DAY for factor in (1, 2, 7, 14, 30, 90, 365, 3650)),
+)
+"""What a column of a curve may stand for: widths that a person can count in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What arrives from `at_s` on, until the next column: jobs, their tasks of all stages, and by
+    pool the slot seconds that those take."""
+
+    at_s: float
+    jobs: int
+    tasks: int
+    work_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One pool against what is asked of it. `slots` are those of its largest fleet; `busy` what
+    arrives in each column, in slots kept busy all the time; `behind_s` and `behind_at_s` are the
+    longest that work would wait even so, and when; `idle_from_s` when it would all be done."""
+
+    pool: str
+    slots: int
+    busy: tuple[float, ...]
+    behind_s: float
+    behind_at_s: float
+    idle_from_s: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.busy, default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Arrivals over time, in columns of `width_s` from the scenario's beginning on."""
+
+    width_s: float
+    columns: tuple[Column, ...]
+    asks: tuple[Ask, ...]
+
+    @property
+    def span_s(self) -> float:
+        return self.width_s * len(self.columns)
+
+    @property
+    def work_s(self) -> float:
+        return sum(sum(column.work_s.values()) for column in self.columns)
+
+
+def of(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
+    """The curve of `jobs`, in no more than `most` columns."""
+    width_s = width_of(_span_s(scenario, jobs), most)
+    count = max(1, ceil(_span_s(scenario, jobs) / width_s - 1e-9))
+    number, tasks = [0] * count, [0] * count
+    work: list[dict[str, float]] = [{} for _ in range(count)]
+    for job in jobs:
+        i = min(int(job.due_s / width_s), count - 1)
+        number[i] += 1
+        for name, size, slot_s in _work(job):
+            tasks[i] += size
+            work[i][name] = work[i].get(name, 0.0) + slot_s
+    columns = tuple(Column(i * width_s, number[i], tasks[i], work[i]) for i in range(count))
+    asks = []
+    for plan in scenario.pools:
+        pool = plan.pool
+        arriving = [column.work_s.get(pool.name, 0.0) for column in columns]
+        slots = pool.max_size * pool.slots
+        behind = _behind(arriving, slots, width_s)
+        busy = tuple(one / width_s for one in arriving)
+        asks.append(Ask(pool.name, slots, busy, *behind))
+    return Curve(width_s, columns, tuple(asks))
+
+
+def width_of(span_s: float, most: int) -> float:
+    """The narrowest column of which no more than `most` cover `span_s`."""
+    return next((one for one in WIDTHS_S if span_s / one <= most + 1e-9), span_s / most)
+
+
+def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
+    """Until a little after the last thing that is to happen."""
+    ends = [job.due_s * (1 + 1e-9) for job in jobs[-1:]]
+    ends += [fault.at_s * (1 + 1e-9) for fault in scenario.faults]
+    ends += [one.until_s for one in scenario.prewarm]
+    return max([1.0, *ends])
+
+
+def _behind(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
+    """What never is there sooner, as if work were a fluid: see Ask."""
+    left, worst, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
+    for i, work in enumerate(arriving):
+        before = left
+        left = max(0.0, left + work - slots * width_s)
+        if left > worst:
+            worst, worst_at_s = left, (i + 1) * width_s
+        if before + work > 0:
+            idle_s = i * width_s + min(width_s, (before + work) / slots) + left / slots
+    return worst / slots, worst_at_s, idle_s
+
+
+def _work(job: Job) -> list[tuple[str, int, float]]:
+    """(pool, tasks, slot seconds) of each stage."""
+    count = distributions.of(job.template, job.tasks)
+    found = []
+    for stage in job.template.stages:
+        draw = stage.task_s
+        if job.task_s is not None and not stage.after:
+            draw = Constant(job.task_s)
+        size = count[stage.name]
+        found.append((stage.pool, size, size * draw.mean * stage.slots))
+    return found

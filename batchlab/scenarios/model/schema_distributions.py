@@ -1,0 +1,364 @@
+"""Distributions and arrivals as a scenario file writes them: what each key means, its default.
+
+Invariant: as in schema.py; the values of draws.py and sources.py follow from these alone.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from batchlab.core import units
+from batchlab.jobs import field_types
+from batchlab.jobs.schema import Keys
+from batchlab.scenarios.model.arrivals import WEEK_FORMS, week_s
+
+N = TypeVar("N")
+_YEARS = range(1000, 9000)
+
+
+def _number(value: Any, remedy: str = "Write for example 20.") -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise field_types.refusal(f"{units.shown(value)} is not a number.", remedy)
+    if not abs(value) <= field_types.MOST_TASKS:
+        raise field_types.refusal(
+            f"{units.shown(value)} is beyond all that is counted here.", remedy
+        )
+    return float(value)
+
+
+def _share(value: Any) -> Any:
+    percent = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", str(value))
+    example = float(percent[1]) / 100 if percent else 0.5
+    return _number(value, f"Write {example:g}." if percent else f"Write for example {example}.")
+
+
+def _week(value: Any) -> Any:
+    try:
+        return week_s(value)
+    except (TypeError, ValueError) as error:
+        what = f"{units.shown(value)} is not a time of the week."
+        raise field_types.refusal(what, f"Write {WEEK_FORMS}.") from error
+
+
+def _date(value: Any) -> Any:
+    remedy = "Write for example 2026-01-26."
+    try:
+        day = date.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise field_types.refusal(f"{units.shown(value)} is not a date.", remedy) from error
+    # Months before and after it are looked at, and a scenario may last a century.
+    if day.year not in _YEARS:
+        raise field_types.refusal(f"{value!r} is too far away.", remedy)
+    return day
+
+
+def _constant(value: Any) -> Any:
+    return value if isinstance(value, dict | list) else {"constant": value}
+
+
+Amount = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_share)]
+Week = Annotated[float, BeforeValidator(_week), WithJsonSchema({"type": "string"})]
+Day = Annotated[date, BeforeValidator(_date), WithJsonSchema({"type": "string", "format": "date"})]
+
+
+class Of(Keys, Generic[N]):
+    """A mapping about numbers or about times."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        # A generic model with its parameter is a class that does not inherit the text.
+        cls.__doc__ = cls.__doc__ or cls.__mro__[1].__doc__
+
+    @classmethod
+    def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
+        """What the JSON Schema calls it."""
+        kinds = (field_types.Duration, "Times"), (field_types.Cost, "Money"), (Share, "Shares")
+        return cls.__name__ + next((word for of, word in kinds if params[0] == of), "Numbers")
+
+
+class Uniform(Of[N], Generic[N]):
+    """Any number between two, each as likely."""
+
+    least: N = Field(description="The smallest.", examples=[2])
+    most: N = Field(description="The largest.", examples=[8])
+
+
+class Exponential(Of[N], Generic[N]):
+    """Without memory: many short, few long."""
+
+    mean: N = Field(description="The mean, above 0.", examples=[30])
+
+
+class Lognormal(Of[N], Generic[N]):
+    """What run times mostly look like: a hump with a long right side."""
+
+    median: N = Field(description="Half of all are below it; above 0.", examples=[200])
+    sigma: Amount = Field(
+        description="Standard deviation of its logarithm: 0.5 is mild, 1.5 wild.", examples=[0.6]
+    )
+
+
+class Pareto(Of[N], Generic[N]):
+    """A heavy tail: most are near the least, and a few are very long."""
+
+    least: N = Field(description="The smallest, above 0.", examples=[10])
+    alpha: Amount = Field(
+        description="How fast the tail falls: 3 is light, 1.1 very heavy. Above 1 unless `most` "
+        "is there.",
+        examples=[1.5],
+    )
+    most: N | None = Field(
+        default=None, description="The largest; without it there is none.", examples=[3600]
+    )
+
+
+class Weibull(Of[N], Generic[N]):
+    """As exponential, with a tail that can be heavier or lighter."""
+
+    scale: N = Field(description="About two thirds are below it; above 0.", examples=[60])
+    shape: Amount = Field(
+        description="Below 1 the tail is heavier than exponential, above 1 lighter.",
+        examples=[0.7],
+    )
+
+
+class One(Of[N], Generic[N]):
+    """A number that is drawn in one way: exactly one of these."""
+
+    constant: N | None = Field(default=None, description="Always this.", examples=[4])
+    uniform: Uniform[N] | None = Field(
+        default=None,
+        description="Any number between two, each as likely.",
+        examples=[{"least": 2, "most": 8}],
+    )
+    exponential: Exponential[N] | None = Field(
+        default=None, description="Without memory, of this mean.", examples=[{"mean": 30}]
+    )
+    lognormal: Lognormal[N] | None = Field(
+        default=None,
+        description="What run times mostly look like.",
+        examples=[{"median": 4, "sigma": 0.8}],
+    )
+    pareto: Pareto[N] | None = Field(
+        default=None, description="A heavy tail.", examples=[{"least": 10, "alpha": 1.5}]
+    )
+    weibull: Weibull[N] | None = Field(
+        default=None,
+        description="A tail that is heavier or lighter than exponential.",
+        examples=[{"scale": 60, "shape": 0.7}],
+    )
+    empirical: list[N] | None = Field(
+        default=None,
+        min_length=1,
+        description="One of these, each as likely: what was measured, drawn again.",
+        examples=[[3, 4, 4, 9]],
+    )
+
+
+class Part(One[N], Generic[N]):
+    """One of the distributions of a mixture, with its weight."""
+
+    weight: Amount = Field(
+        description="How often it is taken, against the other weights; above 0.", examples=[9]
+    )
+
+
+class Draw(One[N], Generic[N]):
+    """A number that is drawn: exactly one of these. A number alone is `constant`."""
+
+    mixture: list[Part[N]] | None = Field(
+        default=None,
+        min_length=1,
+        description="One of several distributions, by weight: mostly short, and some that are "
+        "long.",
+        examples=[[{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}]],
+    )
+
+
+Numbers = Annotated[
+    Draw[Amount], BeforeValidator(_constant, json_schema_input_type=Amount | Draw[Amount])
+]
+Times = Annotated[
+    Draw[field_types.Duration],
+    BeforeValidator(
+        _constant, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]
+    ),
+]
+"""Draws as the keys of a file have them."""
+
+
+class TaskTimes(Draw[field_types.Duration]):
+    """How long tasks take; with a job file, by its stages."""
+
+    by_stage: dict[str, Times] | None = Field(default=None, exclude=True)
+
+
+JobTimes = Annotated[
+    TaskTimes,
+    BeforeValidator(
+        _constant,
+        json_schema_input_type=field_types.Duration | Draw[field_types.Duration] | dict[str, Times],
+    ),
+]
+
+
+class Span(Keys):
+    """When a process of arrivals begins and ends."""
+
+    from_s: field_types.Duration = Field(
+        alias="from", default=0.0, description="When the first may arrive.", examples=["30m"]
+    )
+    until_s: field_types.Duration = Field(
+        alias="until", description="From when on nothing arrives.", examples=["8h"]
+    )
+
+
+_PER_HOUR = "Jobs an hour, on average."
+
+
+class PoissonSpec(Span):
+    """Independent arrivals at one rate."""
+
+    per_hour: Amount = Field(description=_PER_HOUR, examples=[30])
+
+
+class OnOffSpec(Span):
+    """Bursts with pauses between them; it begins with a burst."""
+
+    per_hour: Amount = Field(description="Jobs an hour in a burst, on average.", examples=[120])
+    on_s: field_types.Duration = Field(
+        alias="on", description="How long a burst lasts, on average.", examples=["5m"]
+    )
+    off_s: field_types.Duration = Field(
+        alias="off", description="How long a pause lasts, on average.", examples=["25m"]
+    )
+    idle_per_hour: Amount = Field(
+        default=0.0, description="Jobs an hour in a pause, on average.", examples=[2]
+    )
+    regular: bool = Field(
+        default=False,
+        description="Whether bursts and pauses last exactly so long, rather than on average.",
+        examples=[True],
+    )
+
+
+class ProfileSpec(Span):
+    """By the clock: a rate for each hour of the day, a factor for each day of the week."""
+
+    daily: list[Amount] = Field(
+        min_length=24,
+        max_length=24,
+        description="24 numbers, one for each hour from midnight: jobs an hour, or, with "
+        "`per_hour`, weights.",
+        examples=[[2] * 24],
+    )
+    weekly: list[Amount] = Field(
+        default_factory=lambda: [1.0] * 7,
+        min_length=7,
+        max_length=7,
+        description="7 factors, one for each day from Monday; all are 1 unless said.",
+        examples=[[1, 1, 1, 1, 1, 0.3, 0.1]],
+    )
+    per_hour: Amount | None = Field(
+        default=None, description="The mean over a whole week, in jobs an hour.", examples=[30]
+    )
+    begins_s: Week = Field(
+        alias="begins",
+        default_factory=lambda: 0.0,
+        description=f"What time it is when the scenario begins: {WEEK_FORMS}. Monday at midnight "
+        "unless said.",
+        examples=["monday 06:00"],
+    )
+
+
+class MonthEndSpec(Span):
+    """By the calendar: an ordinary rate, and so many times more around the turn of a month."""
+
+    per_hour: Amount = Field(
+        description="Jobs an hour on an ordinary working day, on average.", examples=[2]
+    )
+    begins: Day = Field(
+        description="The day at whose midnight the scenario begins.", examples=["2026-01-26"]
+    )
+    last: list[Amount] = Field(
+        default_factory=lambda: [6.0, 4.0, 2.0],
+        description="How many times more there are on the month's last working day, on the one "
+        "before it, and so on; 6, 4 and 2 unless said.",
+        examples=[[6, 4, 2]],
+    )
+    first: list[Amount] = Field(
+        default_factory=lambda: [3.0],
+        description="The same for the month's first working day and those after it; 3 unless said.",
+        examples=[[3, 1.5]],
+    )
+    off: Amount = Field(
+        default=0.1, description="The same for weekends and holidays.", examples=[0.1]
+    )
+    holidays: list[Day] = Field(
+        default_factory=list, description="Days without work.", examples=[["2026-01-01"]]
+    )
+    daily: list[Amount] = Field(
+        default_factory=lambda: [1.0] * 24,
+        min_length=24,
+        max_length=24,
+        description="24 weights, one for each hour from midnight; all are the same unless said.",
+        examples=[[1] * 24],
+    )
+
+
+class StepAt(Keys):
+    """A change of the rate."""
+
+    at_s: field_types.Duration = Field(alias="at", description="From when on.", examples=["1h"])
+    per_hour: Amount = Field(description=_PER_HOUR, examples=[120])
+
+
+class StepSpec(Span):
+    """A rate that changes at once."""
+
+    per_hour: Amount = Field(description="Jobs an hour at first, on average.", examples=[10])
+    steps: list[StepAt] = Field(
+        min_length=1,
+        description="The changes, in order of time.",
+        examples=[[{"at": "1h", "per_hour": 120}]],
+    )
+
+
+class RampSpec(Span):
+    """A rate that changes evenly from the beginning to the end."""
+
+    per_hour: Amount = Field(description="Jobs an hour at the beginning.", examples=[0])
+    to_per_hour: Amount = Field(description="Jobs an hour at the end.", examples=[120])
+
+
+class MomentSpec(Keys):
+    """A moment at which several jobs arrive."""
+
+    at_s: field_types.Duration = Field(alias="at", description="When.", examples=["2h"])
+    count: int = Field(
+        default=1, ge=0, le=1_000_000, description="How many jobs arrive then.", examples=[50]
+    )
+
+
+def _moment(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"at": value}
+
+
+def _moments(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Moment = Annotated[
+    MomentSpec, BeforeValidator(_moment, json_schema_input_type=field_types.Duration | MomentSpec)
+]
+Moments = Annotated[
+    list[Moment],
+    BeforeValidator(
+        _moments, json_schema_input_type=field_types.Duration | MomentSpec | list[Moment]
+    ),
+]

@@ -1,0 +1,317 @@
+"""Job templates as a scenario file writes them: as in a job file, with times in place of code.
+
+Invariant: as in schema.py; the values of model.py follow from these alone.
+
+A trace as a scenario file names it: which file, how it is read, what is taken of it.
+
+Invariant: as in schema.py; traces/ says what the values mean.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from batchlab.core import units
+from batchlab.jobs import field_types
+from batchlab.jobs.schema import (
+    After,
+    Bundle,
+    Keys,
+    Memory,
+    Pool,
+    Priority,
+    Retry,
+    Slots,
+    StageName,
+)
+from batchlab.scenarios.model.schema_distributions import JobTimes, Numbers, Share, Times
+from batchlab.scenarios.traces import check_unit
+
+
+def _gather(value: Any) -> Any:
+    if isinstance(value, str) and value != "all":
+        remedy = "Write 'all', or {by: key, groups: 12}."
+        raise field_types.refusal(f"gather cannot be '{value}'.", remedy)
+    return {"by": "*"} if value == "all" else value
+
+
+class GroupsSpec(Keys):
+    """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
+
+    by: str = Field(
+        min_length=1, description="Name of what the results are grouped by.", examples=["region"]
+    )
+    groups: int = Field(
+        default=1, ge=1, le=1_000_000, description="How many groups there are.", examples=[12]
+    )
+
+
+class StageSpec(Keys):
+    """A step of a job."""
+
+    name: StageName
+    task: Times = Field(
+        description="How long a task takes: a duration, or a distribution of durations.",
+        examples=["4s"],
+    )
+    after: After = None
+    gather: Annotated[
+        GroupsSpec | None,
+        BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GroupsSpec),
+    ] = Field(
+        default=None,
+        description="Wait for every task before: `all` makes one task of all their results, "
+        "`{by: NAME, groups: N}` one for each group. Without it each result becomes a task of "
+        "this stage as soon as it is there.",
+        examples=["all"],
+    )
+    kind: Literal["sleep", "cpu", "memory", "io"] = Field(
+        default="sleep",
+        description="What a stand-in does in a replay while its time passes.",
+        examples=["cpu"],
+    )
+    slots: Slots = 1
+    memory: Memory = None
+    bundle: Bundle = None
+    pool: Pool = "default"
+    retry: Retry
+    fails: Share = Field(
+        default=0.0,
+        description="Share of all attempts that end in an exception.",
+        examples=[0.01],
+    )
+    poison: int = Field(
+        default=0,
+        ge=0,
+        le=9999,
+        description="So many tasks, the first ones of each job, kill their worker whenever they "
+        "run.",
+        examples=[2],
+    )
+
+
+class JobSpec(Keys):
+    """A job template, what is submitted again and again. `task`, `stages` or `file` says what its
+    work is."""
+
+    tasks: Numbers | None = Field(
+        default=None,
+        description="How many tasks a job begins with: a number, or a distribution of numbers, "
+        "which are rounded. 1 unless said; a trace may say it for each job.",
+        examples=[200],
+    )
+    task: JobTimes | None = Field(
+        default=None,
+        description="How long a task takes, where the job is a single stage (which is then named "
+        "`work`). With `file`, a mapping of the job file's stages to how long their tasks take, or "
+        "one duration for all of them.",
+        examples=["4s"],
+    )
+    stages: list[StageSpec] | None = Field(
+        default=None,
+        min_length=1,
+        description="The steps, in order.",
+        examples=[[{"name": "parse", "task": "4s"}]],
+    )
+    file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A job file, relative to the scenario, whose real work a replay does. A "
+        "forecast takes the times in `task`.",
+        examples=["../examples/claims/job.yaml"],
+    )
+    groups: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
+        default_factory=dict,
+        description="With `file`: how many groups its stages that gather by a field come to, by "
+        "the stage's name; 1 unless said.",
+        examples=[{"total": 12}],
+    )
+    deadline: field_types.Timeout | None = Field(
+        default=None,
+        description="By when a job must have ended, from its arrival on. None unless said.",
+        examples=["6h"],
+    )
+    tenant: str = Field(default="", description="Whose job it is.", examples=["payer-a"])
+    priority: Priority = 0
+    max_failures: int = Field(
+        default=0,
+        ge=0,
+        le=10**12,
+        description="Failed tasks that a job survives. With `file`, 0 leaves it at what that says.",
+        examples=[5],
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_stage(cls, data: Any) -> Any:
+        """With a job file, a mapping of `task` names its stages: no distributions."""
+        if isinstance(data, dict) and "file" in data and isinstance(data.get("task"), dict):
+            return {**data, "task": {"by_stage": data["task"]}}
+        return data
+
+
+_UNIT = "Write s, ms, us, ns, or for example '%d/%b/%Y:%H:%M:%S %z'."
+
+
+def _per(value: Any) -> Any:
+    try:
+        number = float(units.size_bytes(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError) as error:
+        what = f"{units.shown(value)} is neither a number nor a size."
+        raise field_types.refusal(what, "Write for example 1000 or 64 MiB.") from error
+    if not 0 < number < float("inf"):
+        raise field_types.refusal("It must be above 0.", "Write for example 1000 or 64 MiB.")
+    return number
+
+
+def _unit(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            check_unit(value)
+        except ValueError as error:
+            what = str(error)
+            raise field_types.refusal(f"{what[0].upper()}{what[1:]}.", _UNIT) from error
+    return value
+
+
+def _delimiter(value: Any) -> Any:
+    if value == r"\t":
+        return "\t"
+    if isinstance(value, str) and (len(value) != 1 or value in '"\r\n'):
+        what = f"{units.shown(value)} cannot be between fields."
+        raise field_types.refusal(what, r"Write one character, such as ';' or '\t'.")
+    return value
+
+
+def _take(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"columns": value}
+
+
+class TakeSpec(Keys):
+    """A number of a record: the sum of some columns, divided."""
+
+    columns: field_types.OneOrMany = Field(
+        min_length=1, description="The columns, which are added up.", examples=["duration_ms"]
+    )
+    per: Annotated[
+        float,
+        BeforeValidator(_per),
+        WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]}),
+    ] = Field(
+        default=1.0,
+        description="What that is divided by: a number, or a size where bytes become tasks.",
+        examples=["64 MiB"],
+    )
+
+
+Taken = Annotated[
+    TakeSpec, BeforeValidator(_take, json_schema_input_type=str | list[str] | TakeSpec)
+]
+
+
+class ColumnsSpec(Keys):
+    """Which column says what: a name of a table's header, a field of the Standard Workload Format,
+    or a key of a JSON object, dotted where nested. What a format has a column of its own for need
+    not be said."""
+
+    at: str | None = Field(
+        default=None, description="When a job arrives: a number or a timestamp.", examples=["end"]
+    )
+    minus: str = Field(
+        default="",
+        description="Seconds before `at` that it arrived, in traces that note ends.",
+        examples=["duration"],
+    )
+    unit: Annotated[str, BeforeValidator(_unit)] = Field(
+        default="s",
+        description="What `at` counts in, `s`, `ms`, `us` or `ns`; or the strptime format of its "
+        "timestamps, where they are not ISO 8601.",
+        examples=["ms"],
+    )
+    count: str = Field(
+        default="",
+        description="How many jobs arrive from `at` on until the next record, where a record is an "
+        "interval and no job.",
+        examples=["value"],
+    )
+    every: field_types.Timeout | None = Field(
+        default=None,
+        description="With `count`: how long an interval is; what is most common unless said.",
+        examples=["5m"],
+    )
+    scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=field_types.MOST_TASKS,
+        description="With `count`: what it is multiplied by.",
+        examples=[0.1],
+    )
+    tasks: Taken | None = Field(
+        default=None,
+        description="How many tasks a job has: a column, several that are added, or `{columns: , "
+        "per: }`. It is rounded up.",
+        examples=[{"columns": ["input", "shuffle"], "per": "64 MiB"}],
+    )
+    task_s: Taken | None = Field(
+        default=None,
+        description="How many seconds each of its first tasks takes, said likewise.",
+        examples=["run"],
+    )
+    label: str = Field(default="", description="Its name.", examples=["job"])
+    tenant: str = Field(default="", description="Whose it is.", examples=["user"])
+    job: str = Field(
+        default="",
+        description="Which of the scenario's `jobs` it is, where the arrival does not say so.",
+        examples=["kind"],
+    )
+
+
+class TraceSpec(Keys):
+    """Arrivals that were recorded."""
+
+    file: str = Field(
+        min_length=1,
+        description="The trace, relative to the scenario; gzip is unpacked, whatever its name is.",
+        examples=["last-month.csv"],
+    )
+    format: Literal["swf", "table", "jsonl"] | None = Field(
+        default=None,
+        description="The Standard Workload Format, a table of text, or JSON Lines such as a "
+        "record; by the file's name unless said.",
+        examples=["swf"],
+    )
+    columns: ColumnsSpec | None = Field(
+        default=None,
+        description="Which column says what; a table needs it.",
+        examples=[{"at": "submit"}],
+    )
+    names: list[str] = Field(
+        default_factory=list,
+        description="Names of a table's columns, where its first line has none.",
+        examples=[["job", "submit", "run"]],
+    )
+    delimiter: Annotated[str, BeforeValidator(_delimiter)] = Field(
+        default="",
+        description="What is between a table's fields; by its first line unless said.",
+        examples=[";"],
+    )
+    from_s: field_types.Duration = Field(
+        alias="from",
+        default=0.0,
+        description="What came earlier after the trace's first job is left out.",
+        examples=["6h"],
+    )
+    until_s: field_types.Duration | None = Field(
+        alias="until", default=None, description="What came later is left out.", examples=["8h"]
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="No more jobs than this.", examples=[1000]
+    )
+    starts_s: field_types.Duration = Field(
+        alias="starts",
+        default=0.0,
+        description="When in the scenario the trace begins.",
+        examples=["1h"],
+    )

@@ -1,0 +1,302 @@
+"""What the planner tries: fleets and policies, and what each came to.
+
+Invariant: a candidate is a value; put into the same scenario with the same seed it comes to the
+same. Everything but pools, policy and pre-warming is left as the scenario has it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import mean, median
+from types import MappingProxyType
+
+from batchlab.core.errors import UsageError
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.scenarios.forecast.costs import kept_usd
+from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, Prewarm, Scenario
+from batchlab.scenarios.verdicts.measures import MEASURES, Unknown, quantile
+from batchlab.scenarios.verdicts.record import Record
+
+WINDOW = 0.25
+"""The busiest time is sought in spans of this share of the deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """One pool's limits, and the share of Spot among its instances."""
+
+    pool: str
+    min_size: int
+    max_size: int
+    spot: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One fleet and policy. `drain_s` is the drain target in seconds; None: the backend's own."""
+
+    fleets: tuple[Fleet, ...]
+    drain_s: float | None
+    prewarm: tuple[Prewarm, ...] = ()
+
+    @property
+    def simplicity(self) -> tuple[int, ...]:
+        """Of candidates that come to the same the least one is to be had with the least."""
+        return (
+            len(self.prewarm),
+            sum(one.min_size for one in self.prewarm),
+            sum(one.min_size for one in self.fleets),
+            sum(one.max_size for one in self.fleets),
+            sum(round(100 * one.spot) for one in self.fleets),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "pools": {
+                one.pool: {"min": one.min_size, "max": one.max_size, "spot": one.spot}
+                for one in self.fleets
+            },
+            "drain_target_s": self.drain_s,
+            "prewarm": [
+                {
+                    "pool": one.pool,
+                    "min": one.min_size,
+                    "at_s": one.at_s,
+                    "until_s": one.until_s,
+                }
+                for one in self.prewarm
+            ],
+        }
+
+
+def as_it_is(scenario: Scenario) -> Candidate:
+    """What the scenario itself says."""
+    return Candidate(
+        tuple(
+            Fleet(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot)
+            for plan in scenario.pools
+        ),
+        scenario.policy.drain_target_s,
+        scenario.prewarm,
+    )
+
+
+def applied(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
+    """The scenario with this fleet and policy. Where it buys Spot, `wave_s` is when AWS takes all
+    Spot instances back once."""
+    fleets = {one.pool: one for one in candidate.fleets}
+
+    def with_limits(plan: PoolPlan) -> PoolPlan:
+        fleet = fleets[plan.pool.name]
+        pool = replace(plan.pool, min_size=fleet.min_size, max_size=fleet.max_size)
+        return replace(plan, pool=pool, spot=fleet.spot)
+
+    faults = scenario.faults
+    if wave_s is not None and any(fleet.spot for fleet in candidate.fleets):
+        wave = Fault(FaultName.SPOT_WAVE, wave_s)
+        faults = tuple(sorted((*faults, wave), key=lambda one: one.at_s))
+    return replace(
+        scenario,
+        pools=tuple(with_limits(plan) for plan in scenario.pools),
+        policy=replace(scenario.policy, drain_target_s=candidate.drain_s),
+        prewarm=candidate.prewarm,
+        faults=faults,
+    )
+
+
+# --- What it came to -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PoolDemand:
+    """What a run showed of a pool: slot seconds of work, tasks × slots, from when on at least half
+    of its peak was desired, and how long its instances took to boot."""
+
+    work_s: float
+    slots: int
+    rise_s: float | None
+    boot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """In time: the last job has ended `deadline_s` after the first was due. `budget_usd` is per
+    run."""
+
+    deadline_s: float
+    budget_usd: float | None = None
+
+    def met(self, one: Outcome) -> bool:
+        """Whether a run did all of its work, in time and within the budget."""
+        return self.in_time(one) and self.in_budget(one)
+
+    def in_time(self, one: Outcome) -> bool:
+        return one.finish_s <= self.deadline_s
+
+    def in_budget(self, one: Outcome) -> bool:
+        return self.budget_usd is None or one.usd <= self.budget_usd
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One seed. `finish_s` counts from when the first job was due to the last one's end; infinite
+    where the work was not done: a job never ended, tasks were lost, or more jobs failed than the
+    scenario expects. `usd` is what the run costs, and its minimum until the deadline. `hit` says
+    whether a Spot wave took an instance; None where there was none."""
+
+    seed: int
+    finish_s: float
+    usd: float
+    late: int
+    failed_jobs: int
+    lost: int
+    peak: int
+    pools: Mapping[str, PoolDemand]
+    hit: bool | None = None
+    busiest_s: float = 0.0
+    """When the quarter of the deadline began in which most instances had work, run seconds."""
+
+    @property
+    def is_done(self) -> bool:
+        return math.isfinite(self.finish_s)
+
+
+def outcome(
+    record: Record,
+    book: PriceBook,
+    deadline_s: float = 0.0,
+    failures: Mapping[str, float] = MappingProxyType({}),
+) -> Outcome:
+    """`failures` is how many jobs may fail, as in `failures`. UsageError for a record that has no
+    cost."""
+    if record.usd is None:
+        raise UsageError(
+            f"The forecast of {record.scenario} says no cost, and a plan is nothing without.",
+            remedy="Name instance types that are in the price book: see `batchlab prices show`.",
+        )
+    finish_s, failed = _number(record, "makespan", math.inf), _number(record, "failed_jobs", 0.0)
+    if record.cut or record.lost or _too_many_fail(record, failures):
+        finish_s = math.inf
+    first_s = min((job.due_s for job in record.jobs), default=0.0)
+    waves = [one for one in record.faults if one.name == FaultName.SPOT_WAVE]
+    return Outcome(
+        record.seed,
+        finish_s,
+        record.usd + kept_usd(record, first_s + deadline_s, book),
+        int(_number(record, "late", 0.0)),
+        int(failed),
+        record.lost,
+        int(_number(record, "peak_fleet", 0.0)),
+        {name: _demand(record, name) for name in record.pools},
+        any(not one.impossible for one in waves) if waves else None,
+        _busiest_s(record, first_s, deadline_s),
+    )
+
+
+def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
+    """The earliest where there are several: what is faster than this run is at work then too."""
+    busy = [
+        (at_s, float(sum(pool.in_service for pool in pools.values() if pool.backlog_tasks)))
+        for at_s, pools in ((sample.at_s, sample.pools) for sample in record.samples)
+    ]
+    moments = [at_s for at_s, _ in busy]
+    areas = [0.0]
+    for (at_s, count), (next_s, _) in pairwise(busy):
+        areas.append(areas[-1] + count * (next_s - at_s))
+
+    def until(at_s: float) -> float:
+        """Instance seconds with work up to then."""
+        i = bisect_right(moments, at_s) - 1
+        if i < 0:
+            return 0.0
+        return areas[i] + (busy[i][1] * (at_s - moments[i]) if i + 1 < len(busy) else 0.0)
+
+    width_s = WINDOW * deadline_s
+    last_s = first_s + deadline_s - width_s
+    starts = [first_s, *(at_s for at_s in moments if first_s < at_s <= last_s)]
+    return max(starts, key=lambda at_s: (round(until(at_s + width_s) - until(at_s), 6), -at_s))
+
+
+def failures(scenario: Scenario) -> dict[str, float]:
+    """How many jobs of a template may fail, "" of all together, by what the scenario itself
+    expects. Of what it says nothing of none may."""
+    told: dict[str, float] = {}
+    for one in scenario.expect:
+        if one.measure == "failed_jobs" and one.most is not None:
+            told[one.template] = min(one.most, told.get(one.template, math.inf))
+    return told
+
+
+def _too_many_fail(record: Record, failures: Mapping[str, float]) -> bool:
+    otherwise = math.inf if "" in failures else 0.0
+    told = {**{job.template: otherwise for job in record.jobs}, **failures}
+    return any(_number(record, "failed_jobs", 0.0, of) > most for of, most in told.items())
+
+
+def _number(record: Record, name: str, otherwise: float, template: str = "") -> float:
+    found = MEASURES[name].of(record, template)
+    return otherwise if isinstance(found, Unknown) else found
+
+
+def _demand(record: Record, pool: str) -> PoolDemand:
+    stages = [stage for stage in record.stages if stage.pool == pool]
+    desired = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
+    peak = max((count for _, count in desired), default=0)
+    rise_s = next((at_s for at_s, count in desired if peak and 2 * count >= peak), None)
+    mine = (one for one in record.instances if one.pool == pool)
+    boots = [one.boot_s for one in mine if one.boot_s is not None]
+    return PoolDemand(
+        sum(stage.run_s * stage.slots for stage in stages),
+        sum(stage.tasks * stage.slots for stage in stages),
+        rise_s,
+        median(boots) if boots else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A candidate and what it came to, seed by seed; never without a seed."""
+
+    candidate: Candidate
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def usd(self) -> float:
+        """The mean: what one pays over many such runs."""
+        return mean(one.usd for one in self.outcomes)
+
+    @property
+    def finish_s(self) -> float:
+        """The latest: a deadline is not met on average."""
+        return max(one.finish_s for one in self.outcomes)
+
+    @property
+    def peak(self) -> int:
+        """The most instances that were in service at once."""
+        return max(one.peak for one in self.outcomes)
+
+    def met(self, goal: Goal) -> int:
+        """In how many seeds all work was done in time and within the budget."""
+        return sum(map(goal.met, self.outcomes))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            **self.candidate.to_json(),
+            "usd": self.usd,
+            "finish_s": self.finish_s if math.isfinite(self.finish_s) else None,
+            "seeds": len(self.outcomes),
+            "peak_fleet": self.peak,
+        }
+
+
+SHARES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
+
+
+def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
+    """By name; None is endless, for which JSON has no number."""
+    found = {name: quantile(numbers, share) for name, share in SHARES.items()}
+    return {name: one if math.isfinite(one) else None for name, one in found.items()}

@@ -1,0 +1,222 @@
+"""The planner's answer: what is recommended, how sure that is, and what else there is to have.
+
+Invariant: it is said to hold only where every fresh seed that was asked for has been lived
+through; how sure it is rests on these alone, since a search picks what was lucky in its own.
+
+The frontier of cost against time, and how sure a share of seeds is.
+
+Invariant: no point of a frontier is as dear as another one and as slow, or worse in either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Protocol, TypeVar
+
+from batchlab.scenarios.model.values import Fault, FaultName, Scenario
+from batchlab.scenarios.planner.candidates import Goal, Outcome, Point, applied, quantiles
+
+Z_95 = 1.959964
+"""The normal distribution's quantile of a two-sided 95% interval."""
+
+
+class Priced(Protocol):
+    """What has a cost and takes a time."""
+
+    @property
+    def usd(self) -> float: ...
+
+    @property
+    def finish_s(self) -> float: ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def frontier(points: Iterable[P]) -> list[P]:
+    """Those that no other point beats, from the cheapest to the fastest; of points that are alike
+    the first. What never ends or has no price is on no frontier."""
+    found: list[P] = []
+    able = (one for one in points if math.isfinite(one.usd) and math.isfinite(one.finish_s))
+    for one in sorted(able, key=lambda one: (one.usd, one.finish_s)):
+        if not found or one.finish_s < found[-1].finish_s:
+            found.append(one)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """`met` of `of` seeds, with the 95% interval of the share that all seeds would give."""
+
+    met: int
+    of: int
+
+    @property
+    def value(self) -> float:
+        return self.met / self.of if self.of else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval, which is of use also where all or none met it (E. B. Wilson,
+        J. Am. Stat. Assoc. 22 (1927) 209-212)."""
+        if not self.of:
+            return 0.0, 1.0
+        n, p, z2 = self.of, self.value, Z_95**2
+        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_json(self) -> dict[str, object]:
+        low, high = self.interval
+        return {"met": self.met, "of": self.of, "share": self.value, "low": low, "high": high}
+
+
+SURE = 0.95
+"""The share of seeds in which a recommended fleet meets the goal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer. `chosen` is recommended where it `holds`, else the nearest there is. Its outcomes
+    are of the `searched` seeds that it was chosen by; `fresh` are of seeds that nobody has chosen
+    by, `seeds` of them where all were lived through, and `failed` is how many others were put to
+    such seeds before and did not hold. `frontier` is from the cheapest to the fastest, over the
+    searched seeds, the latest of which counts as a point's finish; `chosen` is on it where it ever
+    ends. `waves` says that a Spot wave was added."""
+
+    scenario: Scenario
+    goal: Goal
+    chosen: Point
+    frontier: tuple[Point, ...]
+    seeds: int
+    runs: int
+    searched: int
+    waves: bool
+    fresh: tuple[Outcome, ...] = ()
+    failed: int = 0
+    cut: str = ""
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What is told of: fresh seeds, and while there are none those of the search."""
+        return self.fresh or self.chosen.outcomes
+
+    @property
+    def met(self) -> Share:
+        """Of the outcomes, those in which all is done in time and within the budget."""
+        return self._share(self.goal.met)
+
+    @property
+    def in_time(self) -> Share:
+        """Those that meet the deadline, at whatever cost."""
+        return self._share(self.goal.in_time)
+
+    @property
+    def in_budget(self) -> Share | None:
+        """Those within the budget, however late; None where there is none."""
+        return None if self.goal.budget_usd is None else self._share(self.goal.in_budget)
+
+    def _share(self, met: Callable[[Outcome], bool]) -> Share:
+        return Share(sum(map(met, self.outcomes)), len(self.outcomes))
+
+    @property
+    def sure(self) -> bool:
+        """Whether the chosen fleet has lived through as many fresh seeds as were asked for."""
+        return len(self.fresh) == self.seeds
+
+    @property
+    def holds(self) -> bool:
+        """In as many fresh seeds as it takes, of all that were asked for."""
+        return self.sure and enough(self.met)
+
+    @property
+    def undone(self) -> int:
+        """In how many outcomes not all of the work was done."""
+        return sum(not one.is_done for one in self.outcomes)
+
+    @property
+    def missed_waves(self) -> Share:
+        """Of the outcomes that had a Spot wave, those in which it hit no instance."""
+        had = [one.hit for one in self.outcomes if one.hit is not None]
+        return Share(had.count(False), len(had))
+
+    @property
+    def affordable(self) -> Point | None:
+        """The fastest on the frontier within the budget; None where none is, or without one."""
+        budget_usd = self.goal.budget_usd
+        within = [
+            one
+            for one in self.frontier
+            if budget_usd is not None and all(map(self.goal.in_budget, one.outcomes))
+        ]
+        return within[-1] if within else None
+
+    @property
+    def planned(self) -> Scenario:
+        """The scenario with the chosen fleet and policy."""
+        return applied(self.scenario, self.chosen.candidate)
+
+    @property
+    def idle_waves(self) -> tuple[Fault, ...]:
+        """Spot waves of the scenario that have no Spot instance to take from the chosen fleet: a
+        scenario that has both is refused."""
+        on_spot = {one.pool for one in self.chosen.candidate.fleets if one.spot}
+        return tuple(
+            fault
+            for fault in self.scenario.faults
+            if fault.name is FaultName.SPOT_WAVE
+            and not (fault.pool in on_spot if fault.pool else on_spot)
+        )
+
+    @property
+    def assumed(self) -> list[str]:
+        """What the answer rests on, one sentence each."""
+        told = [
+            "a run's time is from when its first job is due until its last one has ended",
+            "its cost is at AWS's list prices, Spot at what is typical in the price book",
+            "a minimum is paid for until the deadline, however early the work is done",
+            "cooldown, idle time, slots and instance types are as in the scenario",
+        ]
+        if self.waves:
+            told.append(
+                "as the scenario has no Spot wave of its own, all Spot instances are taken away "
+                "once, in the quarter of the deadline in which most of them are at work"
+            )
+        return told
+
+    def to_json(self) -> dict[str, object]:
+        outcomes = self.outcomes
+        in_budget = self.in_budget
+        return {
+            "scenario": self.scenario.name,
+            "seed": self.scenario.seed,
+            "deadline_s": self.goal.deadline_s,
+            "budget_usd": self.goal.budget_usd,
+            "holds": self.holds,
+            "recommended": self.chosen.candidate.to_json(),
+            "fresh_seeds": [one.seed for one in self.fresh],
+            "met": self.met.to_json(),
+            "in_time": self.in_time.to_json(),
+            "in_budget": in_budget.to_json() if in_budget else None,
+            "not_done": self.undone,
+            "failed_before": self.failed,
+            "finish_s": quantiles([one.finish_s for one in outcomes]),
+            "usd": quantiles([one.usd for one in outcomes]),
+            "usd_mean": mean(one.usd for one in outcomes),
+            "late_jobs": max(one.late for one in outcomes),
+            "waves_missed": self.missed_waves.met,
+            "idle_waves_at_s": [fault.at_s for fault in self.idle_waves],
+            "frontier": [point.to_json() for point in self.frontier],
+            "searched_seeds": self.searched,
+            "runs": self.runs,
+            "cut": self.cut,
+            "assumed": self.assumed,
+        }
+
+
+def enough(share: Share) -> bool:
+    """Whether so many are as good as all."""
+    return share.met >= SURE * share.of - 1e-9

@@ -1,0 +1,239 @@
+"""A scenario's jobs cut into pieces of work, for a sketch of a run.
+
+Invariant: the same tasks with the same times as in the simulator. Short neighbours are one piece, a
+long task is its own, so that a tail stays one.
+
+What a sketch keeps of its instances and jobs, and how it tells of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from batchlab.core.model import JobState, Pool, TaskSet
+from batchlab.core.protocol.bundle_size import TARGET_S
+from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model.values import (
+    LASTING,
+    FaultName,
+    Job,
+    Scenario,
+    Schedule,
+    StageTemplate,
+)
+from batchlab.scenarios.verdicts.record import JobRun, StageRun
+
+PIECES = 20_000
+"""About so many pieces are made of all work, where there are more tasks."""
+MOST_FAILS = 0.9
+"""Of a stage whose attempts nearly all fail nobody knows how often they are made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tasks of one stage that run one after another in the same slots. `run_s` is what they take
+    together, `bundles` in how many bundles the grid would run them."""
+
+    job: int
+    stage: int
+    number: int
+    tasks: int
+    run_s: float
+    bundles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One job; `stages` has the pieces of each of its template's stages."""
+
+    job: Job
+    stages: tuple[tuple[Piece, ...], ...]
+
+
+def works(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[Work, ...]:
+    """All jobs, cut."""
+    total_s = 0.0
+    for job in schedule.jobs:
+        counts = distributions.of(job.template, job.tasks)
+        total_s += sum(_mean_s(job, stage) * counts[stage.name] for stage in job.template.stages)
+    return tuple(_work(job, seed, calibration, total_s / PIECES) for job in schedule.jobs)
+
+
+def _mean_s(job: Job, stage: StageTemplate) -> float:
+    if job.task_s is not None and not stage.after:
+        return job.task_s
+    return stage.task_s.mean
+
+
+def _work(job: Job, seed: int, calibration: Calibration, grain_s: float) -> Work:
+    counts = distributions.of(job.template, job.tasks)
+    base = _bases(job.template.stages)
+    lengths = []
+    for stage in job.template.stages:
+        takes = expansion.batch_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
+        stretch = calibration.stretch.get(f"{job.template.name}/{stage.name}", 1.0)
+        again = 1 / (1 - min(MOST_FAILS, stage.fails))
+        lengths.append([one * stretch * again for one in takes])
+    cuts: dict[int, list[tuple[int, int]]] = {}
+    for first in dict.fromkeys(base):
+        fed = [lengths[n] for n, one in enumerate(base) if one == first]
+        cuts[first] = list(_cut([max(column) for column in zip(*fed, strict=True)], grain_s))
+    return Work(
+        job,
+        tuple(
+            tuple(_pieces(job, number, cuts[base[number]], lengths[number]))
+            for number, _ in enumerate(job.template.stages)
+        ),
+    )
+
+
+def _bases(stages: Sequence[StageTemplate]) -> list[int]:
+    """Of each stage the first one of those that it is joined with item by item, on whatever way: a
+    piece that follows several waits for the same items of each."""
+    base = list(range(len(stages)))
+    places = {stage.name: n for n, stage in enumerate(stages)}
+    for number, stage in enumerate(stages):
+        if stage.gather is None:
+            joined = {number, *(base[places[name]] for name in stage.after)}
+            base = [min(joined) if one in joined else one for one in base]
+    return base
+
+
+def _cut(longest_s: list[float], grain_s: float) -> Iterator[tuple[int, int]]:
+    begin, sum_s = 0, 0.0
+    for number, one_s in enumerate(longest_s):
+        if number > begin and sum_s + one_s > grain_s:
+            yield begin, number
+            begin, sum_s = number, 0.0
+        sum_s += one_s
+    if longest_s:
+        yield begin, len(longest_s)
+
+
+def _pieces(
+    job: Job, number: int, cuts: list[tuple[int, int]], takes: list[float]
+) -> Iterator[Piece]:
+    fixed = job.template.stages[number].bundle
+    for n, (begin, end) in enumerate(cuts):
+        run_s, count = sum(takes[begin:end]), end - begin
+        bundles = -(-count // fixed) if fixed else min(count, max(1, round(run_s / TARGET_S)))
+        yield Piece(job.index, number, n, count, run_s, bundles)
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """An instance; so many slots of it are `free`."""
+
+    name: str
+    pool: Group
+    free: int
+    ready_s: float
+    is_spot: bool
+    leaving: bool = False
+    running: dict[Piece, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A pool's group."""
+
+    pool: Pool
+    desired: int
+    alive: dict[str, Instance] = field(default_factory=dict)
+    open: dict[str, Instance] = field(default_factory=dict)
+    """Those that have a slot free."""
+    ready: dict[int, dict[int, deque[Piece]]] = field(default_factory=dict)
+    """By priority and job, whose turn it is first: pieces that can run."""
+    shrunk_s: float | None = None
+    idle_since_s: float | None = None
+
+
+@dataclass(slots=True)
+class StageDone:
+    """Of one job: what of it is done."""
+
+    planned: bool
+    left: int
+    pieces: int
+    waits: list[int]
+    """For each piece how many others must be done first."""
+    began_s: float | None = None
+    done: int = 0
+    done_s: float = 0.0
+
+
+@dataclass(slots=True)
+class JobDone:
+    """What of a job is done."""
+
+    work: Work
+    stages: list[StageDone]
+    started_s: float | None = None
+    ended_s: float | None = None
+
+
+def stage_runs(scenario: Scenario, works: Sequence[Work]) -> Iterator[StageRun]:
+    """By template and stage."""
+    sums: dict[tuple[str, int], tuple[int, int, float]] = {}
+    for work in works:
+        for number, pieces in enumerate(work.stages):
+            tasks, bundles, run_s = sums.get((work.job.template.name, number), (0, 0, 0.0))
+            sums[work.job.template.name, number] = (
+                tasks + sum(one.tasks for one in pieces),
+                bundles + sum(one.bundles for one in pieces),
+                run_s + sum(one.run_s for one in pieces),
+            )
+    for (name, number), (tasks, bundles, run_s) in sums.items():
+        stage = scenario.jobs[name].stages[number]
+        yield StageRun(
+            *(name, stage.name, stage.pool, stage.slots, tasks, bundles),
+            *(run_s, run_s, run_s),
+        )
+
+
+def known(stages: Iterable[StageTemplate]) -> set[str]:
+    """Those whose tasks are known from the beginning: of what gathers, and of what follows such a
+    stage, nobody knows them before all that is gathered is done."""
+    found: set[str] = set()
+    for stage in stages:
+        if stage.gather is None and found.issuperset(stage.after):
+            found.add(stage.name)
+    return found
+
+
+def ends_s(scenario: Scenario) -> list[float]:
+    """When each pre-warming and each fault is over: a run is not over before."""
+    found = [warm.until_s for warm in scenario.prewarm]
+    for fault in scenario.faults:
+        lasts_s = fault.for_s if fault.name in LASTING else 0.0
+        found.append(
+            fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s)
+        )
+    return found
+
+
+def job_run(job: JobDone) -> JobRun:
+    """As a record has it."""
+    of, deadline_s = job.work.job, job.work.job.template.deadline_s
+    done = sum(stage.done for stage in job.stages)
+    state = JobState.RUNNING if job.ended_s is None else JobState.SUCCEEDED
+    return JobRun(
+        index=of.index,
+        id=of.id,
+        template=of.template.name,
+        tenant=of.tenant,
+        due_s=of.due_s,
+        submitted_s=of.due_s,
+        started_s=job.started_s,
+        ended_s=job.ended_s,
+        state=state.value,
+        planned=done,
+        succeeded=done,
+        failed=0,
+        cancelled=0,
+        deadline_s=None if deadline_s is None else of.due_s + deadline_s,
+        tasks=of.tasks,
+    )

@@ -1,0 +1,263 @@
+"""From what was measured of a run to its record.
+
+Invariant: what could not be asked any more is left open in the record, never guessed.
+
+What a run has cost, or would have on AWS: the grid's own account, its beginning taken away.
+
+Invariant: prices and reckoning are those of `batchlab cost bill`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeVar
+
+from batchlab.client.http import Client
+from batchlab.core.api_types import JobView
+from batchlab.core.api_usage_types import AccountView, account_of
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.model import Market
+from batchlab.core.ports import Objects
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.retry import Patience
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.values import PoolPlan
+from batchlab.scenarios.replay.measurements import Measured, measure, root_tasks
+from batchlab.scenarios.replay.run_state import Course, Link, Running
+from batchlab.scenarios.replay.sampling import Sampler
+from batchlab.scenarios.verdicts.record import JobRun, Record, StageRun
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """`usd` at list prices with its lines by what they are for."""
+
+    usd: float
+    items: Mapping[str, float]
+
+
+def spent(
+    before: Account,
+    after: Account,
+    stages: Iterable[StageRun],
+    pools: Iterable[PoolPlan],
+    backend: Backend,
+    book: PriceBook,
+) -> Spent:
+    """What a run came to that began with the account `before` and ended with `after`. But for AWS
+    itself, where they are what was bought, instances count as the pools' types and Spot shares."""
+    plans = {plan.pool.name: plan for plan in pools}
+    used = _difference(before, after)
+    if not backend.capabilities.billed:
+        used = replace(used, billed_s=_as_bought(used.billed_s, plans))
+    found = bill(
+        [StageUse(s.stage, s.pool, s.run_s, s.slots) for s in stages],
+        used,
+        {name: PoolFacts(one.pool.slots, one.pool.instance_type) for name, one in plans.items()},
+        book,
+        pace=backend.pace,
+    )
+    return Spent(found.usd.typical, _by_what(found))
+
+
+def again_s(before: Account, after: Account) -> float:
+    """Slot seconds between the two of attempts that failed, and of runs that went with their
+    instance."""
+    return _again_s(after) - _again_s(before)
+
+
+def _again_s(account: Account) -> float:
+    return sum(account.failed_s.values()) + sum(account.lost_s.values())
+
+
+def _difference(before: Account, after: Account) -> Account:
+    return Account(
+        _less(before.billed_s, after.billed_s),
+        _less(before.failed_s, after.failed_s),
+        _less(before.lost_s, after.lost_s),
+        after.requests - before.requests,
+        after.bundles - before.bundles,
+    )
+
+
+def _less(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, float]:
+    return {key: value - before.get(key, 0.0) for key, value in after.items()}
+
+
+def _as_bought(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
+    """Instance seconds by what the scenario would buy; of what was Spot already, as it was."""
+    found: dict[Kind, float] = {}
+
+    def add(kind: Kind, seconds: float) -> None:
+        if seconds:
+            found[kind] = found.get(kind, 0.0) + seconds
+
+    for kind, seconds in billed_s.items():
+        plan = plans.get(kind.pool)
+        if plan is None or kind.market is Market.SPOT:
+            add(kind, seconds)
+            continue
+        typed = replace(kind, type=plan.pool.instance_type or kind.type)
+        add(replace(typed, market=Market.SPOT), seconds * plan.spot)
+        add(typed, seconds * (1 - plan.spot))
+    return found
+
+
+def _by_what(found: Bill) -> dict[str, float]:
+    items: dict[str, float] = {}
+    for item in found.items:
+        items[item.what] = items.get(item.what, 0.0) + item.usd.typical
+    return items
+
+
+AT_ONCE = 4
+"""Accounts of jobs that are asked for at the same time."""
+LAST_S = 10.0
+"""So long the manager's last answer is waited for."""
+
+
+async def reckon(
+    course: Course,
+    sampler: Sampler,
+    link: Link,
+    backend: Backend,
+    home: Home,
+    before: Account,
+    objects: Objects,
+    patience: Patience,
+) -> Record:
+    """The record of a run that has come to its end; `before` is the grid's account at its
+    beginning."""
+    after = await _account(link, list(course.running))
+    cut = course.cut
+    try:
+        measured = await measure(course.told(), course.seed, objects, patience)
+    except BackendError as error:
+        measured = Measured()
+        cut = cut or f"What its tasks came to cannot be read: {error.message}"
+    scenario = course.scenario
+    kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
+    # Where machines do not differ they count as what the scenario asks for, as in their cost.
+    instances = tuple(
+        replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances()
+    )
+    stages = measured.runs()
+    spent = _spent(course, backend, home, before, after, stages)
+    return Record(
+        scenario=scenario.name,
+        digest=scenario.digest,
+        seed=course.seed,
+        backend=backend.name,
+        compressed=scenario.compressed,
+        pools={
+            plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots)
+            for plan in scenario.pools
+        },
+        jobs=tuple(
+            sorted(
+                (job_run(one, course.begun_s) for one in course.running.values()),
+                key=lambda one: one.index,
+            )
+        ),
+        stages=stages,
+        samples=tuple(sampler.samples),
+        instances=instances,
+        faults=tuple(sorted(course.injected, key=lambda one: one.at_s)),
+        lost=measured.lost,
+        duplicates=measured.duplicates,
+        instance_s=sum(one.lived_s(course.took_s) for one in instances),
+        again_s=again_s(before, after) if after else None,
+        usd=spent.usd if spent else None,
+        usd_items=spent.items if spent else {},
+        settings={
+            **{f"worker.{name}": value for name, value in asdict(backend.worker).items()},
+            **(sampler.grid["settings"] if sampler.grid else {}),
+            "cores": backend.usual.cores,
+        },
+        wall_s=course.took_s,
+        cut=cut,
+    )
+
+
+async def _account(link: Link, jobs: Sequence[str]) -> Account | None:
+    """The grid's account, and in it what attempts of these jobs came to nothing: that is in the
+    jobs' own accounts only. None where the manager does not answer."""
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def of_job(job: str) -> AccountView | None:
+        async with room:
+            used = await link.call(lambda client: client.job_use(job), within_s=LAST_S)
+        return used["account"]
+
+    try:
+        whole = account_of((await link.call(Client.use, within_s=LAST_S))["total"])
+        for one in await asyncio.gather(*map(of_job, jobs)):
+            for pool, seconds in (one["failed_s"] if one else {}).items():
+                whole.fail(pool, seconds)
+            for pool, seconds in (one["lost_s"] if one else {}).items():
+                whole.lose(pool, seconds)
+            whole.bundles += one["bundles"] if one else 0
+    except BackendError:
+        return None
+    return whole
+
+
+def _spent(
+    course: Course,
+    backend: Backend,
+    home: Home,
+    before: Account,
+    after: Account | None,
+    stages: tuple[StageRun, ...],
+) -> Spent | None:
+    if after is None:
+        return None
+    try:
+        book = price_book.load(home.path)
+    except UsageError:
+        return None  # no price book can be read, and without one there is no cost
+    return spent(before, after, stages, course.scenario.pools, backend, book)
+
+
+def job_run(one: Running, begun_s: float) -> JobRun:
+    """One job as a record has it."""
+    view, due = one.view, one.due
+    stages = {stage.name: stage.after for stage in due.template.stages}
+    deadline_s = due.template.deadline_s
+    ends = [stage["last_end_s"] for stage in view["stages"] if stage["last_end_s"] is not None]
+    return JobRun(
+        index=due.index,
+        id=view["id"],
+        template=due.template.name,
+        tenant=due.tenant,
+        due_s=due.due_s,
+        submitted_s=one.at_s,
+        started_s=_of_run(view["started_s"], begun_s),
+        ended_s=_of_run(view["ended_s"], begun_s),
+        state=view["state"],
+        planned=sum(stage["planned"] or 0 for stage in view["stages"]),
+        succeeded=_sum(view, "succeeded"),
+        failed=_sum(view, "failed"),
+        cancelled=_sum(view, "cancelled"),
+        retried=_sum(view, "retried"),
+        deadline_s=None if deadline_s is None else due.due_s + deadline_s,
+        label=due.label,
+        tasks=root_tasks(view, stages),
+        done_s=_of_run(max(ends, default=None), begun_s),
+    )
+
+
+def _sum(view: JobView, counter: Literal["succeeded", "failed", "cancelled", "retried"]) -> int:
+    return sum(stage[counter] for stage in view["stages"])
+
+
+def _of_run(at_s: float | None, begun_s: float) -> float | None:
+    return None if at_s is None else at_s - begun_s

@@ -1,0 +1,228 @@
+"""A scenario's jobs as the grid runs them: stand-ins with the times that were drawn, or real work.
+
+Invariant: payload before pointer. What a job names is in the bucket before it is due, so that its
+submission is one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.errors import AlreadyExists
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import JobId, Json, StageName, TaskSet
+from batchlab.core.ports import Clock, Objects
+from batchlab.core.protocol import object_keys, values
+from batchlab.core.retry import Patience
+from batchlab.jobs import api, submission
+from batchlab.manager.jobs.stage_plans import FEW, FEW_BYTES, PartWriter
+from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model.values import TENANT, Job, JobTemplate, StageTemplate
+from batchlab.scenarios.replay import standin
+from batchlab.worker import code_cache
+
+HANDLER = "standins:work"
+SCENARIO = "scenario"
+"""The tag that says which scenario it is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A job that can be submitted, and its items where they go along."""
+
+    due: Job
+    job: JobDef
+    items: list[Json] | None = None
+
+
+class Preparer:
+    """Makes the jobs of one run. `run` tells it from other runs of the same scenario: their jobs
+    are others, though their times are the same."""
+
+    def __init__(
+        self,
+        *,
+        scenario: str,
+        seed: int,
+        run: str,
+        objects: Objects,
+        clock: Clock,
+        patience: Patience,
+    ) -> None:
+        self._scenario = scenario
+        self._seed = seed
+        self._run = run
+        self._objects = objects
+        self._clock = clock
+        self._patience = patience
+        self._stored: set[str] = set()
+        self._files: dict[Path, tuple[api.JobFile, tuple[bytes, str]]] = {}
+
+    async def prepare(self, due: Job) -> Ready:
+        """Everything but the submission. JobFileErrors where a template's real work has no job
+        file that can be read; UsageError, BackendError."""
+        if due.template.file:
+            return await self._real(due, due.template.file)
+        template = due.template
+        token = f"{due.id}@{self._run}"
+        job_id = object_keys.job_id(template.name, token)
+        items = list(items_of(self._seed, due))
+        job = JobDef(
+            job_id,
+            template.name,
+            tuple(stage_def(stage) for stage in template.stages),
+            self._clock.now_s(),
+            items=due.tasks,
+            code=await self._code(),
+            params=(("stages", shapes_of(self._seed, due)),),
+            max_failures=template.max_failures,
+            priority=template.priority,
+            tags=self._tags(due),
+            token=token,
+        )
+        if len(items) <= FEW and sum(map(values.roughly, items)) <= FEW_BYTES:
+            return Ready(due, job, items)
+        for stage in job.roots():
+            await self._plan(job_id, stage.name, items)
+        return Ready(due, job)
+
+    def _tags(self, due: Job) -> tuple[tuple[str, str], ...]:
+        tags = [(SCENARIO, self._scenario)]
+        if due.tenant:
+            tags.append((TENANT, due.tenant))
+        return tuple(tags)
+
+    async def _plan(self, job: JobId, stage: StageName, items: list[Json]) -> None:
+        writer = PartWriter(self._objects, self._patience, job, stage, 0)
+        await writer.add(*items)
+        await writer.commit(TaskSet())
+
+    @cached_property
+    def _packed(self) -> bytes:
+        return code_cache.pack(Path(standin.__file__).parent)
+
+    async def _code(self) -> str:
+        key = code_cache.key(self._packed)
+        if key not in self._stored:
+            with suppress(AlreadyExists):  # named by its content
+                await self._patience(partial(self._objects.put, key, self._packed, if_absent=True))
+            self._stored.add(key)
+        return key
+
+    async def _real(self, due: Job, file: Path) -> Ready:
+        if file not in self._files:
+            jobfile = api.load(file, {})
+            self._files[file] = (jobfile, submission.code_digest(jobfile))
+        jobfile, packed = self._files[file]
+        job = await submission.prepare(
+            jobfile,
+            objects=self._objects,
+            clock=self._clock,
+            patience=self._patience,
+            token=f"{due.id}@{self._run}",
+            packed=packed,
+        )
+        tags = {**dict(job.tags), **dict(self._tags(due))}
+        template = due.template
+        job = replace(job, tags=tuple(tags.items()), priority=template.priority or job.priority)
+        if template.max_failures:  # else what the job file says
+            job = replace(job, max_failures=template.max_failures, max_failures_percent=False)
+        return Ready(due, job)
+
+
+# --- Stand-ins -----------------------------------------------------------------------------------
+
+
+def stage_def(stage: StageTemplate) -> StageDef:
+    """The stage as a job has it."""
+    return StageDef(
+        StageName(stage.name),
+        tuple(StageName(name) for name in stage.after),
+        f"group_{stage.name}" if _by_key(stage) else stage.gather,
+        handler=HANDLER,
+        retry=stage.retry,
+        slots=stage.slots,
+        memory_bytes=stage.memory_bytes,
+        bundle=stage.bundle,
+        pool=stage.pool,
+    )
+
+
+def _by_key(stage: StageTemplate) -> bool:
+    return stage.gather not in (None, "*")
+
+
+def item_fed(template: JobTemplate, name: str) -> list[StageTemplate]:
+    """The stages that follow `name` item by item, directly or not: they have as many tasks."""
+    fed, found = {name}, []
+    for stage in template.stages:
+        if stage.gather is None and fed.intersection(stage.after):
+            fed.add(stage.name)
+            found.append(stage)
+    return found
+
+
+def items_of(seed: int, due: Job) -> Iterator[Json]:
+    """The items of the root stages, in task order."""
+    template = due.template
+    roots = [stage for stage in template.stages if not stage.after]
+    fed = {one.name: one for root in roots for one in (root, *item_fed(template, root.name))}
+    columns = {stage.name: _column(seed, due, stage, due.tasks) for stage in fed.values()}
+    for task in range(due.tasks):
+        yield {"t": {name: column[task] for name, column in columns.items()}}
+
+
+def shapes_of(seed: int, due: Job) -> dict[str, Any]:
+    """What the stand-ins are told of each stage (see standins)."""
+    template = due.template
+    counts = distributions.of(template, due.tasks)
+    shapes: dict[str, Any] = {}
+    for stage in template.stages:
+        passes = item_fed(template, stage.name)
+        shape: dict[str, Any] = {
+            "kind": stage.kind.value,
+            # Half of the limit: the interpreter needs its share.
+            "hold": stage.memory_bytes // 2 if stage.memory_bytes else None,
+            "passes": [one.name for one in passes],
+            "groups": {
+                f"group_{one.name}": one.groups
+                for one in template.stages
+                if _by_key(one) and stage.name in one.after
+            },
+        }
+        if stage.gather is not None:
+            count = counts[stage.name]
+            columns = {one.name: _column(seed, due, one, count) for one in (stage, *passes)}
+            shape["tasks"] = [
+                {name: column[task] for name, column in columns.items()} for task in range(count)
+            ]
+        shapes[stage.name] = shape
+    return shapes
+
+
+def _column(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
+    """What each task of a stage is told: seconds, the attempts that fail, whether it kills."""
+    seconds = expansion.batch_s(seed, due, stage, TaskSet.span(0, count))
+    attempts = range(1, stage.retry.attempts + 1) if stage.fails else ()
+    return [
+        [
+            round(task_s, 6),
+            [one for one in attempts if expansion.fails(seed, due, stage, task, one)],
+            expansion.kills(due, stage, task),
+        ]
+        for task, task_s in enumerate(seconds)
+    ]
+
+
+def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
+    """What each of these tasks of a stage should take by the scenario; nothing where it has no such
+    stage."""
+    for one in due.template.stages:
+        if one.name == stage:
+            return dict(zip(tasks, expansion.batch_s(seed, due, one, tasks), strict=True))
+    return {}

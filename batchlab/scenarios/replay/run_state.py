@@ -1,0 +1,194 @@
+"""A run as far as it has come: what was submitted, what became of it, what was broken.
+
+The manager of a grid as a replay talks to it: from an event loop, and through its outages.
+
+Invariant: nothing here starts or ends anybody. A manager that is away is waited for, as long as the
+replay says, since its absence may be what the scenario is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from batchlab.client.http import Client
+from batchlab.core.api_types import JobView
+from batchlab.core.errors import BackendError, NotFound, Unreachable
+from batchlab.core.model import ENDED
+from batchlab.runtime.home import Home
+from batchlab.scenarios.model.values import Job, Scenario
+from batchlab.scenarios.replay.measurements import Told
+from batchlab.scenarios.verdicts.record import Injected, Sample
+
+OVER = "the run was over before"
+"""Why a fault was not injected."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far a replay is, for whoever watches. Jobs; `bad` are those that have ended otherwise
+    than well. `late_s` is the longest delay of a submission, `left_s` a guess at what is left,
+    `doing` says what is being broken now."""
+
+    at_s: float
+    jobs: int
+    submitted: int
+    ended: int
+    bad: int
+    late_s: float
+    left_s: float
+    sample: Sample | None
+    doing: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Running:
+    """A job that was submitted `at_s` seconds after the run's beginning."""
+
+    due: Job
+    at_s: float
+    view: JobView
+
+    @property
+    def has_ended(self) -> bool:
+        return self.view["state"] in ENDED
+
+
+@dataclass(slots=True)
+class Course:
+    """`begun_s` is the run's beginning (epoch), `begun_at_s` the same by the event loop's clock;
+    `running` has the jobs by the grid's id; `cut` says why it ended before they had."""
+
+    scenario: Scenario
+    seed: int
+    jobs: Sequence[Job]
+    begun_s: float = 0.0
+    begun_at_s: float = 0.0
+    running: dict[str, Running] = field(default_factory=dict)
+    injected: list[Injected] = field(default_factory=list)
+    breaking: list[str] = field(default_factory=list)
+    cut: str = ""
+    took_s: float = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """The run begins now, which is `now_s` by the calendar."""
+        self.begun_s, self.begun_at_s = now_s, asyncio.get_running_loop().time()
+
+    def at_s(self) -> float:
+        """Seconds of the run."""
+        return asyncio.get_running_loop().time() - self.begun_at_s
+
+    async def until(self, at_s: float) -> None:
+        """Wait for that second of the run."""
+        await asyncio.sleep(max(0.0, at_s - self.at_s()))
+
+    @property
+    def open(self) -> list[str]:
+        """Jobs that were submitted and have not ended."""
+        return [name for name, one in self.running.items() if not one.has_ended]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every job has ended."""
+        return len(self.running) == len(self.jobs) and not self.open
+
+    def told(self) -> list[Told]:
+        return [Told(one.due.template.name, one.view, one.due) for one in self.running.values()]
+
+    def state(self, sample: Sample | None) -> State:
+        """How far it is."""
+        ended = [one for one in self.running.values() if one.has_ended]
+        return State(
+            self.at_s(),
+            len(self.jobs),
+            len(self.running),
+            len(ended),
+            sum(one.view["state"] != "SUCCEEDED" for one in ended),
+            max((one.at_s - one.due.due_s for one in self.running.values()), default=0.0),
+            self._left_s(sample),
+            sample,
+            tuple(self.breaking),
+        )
+
+    def _left_s(self, sample: Sample | None) -> float:
+        """Until the last job arrives, or as long as the backlog takes whoever is there now."""
+        arrivals_s = self.jobs[-1].due_s - self.at_s() if self.jobs else 0.0
+        slots = {plan.pool.name: plan.pool.slots for plan in self.scenario.pools}
+        works_s = (
+            pool.backlog_s / (max(1, pool.in_service, pool.desired) * slots.get(name, 1))
+            for name, pool in (sample.pools.items() if sample else ())
+        )
+        return max(0.0, arrivals_s, *works_s)
+
+
+T = TypeVar("T")
+
+AGAIN_S = 0.25
+AT_ONCE = 12
+"""Requests under way at the same time."""
+
+
+class Link:
+    """Calls of one home's manager; `close` ends it. A manager that was started anew is found by
+    the home's record."""
+
+    def __init__(self, home: Home, *, away_s: float) -> None:
+        """`away_s` is how long one call waits for a manager that does not answer."""
+        self._home = home
+        self._away_s = away_s
+        self.unanswered = 0
+        """How often a manager that did not answer was asked again, by whichever call."""
+        self._client: Client | None = None
+        # Threads of its own: those that wait for an answer must not keep whoever breaks things,
+        # and mends them, from going on.
+        self._threads = ThreadPoolExecutor(AT_ONCE, "replay")
+
+    async def call(self, ask: Callable[[Client], T], *, within_s: float | None = None) -> T:
+        """The manager's answer. Unreachable or BackendError once it has been away for too long,
+        and at once what it refuses (NotFound, Refused, UsageError)."""
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + (self._away_s if within_s is None else within_s)
+        while True:
+            try:
+                return await loop.run_in_executor(self._threads, self._asked, ask)
+            except NotFound:
+                raise
+            except BackendError:
+                if loop.time() > give_up_s:
+                    raise
+            self.unanswered += 1
+            await asyncio.sleep(AGAIN_S)
+
+    async def glance(self, ask: Callable[[Client], T]) -> T | None:
+        """The manager's answer, None where it does not give one now."""
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._asked, ask)
+        except BackendError:
+            return None
+
+    def _asked(self, ask: Callable[[Client], T]) -> T:
+        record = self._home.record()
+        if record is None:
+            raise Unreachable(
+                f"The manager of the grid in {self._home.path} has ended.",
+                remedy=f"Its log is {self._home.manager_log}.",
+            )
+        client = self._client
+        if client is None or client.url != record.url:
+            self._let_go()
+            client = self._client = Client.of(self._home, record)
+        return ask(client)
+
+    def close(self) -> None:
+        """Nobody calls any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._client:
+            self._client.close()
+        self._client = None

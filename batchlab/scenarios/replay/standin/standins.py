@@ -1,0 +1,122 @@
+"""Tasks that stand in for real ones: each takes exactly the time that the scenario says.
+
+Sent to the workers as a job's code, so it needs the standard library only, and whatever a worker's
+batchlab is, it does the same there.
+
+Item and result: {"t": {stage: [seconds, [attempts that fail], kills]}, "group_STAGE": group}. An
+item has the entries of its own stage and of those that follow it item by item; a gather's task
+finds its own in the job's parameters.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+BLOCK_BYTES = 256 * 1024
+FILE_BYTES = 16 * 1024 * 1024
+"""What a task on disk writes before it begins again at the front: no disk is filled."""
+PAGE_BYTES = 4096
+HELD_BYTES = 64 * 1024 * 1024
+"""What a task in memory holds where its stage does not say."""
+
+
+class Task(Protocol):
+    """What is used of batchlab.core.task_context.Context."""
+
+    stage: str
+    task: int
+    attempt: int
+
+    @property
+    def params(self) -> dict[str, Any]: ...
+
+    @property
+    def scratch(self) -> Path: ...
+
+
+class ScenarioFailure(Exception):
+    """An attempt that the scenario lets fail."""
+
+
+def work(item: Any, ctx: Task) -> Any:
+    """Take the task's time, then fail where the scenario says so."""
+    begun_s = time.monotonic()
+    shape = ctx.params["stages"][ctx.stage]
+    entries = _entries(item, ctx, shape)
+    seconds, failing, kills = entries[ctx.stage]
+    if kills:
+        time.sleep(seconds / 2)
+        _kill_worker()
+    _KINDS[shape["kind"]](begun_s + seconds, shape, ctx)
+    if ctx.attempt in failing:
+        raise ScenarioFailure(f"attempt {ctx.attempt} fails, as the scenario says")
+    rest = {name: entries[name] for name in shape["passes"] if name in entries}
+    result: dict[str, Any] = {"t": rest} if rest else {}
+    for field, groups in shape["groups"].items():
+        result[field] = f"{ctx.task % groups:06d}"
+    return result or None
+
+
+def _entries(item: Any, ctx: Task, shape: dict[str, Any]) -> dict[str, Any]:
+    gathered = shape.get("tasks")
+    if gathered is not None:
+        found: dict[str, Any] = gathered[ctx.task]
+        return found
+    if "t" in item:
+        return dict(item["t"])
+    # Several stages before it: the values of all of them, by stage.
+    return {name: entry for value in item.values() for name, entry in value["t"].items()}
+
+
+def _kill_worker() -> None:
+    worker = os.getppid()
+    if worker > 1:  # else it is dead already, and somebody else is asked
+        os.kill(worker, signal.SIGKILL)
+    # This process goes with it.
+    time.sleep(60.0)
+
+
+def _sleep(until_s: float, _shape: dict[str, Any], _ctx: Task) -> None:
+    time.sleep(max(0.0, until_s - time.monotonic()))
+
+
+def _cpu(until_s: float, _shape: dict[str, Any], _ctx: Task) -> None:
+    number = 1
+    while time.monotonic() < until_s:
+        for _ in range(200):
+            number = number * 1103515245 + 12345 & 0x7FFFFFFF
+
+
+def _memory(until_s: float, shape: dict[str, Any], _ctx: Task) -> None:
+    # Of the system and not of Python, so that it is given back with the task.
+    size = max(PAGE_BYTES, int(shape["hold"] or HELD_BYTES))
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        for at in range(0, len(held), PAGE_BYTES):
+            held[at] = 1
+            if time.monotonic() >= until_s:
+                break
+        time.sleep(max(0.0, until_s - time.monotonic()))
+
+
+def _io(until_s: float, _shape: dict[str, Any], ctx: Task) -> None:
+    block = os.urandom(BLOCK_BYTES)
+    with (ctx.scratch / "written").open("wb", buffering=0) as file:
+        while time.monotonic() < until_s:
+            if file.tell() >= FILE_BYTES:
+                file.seek(0)
+            file.write(block)
+            os.fsync(file.fileno())
+
+
+_KINDS: dict[str, Callable[[float, dict[str, Any], Task], None]] = {
+    "sleep": _sleep,
+    "cpu": _cpu,
+    "memory": _memory,
+    "io": _io,
+}

@@ -1,0 +1,289 @@
+"""JSON Lines: one object a line, such as the jobs of a record; and a whole record as it is written.
+
+Of a whole record the jobs are read, and an odd one's line is its number among them. Their times are
+those of the run; where that was compressed, they are stretched again.
+
+The Standard Workload Format of the Parallel Workloads Archive (version 2.2, swf.html there).
+
+Lines that begin with ';' are the header and comments; every other line is one job of 18 fields,
+with -1 where a value is unknown. Times are seconds and may be fractions; a run time of 0 is legal.
+
+Tables of text: comma, tab, semicolon or anything else between fields, with or without a header.
+
+Every line is one record: a quoted field does not go over the end of its line. So a quote that is
+never closed spoils one record, and not all that follow.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.errors import UsageError
+from batchlab.core.units import shown
+from batchlab.scenarios.model.values import Odd
+from batchlab.scenarios.traces.columns import RUNS, SWF, Columns, all_numbers, as_number
+from batchlab.scenarios.traces.lines import lines, unpacked
+from batchlab.scenarios.traces.rows import (
+    LEFT_OUT,
+    Fields,
+    Mapper,
+    Reading,
+    check,
+    shown_names,
+    without_blanks,
+)
+from batchlab.scenarios.verdicts import record
+
+_OF_A_RECORD = frozenset({"scenario", "jobs", "version"})
+
+
+def read(path: Path, columns: Columns = RUNS) -> Reading:
+    """UsageError where the file cannot be read, or no record has one of the columns."""
+    odd: list[Odd] = []
+    mapper = Mapper(path, columns, odd)
+    numbered = iter(without_blanks(lines(path, odd), path, odd))
+    first = list(islice(numbered, 1))
+    if first and _is_a_record(first[0][1], path):
+        return mapper.reading(_jobs(record.parse(unpacked(path), path), columns, mapper))
+    return mapper.reading(_objects(chain(first, numbered), path, columns, mapper))
+
+
+def _is_a_record(line: str, path: Path) -> bool:
+    """By the first line: a record is written over many, and may have been put into one."""
+    if line.strip() == "{":
+        return isinstance(_parsed(unpacked(path)), dict)
+    found = _parsed(line)
+    return isinstance(found, dict) and found.keys() >= _OF_A_RECORD
+
+
+def _jobs(run: record.Record, columns: Columns, mapper: Mapper) -> Iterator[Fields]:
+    names = [field.name for field in fields(record.JobRun)]
+    for number, job in enumerate(run.jobs, 1):
+        found = {name: getattr(job, name) for name in names}
+        for name, value in found.items():
+            if name.endswith("_s") and value is not None:
+                found[name] = value * run.compressed
+        yield Fields(number, _values(found, number, columns, mapper))
+
+
+def _objects(
+    numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: Mapper
+) -> Iterator[Fields | None]:
+    # Of the columns of a record only the time has to be there.
+    missing = set(columns.used()) - set(RUNS.used())
+    keys: list[str] = []
+    for number, line in numbered:
+        found = _parsed(line)
+        if not isinstance(found, dict):
+            mapper.note(number, "no JSON object", LEFT_OUT, shown(line))
+            yield None
+            continue
+        values = _values(found, number, columns, mapper)
+        keys = keys or list(found)
+        missing -= values.keys()
+        yield Fields(number, values)
+    if missing and keys:
+        raise UsageError(
+            f"No record of the trace {path} has {min(missing)!r}.",
+            remedy=f"The first one has: {shown_names(keys)}.",
+        )
+
+
+def _parsed(text: str | bytes) -> Any:
+    """The value of a text; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _values(
+    found: Mapping[str, Any], number: int, columns: Columns, mapper: Mapper
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name in columns.used():
+        value = _value(found, name)
+        if value is not None:
+            values[name] = value
+    if columns.tasks == RUNS.tasks and "tasks" not in values and "planned" in found:
+        values["tasks"] = found["planned"]
+        mapper.note(number, "no count of its first stage's tasks", "that of all stages was taken")
+    return values
+
+
+def _value(found: Mapping[str, Any], name: str) -> object:
+    if name in found:
+        return found[name]
+    inner: Any = found
+    for part in name.split("."):
+        if not isinstance(inner, dict):
+            return None
+        inner = inner.get(part)
+    return inner
+
+
+FIELDS = (
+    "job",
+    "submit",
+    "wait",
+    "run",
+    "processors",
+    "cpu",
+    "memory",
+    "requested_processors",
+    "requested_time",
+    "requested_memory",
+    "status",
+    "user",
+    "group",
+    "executable",
+    "queue",
+    "partition",
+    "preceding",
+    "think",
+)
+"""Names of the 18 fields, in order. memory and requested_memory are KB per processor."""
+
+_UNKNOWN = -1.0
+_PARTIAL = frozenset({"2", "3", "4"})
+_RECORDS = re.compile(r";\s*(MaxRecords|MaxJobs)\s*:\s*(\d+)\s*", re.IGNORECASE)
+
+
+def read_swf(path: Path, columns: Columns = SWF) -> Reading:
+    """UsageError where the file cannot be read or the columns are none of FIELDS."""
+    odd: list[Odd] = []
+    mapper = Mapper(path, columns, odd, unknown=_UNKNOWN)
+    reader = _Reader(path, columns, mapper, odd)
+    return mapper.reading(reader.records())
+
+
+class _Reader:
+    def __init__(self, path: Path, columns: Columns, mapper: Mapper, odd: list[Odd]) -> None:
+        check(columns.used(), FIELDS, path)
+        self._path = path
+        self._mapper = mapper
+        self._odd = odd
+        self._used = frozenset(columns.used())
+        self._needed = frozenset(columns.needed())
+        self._promised: dict[str, tuple[int, int]] = {}
+
+    def records(self) -> Iterator[Fields | None]:
+        found = 0
+        jobs: set[str] = set()
+        for number, line in without_blanks(lines(self._path, self._odd), self._path, self._odd):
+            if line.lstrip().startswith(";"):
+                if match := _RECORDS.fullmatch(line.strip()):
+                    self._promised[match[1].lower()] = (number, int(match[2]))
+                continue
+            found += 1
+            yield self._record(number, line, jobs)
+        # MaxRecords counts lines; MaxJobs does too where no job was swapped out.
+        at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, found))
+        if promised != found:
+            self._mapper.note(
+                at,
+                "the header promises another number of records",
+                "those that are there were read",
+                f"{promised:,}, not {found:,}",
+            )
+
+    def _record(self, number: int, line: str, jobs: set[str]) -> Fields | None:
+        parts = line.split()
+        values = dict(zip(FIELDS, parts, strict=False))
+        if len(parts) < len(FIELDS):
+            enough = self._needed <= values.keys()
+            done = "those that are there were read" if enough else LEFT_OUT
+            self._mapper.note(number, "fewer than 18 fields", done, str(len(parts)))
+            if not enough:
+                return None
+        elif len(parts) > len(FIELDS):
+            self._mapper.note(
+                number, "more than 18 fields", "the first 18 were read", str(len(parts))
+            )
+        if values.get("status") in _PARTIAL:
+            self._mapper.note(
+                number,
+                "part of a job that was swapped out (status 2, 3 or 4)",
+                "left out, since the job has a line of its own",
+            )
+            return None
+        if parts[0] in jobs:
+            self._mapper.note(number, "a job number that was there before", "kept", parts[0])
+        jobs.add(parts[0])
+        if not all_numbers(line):
+            for name, value in values.items():
+                if name not in self._used and as_number(value) is None:
+                    self._mapper.note(number, f"{name} is no number", "not needed", shown(value))
+        return Fields(number, values)
+
+
+_DELIMITERS = "\t;|,"
+
+
+def read_table(
+    path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = ""
+) -> Reading:
+    """`names` are those of the columns of a table without a header. Without a `delimiter` it is
+    the tab, semicolon, bar or comma that the first line has most of.
+
+    UsageError where the file cannot be read or lacks a column.
+    """
+    odd: list[Odd] = []
+    mapper = Mapper(path, columns, odd)
+    return mapper.reading(_records(path, columns, names, delimiter, mapper, odd))
+
+
+def _records(
+    path: Path,
+    columns: Columns,
+    names: tuple[str, ...],
+    delimiter: str,
+    mapper: Mapper,
+    odd: list[Odd],
+) -> Iterator[Fields | None]:
+    numbered = iter(without_blanks(lines(path, odd), path, odd))
+    header = tuple(names)
+    if header:
+        check(columns.used(), header, path)
+    for number, line in numbered:
+        delimiter = delimiter or _delimiter(line)
+        parts = _parts(line, delimiter)
+        if not header:
+            header = tuple(part.strip() for part in parts or ())
+            check(columns.used(), header, path)
+            continue
+        if parts is None:
+            mapper.note(number, "a quote that is not closed", LEFT_OUT)
+            yield None
+            continue
+        if len(parts) > len(header):
+            done = f"the first {len(header)} were read"
+            mapper.note(number, "more fields than columns", done, str(len(parts)))
+        elif len(parts) < len(header):
+            done = "those that are there were read"
+            mapper.note(number, "fewer fields than columns", done, str(len(parts)))
+        yield Fields(number, dict(zip(header, map(str.strip, parts), strict=False)))
+    if not header:
+        raise UsageError(f"The trace {path} is empty.", remedy="Name a file with records.")
+
+
+def _delimiter(line: str) -> str:
+    found = max(_DELIMITERS, key=line.count)
+    return found if found in line else ","
+
+
+def _parts(line: str, delimiter: str) -> list[str] | None:
+    """The fields of one line; None where they cannot be told."""
+    if '"' not in line:
+        return line.split(delimiter)
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None

@@ -1,0 +1,183 @@
+"""A trace as a source of arrivals.
+
+Invariant: the trace's first job, or the moment `from_s` after it, is `starts_s` in the scenario.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import lru_cache
+from math import floor, isfinite
+from pathlib import Path
+from random import Random
+from typing import Self
+
+from batchlab.core.errors import UsageError
+from batchlab.scenarios.model.values import Arrival, Odd
+from batchlab.scenarios.traces import formats
+from batchlab.scenarios.traces.columns import RUNS, SWF, Columns, Kind
+from batchlab.scenarios.traces.rows import Reading, Row, said
+
+
+class TraceFormat(StrEnum):
+    SWF = "swf"
+    TABLE = "table"
+    JSONL = "jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Jobs of `template` (where that is empty, of the one each record names) as `path` has them.
+
+    `columns` None is the format's own: `SWF` or `RUNS`; a table has none. `names` and `delimiter`
+    are a table's. Of the trace, what comes from `from_s` on until `until_s` after its first job,
+    and no more than `limit` jobs. `speed` is what the scenario has been compressed by.
+    """
+
+    template: str
+    path: Path
+    format: TraceFormat
+    columns: Columns | None = None
+    names: tuple[str, ...] = ()
+    delimiter: str = ""
+    from_s: float = 0.0
+    until_s: float | None = None
+    limit: int | None = None
+    starts_s: float = 0.0
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        until_s = float("inf") if self.until_s is None else self.until_s
+        if not (0 <= self.from_s < until_s and isfinite(self.from_s)):
+            raise ValueError(
+                f"until ({until_s:g} s) must be after from ({self.from_s:g} s), which must not be "
+                "negative"
+            )
+        if not (isfinite(self.starts_s) and self.starts_s >= 0):
+            raise ValueError(f"a trace cannot start {self.starts_s:g} s into the scenario")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"a limit of {self.limit} leaves nothing of a trace")
+        if self.columns is None and self.format is TraceFormat.TABLE:
+            raise ValueError("a table needs a map of its columns")
+        if not self.template and not self._map().template:
+            raise ValueError("neither the arrival nor a column says which job it is")
+
+    def arrivals(self, random: Random) -> Iterator[Arrival]:
+        """UsageError where the trace cannot be read, or nothing in it can be used."""
+        reading = self.reading()
+        if not reading.rows:
+            raise self._useless(reading)
+        sent = 0
+        for at_s, row in self._placed(reading.rows, random):
+            if self.until_s is not None and at_s >= self.until_s:
+                return
+            if at_s < self.from_s:
+                continue
+            if sent == self.limit:
+                return
+            sent += 1
+            yield Arrival(
+                (at_s - self.from_s + self.starts_s) / self.speed,
+                self.template or row.template,
+                row.tasks,
+                None if row.task_s is None else row.task_s / self.speed,
+                row.label,
+                row.tenant,
+            )
+
+    def odd(self) -> tuple[Odd, ...]:
+        """Of the whole trace, also where only a part of it is used."""
+        return self.reading().odd
+
+    def begins(self) -> str:
+        """What time it was at second 0 of the scenario, as ISO 8601, without a zone where the trace
+        has none; "" where its times are numbers."""
+        reading = self.reading()
+        if not reading.rows or reading.kind not in (Kind.ZONED, Kind.LOCAL):
+            return ""
+        at_s = round(reading.rows[0].at_s + self.from_s - self.starts_s)
+        try:
+            moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=at_s)
+        except OverflowError:
+            return ""
+        text = moment.replace(tzinfo=None).isoformat()
+        return f"{text}Z" if reading.kind is Kind.ZONED else text
+
+    def compressed(self, factor: float) -> Self:
+        return replace(self, speed=self.speed * factor)
+
+    def reading(self) -> Reading:
+        """The whole trace. UsageError where it cannot be read."""
+        try:
+            state = self.path.stat()
+        except OSError:
+            stamp = (0, 0)
+        else:
+            stamp = (state.st_mtime_ns, state.st_size)
+        columns = replace(self._map(), template="") if self.template else self._map()
+        return _read(self.path, self.format, columns, self.names, self.delimiter, stamp)
+
+    def _useless(self, reading: Reading) -> UsageError:
+        if not reading.records:
+            return UsageError(
+                f"The trace {self.path} has no records.", remedy="Name a file with records."
+            )
+        remedy = "Check its format and the map of its columns."
+        if any(one.what == f"{self._map().at} is no time" for one in reading.odd):
+            remedy += (
+                " A date that is not written as 2026-10-31 18:05:00 needs its form, such as "
+                'unit: "%d.%m.%Y %H:%M:%S".'
+            )
+        first = f" The first that is odd: {said(reading.odd[0])}." if reading.odd else ""
+        return UsageError(
+            f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}",
+            remedy=remedy,
+        )
+
+    def _map(self) -> Columns:
+        return self.columns or (RUNS if self.format is TraceFormat.JSONL else SWF)
+
+    def _placed(self, rows: tuple[Row, ...], random: Random) -> Iterator[tuple[float, Row]]:
+        """When each job arrives, in order, in seconds after the first."""
+        begin_s = rows[0].at_s
+        scale = self._map().scale
+        counted, sent = 0.0, 0
+        for row in rows:
+            if row.wide_s is None:
+                yield row.at_s - begin_s, row
+                continue
+            # Fractions are carried on, so that the sum is right however small the scale.
+            counted += row.jobs * scale
+            due = floor(counted + 1e-9) - sent
+            sent += due
+            for moment_s in _spread(due, row.wide_s, random):
+                yield row.at_s - begin_s + moment_s, row
+
+
+def _spread(count: int, wide_s: float, random: Random) -> Iterator[float]:
+    """`count` moments, each anywhere within `wide_s`, in order and without making them all: of k
+    uniform numbers the largest is distributed as the k-th root of one."""
+    left = 1.0
+    for k in range(count, 0, -1):
+        left *= random.random() ** (1 / k)
+        yield wide_s * (1 - left)
+
+
+@lru_cache(maxsize=4)
+def _read(
+    path: Path,
+    form: TraceFormat,
+    columns: Columns,
+    names: tuple[str, ...],
+    delimiter: str,
+    stamp: tuple[int, int],  # noqa: ARG001 - a file that has changed is read again
+) -> Reading:
+    """Kept, since arrivals and oddities are asked for separately and more than once."""
+    if form is TraceFormat.SWF:
+        return formats.read_swf(path, columns)
+    if form is TraceFormat.JSONL:
+        return formats.read(path, columns)
+    return formats.read_table(path, columns, names=names, delimiter=delimiter)

@@ -1,0 +1,301 @@
+"""What can be expected of a run, each as a number taken from its record.
+
+Invariant: a measure is a function of the record alone. A job that has not ended counts as one that
+never will: its times are infinite, which no bound allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+from batchlab.core.model import JobState
+from batchlab.scenarios.verdicts.record import InstanceRun, JobRun, Record
+
+
+class Unit(StrEnum):
+    """What a measure counts in."""
+
+    SECONDS = "s"
+    """Of the run: in a compressed one, and in what is expected of it, divided."""
+    USD = "USD"
+    NUMBER = ""
+    SHARE = "share"
+    """Of 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """That a record does not say it; `why` follows "because"."""
+
+    why: str
+
+
+Measured = float | Unknown
+_NOT_ASKED = Unknown("nobody could be asked what was thrown away")
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """`of` takes a record and a job template's name, "" for all jobs; `by_template` says whether
+    one can be named at all."""
+
+    name: str
+    unit: Unit
+    meaning: str
+    of: Callable[[Record, str], Measured]
+    by_template: bool = False
+
+
+def quantile(numbers: Iterable[float], share: float) -> float:
+    """The smallest number that at least `share` of all are at or below (nearest rank): one that
+    was seen. ValueError where there is none."""
+    ordered = sorted(numbers)
+    if not ordered:
+        raise ValueError("a quantile of nothing")
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def _jobs(record: Record, template: str) -> Sequence[JobRun]:
+    return [job for job in record.jobs if template in ("", job.template)]
+
+
+def waits_s(record: Record, template: str) -> list[float]:
+    """Of each job from when it was due until its first task began; of those that ended without a
+    task that began, nothing."""
+    found = []
+    for job in _jobs(record, template):
+        if job.started_s is not None:
+            found.append(max(0.0, job.started_s - job.due_s))
+        elif job.ended_s is None:
+            found.append(math.inf)
+    return found
+
+
+def turnarounds_s(record: Record, template: str) -> list[float]:
+    """Of each job from when it was due until it ended."""
+    return [
+        math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s)
+        for job in _jobs(record, template)
+    ]
+
+
+def _at(
+    share: float, times_s: Callable[[Record, str], list[float]]
+) -> Callable[[Record, str], Measured]:
+    def of(record: Record, template: str) -> Measured:
+        found = times_s(record, template)
+        return quantile(found, share) if found else Unknown("no such job has begun")
+
+    return of
+
+
+def _makespan(record: Record, template: str) -> Measured:
+    jobs = _jobs(record, template)
+    if not jobs:
+        return Unknown("there is no such job")
+    ends = [math.inf if job.ended_s is None else job.ended_s for job in jobs]
+    return max(ends) - min(job.due_s for job in jobs)
+
+
+def _late(record: Record, template: str) -> Measured:
+    bound = [job for job in _jobs(record, template) if job.deadline_s is not None]
+    if not bound:
+        return Unknown("no such job has a deadline")
+    return float(sum(job.ended_s is None or job.ended_s > (job.deadline_s or 0.0) for job in bound))
+
+
+def _failed_tasks(record: Record, template: str) -> Measured:
+    jobs = _jobs(record, template)
+    return float(sum(job.failed for job in jobs)) if jobs else Unknown("there is no such job")
+
+
+def _failed_jobs(record: Record, template: str) -> Measured:
+    # One that was cancelled has not done its work either.
+    bad = (JobState.FAILED, JobState.CANCELLED)
+    jobs = _jobs(record, template)
+    bad_ones = float(sum(job.state in bad for job in jobs))
+    return bad_ones if jobs else Unknown("there is no such job")
+
+
+# --- The fleet -----------------------------------------------------------------------------------
+
+
+def end_s(record: Record) -> float:
+    """When the last thing happened that the record tells of."""
+    return max(
+        (
+            *(job.ended_s or job.submitted_s for job in record.jobs),
+            *(sample.at_s for sample in record.samples),
+            *(one.ended_s or one.launched_s for one in record.instances),
+        ),
+        default=0.0,
+    )
+
+
+def fleet(record: Record) -> list[tuple[float, int]]:
+    """Instances in service, all pools together: from each of these moments on so many. By what was
+    sampled; where nothing was, by each instance's own times."""
+    if record.samples:
+        return [
+            (sample.at_s, sum(pool.in_service for pool in sample.pools.values()))
+            for sample in record.samples
+        ]
+    changes: list[tuple[float, int]] = []
+    for one in record.instances:
+        if one.ready_s is not None:
+            changes.append((one.ready_s, 1))
+            if one.ended_s is not None:
+                changes.append((one.ended_s, -1))
+    found, count = [], 0
+    for at_s, change in sorted(changes):
+        count += change
+        found.append((at_s, count))
+    return found
+
+
+def _peak_fleet(record: Record, _: str) -> Measured:
+    return float(max((count for _, count in fleet(record)), default=0))
+
+
+def _least_fleet(record: Record, _: str) -> Measured:
+    ends = [job.ended_s for job in record.jobs if job.ended_s is not None]
+    last_s = max(ends) if len(ends) == len(record.jobs) and ends else math.inf
+    found = fleet(record)
+    first = next((i for i, (_, count) in enumerate(found) if count), None)
+    if first is None:
+        return Unknown("no instance was ever in service")
+    return float(
+        min(count for at_s, count in found[first:] if at_s <= max(last_s, found[first][0]))
+    )
+
+
+def _flapping(record: Record, _: str) -> Measured:
+    cooldown_s = record.settings.get("cooldown_in_s")
+    if cooldown_s is None:
+        return Unknown("the record does not say what the cooldown was")
+    if not record.samples:
+        return Unknown("the record has no samples of the fleet")
+    pools = {name for sample in record.samples for name in sample.pools}
+    return float(sum(_turns(record, pool, 2 * cooldown_s) for pool in pools))
+
+
+def _turns(record: Record, pool: str, within_s: float) -> int:
+    """How often desired capacity went the other way within that time of its last change."""
+    seen = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
+    steps = [(b[0], b[1] > a[1]) for a, b in pairwise(seen) if a[1] != b[1]]
+    return sum(a[1] != b[1] and b[0] - a[0] <= within_s for a, b in pairwise(steps))
+
+
+def lives_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
+    """Each instance with the seconds from its launch to its end, or to the run's."""
+    last_s = end_s(record)
+    for one in record.instances:
+        yield one, one.lived_s(last_s)
+
+
+def _idle_share(record: Record, _: str) -> Measured:
+    there_s = sum(
+        life_s * record.pools[one.pool][2]
+        for one, life_s in lives_s(record)
+        if one.pool in record.pools
+    )
+    if not there_s:
+        return Unknown("no instance was ever there")
+    if record.again_s is None:
+        return _NOT_ASKED
+    used_s = sum(stage.run_s * stage.slots for stage in record.stages) + record.again_s
+    return min(1.0, max(0.0, 1.0 - used_s / there_s))
+
+
+# --- All of them ---------------------------------------------------------------------------------
+
+
+def _cost(record: Record, _: str) -> Measured:
+    return Unknown("the run had no prices") if record.usd is None else record.usd
+
+
+_TIME, _NUMBER = Unit.SECONDS, Unit.NUMBER
+_ALL = (
+    Measure(
+        "makespan", _TIME, "from the first job's due time to the last one's end", _makespan, True
+    ),
+    Measure(
+        "p50_wait",
+        _TIME,
+        "from due to the first task's start: half of all jobs wait no longer",
+        _at(0.5, waits_s),
+        True,
+    ),
+    Measure(
+        "p95_wait",
+        _TIME,
+        "from due to the first task's start: 95 of 100 jobs wait no longer",
+        _at(0.95, waits_s),
+        True,
+    ),
+    Measure(
+        "max_wait",
+        _TIME,
+        "from due to the first task's start: no job waits longer",
+        _at(1.0, waits_s),
+        True,
+    ),
+    Measure(
+        "p95_turnaround",
+        _TIME,
+        "from due to its end: 95 of 100 jobs take no longer",
+        _at(0.95, turnarounds_s),
+        True,
+    ),
+    Measure("late", _NUMBER, "jobs that missed their deadline", _late, True),
+    Measure("cost", Unit.USD, "instances and requests at AWS's list prices", _cost),
+    Measure(
+        "lost",
+        _NUMBER,
+        "tasks of which nobody knows what became of them",
+        lambda record, _: float(record.lost),
+    ),
+    Measure(
+        "duplicates",
+        _NUMBER,
+        "tasks with more than one committed result",
+        lambda record, _: float(record.duplicates),
+    ),
+    Measure("failed_tasks", _NUMBER, "tasks that failed for good", _failed_tasks, True),
+    Measure("failed_jobs", _NUMBER, "jobs that failed or were cancelled", _failed_jobs, True),
+    Measure("peak_fleet", _NUMBER, "the most instances in service at once", _peak_fleet),
+    Measure(
+        "least_fleet",
+        _NUMBER,
+        "the fewest instances in service after the first came and until the last job's end",
+        _least_fleet,
+    ),
+    Measure(
+        "flapping",
+        _NUMBER,
+        "times that desired capacity turned within two cooldowns of its last change",
+        _flapping,
+    ),
+    Measure(
+        "again",
+        _TIME,
+        "slot time of runs that were thrown away or failed",
+        lambda record, _: _NOT_ASKED if record.again_s is None else record.again_s,
+    ),
+    Measure(
+        "idle_share",
+        Unit.SHARE,
+        "of the slots' time from launch to end, that without a task",
+        _idle_share,
+    ),
+)
+
+MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _ALL}
+"""By name; what a scenario's `expect` may name."""

@@ -1,0 +1,232 @@
+"""Launch templates and their versions, from a TOML file that may change while it is served.
+
+    [worker]
+    default = 1                       # the version that `$Default` is; 1 where nothing is said
+
+    [[worker.version]]                # version 1; the next such table is version 2
+    command = ["my-worker", "--name", "{instance}", "--slots", "{slots}"]
+    type = "m7i.large"
+    slots = 2
+
+A template's id is derived from its name, as is which file is read: none is kept in memory longer
+than the file stays as it is, so that `$Latest` is the latest at every launch.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import ValidationError as Malformed
+
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market, Pool
+from batchlab.fleet.api_types import LaunchTemplate
+from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.external_data import Template
+
+VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
+"""Environment variable of an instance: the template that it was launched from, and its version, as
+in `worker:1`. A launcher reads there what the engine does not know of a template."""
+
+MOST_USER_DATA = 16 * 1024
+"""Bytes before base64."""
+
+_PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
+"""A user by number, and not root. Docker reads 00 as root, too."""
+
+_UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
+
+
+def _decoded(text: str) -> str:
+    try:
+        found = base64.b64decode(text, validate=True)
+        if len(found) > MOST_USER_DATA:
+            raise ValueError(f"{len(found)} bytes of user data, and EC2 takes {MOST_USER_DATA}")
+        return found.decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise ValueError("not text in base64") from error
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Role(_Strict):
+    """An instance's role, with the keys that its instances get."""
+
+    name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,64}$")]
+    access_key: str
+    secret_key: str
+    token: str = ""
+
+
+class Version(_Strict):
+    """One version of a template, as the file says it."""
+
+    command: tuple[str, ...] = ()
+    """What an instance runs where it is a process; {instance}, {group} and {slots} are replaced."""
+    image: str = ""
+    """What an instance runs where it is a container; the command's words are its arguments."""
+    network: str = "bridge"
+    """Docker's network that such an instance is on."""
+    user: str = "65534:65534"
+    """Whom its processes run as: "uid:gid"."""
+    type: str = ""
+    market: Market = Market.ON_DEMAND
+    slots: Annotated[int, Field(ge=1)] = 1
+    boot_s: Annotated[float, Field(ge=0)] = 0.0
+    env: dict[str, str] = {}
+    system: bool = False
+    """Whether the image boots an init of its own, as a machine does, and has a machine's rights."""
+    user_data: Annotated[str, AfterValidator(_decoded)] = ""
+    """What the metadata service has for it, in base64 as EC2 takes it; decoded here."""
+    role: Role | None = None
+    """Whose credentials the metadata service gives it."""
+
+
+class _Named(_Strict):
+    default: Annotated[int, Field(ge=1)] = 1
+    version: Annotated[tuple[Version, ...], Field(min_length=1)]
+
+
+_FILE = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[a-zA-Z0-9().\-/_]{3,128}$")], _Named])
+
+
+def template_id(name: str) -> str:
+    """The id of the template of this name, of EC2's form."""
+    return f"lt-{hashlib.sha256(name.encode()).hexdigest()[:17]}"
+
+
+class TemplateFile:
+    """The Templates of a file, and what a launcher needs beyond them."""
+
+    def __init__(self, path: Path, images: Collection[str] = ()) -> None:
+        """UsageError where the file cannot be read. With `images`, a version is refused unless its
+        image is one of them, and it has neither root's user nor a machine's rights."""
+        self._path = path
+        self._images = frozenset(images)
+        self._stamp = (0, 0)
+        self._named: Mapping[str, _Named] = {}
+        self._read()
+
+    def template(self, reference: LaunchTemplate) -> Template:
+        """As the port says."""
+        version = self.referred(reference)
+        name = self._name(reference)
+        number = self._number(name, reference.version)
+        return Template(
+            LaunchTemplate(template_id(name), name, str(number)),
+            version.type,
+            version.market,
+            version.slots,
+            version.boot_s,
+            (*version.env.items(), (VARIABLE, f"{name}:{number}")),
+        )
+
+    def launch_configuration(self, name: str) -> Template:
+        """ValidationError: there are none, as AWS takes no new ones either."""
+        raise ValidationError(f"Launch configuration name not found - {name}")
+
+    def argv(self, pool: Pool, instance: str) -> Sequence[str]:
+        """The command of the template that the pool's instance is launched from."""
+        told = {"{instance}": instance, "{group}": pool.name, "{slots}": str(pool.slots)}
+        return [_filled(word, told) for word in self.launched(pool).command]
+
+    def launched(self, pool: Pool) -> Version:
+        """The version that an instance of the pool is launched from."""
+        self._look()
+        name, _, number = dict(pool.env)[VARIABLE].rpartition(":")
+        return self._version(name, int(number))
+
+    def referred(self, reference: LaunchTemplate) -> Version:
+        """The version that is referred to; ValidationError where there is none."""
+        self._look()
+        name = self._name(reference)
+        return self._version(name, self._number(name, reference.version))
+
+    def _version(self, name: str, number: int) -> Version:
+        found = self._named[name].version[number - 1]
+        is_plain = _PLAIN_USER.fullmatch(found.user) and not found.system
+        if self._images and (found.image not in self._images or not is_plain):
+            raise ValidationError(
+                f"This endpoint does not launch version {number} of template {name}: its image, "
+                "user, or system is not allowed here. `asg serve --image` names the images."
+            )
+        return found
+
+    def _name(self, reference: LaunchTemplate) -> str:
+        if name := reference.launch_template_name:
+            if name in self._named:
+                return name
+            raise ValidationError(f"{_UNKNOWN} template name {name}, does not exist.")
+        wanted = reference.launch_template_id
+        for name in self._named:
+            if template_id(name) == wanted:
+                return name
+        raise ValidationError(f"{_UNKNOWN} template ID {wanted}, does not exist.")
+
+    def _number(self, name: str, version: str) -> int:
+        named = self._named[name]
+        if version in ("", "$Default"):
+            return named.default
+        if version == "$Latest":
+            return len(named.version)
+        if version.isdecimal() and 1 <= int(version) <= len(named.version):
+            return int(version)
+        raise ValidationError(
+            f"{_UNKNOWN} template name {name} and version {version}, does not exist."
+        )
+
+    def _look(self) -> None:
+        """Read the file again where it has changed; ValidationError where it is none any more."""
+        try:
+            if self._stamp_now() != self._stamp:
+                self._read()
+        except (OSError, UsageError) as error:
+            raise ValidationError(str(error)) from error
+
+    def _stamp_now(self) -> tuple[int, int]:
+        found = self._path.stat()
+        return found.st_mtime_ns, found.st_size
+
+    def _read(self) -> None:
+        try:
+            stamp = self._stamp_now()
+            named = _FILE.validate_python(tomllib.loads(self._path.read_text("utf-8")))
+        except OSError as error:
+            raise UsageError(
+                f"{self._path} cannot be read: {error.strerror}.",
+                remedy="Name a file that is there and can be read.",
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{self._path} is not TOML: {error}.", remedy="Put that line right."
+            ) from error
+        except Malformed as error:
+            first = error.errors()[0]
+            place = ".".join(str(step) for step in first["loc"])
+            raise UsageError(
+                f"{self._path}: {place}: {first['msg']}.",
+                remedy="docs/asg-endpoint.md shows the form of the file.",
+            ) from error
+        for name, one in named.items():
+            if one.default > len(one.version):
+                raise UsageError(
+                    f"{self._path}: {name} has no version {one.default}.",
+                    remedy="Name a version that it has as its default.",
+                )
+        self._stamp, self._named = stamp, named
+
+
+def _filled(word: str, told: Mapping[str, str]) -> str:
+    for name, text in told.items():
+        word = word.replace(name, text)
+    return word

@@ -1,0 +1,182 @@
+"""What the engine knows of an instance, told where its metadata service asks for it.
+
+Spot interruptions on demand: what AWS decides for its own reasons, somebody here decides.
+
+A service of our own beside Auto Scaling, under the same signatures: JSON in, JSON out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from batchlab.adapters.aws.metadata_server import (
+    Interruption,
+    Metadata,
+    MetadataSource,
+    Signals,
+    iso,
+)
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.ports import Clock
+from batchlab.fleet import errors
+from batchlab.fleet.autoscaling import AutoScaling
+from batchlab.fleet.errors import ValidationError
+from batchlab.server.autoscaling_api.app import Request, Response
+from batchlab.server.autoscaling_api.errors import Fault, invalid
+from batchlab.server.autoscaling_api.launch_templates import Role, TemplateFile
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws.endpoint import Endpoint
+    from batchlab.fleet.autoscaling import AutoScaling
+
+CREDENTIALS_S = 6 * 3600.0
+"""How long a role's credentials are said to be good for, as EC2's are."""
+
+
+class Facts:
+    """A group's word on its instances; the engine comes to it once its launcher is there."""
+
+    engine: AutoScaling
+
+    def signals(self, instance: str) -> Signals:
+        """What the instance's future is; of one that no group knows, that it will end."""
+        try:
+            known = self.engine.metadata(instance)
+        except ValidationError:
+            return Signals("Terminated")
+        interruption = None
+        if known.spot_action and known.spot_time is not None:
+            interruption = Interruption(known.spot_time, known.spot_action)
+        return Signals(known.target_lifecycle_state, interruption, known.rebalance_time)
+
+    def of(self, launcher: object, templates: TemplateFile, clock: Clock) -> MetadataSource:
+        """The launcher's own metadata with the group's tags, and the user data and credentials of
+        the launch template; nothing where it has none."""
+        return _Told(self, launcher, templates, clock)
+
+
+class _Told:
+    def __init__(
+        self, facts: Facts, launcher: object, templates: TemplateFile, clock: Clock
+    ) -> None:
+        self._facts = facts
+        self._launcher = launcher
+        self._templates = templates
+        self._clock = clock
+
+    async def metadata(self, address: str) -> Metadata | None:
+        """As the port says."""
+        ask = getattr(self._launcher, "metadata", None)
+        found: Metadata | None = await ask(address) if ask else None
+        if found is None:
+            return None
+        try:
+            known = self._facts.engine.metadata(found.instance)
+            (row,) = self._facts.engine.describe_auto_scaling_instances([found.instance])
+            found = replace(found, tags={**found.tags, **dict(known.tags)})
+            if row.launch_template is None:
+                return found
+            version = self._templates.referred(row.launch_template)
+        except (ValidationError, ValueError):
+            return found  # it has just gone, or its template has
+        credentials = {}
+        if role := version.role:
+            credentials[role.name] = _document(role, self._clock.now_s())
+        return replace(found, user_data=version.user_data, credentials=credentials)
+
+
+def _document(role: Role, now_s: float) -> Mapping[str, str]:
+    """Credentials as the metadata service tells them."""
+    return {
+        "Code": "Success",
+        "LastUpdated": iso(now_s),
+        "Type": "AWS-HMAC",
+        "AccessKeyId": role.access_key,
+        "SecretAccessKey": role.secret_key,
+        "Token": role.token,
+        "Expiration": iso(now_s + CREDENTIALS_S),
+    }
+
+
+NAME = "batchlab"
+"""What its requests are signed for."""
+_MOST_S = 3600.0
+_ANSWER_S = 10.0
+
+
+class NoticeService:
+    """Gives an instance a notice, by the engine; `changed` is called where that went well."""
+
+    def __init__(self, engine: AutoScaling, changed: Callable[[], None]) -> None:
+        self._engine = engine
+        self._changed = changed
+
+    async def answer(self, request: Request, _: str) -> Response:
+        """As `app.Service` says."""
+        instance, kind, notice_s = _asked(request.body)
+        try:
+            if kind == "interruption":
+                self._engine.interrupt(instance, notice_s=notice_s)
+            else:
+                self._engine.rebalance(instance)
+        except errors.Fault as fault:
+            raise Fault(fault.code, fault.message) from fault
+        self._changed()
+        return Response(200, b"{}", "application/json")
+
+    def refuse(self, _: Request, fault: Fault, __: str) -> Response:
+        """As `app.Service` says."""
+        body = json.dumps({"code": fault.code, "message": fault.message}).encode()
+        status = 500 if fault.code == "InternalFailure" else 400
+        return Response(status, body, "application/json")
+
+
+def _asked(body: bytes) -> tuple[str, str, float]:
+    try:
+        asked = json.loads(body)
+        instance, kind, notice_s = asked["instance"], asked["notice"], asked["notice_s"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise invalid("It takes an object with instance, notice and notice_s.") from error
+    if not isinstance(instance, str) or kind not in ("interruption", "rebalance"):
+        raise invalid("notice is interruption or rebalance, instance the id of one.")
+    if isinstance(notice_s, bool) or not isinstance(notice_s, (int, float)):
+        raise invalid("notice_s is a number of seconds.")
+    if not 0 <= notice_s <= _MOST_S:
+        raise invalid(f"notice_s is from 0 to {_MOST_S:g}.")
+    return instance, kind, float(notice_s)
+
+
+def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
+    """Ask the endpoint for a notice ("interruption" or "rebalance") to an instance.
+
+    UsageError where it refuses, Unreachable where nothing answers.
+    """
+    import httpx
+    from botocore.auth import SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    url = at.url or ""
+    body = json.dumps({"instance": instance, "notice": notice, "notice_s": notice_s})
+    asked = AWSRequest("POST", url + "/", data=body, headers={"Content-Type": "application/json"})
+    SigV4Auth(Credentials(at.access_key, at.secret_key), NAME, "us-east-1").add_auth(asked)
+    try:
+        answer = httpx.post(
+            url + "/", content=body, headers=dict(asked.headers.items()), timeout=_ANSWER_S
+        )
+        told: Any = answer.json()
+    except httpx.HTTPError as error:
+        raise Unreachable(
+            f"No Auto Scaling endpoint answers at {url}: {error}.",
+            remedy="A grid of `--backend localstack` has one, and so has `batchlab asg serve`.",
+        ) from error
+    except ValueError as error:
+        raise BackendError(
+            f"What answers at {url} is no `batchlab asg serve`.",
+            remedy="Name its address with --endpoint.",
+        ) from error
+    if answer.status_code != 200:
+        raise UsageError(f"{told.get('message', 'It is refused')}".rstrip(".") + ".")

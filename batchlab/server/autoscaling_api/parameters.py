@@ -1,0 +1,306 @@
+"""What the model demands of parameters (required, lengths, ranges, patterns, enums), checked with
+AWS's own wording of what is wrong.
+
+Between parameters by AWS's names and the engine's frozen values, field by field.
+
+A field has AWS's name in snake case, as botocore writes it. Only where the engine's value is built
+otherwise than AWS's structure does a type have a conversion of its own, here.
+
+Long answers in pages, as MaxRecords and NextToken ask for them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
+from dataclasses import fields as dataclass_fields
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from botocore import xform_name
+from botocore.model import ListShape, MapShape, OperationModel, Shape, StructureShape
+
+from batchlab.fleet.api_types import MixedInstancesPolicy, TargetTracking, WarmPool
+from batchlab.server.autoscaling_api.errors import Fault, invalid
+
+_PAIR = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECASE)
+
+
+def check(operation: OperationModel, asked: Mapping[str, Any]) -> None:
+    """Fault that names every constraint that `asked` does not satisfy."""
+    shape = operation.input_shape
+    if not isinstance(shape, StructureShape):
+        return
+    if wrong := list(_structure(shape, asked, "")):
+        number = f"{len(wrong)} validation error{'s' if len(wrong) > 1 else ''} detected: "
+        raise invalid(number + "; ".join(wrong))
+
+
+def _structure(shape: StructureShape, asked: Mapping[str, Any], path: str) -> Iterator[str]:
+    for name, member in shape.members.items():
+        # AWS writes paths as its Java classes name their fields.
+        place = f"{path}{name[0].lower()}{name[1:]}"
+        if name in asked:
+            yield from _value(member, asked[name], place)
+        elif name in shape.required_members:
+            yield _wrong(None, place, "Member must not be null")
+
+
+def _value(shape: Shape, value: Any, place: str) -> Iterator[str]:
+    if isinstance(shape, StructureShape):
+        yield from _structure(shape, value, f"{place}.")
+    elif isinstance(shape, ListShape):
+        yield from _size(shape, value, place)
+        for number, one in enumerate(value, 1):
+            yield from _value(shape.member, one, f"{place}.{number}.member")
+    elif isinstance(shape, MapShape):
+        yield from _size(shape, value, place)
+        for key, one in value.items():
+            yield from _value(shape.key, key, f"{place}.{key}.key")
+            yield from _value(shape.value, one, f"{place}.{key}.value")
+    elif shape.type_name == "string":
+        yield from _string(shape, value, place)
+    elif shape.type_name in ("integer", "long", "float", "double"):
+        yield from _range(shape, value, place, value, "value")
+
+
+def _string(shape: Shape, value: str, place: str) -> Iterator[str]:
+    yield from _size(shape, value, place)
+    pattern = shape.metadata.get("pattern")
+    if pattern and not _compiled(pattern).fullmatch(value):
+        yield _wrong(value, place, f"Member must satisfy regular expression pattern: {pattern}")
+    enum = shape.metadata.get("enum")
+    if enum and value not in enum:
+        yield _wrong(value, place, f"Member must satisfy enum value set: [{', '.join(enum)}]")
+
+
+def _size(shape: Shape, value: Any, place: str) -> Iterator[str]:
+    return _range(shape, value, place, len(value), "length")
+
+
+def _range(shape: Shape, value: Any, place: str, number: float, what: str) -> Iterator[str]:
+    least, most = shape.metadata.get("min"), shape.metadata.get("max")
+    if least is not None and number < least:
+        yield _wrong(value, place, f"Member must have {what} greater than or equal to {least}")
+    if most is not None and number > most:
+        yield _wrong(value, place, f"Member must have {what} less than or equal to {most}")
+
+
+def _wrong(value: Any, place: str, constraint: str) -> str:
+    told = "null" if value is None else f"'{_told(value)}'"
+    return f"Value {told} at '{place}' failed to satisfy constraint: {constraint}"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_told, value))}]"
+    return str(value)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """The model's patterns are Java's, which writes what is beyond U+FFFF as two halves."""
+    return re.compile(_PAIR.sub(_joined, pattern))
+
+
+def _joined(pair: re.Match[str]) -> str:
+    high, low = int(pair[1], 16), int(pair[2], 16)
+    return f"\\U{0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00):08X}"
+
+
+T = TypeVar("T")
+Asked = Mapping[str, Any]
+
+
+# --- From the wire --------------------------------------------------------------------------------
+
+
+def given(kind: type[T], asked: Asked, **more: Any) -> T:
+    """A value of the dataclass from those parameters that are fields of it, and `more`; Fault
+    where one is missing that AWS's model leaves to choice and the engine needs."""
+    found = {**fields(kind, asked), **more}
+    whole: Any = kind
+    for name in _needed(whole):
+        if name not in found:
+            raise invalid(f"Parameter {name} of {kind.__name__} must be specified.")
+    return kind(**found)
+
+
+def fields(kind: type, asked: Asked) -> dict[str, Any]:
+    """The fields of the dataclass that the parameters have, by name."""
+    hints = _hints(kind)
+    named = {xform_name(name): value for name, value in asked.items()}
+    return {name: _field(hints[name], value) for name, value in named.items() if name in hints}
+
+
+def rest(kind: type, asked: Asked) -> dict[str, Any]:
+    """The parameters that are no fields of the dataclass."""
+    return {name: value for name, value in asked.items() if xform_name(name) not in _hints(kind)}
+
+
+@cache
+def _needed(kind: Any) -> list[str]:
+    """The fields that have no default."""
+    return [
+        field.name
+        for field in dataclass_fields(kind)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _field(hint: Any, value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.timestamp()
+    if isinstance(value, list):
+        inner = get_args(hint)[0]
+        return tuple(_field(inner, one) for one in value)
+    if isinstance(value, dict):
+        kind: Any = next(one for one in (hint, *get_args(hint)) if is_dataclass(one))
+        return given(kind, _GIVEN.get(kind, dict)(value))
+    if isinstance(value, str) and int in (hint, *get_args(hint)):
+        # Weights are text on the wire.
+        return int(value)
+    return value
+
+
+def _mixed_given(asked: Asked) -> Asked:
+    template = asked.get("LaunchTemplate", {})
+    return {
+        "LaunchTemplate": template.get("LaunchTemplateSpecification", {}),
+        "Overrides": template.get("Overrides", []),
+        "InstancesDistribution": asked.get("InstancesDistribution", {}),
+    }
+
+
+def _tracking_given(asked: Asked) -> Asked:
+    found = dict(asked)
+    if predefined := found.pop("PredefinedMetricSpecification", None):
+        found["PredefinedMetricType"] = predefined["PredefinedMetricType"]
+    if customized := found.pop("CustomizedMetricSpecification", None):
+        found["CustomizedMetricSpecification"] = json.dumps(customized)
+    return found
+
+
+_GIVEN: dict[Any, Callable[[Asked], Asked]] = {
+    MixedInstancesPolicy: _mixed_given,
+    TargetTracking: _tracking_given,
+}
+
+
+# --- To the wire ----------------------------------------------------------------------------------
+
+
+def told(shape: Shape, value: Any) -> Any:
+    """The value as an answer of the shape. None and "" are left out unless the shape needs them,
+    and so are members that the value has no field for."""
+    if isinstance(shape, StructureShape):
+        special = _TOLD.get(type(value))
+        return special(shape, value) if special else _structure_convert(shape, value)
+    if isinstance(shape, ListShape):
+        return [told(shape.member, one) for one in value]
+    if shape.type_name == "timestamp":
+        return datetime.fromtimestamp(value, UTC)
+    return str(value) if shape.type_name == "string" else value
+
+
+def _structure_convert(shape: StructureShape, value: Any) -> dict[str, Any]:
+    found = {}
+    for name, member in shape.members.items():
+        one = getattr(value, xform_name(name), None)
+        if one is not None and (one != "" or name in shape.required_members):
+            found[name] = told(member, one)
+    return found
+
+
+def _mixed_told(shape: StructureShape, value: MixedInstancesPolicy) -> dict[str, Any]:
+    template: Any = shape.members["LaunchTemplate"]
+    names = template.members
+    return {
+        "LaunchTemplate": {
+            "LaunchTemplateSpecification": told(
+                names["LaunchTemplateSpecification"], value.launch_template
+            ),
+            "Overrides": told(names["Overrides"], value.overrides),
+        },
+        "InstancesDistribution": told(
+            shape.members["InstancesDistribution"], value.instances_distribution
+        ),
+    }
+
+
+def _tracking_told(_: StructureShape, value: TargetTracking) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "TargetValue": value.target_value,
+        "DisableScaleIn": value.disable_scale_in,
+    }
+    if value.predefined_metric_type:
+        metric = {"PredefinedMetricType": value.predefined_metric_type}
+        found["PredefinedMetricSpecification"] = metric
+    if value.customized_metric_specification:
+        found["CustomizedMetricSpecification"] = json.loads(value.customized_metric_specification)
+    return found
+
+
+def _warm_told(shape: StructureShape, value: WarmPool) -> dict[str, Any]:
+    reuse = {"ReuseOnScaleIn": value.reuse_on_scale_in}
+    return {**_structure_convert(shape, value), "InstanceReusePolicy": reuse}
+
+
+_TOLD: dict[type, Callable[[StructureShape, Any], dict[str, Any]]] = {
+    MixedInstancesPolicy: _mixed_told,
+    TargetTracking: _tracking_told,
+    WarmPool: _warm_told,
+}
+
+
+MOST = 100
+USUAL = 50
+
+
+def page(
+    items: Sequence[T], asked: Mapping[str, Any], key: Callable[[T], str], *, most: int = MOST
+) -> tuple[Sequence[T], dict[str, Any]]:
+    """The page that is asked for, and its NextToken where others follow.
+
+    `key` tells items apart. A token holds the last item's key and number: a page goes on after
+    that item, or where that is gone by now, at its number.
+    """
+    size = asked.get("MaxRecords", min(USUAL, most))
+    if not 1 <= size <= most:
+        raise invalid(f"MaxRecords must be between 1 and {most}.")
+    start = 0
+    if token := asked.get("NextToken"):
+        last, number = _read(token)
+        keys = [key(item) for item in items]
+        start = keys.index(last) + 1 if last in keys else number
+    found = items[start : start + size]
+    if start + size >= len(items):
+        return found, {}
+    return found, {"NextToken": _token(key(found[-1]), start + size - 1)}
+
+
+def _token(last: str, number: int) -> str:
+    return base64.urlsafe_b64encode(json.dumps([last, number]).encode()).decode()
+
+
+def _read(token: str) -> tuple[str, int]:
+    try:
+        last, number = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
+        if not isinstance(last, str) or not isinstance(number, int) or number < 0:
+            raise TypeError(token)
+    except (ValueError, TypeError) as error:
+        raise Fault("InvalidNextToken", f"The token '{token}' is invalid.") from error
+    return last, number

@@ -1,0 +1,305 @@
+"""AWS's query protocol, from the service's side: a form in, XML out, both by the service's model.
+
+Invariant: nothing here knows any action. What botocore's serializer sends comes back from `parse`,
+and what `result` writes botocore's parser reads, for every operation of the model.
+
+A service over the query protocol: its model, and a table of what its actions do.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+from urllib.parse import parse_qsl
+from xml.sax.saxutils import escape
+
+from botocore.loaders import Loader
+from botocore.model import (
+    ListShape,
+    MapShape,
+    OperationModel,
+    ServiceModel,
+    Shape,
+    StructureShape,
+)
+
+from batchlab.server.autoscaling_api import parameters
+from batchlab.server.autoscaling_api.app import Request, Response
+from batchlab.server.autoscaling_api.errors import Blame, Fault, Faults, sent_wrong
+
+MAX_FIELDS = 10_000
+MAX_DEPTH = 32
+_TRUTH = {"true": True, "false": False}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(slots=True)
+class _Node:
+    """The fields whose names begin alike: the text of the one whose name ends here, and the others
+    by the next step of their names."""
+
+    text: str | None = None
+    parts: dict[str, _Node] = field(default_factory=dict)
+
+
+def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
+    """The operation that a form asks for, with its parameters; Fault for what is none.
+
+    Parameters that the model does not have are left out, as AWS does.
+    """
+    try:
+        fields = dict(
+            parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
+        )
+    except ValueError as error:
+        raise Fault("MalformedQueryString", "The query string cannot be read.") from error
+    operation = _operation(service, fields.pop("Action", ""), fields.pop("Version", ""))
+    if not isinstance(operation.input_shape, StructureShape):
+        return operation, {}
+    return operation, _structure(operation.input_shape, _tree(fields), "") or {}
+
+
+def _operation(service: ServiceModel, action: str, version: str) -> OperationModel:
+    if not action:
+        raise Fault("MissingAction", "The request has no action.")
+    if action not in service.operation_names or version != service.api_version:
+        raise Fault(
+            "InvalidAction",
+            f"Could not find operation {action} for version {version or 'NO_VERSION'}",
+        )
+    return service.operation_model(action)
+
+
+def _tree(fields: Mapping[str, str]) -> _Node:
+    root = _Node()
+    for name, text in fields.items():
+        steps = name.split(".")
+        if len(steps) > MAX_DEPTH:
+            raise Fault("MalformedInput", f"The field {name[:100]!r} is nested too deeply.")
+        node = root
+        for step in steps:
+            node = node.parts.setdefault(step, _Node())
+        node.text = text
+    return root
+
+
+def _value(shape: Shape, node: _Node, path: str) -> Any:
+    """What is sent at `path`; None where that is nothing."""
+    if isinstance(shape, StructureShape):
+        return _structure(shape, node, path)
+    if isinstance(shape, ListShape):
+        return _list(shape, node, path)
+    if isinstance(shape, MapShape):
+        return _map(shape, node, path)
+    if node.text is None:
+        return None
+    with sent_wrong(path):
+        return _scalar(shape, node.text)
+
+
+def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] | None:
+    found = {}
+    for name, member in shape.members.items():
+        wire = member.serialization.get("name", name)
+        if isinstance(member, ListShape) and member.serialization.get("flattened"):
+            # Its entries have their own name, and where there are none it has its own.
+            entries = member.member.serialization.get("name", wire)
+            wire = entries if entries in node.parts else wire
+        if wire in node.parts:
+            value = _value(member, node.parts[wire], f"{path}.{name}" if path else name)
+            if value is not None:
+                found[name] = value
+    return found or None
+
+
+def _list(shape: ListShape, node: _Node, path: str) -> list[Any] | None:
+    entries = node
+    if not shape.serialization.get("flattened"):
+        entries = node.parts.get(shape.member.serialization.get("name", "member"), _Node())
+    found = [_value(shape.member, entry, path) for entry in _numbered(entries, path)]
+    if isinstance(shape.member, StructureShape):
+        found = [value or {} for value in found]
+    told = [value for value in found if value is not None]
+    return told if told or node.text is not None else None
+
+
+def _map(shape: MapShape, node: _Node, path: str) -> dict[str, Any] | None:
+    entries = node if shape.serialization.get("flattened") else node.parts.get("entry", _Node())
+    key_name = shape.key.serialization.get("name", "key")
+    value_name = shape.value.serialization.get("name", "value")
+    found = {
+        _value(shape.key, entry.parts.get(key_name, _Node()), path): _value(
+            shape.value, entry.parts.get(value_name, _Node()), path
+        )
+        for entry in _numbered(entries, path)
+    }
+    if None in found or None in found.values():
+        raise Fault("MalformedInput", f"An entry at {path!r} has no key or no value.")
+    return found or None
+
+
+def _numbered(entries: _Node, path: str) -> list[_Node]:
+    with sent_wrong(path):
+        numbered = [(_whole(number), entry) for number, entry in entries.parts.items()]
+    return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _scalar(shape: Shape, text: str) -> Any:
+    match shape.type_name:
+        case "integer" | "long":
+            return _whole(text)
+        case "float" | "double":
+            number = float(text)
+            if not math.isfinite(number):
+                raise ValueError(text)
+            return number
+        case "boolean":
+            if text.lower() not in _TRUTH:
+                raise ValueError(text)
+            return _TRUTH[text.lower()]
+        case "timestamp":
+            at = datetime.fromisoformat(text)
+            return at if at.tzinfo else at.replace(tzinfo=UTC)
+        case "blob":
+            return base64.b64decode(text, validate=True)
+    return text
+
+
+def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str) -> bytes:
+    """The body of a successful answer; ValueError where it is not of the operation's shape, which
+    is a defect."""
+    name, shape = operation.name, operation.output_shape
+    inner = ""
+    if shape is not None:
+        inner = _written(shape, answer)
+        if wrapper := shape.serialization.get("resultWrapper"):
+            inner = f"<{wrapper}>{inner}</{wrapper}>"
+    elif answer:
+        raise ValueError(f"{name} has no answer, and was given {sorted(answer)}")
+    told = f"<ResponseMetadata><RequestId>{request_id}</RequestId></ResponseMetadata>"
+    return _document(f"{name}Response", operation.service_model, inner + told)
+
+
+def refusal(service: ServiceModel, fault: Fault, blame: Blame, request_id: str) -> bytes:
+    """The body of an answer that refuses."""
+    kind = "Sender" if blame.is_senders else "Receiver"
+    error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code>"
+    error += f"<Message>{_text(fault.message)}</Message>"
+    told = f"<RequestId>{request_id}</RequestId>"
+    return _document("ErrorResponse", service, f"<Error>{error}</Error>{told}")
+
+
+def _document(root: str, service: ServiceModel, inner: str) -> bytes:
+    namespace = service.metadata.get("xmlNamespace", "")
+    return f'<{root} xmlns="{namespace}">{inner}</{root}>'.encode()
+
+
+def _element(name: str, shape: Shape, value: Any) -> str:
+    """`value` as an element of this name, or as several where a flattened list or map says so."""
+    flattened = bool(shape.serialization.get("flattened"))
+    if isinstance(shape, ListShape):
+        own = shape.member.serialization.get("name")
+        if flattened:
+            return "".join(_element(own or name, shape.member, one) for one in value)
+        inner = "".join(_element(own or "member", shape.member, one) for one in value)
+    elif isinstance(shape, MapShape):
+        entry = name if flattened else "entry"
+        inner = "".join(f"<{entry}>{one}</{entry}>" for one in _entries(shape, value))
+        if flattened:
+            return inner
+    else:
+        inner = _written(shape, value)
+    return f"<{name}>{inner}</{name}>"
+
+
+def _entries(shape: MapShape, value: Mapping[str, Any]) -> Iterable[str]:
+    key_name = shape.key.serialization.get("name", "key")
+    value_name = shape.value.serialization.get("name", "value")
+    for key, one in value.items():
+        yield _element(key_name, shape.key, key) + _element(value_name, shape.value, one)
+
+
+def _written(shape: Shape, value: Any) -> str:
+    if isinstance(shape, StructureShape):
+        return _members(shape, value)
+    match shape.type_name:
+        case "boolean":
+            return "true" if value else "false"
+        case "timestamp":
+            at = value.astimezone(UTC).isoformat(timespec="milliseconds")
+            return str(at).removesuffix("+00:00") + "Z"
+        case "blob":
+            return base64.b64encode(value).decode()
+        case "string":
+            if not isinstance(value, str):
+                raise ValueError(f"{shape.name} is a string, and was given {value!r}")
+    return _text(str(value))
+
+
+def _members(shape: StructureShape, answer: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in answer.items() if value is not None}
+    unknown = given.keys() - shape.members.keys()
+    missing = set(shape.required_members) - given.keys()
+    if unknown or missing:
+        raise ValueError(f"{shape.name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    return "".join(
+        _element(member.serialization.get("name", name), member, given[name])
+        for name, member in shape.members.items()
+        if name in given
+    )
+
+
+def _text(text: str) -> str:
+    # A carriage return that is not escaped is a newline to whoever reads XML.
+    return escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})
+
+
+Act = Callable[[OperationModel, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Does what an operation asks, with parameters that satisfy the model; Fault where it cannot."""
+
+
+@cache
+def model(name: str) -> ServiceModel:
+    """The newest model that botocore has of the service."""
+    return ServiceModel(Loader().load_service_model(name, "service-2"), name)
+
+
+class QueryService:
+    """Parses, checks, has `act` do it, and writes what came of it."""
+
+    def __init__(self, service: ServiceModel, act: Act) -> None:
+        self._service = service
+        self._faults = Faults(service)
+        self._act = act
+
+    async def answer(self, request: Request, request_id: str) -> Response:
+        """As `app.Service` says."""
+        operation, asked = parse(self._service, _form(request))
+        parameters.check(operation, asked)
+        answer = await self._act(operation, asked)
+        return Response(200, result(operation, answer, request_id))
+
+    def refuse(self, _: Request, fault: Fault, request_id: str) -> Response:
+        """As `app.Service` says."""
+        blame = self._faults.blame(fault)
+        return Response(blame.status, refusal(self._service, fault, blame, request_id))
+
+
+def _form(request: Request) -> str:
+    try:
+        return request.body.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise Fault("MalformedQueryString", "The request is not a form.") from error

@@ -1,0 +1,93 @@
+"""The manager's HTTP API: JSON under /v1, described at /openapi.json.
+
+Invariant: no rules live here. A request becomes one call of the manager, an answer one view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from batchlab import __version__
+from batchlab.core.errors import BatchlabError
+from batchlab.core.model import NO_CAPABILITIES, Capabilities
+from batchlab.manager.manager import Manager
+from batchlab.server import metrics
+from batchlab.server.http import (
+    archive,
+    failures,
+    grid,
+    job_files,
+    jobs,
+    logs,
+    schedules,
+    spending,
+    tasks,
+)
+from batchlab.server.http import grid as notifications
+from batchlab.server.http import jobs as results
+from batchlab.server.http.authentication import OWN_NAMES, Door
+from batchlab.server.http.common import Served, answer
+from batchlab.server.http.sessions import Sessions, Store
+
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
+
+
+def create_app(
+    manager: Manager,
+    *,
+    token: str,
+    backend_name: str,
+    capabilities: Capabilities = NO_CAPABILITIES,
+    on_shutdown: Callable[[], None],
+    sessions: Store | None = None,
+    hosts: Iterable[str] = (),
+) -> tuple[FastAPI, Served]:
+    """The application, and what may be exchanged in it. `on_shutdown` is called in the event loop
+    when a client asks for the manager's end, after the answer has been sent. `sessions` keeps those
+    of the web page. Visitors without the token must use a name of this machine or of `hosts`."""
+    app = _routed()
+    known = Sessions(token, manager.ports.clock, sessions)
+    names = OWN_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
+    served = Served(manager, token, backend_name, capabilities, on_shutdown, known, names)
+    app.state.served = served
+    for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(
+        Door, token=token, now_s=manager.ports.clock.now_s, hosts=names, failed=_failed
+    )
+    return app, served
+
+
+def _failed(scope: Scope, error: Exception) -> JSONResponse:
+    return answer(Request(scope), error)
+
+
+def description() -> dict[str, Any]:
+    """The API's OpenAPI document, as a manager serves it; no manager is needed for it."""
+    return _routed().openapi()
+
+
+def _routed() -> FastAPI:
+    app = FastAPI(
+        title="batchlab",
+        version=__version__,
+        # Their pages load scripts from the network, which a laptop on a train does not have.
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.include_router(jobs.entrance)
+    for module in (
+        *(grid, job_files, archive, jobs, results, failures, tasks, logs, spending),
+        *(schedules, notifications, metrics),
+    ):
+        app.include_router(module.router)
+    app.include_router(grid.public)
+    return app

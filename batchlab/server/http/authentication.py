@@ -1,0 +1,278 @@
+"""The checks before every route: signatures, the bearer token, the host, and the origin.
+
+Invariant: of a request without the token no byte of its body is read, so a stranger cannot fill the
+manager's memory, and no web page of another origin gets an answer. A signed request gets a signed
+answer. A request with the token sends up to MOST_BYTES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from secrets import compare_digest
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batchlab.core import request_signatures
+from batchlab.core.request_signatures import PROOF, WINDOW_S, Signed
+
+MOST_BYTES = 64 * 1024**2
+"""Limit of a body. A client puts more into the bucket, or sends it as files."""
+MOST_USED = 50_000
+"""Signatures of requests that are kept, so that none is accepted twice."""
+PAGE = "/ui"
+"""The path of the web page, which has a guard of its own."""
+OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+SAFE = frozenset({"GET", "HEAD"})
+"""Methods that change nothing."""
+
+_PATHS = ("/v1/", "/metrics")
+_FILES = "/v1/jobs/files"
+
+
+class Door:
+    """Middleware before the API. To the application a signed request looks like one with the bearer
+    token, and a request without the token like one with an empty body."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str,
+        now_s: Callable[[], float],
+        hosts: frozenset[str],
+        failed: Callable[[Scope, Exception], Response],
+    ) -> None:
+        """`now_s` is the wall clock. `hosts` are the manager's names. `failed` makes the
+        answer to an error that the application does not handle."""
+        self._app = app
+        self._token = token
+        self._word = f"bearer {token}".encode()
+        self._now_s = now_s
+        self._hosts = hosts
+        self._failed = failed
+        self._used = _Used()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_page(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("authorization", "")
+        signed = request_signatures.read(self._token, given, scope["method"], _target(scope))
+        if signed:
+            send = self._proving(signed, send)
+            scope["headers"] = _with_bearer(scope["headers"], self._token)
+            if wrong := self._doubt(signed):
+                await JSONResponse(wrong, 401)(scope, receive, send)
+                return
+        is_known = signed is not None or self._knows(given)
+        if refusal := _refusal(headers, None if is_known else self._hosts):
+            await refusal(scope, receive, send)
+            return
+        if scope["path"].startswith(_PATHS):
+            if not is_known:
+                receive = _nothing_then(receive)
+            elif scope["path"] != _FILES:
+                receive = _limited(receive)
+        if signed:
+            await self._answered(scope, _hashed(receive, signed), send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _knows(self, given: str) -> bool:
+        kind, _, token = given.partition(" ")
+        return compare_digest(f"{kind.lower()} {token.strip()}".encode(), self._word)
+
+    def _doubt(self, signed: Signed) -> dict[str, str] | None:
+        """Return the problem with a signed request that is too old or not the first of its kind."""
+        now_s = self._now_s()
+        if abs(now_s - signed.at_s) > WINDOW_S:
+            return {
+                "error": "The request was signed at another time: the clocks of client and manager "
+                f"differ by {abs(now_s - signed.at_s):.0f} s.",
+                "remedy": f"Set the clock right; up to {WINDOW_S} s are allowed.",
+            }
+        if not self._used.is_first(signed, now_s):
+            return {
+                "error": "A request with this signature was received before.",
+                "remedy": "Sign the request again.",
+            }
+        return None
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application. Starlette answers an unhandled error outside of every middleware,
+        where the answer would not be signed."""
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if not has_begun:
+                await self._failed(scope, error)(scope, receive, noted)
+            raise
+
+    def _proving(self, signed: Signed, send: Send) -> Send:
+        """Sign the answer. The signature of a body in several parts follows the body."""
+        token = self._token
+        start: Message = {}
+        streamed = hashlib.sha256()
+        is_stream = False
+
+        async def proving(message: Message) -> None:
+            nonlocal start, is_stream
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            if message["type"] != "http.response.body":
+                await send(message)
+                return
+            body, more = message.get("body", b""), message.get("more_body", False)
+            headers = MutableHeaders(scope=start)
+            status = start["status"]
+            if not is_stream and not more:
+                headers[PROOF] = request_signatures.whole_proof(token, signed, status, body)
+                await send(start)
+                await send(message)
+                return
+            if not is_stream:
+                is_stream = True
+                headers[PROOF] = request_signatures.stream_proof(token, signed, status)
+                if size := headers.get("content-length"):
+                    headers["content-length"] = str(int(size) + request_signatures.MAC_BYTES)
+                await send(start)
+            streamed.update(body)
+            if not more:
+                mac = request_signatures.answer_mac(token, signed.mac, status, streamed.hexdigest())
+                message = {**message, "body": body + mac.encode()}
+            await send(message)
+
+        return proving
+
+
+class _Used:
+    """Signatures that were received within WINDOW_S, up to MOST_USED."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, int] = OrderedDict()
+        self._floor_s = 0
+        """Requests that were signed at this time or before it are refused."""
+
+    def is_first(self, signed: Signed, now_s: float) -> bool:
+        """Note a signature. Return False if it was noted before, or may have been."""
+        mac = bytes.fromhex(signed.mac)
+        if signed.at_s <= self._floor_s or mac in self._known:
+            return False
+        self._known[mac] = signed.at_s
+        while self._known:
+            oldest_s = next(iter(self._known.values()))
+            if len(self._known) > MOST_USED:
+                self._floor_s = max(self._floor_s, oldest_s)
+            elif oldest_s > now_s - WINDOW_S:
+                break
+            self._known.popitem(last=False)
+        return True
+
+
+def name_of(host: str) -> str:
+    """Return the name in a `Host` header in lower case, or "" if there is none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def is_ours(headers: Headers) -> bool:
+    """Return whether a page of the manager has sent the request. A browser sends `Sec-Fetch-Site`
+    to a trusted origin. For another origin, such as a container's, the `Origin` must be the
+    manager's own."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site == "same-origin"
+    origin = headers.get("origin", "")
+    return urlsplit(origin).scheme in ("http", "https") and (
+        urlsplit(origin).netloc == headers.get("host", "")
+    )
+
+
+def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
+    """Return the answer to a request of another web page. `hosts` are the allowed names, or None
+    for a request with the token, which no web page has."""
+    # A foreign name may resolve to this machine. The browser would let its pages read the answers
+    # (DNS rebinding). An IP address cannot be rebound.
+    if hosts is not None and not _is_named(name_of(headers.get("host", "")), hosts):
+        return PlainTextResponse("The manager does not answer to that name.\n", 421)
+    is_typed = "origin" not in headers and headers.get("sec-fetch-site", "none") == "none"
+    if not is_typed and not is_ours(headers):
+        return PlainTextResponse("The request comes from another page.\n", 403)
+    return None
+
+
+def _is_named(name: str, hosts: frozenset[str]) -> bool:
+    return name in hosts or ":" in name or name.replace(".", "").isdigit()
+
+
+def _is_page(path: str) -> bool:
+    return path in ("/", PAGE) or path.startswith(f"{PAGE}/")
+
+
+def _target(scope: Scope) -> str:
+    path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+    query = scope["query_string"].decode("latin-1")
+    return f"{path}?{query}" if query else path
+
+
+def _with_bearer(headers: Iterable[tuple[bytes, bytes]], token: str) -> list[tuple[bytes, bytes]]:
+    others = [one for one in headers if one[0].lower() != b"authorization"]
+    return [*others, (b"authorization", f"Bearer {token}".encode())]
+
+
+def _hashed(receive: Receive, signed: Signed) -> Receive:
+    """Receive a body whose SHA-256 is signed; HTTPException at its end if it is another body."""
+    found = hashlib.sha256()
+
+    async def hashed() -> Message:
+        message = await receive()
+        if message["type"] == "http.request":
+            found.update(message.get("body", b""))
+            if not message.get("more_body", False) and found.hexdigest() != signed.body:
+                raise HTTPException(400, "the body is not the one that was signed")
+        return message
+
+    return hashed
+
+
+def _limited(receive: Receive) -> Receive:
+    read_bytes = 0
+
+    async def counted() -> Message:
+        nonlocal read_bytes
+        message = await receive()
+        read_bytes += len(message.get("body", b""))
+        if read_bytes > MOST_BYTES:
+            raise HTTPException(413, f"a body has up to {MOST_BYTES / 2**20:.0f} MiB")
+        return message
+
+    return counted
+
+
+def _nothing_then(receive: Receive) -> Receive:
+    first = True
+
+    async def shown() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": b"", "more_body": False}
+        return await receive()
+
+    return shown

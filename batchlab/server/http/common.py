@@ -1,0 +1,293 @@
+"""What every endpoint shares: whom it answers, which manager it asks, and how errors look.
+
+Invariant: an error becomes one status, one sentence and a remedy, whatever raised it.
+
+What has been read of a job's failures, grouped by their stages and fingerprints.
+
+Reading the outcomes that workers have left in the bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hmac import compare_digest
+from typing import Annotated, Any, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import ConfigDict
+from starlette.exceptions import HTTPException
+from typing_extensions import is_typeddict
+
+from batchlab.core import api_types
+from batchlab.core.api_types import FailureView
+from batchlab.core.commit import committed
+from batchlab.core.errors import (
+    BackendError,
+    BatchlabError,
+    JobFileError,
+    NotFound,
+    Refused,
+    UsageError,
+)
+from batchlab.core.model import Capabilities, JobId, Outcome
+from batchlab.core.ports import BundleRecord
+from batchlab.core.protocol import json_format
+from batchlab.core.retry import set_within
+from batchlab.manager.manager import Manager
+from batchlab.manager.schedules.requests import Schedules
+from batchlab.manager.usage.spending import Spending
+from batchlab.server.http.history import History
+from batchlab.server.http.sessions import Sessions
+
+Cause = tuple[str, str]
+"""A stage and a fingerprint."""
+
+MOST_CAUSES = 500
+"""Most groups of a job. Failures of further causes are one group for each stage."""
+OTHERS = "others"
+"""The fingerprint of that group."""
+
+
+@dataclass(slots=True)
+class Groups:
+    """Of one round: the tasks of each cause, and the failure that was heard of first. `seq`
+    is of the last outcome that was read. Adding the same again changes nothing."""
+
+    round: int
+    seq: int = 0
+    tasks: dict[Cause, set[int]] = field(default_factory=dict)
+    first: dict[Cause, FailureView] = field(default_factory=dict)
+
+    @property
+    def others(self) -> Mapping[str, set[int]]:
+        """The tasks of further causes, by stage."""
+        return {stage: tasks for (stage, cause), tasks in self.tasks.items() if cause == OTHERS}
+
+    def add(self, failure: FailureView) -> None:
+        cause = failure["stage"], failure["fingerprint"]
+        if cause not in self.first and len(self.first) >= MOST_CAUSES:
+            cause = failure["stage"], OTHERS
+            reason = f"other causes, the first: {failure['reason'] or failure['error']}"
+            failure = {**failure, "fingerprint": OTHERS, "reason": reason}
+        self.tasks.setdefault(cause, set()).add(failure["task"])
+        self.first.setdefault(cause, failure)
+
+
+# What checks an answer is made for the first one, before any endpoint says what it answers: for all
+# of them together it was 4% of a manager's start.
+for _view in vars(api_types).values():
+    if is_typeddict(_view):
+        _view.__pydantic_config__ = ConfigDict(defer_build=True)
+
+LEADS_WITHIN_S = 3.0
+"""How long a request waits for a manager that is about to lead, before it is told to come back."""
+LONGEST_WAIT_S = 60.0
+MOST = 1000
+LONGEST_ERROR = 10_000
+"""Characters of an error's sentence."""
+MISTAKES = 10
+"""Of a job file, told besides the first."""
+
+
+class _Unauthorised(BatchlabError):
+    """The bearer token is missing or wrong."""
+
+
+@dataclass(slots=True)
+class Served:
+    """What `create_app` was given."""
+
+    manager: Manager
+    """Replaced by a fresh one when it has lost the lead."""
+    token: str
+    backend_name: str
+    capabilities: Capabilities
+    on_shutdown: Callable[[], None]
+    sessions: Sessions
+    hosts: frozenset[str]
+    """The names by which visitors without the token may call the manager."""
+    groups: dict[JobId, Groups] = field(default_factory=dict)
+    """What is known of the failures of the jobs that were asked for last."""
+    history: History = field(default_factory=History)
+    archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while an archive of results is being made or sent."""
+
+
+# Coroutines, all of them: a plain function would be run on a thread, which takes longer. And what
+# every request needs depends on the request alone, since each dependency below another takes a
+# hundredth of a short call.
+async def _served(request: Request) -> Served:
+    return _of(request)
+
+
+def _of(request: Request) -> Served:
+    return cast(Served, request.app.state.served)
+
+
+Given = Annotated[Served, Depends(_served)]
+_bearer = HTTPBearer(auto_error=False)
+
+
+async def authorised(
+    request: Request,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> None:
+    token = _of(request).token
+    # Constant time: an answer's delay must not tell how much of a guess was right.
+    if given is None or not compare_digest(given.credentials.encode(), token.encode()):
+        raise _Unauthorised(
+            "The bearer token is missing or wrong.",
+            remedy="Send `Authorization: Bearer TOKEN`; the token is in the grid's folder.",
+        )
+
+
+async def _leader(request: Request) -> Manager:
+    manager = _of(request).manager
+    if not manager.is_leader.is_set():
+        # One that has just been started leads in a moment, and its first client is here already.
+        await set_within(manager.is_leader, LEADS_WITHIN_S)
+    if not manager.is_leader.is_set():
+        raise BackendError(
+            "This manager is not the leader.",
+            remedy="Try again in some seconds, or ask the manager that leads.",
+        )
+    return manager
+
+
+async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
+    if manager.spending is None:
+        raise Refused(
+            "This manager keeps no account of what its grid uses.",
+            remedy="One that `batchlab grid up` starts does.",
+        )
+    return manager.spending
+
+
+async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> Schedules:
+    if manager.scheduler is None:
+        raise Refused(
+            "This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does."
+        )
+    return manager.scheduler
+
+
+Books = Annotated[Spending, Depends(_spending)]
+Leader = Annotated[Manager, Depends(_leader)]
+Timetable = Annotated[Schedules, Depends(_scheduler)]
+Limit = Annotated[int, Query(ge=1, le=MOST)]
+Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
+
+# Named in one and referred to in the others: FastAPI makes a validator for every model of every
+# endpoint, and these alone were a tenth of a manager's start.
+_PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
+for _code in (400, 401, 404, 409, 413, 503):
+    _PROBLEMS[_code] = {"content": {"application/json": _PROBLEM}}
+
+
+def guarded() -> APIRouter:
+    """A router whose endpoints ask for the token."""
+    return APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=_PROBLEMS)
+
+
+def of_our_version(doc: Any) -> Any:
+    """A job as it is posted; ValueError where another version of batchlab has written it."""
+    if not isinstance(doc, dict):
+        return doc
+    if doc.get("v") != json_format.VERSION:
+        raise ValueError(
+            f"this manager reads version {json_format.VERSION} of a job, not {doc.get('v')!r:.40}"
+        )
+    return {key: value for key, value in doc.items() if key != "v"}
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+_STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
+    (_Unauthorised, 401),
+    (NotFound, 404),
+    (Refused, 409),
+    (UsageError, 422),
+    (BackendError, 503),
+)
+
+
+def answer(request: Request, error: Exception) -> JSONResponse:
+    """Every error as one status, one sentence and a remedy."""
+    status, problem = problem_of(request, error)
+    return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
+    """The error's status, and what to say of it. A request's own text may be in that, so it is cut
+    to a length that a person reads, and a lone surrogate becomes a question mark."""
+    status, problem = _problem_of(request, error)
+    problem["error"] = problem["error"].encode(errors="replace").decode()[:LONGEST_ERROR]
+    return status, problem
+
+
+def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
+    status = 500
+    problem: api_types.ProblemView = {
+        "error": f"The manager failed: {type(error).__name__}: {error}",
+        "remedy": "This is a bug; the manager's log has the details.",
+    }
+    if isinstance(error, BatchlabError):
+        status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+        problem = {"error": _told(error), "remedy": error.remedy}
+    elif isinstance(error, RequestValidationError):
+        status = 422
+        problem = {"error": _invalid(error), "remedy": "/openapi.json describes every request."}
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        what = f"{request.method} {request.url.path}"
+        why = "cannot be read" if status in (400, 413) else "is not served"
+        problem = {
+            "error": f"{what} {why}: {str(error.detail).rstrip('.')}.",
+            "remedy": "/openapi.json describes every request.",
+        }
+    return status, problem
+
+
+def _told(error: BatchlabError) -> str:
+    """Of a job file's mistakes the first, and where the others are."""
+    if not isinstance(error, JobFileError):
+        return error.message
+    first, *others = getattr(error, "errors", (error,))
+    where = f"{first.file}:{first.line}: " if first.line else ""
+    more = "".join(f" Also in line {one.line}: {one.message}" for one in others[:MISTAKES])
+    return f"{where}{first.message}{more}"
+
+
+def _invalid(error: RequestValidationError) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    return f"The request is not valid at {where}: {first['msg']}{more}."
+
+
+READ_AT_ONCE = 16
+
+NOT_STORED = "(not stored until the long task that follows it in its worker has ended)\n"
+"""A bundle's log is stored when its run has ended, its first outcome while a long task runs."""
+
+
+async def outcomes_of(
+    manager: Manager, records: Sequence[BundleRecord]
+) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
+    """The outcomes of these, all of one job, in order, read some at a time."""
+    if not records:
+        return
+    objects, patience = manager.ports.objects, manager.ports.patience
+    key = await manager.ports.keys.of((await manager.ports.ledger.job(records[0].bundle.job)).job)
+    for first in range(0, len(records), READ_AT_ONCE):
+        some = records[first : first + READ_AT_ONCE]
+        read = await asyncio.gather(*(committed(objects, r.bundle, patience, key) for r in some))
+        for record, outcome in zip(some, read, strict=True):
+            if outcome:
+                yield record, outcome

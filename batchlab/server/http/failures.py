@@ -1,0 +1,163 @@
+"""Endpoints of failed tasks: page by page, and grouped by what they have in common.
+
+Invariant: read from the outcomes in the bucket, BUDGET of them in one request at the most. What is
+kept between requests is what they say of failures, and can be thrown away at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Annotated
+
+from fastapi import Query
+
+from batchlab.core import api_types
+from batchlab.core.errors import Refused, UsageError
+from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.ports import BundleRecord, JobRecord
+from batchlab.manager.jobs.retries import Chosen, TakenBack
+from batchlab.manager.manager import Manager
+from batchlab.server.http.common import (
+    OTHERS,
+    Given,
+    Groups,
+    Leader,
+    Limit,
+    Served,
+    guarded,
+    outcomes_of,
+)
+from batchlab.server.views import jobs
+
+router = guarded()
+
+BUDGET = 500
+KEPT = 8
+"""Jobs whose groups are kept."""
+
+
+@router.get("/jobs/{job}/failures")
+async def failures(
+    manager: Leader,
+    served: Given,
+    job: JobId,
+    limit: Limit = 100,
+    after: Annotated[str | None, Query(description="`next` of the page before")] = None,
+    fingerprint: str | None = None,
+) -> api_types.FailuresView:
+    """Tasks that failed for good and stand so, in the order in which that was heard; with
+    `fingerprint` those of one cause. A page may hold fewer than `limit` and not be the last."""
+    begin = _cursor(after)
+    record = await manager.ports.ledger.job(job)
+    rows = await _rows(manager, job, begin[0] - 1)
+    others = (await _read_on(manager, served, record))[0].others if fingerprint == OTHERS else {}
+    found: list[api_types.FailureView] = []
+    async for at, failure in _standing(manager, record, rows):
+        is_other = failure["task"] in others.get(failure["stage"], ())
+        if at < begin or not (is_other or fingerprint in (None, failure["fingerprint"])):
+            continue
+        if len(found) == limit:
+            return {"failures": found, "next": f"{at[0]}.{at[1]}"}
+        found.append(failure)
+    more = len(rows) == BUDGET
+    return {"failures": found, "next": f"{(rows[-1].seq or 0) + 1}.0" if more else None}
+
+
+def _cursor(after: str | None) -> tuple[int, int]:
+    if after is None:
+        return 0, 0
+    seq, _, at = after.partition(".")
+    if not all(part.isascii() and part.isdigit() and len(part) < 18 for part in (seq, at)):
+        raise UsageError(
+            f"{after!r} is not where a page of failures ends.",
+            remedy="Give `next` of the page before.",
+        )
+    return int(seq), int(at)
+
+
+@router.get("/jobs/{job}/failures/groups")
+async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_types.FailureGroupsView:
+    """The failed tasks by their stages and fingerprints."""
+    record = await manager.ports.ledger.job(job)
+    known, is_whole = await _read_on(manager, served, record)
+    live = manager.lives.get(job)
+    stages = live.stages.values() if live else (await manager.ports.ledger.rows(job)).stages
+    groups: list[api_types.FailureGroupView] = [
+        {
+            "fingerprint": fingerprint,
+            "stage": stage,
+            "count": len(tasks),
+            "first": known.first[stage, fingerprint],
+        }
+        for (stage, fingerprint), tasks in known.tasks.items()
+    ]
+    return {
+        "groups": sorted(groups, key=lambda one: (-one["count"], one["stage"], one["fingerprint"])),
+        "read": sum(map(len, known.tasks.values())),
+        "failed": sum(stage.counts.failed for stage in stages),
+        "is_whole": is_whole,
+    }
+
+
+async def chosen_tasks(
+    manager: Manager,
+    served: Served,
+    job: JobId,
+    fingerprints: Collection[str],
+    tasks: Chosen,
+) -> Chosen:
+    """The failed tasks with these fingerprints, and `tasks`; Refused for a fingerprint that no
+    failure has."""
+    chosen: dict[StageName, list[TaskSet]] = {name: [some] for name, some in tasks.items()}
+    record = await manager.ports.ledger.job(job)
+    is_whole = not fingerprints
+    known = Groups(record.round)
+    while not is_whole:
+        known, is_whole = await _read_on(manager, served, record)
+    for one in fingerprints:
+        causes = [cause for cause in known.tasks if cause[1] == one]
+        if not causes:
+            raise Refused(
+                f"No failed task of job {job} has the fingerprint {one!r}.",
+                remedy="`batchlab job failures` lists those that there are.",
+            )
+        for cause in causes:
+            chosen.setdefault(StageName(cause[0]), []).append(TaskSet.of(known.tasks[cause]))
+    return {name: TaskSet.union(sets) for name, sets in chosen.items()}
+
+
+async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple[Groups, bool]:
+    """The groups with the next outcomes, and whether that was all there are."""
+    kept = served.groups
+    known = kept.pop(record.job.id, None)
+    if known is None or known.round != record.round:
+        known = Groups(record.round)
+    kept[record.job.id] = known  # the last used comes last
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
+    rows = await _rows(manager, record.job.id, known.seq)
+    async for _, failure in _standing(manager, record, rows):
+        known.add(failure)
+    if rows:
+        known.seq = max(known.seq, rows[-1].seq or 0)
+    return known, len(rows) < BUDGET
+
+
+async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[BundleRecord]:
+    return await manager.ports.ledger.bundles(
+        job, failed=True, after_seq=max(0, after_seq), limit=BUDGET
+    )
+
+
+async def _standing(
+    manager: Manager, record: JobRecord, rows: Sequence[BundleRecord]
+) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
+    """The failures in these that no retry has taken back, each with its place: the seq of its
+    outcome, and which of that."""
+    taken = await TakenBack.of(manager.ports, record)
+    async for row, outcome in outcomes_of(manager, rows):
+        seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()
+        standing = set(taken.standing(row.bundle, failed))
+        for at, failure in enumerate(outcome.failed):
+            if failure.final and failure.task in standing:
+                yield (seq, at), jobs.failure_view(seq, outcome, failure)

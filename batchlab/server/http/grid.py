@@ -1,0 +1,218 @@
+"""Endpoints of the grid itself: its pools and queues, its capacity, its ledger, its end.
+
+Endpoints of notifications: whom the grid tells, a test of that, and what came of it.
+
+Invariant: nothing here changes whom is told; that stands in the grid's own files and in jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, BackgroundTasks, Depends
+from pydantic import BaseModel, ConfigDict
+
+from batchlab import __version__
+from batchlab.core import api_types, notifications, optional_dependencies
+from batchlab.core.errors import Refused
+from batchlab.core.model import GroupView
+from batchlab.core.protocol import object_keys
+from batchlab.manager.manager import Manager
+from batchlab.manager.notifications.notifier import Notifying
+from batchlab.manager.scaling import fleet_commands
+from batchlab.server.http.authentication import PAGE
+from batchlab.server.http.common import Given, Leader, Limit, guarded
+from batchlab.server.http.sessions import CODE_S, name_of
+from batchlab.server.views import jobs
+
+public = APIRouter(prefix="/v1")
+router = guarded()
+
+
+@public.get("/health")
+async def health(served: Given) -> api_types.HealthView:
+    """Whether the manager answers, and leads."""
+    leads = served.manager.is_leader.is_set()
+    return {"status": "ok", "version": __version__, "leader": leads}
+
+
+@router.post("/shutdown", status_code=202)
+async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthView:
+    """End the manager, and with it what it started."""
+
+    async def end() -> None:  # asynchronous: a plain function would be called in another thread
+        served.on_shutdown()
+
+    after.add_task(end)
+    leads = served.manager.is_leader.is_set()
+    return {"status": "ending", "version": __version__, "leader": leads}
+
+
+@router.post("/sessions", status_code=201)
+async def open_session(served: Given) -> api_types.SessionView:
+    """A code that opens the web page once; the token itself has no place in an address."""
+    if module := optional_dependencies.missing("web"):
+        said = optional_dependencies.sentence("web", "The grid's page", module)
+        # A path of this process is of use only to a client on the same machine.
+        is_here = served.capabilities.local_manager
+        raise Refused(
+            said,
+            remedy=optional_dependencies.remedy("web")
+            if is_here
+            else optional_dependencies.for_a_manager("web"),
+        )
+    code = served.sessions.code()
+    path = f"{PAGE}/login#{code}"
+    return {"code": code, "name": name_of(code), "path": path, "valid_s": CODE_S}
+
+
+@router.get("/sessions/{name}")
+async def session_code(served: Given, name: str) -> api_types.CodeView:
+    """Whether a code, by its name, may still be used: not once it was, nor after its time."""
+    return {"name": name, "waits": served.sessions.waits(name)}
+
+
+@router.post("/ledger/rebuild")
+async def rebuild(manager: Leader) -> api_types.RebuiltView:
+    """Make the ledger anew from the bucket alone; go on past objects that cannot be read."""
+    rebuilt = await manager.rebuild_ledger()
+    told = rebuilt.unreadable.items()
+    return {
+        "jobs": rebuilt.jobs,
+        "unreadable": [{"key": key, "reason": why} for key, why in told],
+    }
+
+
+# --- Pools and queues ----------------------------------------------------------------------------
+
+
+class Scaling(BaseModel):
+    """What is left out stays as it is. `auto` true hands the pool back to the policy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    min: int | None = None
+    max: int | None = None
+    desired: int | None = None
+    auto: bool | None = None
+
+
+class Draining(BaseModel):
+    """Without a pool it is all of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pool: str | None = None
+
+
+@router.get("/grid")
+async def grid(manager: Leader, served: Given) -> api_types.GridView:
+    """Pools with their instances, and queues with their depths."""
+    return await _grid(manager, served.backend_name)
+
+
+@router.get("/grid/activities")
+async def activities(
+    manager: Leader, pool: str | None = None, limit: Limit = 50
+) -> api_types.ActivitiesView:
+    """Scaling activities with their causes, newest first."""
+    found = await manager.ports.fleet.activities(pool, limit=limit)
+    return {"activities": [jobs.activity_view(activity) for activity in found]}
+
+
+@router.get("/grid/history")
+async def history(manager: Leader, served: Given) -> api_types.HistoryView:  # noqa: ARG001 - who leads
+    """Instances, running bundles and what waits, pool by pool, over the last half hour."""
+    return served.history.view()
+
+
+@router.post("/grid/pools/{pool}")
+async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
+    """Change a pool's limits, set its capacity by hand, or hand it back to the policy."""
+    view = await fleet_commands.scale(
+        manager,
+        pool,
+        min_size=scaling.min,
+        max_size=scaling.max,
+        desired=scaling.desired,
+        auto=scaling.auto,
+    )
+    return _pool(manager, view)
+
+
+@router.post("/grid/drain")
+async def drain(manager: Leader, draining: Draining, served: Given) -> api_types.GridView:
+    """Take one pool, or all, to no instances, and hold it there."""
+    await fleet_commands.drain(manager, draining.pool)
+    return await _grid(manager, served.backend_name)
+
+
+async def _grid(manager: Manager, backend_name: str) -> api_types.GridView:
+    groups = await fleet_commands.groups(manager)
+    names = [object_keys.EVENTS]
+    for pool in groups:
+        names += [object_keys.tasks_queue(pool), object_keys.dead_letters(pool)]
+    depths = await asyncio.gather(*(manager.ports.queue.depth(name) for name in names))
+    return {
+        "backend": backend_name,
+        "leader": manager.is_leader.is_set(),
+        "owner": manager.owner,
+        "settings": asdict(manager.settings),
+        "pools": [_pool(manager, view) for view in groups.values()],
+        "queues": [jobs.queue_view(*one) for one in zip(names, depths, strict=True)],
+        "unreadable": manager.counts.unreadable.total(),
+    }
+
+
+def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
+    name = view.pool.name
+    scaler = manager.autoscaler
+    workers = manager.registry.workers
+    return jobs.pool_view(
+        view,
+        scaler.backlog(name),
+        workers,
+        held=name in scaler.held,
+        trouble=scaler.boots.trouble(name),
+    )
+
+
+async def _notifying(manager: Leader) -> Notifying:
+    if manager.notifying is None:
+        raise Refused(
+            "This manager notifies nobody.", remedy="One that `batchlab grid up` starts does."
+        )
+    return manager.notifying
+
+
+Telling = Annotated[Notifying, Depends(_notifying)]
+
+
+@router.get("/notifications")
+async def log(telling: Telling, limit: Limit = 100) -> api_types.NotificationsView:
+    """What is on its way, and what came of what was."""
+    return api_types.log_view(telling, limit)
+
+
+@router.get("/notifications/targets")
+async def targets(telling: Telling, manager: Leader) -> api_types.TargetsView:
+    """Whom the grid tells, and whom the jobs name that have not ended."""
+    return {"targets": [api_types.target_view(one) for one in _all(telling, manager)]}
+
+
+def _all(telling: Notifying, manager: Manager) -> list[notifications.Target]:
+    known = telling.directory()
+    own = [
+        known.own(live.id, number, one)
+        for live in manager.lives.values()
+        for number, one in enumerate(live.job.notify, start=1)
+    ]
+    return [*known.targets, *own]
+
+
+@router.post("/notifications/targets/{target}/test")
+async def test(telling: Telling, target: str) -> api_types.TestedView:
+    """Tell one of the grid's own targets that this is a test, once."""
+    return {"target": target, "error": await telling.test(target)}

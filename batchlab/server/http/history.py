@@ -1,0 +1,192 @@
+"""The fleet and its queues over the last while, for curves.
+
+Invariant: bounded, and a look costs nothing: every value is what the manager's last tick has seen.
+What a manager before this one has seen is taken from the recorder, which keeps its own for reports,
+and only of the time while there were jobs.
+
+How long a job still takes, from what its manager has in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from batchlab.core import eta
+from batchlab.core.api_types import EtaView, HistoryView, PoolCurve
+from batchlab.core.eta import Pace, Room, StageWork
+from batchlab.core.model import Control, JobId, JobState, LifecycleState
+from batchlab.manager.manager import Manager
+from batchlab.manager.recording.downsampling import Point
+from batchlab.manager.state import LiveJob
+from batchlab.server.views.jobs import running_tasks
+
+EVERY_S = 2.0
+KEPT = 900
+"""Moments; half an hour of them."""
+SHOWN = 300
+"""Moments in one answer; of more every second one, or third, is left out."""
+
+_NONE = (0, 0, 0, 0, 0, 0)
+_NAMES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
+
+
+@dataclass(slots=True)
+class History:
+    """Moments in order: when, and by pool what PoolCurve names."""
+
+    moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(
+        default_factory=lambda: deque(maxlen=KEPT)
+    )
+
+    def look(self, manager: Manager) -> None:
+        """Note what the manager knows now."""
+        now_s = manager.ports.clock.now_s()
+        if not self.moments and manager.recorder:
+            self._recall(manager.recorder.samples(now_s - KEPT * EVERY_S))
+        running: dict[str, int] = {}
+        for seen in manager.registry.workers.values():
+            running[seen.beat.pool] = running.get(seen.beat.pool, 0) + seen.beat.busy
+        seen_now: dict[str, tuple[int, ...]] = {}
+        for name, group in manager.groups.items():
+            if name not in manager.pools:
+                continue
+            states = [one.state for one in group.instances]
+            depth = manager.depths.get(name)
+            seen_now[name] = (
+                group.desired,
+                states.count(LifecycleState.IN_SERVICE),
+                states.count(LifecycleState.PENDING),
+                running.get(name, 0),
+                depth.visible + depth.delayed if depth else 0,
+                depth.in_flight if depth else 0,
+            )
+        self.moments.append((now_s, seen_now))
+
+    def _recall(self, samples: Mapping[str, Sequence[Point]]) -> None:
+        """Begin with what was recorded before."""
+        earlier: dict[float, dict[str, tuple[int, ...]]] = {}
+        for name, points in samples.items():
+            for point in points:
+                earlier.setdefault(point[0], {})[name] = _recorded(point)
+        self.moments.extend(sorted(earlier.items()))
+
+    def view(self) -> HistoryView:
+        """Curves, thinned to SHOWN moments, the newest one among them."""
+        step = -(-len(self.moments) // SHOWN) or 1
+        kept = list(self.moments)[::-1][::step][::-1]
+        names = sorted({name for _, pools in kept for name in pools})
+        return {
+            "at_s": [round(at_s, 3) for at_s, _ in kept],
+            "pools": [
+                _curve(name, [pools.get(name, _NONE) for _, pools in kept]) for name in names
+            ],
+        }
+
+
+def _recorded(point: Point) -> tuple[int, ...]:
+    """What the recorder noted, as PoolCurve names it."""
+    _, _, visible, in_flight, delayed, _, desired, booting, in_service, *_, busy_slots = point
+    return desired, in_service, booting, round(busy_slots), visible + delayed, in_flight
+
+
+def _curve(name: str, rows: list[tuple[int, ...]]) -> PoolCurve:
+    desired, in_service, pending, running, waiting, in_flight = (
+        [row[column] for row in rows] for column in range(len(_NAMES))
+    )
+    return {
+        "name": name,
+        "desired": desired,
+        "in_service": in_service,
+        "pending": pending,
+        "running": running,
+        "waiting": waiting,
+        "in_flight": in_flight,
+    }
+
+
+async def keep_looking(history: History, manager: Callable[[], Manager]) -> None:
+    """Note a moment every EVERY_S for ever, of the manager that there is at that time."""
+    while True:
+        if (now := manager()).is_leader.is_set():
+            history.look(now)
+        await asyncio.sleep(EVERY_S)
+
+
+def eta_of(manager: Manager, job: JobId) -> EtaView:
+    """The band of a job that has not ended, or why there is none."""
+    live = manager.lives.get(job)
+    if live is None or live.record.state.ended:
+        return _none("it has ended" if live is None or live.ended.is_set() else "it is ending")
+    if live.record.control is Control.CANCEL:
+        return _none("it is being cancelled")
+    if live.record.control is Control.PAUSE:
+        return _none("it is paused")
+    if live.record.state is JobState.SCHEDULED:
+        return _none("it has not begun")
+    if live.is_held:
+        return _none("a cap on cost holds it back")
+    stages = _work(manager, live)
+    rooms = _rooms(manager, live)
+    if any(one.left and rooms[one.pool].most < 1 for one in stages):
+        return _none("its pool may have no instances")
+    found = eta.estimate(stages, rooms)
+    if found is None:
+        return _none("nothing of it has been measured yet")
+    return {
+        "low_s": found.low_s,
+        "high_s": found.high_s,
+        "unmeasured": list(found.unmeasured),
+        "text": eta.told(found),
+    }
+
+
+def _none(why: str) -> EtaView:
+    return {"low_s": None, "high_s": None, "unmeasured": [], "text": f"unknown: {why}"}
+
+
+def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
+    running = running_tasks(live, manager.registry.workers.values())
+    found: list[StageWork] = []
+    for stage in live.job.stages:
+        counts = live.stages[stage.name].counts
+        pace = live.measured.get(stage.name, Pace())
+        if pace.bundles < eta.FEW and pace.tasks < counts.succeeded:
+            # By a manager before us, which has told the ledger their sum.
+            pace = Pace().with_bundle(counts.succeeded, counts.run_s)
+        found.append(
+            StageWork(
+                name=stage.name,
+                pool=stage.pool,
+                after=tuple(stage.after),
+                chained=stage.chained,
+                left=None if counts.planned is None else max(0, counts.planned - counts.terminal),
+                running=running.get(stage.name, 0),
+                slots=stage.slots,
+                pace=pace,
+            )
+        )
+    return found
+
+
+def _rooms(manager: Manager, live: LiveJob) -> Mapping[str, Room]:
+    found: dict[str, Room] = {}
+    for pool in {stage.pool for stage in live.job.stages}:
+        group, known = manager.groups.get(pool), manager.pools.get(pool)
+        if known is None:
+            found[pool] = Room(0, 0)
+            continue
+        states = [one.state for one in group.instances] if group else []
+        held = manager.autoscaler.held.get(pool)
+        most = known.max_size if held is None else held
+        rivals = sum(one.id != live.id and one.has_work(pool) for one in manager.lives.values())
+        found[pool] = Room(
+            now=states.count(LifecycleState.IN_SERVICE) * known.slots,
+            most=most * known.slots,
+            per_instance=known.slots,
+            boot_s=known.boot_s,
+            rivals=rivals,
+        )
+    return found

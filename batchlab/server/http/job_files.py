@@ -1,0 +1,316 @@
+"""The endpoint of files: a job sent with all that it is made of.
+
+Invariant: nothing is read or written outside of a folder of the request's own, whatever the files
+are called and whatever the job file says; and that folder is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+
+from batchlab.core import api_types
+from batchlab.core.errors import JobFileError, UsageError
+from batchlab.core.task_context import name_problem
+from batchlab.manager.manager import Manager
+from batchlab.server.http.common import Leader, guarded
+from batchlab.server.http.jobs import accept, shown
+from batchlab.server.http.upload import form_with_files, roomy
+
+if TYPE_CHECKING:
+    from batchlab.jobs.job_file import JobFile
+
+router = guarded()
+
+MOST_BYTES = 1024**3
+"""Of one upload; whoever has more gives it to the bucket directly, by `batchlab job submit`."""
+MOST_CODE_BYTES = 64 * 1024**2
+"""Of the code among it, which is packed in memory."""
+MOST_FILES = 5000
+MOST_FIELDS = 200
+
+_BY_HAND = "`batchlab job submit` takes any amount."
+_TEXT = {"type": "string"}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "files": {
+                            **_FILES,
+                            "description": "The job's folder: each file's name is its path. A "
+                            "folder that all of them lie in is left out.",
+                        },
+                        "data": {**_FILES, "description": "More files, for `data_folder`."},
+                        "data_folder": {**_TEXT, "default": "data"},
+                        "job_file": {
+                            **_TEXT,
+                            "description": "Which of the files is the job file; unless said, the "
+                            "only YAML file at the top.",
+                        },
+                        "set": {
+                            "type": "array",
+                            "items": _TEXT,
+                            "description": "KEY=VALUE: replaces the default of a parameter.",
+                        },
+                        "token": {**_TEXT, "description": "The client token, to send again."},
+                    },
+                    "required": ["files"],
+                }
+            }
+        },
+    }
+}
+
+
+# --- A job with its files -------------------------------------------------------------------------
+
+
+@router.post("/jobs/files", status_code=201, openapi_extra=_UPLOAD)
+async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
+    """Submit a job file with its code and data, as files of a form."""
+    size_bytes = check_length(request.headers.get("content-length"))
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise UsageError(
+            f"A job's files come as multipart/form-data, not as {kind or 'nothing'}.",
+            remedy="curl -F 'files=@job.yaml' does that.",
+        )
+    form = await read(request, size_bytes)
+    try:
+        return await submit_form(manager, form)
+    finally:
+        await form.close()
+
+
+async def read(request: Request, size_bytes: int) -> FormData:
+    """The form with a job's files, to be closed."""
+    return await form_with_files(
+        request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND
+    )
+
+
+def check_length(text: str | None, most: int = MOST_BYTES) -> int:
+    """How long a body is; UsageError where that is longer than what is taken, or is not said."""
+    if text is None or not (text.isascii() and text.isdigit()):
+        raise UsageError(
+            "The request does not say how long its body is.", remedy="Send a Content-Length."
+        )
+    if int(text) > most:
+        raise UsageError(
+            f"That is more than the {most / 2**20:,.0f} MiB that a request may bring.",
+            remedy=_BY_HAND,
+        )
+    return int(text)
+
+
+async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
+    """The job that the form's files make, accepted. Its code is not run here."""
+    from batchlab.jobs import submission
+
+    files, data = _sent(form, "files"), _sent(form, "data")
+    overrides = _overrides(str(one) for one in form.getlist("set"))
+    named = _field(form, "job_file")
+    data_folder = _field(form, "data_folder") or "data"
+    token = _field(form, "token") or secrets.token_urlsafe(16)
+    with _own_folder() as folder:
+        names = _placed(files, data, data_folder)
+        sources: list[tuple[IO[bytes], str]] = [
+            (one.file, name) for one, name in zip([*files, *data], names, strict=True)
+        ]
+        await asyncio.to_thread(_write, folder, sources)
+        path = folder / _job_file(names[: len(files)], named)
+        jobfile, packed = await asyncio.to_thread(_loaded, path, folder, overrides)
+        ports = manager.ports
+        job = await submission.prepare(
+            jobfile,
+            objects=ports.objects,
+            clock=ports.clock,
+            patience=ports.patience,
+            token=token,
+            packed=packed,
+        )
+    written = await accept(manager, job, None)
+    return await shown(manager, written.rows.job)
+
+
+def _sent(form: FormData, name: str) -> list[UploadFile]:
+    """The files of one field. A browser sends one without a name where none was chosen."""
+    return [
+        one
+        for one in form.getlist(name)
+        if isinstance(one, UploadFile) and (one.filename or one.size)
+    ]
+
+
+def _field(form: FormData, name: str) -> str:
+    value = form.get(name)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _overrides(texts: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in (one.strip() for one in texts):
+        key, equals, value = text.partition("=")
+        if text and not (equals and key):
+            raise UsageError(f"{text!r} is not KEY=VALUE.", remedy="Write for example year=2026.")
+        if text:
+            found[key] = value
+    return found
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="batchlab-upload-", dir=roomy()) as name:
+        yield Path(name).resolve()
+
+
+def _placed(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
+    """Where each goes, as a path within the job's folder; UsageError where one would leave it, or
+    two are the same."""
+    paths = [PurePosixPath(_safe(one.filename or "")) for one in files]
+    tops = {path.parts[0] for path in paths}
+    if len(tops) == 1 and all(len(path.parts) > 1 for path in paths):
+        # A browser names a folder's files with the folder.
+        paths = [PurePosixPath(*path.parts[1:]) for path in paths]
+    folder = PurePosixPath(_safe(data_folder))
+    paths += [folder / _safe((one.filename or "").rpartition("/")[2]) for one in data]
+    names = [str(path) for path in paths]
+    if not names:
+        raise UsageError("No file came along.", remedy="Choose the job's folder.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"Two of the files are {twice!r}.", remedy="Leave one of them out.")
+    return names
+
+
+def _safe(name: str) -> str:
+    if problem := name_problem(name):
+        raise UsageError(
+            f"A file's name, {name[:200]!r}, {problem}.", remedy="Rename it, or leave it out."
+        )
+    return name
+
+
+def _write(folder: Path, sources: Sequence[tuple[IO[bytes], str]]) -> None:
+    try:
+        for source, name in sources:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                shutil.copyfileobj(source, file)
+    except FileExistsError as error:
+        raise UsageError(
+            f"A file and a folder have the same name: {Path(str(error.filename)).name!r}.",
+            remedy="Rename one of the two.",
+        ) from error
+    except NotADirectoryError as error:
+        raise UsageError(
+            f"A file and a folder have the same name, on the way to {name!r}.",
+            remedy="Rename one of the two.",
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"The files cannot be kept by the manager: {error.strerror or error}.",
+            remedy=_BY_HAND,
+        ) from error
+
+
+def _job_file(names: Sequence[str], named: str) -> str:
+    if named:
+        if named in names:
+            return named
+        raise UsageError(f"No file {named!r} came along.", remedy=f"There are {_some(names)}.")
+    found = [one for one in names if "/" not in one and one.endswith((".yaml", ".yml"))]
+    for usual in ("job.yaml", "job.yml"):
+        if usual in found:
+            return usual
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            "None of the files is a job file: a YAML file at the top of the folder.",
+            remedy=f"There are {_some(names)}. `batchlab init` writes a job to start from.",
+        )
+    raise UsageError(
+        f"Any of {_some(found)} could be the job file.", remedy="Say which of them it is."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _loaded(
+    path: Path, folder: Path, overrides: Mapping[str, str]
+) -> tuple[JobFile, tuple[bytes, str]]:
+    from batchlab.jobs import job_file, submission
+
+    try:
+        _stay_inside(path)
+        loaded = job_file.load(path, overrides)
+    except JobFileError as error:
+        raise _retold(error, folder) from error
+    for one in (loaded.code, *(file for file in loaded.files if isinstance(file, Path))):
+        if not one.resolve().is_relative_to(folder):
+            raise _leaves(str(one))
+    try:
+        return loaded, submission.code_digest(loaded, MOST_CODE_BYTES)
+    except UsageError as error:
+        told = error.message.replace(str(folder), "that came along")
+        raise UsageError(told, remedy=error.remedy) from error
+
+
+def _stay_inside(path: Path) -> None:
+    """UsageError where the job file names a local path that is not below it: looked at before
+    anything is looked for, since a pattern may be of a whole disk."""
+    from batchlab.jobs import yaml_source
+    from batchlab.jobs.schema import SHAPE
+
+    document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, ""), lambda _: False)
+    data = document.data if isinstance(document.data, dict) else {}
+    given = data.get("input")
+    files = given.get("files") if isinstance(given, dict) else None
+    for name in [data.get("code"), *(files if isinstance(files, list) else [files])]:
+        if isinstance(name, str) and "://" not in name:
+            parts = name.replace("\\", "/").split("/")
+            if name.startswith(("/", "~")) or ".." in parts:
+                raise _leaves(name)
+
+
+def _retold(error: JobFileError, folder: Path) -> JobFileError:
+    """The same, told to somebody who has never heard of the request's own folder."""
+    from batchlab.jobs.api import JobFileErrors
+
+    return JobFileErrors(
+        [
+            JobFileError(
+                one.message.replace(str(folder), "what came along"),
+                file=one.file.removeprefix(f"{folder}/"),
+                line=one.line,
+                remedy=one.remedy.replace(str(folder), "what came along"),
+            )
+            for one in getattr(error, "errors", (error,))
+        ]
+    )
+
+
+def _leaves(name: str) -> UsageError:
+    return UsageError(
+        f"The job file names {name!r}, which is not among the files that came along.",
+        remedy="Send it along, and name it by its path from the job file.",
+    )

@@ -1,0 +1,254 @@
+"""Endpoints of jobs: submit them, watch them, steer them.
+
+Invariant: an answer shows the job as it is once the request has taken effect.
+
+Endpoints of what came of a job's tasks: their outcomes.
+
+Invariant: read from the outcomes in the bucket; the ledger only says which there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import Body, Header, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
+
+from batchlab.core import api_types
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.ports import JobRecord, Written
+from batchlab.core.protocol import json_format
+from batchlab.core.protocol.field_checks import shallow
+from batchlab.manager.manager import Manager
+from batchlab.server.http.common import MOST, Given, Leader, Limit, Wait, guarded, of_our_version
+from batchlab.server.http.failures import chosen_tasks
+from batchlab.server.http.history import eta_of
+from batchlab.server.http.waiting import first, news, page
+from batchlab.server.views import job_facts
+from batchlab.server.views import jobs as viewing
+from batchlab.server.views.wait_reasons import why
+
+entrance = guarded()
+"""Where jobs come in; looked at before all the others, since short calls wait for it."""
+router = guarded()
+
+NDJSON = "application/x-ndjson"
+
+
+PostedJob = Annotated[JobDef, BeforeValidator(of_our_version), Body(embed=True)]
+Edge = Annotated[int, Field(ge=0, le=2**53)]
+Range = tuple[Edge, Edge]
+Items = Annotated[list[Any] | None, Body(embed=True)]
+
+
+@entrance.post(
+    "/jobs",
+    status_code=201,
+    response_model=api_types.JobView,
+    responses={200: {"model": api_types.JobView}, 201: {"content": {NDJSON: {}}}},
+)
+async def submit(
+    manager: Leader,
+    job: PostedJob,
+    response: Response,
+    items: Items = None,
+    wait_s: Wait = 0.0,
+    traceparent: Annotated[str, Header(max_length=200)] = "",
+) -> Any:
+    """Accept a job: 201 where it is new, 200 where the id or client token is known already.
+
+    A job without an input brings its items: a few here, encoded as in a plan; more in the bucket.
+    With `wait_s` the answer has two lines of JSON: the job at once, and its first outcomes, as
+    from /outcomes, as soon as there are some; their seq is 0 where they are committed and not yet
+    counted, and /outcomes lists them again. W3C's header `traceparent` says of which trace the
+    job's is a part, where the grid is traced.
+    """
+    written = await accept(manager, replace(job, trace=traceparent), items)
+    status = 201 if written.is_new else 200
+    view = await shown(manager, written.rows.job)
+    if wait_s:
+        known = JobId(view["id"])
+        heard = partial(first, manager, known, wait_s)
+        if not written.is_new:
+            heard = partial(page, manager, known, None, None, MOST, wait_s)
+        return _Lines(view, heard, status)
+    response.status_code = status
+    return view
+
+
+def _refuse_capitals(job: JobDef) -> None:
+    # On a disk that ignores case, the objects of two jobs would be the same files.
+    if job.id != job.id.lower():
+        raise UsageError(
+            f"{job.id!r} cannot be the id of a new job: it has capital letters.",
+            remedy="Use small letters.",
+        )
+
+
+async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
+    """Submit the job where this grid could run it; UsageError where not."""
+    try:
+        _refuse_capitals(job)
+        manager.admit(job)
+    except UsageError as error:
+        # A job that is known stays accepted, though this grid would not accept it today.
+        try:
+            await manager.ports.ledger.job(job.id)
+        except (NotFound, UnicodeEncodeError):  # or an id that no job can have
+            raise error from None
+    try:
+        shallow([*(items or ()), *(value for _, value in job.params)])
+    except ValueError as error:
+        raise UsageError(
+            f"An item or a parameter of job {job.id} cannot be used: {error}.",
+            remedy="Nest it less deeply, or store it as a file.",
+        ) from None
+    if items is not None and (job.items != len(items) or job.input is not None):
+        raise UsageError(
+            f"Job {job.id} comes with {len(items)} items, but says otherwise.",
+            remedy="Let `items` of the job be their number, and give it no input.",
+        )
+    return await manager.requests.submit(job, items)
+
+
+class _Lines(Response):
+    """The job, and its first outcomes when there are some. Not a StreamingResponse, whose task that
+    looks whether somebody still listens takes a tenth of what a short call does; who does not
+    listen any more is waited for as long as who does."""
+
+    media_type = NDJSON
+
+    def __init__(
+        self,
+        view: api_types.JobView,
+        heard: Callable[[], Awaitable[api_types.OutcomesView]],
+        status: int,
+    ) -> None:
+        super().__init__(_line(view), status)
+        del self.headers["content-length"]
+        self._heard = heard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": _line(await self._heard())})
+
+
+def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
+    return json_format.dumps(view).encode() + b"\n"
+
+
+@router.get("/jobs")
+async def jobs(
+    manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
+) -> api_types.JobsView:
+    """Jobs, newest first; `before` is the id of the last one of the previous page."""
+    records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
+    return {"jobs": [await shown(manager, record) for record in records]}
+
+
+@router.get("/jobs/{job}")
+async def job(
+    manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0
+) -> api_types.JobView:
+    """One job; with `version` the answer waits until the job's version is another."""
+    live = manager.lives.get(job)
+    if live and version is not None:
+        await news(live, version, wait_s)
+    return await shown(manager, await manager.ports.ledger.job(job))
+
+
+@router.post("/jobs/{job}/cancel")
+async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
+    """Answers once no task of the job can start any more."""
+    record = await manager.known(job)
+    await manager.requests.cancel(job)
+    return await shown(manager, record)
+
+
+@router.post("/jobs/{job}/pause")
+async def pause(manager: Leader, job: JobId) -> api_types.JobView:
+    """Running tasks end, no further one starts."""
+    record = await manager.ports.ledger.job(job)
+    await manager.requests.pause(job)
+    return await shown(manager, record)
+
+
+@router.post("/jobs/{job}/resume")
+async def resume(manager: Leader, job: JobId) -> api_types.JobView:
+    """Go on with a paused job."""
+    record = await manager.ports.ledger.job(job)
+    await manager.requests.resume(job)
+    return await shown(manager, record)
+
+
+class Choice(BaseModel):
+    """Of the tasks that failed, those to run again: by fingerprint, and by stage as ranges
+    [first, beyond the last)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fingerprints: Annotated[list[str], Field(max_length=1000)] = []
+    tasks: dict[StageName, Annotated[list[Range], Field(max_length=100_000)]] = {}
+
+
+@router.post("/jobs/{job}/retry")
+async def retry(
+    manager: Leader, served: Given, job: JobId, choice: Choice | None = None
+) -> api_types.JobView:
+    """Run again what did not succeed; with a choice only those of the tasks that failed, and what
+    was cancelled."""
+    chosen = None
+    if choice is not None:
+        sets = {
+            stage: TaskSet.union(TaskSet.span(*one) for one in ranges)
+            for stage, ranges in choice.tasks.items()
+        }
+        chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
+    return await shown(manager, await manager.requests.retry(job, chosen))
+
+
+@router.get("/jobs/{job}/eta")
+async def eta(manager: Leader, job: JobId) -> api_types.EtaView:
+    """How long the job still takes."""
+    await manager.ports.ledger.job(job)
+    return eta_of(manager, job)
+
+
+@router.get("/jobs/{job}/why")
+async def explain(manager: Leader, job: JobId) -> api_types.WhyView:
+    """Why the job is not further than it is, in one line."""
+    return {"why": why(await job_facts.gather(manager, job))}
+
+
+async def shown(manager: Manager, record: JobRecord) -> api_types.JobView:
+    """The job as it is now; `record` may be older."""
+    job = record.job.id
+    live = manager.lives.get(job)
+    if live:
+        workers = manager.registry.workers.values()
+        return viewing.job_view(live.record, list(live.stages.values()), live, workers)
+    rows = await manager.ports.ledger.rows(job)
+    trouble = manager.reports.troubles.get(job, "")
+    return viewing.job_view(rows.job, rows.stages, report=trouble)
+
+
+@router.get("/jobs/{job}/outcomes")
+async def outcomes(
+    manager: Leader,
+    job: JobId,
+    stage: StageName | None = None,
+    after: int | None = None,
+    limit: Limit = MOST,
+    wait_s: Wait = 0.0,
+) -> api_types.OutcomesView:
+    """Outcomes in the order in which they were folded, those after seq `after`; with `wait_s` the
+    answer waits for the first one."""
+    return await page(manager, job, stage, after, limit, wait_s)

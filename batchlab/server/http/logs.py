@@ -1,0 +1,173 @@
+"""Endpoints of what a job's tasks print: all of it once they have ended, its end while they run.
+
+Invariant: read from the bucket; the ledger only says which outcomes there are. No answer holds more
+than MOST_BYTES of what tasks have printed, and who asked hears of what is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from batchlab.core import api_types
+from batchlab.core.errors import NotFound
+from batchlab.core.model import JobId, Outcome, StageName
+from batchlab.core.ports import BundleRecord
+from batchlab.jobs.attempts import Attempt, attempt_in, printed
+from batchlab.manager.manager import Manager
+from batchlab.server.http.common import MOST, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
+from batchlab.server.http.waiting import page
+from batchlab.server.views import jobs
+
+MOST_BYTES = 32 * 1024**2
+LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
+PAGE_BUNDLES = 50
+"""Outcomes whose logs make one answer to somebody who follows a job."""
+
+router = guarded()
+
+
+@dataclass(slots=True)
+class _Room:
+    """What an answer may still hold."""
+
+    left_bytes: int = field(default_factory=lambda: MOST_BYTES)
+    is_over: bool = False
+    """Something has been left out, so nothing comes after it, or that would look as if it came
+    next."""
+
+    def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
+        spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
+        size_bytes = sum(max(0, one) for one in spans)
+        if size_bytes > self.left_bytes:
+            self.is_over = True
+            return False
+        self.left_bytes -= size_bytes
+        return True
+
+
+@router.get("/jobs/{job}/logs")
+async def logs(
+    manager: Leader,
+    job: JobId,
+    stage: StageName | None = None,
+    task: int | None = None,
+    limit: Limit = 100,
+    failed: bool = False,
+    since_s: float | None = None,
+) -> api_types.LogsView:
+    """What tasks printed, each attempt of its own, also those that were tried again; with `failed`
+    of tasks that failed for good, with `since_s` of attempts that ended within so many seconds."""
+    record = await manager.ports.ledger.job(job)
+    records = await manager.ports.ledger.bundles(job, stage=stage, done=True, failed=failed)
+    if task is not None:
+        records = [r for r in records if task in r.bundle.tasks]
+    if failed:
+        # What failed in an earlier round has been taken back by the retry.
+        records = [r for r in records if r.bundle.round == record.round]
+    found: list[api_types.LogView] = []
+    room = _Room()
+    async for _, outcome in outcomes_of(manager, _recent(manager, records, since_s)):
+        async for log in _of(manager, outcome, task, limit - len(found), room, failed=failed):
+            found.append(log)  # noqa: PERF401 - its length bounds what is read
+        if len(found) >= limit or room.is_over:
+            break
+    return {"logs": sorted(found, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
+
+
+@router.get("/jobs/{job}/logs/after")
+async def logs_after(
+    manager: Leader,
+    job: JobId,
+    seq: int | None = None,
+    stage: StageName | None = None,
+    task: int | None = None,
+    failed: bool = False,
+    since_s: float | None = None,
+    wait_s: Wait = 0.0,
+) -> api_types.NewLogsView:
+    """What was printed in outcomes folded after seq `seq`, in that order; waits for the first."""
+    live = manager.lives.get(job)
+    round_ = live.round if live else (await manager.ports.ledger.job(job)).round
+    waited = await page(manager, job, stage, seq, 1, wait_s)
+    records: Sequence[BundleRecord] = ()
+    if waited["outcomes"]:
+        records = await manager.ports.ledger.bundles(
+            job, stage=stage, done=True, after_seq=seq, limit=PAGE_BUNDLES
+        )
+    last = records[-1].seq if records else seq
+    wanted = [r for r in records if task is None or task in r.bundle.tasks]
+    found: list[api_types.LogView] = []
+    over = False
+    room = _Room()
+    kept = {r.bundle.id for r in _recent(manager, wanted, since_s)}
+    async for record, outcome in outcomes_of(manager, wanted):
+        one = attempt_in(outcome, task) if task is not None else None
+        over = over or (one is not None and one.state != "RETRIED")
+        current = outcome.bundle.round == round_
+        if outcome.bundle.id in kept and (current or not failed):
+            found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
+        if room.is_over or room.left_bytes < MOST_BYTES / 2:
+            last = record.seq  # the others in the next answer
+            break
+    ended = waited["ended"] and not records
+    return {"logs": found, "seq": last, "ended": ended or over}
+
+
+@router.post("/jobs/{job}/tails")
+async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
+    """The end of what running tasks have printed. Workers store that while it is asked for: the
+    first answers may be empty, and who wants more asks again every `every_s`."""
+    live = manager.lives.get(job)
+    if live is None:
+        await manager.ports.ledger.job(job)
+        return {"tails": [], "every_s": manager.tails.every_s}
+    found = await manager.tails.of(live)
+    shown = sorted((one.stage, one.task, one.attempt, one) for one in found)
+    return {
+        "tails": [jobs.tail_view(one) for *_, one in shown],
+        "every_s": manager.tails.every_s,
+    }
+
+
+def _recent(
+    manager: Manager, records: Sequence[BundleRecord], since_s: float | None
+) -> Sequence[BundleRecord]:
+    if since_s is None:
+        return records
+    begin_s = manager.ports.clock.now_s() - since_s
+    return [r for r in records if r.completion and r.completion.ended_s >= begin_s]
+
+
+async def _of(
+    manager: Manager, outcome: Outcome, task: int | None, limit: int, room: _Room, *, failed: bool
+) -> AsyncIterator[api_types.LogView]:
+    """The logs of an outcome's tasks, of one of them, or of those that failed for good."""
+    wanted = [
+        attempt
+        for number in dict.fromkeys(span[0] for span in outcome.log_spans)
+        if task in (None, number)
+        and (attempt := attempt_in(outcome, number))
+        and (not failed or attempt.state == "FAILED")
+    ][:limit]
+    fits: list[Attempt] = []
+    left_out: list[Attempt] = []
+    for one in wanted:
+        (fits if room.takes(outcome, one) else left_out).append(one)
+    for attempt, text in await _texts(manager, outcome, fits):
+        yield jobs.log_view(
+            attempt, text if text is not None else NOT_STORED.encode(), text is not None
+        )
+    for attempt in left_out:
+        yield jobs.log_view(attempt, LEFT_OUT.encode())
+
+
+async def _texts(
+    manager: Manager, outcome: Outcome, wanted: Sequence[Attempt]
+) -> Sequence[tuple[Attempt, bytes | None]]:
+    objects, patience = manager.ports.objects, manager.ports.patience
+    try:
+        texts = await printed(objects, outcome, [one.task for one in wanted], patience)
+    except NotFound:
+        return [(one, None) for one in wanted]
+    return [(one, texts[one.task]) for one in wanted]

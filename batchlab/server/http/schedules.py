@@ -1,0 +1,154 @@
+"""Endpoints of schedules: keep them, look at them, steer them.
+
+Invariant: an answer shows the schedule as it is once the request has taken effect.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Query, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from batchlab.core import api_usage_types
+from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.schedules.model import Definition, Missed, Overlap, Schedule, When
+from batchlab.manager.schedules.requests import Schedules
+from batchlab.server.http.common import Leader, Timetable, guarded, of_our_version
+
+router = guarded()
+
+LAST_S = 253_000_000_000
+"""In the year 9987; later ones no calendar holds."""
+LONGEST_S = 10 * 366 * 86_400.0
+LONGEST_WARM_S = 86_400.0
+COMING = 1000
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
+
+
+class Timed(BaseModel):
+    """When the job runs, and what becomes of due times that cannot be kept. Spans are seconds,
+    `at_s` is an epoch second; either that or `cron` is set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+    cron: Annotated[str, Field(max_length=200)] = ""
+    timezone: Annotated[str, Field(max_length=60)] = "UTC"
+    at_s: Annotated[float | None, Field(ge=0, le=LAST_S, allow_inf_nan=False)] = None
+    missed: Missed = Missed.RUN_ONCE
+    missed_within_s: Annotated[float | None, Field(ge=0, le=LONGEST_S)] = None
+    overlap: Overlap = Overlap.SKIP
+    prewarm_s: Annotated[float, Field(ge=0, le=LONGEST_WARM_S)] = 0.0
+    capacity: Annotated[int | None, Field(ge=1, le=99_999)] = None
+    due_param: Annotated[str, Field(max_length=200)] = ""
+    source: Annotated[str, Field(max_length=4096)] = ""
+    source_digest: Annotated[str, Field(max_length=100)] = ""
+
+
+class Adding(BaseModel):
+    """`replace` lets it take the place of the one of that name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schedule: Timed
+    job: Annotated[JobDef, BeforeValidator(of_our_version)]
+    replace: bool = False
+
+
+class Asking(BaseModel):
+    """`token` names the request: the same again is the same run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64)]
+
+
+@router.post("/schedules", status_code=201)
+async def add_schedule(
+    schedules: Timetable, adding: Adding, response: Response
+) -> api_usage_types.ScheduleView:
+    """Keep a schedule: 201 where it is new or another one now, 200 where it is just so already."""
+    schedule, is_new = await schedules.add(
+        _definition(adding.schedule, adding.job), adding.job, replacing=adding.replace
+    )
+    response.status_code = 201 if is_new else 200
+    return await _view(schedules, schedule)
+
+
+@router.get("/schedules")
+async def list_schedules(schedules: Timetable) -> api_usage_types.SchedulesView:
+    """All schedules by name, each with its last run."""
+    views = [api_usage_types.schedule_view(one, runs=1) for one in await schedules.all()]
+    return {"schedules": views, "notes": schedules.notes}
+
+
+@router.get("/schedules/{name}")
+async def schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+    """One schedule with its runs."""
+    return await _view(schedules, await schedules.one(name))
+
+
+@router.get("/schedules/{name}/next")
+async def coming(
+    schedules: Timetable,
+    manager: Leader,
+    name: str,
+    count: Annotated[int, Query(ge=1, le=COMING)] = 10,
+) -> api_usage_types.ComingView:
+    """When it is due next."""
+    found = await schedules.one(name)
+    return {"times": api_usage_types.coming(found, manager.ports.clock.now_s(), count)}
+
+
+@router.post("/schedules/{name}/pause")
+async def pause_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+    """Start nothing until it is resumed; what falls due meanwhile is not run."""
+    return await _view(schedules, await schedules.pause(name))
+
+
+@router.post("/schedules/{name}/resume")
+async def resume_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+    """Go on with what falls due from now on."""
+    return await _view(schedules, await schedules.resume(name))
+
+
+@router.post("/schedules/{name}/remove")
+async def remove_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
+    """Forget it; a job of it that runs is finished."""
+    return await _view(schedules, await schedules.remove(name))
+
+
+@router.post("/schedules/{name}/run")
+async def run_schedule(schedules: Timetable, name: str, asking: Asking) -> api_usage_types.RunView:
+    """Run it now, beside its due times."""
+    return api_usage_types.run_view(*await schedules.run_now(name, asking.token))
+
+
+def _definition(timed: Timed, job: JobDef) -> Definition:
+    if bool(timed.cron) == (timed.at_s is not None):
+        raise UsageError(
+            "A schedule has either a cron expression or one time.",
+            remedy="Say one of --cron and --at.",
+        )
+    return Definition(
+        timed.name,
+        job.name,
+        When(" ".join(timed.cron.split()), timed.timezone, timed.at_s),
+        template="",
+        missed=timed.missed,
+        missed_within_s=timed.missed_within_s,
+        overlap=timed.overlap,
+        prewarm_s=timed.prewarm_s,
+        capacity=timed.capacity,
+        due_param=timed.due_param,
+        source=timed.source,
+        source_digest=timed.source_digest,
+    )
+
+
+async def _view(schedules: Schedules, schedule: Schedule) -> api_usage_types.ScheduleView:
+    prefixes = await schedules.prefixes(schedule)
+    return api_usage_types.schedule_view(schedule, runs=len(schedule.runs) or 1, input=prefixes)

@@ -1,0 +1,66 @@
+"""Endpoints of what the grid and its jobs use, and of caps on the cost of that."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batchlab.core import api_usage_types
+from batchlab.core.model import JobId
+from batchlab.manager.manager import Manager
+from batchlab.manager.usage.spending import Spending
+from batchlab.server.http.common import Books, Leader, guarded
+
+router = guarded()
+
+
+class Cap(BaseModel):
+    """In USD; null takes the cap away."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_cost_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+
+
+@router.get("/use")
+async def use(books: Books) -> api_usage_types.UseView:
+    """What the grid has used, as AWS would bill it, and what is billed now."""
+    return api_usage_types.use_view(books)
+
+
+@router.post("/use/cap")
+async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.UseView:
+    """Cap what the grid costs since its account was opened."""
+    books.set_cap(None, cap.max_cost_usd)
+    manager.hurry()
+    return api_usage_types.use_view(books)
+
+
+@router.get("/jobs/{job}/use")
+async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
+    """What a job has used."""
+    return await _job_use(books, manager, job)
+
+
+@router.post("/jobs/{job}/cap")
+async def cap_job(
+    books: Books, manager: Leader, job: JobId, cap: Cap
+) -> api_usage_types.JobUseView:
+    """Cap what a job costs that has not ended."""
+    manager.requests.running(job, "capped")
+    books.set_cap(job, cap.max_cost_usd)
+    manager.hurry()
+    return await _job_use(books, manager, job)
+
+
+async def _job_use(books: Spending, manager: Manager, job: JobId) -> api_usage_types.JobUseView:
+    record = await manager.ports.ledger.job(job)
+    live = manager.lives.get(job)
+    return api_usage_types.job_use_view(
+        record.job,
+        await books.account(job),
+        manager.pools.values(),
+        max_cost_usd=books.cap_of(live) if live else record.job.max_cost_usd,
+        capped=live.capped if live else "",
+    )

@@ -1,0 +1,334 @@
+"""The manager, as a process: its ports, its API and page, its workers where it starts them.
+
+Invariant: whoever is ended by SIGTERM leaves nothing running and nothing lost; whoever is killed
+leaves nothing that the next start does not find.
+
+How a grid's account is kept: the price book in its folder, put to what its manager counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from batchlab.core import gc_control, logs
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.model import JobId, Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.money import HOURS_A_MONTH, WORKER_DISK_GB
+from batchlab.core.pricing.request_costs import usd_of
+from batchlab.core.pricing.usage_meter import Accounting, Kind
+from batchlab.core.request_counter import Tally
+from batchlab.core.retry import heed_cancellation
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home, ManagerRecord
+from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from batchlab.core.pricing.price_book import PriceBook
+    from batchlab.manager.manager import Manager
+    from batchlab.server.http.common import Served
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 1.0
+"""After the lead has been lost it is stood for again this much later."""
+TRIED_S = 3.0
+"""A manager that ends waits so long for notifications that have not been tried yet."""
+
+
+def manager_main(
+    home: Home,
+    backend: Backend,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    parent: int = 0,
+    hosts: Sequence[str] = (),
+) -> None:
+    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`.
+    Its page answers to this machine's names, to `host`, and to `hosts`."""
+    logs.set_up(service="manager")
+    with home.locked():
+        asyncio.run(_manage(home, backend, host, port, parent, hosts))
+
+
+async def _manage(
+    home: Home, backend: Backend, host: str, port: int, parent: int, hosts: Sequence[str]
+) -> None:
+    stop = stop_by_signal()
+    async with _standing(home, backend):
+        await _lead(home, backend, host, port, parent, [host, *hosts], stop)
+
+
+@asynccontextmanager
+async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
+    """With the backend's endpoint up, and kept up where it is an emulator of the grid's own."""
+    emulator = backend.open_emulator(home)
+    if emulator is None:
+        backend.settle(home, None)
+        yield
+        return
+    settle = partial(backend.settle, home, emulator)
+    try:
+        emulator.start()
+        settle()
+        supervising = asyncio.create_task(emulator.supervise(settle))
+        try:
+            yield
+        finally:
+            supervising.cancel()
+            await asyncio.gather(supervising, return_exceptions=True)
+    finally:
+        emulator.stop()
+
+
+async def _lead(
+    home: Home,
+    backend: Backend,
+    host: str,
+    port: int,
+    parent: int,
+    hosts: Sequence[str],
+    stop: asyncio.Event,
+) -> None:
+    from batchlab.manager.counters import Counts
+    from batchlab.manager.events.collector import events_queue
+    from batchlab.manager.lease import LEASE
+    from batchlab.manager.manager import Manager
+    from batchlab.manager.notifications.notifier import Outlets
+    from batchlab.manager.recording.report_requests import Reports
+    from batchlab.manager.state import Ports
+    from batchlab.runtime import notification_settings
+    from batchlab.runtime.listening import leave, listen, listen_locally
+    from batchlab.server.report_writer import open_reporter
+
+    clock, ids = backend.open_clock(), backend.open_ids()
+    ledger = backend.open_ledger(home)
+    launcher = backend.open_launcher(home, clock)
+    tally = Tally()
+    queue = backend.open_queue(home, clock, tally)
+    ports = Ports(
+        backend.open_objects(home, tally),
+        queue,
+        backend.open_fleet(home, launcher, clock),
+        ledger,
+        clock,
+        ids,
+        factory.patience(),
+    )
+    owner = ids.fresh("manager")
+    logs.is_from(manager=owner)
+    # The first call to each service reports a damaged file, or one of a newer batchlab, at once.
+    # Later calls would wait, as in an outage. This process holds the folder's lock, so the previous
+    # manager has ended and its lease need not expire.
+    await ledger.release(LEASE, home.last_owner() or owner)
+    if backend.capabilities.local_queue:
+        await queue.ensure(events_queue(backend.manager))
+    pools = backend.pools_in(home)
+    accounting = accounting_of(home, pools, tally)
+    counts = Counts()
+    reports = Reports(open_reporter(backend, home, ports.objects, pools), counts)
+    tracer = backend.open_tracer("manager", owner)
+    recent = logs.Recent()
+    logging.getLogger("batchlab").addHandler(recent)
+    fresh = partial(
+        Manager,
+        *(ports, backend.manager, pools, owner, accounting, reports, counts, tracer),
+        outlets=Outlets(
+            notification_settings.watched(
+                home, in_container=backend.capabilities.container_manager
+            ),
+            backend.open_deliveries(home, clock),
+        ),
+        recent=recent,
+        schedules=True,
+    )
+    token = await asyncio.to_thread(backend.api_token, home)
+    logs.hide(token, *(value for pool in pools for _, value in pool.env))
+    listeners = [listen(host, port)]
+    loop = asyncio.get_running_loop()
+    url = f"http://{host}:{listeners[0].getsockname()[1]}"
+    if backend.capabilities.local_manager and (local := listen_locally(home)):
+        listeners.append(local[0])
+        home.write_socket(owner, local[1])
+    # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
+    # answered in a moment.
+    home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, parent))
+    lead = _Lead(_explaining(fresh()))
+    leading = loop.create_task(_lead_on(lead, fresh))
+    # Workers boot while it is made, which takes as long.
+    make = partial(_server, lead, token, backend, stop.set, hosts, home)
+    try:
+        server, served = await asyncio.to_thread(make)
+    except BaseException:
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+        if launcher:
+            await end_instances(launcher, backend.worker.drain_s)
+        raise
+    gc_control.ended()
+    lead.serve(served)
+    # Not sooner: with it comes the API, which the thread has imported.
+    from batchlab.server.http.history import keep_looking
+
+    # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
+    serving = loop.create_task(server.serve(sockets=listeners))
+    watching = [
+        loop.create_task(end_with(parent, stop)),
+        loop.create_task(keep_looking(served.history, lambda: lead.manager)),
+    ]
+    if launcher:
+        watching.append(loop.create_task(_tell_of_deaths(lead, launcher.changed)))
+    log.info("manager %s listens on %s", owner, url)
+    stopping = loop.create_task(stop.wait())
+    await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("manager %s ends", owner)
+    if (telling := lead.manager.notifying) and lead.manager.is_leader.is_set():
+        # A grid that is there for one job only ends with it, and somebody waits to hear of that.
+        await telling.tried(TRIED_S)
+    server.should_exit = True
+    for task in (leading, stopping, *watching):
+        task.cancel()
+    results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
+    if launcher:  # else they are a service's, and outlive every manager
+        await end_instances(launcher, backend.worker.drain_s)
+    leave(home)
+    await queue.close()
+    await ledger.close()
+    await tracer.close()
+    for result in results[:2]:
+        if isinstance(result, Exception):
+            raise result
+
+
+@dataclass
+class _Lead:
+    """Who stands for the lead. What is served asks it, once there is something to serve."""
+
+    manager: Manager
+    served: Served | None = None
+
+    def pass_to(self, manager: Manager) -> None:
+        self.manager = manager
+        if self.served:
+            self.served.manager = manager
+
+    def serve(self, served: Served) -> None:
+        self.served = served
+        served.manager = self.manager
+
+
+def _server(
+    lead: _Lead,
+    token: str,
+    backend: Backend,
+    on_shutdown: Callable[[], None],
+    hosts: Sequence[str],
+    home: Home,
+) -> tuple[uvicorn.Server, Served]:
+    """The API and the page, ready to be served. Their imports and routes take half of a grid's
+    start."""
+    import uvicorn
+
+    from batchlab.adapters.local.fleet_state_file import StateFile
+    from batchlab.server import web
+    from batchlab.server.http import create_app
+
+    app, served = create_app(
+        lead.manager,
+        token=token,
+        backend_name=backend.name,
+        capabilities=backend.capabilities,
+        on_shutdown=on_shutdown,
+        # Until the next manager starts, another program may hold the port and receive the requests
+        # of an open page. So the sessions of a manager on this machine end with the manager.
+        sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
+        hosts=hosts,
+    )
+    web.mount(app, served, prices=_prices(home))
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # its lines are ours
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        lifespan="off",
+        proxy_headers=False,
+    )
+    return uvicorn.Server(config), served
+
+
+def _prices(home: Home) -> PriceBook | None:
+    from batchlab.core.pricing import price_book
+
+    try:
+        return price_book.load(home.path)
+    except UsageError as error:
+        log.warning("the page shows no costs: %s", error)
+        return None
+
+
+async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
+    """Lead, and stand for it again, as a fresh manager, whenever the lead is lost: to a disk that
+    was full or a database that was away for longer than the lease lasts, or to another manager.
+
+    BackendError where it cannot even begin, which is told at once and not waited for.
+    """
+    has_led = False
+    while True:
+        try:
+            await lead.manager.run()
+        except* BackendError as errors:
+            if not (has_led or lead.manager.has_led):
+                raise
+            log.warning("the backend is away: %s", errors.exceptions[0])
+        heed_cancellation()
+        has_led = True
+        await asyncio.sleep(AGAIN_S)
+        log.warning("standing for the lead again")
+        lead.pass_to(_explaining(fresh()))
+
+
+def _explaining(manager: Manager) -> Manager:
+    """The same, which can say in its notifications why a job does not go on."""
+    from batchlab.server.views import job_facts
+    from batchlab.server.views.wait_reasons import why
+
+    async def explain(job: JobId) -> str:
+        return why(await job_facts.gather(manager, job))
+
+    if manager.notifying:
+        manager.notifying.explain = explain
+    return manager
+
+
+async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        lead.manager.hurry()
+
+
+def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting:
+    """How the account is kept; without prices where no price book can be read."""
+    try:
+        book = price_book.load(home.path)
+    except UsageError as error:
+        log.warning("nothing has a price, so no cost can be capped: %s", error)
+        return Accounting(tally=tally)
+    own = {pool.name: pool.instance_type for pool in pools}
+    disk_usd_h = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
+
+    def usd_h(kind: Kind) -> float:
+        return book.rate(kind.type, kind.market, own.get(kind.pool, "")).high + disk_usd_h
+
+    return Accounting(usd_h, lambda requests: sum(usd_of(requests, book)), tally)

@@ -1,0 +1,52 @@
+"""How a service comes to its end: by a signal, with the process that wanted it, with its instances.
+
+Invariant: what a service has started is ended with it, by grace first and then by force.
+
+The long-lived processes, and how they come and go: a module for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from batchlab.core.retry import set_within
+
+if TYPE_CHECKING:
+    from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.adapters.local.processes import ProcessLauncher
+
+
+def stop_by_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def end_with(parent: int, stop: asyncio.Event) -> None:
+    """Ask to stop once the process that wanted this grid is gone."""
+    while parent:
+        if os.getppid() != parent:
+            stop.set()
+            return
+        await asyncio.sleep(0.5)
+
+
+async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
+    """Drain every instance, wait, then kill what is left."""
+    running = [name for name, ended in (await launcher.running()).items() if ended is None]
+    for name in running:
+        await launcher.terminate(name, grace_s=drain_s)
+    deadline_s = time.monotonic() + drain_s
+    while time.monotonic() < deadline_s:
+        launcher.changed.clear()  # before the look: what happens during it counts
+        living = await launcher.running()
+        if all(living.get(name) is not None for name in running):
+            break
+        await set_within(launcher.changed, 0.2)
+    await launcher.close(kill=True)

@@ -1,0 +1,163 @@
+"""What the grid knows about a job that is not further than it is: read once, then only looked at.
+
+Invariant: no fact is a guess; each is a row of the ledger, a beat, or what the fleet says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import (
+    Activity,
+    BundleId,
+    Control,
+    GroupView,
+    Instance,
+    JobId,
+    JobState,
+    LifecycleState,
+    StageName,
+)
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.manager.manager import Manager
+from batchlab.manager.scaling import fleet_commands
+from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import LiveJob, Outstanding, Seen
+
+ACTIVITIES = 20
+"""Looked at per pool: enough to see past the pauses of a crash loop."""
+
+Key = tuple[StageName, BundleId]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known. `groups`, `held` (capacity set by hand), `activities` (newest first),
+    `capped` (why a cap on cost lets nothing more be launched) and `stopped` (why nothing more is
+    launched that would not come up) are by pool, `workers` by instance;
+    `live` is None where the manager does not conduct the job; `trouble` says why the manager's last
+    tick was skipped."""
+
+    record: JobRecord
+    stages: Sequence[StageRecord]
+    now_s: float
+    monotonic_s: float
+    settings: ManagerSettings
+    live: LiveJob | None = None
+    lives: Mapping[JobId, LiveJob] = field(default_factory=dict)
+    groups: Mapping[str, GroupView] = field(default_factory=dict)
+    workers: Mapping[str, Seen] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    activities: Mapping[str, Sequence[Activity]] = field(default_factory=dict)
+    capped: Mapping[str, str] = field(default_factory=dict)
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    trouble: str = ""
+    lag_s: float = 0.0
+    """How far behind the manager is with what workers have told it."""
+    said: tuple[float, str] | None = None
+    """When (epoch) and what the manager's log last warned of, about this job."""
+    unreadable: str = ""
+    """Which of its messages and objects cannot be read, as a clause."""
+    undelivered: str = ""
+    """What keeps a notification of it from its target, as a clause."""
+
+    @cached_property
+    def by_stage(self) -> Mapping[StageName, StageRecord]:
+        return {record.counts.stage: record for record in self.stages}
+
+    @cached_property
+    def open_stages(self) -> list[StageDef]:
+        """Stages that have not ended, in order."""
+        return [s for s in self.record.job.stages if not self.by_stage[s.name].counts.ended]
+
+    @cached_property
+    def outstanding(self) -> Mapping[Key, Outstanding]:
+        every = self.live.all_outstanding() if self.live else []
+        # A stage's end may leave one behind whose outcome came before it was expected.
+        open_ = {stage.name for stage in self.open_stages}
+        return {(o.bundle.stage, o.bundle.id): o for o in every if o.bundle.stage in open_}
+
+    @cached_property
+    def running(self) -> Mapping[Key, tuple[float, str]]:
+        """Since when (monotonic) and on which instance each outstanding bundle runs."""
+        found: dict[Key, tuple[float, str]] = {}
+        for instance, seen in self.workers.items():
+            for one, since_s in seen.since_s.items():
+                key = (one.stage, one.bundle)
+                if one.job == self.record.job.id and key in self.outstanding:
+                    found[key] = min(found.get(key, (since_s, instance)), (since_s, instance))
+        return found
+
+    @cached_property
+    def idle(self) -> list[Outstanding]:
+        """Outstanding bundles that no worker runs."""
+        return [one for key, one in self.outstanding.items() if key not in self.running]
+
+    @cached_property
+    def delayed(self) -> list[Outstanding]:
+        """Those whose backoff has not run out, next due first."""
+        found = [one for one in self.idle if one.heard_s > self.monotonic_s]
+        return sorted(found, key=lambda one: one.heard_s)
+
+    @cached_property
+    def queued(self) -> list[Outstanding]:
+        """The others: what a worker could pick up now, or has prefetched."""
+        return [one for one in self.idle if one.heard_s <= self.monotonic_s]
+
+    def pools(self) -> list[str]:
+        """Pools in which something of the job could start now, in order."""
+        busy = {self.record.job.stage(one.bundle.stage).pool for one in self.queued}
+        busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
+        return sorted(busy)
+
+    def in_service(self, pool: str) -> list[Instance]:
+        return self._in(pool, LifecycleState.IN_SERVICE)
+
+    def pending(self, pool: str) -> list[Instance]:
+        return self._in(pool, LifecycleState.PENDING)
+
+    def _in(self, pool: str, state: LifecycleState) -> list[Instance]:
+        return [i for i in self.groups[pool].instances if i.state is state]
+
+    def rivals(self, pool: str) -> Iterator[LiveJob]:
+        """Other running jobs that have work for the pool, oldest first."""
+        for live in sorted(self.lives.values(), key=lambda one: (one.job.submitted_s, one.id)):
+            runs = live.record.control is Control.RUN
+            if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
+                continue
+            stages = [s.name for s in live.job.stages if s.pool == pool]
+            if live.is_left(pool) or any(live.outstanding.get(name) for name in stages):
+                yield live
+
+
+async def gather(manager: Manager, job: JobId) -> Facts:
+    """The facts about one job; NotFound."""
+    fleet, ledger = manager.ports.fleet, manager.ports.ledger
+    groups = await fleet_commands.groups(manager)
+    activities = {pool: await fleet.activities(pool, limit=ACTIVITIES) for pool in groups}
+    rows = await ledger.rows(job)
+    # Last, and without waiting in between, so that what is in memory is of one moment.
+    live = manager.lives.get(job)
+    return Facts(
+        record=live.record if live else rows.job,
+        stages=list(live.stages.values()) if live else rows.stages,
+        now_s=manager.ports.clock.now_s(),
+        monotonic_s=manager.ports.clock.monotonic_s(),
+        settings=manager.settings,
+        live=live,
+        lives=manager.lives,
+        groups=groups,
+        workers=manager.registry.workers,
+        held=manager.autoscaler.held,
+        activities=activities,
+        capped=manager.spending.caps.capped if manager.spending else {},
+        stopped=manager.autoscaler.boots.stopped(),
+        trouble=manager.trouble,
+        lag_s=manager.counts.lag_s,
+        said=manager.recent.of(job) if manager.recent else None,
+        unreadable=manager.quarantine.trouble(job),
+        undelivered=manager.notifying.trouble(job) if manager.notifying else "",
+    )

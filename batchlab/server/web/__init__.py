@@ -1,0 +1,89 @@
+"""The web page of the manager: HTML for people, rendered from the same answers as /v1.
+
+Invariant: no rules live here. A view shows what an endpoint of /v1 answers, an action is one
+request of /v1; what the page cannot ask of the API it does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, RedirectResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import BatchlabError
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.server.http.authentication import PAGE
+from batchlab.server.http.common import Served
+from batchlab.server.web.security import Guard
+
+
+def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> None:
+    """Serve the page below PAGE of `app`. Without `prices` it shows no costs, and without
+    the extra `web` nothing but that it is missing."""
+
+    async def to_page() -> RedirectResponse:
+        return RedirectResponse(f"{PAGE}/", 303)
+
+    app.add_api_route("/", to_page, include_in_schema=False)
+    page = _IfThere(_Later(partial(page_of, served, prices)))
+    # Not as a middleware: an answer to an unforeseen error is made outside of those.
+    app.mount(PAGE, Guard(page, served.sessions, served.hosts))
+
+
+def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
+    """What is behind the Guard."""
+    from batchlab.server.web import actions, login, schedules, views
+    from batchlab.server.web import actions as submitting
+    from batchlab.server.web.rendering import Assets, problem_page
+    from batchlab.server.web.shared import State
+
+    page = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    page.state.served = served
+    page.state.page = State(prices)
+    for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
+        page.add_exception_handler(kind, problem_page)
+    for module in (login, views, views, schedules, views, views, submitting, actions):
+        page.include_router(module.router)
+    page.mount("/static", Assets())
+    return page
+
+
+class _IfThere:
+    """A page that is there once the extra `web` is, also where that came after the grid."""
+
+    def __init__(self, page: ASGIApp) -> None:
+        self._page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = self._page
+        if module := optional_dependencies.missing("web"):
+            said = optional_dependencies.sentence("web", "The grid's page", module)
+            page = PlainTextResponse(f"{said} {optional_dependencies.for_a_manager('web')}\n", 501)
+        await page(scope, receive, send)
+
+
+class _Later:
+    """An application that is made for its first request: a grid's start need not wait for it."""
+
+    def __init__(self, make: Callable[[], ASGIApp]) -> None:
+        self._make = make
+        self._made: ASGIApp | None = None
+        self._making = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._making:
+            if self._made is None:
+                self._made = await asyncio.to_thread(self._make)
+            made = self._made
+        await made(scope, receive, send)

@@ -1,0 +1,226 @@
+"""What a person may do from the page: one request of the API each.
+
+Invariant: what cannot be taken back is asked about first, by the server too: a form that does not
+say that its sender is sure leads to the question.
+
+The view to submit a job: its folder, or its parts, sent by the browser.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.datastructures import FormData
+
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.model import JobId, StageName
+from batchlab.core.pricing import money
+from batchlab.core.task_names import parse_tasks
+from batchlab.server.http import grid as api_grid
+from batchlab.server.http import jobs, spending
+from batchlab.server.http.common import Books, Given, Leader
+from batchlab.server.http.job_files import MOST_BYTES, MOST_FILES, submit_form
+from batchlab.server.web import text as words
+from batchlab.server.web.rendering import render
+from batchlab.server.web.shared import Page, field_of, form_of, guarded, is_sure, to
+
+router = guarded()
+
+LARGEST = 100_000
+
+
+def _job(job: str) -> str:
+    return f"/jobs/{words.path(job)}"
+
+
+# --- Jobs -----------------------------------------------------------------------------------------
+
+
+@router.get("/jobs/{job}/cancel")
+async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
+    """Whether to cancel."""
+    view = await jobs.job(manager, job)
+    return render(request, "ask_cancel.html", here="jobs", job=view, progress=words.of_job(view))
+
+
+@router.post("/jobs/{job}/cancel")
+async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
+    """Cancel, where its sender is sure."""
+    if not is_sure(await form_of(request)):
+        return to(request, f"{_job(job)}/cancel")
+    await jobs.cancel(manager, job)
+    return to(request, _job(job))
+
+
+@router.post("/jobs/{job}/pause")
+async def pause(request: Request, manager: Leader, job: JobId) -> Response:
+    """Pause."""
+    await jobs.pause(manager, job)
+    return to(request, _job(job))
+
+
+@router.post("/jobs/{job}/resume")
+async def resume(request: Request, manager: Leader, job: JobId) -> Response:
+    """Resume."""
+    await jobs.resume(manager, job)
+    return to(request, _job(job))
+
+
+@router.post("/jobs/{job}/retry")
+async def retry(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
+    """Run again: all that did not succeed, or the groups and tasks that were ticked."""
+    form = await form_of(request)
+    choice = _choice(form) if field_of(form, "which") != "all" else None
+    await jobs.retry(manager, served, job, choice)
+    return to(request, _job(job))
+
+
+def _choice(form: FormData) -> jobs.Choice:
+    fingerprints = [one for one in form.getlist("fingerprint") if isinstance(one, str)]
+    tasks: dict[StageName, list[tuple[int, int]]] = {}
+    for one in form.getlist("task"):
+        stage, ranges = parse_tasks(str(one))
+        tasks.setdefault(stage, []).extend(ranges)
+    if not fingerprints and not tasks:
+        raise UsageError("Nothing was ticked.", remedy="Tick what to run again.")
+    return jobs.Choice(fingerprints=fingerprints, tasks=tasks)
+
+
+@router.get("/jobs/{job}/cap")
+async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
+    """What the job may cost."""
+    use = await spending.job_use(books, manager, job)
+    return render(
+        request,
+        "ask_cap.html",
+        here="jobs",
+        action=f"{_job(job)}/cap",
+        back=_job(job),
+        of=f"job {job}",
+        cap=use["max_cost_usd"],
+    )
+
+
+@router.post("/jobs/{job}/cap")
+async def cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
+    """Cap what it costs."""
+    await spending.cap_job(books, manager, job, _cap(await form_of(request)))
+    return to(request, _job(job))
+
+
+@router.get("/costs/cap")
+async def ask_grid_cap(request: Request, books: Books) -> Response:
+    """What the grid may cost."""
+    use = await spending.use(books)
+    return render(
+        request,
+        "ask_cap.html",
+        here="costs",
+        action="/costs/cap",
+        back="/costs",
+        of="the whole grid",
+        cap=use["max_cost_usd"],
+    )
+
+
+@router.post("/costs/cap")
+async def grid_cap(request: Request, manager: Leader, books: Books) -> Response:
+    """Cap what the grid costs."""
+    await spending.cap_grid(books, manager, _cap(await form_of(request)))
+    return to(request, "/costs")
+
+
+def _cap(form: FormData) -> spending.Cap:
+    text = field_of(form, "amount")
+    if not text:
+        return spending.Cap(max_cost_usd=None)
+    plain = text if text.upper().endswith(money.CURRENCY) else f"{text} {money.CURRENCY}"
+    return spending.Cap(max_cost_usd=money.parse(plain))
+
+
+# --- The grid -------------------------------------------------------------------------------------
+
+
+@router.get("/grid/pools/{pool}")
+async def ask_scale(
+    request: Request, manager: Leader, served: Given, page: Page, pool: str
+) -> Response:
+    """How large a pool is to be."""
+    grid = await page.grid(manager, served)
+    for one in grid["pools"]:
+        if one["name"] == pool:
+            return render(request, "ask_scale.html", here="grid", pool=one)
+    raise NotFound(f"There is no pool {pool!r}.", remedy="The grid's view lists those there are.")
+
+
+@router.post("/grid/pools/{pool}")
+async def scale(request: Request, manager: Leader, pool: str) -> Response:
+    """Set limits, and who decides on the capacity."""
+    form = await form_of(request)
+    by_hand = field_of(form, "by") == "hand"
+    scaling = api_grid.Scaling(
+        min=_number(form, "min"),
+        max=_number(form, "max"),
+        desired=_number(form, "desired") if by_hand else None,
+        auto=None if by_hand else True,
+    )
+    await api_grid.scale(manager, pool, scaling)
+    return to(request, "/grid")
+
+
+def _number(form: FormData, name: str) -> int | None:
+    text = field_of(form, name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:9]) <= LARGEST and len(text) < 9):
+        raise UsageError(
+            f"{text[:40]!r} is no number of instances.", remedy=f"Write one up to {LARGEST:,}."
+        )
+    return int(text)
+
+
+@router.get("/grid/drain")
+async def ask_drain(
+    request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None
+) -> Response:
+    """Whether to drain."""
+    grid = await page.grid(manager, served)
+    pools = [one for one in grid["pools"] if pool in (None, one["name"])]
+    return render(request, "ask_drain.html", here="grid", pools=pools, pool=pool)
+
+
+@router.post("/grid/drain")
+async def drain(request: Request, manager: Leader, served: Given) -> Response:
+    """Drain one pool, or all, where its sender is sure."""
+    form = await form_of(request)
+    pool = field_of(form, "pool") or None
+    if not is_sure(form):
+        return to(request, f"/grid/drain?pool={words.path(pool)}" if pool else "/grid/drain")
+    await api_grid.drain(manager, api_grid.Draining(pool=pool), served)
+    return to(request, "/grid")
+
+
+@router.get("/submit")
+async def submit_page(request: Request) -> Response:
+    """The form. It brings a client token, so that sent twice it makes one job."""
+    return render(
+        request,
+        "submit.html",
+        here="submit",
+        client_token=secrets.token_urlsafe(16),
+        most_gib=MOST_BYTES // 2**30,
+        most_files=MOST_FILES,
+    )
+
+
+@router.post("/submit")
+async def submit(request: Request, manager: Leader) -> Response:
+    """Submit what was sent, and go on to the job."""
+    form = await form_of(request)
+    try:
+        view = await submit_form(manager, form)
+    finally:
+        await form.close()
+    return to(request, f"/jobs/{words.path(view['id'])}")

@@ -1,0 +1,181 @@
+"""How the page says things: what batchlab/core/text.py says, and states, bars, moments.
+
+Invariant: pure; what is returned as markup holds only what was escaped here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+from markupsafe import Markup, escape
+
+from batchlab.core import text as in_words
+from batchlab.core.api_types import EtaView, JobView, StageView
+from batchlab.core.pricing.money import Usd
+from batchlab.core.text import count as count
+
+_TICKS = re.compile(r"`([^`]+)`")
+_TONES = {
+    "RUNNING": "primary",
+    "STARTING": "info",
+    "SUCCEEDED": "success",
+    "FAILED": "danger",
+    "CANCELLED": "secondary",
+    "PAUSED": "warning",
+    "InService": "success",
+    "Pending": "info",
+    "Terminated": "secondary",
+    "Successful": "success",
+    "Failed": "danger",
+    "InProgress": "info",
+    "REFUSED": "danger",
+    "active": "success",
+    "running": "primary",
+    "paused": "warning",
+}
+
+
+def tone(state: str) -> str:
+    """The colour of a state, among Bootstrap's."""
+    return _TONES.get(state, "warning" if state.startswith("Terminating") else "info")
+
+
+def span(seconds: float | None) -> str:
+    """A duration; "–" where there is none."""
+    return "–" if seconds is None else in_words.span(seconds)
+
+
+def number(value: float | None) -> str:
+    """A count, as 1,234,567; "–" where there is none."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def amount(usd: Usd) -> tuple[str, str]:
+    """What is most likely, and where it is not certain from how much to how much."""
+    text, _, between = str(usd).partition(" (")
+    return text, between.removesuffix(")")
+
+
+def to_go(view: EtaView) -> tuple[str, str]:
+    """How long a job still takes, and what is to be said beside."""
+    if view["low_s"] is None or view["high_s"] is None:
+        return "–", view["text"].removeprefix("unknown: ")
+    band, _, beside = view["text"].partition("; ")
+    return band.removesuffix(" left"), beside
+
+
+def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
+    """A moment, which the browser shows in its reader's zone, with what stands `before` it; not
+    where that is the zone of `unless`."""
+    if at_s is None:
+        return Markup("–")
+    at = datetime.fromtimestamp(at_s, UTC)
+    machine, shown = at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
+    if not unless:
+        return Markup('<local-time datetime="{}">{}</local-time>').format(machine, shown)
+    return Markup('<local-time unless="{}" before="{}" datetime="{}">{}{}</local-time>').format(
+        unless, before, machine, before, shown
+    )
+
+
+def ticks(text: str) -> Markup:
+    """A sentence with its `commands` set as code."""
+    return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
+
+
+def path(text: object) -> str:
+    """A name as one part of an address."""
+    return quote(str(text), safe="")
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a bar, in percent of its width."""
+
+    kind: str
+    start: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far tasks have come; `planned` is None where the number is not known yet."""
+
+    planned: int | None
+    succeeded: int
+    failed: int
+    cancelled: int
+    running: int
+    is_open: bool = False
+    """More may be planned."""
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+    @property
+    def percent(self) -> int:
+        """Of what is planned; 100 only where all has ended."""
+        planned = max(self.planned or 0, self.ended)
+        return self.ended * 100 // planned if planned else 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """The pieces of its bar, each wide enough to be seen."""
+        whole = max(self.planned or 0, self.ended + self.running, 1)
+        found: list[Part] = []
+        at = 0.0
+        for kind in ("succeeded", "failed", "cancelled", "running"):
+            tasks: int = getattr(self, kind)
+            if tasks:
+                width = min(max(tasks * 100 / whole, 0.6), 100 - at)
+                found.append(Part(kind, round(at, 3), round(width, 3)))
+                at += width
+        return found
+
+    @property
+    def told(self) -> str:
+        """For who does not see the bar."""
+        of = "?" if self.planned is None else str(self.planned)
+        return (
+            f"{self.ended} of {of}{'+' if self.is_open else ''} tasks ended: "
+            f"{self.succeeded} succeeded, {self.failed} failed, {self.cancelled} cancelled; "
+            f"{self.running} running"
+        )
+
+
+def of_stage(stage: StageView) -> Progress:
+    """How far one stage has come."""
+    return Progress(
+        stage["planned"],
+        stage["succeeded"],
+        stage["failed"],
+        stage["cancelled"],
+        stage["running"],
+    )
+
+
+def of_job(job: JobView) -> Progress:
+    """How far all of its stages have come together."""
+    stages = [of_stage(stage) for stage in job["stages"]]
+    return Progress(
+        sum(one.planned or 0 for one in stages),
+        sum(one.succeeded for one in stages),
+        sum(one.failed for one in stages),
+        sum(one.cancelled for one in stages),
+        sum(one.running for one in stages),
+        is_open=any(one.planned is None for one in stages),
+    )
+
+
+def took_s(job: JobView, now_s: float) -> float | None:
+    """Seconds since its first task began, up to its end; None before."""
+    if job["started_s"] is None:
+        return None
+    return (job["ended_s"] or now_s) - job["started_s"]

@@ -1,0 +1,273 @@
+"""Views of jobs: all of them, and one.
+
+The view of costs: what the grid costs now, has cost, and may cost.
+
+Views of what has failed: where there is something, why, one task in full, and what to do.
+
+Views of the grid: pools, instances and their workers, queues, activities, curves.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from batchlab.core import api_types, api_usage_types
+from batchlab.core.model import ENDED, JobId, Market, StageName
+from batchlab.core.pricing.bill import burn_usd_h, spent_usd
+from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.manager.manager import Manager
+from batchlab.manager.usage.spending import Spending
+from batchlab.server.http import archive, spending, tasks
+from batchlab.server.http import failures as api_failures
+from batchlab.server.http import grid as api_fleet
+from batchlab.server.http import jobs as api
+from batchlab.server.http import jobs as api_jobs
+from batchlab.server.http import spending as api_costs
+from batchlab.server.http.common import Given, Leader
+from batchlab.server.web import text
+from batchlab.server.web.rendering import live, render
+from batchlab.server.web.shared import Page, State, guarded, to
+
+router = guarded()
+
+A_PAGE = 25
+LARGEST_GROUPS = 3
+
+
+@router.get("/")
+async def jobs(
+    request: Request, manager: Leader, active: bool = False, before: str | None = None
+) -> Response:
+    """Jobs, newest first."""
+    found = (await api.jobs(manager, limit=A_PAGE + 1, before=before, active=active))["jobs"]
+    now_s = manager.ports.clock.now_s()
+    rows = [
+        {"job": one, "took_s": text.took_s(one, now_s), "eta": await _eta(manager, one)}
+        for one in found[:A_PAGE]
+    ]
+    older = found[A_PAGE - 1]["id"] if len(found) > A_PAGE else None
+    return live(request, "jobs", here="jobs", rows=rows, active=active, before=before, older=older)
+
+
+async def _eta(manager: Manager, job: api_types.JobView) -> api_types.EtaView | None:
+    return None if job["state"] in ENDED else await api.eta(manager, JobId(job["id"]))
+
+
+@router.get("/jobs/{job}")
+async def job(request: Request, manager: Leader, served: Given, page: Page, job: JobId) -> Response:
+    """One job."""
+    view = await api.job(manager, job)
+    groups = None
+    if any(stage["failed"] for stage in view["stages"]):
+        groups = await api_failures.failure_groups(manager, served, job)
+    return live(
+        request,
+        "job",
+        here="jobs",
+        job=view,
+        progress=text.of_job(view),
+        why=(await api.explain(manager, job))["why"],
+        eta=await _eta(manager, view),
+        took_s=text.took_s(view, manager.ports.clock.now_s()),
+        groups=groups,
+        shown_groups=LARGEST_GROUPS,
+        cost=await _cost(manager, page, job),
+        is_final=view["state"] in ENDED,
+    )
+
+
+async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] | None:
+    """What the job has used and may use; None where nobody counts or no price is known."""
+    if manager.spending is None or page.prices is None:
+        return None
+    use = await spending.job_use(manager.spending, manager, job)
+    spent = "–", ""
+    if use["account"]:
+        usd = spent_usd(api_usage_types.account_of(use["account"]), use["types"], page.prices)
+        spent = text.amount(usd)
+    return {"spent": spent, "cap": use["max_cost_usd"], "capped": use["capped"]}
+
+
+@router.get("/jobs/{job}/results.zip")
+async def results(manager: Leader, served: Given, job: JobId) -> Response:
+    """The job's results as an archive."""
+    return await archive.archive(manager, served, job)
+
+
+JOBS = 10
+
+
+@router.get("/costs")
+async def costs(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+    """What is billed, by pool and by job."""
+    found = None
+    if manager.spending is not None and page.prices is not None:
+        found = await _found(manager, manager.spending, page.prices)
+    is_aws = served.capabilities.billed
+    return live(request, "costs", here="costs", found=found, is_aws=is_aws)
+
+
+async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[str, object]:
+    use = await api_costs.use(books)
+    types = {pool.name: pool.instance_type for pool in manager.pools.values()}
+    living = {
+        Kind(one["pool"], one["type"], Market(one["market"])): one["instances"]
+        for one in use["living"]
+    }
+    total = api_usage_types.account_of(use["total"])
+    recent = (await api_jobs.jobs(manager, limit=JOBS))["jobs"]
+    return {
+        "now": text.amount(burn_usd_h(living, types, prices)),
+        "spent": text.amount(spent_usd(total, types, prices)),
+        "cap": use["max_cost_usd"],
+        "capped": use["capped"],
+        "requests": total.requests,
+        "billed": [
+            {
+                "kind": kind,
+                "seconds": seconds,
+                "usd": text.amount(spent_usd(Account({kind: seconds}), types, prices)),
+            }
+            for kind, seconds in sorted(total.billed_s.items(), key=str)
+        ],
+        "jobs": [
+            {"job": one, "spent": await _of_job(manager, books, prices, JobId(one["id"]))}
+            for one in recent
+        ],
+        "region": prices.region,
+        "as_of": prices.blocks["on_demand"].date.isoformat(),
+    }
+
+
+async def _of_job(
+    manager: Manager, books: Spending, prices: PriceBook, job: JobId
+) -> tuple[str, str]:
+    use = await api_costs.job_use(books, manager, job)
+    if use["account"] is None:
+        return "–", ""
+    return text.amount(spent_usd(api_usage_types.account_of(use["account"]), use["types"], prices))
+
+
+LOOKED_AT = 200
+"""Jobs, the newest ones, among which those with failures are shown."""
+FAILURES_A_PAGE = 50
+
+
+@router.get("/failures")
+async def failures(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+    """Jobs with failed tasks, and what lies in the dead-letter queues."""
+    found = (await api_jobs.jobs(manager, limit=LOOKED_AT))["jobs"]
+    grid = await page.grid(manager, served)
+    return live(
+        request,
+        "failures",
+        here="failures",
+        jobs=[one for one in found if any(stage["failed"] for stage in one["stages"])],
+        looked_at=len(found),
+        dead=[queue for queue in grid["queues"] if queue["name"].endswith("-dead")],
+    )
+
+
+@router.get("/jobs/{job}/failures")
+async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
+    """A job's failures by fingerprint."""
+    view = await api_jobs.job(manager, job)
+    return render(
+        request,
+        "job_failures.html",
+        here="failures",
+        job=view,
+        found=await api_failures.failure_groups(manager, served, job),
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"},
+    )
+
+
+@router.get("/jobs/{job}/failures/{fingerprint}")
+async def of_group(
+    request: Request,
+    manager: Leader,
+    served: Given,
+    job: JobId,
+    fingerprint: str,
+    after: str | None = None,
+) -> Response:
+    """The tasks of one group, page by page."""
+    view = await api_jobs.job(manager, job)
+    groups = (await api_failures.failure_groups(manager, served, job))["groups"]
+    found = await api_failures.failures(
+        manager, served, job, limit=FAILURES_A_PAGE, after=after, fingerprint=fingerprint
+    )
+    return render(
+        request,
+        "group.html",
+        here="failures",
+        job=view,
+        fingerprint=fingerprint,
+        group=next((one for one in groups if one["fingerprint"] == fingerprint), None),
+        failures=found["failures"],
+        next=found["next"],
+        is_first=after is None,
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"},
+    )
+
+
+@router.get("/jobs/{job}/task")
+async def to_task(
+    request: Request,
+    manager: Leader,
+    job: JobId,
+    stage: StageName,
+    task: Annotated[int, Query(ge=0, le=2**53)],
+) -> Response:
+    """The task that a form names."""
+    await api_jobs.job(manager, job)
+    path = f"/jobs/{text.path(job)}/stages/{text.path(stage)}/tasks/{task}"
+    return to(request, path)
+
+
+@router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
+async def task(
+    request: Request,
+    manager: Leader,
+    job: JobId,
+    stage: StageName,
+    task: tasks.Index,
+    seq: tasks.Seq = None,
+) -> Response:
+    """One task: how it ended, its input, its log."""
+    view = await api_jobs.job(manager, job)
+    found = await tasks.task(manager, job, stage, task, seq)
+    return render(
+        request,
+        "task.html",
+        here="failures" if found["failure"] else "jobs",
+        job=view,
+        task=found,
+        may_retry=view["state"] in ENDED - {"SUCCEEDED"} and found["state"] == "failed",
+    )
+
+
+ACTIVITIES = 20
+
+
+@router.get("/grid")
+async def grid(request: Request, manager: Leader, served: Given, page: Page) -> Response:
+    """The fleet, as it is."""
+    return live(
+        request,
+        "grid",
+        here="grid",
+        grid=await page.grid(manager, served),
+        activities=(await api_fleet.activities(manager, limit=ACTIVITIES))["activities"],
+        now_s=manager.ports.clock.now_s(),
+    )
+
+
+@router.get("/history.json")
+async def history(manager: Leader, served: Given) -> Response:
+    """What the curves are drawn from."""
+    return JSONResponse(await api_fleet.history(manager, served))

@@ -1,0 +1,132 @@
+"""The worker, as a process.
+
+Invariant: whoever is ended by SIGTERM has given back what was in hand; one whose manager is on the
+same machine does not outlive it for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+
+from batchlab.adapters.aws.group_template import POOL_TAG, SLOTS_TAG
+from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
+from batchlab.core import gc_control, logs
+from batchlab.core.errors import BackendError
+from batchlab.core.ports import Objects
+from batchlab.core.request_counter import Tally
+from batchlab.runtime import factory
+from batchlab.runtime.factory import Backend
+from batchlab.runtime.home import Home
+from batchlab.worker.heartbeats import Identity
+from batchlab.worker.loop import Worker
+from batchlab.worker.process_runner import ProcessRunner
+from batchlab.worker.runner import Scratch
+
+log = logging.getLogger(__name__)
+
+ORPHAN_S = 15.0
+"""A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
+
+
+def worker_main(
+    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
+) -> None:
+    """Run a worker until SIGTERM, a notice, or where its manager is on the same machine until that
+    has been gone for a while.
+
+    What is left out the instance's metadata service knows.
+    """
+    logs.set_up(service="worker")
+    asyncio.run(_work(home, backend, pool, slots, instance))
+
+
+async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
+    clock, ids = backend.open_clock(), backend.open_ids()
+    imds = None if instance else Imds()
+    if imds:
+        instance = await asyncio.to_thread(imds.instance_id)
+        pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
+        slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
+    me = ids.fresh("w")
+    logs.is_from(worker=me, instance=instance, pool=pool)
+    tally = Tally(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
+    tracer = backend.open_tracer("worker", me)
+    objects = backend.open_objects(home, tally)
+    files = backend.open_local_files(home)
+    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots, files)
+    worker = Worker(
+        Identity(me, instance, pool, slots, _instance_key(home, instance if imds else "")),
+        objects,
+        backend.open_queue(home, clock, tally),
+        clock,
+        runner,
+        factory.patience(),
+        backend.worker,
+        ImdsNotices(imds) if imds else None,
+        tally,
+        tracer,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.drain)
+    telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
+    # The home of a stack's worker has no record of the manager. The group ends the worker.
+    alone = imds or backend.capabilities.remote_manager
+    orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
+    gc_control.ended()
+    try:
+        await worker.run()
+    finally:
+        telling.cancel()
+        if orphan:
+            orphan.cancel()
+        await tracer.close()
+    if imds and (hook := backend.open_drain_hook(home, pool, imds)):
+        await hook.complete(factory.patience())
+
+
+def _instance_key(home: Home, instance: str) -> str:
+    """Return the key of an instance, drawn once: a worker whose service restarts has the same one.
+    Without an instance whose services restart (a worker on this machine), draw a new one."""
+    drawn = secrets.token_hex(16)
+    if not instance:
+        return drawn
+    path = home.path / f"{instance}.key"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(made, "w") as file:
+            file.write(drawn)
+    except FileExistsError:
+        return path.read_text() or drawn
+    except OSError as error:
+        # The manager does not believe the next worker here, and its group replaces the instance.
+        log.warning("the key of this instance cannot be kept: %s", error)
+    return drawn
+
+
+async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
+    """Store what this worker's tasks find around them. Nothing waits for it: it is for whoever
+    looks into a failure later."""
+    from batchlab.worker import environment
+
+    try:
+        image = await asyncio.to_thread(imds.image) if imds else ""
+        found = await asyncio.to_thread(environment.here, image=image)
+        await environment.record(objects, worker, found, factory.patience())
+    except BackendError as error:
+        log.warning("the worker's environment could not be stored: %s", error)
+
+
+async def _drain_orphan(home: Home, drain: Callable[[], None]) -> None:
+    alone_s = 0.0
+    while alone_s < ORPHAN_S:
+        await asyncio.sleep(ORPHAN_S / 5)
+        alone_s = 0.0 if home.record() else alone_s + ORPHAN_S / 5
+    log.warning("the manager has been gone for %.0f s: draining", ORPHAN_S)
+    drain()

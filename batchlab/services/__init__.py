@@ -1,1 +1,0 @@
-"""The long-lived processes, and how they come and go: a module for each."""

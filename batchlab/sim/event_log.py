@@ -1,0 +1,138 @@
+"""The event log: what happened at the ports, in order; two logs are compared by their digest.
+
+Invariant: a line depends only on the values in it, never on addresses, hash seeds or folder names.
+
+The bundles that a message speaks of, read as loosely as the watch can.
+
+Invariant: a message that cannot be read speaks of no bundle, and raises nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence, Set
+from enum import Enum
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+
+from batchlab.core.model import Bundle
+from batchlab.core.protocol import json_format, object_keys
+
+SHOWN = 72
+"""A value is shown whole up to this many characters, else cut and followed by its hash."""
+
+
+class EventLog:
+    """Append-only lines, each with its virtual time in seconds; `time` is the loop's."""
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        self._time = time
+        self.lines: list[str] = []
+
+    def add(self, actor: str, event: str) -> None:
+        """Append one line."""
+        self.lines.append(f"{self._time():.6f} {actor} {event}")
+
+    def text(self) -> str:
+        """All lines, each ended by a newline."""
+        return "".join(f"{line}\n" for line in self.lines)
+
+    def digest(self) -> str:
+        """SHA-256 of the text, as hex."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def brief(value: object) -> str:
+    """`value` as one short line that is the same in every process."""
+    text = canonical(value)
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN - 12]}…#{_hash(text.encode())}"
+
+
+def canonical(value: Any) -> str:
+    """Like repr, but with sets sorted, large bytes hashed, and paths cut to their last part.
+
+    `repr` itself was rejected: it follows the hash seed in sets and shows addresses.
+    """
+    if value is None or isinstance(value, str | int | float):
+        # An enum that is a str or int shows as its value: names are the code's own business.
+        return repr(value.value if isinstance(value, Enum) else value)
+    if isinstance(value, bytes):
+        return repr(value) if len(value) <= SHOWN else f"{len(value)} bytes#{_hash(value)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{canonical(k)}: {canonical(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(map(canonical, value)))}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(canonical, value))}]"
+    return _canonical_object(value)
+
+
+def _canonical_object(value: Any) -> str:
+    if isinstance(value, PurePath):
+        return repr(value.name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Fields at their defaults add nothing, so they are left out to keep lines short.
+        fields = [
+            f"{f.name}={canonical(getattr(value, f.name))}"
+            for f in dataclasses.fields(value)
+            if f.repr and getattr(value, f.name) != f.default
+        ]
+        return f"{type(value).__name__}({', '.join(fields)})"
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}({str(value)!r})"
+    return f"<{type(value).__name__}>"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
+Name = tuple[str, str, str]
+"""(job, stage, bundle id)."""
+
+
+def name_of_bundle(bundle: Bundle) -> Name:
+    return bundle.job, bundle.stage, bundle.id
+
+
+def doc_of(body: str) -> Mapping[str, Any]:
+    """The JSON of a message; empty where it is none."""
+    try:
+        doc = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}  # scenes send malformed ones on purpose
+    return doc if isinstance(doc, dict) else {}
+
+
+def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
+    """The bundle that a task message carries; None where it is none of ours."""
+    try:
+        return json_format.bundle_from_json(doc["b"])
+    except Exception:  # noqa: BLE001 - as above
+        return None
+
+
+@lru_cache(maxsize=4096)
+def name_in(body: str) -> Name | None:
+    """The name of that bundle."""
+    bundle = bundle_in(doc_of(body))
+    return None if bundle is None else name_of_bundle(bundle)
+
+
+def told_in(doc: Mapping[str, Any]) -> list[Name]:
+    """The bundles of whose outcomes an event tells."""
+    try:
+        told = [json_format.bundle_from_json(one["b"]) for one in doc.get("c", ())]
+        told += [json_format.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]
+        keys = map(object_keys.outcome_key, doc.get("k", ()))
+        return [
+            *map(name_of_bundle, told),
+            *((key.job, key.stage, key.bundle) for key in keys if key),
+        ]
+    except Exception:  # noqa: BLE001 - as above
+        return []

@@ -1,0 +1,126 @@
+"""A job file on the `sim` backend: its own handlers run, on a grid in virtual time.
+
+Invariant: the manager, fleet and worker objects are those of every other backend; only services,
+instances and time are simulated. What a seed does once, it does again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from batchlab.core.api_types import JobView
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId, Pool
+from batchlab.core.ports import Objects
+from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.retry import Patience
+from batchlab.jobs import submission
+from batchlab.jobs.job_file import JobFile
+from batchlab.jobs.results import Fetched, Listed, fetch
+from batchlab.manager.jobs.admission import admit
+from batchlab.manager.recording.report_requests import Reports
+from batchlab.reports.tables.build import Setting
+from batchlab.reports.tables.write import Writer
+from batchlab.server.views.jobs import job_view, outcome_view
+from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.trial import calm
+from batchlab.sim.world import World
+from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.runner import Runner
+
+TASK_S = (0.5, 1.5)
+"""Virtual seconds that a task takes: drawn evenly between these, whatever its handler does."""
+
+
+REPORT = "report-data"
+"""The folder of Parquet files among the results."""
+MOST_TICKS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """How a simulated run ended. `virtual_s` is from the start of the grid to the job's end."""
+
+    view: JobView
+    fetched: Fetched
+    virtual_s: float
+    instances: int
+    """Instances launched in all."""
+
+
+def run_job(
+    jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting
+) -> Simulated:
+    """Run the job to its end in virtual time and write its results to `out`, and its performance
+    data to a folder in there."""
+    loop = SimLoop(inline_executor=True)
+    with InlineChildren() as children:
+        return loop.run(_main(jobfile, pools, seed, out, setting, children))
+
+
+async def _main(
+    jobfile: JobFile,
+    pools: Sequence[Pool],
+    seed: int,
+    out: Path,
+    setting: Setting,
+    children: InlineChildren,
+) -> Simulated:
+    world = World(
+        *(seed, pools, calm(seed)),
+        make_runner=partial(_real_handlers, children),
+        logged=False,
+        accounting=Accounting(),
+        reports=Reports(),
+    )
+    supervisor = asyncio.create_task(world.supervise(), name="supervisor")
+    patience = Patience(world.rng("client"))
+    job = await submission.prepare(
+        jobfile,
+        objects=world.objects,
+        clock=world.clock,
+        patience=patience,
+        token=f"seed-{seed}",
+    )
+    admit(job, {pool.name: pool.slots for pool in pools})
+    await world.submit(job)
+    await world.ended(job.id)
+    virtual_s = world.clock.monotonic_s()
+    view, listing = await _told(world, job)
+    fetched = await fetch(world.objects, view, listing, out, patience=patience)
+    await _accounted(world, job.id)
+    report = out / REPORT
+    report.mkdir(parents=True, exist_ok=True)
+    await Writer(world.objects, patience, setting).make(job.id, report)
+    supervisor.cancel()
+    await world.ledger.close()
+    return Simulated(view, fetched, virtual_s, len(world.workers))
+
+
+async def _accounted(world: World, job: JobId) -> None:
+    """Wait until what the job has used is written down: it is with the manager's next tick."""
+    for _ in range(MOST_TICKS):
+        if await world.objects.head(object_keys.used(job)):
+            return
+        await asyncio.sleep(1.0)
+
+
+async def _told(world: World, job: JobDef) -> tuple[JobView, list[Listed]]:
+    record = await world.ledger.job(job.id)
+    view = job_view(record, (await world.ledger.rows(job.id)).stages)
+    rows = await world.ledger.bundles(job.id, done=True)
+    key = await CommitKeys(world.objects).of(record.job)
+    return view, [Listed.of(outcome_view(row, key)) for row in rows]
+
+
+def _real_handlers(
+    children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects
+) -> Runner:
+    rng = world.rng("durations")
+    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)

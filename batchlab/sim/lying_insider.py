@@ -1,0 +1,209 @@
+"""The lies of a worker about jobs whose commit keys it has: sealed outcomes and proven events.
+
+Invariant: a lie has a valid seal or proof of a job that the worker was given, and breaks one other
+rule. This module uses only the functions that make seals and proofs, never a writer of the product.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from batchlab.core.errors import AlreadyExists, BackendError
+from batchlab.core.ports import Message
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.seals import CommitKey, proof, seal, summary
+from batchlab.core.protocol.values import OUTCOME_WEIGHT
+from batchlab.sim.lying_worker import ODD, UNREADABLE, Doc, Liar, Means, bundle_id, loaded, tasks_in
+
+LIES = 24
+GAP_S = (0.1, 6.0)
+"""Seconds between two lies."""
+TAKING_SHARE = 0.3
+"""Share of the insiders that also receive messages themselves. They run none of these tasks."""
+KNOWN = 40
+"""Task messages that an insider remembers."""
+FORGED_STARTS = 3
+"""Workers that a task alone must have killed before it is condemned."""
+
+
+class Insider:
+    """The lying part of one worker that uses commit keys. `liar` is the part that needs none."""
+
+    def __init__(self, means: Means, liar: Liar, rng: random.Random) -> None:
+        self._means, self._liar, self._rng = means, liar, rng
+        self._tasks: list[Doc] = []
+        """Task messages with a commit key, oldest first."""
+        self._takes = rng.random() < TAKING_SHARE
+        self._may_be_huge = True
+        self._lies: Sequence[Callable[[], Awaitable[None]]] = (
+            *(self._foreign_reference, self._foreign_reference, self._huge, self._unreadable),
+            *(self._foreign_follow, self._odd_outcome, self._other_facts, self._other_facts),
+            *(self._hold_of_others, self._hold_of_others, self._odd_completion, self._starts),
+            *(self._starts, self._starts, self._other_task, self._other_task),
+        )
+
+    async def lie(self, pace: float) -> None:
+        """Tell LIES lies. Errors that a service answers are expected and ignored."""
+        for _ in range(LIES):
+            await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
+            try:
+                await self._learn()
+                await self._rng.choice(self._lies)()
+            except (BackendError, ValueError):
+                continue
+
+    async def _learn(self) -> None:
+        """Remember the task messages that this worker has received."""
+        bodies = [body for queue, body in self._means.bodies() if queue != object_keys.EVENTS]
+        if self._takes and self._rng.random() < 0.3:
+            queue = object_keys.tasks_queue(self._means.who.pool)
+            taken: Sequence[Message] = await self._means.queue.receive(
+                queue, max_messages=2, wait_s=0.0
+            )
+            bodies += [message.body for message in taken]
+        for doc in map(loaded, bodies):
+            # Other liars send malformed messages.
+            bundle = doc["b"] if isinstance(doc.get("b"), dict) else {}
+            named = (doc.get("ck"), bundle.get("j"), bundle.get("s"))
+            if all(isinstance(one, str) for one in named):
+                self._tasks.append(doc)
+        self._tasks = self._tasks[-KNOWN:]
+
+    def _task(self) -> tuple[Doc, CommitKey]:
+        """Return a received bundle with its commit key, or raise ValueError if there is none."""
+        if not self._tasks:
+            raise ValueError("no message was received")
+        doc = self._rng.choice(self._tasks)
+        return doc["b"], CommitKey(doc["ck"])
+
+    # --- Sealed outcomes -------------------------------------------------------------------------
+
+    async def _commit(self, bundle: Doc, key: CommitKey, data: bytes) -> str:
+        """Store `data` where the outcome of the bundle belongs, and return its key."""
+        name = bundle_id(bundle)
+        spread = hashlib.sha256(name.encode()).hexdigest()[:2]
+        sealed = seal(key, "outcome", bundle["s"], name)
+        where = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}.{sealed}.json"
+        await self._means.objects.put(where, data, if_absent=True)
+        return where
+
+    async def _lying_outcome(self, bundle: Doc, **changes: Any) -> None:
+        key = next(CommitKey(one["ck"]) for one in self._tasks if one["b"] == bundle)
+        doc = {**self._liar.outcome(bundle), **changes}
+        try:
+            where = await self._commit(bundle, key, json.dumps(doc).encode())
+        except AlreadyExists:
+            return  # too late for this bundle
+        parts = self._rng.choice(({"o": [doc]}, {"k": [where]}))
+        await self._proven({bundle["j"]: key}, **parts)
+
+    async def _foreign_reference(self) -> None:
+        """Commit results of several bundles that refer to an object that belongs to no job."""
+        reference = {"$value": await self._means.bait(self._rng)}
+        for doc in self._tasks[-5:]:
+            bundle = doc["b"]
+            await self._lying_outcome(bundle, values=[reference] * tasks_in(bundle))
+
+    async def _foreign_follow(self) -> None:
+        """Commit an outcome whose follow-up is a bundle of another job."""
+        follow = {"b": self._liar.a_bundle(), "d": self._rng.choice((0.0, 1e9))}
+        await self._lying_outcome(self._task()[0], follows=[follow])
+
+    async def _odd_outcome(self) -> None:
+        name = self._rng.choice(("worker", "execution", "succeeded", "values", "run_s", "log"))
+        await self._lying_outcome(self._task()[0], **{name: self._rng.choice(ODD)})
+
+    async def _unreadable(self) -> None:
+        bundle, key = self._task()
+        data = self._rng.choice(UNREADABLE)
+        data = data if isinstance(data, bytes) else data.encode()
+        where = await self._commit(bundle, key, data)
+        await self._proven({bundle["j"]: key}, k=[where])
+
+    async def _huge(self) -> None:
+        """Commit an outcome that is larger than allowed, at most once for each insider."""
+        bundle, key = self._task()
+        if self._may_be_huge:
+            self._may_be_huge = False
+            where = await self._commit(bundle, key, b" " * (OUTCOME_WEIGHT + 1))
+            await self._proven({bundle["j"]: key}, k=[where])
+
+    # --- Proven events ---------------------------------------------------------------------------
+
+    async def _proven(self, keys: dict[str, CommitKey], **parts: Any) -> None:
+        """Send an event with the proofs of these jobs."""
+        text = json.dumps({"v": 1, **parts}, separators=(",", ":"))
+        proofs = {job: proof(key, summary(text)) for job, key in keys.items()}
+        told = json.dumps(proofs, separators=(",", ":"))
+        await self._means.send(object_keys.EVENTS, f'{{"p":{told},{text[1:]}')
+
+    async def _other_facts(self) -> None:
+        """Report on another job with a proof of this worker's job, under one job's name or both."""
+        bundle, key = self._task()
+        other = self._liar.a_bundle()
+        jobs = self._rng.choice(([bundle["j"]], [other["j"]], [bundle["j"], other["j"]]))
+        completion = self._liar.completion(other)
+        outcome = self._liar.odd_outcome(other)
+        parts = self._rng.choice(({"c": [completion]}, {"o": [outcome]}))
+        await self._proven(dict.fromkeys(jobs, key), **parts)
+
+    async def _odd_completion(self) -> None:
+        """Send a valid completion together with a malformed one."""
+        bundle, key = self._task()
+        good, odd = self._liar.completion(bundle), self._liar.completion(bundle)
+        odd[self._rng.choice(sorted(odd))] = self._rng.choice(ODD)
+        await self._proven({bundle["j"]: key}, c=[good, odd])
+
+    async def _hold_of_others(self) -> None:
+        """Claim a bundle of another job together with a bundle of this worker's job."""
+        bundle, key = self._task()
+        queue = object_keys.tasks_queue(self._means.who.pool)
+        held = [
+            {
+                "queue": queue,
+                "receipt": f"{self._rng.randrange(400)}.1",
+                "job": one["j"],
+                "stage": one["s"],
+                "bundle": bundle_id(one),
+                "running": True,
+            }
+            for one in (bundle, self._liar.a_bundle())
+        ]
+        beat = self._liar.beat(self._means.who.worker, held=held, busy=1)
+        # The manager believes the worker's latest beat.
+        beat["number"] = 10**6 + self._rng.randrange(10**6)
+        await self._proven({bundle["j"]: key}, h=[beat])
+
+    # --- Markers and messages --------------------------------------------------------------------
+
+    async def _starts(self) -> None:
+        """Forge start markers of workers that died, for tasks that are alone in their bundles."""
+        alone = [one for one in self._liar.open_bundles() if tasks_in(one) == 1]
+        for other in self._rng.sample(alone, min(FORGED_STARTS, len(alone))):
+            stage, name = str(other["s"]), bundle_id(other)
+            sealed = ""
+            if self._tasks and self._rng.random() < 0.5:
+                bundle, key = self._task()
+                if bundle["j"] != other["j"]:  # the key of another job makes a wrong seal
+                    sealed = f".{seal(key, 'start', stage, name)}"
+            for number in range(FORGED_STARTS):
+                data = json.dumps({"v": 1, "worker": f"w-forged{number}", "at_s": 1.0})
+                folder = f"jobs/{other['j']}/{stage}/starts/{name}"
+                where = f"{folder}/w-forged{number}-1{sealed}"
+                try:
+                    await self._means.objects.put(where, data.encode(), if_absent=True)
+                except AlreadyExists:
+                    continue
+
+    async def _other_task(self) -> None:
+        """Send a task message for another job's bundle with the commit key of this worker's job."""
+        bundle, key = self._task()
+        other = self._liar.a_bundle()
+        if other["j"] != bundle["j"]:
+            doc = {"v": 1, "b": other, "ck": key, "in": [666] * tasks_in(other)}
+            await self._means.send(self._liar.tasks_queue(), json.dumps(doc))

@@ -1,0 +1,294 @@
+"""Ports as one actor sees them: slow, faulty, logged, and dead once the actor is.
+
+Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from batchlab.core.errors import Throttled, Unreachable
+from batchlab.core.ports import MAX_DELAY_S
+from batchlab.sim.actors import Actor, ActorKilled
+from batchlab.sim.controls import Pause
+from batchlab.sim.event_log import EventLog, brief
+from batchlab.sim.faults import CREATE, LATE_S, FaultKind, Faults, Point
+from batchlab.sim.runtime_checks import Watch
+from batchlab.sim.worker_rights import Rights
+
+T = TypeVar("T")
+
+
+class _Mark(Enum):
+    """What a line of the log says where there is no answer."""
+
+    END = "end"
+    CANCELLED = "cancelled"
+    KILLED = "killed"
+
+
+_INSTANT = Point("", 0, 0.0, 0.0, 1.0, 0.0)
+
+
+def wrap(
+    inner: T,
+    port: str,
+    actor: Actor,
+    faults: Faults | None = None,
+    log: EventLog | None = None,
+    watch: Watch | None = None,
+    rights: Rights | None = None,
+) -> T:
+    """`inner` as `actor` sees it; `port` names it in the log, and "queue" gets a queue's faults.
+    `rights` refuses the calls that the actor's role does not allow.
+
+    Without faults and log it is `inner` itself, which costs nothing, but then the actor cannot be
+    killed any more. Faults without rates and latency keep it killable.
+    """
+    if faults is None and log is None:
+        actor.guarded = False
+        return inner
+    # A dynamic proxy behind the type of what it stands for: delegates written out for five
+    # protocols would be 40 methods that say nothing and must follow every change of the ports.
+    return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
+
+
+class _Port:
+    def __init__(
+        self,
+        inner: Any,
+        port: str,
+        actor: Actor,
+        faults: Faults | None,
+        log: EventLog | None,
+        watch: Watch | None,
+        rights: Rights | None,
+    ) -> None:
+        self._inner = inner
+        self._port = port
+        self._actor = actor
+        self._faults = faults
+        self._log = log
+        self._watch = watch
+        self._rights = rights
+        self._pause = Pause()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached the first time: the method is kept on the instance, found without a detour.
+        target = getattr(self._inner, name)
+        if not callable(target):
+            return target
+        make = self._call if inspect.iscoroutinefunction(target) else self._plain
+        method = make(f"{self._port}.{name}", target)
+        setattr(self, name, method)
+        return method
+
+    def _call(self, label: str, target: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
+            return self._perform(label, target, args, kwargs, (args, kwargs))
+
+        def change(change: Any) -> Awaitable[Any]:
+            # Each kind of change is a call of its own in the log, such as "ledger.Fold".
+            label = f"{self._port}.{type(change).__name__}"
+            return self._perform(label, target, (change,), {}, ((change,), {}))
+
+        return change if label == "ledger.apply" else call
+
+    def _plain(self, label: str, target: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            result = target(*args, **kwargs)
+            if isinstance(result, AsyncIterator):
+                return self._pages(label, result, (args, kwargs))
+            return result
+
+        return call
+
+    async def _pages(
+        self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]
+    ) -> AsyncIterator[Any]:
+        # Each page is a request of its own, hence a fault point of its own.
+        step = partial(anext, inner, _Mark.END)
+        try:
+            while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
+                yield page
+        finally:
+            # Closed by the garbage collector, it would need a loop that may have ended.
+            if isinstance(inner, AsyncGenerator):
+                await inner.aclose()
+
+    async def _perform(
+        self,
+        label: str,
+        target: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        shown: tuple[Any, Any],
+    ) -> Any:
+        self._check()
+        faults = self._faults
+        point = _INSTANT if faults is None else faults.next(self._actor.name)
+        kind: FaultKind | None = None
+        extra_s = 0.0
+        result: Any = None
+        error: Exception | None = None
+        try:
+            if point.request_s:
+                await self._pause(point.request_s)
+            conditional = bool(kwargs.get("if_absent") or kwargs.get("if_match"))
+            self._permit(label, shown[0], conditional)
+            if faults is not None:
+                kind = faults.strike(point, CREATE if conditional else label)
+            target = self._held(target, label, point)
+            if kind is None or faults is None:
+                result = await target(*args, **kwargs)
+            else:
+                late_s, extra_s = faults.delay_s(point) if kind is FaultKind.DELAYED else (0.0, 0.0)
+                self._disturbed(late_s + extra_s)
+                await self._before(point, kind, late_s, label, shown)
+                result = await _effect(kind, point, target, args, kwargs)
+            if self._watch is not None:
+                self._watch.called(self._actor, label, args, result)
+        except asyncio.CancelledError:
+            self._note(point, kind, label, shown, _Mark.CANCELLED)
+            raise
+        except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
+            error = raised
+        # A kill cancels every wait; this one may have been swallowed by what lies behind the port.
+        self._check()
+        self._note(point, kind, label, shown, result if error is None else error)
+        if kind is FaultKind.KILL_AFTER:
+            self._die()
+        takes_s = point.answer_s + (faults.slow_s(point, label) if faults is not None else 0.0)
+        if takes_s or extra_s:
+            taken = result if label == "queue.receive" and kind is not FaultKind.ANSWER_LOST else []
+            await self._answer(takes_s, extra_s, args, taken)
+        self._acknowledge(label, args)
+        if kind is not None:
+            self._disturbed(0.0)
+        if kind is FaultKind.ANSWER_LOST:
+            raise Unreachable(f"{label}: the answer was lost.") from error
+        if error is not None:
+            raise error
+        return result
+
+    def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
+        # A writer that finds another one's object has waited for that to reach the disk, too.
+        if label == "objects.put" and self._watch is not None:
+            self._watch.unsynced.acknowledged(args[0])
+
+    async def _answer(
+        self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]
+    ) -> None:
+        if extra_s:
+            # Said once more: a receive has waited for a message since its request was struck.
+            self._disturbed(extra_s)
+        try:
+            await self._pause(takes_s + extra_s)
+        except asyncio.CancelledError:
+            # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
+            # only make it visible again; the dead cannot even do that.
+            if taken and self._actor.alive:
+                back = [(message.receipt, 0.0) for message in taken]
+                await self._inner.change_visibility(args[0], back)
+            raise
+
+    def _permit(self, label: str, args: Sequence[Any], conditional: bool) -> None:
+        if self._rights is not None:
+            self._rights.check(label, args, conditional=conditional)
+
+    def _held(
+        self, target: Callable[..., Awaitable[Any]], label: str, point: Point
+    ) -> Callable[..., Awaitable[Any]]:
+        """`target` as a Hold performs it, where stall points are enumerated."""
+        hold = self._faults.hold if self._faults is not None else None
+        if hold is None:
+            return target
+        return lambda *args, **kwargs: hold.perform(
+            self._actor, point.call, label, partial(target, *args, **kwargs)
+        )
+
+    def _disturbed(self, for_s: float) -> None:
+        if self._watch is not None:
+            self._watch.disturbed(self._actor, for_s)
+
+    async def _before(
+        self, point: Point, kind: FaultKind, late_s: float, label: str, shown: Any
+    ) -> None:
+        if late_s:
+            await asyncio.sleep(late_s)
+        if kind is FaultKind.KILL_BEFORE:
+            self._note(point, kind, label, shown, _Mark.KILLED)
+            self._die()
+        if kind is FaultKind.THROTTLED:
+            raise Throttled(f"{label} is throttled.")
+        if kind is FaultKind.UNREACHABLE:
+            raise Unreachable(f"{label} does not answer.")
+        if kind is FaultKind.CONFLICT:
+            raise Throttled(f"{label}: 409, another request for this key is under way.")
+
+    def _check(self) -> None:
+        if not self._actor.alive:
+            raise ActorKilled(self._actor.name)
+
+    def _die(self) -> None:
+        self._actor.kill()
+        raise ActorKilled(self._actor.name)
+
+    def _note(
+        self, point: Point, kind: FaultKind | None, label: str, shown: Any, result: object
+    ) -> None:
+        if self._log is None or not self._actor.alive:
+            return
+        args, kwargs = shown
+        told = [brief(arg) for arg in args]
+        told += [f"{name}={brief(value)}" for name, value in kwargs.items()]
+        fault = f" !{kind.value}" if kind is not None else ""
+        answer = result.value if isinstance(result, _Mark) else brief(result)
+        self._log.add(
+            self._actor.name, f"#{point.call} {label}({', '.join(told)}){fault} -> {answer}"
+        )
+
+
+async def _effect(
+    kind: FaultKind,
+    point: Point,
+    target: Callable[..., Awaitable[Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Do what the call is for, or what is left of it under a queue's own faults."""
+    if kind is FaultKind.DROPPED:
+        await target(*args, **kwargs)
+        return []
+    if kind in (FaultKind.LOST, FaultKind.DUPLICATED, FaultKind.LATE):
+        return await _send(kind, point, target, *args, **kwargs)
+    return await target(*args, **kwargs)
+
+
+async def _send(
+    kind: FaultKind,
+    point: Point,
+    target: Callable[..., Awaitable[Any]],
+    queue: str,
+    messages: Sequence[Any],
+) -> None:
+    chosen, fraction = divmod(point.pick * len(messages), 1)
+    one = messages[int(chosen)]
+    rest = [message for i, message in enumerate(messages) if i != chosen]
+    if kind is FaultKind.DUPLICATED:
+        await target(queue, messages)
+        await target(queue, [one])
+        return
+    if rest:
+        await target(queue, rest)
+    if kind is FaultKind.LATE:
+        low, high = LATE_S
+        late_s = min(MAX_DELAY_S, one.delay_s + low + (high - low) * fraction)
+        await target(queue, [replace(one, delay_s=late_s)])

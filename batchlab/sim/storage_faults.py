@@ -1,0 +1,97 @@
+"""Objects that the store has damaged, and the promises that hold in spite of it.
+
+Invariant: the store damages objects of vulnerable jobs alone. Every promise is checked for all
+other jobs.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchlab.adapters.memory.ledger import SimLedger
+from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core.model import JobId
+from batchlab.sim.faults import FaultKind
+
+
+@dataclass(slots=True)
+class Damage:
+    """The damaged objects of one world. `touched` collects the jobs that have a damaged object."""
+
+    objects: SimObjects
+    ledger: object
+    touched: set[str]
+    jobs: set[str]
+    """The jobs that have a damaged object."""
+    vulnerable: set[JobId] = field(default_factory=set)
+    hit: dict[str, tuple[FaultKind, bytes | None]] = field(default_factory=dict)
+    """The kind of damage, and the content after it, by key."""
+
+    _flushed: dict[str, Any] | None = None
+    """The state of the ledger after its last transaction that waited for the disk."""
+
+    def save_ledger(self) -> None:
+        """Save the current state of the ledger, whose log has reached the disk."""
+        if isinstance(self.ledger, SimLedger):
+            self._flushed = copy.deepcopy(vars(self.ledger))
+
+    def lose_folds(self) -> None:
+        """Restore the last state of the ledger that has reached the disk."""
+        if isinstance(self.ledger, SimLedger) and self._flushed is not None:
+            vars(self.ledger).update(copy.deepcopy(self._flushed))
+
+    def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
+        """Damage an object of a vulnerable job. Return its key, or None if none exists."""
+        groups: dict[str, list[str]] = {}
+        for key in self.objects.names():
+            parts = key.split("/")
+            if parts[0] == "jobs" and parts[1] in self.vulnerable and key not in self.hit:
+                groups.setdefault(group_of(key), []).append(key)
+        if not groups:
+            return None
+        # A job has many outcomes and one definition, so the group is chosen first.
+        key = rng.choice(groups[rng.choice(sorted(groups))])
+        before = self.objects.content(key)
+        assert before is not None
+        after = _damaged(kind, before, rng)
+        self.objects.damage(key, after)
+        self.hit[key] = kind, after
+        self.touched.add(job_of(key))
+        self.jobs.add(job_of(key))
+        return key
+
+    def standing(self, kinds: Collection[FaultKind]) -> list[str]:
+        """Return the damaged objects of these kinds whose content has not changed since."""
+        return [
+            key
+            for key, (kind, data) in self.hit.items()
+            if kind in kinds and self.objects.content(key) == data
+        ]
+
+
+def job_of(key: str) -> JobId:
+    """Return the job that the object belongs to."""
+    return JobId(key.split("/")[1])
+
+
+def group_of(key: str) -> str:
+    """Return the group of objects that a key of a job belongs to, such as "outcomes"."""
+    _, _, first, *rest = key.split("/")
+    if not rest or first in ("final", "retries"):
+        return first
+    if rest[0] != "plan":
+        return rest[0]
+    return "cuts" if rest[2] == "cuts" else rest[2].partition("-")[0]
+
+
+def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
+    if kind is FaultKind.MISSING:
+        return None
+    if kind is FaultKind.TORN or not data:
+        return data[: rng.randrange(len(data) + 1 if not data else len(data))]
+    place, bit = rng.randrange(len(data)), rng.randrange(8)
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]

@@ -1,0 +1,269 @@
+"""The user's code as a zip that is named by its content: packed, verified, unpacked.
+
+Invariant: the same folder packs to the same bytes, and a folder of unpacked code is either absent
+or complete and exactly what its digest says. Nothing in a zip can write outside of that folder.
+
+Code folders and pickled functions on this instance, each fetched once.
+
+Invariant: code that cannot be had is the job's failure, with a sentence; a store that does not
+answer is not, and propagates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import io
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import object_keys
+from batchlab.worker.handlers import Problem
+from batchlab.worker.materialization import OffLoop
+from batchlab.worker.runner import Scratch
+
+MAX_BYTES = 512 * 1024 * 1024
+MAX_FILES = 20_000
+
+_SKIPPED = frozenset(
+    {"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+)
+_MARKS = ("pyvenv.cfg", object_keys.MADE)
+"""Files by which a virtual environment, a grid's home and fetched results are known: whatever
+they are called, they would change a job's code with every run."""
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
+"""What zipfile raises for a zip that is damaged, encrypted, or packed in a way it does not know."""
+_BAD_NAMES = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ, None)
+"""The zip's own fault: names that clash or are too long, and what bz2 says of bad data. All else
+is this machine's."""
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_CHUNK = 1024 * 1024
+
+
+def key(data: bytes) -> str:
+    """The object key of a code zip."""
+    return object_keys.code(hashlib.sha256(data).hexdigest())
+
+
+def digest_of(code_key: str) -> str:
+    """The digest that a code zip's key promises; UsageError where it is no such key."""
+    digest = code_key.removeprefix("code/").removesuffix(".zip")
+    if (
+        code_key != object_keys.code(digest)
+        or len(digest) != 64
+        or set(digest) - set("0123456789abcdef")
+    ):
+        raise UsageError(f"{code_key!r} is no key of a code zip.")
+    return digest
+
+
+def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = None) -> bytes:
+    """The files of `folder` as a zip, the same for the same content and modes.
+
+    Caches, virtual environments, version control and folders that batchlab made stay out, and so
+    does `data` (absolute paths): the job's input, which reaches the tasks by itself.
+    UsageError for a link that leaves the folder, for what is neither file nor folder or cannot be
+    read, for a name that no worker would unpack, and beyond `most_bytes` (512 MiB) or 20,000 files.
+    """
+    root = folder.resolve()
+    if not root.is_dir():
+        raise UsageError(
+            f"The code folder {folder} does not exist.",
+            remedy="Name the folder that the job's code is in.",
+        )
+    left_out = {path.resolve() for path in data}
+    try:
+        return _packed(_chosen(folder, root, left_out, most_bytes or MAX_BYTES), root)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be read: {error.strerror}.",
+            remedy="Make it readable for you, or keep it out of the code folder.",
+        ) from error
+
+
+def _chosen(folder: Path, root: Path, left_out: Collection[Path], most_bytes: int) -> list[Path]:
+    """The files to pack, in the order of their names."""
+    files: list[Path] = []
+    total = 0
+    for path in _files(root, root):
+        if path not in left_out:
+            files.append(path)
+            total += path.stat().st_size
+        # Not at the end: it may be somebody's whole disk.
+        if len(files) > MAX_FILES or total > most_bytes:
+            raise UsageError(
+                f"The code folder {folder} holds too much: "
+                f"the limits are {MAX_FILES} files and {most_bytes / 2**20:.0f} MiB.",
+                remedy="Keep data out of it: data is the job's input.",
+            )
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _packed(files: Collection[Path], root: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in files:
+            info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
+            mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
+            info.external_attr = (stat.S_IFREG | mode) << 16
+            info.create_system = 3  # Unix, whatever it is packed on
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, path.read_bytes())
+    return buffer.getvalue()
+
+
+def _files(folder: Path, root: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name in _SKIPPED or any((path / mark).is_file() for mark in _MARKS):
+            continue
+        if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
+            raise UsageError(
+                f"{path} is a link that leaves the code folder, or leads to a folder or nowhere.",
+                remedy="Put the files themselves there, or name a folder without it in 'code'.",
+            )
+        if not _is_portable(path.name):
+            raise UsageError(
+                f"{str(path)!r} has a backslash in its name, or one that is not UTF-8.",
+                remedy="Rename it, or name a folder without it in 'code'.",
+            )
+        if path.is_dir():
+            yield from _files(path, root)
+        elif path.is_file():
+            yield path
+        else:
+            raise UsageError(f"{path} is neither a file nor a folder.", remedy="Delete it.")
+
+
+def _is_portable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\\" not in name
+
+
+def unpack(data: bytes, digest: str, target: Path) -> None:
+    """Make `target` hold the zip's files, or leave it alone where it exists already.
+
+    Any number of processes may do so at once. UsageError where `data` does not have that digest,
+    is no zip, is too large unpacked, or names anything outside of its folder.
+    """
+    if target.is_dir():
+        return
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UsageError("The code zip is damaged: its content does not match its name.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=target.parent))
+    try:
+        _extract(data, staged)
+        staged.chmod(0o755)
+        staged.rename(target)
+    except _BAD_ZIP as error:
+        raise UsageError(f"The code zip cannot be read: {error}.") from error
+    except OSError as error:
+        # Where it is there now, another process was faster: what is there has the same digest.
+        if not target.is_dir():
+            if error.errno in _BAD_NAMES:
+                raise UsageError(
+                    f"The code zip cannot be unpacked: {error.strerror or error}."
+                ) from error
+            raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed above
+
+
+def _extract(data: bytes, folder: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if len(entries) > MAX_FILES:
+            raise UsageError(f"The code zip holds {len(entries)} files; the limit is {MAX_FILES}.")
+        left = MAX_BYTES
+        for entry in entries:
+            target = folder / _safe(entry)
+            if entry.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            if target.exists():
+                raise UsageError(f"The code zip names {entry.filename!r} twice.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(entry) as source, target.open("xb") as file:
+                left = _copy(source, file, left)
+            target.chmod(0o755 if entry.external_attr >> 16 & stat.S_IXUSR else 0o644)
+
+
+def _safe(entry: zipfile.ZipInfo) -> PurePosixPath:
+    name = PurePosixPath(entry.filename)
+    mode = entry.external_attr >> 16
+    if not name.name or name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
+        raise UsageError(f"The code zip names {entry.filename!r}, which leaves its folder.")
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise UsageError(f"The code zip holds {entry.filename!r}, which is a link or a device.")
+    return name
+
+
+def _copy(source: IO[bytes], file: IO[bytes], left: int) -> int:
+    """Copies, counting what really comes out: the sizes in a zip's directory may lie."""
+    while chunk := source.read(_CHUNK):
+        left -= len(chunk)
+        if left < 0:
+            raise UsageError(f"The code zip unpacks to more than {MAX_BYTES / 2**20:.0f} MiB.")
+        file.write(chunk)
+    return left
+
+
+class Library:
+    """What the jobs of one worker run."""
+
+    def __init__(self, objects: Objects, scratch: Scratch, off_loop: OffLoop) -> None:
+        self._objects = objects
+        self._scratch = scratch
+        self._off_loop = off_loop
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._functions: dict[str, Path] = {}
+
+    async def code(self, key: str | None) -> tuple[str, Path | None]:
+        """The digest and the unpacked folder of a code zip; ("", None) for a job without one.
+
+        Problem of kind "import" where the zip is gone or damaged.
+        """
+        if key is None:
+            return "", None
+        try:
+            digest = digest_of(key)
+            folder = self._scratch.code(digest)
+            async with self._lock(key):
+                if not folder.is_dir():
+                    data = await self._objects.get(key)
+                    await self._off_loop(unpack, data, digest, folder)
+        except (NotFound, UsageError) as error:
+            raise Problem("import", f"The job's code cannot be had: {error}") from error
+        return digest, folder
+
+    def at_hand(self, key: str) -> Path | None:
+        """The file of a pickled function that has been fetched before, None of any other."""
+        return self._functions.get(key)
+
+    async def function(self, key: str) -> Path:
+        """The file of a pickled function. Problem of kind "import" where it is gone."""
+        path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
+        try:
+            async with self._lock(key):
+                if not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    await self._objects.download(key, path)
+        except NotFound as error:
+            raise Problem("import", f"The job's function cannot be had: {error}") from error
+        self._functions[key] = path
+        return path
+
+    def _lock(self, key: str) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())

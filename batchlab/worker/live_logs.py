@@ -1,0 +1,121 @@
+"""What running tasks have printed so far, stored while somebody asks for it.
+
+Invariant: nobody pays where nobody looks. A request comes with the control object, which a worker
+reads anyway, and holds for ASKED_S; meanwhile a worker makes one PUT per step at the most, and none
+where nothing new was printed. The time counts from when the worker saw it; clocks are compared, and
+roughly, only to tell what a worker meets that has not looked at the job before (see controls).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from batchlab.core.errors import BackendError
+from batchlab.core.model import JobId
+from batchlab.core.ports import Clock, Objects
+from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.live_logs import ASKED_S, Tail, to_bytes
+from batchlab.core.retry import heed_cancellation
+from batchlab.worker import task_log
+from batchlab.worker.inflight_message import Hand
+
+log = logging.getLogger(__name__)
+
+TASK_BYTES = 64 * 1024
+"""The most that is stored of one running task, its end; of all that a worker runs, WORKER_BYTES."""
+WORKER_BYTES = 256 * 1024
+
+
+@dataclass(slots=True)
+class _Asked:
+    until_s: float
+    stored: list[Tail]
+
+
+class Tails:
+    """Of one worker; `hands` is shared with its loop. A step takes `every_s`."""
+
+    def __init__(
+        self,
+        worker: str,
+        hands: Mapping[str, Hand],
+        objects: Objects,
+        clock: Clock,
+        *,
+        every_s: float,
+    ) -> None:
+        self._worker = worker
+        self._hands = hands
+        self._objects = objects
+        self._clock = clock
+        self._every_s = every_s
+        self._jobs: dict[JobId, _Asked] = {}
+        self._wanted = asyncio.Event()
+
+    def asked(self, job: JobId) -> None:
+        """Somebody wants to see what this job's tasks print."""
+        until_s = self._clock.monotonic_s() + ASKED_S
+        if job in self._jobs:
+            self._jobs[job].until_s = until_s
+        else:
+            self._jobs[job] = _Asked(until_s, [])
+        self._wanted.set()
+
+    async def keep(self) -> None:
+        """Store, for ever, what is asked for; asleep while nothing is."""
+        while True:
+            heed_cancellation()
+            await self._wanted.wait()
+            now_s = self._clock.monotonic_s()
+            for job, asked in list(self._jobs.items()):
+                if now_s >= asked.until_s:
+                    del self._jobs[job]
+                else:
+                    await self._store(job, asked)
+            if not self._jobs:
+                self._wanted.clear()
+                continue
+            await asyncio.sleep(self._every_s)
+
+    async def _store(self, job: JobId, asked: _Asked) -> None:
+        try:
+            tails = self._now(job)
+        except (OSError, ValueError) as error:
+            log.warning("what tasks of %s print could not be read: %s", job, error)
+            return  # it is for whoever looks on: no reason to end a worker
+        if tails == asked.stored:
+            return
+        try:
+            await self._objects.put(object_keys.tail(job, self._worker), to_bytes(tails))
+        except BackendError as error:
+            log.warning("what tasks of %s print could not be stored: %s", job, error)
+            return  # the next step tries again
+        asked.stored = tails
+
+    def _now(self, job: JobId) -> list[Tail]:
+        hands = [h for h in self._hands.values() if h.bundle.job == job and h.running]
+        most = min(TASK_BYTES, WORKER_BYTES // max(1, len(hands)))
+        return [tail for hand in hands if (tail := _tail(hand, most))]
+
+
+def _tail(hand: Hand, most: int) -> Tail | None:
+    peek = hand.handle.peek
+    found = peek(most) if peek else None
+    if found is None or not found.data:
+        return None
+    bundle = hand.bundle
+    start = found.start - found.log_at
+    return Tail(
+        bundle.stage,
+        found.task,
+        bundle.attempt,
+        bundle.round,
+        bundle.id,
+        hand.execution,
+        start,
+        start + len(found.data),
+        task_log.text(found.data),
+    )

@@ -1,0 +1,255 @@
+"""Inputs in, outputs out: what a task's item refers to becomes local, what it wrote is stored.
+
+Invariant: an input that is gone or finds no room fails its own task; a service that does not
+answer is nobody's failure and propagates (BackendError).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.model import Failure, FailureKind, Json
+from batchlab.core.ports import LocalFiles, Objects
+from batchlab.core.protocol import object_keys, values
+from batchlab.core.protocol.references import ForeignReference, Own
+from batchlab.core.task_context import name_problem
+from batchlab.worker.handlers import Fault
+from batchlab.worker.runner import Work
+from batchlab.worker.task_executor import Request, local_ref
+
+OffLoop = Callable[..., Awaitable[Any]]
+"""Runs a blocking function: in a thread, or on the spot where the loop has no threads."""
+
+_PIECE_BYTES = 8 * 1024 * 1024
+_AT_ONCE = 16
+_CHUNK_TASKS = 16
+_CHUNK_BYTES = 256 * 1024 * 1024
+_DEEPEST = 8
+
+
+def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> Request:
+    """What the tasks of `work` have in common; a child's current folder is `folder`/cwd."""
+    stage = work.stage
+    return Request(
+        handler=stage.handler,
+        function=str(function) if function else None,
+        command=list(stage.command),
+        stdout=stage.stdout,
+        code=str(code) if code else "",
+        params_json=json.dumps(dict(work.job.params)),
+        job=work.job.id,
+        stage=stage.name,
+        attempt=work.bundle.attempt,
+        folder=str(folder),
+        cwd=str(folder / "cwd"),
+        prefix=object_keys.files(work.bundle, work.execution, work.key),
+        objects=function_key(work) is not None,
+    )
+
+
+def function_key(work: Work) -> str | None:
+    """The key of the stage's pickled function, None where it has none."""
+    handler = work.stage.handler or ""
+    return handler.removeprefix("pickle:") if handler.startswith("pickle:") else None
+
+
+def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[int, Json]]]:
+    """The tasks in order, cut so that a chunk's inputs can be fetched while the one before runs.
+
+    Items that need nothing fetched do not count. The first chunk is one task, so that it starts
+    soon; then chunks double up to 16 tasks or 256 MiB.
+    """
+    chunk: list[tuple[int, Json]] = []
+    limit, count, size = 1, 0, 0
+    for task, item in zip(tasks, items, strict=True):
+        needs = [_bytes(reference) for reference in values.references(item)] if item else []
+        if needs and chunk and (count >= limit or size + sum(needs) > _CHUNK_BYTES):
+            yield chunk
+            chunk, count, size = [], 0, 0
+            limit = min(2 * limit, _CHUNK_TASKS)
+        chunk.append((task, item))
+        count += bool(needs)
+        size += sum(needs)
+    if chunk:
+        yield chunk
+
+
+def refers(chunk: Iterable[tuple[int, Json]]) -> bool:
+    """Whether any of these needs something fetched."""
+    return any(_refers(item) for _, item in chunk)
+
+
+def _bytes(reference: Json) -> int:
+    if values.kind(reference) == "$part":
+        return int(reference["stop"]) - int(reference["start"])
+    return int(reference.get("size", 0))
+
+
+class Inputs:
+    """Fetches the objects that the items of one execution refer to.
+
+    Objects in `files` are used in place. All others are downloaded into the task's folder.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        folder: Path,
+        off_loop: OffLoop,
+        own: Own,
+        files: LocalFiles | None = None,
+    ) -> None:
+        self._objects = objects
+        self._files = files
+        self._own = own
+        self._folder = folder
+        self._off_loop = off_loop
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self.fetched: set[int] = set()
+        """Tasks that got a folder for their inputs."""
+        self._headers: dict[tuple[str, int, int], bytes] = {}
+
+    async def fetch(self, chunk: Iterable[tuple[int, Json]]) -> list[tuple[int, Json | Failure]]:
+        """The chunk with local references, and a Failure for each item that cannot be had."""
+        items = dict(chunk)
+        needy = [task for task, item in items.items() if _refers(item)]
+        self.fetched.update(needy)
+        items |= await _all(self._one(task, items[task]) for task in needy)
+        return list(items.items())
+
+    async def _one(self, task: int, item: Json) -> tuple[int, Json | Failure]:
+        folder = self._folder / str(task) / "in"
+        try:
+            return task, await self._local(item, folder, _DEEPEST)
+        except NotFound as error:
+            return task, _failure(task, f"Its input is gone: {error}", error)
+        except (BackendError, OSError) as error:
+            reason = no_room(error)
+            if reason is None:
+                raise
+            # At once: the next bundle begins before this one's folder is cleaned.
+            await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
+            return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
+        except (ValueError, ForeignReference) as error:
+            return task, _failure(task, f"Its input cannot be read: {error}", error)
+
+    async def _local(self, item: Json, folder: Path, depth: int) -> Json:
+        found: dict[str, Json] = {}
+        for reference in values.references(item):
+            found.setdefault(json.dumps(reference, sort_keys=True), reference)
+        if found and not depth:
+            raise ValueError(f"it refers to objects more than {_DEEPEST} deep")
+        fetched = await _all(
+            self._reference(reference, folder / str(number), depth)
+            for number, reference in enumerate(found.values())
+        )
+        by_reference = dict(zip(found, fetched, strict=True))
+        return values.replace(item, lambda ref: by_reference[json.dumps(ref, sort_keys=True)])
+
+    async def _reference(self, reference: Json, folder: Path, depth: int) -> Json:
+        kind, key = values.kind(reference), self._own.key(reference)
+        if kind == "$value":
+            async with self._at_once:
+                data = await self._objects.get(key)
+            return await self._local(self._own.value(reference, data), folder, depth - 1)
+        name = reference["name"]
+        async with self._at_once:
+            if kind == "$part":
+                path = await self._part(reference, folder)
+            else:
+                path = await self._whole(key, name, folder)
+        return local_ref(str(path), name, reference)
+
+    async def _whole(self, key: str, name: str, folder: Path) -> Path:
+        if self._files and (file := self._files.path(key)):
+            return file
+        path = await self._place(name, folder)
+        await self._objects.download(key, path)
+        return path
+
+    async def _part(self, reference: Json, folder: Path) -> Path:
+        key, start, stop = reference["$part"], int(reference["start"]), int(reference["stop"])
+        path = await self._place(reference["name"], folder)
+        await self._off_loop(path.write_bytes, await self._header(key, reference["header"]))
+        while start < stop:
+            piece = await self._objects.get_range(key, start, min(stop, start + _PIECE_BYTES))
+            if not piece:
+                raise NotFound(f"{key} is shorter than when the job was planned.")
+            await self._off_loop(_append, path, piece)
+            start += len(piece)
+        return path
+
+    async def _header(self, key: str, header: Sequence[int] | None) -> bytes:
+        if not header:
+            return b""
+        place = (key, header[0], header[1])
+        # Every part of a file needs it: once per execution is enough.
+        if place not in self._headers:
+            self._headers[place] = await self._objects.get_range(*place)
+        return self._headers[place]
+
+    async def _place(self, name: str, folder: Path) -> Path:
+        await self._off_loop(_make, folder)
+        last = name.rpartition("/")[2]
+        return folder / ("input" if name_problem(last) else last)
+
+
+def _refers(item: Json) -> bool:
+    return type(item) in (dict, list) and next(values.references(item), None) is not None
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Every result; where some failed, an error, one that names a reason of the task's own last.
+
+    asyncio.gather alone would leave the others running behind the first error's back.
+    """
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [one for one in results if isinstance(one, BaseException)]
+    if errors:
+        raise next((one for one in errors if not isinstance(one, NotFound)), errors[0])
+    return list(results)
+
+
+def _failure(task: int, reason: str, error: Exception) -> Failure:
+    return Failure(task, FailureKind.INPUT, reason, error=type(error).__name__)
+
+
+def failure(task: int, found: Fault, run_s: float) -> Failure:
+    """The Failure that a child, or whoever ran the task, described."""
+    return Failure(task, run_s=run_s, **{**found, "kind": FailureKind(found["kind"])})
+
+
+def no_room(error: BaseException) -> str | None:
+    """What the system says where `error` comes from a full disk or quota, else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return seen.strerror
+        seen = seen.__cause__
+    return None
+
+
+async def upload(objects: Objects, uploads: Iterable[tuple[str, str]]) -> None:
+    """Store each (path, key). The keys are of this execution only."""
+    for path, key in uploads:
+        # If the key exists, an earlier try of this request has written it, whose answer was lost.
+        with suppress(AlreadyExists):
+            await objects.upload(key, Path(path), if_absent=True)

@@ -1,0 +1,207 @@
+"""Care with bundles that came back without an outcome: some of them kill their workers.
+
+Invariant (I7): such a bundle is halved until its tasks stand alone; a task alone that LOSS_LIMIT
+workers have started, all of them silent since, is FAILED. Only starts that were written down count,
+so a message that lay prefetched in a dying worker is not blamed, and a task's own retries are
+untouched. A worker that lives renews what it wrote: copies that run side by side blame nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import count
+
+from batchlab.core.commit import commit, committed
+from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew
+from batchlab.core.model import Bundle, Json, Outcome
+from batchlab.core.ports import Clock, Objects
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.field_checks import UNREADABLE, figure, label
+from batchlab.core.protocol.seals import CommitKey, seal
+from batchlab.core.retry import Patience, heed_cancellation, set_within
+from batchlab.worker.inflight_message import Hand
+
+log = logging.getLogger(__name__)
+
+
+def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
+    """The content of the start or running marker `name`. Who lists the bucket finds the names of
+    markers, so the content is sealed too."""
+    doc: dict[str, Json] = {"v": json_format.VERSION, "worker": worker, "at_s": now_s}
+    if key:
+        doc["seal"] = seal(key, "marker", name, worker, repr(now_s))
+    return json_format.to_bytes(doc)
+
+
+def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
+    """When the marker `name` was written, seconds of the epoch; None if it cannot be read, or its
+    seal is wrong: any worker can write over it."""
+    try:
+        doc = json_format.loads(data)
+        at_s, worker = float(figure(doc["at_s"])), label(doc["worker"])
+    except (Malformed, TooNew, *UNREADABLE):
+        return None
+    if key and doc.get("seal") != seal(key, "marker", name, worker, repr(at_s)):
+        return None
+    return at_s
+
+
+class RunsElsewhereError(BackendError):
+    """Too many have started the bundle to start it once more, but some of them may live."""
+
+
+class Suspects:
+    """The careful path of one worker."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        clock: Clock,
+        patience: Patience,
+        worker: str,
+        stale_s: float,
+        leaving: asyncio.Event,
+    ) -> None:
+        """A start that is not renewed for `stale_s` is one of a worker that has died; once
+        `leaving` is set, nobody waits for that."""
+        self._objects = objects
+        self._clock = clock
+        self._patience = patience
+        self._worker = worker
+        self._stale_s = stale_s
+        self._leaving = leaving
+        self._begun: dict[str, Hand] = {}
+        """The starts that this worker has written and not come to an end with, by execution."""
+
+    async def keep(self) -> None:
+        """Renew the starts of what runs, for ever."""
+        for number in count(1):
+            heed_cancellation()
+            await asyncio.sleep(self._stale_s / 4)
+            for execution, hand in list(self._begun.items()):
+                if execution not in self._begun:
+                    continue
+                try:
+                    await self._write(hand, str(number))
+                except BackendError as error:
+                    log.warning("a start is not renewed: %s", error)
+
+    async def outcome(self, hand: Hand) -> Outcome | None:
+        """Return the committed outcome of the bundle."""
+        return await committed(self._objects, hand.bundle, self._patience, hand.key)
+
+    async def verdict(self, hand: Hand) -> Outcome | None:
+        """What has become of the bundle: its outcome if there is one or must be one now, None
+        where it should be run. RunsElsewhereError where that is to be asked again later."""
+        bundle = hand.bundle
+        done = await self.outcome(hand)
+        if done:
+            return done
+        judged: Outcome | None = None
+        now_s = self._clock.now_s()
+        if len(bundle.tasks) > 1:
+            if hand.suspicion > 1:
+                judged = settlement.bisect(
+                    bundle, execution=hand.execution, worker=self._worker, now_s=now_s
+                )
+        else:
+            killed = await self._killed(hand)
+            hand.alone = killed == settlement.LOSS_LIMIT - 1
+            if killed >= settlement.LOSS_LIMIT:
+                judged = settlement.poisoned(
+                    bundle,
+                    f"killed its worker {killed} times: each started it and ended without a word",
+                    execution=hand.execution,
+                    worker=self._worker,
+                    now_s=now_s,
+                )
+        if judged is None:
+            return None
+        return await commit(self._objects, judged, self._patience, hand.key)
+
+    async def _killed(self, hand: Hand) -> int:
+        """How many workers have started it and died, where that is enough to condemn it.
+
+        Told by what changes and not by the times in it: clocks differ.
+        """
+        bundle = hand.bundle
+        before = await self._starts(bundle, hand.key)
+        if len(before) < settlement.LOSS_LIMIT:
+            return len(before)
+        await set_within(self._leaving, self._stale_s)
+        after = await self._starts(bundle, hand.key)
+        dead = [one for one, seen in before.items() if one != self._worker and after[one] == seen]
+        if len(dead) < settlement.LOSS_LIMIT or self._leaving.is_set():
+            raise RunsElsewhereError(f"{bundle.id} may be running in one of {len(after)} workers")
+        return len(dead)
+
+    async def _starts(self, bundle: Bundle, key: CommitKey) -> Mapping[str, frozenset[str]]:
+        """Return the versions of the starts by worker. Forged and withdrawn starts do not count,
+        and this worker's own starts only while they run."""
+        versions: dict[str, frozenset[str]] = defaultdict(frozenset)
+        withdrawn: set[str] = set()
+        async for page in self._objects.list(object_keys.starts(bundle)):
+            for info in page:
+                marked = object_keys.started_by(bundle, info.key, key)
+                if marked is None:
+                    log.warning("a start marker has a wrong seal and counts for nothing")
+                    continue
+                execution, then = marked
+                if then == object_keys.WITHDRAWN:
+                    withdrawn.add(execution)
+                # Workers of release 0.1.0 renew a marker by writing over it.
+                versions[execution] |= {f"{then} {info.etag}"}
+        found: dict[str, frozenset[str]] = defaultdict(frozenset)
+        for execution, seen in versions.items():
+            worker = execution.rpartition("-")[0]
+            if execution not in withdrawn and (worker != self._worker or execution in self._begun):
+                found[worker] |= seen
+        return found
+
+    async def begin(self, hand: Hand) -> None:
+        """Write down that a suspect is being started, before it is.
+
+        A worker that dies in between counts as one that has started it: nobody can tell.
+        """
+        if len(hand.bundle.tasks) == 1:
+            self._begun[hand.execution] = hand
+            await self._patience(partial(self._write, hand))
+
+    async def _write(self, hand: Hand, then: str = "") -> None:
+        name = object_keys.start(hand.bundle, hand.execution, hand.key, then)
+        data = marker(self._worker, self._clock.now_s(), name, hand.key)
+        # If it exists, an earlier try of this call has written it: only this worker knows the name.
+        with suppress(AlreadyExists):
+            await self._objects.put(name, data, if_absent=True)
+
+    def end(self, hand: Hand) -> None:
+        """It has ended, in whatever way but the death of this worker."""
+        self._begun.pop(hand.execution, None)
+
+    async def withdraw(self, hand: Hand) -> None:
+        """The start came to nothing through no fault of the task: the worker is leaving, or a
+        service did not answer."""
+        self.end(hand)
+        if hand.suspicion and len(hand.bundle.tasks) == 1:
+            try:
+                await self._write(hand, object_keys.WITHDRAWN)
+            except BackendError as error:
+                # One start too many is counted; it takes three to condemn.
+                log.warning("its start is not taken back: %s", error)
+
+    async def runs_elsewhere(self, hand: Hand, stale_s: float) -> bool:
+        """Whether a handed-over bundle's worker still refreshes its running marker."""
+        name = object_keys.running(hand.bundle, hand.key)
+        try:
+            data = await self._patience(partial(self._objects.get, name))
+        except NotFound:
+            return False
+        at_s = marked_s(data, name, hand.key)
+        if at_s is None:
+            log.warning("a running marker has a wrong seal and counts for nothing")
+        return at_s is not None and self._clock.now_s() - at_s < stale_s

@@ -1,0 +1,225 @@
+"""Runs the tasks of one execution, one after the other, in whichever process it is made.
+
+Invariant: what a task gives back is encoded and names only objects that `Done.uploads` brings into
+the store. Imported by every child process: standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from batchlab.core.protocol import values
+from batchlab.core.task_context import Context, File, name_problem
+from batchlab.worker import commands, handlers
+
+Json = Any
+
+INLINE_BYTES = 32 * 1024
+"""Encoded values up to this size stay inline; larger ones become objects of their own."""
+
+INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
+"""Weight of the values of one execution that stay inline together; further ones become objects. The
+rest of the outcome's bound is for failures, and for executions that need several processes."""
+LEAST_APART = 256
+"""Shorter values stay inline always: a reference is about as long."""
+
+_SHORT = 1 << 64
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_NOTHING: list[tuple[str, str]] = []
+_dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+class Request(TypedDict):
+    """What the tasks of an execution have in common, as it travels to a child."""
+
+    handler: str | None
+    """`module:function`, or the name of a pickled function."""
+    function: str | None
+    """The file a pickled function was fetched into."""
+    command: list[str]
+    stdout: str | None
+    code: str
+    """The folder of unpacked code, "" where the job has none."""
+    params_json: str
+    job: str
+    stage: str
+    attempt: int
+    folder: str
+    """The execution's folder; a task's own is below it, named by its index."""
+    cwd: str
+    """The current folder while tasks run, "" where they must not rely on one."""
+    prefix: str
+    """Of the keys of this execution's files, with the final slash."""
+    objects: bool
+    """Any Python object may be item and result (the Python API), not only JSON."""
+
+
+class Done(NamedTuple):
+    """A task's success: its encoded value as JSON text, and files (path, key) to store first."""
+
+    text: str
+    uploads: list[tuple[str, str]]
+
+
+class Bench:
+    """Holds the handler between tasks. Problem where it cannot be loaded."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._pickles = request["objects"]
+        self._room = INLINE_WEIGHT
+        self.touched = False
+        """Whether the last task has made itself a folder, which somebody has to remove."""
+        handler = request["handler"]
+        try:
+            self._call = handlers.load(handler, request["function"]) if handler else self._command
+        except handlers.Problem as problem:
+            problem.fault = self._tidy(problem.fault)
+            raise
+        self._encode: Callable[[Any, Callable[[File], Json]], Json] = (
+            values.encode_object if request["objects"] else values.encode
+        )
+
+    def run(self, task: int, item: Json) -> Done:
+        """Run one task. `item` is encoded, its references local. Raises whatever user code does."""
+        ctx = context(self._request, task)
+        try:
+            value = self._call(
+                item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx
+            )
+            if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
+                return Done(str(value), _NOTHING)
+            return self._keep(value, ctx)
+        finally:
+            self.touched = ctx.touched
+
+    def explain(self, error: BaseException) -> handlers.Fault:
+        """What to say of an exception that `run` raised."""
+        return self._tidy(handlers.explain(error))
+
+    def _tidy(self, fault: handlers.Fault) -> handlers.Fault:
+        # Where this worker keeps things helps nobody, and differs from worker to worker.
+        for path in (self._request["code"], self._request["folder"]):
+            if path:
+                for field in ("reason", "traceback"):
+                    fault[field] = fault[field].replace(f"{path}/", "")
+        return fault
+
+    def _command(self, item: Any, ctx: Context) -> Any:
+        request = self._request
+        return commands.run(request["command"], request["stdout"], request["code"], item, ctx)
+
+    def _keep(self, value: Any, ctx: Context) -> Done:
+        outputs = Outputs(f"{self._request['prefix']}{ctx.task}", ctx)
+        try:
+            for file in ctx.saved.values():
+                outputs.file(file)
+            text = _dumps(self._encode(value, outputs.file))
+        except values.NotAValue as error:
+            raise handlers.Problem("result", str(error)) from error
+        weight = values.weight(text)
+        if len(text) > INLINE_BYTES or (weight > self._room and len(text) > LEAST_APART):
+            text = outputs.value(text)
+        else:
+            self._room -= weight
+        return Done(text, outputs.uploads)
+
+
+def context(request: Request, task: int) -> Context:
+    """What the task of that index is told of itself."""
+    return Context(
+        job=request["job"],
+        stage=request["stage"],
+        task=task,
+        attempt=request["attempt"],
+        params_json=request["params_json"],
+        folder=f"{request['folder']}/{task}",
+        cwd=request["cwd"],
+    )
+
+
+def decoded(item: Json, *, pickles: bool) -> Any:
+    """The item as its handler gets it, Files for local references. Problem of kind "input"."""
+    try:
+        return values.decode(item, _open, pickles=pickles)
+    except Exception as error:
+        reason = f"Its item cannot be read: {type(error).__name__}: {error}"
+        raise handlers.Problem("input", reason, error=type(error).__name__) from error
+
+
+def local_ref(path: str, name: str, origin: Json) -> Json:
+    """A reference whose content was fetched to `path`."""
+    return {"$file": path, "name": name, "origin": origin}
+
+
+def _open(reference: Json) -> File:
+    return File.fetched(reference["$file"], reference["name"], reference["origin"])
+
+
+class Outputs:
+    """The files that a task's result refers to, and the keys they get."""
+
+    def __init__(self, prefix: str, ctx: Context) -> None:
+        self.uploads: list[tuple[str, str]] = []
+        self._prefix = prefix
+        self._ctx = ctx
+        self._refs: dict[Path, Json] = {}
+        self._names: set[str] = set()
+
+    def file(self, file: File) -> Json:
+        """The reference that stands for `file` in the result; NotAValue where there is none."""
+        origin = file.origin()
+        if origin is not None:
+            return origin
+        if file.path in self._refs:
+            return self._refs[file.path]
+        if not file.path.is_file():
+            what = "is no regular file" if os.path.lexists(file.path) else "does not exist"
+            raise values.NotAValue(f"The result names the file {file.path}, which {what}.")
+        name = self._name(file)
+        path = self._own(file.path, name)
+        key = f"{self._prefix}/{name}"
+        self.uploads.append((str(path), key))
+        ref = self._refs[file.path] = values.file_ref(key, file.name, path.stat().st_size)
+        return ref
+
+    def value(self, text: str) -> str:
+        """Store an encoded value as an object of its own; returns the reference's text."""
+        path = self._ctx.made("value") / "value.json"
+        path.write_text(text)
+        key = f"{self._prefix}.value.json"
+        self.uploads.append((str(path), key))
+        return _dumps(values.value_ref(key, hashlib.sha256(text.encode()).hexdigest()))
+
+    def _name(self, file: File) -> str:
+        """Where it lies below `out`, else its own name; made different from those before."""
+        out = self._ctx.folder / "out"
+        inside = file.path.is_relative_to(out)
+        plain = file.path.relative_to(out).as_posix() if inside else file.name
+        if problem := name_problem(plain):
+            raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
+        name, number = plain, 1
+        # A key may neither repeat nor be the folder of another.
+        while any(f"{a}/".startswith(f"{b}/") for u in self._names for a, b in _both(u, name)):
+            number += 1
+            name = f"{number}-{plain}"
+        self._names.add(name)
+        return name
+
+    def _own(self, path: Path, name: str) -> Path:
+        """A copy that no other task can change before it is stored."""
+        if path.resolve().is_relative_to(self._ctx.folder.resolve()):
+            return path
+        target = self._ctx.made("kept") / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._ctx.take(path, target)
+        return target
+
+
+def _both(one: str, other: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (one, other), (other, one)
