@@ -25,7 +25,8 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "joblib":
         raise
     raise ModuleNotFoundError(
-        "batchlab.client.joblib needs joblib, which is not installed: pip install joblib brings it.",
+        "batchlab.client.joblib needs joblib, which is not installed: "
+        "pip install joblib brings it.",
         name="joblib",
     ) from None
 

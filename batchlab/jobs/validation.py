@@ -35,7 +35,9 @@ _KINDS = {
 }
 
 _PATTERNS = {
-    field_types.NAME_PATTERN: "lower case letters, digits, - and _, beginning with a letter or digit",
+    field_types.NAME_PATTERN: (
+        "lower case letters, digits, - and _, beginning with a letter or digit"
+    ),
     field_types.PARAM_PATTERN: "letters, digits and _, beginning with a letter",
     field_types.HANDLER_PATTERN: "module:function",
 }

@@ -277,9 +277,10 @@ class Backend(Placed):
         """What is imported where a worker opens its bucket and its queues; nothing is opened."""
         import_module(self.objects)
         if self.queue == "sqlite":
-            from batchlab.adapters.local import sqlite_queue  # noqa: F401
+            import batchlab.adapters.local.sqlite_queue
         else:
-            from batchlab.adapters.aws import sqs  # noqa: F401
+            import batchlab.adapters.aws.sqs
+            import batchlab.adapters.local.local_wakeup_queue  # noqa: F401
 
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:

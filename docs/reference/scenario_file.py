@@ -40,7 +40,8 @@ _SECTIONS = {
 """Titles of the schema's parts, in the order of the page."""
 
 _HEAD = f"""\
-<!-- Made from batchlab/scenarios/model/schema.py. To make it again: python -m docs.reference docs -->
+<!-- Made from batchlab/scenarios/model/schema.py.
+     To make it again: python -m docs.reference docs -->
 
 # The scenario file
 

@@ -87,8 +87,8 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        assert ours == {f"batchlab.{one}" for one in ("cli", "cli.app", "cli.output", "cli.signals",
-                                                      "errors", "words")}  # fmt: skip
+        names = ("cli", "cli.app", "cli.output", "cli.signals", "core", "core.errors", "core.text")
+        assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:
         assert not imported & (HEAVY | {"typer", "click"})
@@ -108,7 +108,13 @@ def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(told.stdout.split())
     assert "batchlab.worker.loop" in imported
-    others = ("batchlab.manager.", "batchlab.api", "batchlab.spec", "batchlab.report", "pydantic")
+    others = (
+        "batchlab.manager.",
+        "batchlab.server.http",
+        "batchlab.jobs",
+        "batchlab.reports",
+        "pydantic",
+    )
     of_others = {name for name in imported if name.startswith(others)}
     assert of_others == {"batchlab.manager.settings"}
 
@@ -136,7 +142,7 @@ def test_a_package_that_is_missing_is_named_and_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    for module in [name for name in sys.modules if name.startswith("batchlab.spec")]:
+    for module in [name for name in sys.modules if name.startswith("batchlab.jobs")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "argv", ["batchlab", "job", "check", "job.yaml"])
     monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)

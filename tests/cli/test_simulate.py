@@ -120,7 +120,7 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     (tmp_path / "peak.yaml").write_text(text)
     path = str(tmp_path / "peak.yaml")
     # The same program, which tells how far it is after half a second in place of ten.
-    program = "from batchlab.cli import forecasting, main; forecasting.SOMETIMES_S = 0.5; main()"
+    program = "from batchlab.cli import main, simulate; simulate.SOMETIMES_S = 0.5; main()"
     command = [sys.executable, "-c", program, "scenario", "simulate", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

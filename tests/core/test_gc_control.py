@@ -11,12 +11,17 @@ import pytest
 
 from batchlab.cli import SERVICES
 
+SERVICE_MODULES = {
+    "manager": "batchlab.server.manager_service",
+    "worker": "batchlab.server.worker_service",
+    "connect": "batchlab.client.aws_connection",
+}
 SCRIPT = """
 import gc
-from batchlab import loading
-loading.begins()
+from batchlab.core import gc_control
+gc_control.begins()
 assert not gc.isenabled()
-loading.ended()
+gc_control.ended()
 assert gc.isenabled()
 assert gc.get_freeze_count() > 1000
 """
@@ -30,5 +35,5 @@ def test_what_is_there_by_the_end_is_looked_through_no_more() -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_service_says_when_it_is_loaded(service: str) -> None:
     """Else it would never give its memory back."""
-    module = importlib.import_module(f"batchlab.server.shutdown.{service}")
-    assert "loading.ended()" in inspect.getsource(module)
+    module = importlib.import_module(SERVICE_MODULES[service])
+    assert "gc_control.ended()" in inspect.getsource(module)

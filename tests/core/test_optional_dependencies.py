@@ -80,14 +80,16 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
             sys.modules[name] = None
         from pathlib import Path
         import batchlab.cli.demo, batchlab.cli.report, batchlab.cli.run_job, batchlab.client.grid
-        import batchlab.reports.tables.build, batchlab.reports.queries.store, batchlab.reports.tables.write
+        import batchlab.reports.tables.build, batchlab.reports.tables.write
+        import batchlab.reports.queries.store
         import batchlab.server.manager_service, batchlab.server.worker_service, batchlab.worker.loop
         import batchlab.server.report_writer
-        from batchlab import backends, web
+        from batchlab.runtime import factory
+        from batchlab.server import web
         from batchlab.server.http import create_app
         from batchlab.runtime.home import Home
 
-        home, local = Home(Path({str(tmp_path)!r})), backends.load("local")
+        home, local = Home(Path({str(tmp_path)!r})), factory.load("local")
         clock = local.open_clock()
         objects = local.open_objects(home)
         local.open_queue(home, clock)

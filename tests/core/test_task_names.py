@@ -14,7 +14,12 @@ from batchlab.core.task_names import attempt_name, parse_task, parse_tasks, task
 PACKAGE = Path(batchlab.__file__).parent
 TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
 OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
-PLACES = {"sim/tasks.py", "result_files.py", "client/debug/verdict.py", "worker/task_executor.py"}
+PLACES = {
+    "sim/tasks.py",
+    "jobs/result_files.py",
+    "client/debug/verdict.py",
+    "worker/task_executor.py",
+}
 """Folders and seeds, which are no names for a person."""
 
 
@@ -48,4 +53,4 @@ def test_no_other_place_spells_a_task() -> None:
         for path in PACKAGE.rglob("*.py")
         if OTHERWISE.search(path.read_text())
     }
-    assert found - PLACES == {"tasknames.py"}
+    assert found - PLACES == {"core/task_names.py"}

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import parse_wheel_filename
 
+import batchlab
 from batchlab.adapters.aws.group_template import READY_HOOK, GroupForm
 from batchlab.adapters.local.objects import open_local
 from batchlab.core import package_data
@@ -122,10 +123,7 @@ def test_our_own_wheel_is_the_package_that_runs_and_the_same_each_time(tmp_path:
     with zipfile.ZipFile(first) as made:
         content = {one: made.read(one) for one in made.namelist()}
     info = f"batchlab-{version}.dist-info"
-    assert (
-        content["batchlab/__init__.py"]
-        == Path(package_data.__file__).with_name("__init__.py").read_bytes()
-    )
+    assert content["batchlab/__init__.py"] == Path(batchlab.__file__).read_bytes()
     assert content["batchlab/_data/backends/aws/boot/boot.sh"] == (BOOT / "boot.sh").read_bytes()
     assert not [one for one in content if "__pycache__" in one]
     assert f"{info}/licenses/LICENSE" in content

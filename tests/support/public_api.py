@@ -30,12 +30,13 @@ FILE = ROOT / "docs" / "python-api.txt"
 MODULES: Mapping[str, tuple[str, ...]] = {
     "batchlab": tuple(batchlab.__all__),
     "batchlab.client": ("Client",),
+    "batchlab.client.joblib": ("NAME",),
     "batchlab.errors": tuple(
         name for name, one in vars(errors).items() if isinstance(one, type) and name[0] != "_"
     ),
-    "batchlab.client.executor": ("GridExecutor",),
-    "batchlab.client.joblib": ("NAME",),
-    "batchlab.client.job_result": ("JobResult",),
+    "batchlab.grid.executor": ("GridExecutor",),
+    "batchlab.grid.joblib": ("NAME",),
+    "batchlab.grid.result": ("JobResult",),
     "batchlab.jobdef": ("RetryRule",),
     "batchlab.model": ("JobState", "Pool"),
 }
@@ -56,7 +57,10 @@ def text() -> str:
 
 def _told(module: str, name: str) -> Iterator[str]:
     found = getattr(importlib.import_module(module), name)
-    if isinstance(found, type):
+    if module != "batchlab" and name in batchlab.__all__:
+        assert found is getattr(batchlab, name)
+        yield f"{name}: the same as batchlab.{name}"
+    elif isinstance(found, type):
         bases = ", ".join(base.__name__ for base in found.__bases__ if base is not object)
         yield f"class {name}({bases})" if bases else f"class {name}"
         yield from (f"    {line}" for line in sorted(_members(found)))
@@ -97,7 +101,10 @@ def _set(owner: type) -> Iterator[str]:
 
 
 def _is_published(one: type) -> bool:
-    return one.__name__ in MODULES.get(one.__module__, ())
+    return any(
+        one.__name__ in names and getattr(importlib.import_module(module), one.__name__) is one
+        for module, names in MODULES.items()
+    )
 
 
 def _member(name: str, member: Any) -> str:

@@ -4,8 +4,8 @@ Invariant: a copy does nothing until whoever asked for it has written down that 
 if that never comes. A nursery that is gone costs nothing but time: what it has started goes on, and
 others are started without it.
 
-`batchlab.cli.fork_server_main` is its own end of this. One message, JSON, asks or answers one thing, over a
-pair of sockets; the answers come in the order of the questions.
+`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages
+over a pair of sockets. Answers come in the order of the requests.
 """
 
 from __future__ import annotations

@@ -325,8 +325,8 @@ def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results:
     found.append("what tasks themselves ask of S3 is not in it")
     if not knows_results:
         found.append(
-            f"fetching results home is not in it ({request_costs.rates(prices, '')}): how large they "
-            "will be is not known, unless --results says"
+            f"fetching results home is not in it ({request_costs.rates(prices, '')}): "
+            "how large they will be is not known, unless --results says"
         )
     found.append(
         "data through the stack's NAT gateway or VPC endpoints is not in it: how much that will be "

@@ -7,9 +7,9 @@ its minute or hour follows the clock, so it is due twice there, and not at all w
 
 Cron with five fields: the local times that an expression names, read by cronsim.
 
-Invariant: the one reader of cron. What becomes of a time that a change of the clock leaves out or
-repeats is its callers' rule: cron's own for schedules (core/schedules/due_times.py), Auto Scaling's for
-scheduled actions (fleet/scheduled_actions.py).
+This is the only reader of cron expressions. Callers decide what happens to a local time that a
+clock change skips or repeats: schedules follow cron (below), scheduled actions follow Auto Scaling
+(fleet/scheduled_actions.py).
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def only_job(connection: DuckDBPyConnection) -> str:
 
 
 class Run:
-    """One job of an opened store (`batchlab.reports.queries.store.opened`); UsageError where it is not in
-    it."""
+    """One job of an opened store (`batchlab.reports.queries.store.opened`).
+
+    Raise UsageError if the store does not have the job."""
 
     def __init__(self, connection: DuckDBPyConnection, job: str) -> None:
         self._connection = connection

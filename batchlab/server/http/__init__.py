@@ -30,8 +30,6 @@ from batchlab.server.http import (
     spending,
     tasks,
 )
-from batchlab.server.http import grid as notifications
-from batchlab.server.http import jobs as results
 from batchlab.server.http.authentication import OWN_NAMES, Door
 from batchlab.server.http.common import Served, answer
 from batchlab.server.http.sessions import Sessions, Store
@@ -85,8 +83,16 @@ def _routed() -> FastAPI:
     )
     app.include_router(jobs.entrance)
     for module in (
-        *(grid, job_files, archive, jobs, results, failures, tasks, logs, spending),
-        *(schedules, notifications, metrics),
+        grid,
+        job_files,
+        archive,
+        jobs,
+        failures,
+        tasks,
+        logs,
+        spending,
+        schedules,
+        metrics,
     ):
         app.include_router(module.router)
     app.include_router(grid.public)

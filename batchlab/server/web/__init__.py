@@ -40,7 +40,6 @@ def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> N
 def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     """What is behind the Guard."""
     from batchlab.server.web import actions, login, schedules, views
-    from batchlab.server.web import actions as submitting
     from batchlab.server.web.rendering import Assets, problem_page
     from batchlab.server.web.shared import State
 
@@ -53,7 +52,7 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     page.state.page = State(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         page.add_exception_handler(kind, problem_page)
-    for module in (login, views, views, schedules, views, views, submitting, actions):
+    for module in (login, views, schedules, actions):
         page.include_router(module.router)
     page.mount("/static", Assets())
     return page

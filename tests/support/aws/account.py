@@ -66,12 +66,12 @@ _HASTY = """\
 import sys
 from dataclasses import replace
 from pathlib import Path
-from batchlab import backends
+from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.server.worker_service import worker_main
 
 home, visibility_s, pool, slots, instance = sys.argv[1:]
-aws = backends.load("aws")
+aws = factory.load("aws")
 worker_main(
     Home(Path(home)),
     replace(aws, worker=replace(aws.worker, visibility_s=float(visibility_s))),
