@@ -81,6 +81,7 @@ class FakeLink:
 
     def __init__(self, folder: Path, objects: SimObjects) -> None:
         self.folder, self.objects, self.run = folder, objects, asyncio.run
+        self.files = None
 
 
 def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None:
