@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import order, selection
+from tests.support import ROOT, order, selection
 from tests.support.aws.emulators import localstack, ministack, moto
 from tests.support.browser import browser
 from tests.support.postgres.server import frail_server, postgres, postgres_server
@@ -37,8 +37,6 @@ __all__ = [
 # How long an example takes says how busy the machine is.
 settings.register_profile("batchlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("batchlab")
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -134,7 +132,7 @@ def ffmpeg() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real traces and claims; absent on a laptop, promised in CI."""
-    folder = Path(os.environ.get("BATCHLAB_SHARED", _ROOT.parent / "shared")) / "data"
+    folder = Path(os.environ.get("BATCHLAB_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():
         if os.environ.get("CI"):
             pytest.fail(f"CI promises the reference data, but {folder} is not there")

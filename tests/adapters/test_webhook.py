@@ -19,10 +19,10 @@ from batchlab.adapters.clock import WallClock
 from batchlab.adapters.notifications import Deliveries, sns_and_command, webhook
 from batchlab.core.job_definition import NotifyDef
 from batchlab.core.notifications import NotDelivered, Notification, Target
+from tests.support import ROOT
 from tests.support.certificates import Authority
 from tests.support.webhook_receiver import Hook
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE = Notification("1d" * 16, "failed", "sums-1", "ops", None, '{"v":1,"job":"sümß"}', 1.0)
 PATH = "T0/s3cret-path"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,10 +10,11 @@ from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 
 from batchlab.server.http.authentication import PAGE
+from tests.support import ROOT
 from tests.support.server.api import Rig
 from tests.support.server.page import routes
 
-SECURITY = Path(__file__).resolve().parents[2] / "docs" / "security.md"
+SECURITY = ROOT / "docs" / "security.md"
 SIGN = {"Sec-Fetch-Site": "same-origin"}
 
 

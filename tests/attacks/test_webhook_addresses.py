@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,12 +53,6 @@ def spec_of(rig: Rig, name: str) -> JobDef:
     return json_format.job_from_json(
         json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(name)))))
     )
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
 
 
 def test_a_rebuilt_ledger_knows_the_address(rig: Rig) -> None:

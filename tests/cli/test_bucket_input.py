@@ -11,17 +11,12 @@ from batchlab.core.job_definition import JobDef
 from batchlab.jobs import submission
 from batchlab.runtime.home import Home
 from tests.support import job_files as jobfiles
-from tests.support.cli import FakeClient, Run, a_job, at_home, runner
+from tests.support.cli import FakeClient, Run, a_job, at_home
 
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
     return at_home(monkeypatch, submit=a_job("j-0123456789"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -16,18 +16,7 @@ from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, U
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.deployment import Deployment
 from batchlab.runtime.home import Home, Place
-from tests.support.cli import FakeClient, Run, a_grid, a_job, at_home, runner
-
-
-@pytest.fixture
-def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    return at_home(monkeypatch)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
-
+from tests.support.cli import FakeClient, Run, a_grid, a_job
 
 # --- Errors --------------------------------------------------------------------------------------
 

@@ -19,10 +19,7 @@ from batchlab.runtime import home as fetches
 from batchlab.runtime.aws import deployment
 from batchlab.runtime.aws.deployment import AwsDeployment
 from batchlab.runtime.home import Home
-from tests.cli.test_commands import manager, run
 from tests.support.cli import FakeClient, Run, a_grid, a_job
-
-__all__ = ["manager", "run"]
 
 JOB = """
 name: sums

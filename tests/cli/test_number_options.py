@@ -9,13 +9,7 @@ import pytest
 
 from batchlab.cli.replay import Request
 from batchlab.server.autoscaling_api.engine_loop import AsgSettings
-from tests.support.cli import Run, runner
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
-
+from tests.support.cli import Run
 
 # --- Durations -----------------------------------------------------------------------------------
 

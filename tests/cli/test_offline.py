@@ -18,13 +18,7 @@ from batchlab.cli import NEEDED, app, demo, main, output
 from batchlab.core import optional_dependencies
 from batchlab.core.errors import JobFileError, Refused
 from batchlab.jobs.yaml_source import JobFileErrors
-from tests.support.cli import Run, runner
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
-
+from tests.support.cli import Run
 
 # --- Help ----------------------------------------------------------------------------------------
 

@@ -11,13 +11,10 @@ import pytest
 
 from batchlab.runtime.home import Home, Place
 from batchlab.scenarios.verdicts import record
-from tests.cli.test_commands import manager, run
 from tests.support.cli import FakeClient, Run, a_job
 from tests.support.reports.made import Made, write_run
 from tests.support.scenarios.records import a_job as replayed
 from tests.support.scenarios.records import a_record
-
-__all__ = ["manager", "run"]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.scenarios.model import loader
-from tests.support.cli import Run, runner
+from tests.support.cli import Run
 from tests.support.scenarios.files import FULL, changed
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", ["list", "check", "schema"])

@@ -17,7 +17,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 from tests.support import job_files as jobfiles
-from tests.support.cli import FakeClient, Run, at_home, runner
+from tests.support.cli import FakeClient, Run
 
 DUE_S = 1_774_746_000.0
 """2026-03-29 03:00 in Berlin, the first minute after what is left out."""
@@ -63,16 +63,6 @@ def a_schedule(**more: Any) -> dict[str, Any]:
         "runs": [a_run()],
         **more,
     }
-
-
-@pytest.fixture
-def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    return at_home(monkeypatch)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -25,16 +25,11 @@ from batchlab.sim.faults import Fault, FaultKind
 from batchlab.sim.fuzz import Failure, Shrunk, Tried
 from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
-from tests.support.cli import Run, runner
+from tests.support import ROOT
+from tests.support.cli import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 LOST = Fault("manager", 3, FaultKind.LOST)
 KILLED = Fault("worker-w-1", 41, FaultKind.KILL_AFTER)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

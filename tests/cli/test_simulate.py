@@ -16,7 +16,7 @@ from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.calibration import write
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.verdicts.record import read
-from tests.support.cli import Run, runner
+from tests.support.cli import Run
 
 PEAK = """\
 name: peak
@@ -32,11 +32,6 @@ faults:
   - {at: 31s, fault: sqs-duplicates, rate: 1, for: 10s}
 expect: {makespan: MAKESPAN, late: 0, lost: 0, cost: 1 USD}
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 def peak(folder: Path, makespan: str = "2m") -> Path:

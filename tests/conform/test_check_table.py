@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,9 @@ from batchlab.conform import report
 from batchlab.conform.check import Answer, Check, Differs, Severity, Verdict
 from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 from batchlab.conform.run import Result
+from tests.support import ROOT
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 PAGES = {"emulators.md": CHECKS, "asg-endpoint.md": ASG_CHECKS}
 EVERY = (*CHECKS, *ASG_CHECKS)
 

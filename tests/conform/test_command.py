@@ -17,17 +17,14 @@ from batchlab.conform.check import Check, Verdict
 from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result
 from batchlab.conform.target import Target
-from tests.support import cli as cli_rig
+from tests.support.cli import Run, run
 from tests.support.conform.site import NOWHERE, no_aws
+
+__all__ = ["run"]
 
 __all__ = ["no_aws"]
 
 pytestmark = pytest.mark.usefixtures("no_aws")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> cli_rig.Run:
-    return cli_rig.runner(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -74,14 +71,14 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--service", "s3", "--markdown", "x.md"), "Leave out --only"),
     ],
 )
-def test_what_it_refuses(options: tuple[str, ...], message: str, run: cli_rig.Run) -> None:
+def test_what_it_refuses(options: tuple[str, ...], message: str, run: Run) -> None:
     code, out, err = run("conform", *options)
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
 
 
-def test_where_nothing_answers_it_says_so(run: cli_rig.Run) -> None:
+def test_where_nothing_answers_it_says_so(run: Run) -> None:
     with socket.socket() as nobody:
         # Bound, and not listening: refused, and nobody else's meanwhile.
         nobody.bind(("127.0.0.1", 0))
@@ -118,14 +115,14 @@ def test_its_exit_code(
     verdict: Verdict,
     options: tuple[str, ...],
     code: int,
-    run: cli_rig.Run,
+    run: Run,
     verdicts: dict[str, Verdict],
 ) -> None:
     verdicts[name] = verdict
     assert run("conform", "--endpoint", "http://127.0.0.1:9", *options)[0] == code
 
 
-def test_what_a_person_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -> None:
+def test_what_a_person_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     verdicts["s3-range-behind"] = Verdict.DIFFERS
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--only", "s3-range*", "--name", "Mine")
     code, out, err = run(*call)
@@ -150,7 +147,7 @@ def test_what_a_person_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -
     )
 
 
-def test_what_a_program_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) -> None:
+def test_what_a_program_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     verdicts["sqs-delay-901"] = Verdict.DIFFERS
     code, out, err = run("conform", "--endpoint", "http://127.0.0.1:9", "--json")
     told = json.loads(out)
@@ -161,7 +158,7 @@ def test_what_a_program_is_told(run: cli_rig.Run, verdicts: dict[str, Verdict]) 
 
 
 def test_a_page_is_written_and_written_again(
-    run: cli_rig.Run, verdicts: dict[str, Verdict], tmp_path: Path
+    run: Run, verdicts: dict[str, Verdict], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.md"
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--name", "Mine", "--markdown", page)

@@ -24,17 +24,15 @@ from batchlab.core.errors import UsageError
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.runtime import factory
 from batchlab.runtime.compose import images
-from tests.support.cli import Run, runner
-from tests.support.supply import EXTRAS, ROOT
+from tests.support import ROOT
+from tests.support.cli import Run, run
+from tests.support.supply import EXTRAS
+
+__all__ = ["run"]
 
 OF_EXTRAS = frozenset(
     module for modules in optional_dependencies.MODULES.values() for module in modules
 )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 def project() -> dict[str, Any]:

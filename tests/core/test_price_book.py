@@ -16,6 +16,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import StackShape, hourly_cost
 from batchlab.core.pricing.money import WORKER_DISK_GB, Usd, parse, shown
 from batchlab.deploy import template
+from tests.support import ROOT
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/ec2/ec2_on_demand_us-east-1.csv"
 SHIPPED = price_book.load()
@@ -241,7 +242,7 @@ def test_the_docs_say_what_a_stack_costs_while_nothing_runs(
     """The template's own defaults, at the prices that ship."""
     found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, SHIPPED)
     month = f"{found.idle_usd_h.typical * 730:.0f}"
-    docs = Path(__file__).parents[2] / "docs"
+    docs = ROOT / "docs"
     assert f"| {row} | {month} |" in (docs / "costs.md").read_text()
     if not parameters:
         said = f"about {month} USD a month"
@@ -251,7 +252,7 @@ def test_the_docs_say_what_a_stack_costs_while_nothing_runs(
 
 def test_the_templates_own_defaults_have_prices() -> None:
     """What `deploy plan` shows first."""
-    template = (Path(__file__).parents[2] / "backends/aws/stack.yaml").read_text()
+    template = (ROOT / "backends/aws/stack.yaml").read_text()
     assert template.count("VpcEndpointType: Interface") == StackShape().interface_endpoints
     types = re.search(r"PoolInstanceTypes:\n(?:.*\n)??    Default: (\S+)", template)
     manager = re.search(r"ManagerInstanceType:\n(?:.*\n)??    Default: (\S+)", template)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from batchlab.core.model import StageName
 from batchlab.core.protocol import object_keys
 from tests.core.test_properties_of_names import COUNT, NAME, bundles, keys_of
+from tests.support import ROOT
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES, TOPICS
 from tests.support.properties import PROPERTY
@@ -291,7 +291,7 @@ def test_workers_take_from_the_queue_of_their_pool_only() -> None:
 
 def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:
     """Where no document is named AWS starts a shell, unless each statement has that condition."""
-    page = Path(__file__).parents[2] / "docs" / "aws-security.md"
+    page = ROOT / "docs" / "aws-security.md"
     (policy,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
     sessions = [
         one for one in json.loads(policy)["Statement"] if "ssm:StartSession" in one["Action"]

@@ -15,12 +15,12 @@ from batchlab.core.protocol import object_keys
 from batchlab.deploy.status import ALARMS
 from batchlab.manager.events.collector import events_queue
 from batchlab.runtime import factory
+from tests.support import ROOT
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES
 
 TEMPLATE = cfn.load()
 SHOWN = {name: cfn.Rendered(TEMPLATE, **shape) for name, shape in SHAPES.items()}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=SHOWN)

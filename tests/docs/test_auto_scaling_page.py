@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 PAGE = (ROOT / "docs" / "auto-scaling.md").read_text()
 ENGINE = (
     *("groups", "histories", "instances", "lifecycle", "placement", "policies", "refresh"),

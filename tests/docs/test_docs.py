@@ -14,8 +14,8 @@ from typer.main import get_command
 import batchlab
 from batchlab.cli.app import app
 from batchlab.jobs.job_file import load
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*/*.md")]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import public_api
-from tests.support.public_api import ACCEPT, FILE, MODULES, ROOT, text
+from tests.support import ROOT, public_api
+from tests.support.public_api import ACCEPT, FILE, MODULES, text
 
 
 def test_the_published_api_is_the_one_that_was_accepted() -> None:

@@ -20,8 +20,8 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.worker.settings import WorkerSettings
 from docs import reference
 from docs.reference import __main__, settings
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
 

@@ -7,7 +7,8 @@ import tomllib
 
 import pytest
 
-from tests.support.supply import ROOT, VENDOR, bill, is_allowed, licence, runtime, vendored
+from tests.support import ROOT
+from tests.support.supply import VENDOR, bill, is_allowed, licence, runtime, vendored
 from tests.support.uv import program
 
 

@@ -16,8 +16,8 @@ from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Schedule
 from batchlab.scenarios.traces import formats, said
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "traces.md").read_text()
 FILES = dict(re.findall(r"`([\w.-]+)`[^\n`]*:\n\n```\w+\n(.*?)```", PAGE, re.S))
 EXAMPLES = sorted(name for name in FILES if name.endswith(".yaml"))

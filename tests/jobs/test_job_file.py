@@ -21,8 +21,6 @@ from batchlab.jobs.schema import SECTIONS
 from docs.reference import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load, write
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -16,7 +16,7 @@ from batchlab.cli import report_diff
 from batchlab.core.errors import UsageError
 from batchlab.reports.compare.comparison import Change, Comparison, Gate, compare, gates
 from batchlab.reports.compare.measures import MEASURES, Run, Sample, runs
-from tests.cli.test_commands import run
+from tests.support.cli import run
 from tests.support.reports.made import Made, write_run
 
 __all__ = ["run"]

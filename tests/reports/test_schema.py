@@ -8,8 +8,7 @@ import duckdb
 
 from batchlab.reports.tables.schema import TABLES, VERSION
 from docs.reference import report_tables
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 def test_no_column_is_removed_or_changed() -> None:

@@ -18,9 +18,10 @@ from batchlab.scenarios.faults.fault_injection import Scene, chosen, injector_fo
 from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE, impossible, rows
 from batchlab.scenarios.faults.proxy import Front
 from batchlab.scenarios.model.values import Fault, FaultName
+from tests.support import ROOT
 from tests.support.grid.backends import command as batchlab
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+PAGE = ROOT / "docs" / "faults.md"
 
 
 def test_what_cannot_be_is_told_as_a_part_of_a_sentence() -> None:

@@ -19,9 +19,9 @@ from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Expectation, FaultName, Policy, Prewarm, WorkKind
 from batchlab.scenarios.verdicts.measures import MEASURES
 from docs.reference import scenario_file
+from tests.support import ROOT
 from tests.support.scenarios.files import FULL, changed, load
 
-ROOT = Path(__file__).resolve().parents[2]
 POISSON = "poisson: {per_hour: 60, until: 1h}"
 
 

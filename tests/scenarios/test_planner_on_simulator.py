@@ -24,8 +24,10 @@ from batchlab.scenarios.planner.fast_model import Sketch
 from batchlab.scenarios.planner.planner import Search
 from batchlab.scenarios.verdicts import record
 from batchlab.scenarios.verdicts.record import Record
-from tests.support.cli import Run, runner
+from tests.support.cli import Run, run
 from tests.support.scenarios.plan_models import BOOK
+
+__all__ = ["run"]
 
 CLAIMS = """
 name: claims
@@ -63,11 +65,6 @@ pools:
   default: {min: 0, max: 2, slots: 2, boot: 30s, instance_type: m7i.large}
 policy: {drain_target: 5m}
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 def a_scenario(text: str) -> Scenario:

@@ -31,13 +31,6 @@ from batchlab.server.http import authentication, common
 from batchlab.server.views import jobs
 from tests.support.server.api import MAP, TOKEN, Rig, get, job, later, post
 
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
-
-
 # --- Who is answered -----------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,12 +18,6 @@ from batchlab.core.ports import Fold, Folded, Written
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.messages import Events
 from tests.support.server.api import DEADLINE_S, Rig, job
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
 
 
 def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from batchlab.core.errors import NotFound, Refused, Unreachable, UsageError
@@ -11,13 +9,6 @@ from batchlab.core.job_definition import RetryRule, StageDef
 from batchlab.core.model import GroupView, JobId, Pool, StageName
 from batchlab.manager.state import LiveJob
 from tests.support.server.api import MAP, Rig, job, post
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
-
 
 # --- The grid ------------------------------------------------------------------------------------
 

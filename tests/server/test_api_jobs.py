@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,6 @@ from batchlab.core.protocol import json_format, object_keys, spec_object
 from batchlab.core.protocol.live_logs import Tail, to_bytes
 from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
-
 
 # --- Watching and steering -----------------------------------------------------------------------
 

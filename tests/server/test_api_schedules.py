@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from batchlab.core.errors import NotFound, Refused, UsageError
 from tests.support.server.api import Rig, job
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with Rig() as made:
-        yield made
 
 
 def described(**more: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import re
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App
 from batchlab.server.autoscaling_api.errors import Fault
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
 from batchlab.server.autoscaling_api.scheduled_changes import ACTIONS_ACTIONS as ACTIONS
+from tests.support import ROOT
 
 KEY = Keys("AKIDEXAMPLE", "secret")
 TAGS = b"Action=DescribeTags&Version=2011-01-01"
@@ -206,7 +206,7 @@ def test_a_client_that_leaves_early_is_no_error() -> None:
 
 
 def test_the_page_lists_what_is_served() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "asg-endpoint.md").read_text()
+    page = (ROOT / "docs" / "asg-endpoint.md").read_text()
     table = page[page.index("| served |") : page.index("Every other action")]
     named = set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", table))
     assert named == set(ACTIONS)

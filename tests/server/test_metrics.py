@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from batchlab.server.metrics import families
+from tests.support import ROOT
 from tests.support.server.api import TOKEN, Rig, job
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "monitoring"
+EXAMPLE = ROOT / "examples" / "monitoring"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 
 

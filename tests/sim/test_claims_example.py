@@ -26,8 +26,9 @@ from batchlab.sim.faults import Faults
 from batchlab.sim.world import World
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
 from batchlab.worker.runner import Runner
+from tests.support import ROOT
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "claims"
+EXAMPLE = ROOT / "examples" / "claims"
 
 
 def real_handlers(

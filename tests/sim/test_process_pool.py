@@ -12,15 +12,13 @@ import weakref
 from contextlib import closing
 from itertools import count
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import cast
 
 import pytest
 
 from batchlab.sim import process_pool
 from batchlab.sim.process_pool import Crew, Died, spread
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 def square(item: int) -> int:

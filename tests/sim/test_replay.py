@@ -6,22 +6,20 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Fault, FaultKind, Faults
 from batchlab.sim.port_wrappers import wrap
+from tests.support import ROOT
 from tests.support.sim.loop import at, script
 from tests.support.sim.toy_grid import LATE_S, ROUGH, Toy, ToyStore, rough
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def log_of_a_process(seed: int, hash_seed: str) -> bytes:
     return subprocess.run(
         [sys.executable, "-m", "tests.support.sim.toy_grid", str(seed)],
-        cwd=PROJECT,
+        cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         check=True,
         capture_output=True,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -23,8 +22,7 @@ from batchlab.sim.faults import FaultKind
 from batchlab.sim.fuzz import Shrunk, shrink
 from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 class Needs:
@@ -134,7 +132,7 @@ def replayed(only: str) -> str:
     )
     answer = subprocess.run(
         [sys.executable, "-c", program, only],
-        cwd=PROJECT,
+        cwd=ROOT,
         capture_output=True,
         check=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: views, a manager that only pretends, a runner."""
+"""The command line in the process of a test: views, a client with fixed answers, and a runner."""
 
 from __future__ import annotations
 
@@ -148,3 +148,15 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return (code if isinstance(code, int) else 0), told.out, told.err
 
     return run
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command and returns its exit code and output."""
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    """Let commands find a manager whose answers the test sets."""
+    return at_home(monkeypatch)

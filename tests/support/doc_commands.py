@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import app
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*/*.md")]
 
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.S | re.M)

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import ROOT
+
 PLACE = "/home/you/work"
 """What pages call the folder that they are followed in."""
 LONGEST_S = 120.0
@@ -88,7 +90,7 @@ class Reader:
         self._environment = {
             **{name: value for name, value in os.environ.items() if "BATCHLAB" not in name},
             "PATH": f"{programs}:{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "PYTHONPATH": str(ROOT),
         }
 
     def save(self, step: Step) -> None:

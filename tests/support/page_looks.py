@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import ROOT
+
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 WIDTHS = {"desk": 1280, "tablet": 768, "phone": 390}
 HEIGHT = 844
-REFERENCES = Path(__file__).resolve().parents[1] / "browser" / "pictures"
+REFERENCES = ROOT / "browser" / "pictures"
 WRITE = "BATCHLAB_LOOKS"
 """Set to `write` it has the references written anew."""
 CELLS = 32

@@ -16,15 +16,14 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import batchlab
 from batchlab.core import errors
+from tests.support import ROOT
 
 ACCEPT = "python -m tests.support.public_api --accept"
-ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs" / "python-api.txt"
 
 MODULES: Mapping[str, tuple[str, ...]] = {

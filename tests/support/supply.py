@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from batchlab.core import package_data
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("aws", "docker", "ministack", "otel", "web")
 VENDOR = Path(package_data.__file__).parent.parent / "server" / "web" / "static" / "vendor"
 

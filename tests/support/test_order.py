@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from tests.support import ROOT
 from tests.support.order import WAITS_S, dealt, waiting
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = [*(f"tests/unit/test_{n:02}.py" for n in range(40)), *WAITS_S]
 NAMES = [f"{file}::test_{n}" for file in sorted(FILES) for n in range(7)]
 

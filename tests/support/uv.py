@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 UV = "BATCHLAB_UV"
 """Environment variable: the program, where it is not on the path."""
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Uv:

@@ -1,5 +1,6 @@
-"""Grids that tests may break."""
+"""Grids that tests may break, and the command line in the process of a test."""
 
+from tests.support.cli import run
 from tests.support.grid.fixtures import bring_up
 
-__all__ = ["bring_up"]
+__all__ = ["bring_up", "run"]

@@ -21,6 +21,7 @@ from batchlab.adapters.aws import endpoint as aws
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local.ministack import VERSION
 from batchlab.conform.target import Cleaner
+from tests.support import ROOT
 from tests.support.aws.emulators import EMULATORS
 from tests.support.cli import Run, runner
 from tests.support.conform.proxy import Request, Response, Send, proxy
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "emulators.md"
+PAGE = ROOT / "docs" / "emulators.md"
 
 NAMES = {
     "ministack": f"MiniStack {VERSION}",

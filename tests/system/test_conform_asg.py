@@ -26,12 +26,13 @@ from batchlab.conform.check import Severity, Verdict
 from batchlab.conform.check_table import ASG_CHECKS
 from batchlab.conform.run import run as run_checks
 from batchlab.conform.target import Cleaner, Target
+from tests.support import ROOT
 from tests.support.cli import Run, runner
 from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy
 from tests.support.conform.sabotages_asg import ASG_SABOTAGES
 from tests.support.waiting import until
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "asg-endpoint.md"
+PAGE = ROOT / "docs" / "asg-endpoint.md"
 
 AT_ONCE = 4
 EVERY = {check.name for check in ASG_CHECKS}

@@ -22,9 +22,9 @@ import pytest
 from batchlab.adapters.local.ministack import VERSION
 from batchlab.runtime import manager_process
 from batchlab.runtime.home import Home
-from tests.support import doc_commands, doc_pages
+from tests.support import ROOT, doc_commands, doc_pages
 from tests.support import doc_commands_table as table
-from tests.support.doc_commands import ROOT, Shell
+from tests.support.doc_commands import Shell
 from tests.support.grid.local_grid import processes_of
 from tests.support.waiting import until
 from tests.system.test_asg_serve import Server

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import doc_pages
+from tests.support import ROOT, doc_pages
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 RUN = ("tutorial-laptop.md", "tutorial-month-end.md", "seventeen.md")
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from batchlab.cli.example_data import write_claims, write_records
 from batchlab.core.model import Pool
+from tests.support import ROOT
 from tests.support.grid.fixtures import Bring
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 TWO = (Pool("default", 0, 2, 1),)
 
 

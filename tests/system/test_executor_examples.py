@@ -19,10 +19,11 @@ import pytest
 from batchlab import Grid
 from batchlab.client.joblib import NAME
 from batchlab.core.errors import UsageError
+from tests.support import ROOT
 from tests.support.grid.python_api import newest, warm_grid
 from tests.support.waiting import until
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "executor"
+FOLDER = ROOT / "examples" / "executor"
 SHOWN = dict(
     re.findall(
         r"```sh\npython examples/executor/(\S+)\n```\n+```text\n(.*?)```",

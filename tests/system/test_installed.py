@@ -23,8 +23,9 @@ import pytest
 import batchlab
 from batchlab.core import package_data
 from batchlab.core.package_data import FOLDERS
+from tests.support import ROOT
 from tests.support.supply import EXTRAS
-from tests.support.uv import ROOT, Uv, program, uv
+from tests.support.uv import Uv, program, uv
 
 __all__ = ["uv"]
 

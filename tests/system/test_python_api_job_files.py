@@ -17,6 +17,7 @@ from batchlab.core.model import ENDED, JobState
 from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.jobs.starter import starter
 from batchlab.jobs.yaml_source import JobFileErrors
+from tests.support import ROOT
 from tests.support.grid.python_api import newest, warm_grid
 
 
@@ -119,7 +120,7 @@ def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_f
 def test_the_documented_program_prints_what_its_documentation_says(
     job_file: Path, tmp_path: Path
 ) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text()
+    document = (ROOT / "docs" / "python-api.md").read_text()
     blocks = re.findall(r"```(python|text)\n(.*?)```", document, re.DOTALL)
     assert len(blocks) > 6
     (tmp_path / "first").mkdir()

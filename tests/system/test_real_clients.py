@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.aws.emulators import ministack_python
 from tests.system.test_command_line import Cli
 
-_ROOT = Path(__file__).resolve().parents[2]
 MINISTACK = ("--backend", "ministack")
 TASKS = 6
 WORK = """\
@@ -162,7 +162,7 @@ def test_s3cmd_fetches_what_job_results_gives(s3cmd: str, seen: Seen, tmp_path: 
 
 def test_the_commands_of_the_docs_work(aws: str, s3cmd: str, seen: Seen) -> None:
     """Those under "The AWS CLI, s3cmd and other clients", one after the other in one shell."""
-    text = (_ROOT / "docs" / "backends.md").read_text()
+    text = (ROOT / "docs" / "backends.md").read_text()
     section = text.partition("\n## The AWS CLI")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3

@@ -19,11 +19,12 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 from batchlab.scenarios.replay.run_state import State
 from batchlab.scenarios.verdicts import record
+from tests.support import ROOT
 from tests.support.grid.backends import command
 from tests.support.grid.local_grid import processes_of
 from tests.support.waiting import until
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -17,7 +17,7 @@ from batchlab.core.api_types import JobView
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.reports.queries import named_queries
-from tests.support.cli import Run, runner
+from tests.support.cli import Run
 from tests.support.grid.fixtures import Bring
 from tests.support.reports.simulated_run import answers
 
@@ -46,11 +46,6 @@ def double(number):
 def total(results):
     return sum(results)
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 def test_a_run_is_told_the_same_by_its_data_its_ledger_and_its_bill(

@@ -21,6 +21,7 @@ from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.project import checked
 from batchlab.runtime.home import Home
+from tests.support import ROOT
 from tests.support.aws.custom_image import own_image
 from tests.support.aws.instance_boot import instance_release
 from tests.support.grid import backends as worlds
@@ -30,7 +31,7 @@ from tests.support.waiting import until
 
 __all__ = ["own_image"]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 _OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
 """What is about the run, not of it."""
 

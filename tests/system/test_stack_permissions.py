@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.support import ROOT
 from tests.support.aws import cfn
 from tests.support.aws.ministack import ACCOUNT, REGION, Plane, Stack, served
 from tests.support.aws.stack_calls import (
@@ -34,7 +34,7 @@ from tests.support.aws.stack_calls import (
 from tests.support.aws.stack_shapes import RELEASE
 
 SHAPE: dict[str, Any] = {"Release": RELEASE, "NotifyTopics": TOPIC}
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "aws-security.md"
+PAGE = ROOT / "docs" / "aws-security.md"
 DENIED = {"AccessDenied", "AccessDeniedException", "AuthorizationError", "UnauthorizedOperation"}
 
 

@@ -13,15 +13,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from batchlab.sim.fuzz import WEATHERS
 from batchlab.sim.plans import LIMIT_S, Plan
 from batchlab.sim.trial import plan_of
 from tests.sim.mutants import MUTANTS
 from tests.sim.mutants.kit import ENOUGH, KNOWN, Known, Mutant, hunt, known
+from tests.support import ROOT
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "planted-bugs.md"
+PAGE = ROOT / "docs" / "planted-bugs.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 SMALL = 150

@@ -66,6 +66,7 @@ from batchlab.core.ports import (
 )
 from batchlab.core.protocol import settlement
 from batchlab.sim.event_loop import SimLoop
+from tests.support import ROOT
 from tests.support.postgres.server import Postgres
 from tests.support.simpledb.fixtures import Sdb
 
@@ -82,8 +83,6 @@ JOB = JobDef(
     items=100,
 )
 """A root, a stage that follows it item by item, and one that follows that after all items."""
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class DumpingLedger(Ledger, Protocol):

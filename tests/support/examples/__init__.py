@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.core.task_context import Context, File
+from tests.support import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def handler(example: str, name: str) -> Callable[..., Any]:

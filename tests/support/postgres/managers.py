@@ -32,7 +32,8 @@ from batchlab.sim.tasks import Play, Scene, ScriptedRunner
 from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
 from batchlab.worker.settings import WorkerSettings
-from tests.support.contract.ledger_suite import ROOT, DumpingLedger, opened_at
+from tests.support import ROOT
+from tests.support.contract.ledger_suite import DumpingLedger, opened_at
 from tests.support.no_fleet import NoFleet
 
 SQUARE, TOTAL = StageName("square"), StageName("total")

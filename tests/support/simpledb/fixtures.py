@@ -8,15 +8,14 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint, client
+from tests.support import ROOT
 from tests.support.aws.emulators import Server, free_port
 
-ROOT = Path(__file__).resolve().parents[3]
 START = "-m", "tests.support.simpledb.server"
 
 

@@ -14,12 +14,13 @@ import pytest
 from batchlab.deploy import template
 from batchlab.runtime.aws import deployment
 from batchlab.runtime.home import Home
+from tests.support import ROOT
 from tests.support.aws import cfn
 from tests.support.aws.deploy import REGION, SMALL, client, group, queues, release, stacks, use
 from tests.support.aws.ministack import Plane, served
 from tests.support.cli import Run, runner
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "deploy.md"
+DOCS = ROOT / "docs" / "deploy.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,5 @@
+"""The command line in the process of a test."""
+
+from tests.support.cli import manager, run
+
+__all__ = ["manager", "run"]
