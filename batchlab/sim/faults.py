@@ -57,33 +57,37 @@ class FaultKind(StrEnum):
         "a process is killed after its port call's effect, before it sees the answer",
     )
     THROTTLED = "throttled", "", "a port call is refused for now (S3 503, SQS throttling)"
-    UNREACHABLE = "unreachable", "", "a port call is not answered, and has no effect"
+    UNREACHABLE = "unreachable", "", "a port call is not answered and does not take effect"
     ANSWER_LOST = "answer_lost", "", "a port call takes effect, but its answer is lost"
     DELAYED = "delayed", "", "a port call's request or answer takes up to a minute"
-    CONFLICT = "conflict", CREATE, "a conditional put is answered 409: nobody has won yet"
-    DUPLICATED = "duplicated", "queue.send", "one of the messages sent arrives twice"
-    LOST = "lost", "queue.send", "one of the messages sent never arrives, though the call succeeds"
-    LATE = "late", "queue.send", "one of the messages sent arrives up to five minutes late"
+    CONFLICT = "conflict", CREATE, "a conditional put is answered with 409 and does not take effect"
+    DUPLICATED = "duplicated", "queue.send", "a sent message arrives twice"
+    LOST = "lost", "queue.send", "a sent message never arrives, although the call succeeds"
+    LATE = "late", "queue.send", "a sent message arrives up to five minutes late"
     DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
     REDELIVERED = (
         *("redelivered", SKY),
-        "a message in flight is delivered again though its holder works on it",
+        "a message is delivered again although its worker still holds it",
     )
     VANISHED = "vanished", SKY, "a message is lost from its queue"
-    PURGED = "purged", SKY, "a queue is purged: tasks, events or dead letters"
-    EXPIRED = "expired", SKY, "a queue's messages older than a while are past their retention"
-    REMOVED = "removed", SKY, "a queue is gone, as after the restart of an emulator"
+    PURGED = "purged", SKY, "a queue is purged: tasks, events, or dead letters"
+    EXPIRED = "expired", SKY, "a queue's older messages exceed their retention and are deleted"
+    REMOVED = "removed", SKY, "a queue is deleted, as by the restart of an emulator"
     SHUFFLED = "shuffled", SKY, "a queue's waiting messages change their order"
     CLOCK_JUMPED = "clock_jumped", SKY, "a process's wall clock jumps forwards or backwards"
-    STALLED = "stalled", SKY, "a process freezes for 5 to 60 s and then goes on"
-    CRASHED = "crashed", SKY, "an instance dies, booting, idle or busy"
-    SPOT_NOTICE = "spot_notice", SKY, "an instance is told to drain, and is killed 120 s later"
-    SPOT_KILL = "spot_kill", SKY, "a Spot instance is taken away without a notice"
+    STALLED = "stalled", SKY, "a process freezes for 5 to 60 s and then continues"
+    CRASHED = "crashed", SKY, "a booting, idle, or busy instance dies"
+    SPOT_NOTICE = (
+        "spot_notice",
+        SKY,
+        "an instance receives a Spot notice, and is killed 120 s later",
+    )
+    SPOT_KILL = "spot_kill", SKY, "a Spot instance is terminated without a notice"
     NO_CAPACITY = "no_capacity", SKY, "no instance can be launched for a while"
     SCALED_IN = "scaled_in", SKY, "a person terminates an instance, busy or not"
     SCALED_BY_HAND = "scaled_by_hand", SKY, "a person sets a pool's capacity or limits for a while"
-    SECOND_MANAGER = "second_manager", SKY, "another manager starts beside the leader"
-    MANAGER_STOPPED = "manager_stopped", SKY, "a manager is ended by SIGTERM"
+    SECOND_MANAGER = "second_manager", SKY, "another manager starts while the leader runs"
+    MANAGER_STOPPED = "manager_stopped", SKY, "a manager receives SIGTERM"
     LEDGER_LOST = "ledger_lost", SKY, "the ledger is emptied, and a while later rebuilt"
     LEDGER_REBUILT = "ledger_rebuilt", SKY, "the ledger is rebuilt while jobs run"
     CANCELLED = "cancelled", USER, "a user cancels a job"

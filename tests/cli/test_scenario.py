@@ -39,7 +39,7 @@ def test_a_check_tells_the_prose_draws_the_peak_and_names_the_faults(
     assert f"{file} is fine: scenario evening, " in out
     assert "A peak. It teaches." in out
     assert "the largest fleet" in out
-    assert "1  30 min: kill, instances die at once" in out
+    assert "1  30 min: kill, instances die without a shutdown" in out
 
 
 def test_a_seed_draws_other_arrivals(run: Run, tmp_path: Path) -> None:

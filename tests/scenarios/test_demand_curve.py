@@ -94,10 +94,8 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
     [first, second] = [line for line in text.splitlines() if line.startswith(" breaks")]
     assert first == second
     assert first == " breaks " + " " * 30 + "1+11111111"
-    assert (
-        "1  30 min: pause, instances stand still, and go on after a while (1), for 10 min" in text
-    )
-    assert "2  31 min: kill, instances die at once, without a word (2)" in text
+    assert "1  30 min: pause, instances freeze for a while (1), for 10 min" in text
+    assert "2  31 min: kill, instances die without a shutdown (2)" in text
     assert "of the pool small" in text
     assert "the largest fleet has 1 slot, so work waits" in text
 

@@ -32,7 +32,8 @@ def test_what_cannot_be_is_told_as_a_part_of_a_sentence() -> None:
 
 def rendered() -> str:
     """The table as the docs have it."""
-    lines = ["| fault | backend | how it comes about | or why it cannot be |", "|---|---|---|---|"]
+    head = "| fault | backend | how it is injected | or why it is impossible |"
+    lines = [head, "|---|---|---|---|"]
     for fault, backend, cell in rows():
         name = f"`{fault}`" if backend == BACKENDS[0] else ""
         lines.append(f"| {name} | `{backend}` | {cell.how} | {cell.why_not} |")

@@ -31,23 +31,25 @@ def _never(why: str) -> Cell:
     return Cell(why_not=why)
 
 
-_KILLED = Cell("SIGKILL to the worker's process and all that it has started")
-_STOPPED = Cell("SIGSTOP to the worker's processes, SIGCONT when it is over")
+_KILLED = Cell("SIGKILL to the worker's process and all its child processes")
+_STOPPED = Cell("SIGSTOP to the worker's processes, SIGCONT at the end")
 _ASKED = Cell(
-    "SIGTERM, as the launcher asks an instance to drain, and SIGKILL when the notice is over; "
-    "instances have no market here, so any of them is taken"
+    "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the "
+    "notice; processes do not have a market, so any of them is hit"
 )
 _RESTARTED = Cell(
-    "SIGKILL to the manager's process; when it is over another one is started at its address"
+    "SIGKILL to the manager's process; at the end, another manager starts at its address"
 )
 _FORGOTTEN = Cell(
-    "every row of the ledger is deleted; when it is over the manager rebuilds it from the bucket"
+    "every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket"
 )
-_TWICE = Cell("messages are received, a copy of each is sent, and the original given back as well")
-_LATE = Cell("messages are received and kept from everybody until it is over, 15 minutes at most")
+_TWICE = Cell(
+    "messages are received, a copy of each is sent, and the original is returned to the queue"
+)
+_LATE = Cell("messages are received and kept invisible until the end, at most 15 minutes")
 _UNSUPPORTED = _never("No fault is implemented for this backend.")
-_NO_ZONES = _never("Instances are processes of one machine, which is in no zone.")
-_HOG = Cell("programs that write and fsync without a pause on the disk of the workers' folders")
+_NO_ZONES = _never("Instances are processes of one machine, and do not have a zone.")
+_HOG = Cell("programs that write and fsync without a pause, on the disk of the workers' folders")
 
 TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.KILL: {
@@ -59,63 +61,66 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.PAUSE: {
         "local": _STOPPED,
         "ministack": _STOPPED,
-        "localstack": Cell("docker pause, docker unpause when it is over"),
+        "localstack": Cell("docker pause, docker unpause at the end"),
         "aws": _never(
-            "EC2 has no call that halts an instance and lets it go on, and the stack lets nobody "
-            "run commands on its workers."
+            "EC2 does not have a call that freezes and resumes an instance, and the stack does "
+            "not allow commands on its workers."
         ),
     },
     FaultName.PARTITION: {
         "local": _never(
-            "Bucket and queues are files of the same machine: there is no network to be cut."
+            "The bucket and the queues are files on the same machine, so a network cannot be "
+            "interrupted."
         ),
         "ministack": Cell(
-            "the front before the grid's endpoint leaves every request of the instances without "
-            "an answer until it is over"
+            "a proxy before the grid's endpoint does not answer requests of the instances until "
+            "the end"
         ),
-        "localstack": Cell("docker network disconnect, docker network connect when it is over"),
+        "localstack": Cell("docker network disconnect, docker network connect at the end"),
         "aws": _never(
-            "A security group does not end connections that stand, and a network ACL cuts off "
-            "whole subnets, the manager's with them."
+            "A security group does not end existing connections, and a network ACL affects whole "
+            "subnets, including the manager's."
         ),
     },
     FaultName.SPOT_WAVE: {
         "local": _ASKED,
         "ministack": _ASKED,
         "localstack": Cell(
-            "the Auto Scaling endpoint gives Spot instances their interruption notice, and ends "
-            "by force whoever is there when it is over"
+            "the Auto Scaling endpoint sends Spot instances an interruption notice, and "
+            "terminates the remaining ones at the end of the notice"
         ),
         "aws": Cell(
             "TerminateInstanceInAutoScalingGroup, which the instance reads in its metadata as its "
-            "target state, and EC2 TerminateInstances when the notice is over: a Spot "
-            "interruption itself EC2 sends only by an experiment of AWS FIS"
+            "target state, and EC2 TerminateInstances at the end of the notice; EC2 sends a real "
+            "Spot interruption only through an AWS FIS experiment"
         ),
     },
     FaultName.ZONE_LOSS: {
         "local": _NO_ZONES,
         "ministack": _NO_ZONES,
         "localstack": Cell(
-            "the zone is taken from the groups by UpdateAutoScalingGroup (a group that has no "
-            "other launches nothing: SuspendProcesses), then docker kill to all that is in it; "
-            "the zone is given back when it is over"
+            "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group "
+            "has only this zone), then docker kill to all containers in it; the zone is restored "
+            "at the end"
         ),
         "aws": Cell(
-            "the zone's subnets are taken from the groups by UpdateAutoScalingGroup (a group that "
-            "has no other launches nothing: SuspendProcesses), then EC2 TerminateInstances for all "
-            "that is in it; they are given back when it is over"
+            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses "
+            "if a group has only these), then EC2 TerminateInstances for all instances in it; the "
+            "subnets are restored at the end"
         ),
     },
     FaultName.S3_ERRORS: {
-        "local": _never("The bucket is a folder: no request is made that could be answered 503."),
-        "ministack": Cell("a front before the grid's endpoint answers 503 SlowDown to a share"),
+        "local": _never("The bucket is a folder, so it cannot answer with 503."),
+        "ministack": Cell(
+            "a proxy before the grid's endpoint answers a share of the requests with 503 SlowDown"
+        ),
         "localstack": Cell(
-            "a front takes LocalStack's address on the grid's network and answers 503 SlowDown to "
-            "a share of what it passes on; LocalStack has it back when it is over"
+            "a proxy takes LocalStack's address on the grid's network and answers a share of the "
+            "requests with 503 SlowDown; LocalStack gets its address back at the end"
         ),
         "aws": _never(
-            "Nothing of the user's stands between the instances and S3, and S3 itself takes no "
-            "order to answer 503."
+            "The user does not control a component between the instances and S3, and S3 cannot be "
+            "made to answer with 503."
         ),
     },
     FaultName.SQS_DUPLICATES: dict.fromkeys(BACKENDS, _TWICE),
@@ -124,17 +129,17 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
         "local": _HOG,
         "ministack": _HOG,
         "localstack": _never(
-            "An instance writes to memory alone (its root is read-only, /tmp a tmpfs): it has no "
-            "disk that could be slow."
+            "An instance writes only to memory (its root is read-only, and /tmp is a tmpfs), so "
+            "it does not use a disk."
         ),
-        "aws": _never("The stack lets nobody run commands on its workers."),
+        "aws": _never("The stack does not allow commands on its workers."),
     },
     FaultName.MANAGER_CRASH: {
         "local": _RESTARTED,
         "ministack": _RESTARTED,
         "localstack": Cell(
-            "SIGKILL to the first process of the manager's container, which Docker starts again at "
-            "once"
+            "SIGKILL to the first process of the manager's container, which Docker restarts "
+            "immediately"
         ),
         "aws": Cell(
             "EC2 TerminateInstances for the manager's instance, which its Auto Scaling group "
@@ -145,12 +150,12 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
         "local": _FORGOTTEN,
         "ministack": _FORGOTTEN,
         "localstack": Cell(
-            "PostgreSQL is killed and started again by Docker, and every row of the ledger "
-            "deleted; when it is over the manager rebuilds it from the bucket"
+            "PostgreSQL is killed and restarted by Docker, and every row of the ledger is "
+            "deleted; at the end, the manager rebuilds it from the bucket"
         ),
         "aws": Cell(
-            "RDS is rebooted, a SimpleDB ledger is emptied, a file is lost with the manager's "
-            "instance; when it is over the manager rebuilds the ledger from the bucket"
+            "RDS is rebooted, a SimpleDB ledger is emptied, or a file is lost with the manager's "
+            "instance; at the end, the manager rebuilds the ledger from the bucket"
         ),
     },
 }

@@ -134,17 +134,17 @@ class FaultName(StrEnum):
         name.meaning = meaning
         return name
 
-    KILL = "kill", "instances die at once, without a word"
-    PAUSE = "pause", "instances stand still, and go on after a while"
-    PARTITION = "partition", "instances reach no service for a while"
-    SPOT_WAVE = "spot-wave", "Spot instances are taken away after their notice"
-    ZONE_LOSS = "zone-loss", "all instances of a zone die, and none can be launched there"
+    KILL = "kill", "instances die without a shutdown"
+    PAUSE = "pause", "instances freeze for a while"
+    PARTITION = "partition", "instances cannot reach any service for a while"
+    SPOT_WAVE = "spot-wave", "Spot instances are interrupted after their notice"
+    ZONE_LOSS = "zone-loss", "all instances of a zone die, and no new ones can be launched there"
     S3_ERRORS = "s3-errors", "S3 answers a share of all requests with 503"
     SQS_DUPLICATES = "sqs-duplicates", "SQS delivers messages twice"
     SQS_DELAYS = "sqs-delays", "SQS delivers messages late"
     SLOW_DISK = "slow-disk", "the disks of instances are slow for a while"
-    MANAGER_CRASH = "manager-crash", "the Job Manager dies, and is started again"
-    DATABASE_LOSS = "database-loss", "the ledger is lost, and rebuilt from S3"
+    MANAGER_CRASH = "manager-crash", "the Job Manager dies and starts again"
+    DATABASE_LOSS = "database-loss", "the ledger is lost and rebuilt from S3"
 
 
 LASTING = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
