@@ -47,7 +47,7 @@ def create(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-create-taken",
     NEEDED,
-    rule="CreateAutoScalingGroup with the name of an existing group answers 400 "
+    rule="CreateAutoScalingGroup with the name of an existing group returns 400 "
     "AlreadyExists and does not change the group.",
     source="Auto Scaling API, CreateAutoScalingGroup",
     promise="Fleet.ensure adopts the group of an earlier manager",
@@ -64,7 +64,7 @@ def create_taken(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-create-template",
     NOTED,
-    rule="CreateAutoScalingGroup with a missing launch template answers 400.",
+    rule="CreateAutoScalingGroup with a missing launch template returns 400.",
     source="Auto Scaling API, CreateAutoScalingGroup, common errors",
     promise="none: the adapter reports every refusal",
     otherwise="a wrong template is noticed only at the first launch",
@@ -77,7 +77,7 @@ def create_template(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-create-limits",
     NOTED,
-    rule=f"A MinSize above MaxSize answers 400 {REFUSED}.",
+    rule=f"A MinSize above MaxSize returns 400 {REFUSED}.",
     source="Auto Scaling API, CreateAutoScalingGroup, common errors",
     promise="none: the adapter refuses it",
     otherwise="nothing",
@@ -101,7 +101,7 @@ def missing(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-missing-refused",
     NOTED,
-    rule=f"SetDesiredCapacity and DeleteAutoScalingGroup of a missing group answer 400 {REFUSED}.",
+    rule=f"SetDesiredCapacity and DeleteAutoScalingGroup of a missing group return 400 {REFUSED}.",
     source="Auto Scaling API, SetDesiredCapacity, DeleteAutoScalingGroup, common errors",
     promise="none: the next description of the groups shows it",
     otherwise="the error message is less clear",
@@ -142,7 +142,7 @@ def pages(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-token",
     NOTED,
-    rule="An invalid NextToken answers 400 InvalidNextToken.",
+    rule="An invalid NextToken returns 400 InvalidNextToken.",
     source="Auto Scaling API, DescribeAutoScalingGroups",
     promise="none: the adapter sends tokens back unchanged",
     otherwise="nothing",
@@ -175,7 +175,7 @@ def desired(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-desired-outside",
     NOTED,
-    rule=f"A desired capacity below MinSize or above MaxSize answers 400 {REFUSED}.",
+    rule=f"A desired capacity below MinSize or above MaxSize returns 400 {REFUSED}.",
     source="Auto Scaling API, SetDesiredCapacity, common errors;"
     " Auto Scaling User Guide, scaling limits",
     promise="none: the adapter refuses it",
@@ -225,7 +225,7 @@ def cooldown_ignored(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-cooldown-honoured",
     NOTED,
-    rule="SetDesiredCapacity with HonorCooldown during a cooldown answers 400"
+    rule="SetDesiredCapacity with HonorCooldown during a cooldown returns 400"
     " ScalingActivityInProgress.",
     source="Auto Scaling API, SetDesiredCapacity; Auto Scaling User Guide, scaling cooldowns",
     promise="none: the adapter never uses HonorCooldown",
@@ -293,7 +293,7 @@ def activities(site: Site) -> None:
 @ASG_GROUPS.check(
     "autoscaling-delete-in-use",
     NOTED,
-    rule="DeleteAutoScalingGroup of a group with instances answers 400 ResourceInUse.",
+    rule="DeleteAutoScalingGroup of a group with instances returns 400 ResourceInUse.",
     source="Auto Scaling API, DeleteAutoScalingGroup",
     promise="none: the grid uses ForceDelete",
     otherwise="a mistake deletes a pool in use",

@@ -80,7 +80,7 @@ def hook_put_again(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-hook-gone",
     NEEDED,
-    rule="CompleteLifecycleAction for an instance that is not in a hook answers 400"
+    rule="CompleteLifecycleAction for an instance that is not in a hook returns 400"
     f' {REFUSED}, "{NO_ACTION} …".',
     source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
     promise="a late Fleet.ready is harmless",
@@ -134,7 +134,7 @@ def terminate_replace(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-terminate-unknown",
     NOTED,
-    rule=f"Terminating an instance outside of all groups answers 400 {REFUSED}. So does setting its"
+    rule=f"Terminating an instance outside of all groups returns 400 {REFUSED}. So does setting its"
     " health.",
     source="Auto Scaling API, TerminateInstanceInAutoScalingGroup, SetInstanceHealth,"
     " common errors",
@@ -218,7 +218,7 @@ def protect_all(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-protect-waiting",
     NOTED,
-    rule=f"SetInstanceProtection of an instance that is not InService answers 400 {REFUSED}.",
+    rule=f"SetInstanceProtection of an instance that is not InService returns 400 {REFUSED}.",
     source="Auto Scaling API, SetInstanceProtection, common errors; the reference does not say",
     promise="none: the adapter refuses it",
     otherwise="nothing",
@@ -233,7 +233,7 @@ def protect_waiting(site: Site) -> None:
 @ASG_INSTANCES.check(
     "autoscaling-protect-51",
     NOTED,
-    rule=f"SetInstanceProtection of more than 50 instances answers 400 {REFUSED}.",
+    rule=f"SetInstanceProtection of more than 50 instances returns 400 {REFUSED}.",
     source="Auto Scaling API, SetInstanceProtection",
     promise="none: the adapter sends at most 50 at a time",
     otherwise="nothing",

@@ -121,7 +121,7 @@ class Answer:
             return f"{self.call} is accepted"
         # Without a body (HEAD, 304) boto3 puts the status where the code would be.
         told = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
-        return f"{self.call} answers {told}"
+        return f"{self.call} returns {told}"
 
     def accepted(self) -> Answer:
         """This, or Differs where the call was refused."""

@@ -141,7 +141,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
 def _refused(error: ClientError) -> tuple[Verdict, str]:
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     code = error.response["Error"]["Code"]
-    observed = f"{error.operation_name} answers {status} {code}"
+    observed = f"{error.operation_name} returns {status} {code}"
     if code in _THROTTLING:
         return Verdict.UNTRIED, observed
     if status >= FAILURES:

@@ -34,7 +34,7 @@ def create_free(site: Site) -> None:
 @S3_CREATE.check(
     "s3-create-taken",
     NEEDED,
-    rule="PutObject with If-None-Match: * on an existing key answers 412 PreconditionFailed "
+    rule="PutObject with If-None-Match: * on an existing key returns 412 PreconditionFailed "
     "and does not change the object, even if it is empty or has the same content.",
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
@@ -125,7 +125,7 @@ def create_after_delete(site: Site) -> None:
 @S3_CREATE.check(
     "s3-match-stale",
     NEEDED,
-    rule="PutObject with an If-Match that is not the object's ETag answers 412 PreconditionFailed.",
+    rule="PutObject with an If-Match that is not the object's ETag returns 412 PreconditionFailed.",
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
     otherwise="a late resume undoes a cancellation",
@@ -140,7 +140,7 @@ def match_stale(site: Site) -> None:
 @S3_CREATE.check(
     "s3-match-missing",
     NEEDED,
-    rule="PutObject with If-Match on a free key answers 404 NoSuchKey.",
+    rule="PutObject with If-Match on a free key returns 404 NoSuchKey.",
     source="S3 User Guide, conditional writes",
     promise="I4, Objects.put(if_match)",
     otherwise="a late resume undoes a cancellation",
@@ -246,7 +246,7 @@ def etag_md5(site: Site) -> None:
 @S3_CREATE.check(
     "s3-put-damaged",
     NOTED,
-    rule="PutObject with a CRC32 that does not match the body answers 400 BadDigest and "
+    rule="PutObject with a CRC32 that does not match the body returns 400 BadDigest and "
     "stores nothing.",
     source="S3 User Guide, checking object integrity",
     promise="results arrive as they were computed",

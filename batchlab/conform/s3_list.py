@@ -199,7 +199,7 @@ def keys_odd(site: Site) -> None:
 @S3_LIST.check(
     "s3-key-length",
     NOTED,
-    rule="A key has at most 1,024 bytes. A longer key answers 400 KeyTooLongError.",
+    rule="A key has at most 1,024 bytes. A longer key returns 400 KeyTooLongError.",
     source="S3 User Guide, naming objects",
     promise="none: the keys of a grid are short, but users name input files",
     otherwise="a name that works here fails on AWS",

@@ -67,7 +67,7 @@ def read_own_delete(site: Site) -> None:
 @S3_READ.check(
     "s3-get-missing",
     NEEDED,
-    rule="GetObject of a missing key answers 404 NoSuchKey.",
+    rule="GetObject of a missing key returns 404 NoSuchKey.",
     source="S3 API, GetObject",
     promise="Objects.get raises NotFound",
     otherwise="a bundle without an outcome looks like an outage",
@@ -80,7 +80,7 @@ def get_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-head-missing",
     NEEDED,
-    rule="HeadObject of a missing key answers 404 without a body.",
+    rule="HeadObject of a missing key returns 404 without a body.",
     source="S3 API, HeadObject",
     promise="Objects.head returns None",
     otherwise="a missing object looks like an outage",
@@ -92,7 +92,7 @@ def head_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-bucket-missing",
     NOTED,
-    rule="Every read of a missing bucket answers 404 NoSuchBucket.",
+    rule="Every read of a missing bucket returns 404 NoSuchBucket.",
     source="S3 API, error responses",
     promise="errors name the missing bucket or object",
     otherwise="a wrong bucket name is reported as a missing object",
@@ -109,7 +109,7 @@ def bucket_missing(site: Site) -> None:
 @S3_READ.check(
     "s3-range",
     NEEDED,
-    rule="GetObject with Range: bytes=3-5 answers 206 with the bytes 3 to 5, both included, "
+    rule="GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, "
     "and their Content-Range.",
     source="S3 API, GetObject",
     promise="Objects.get_range",
@@ -141,7 +141,7 @@ def range_cut(site: Site) -> None:
 @S3_READ.check(
     "s3-range-behind",
     NOTED,
-    rule="A range that starts after the end of the object answers 416 InvalidRange.",
+    rule="A range that starts after the end of the object returns 416 InvalidRange.",
     source="S3 API, GetObject",
     promise="Objects.get_range: the adapter checks the size itself",
     otherwise="one more request for an empty part",
@@ -156,7 +156,7 @@ def range_behind(site: Site) -> None:
 @S3_READ.check(
     "s3-get-unchanged",
     NEEDED,
-    rule="GetObject with If-None-Match and the current ETag answers 304 without the body.",
+    rule="GetObject with If-None-Match and the current ETag returns 304 without the body.",
     source="S3 User Guide, conditional reads",
     promise="Objects.get_if_changed",
     otherwise="workers fetch the control object every time",
@@ -184,7 +184,7 @@ def get_changed(site: Site) -> None:
 @S3_READ.check(
     "s3-delete-missing",
     NEEDED,
-    rule="DeleteObject of a missing key answers 204, as for an existing key.",
+    rule="DeleteObject of a missing key returns 204, as for an existing key.",
     source="S3 API, DeleteObject",
     promise="Objects.delete",
     otherwise="a cleanup cannot be repeated after a crash",
@@ -214,7 +214,7 @@ def delete_many(site: Site) -> None:
 @S3_READ.check(
     "s3-delete-over-1000",
     NOTED,
-    rule="DeleteObjects with more than 1,000 keys answers 400 MalformedXML.",
+    rule="DeleteObjects with more than 1,000 keys returns 400 MalformedXML.",
     source="S3 API, DeleteObjects",
     promise="none: the adapter sends at most 1,000",
     otherwise="nothing",

@@ -100,7 +100,7 @@ def multipart_unseen(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-abort",
     NOTED,
-    rule="After AbortMultipartUpload, the object does not exist, and UploadPart answers 404 "
+    rule="After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 "
     "NoSuchUpload.",
     source="S3 API, AbortMultipartUpload",
     promise="a failed Objects.upload leaves nothing behind",
@@ -117,7 +117,7 @@ def multipart_abort(site: Site) -> None:
     "s3-multipart-small-part",
     NOTED,
     rule="Every part except the last one has at least 5 MiB. Otherwise "
-    "CompleteMultipartUpload answers 400 EntityTooSmall.",
+    "CompleteMultipartUpload returns 400 EntityTooSmall.",
     source="S3 User Guide, multipart upload limits",
     promise="none: the adapter's parts have 8 MiB",
     otherwise="an upload that works here fails on AWS",
@@ -129,7 +129,7 @@ def multipart_small_part(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-wrong-part",
     NOTED,
-    rule="CompleteMultipartUpload with a wrong ETag of a part answers 400 InvalidPart.",
+    rule="CompleteMultipartUpload with a wrong ETag of a part returns 400 InvalidPart.",
     source="S3 API, CompleteMultipartUpload",
     promise="Objects.upload",
     otherwise="a part that was overwritten in between is not noticed",
@@ -142,7 +142,7 @@ def multipart_wrong_part(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-create-taken",
     NEEDED,
-    rule="CompleteMultipartUpload with If-None-Match: * on a key that exists by then answers"
+    rule="CompleteMultipartUpload with If-None-Match: * on a key that exists by then returns"
     " 412 PreconditionFailed and does not change the object.",
     source="S3 User Guide, conditional writes",
     promise="a large file of a task is stored once, and never overwritten",
@@ -171,7 +171,7 @@ def multipart_create_free(site: Site) -> None:
 @S3_UPLOAD.check(
     "s3-multipart-create-conflict",
     NOTED,
-    rule="CompleteMultipartUpload with If-None-Match: * answers 409 "
+    rule="CompleteMultipartUpload with If-None-Match: * returns 409 "
     "ConditionalRequestConflict if the key was deleted during the upload. The upload "
     "must be repeated.",
     source="S3 User Guide, conditional writes",

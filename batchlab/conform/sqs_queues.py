@@ -42,7 +42,7 @@ def create_same(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-create-different",
     NEEDED,
-    rule="CreateQueue with the name of an existing queue and other attributes answers 400 "
+    rule="CreateQueue with the name of an existing queue and other attributes returns 400 "
     "QueueAlreadyExists.",
     source="SQS API, CreateQueue; recorded answers of AWS",
     promise="Queue.ensure sets the required attributes",
@@ -56,7 +56,7 @@ def create_different(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-missing",
     NEEDED,
-    rule=f"Every action on a missing queue answers 400 {NO_QUEUE}.",
+    rule=f"Every action on a missing queue returns 400 {NO_QUEUE}.",
     source="SQS API, common errors; recorded answers of AWS",
     promise="Queue raises NotFound",
     otherwise="a removed queue looks like an outage, and callers wait for it",
@@ -110,7 +110,7 @@ def queue_url_host(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-queue-name",
     NOTED,
-    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names answer 400 "
+    rule="A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 "
     "InvalidParameterValue.",
     source="SQS API, CreateQueue",
     promise="none: the adapter refuses others",
@@ -144,7 +144,7 @@ def attributes_update(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-attributes-refused",
     NOTED,
-    rule="A VisibilityTimeout over 12 h or a retention under 60 s answers 400"
+    rule="A VisibilityTimeout over 12 h or a retention under 60 s returns 400"
     " InvalidAttributeValue.",
     source="SQS API, SetQueueAttributes",
     promise="none: the grid's settings stay within the limits",
@@ -203,7 +203,7 @@ def purge(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-purge-twice",
     NOTED,
-    rule="A second PurgeQueue within 60 s answers 403 AWS.SimpleQueueService.PurgeQueueInProgress.",
+    rule="A second PurgeQueue within 60 s returns 403 AWS.SimpleQueueService.PurgeQueueInProgress.",
     source="SQS API, PurgeQueue",
     promise="none: only an operator purges queues",
     otherwise="nothing",
@@ -217,7 +217,7 @@ def purge_twice(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-recreate",
     NOTED,
-    rule="For 60 s after DeleteQueue, CreateQueue with the same name answers 400 "
+    rule="For 60 s after DeleteQueue, CreateQueue with the same name returns 400 "
     "AWS.SimpleQueueService.QueueDeletedRecently.",
     source="SQS API, CreateQueue",
     promise="none yet: a grid keeps its queues",
@@ -325,7 +325,7 @@ def dead_letter_neighbours(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-missing",
     NOTED,
-    rule="A RedrivePolicy with a missing queue answers 400.",
+    rule="A RedrivePolicy with a missing queue returns 400.",
     source="SQS Developer Guide, dead-letter queues",
     promise="Queue.ensure: dead letters exist already",
     otherwise="a wrong name is noticed only when the first poison task is lost",
@@ -340,7 +340,7 @@ def dead_letter_missing(site: Site) -> None:
 @SQS_QUEUES.check(
     "sqs-dead-letter-limits",
     NOTED,
-    rule="maxReceiveCount is 1 to 1,000. Other values answer 400.",
+    rule="maxReceiveCount is 1 to 1,000. Other values return 400.",
     source="SQS API, SetQueueAttributes",
     promise="none: the grid's setting is within the limits",
     otherwise="nothing",

@@ -81,7 +81,7 @@ def delete_twice(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-delete-nonsense",
     NOTED,
-    rule="Deleting with an invalid receipt handle answers ReceiptHandleIsInvalid.",
+    rule="Deleting with an invalid receipt handle returns ReceiptHandleIsInvalid.",
     source="SQS API, DeleteMessage",
     promise="none: the adapter returns a refusal and does not raise",
     otherwise="nothing",
@@ -222,7 +222,7 @@ def change_expired(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-deleted",
     NOTED,
-    rule="ChangeMessageVisibility of a deleted message answers 400 InvalidParameterValue.",
+    rule="ChangeMessageVisibility of a deleted message returns 400 InvalidParameterValue.",
     source="recorded answers of AWS",
     promise="none: the adapter returns a refusal and does not raise",
     otherwise="nothing",
@@ -236,7 +236,7 @@ def change_deleted(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-over-12h",
     NOTED,
-    rule="A VisibilityTimeout over 43,200 s answers 400 InvalidParameterValue.",
+    rule="A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue.",
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: at most 12 h",
     otherwise="a heartbeat that works here fails on AWS",
@@ -249,7 +249,7 @@ def change_over_12h(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-change-total-12h",
     NOTED,
-    rule="The limit of 12 hours starts at the receive. A later end answers 400 "
+    rule="The limit of 12 hours starts at the receive. A timeout that would end later returns 400 "
     "InvalidParameterValue, and an extension does not restart the limit.",
     source="SQS Developer Guide, visibility timeout",
     promise="a longer task gets a new message before the limit, so it continues",
@@ -264,7 +264,7 @@ def change_total_12h(site: Site) -> None:
 @SQS_RECEIPTS.check(
     "sqs-whole-seconds",
     NOTED,
-    rule="Timeouts and delays are whole seconds. 1.5 answers 400.",
+    rule="Timeouts and delays are whole seconds. 1.5 returns 400.",
     source="SQS API, CreateQueue",
     promise="none: the adapter rounds up",
     otherwise="a fraction that works here fails on AWS",

@@ -276,7 +276,7 @@ def wait_partial(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-wait-21",
     NOTED,
-    rule="WaitTimeSeconds over 20 answers 400 InvalidParameterValue.",
+    rule="WaitTimeSeconds over 20 returns 400 InvalidParameterValue.",
     source="SQS API, ReceiveMessage",
     promise="none: the adapter refuses it",
     otherwise="nothing",
@@ -290,7 +290,7 @@ def wait_21(site: Site) -> None:
 @SQS_RECEIVE.check(
     "sqs-receive-11",
     NOTED,
-    rule="MaxNumberOfMessages over 10 answers 400 InvalidParameterValue.",
+    rule="MaxNumberOfMessages over 10 returns 400 InvalidParameterValue.",
     source="SQS API, ReceiveMessage",
     promise="none: the adapter refuses it",
     otherwise="nothing",

@@ -42,7 +42,7 @@ def body(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-control",
     NOTED,
-    rule="A body with a control character other than tabs and line breaks answers 400 "
+    rule="A body with a control character other than tabs and line breaks returns 400 "
     "InvalidMessageContents.",
     source="SQS API, SendMessage",
     promise="none: JSON escapes them",
@@ -57,7 +57,7 @@ def body_control(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-empty",
     NOTED,
-    rule="An empty body answers 400 MissingParameter.",
+    rule="An empty body returns 400 MissingParameter.",
     source="SQS API, SendMessage; recorded answers of AWS",
     promise="none: no message of the grid is empty",
     otherwise="nothing",
@@ -71,7 +71,7 @@ def body_empty(site: Site) -> None:
     NEEDED,
     rule="A message may have 256 KiB (and up to 1 MiB).",
     source="SQS Developer Guide, message quotas",
-    promise="Queue.send: 256 KiB a call",
+    promise="Queue.send: 256 KiB per call",
     otherwise="large bundles cannot be sent",
 )
 def body_256k(site: Site) -> None:
@@ -83,7 +83,7 @@ def body_256k(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-over-1m",
     NOTED,
-    rule="A message of more than 1 MiB answers 400 InvalidParameterValue.",
+    rule="A message of more than 1 MiB returns 400 InvalidParameterValue.",
     source="SQS Developer Guide, message quotas",
     promise="none: the adapter refuses more than 256 KiB",
     otherwise="nothing",
@@ -95,7 +95,7 @@ def body_over_1m(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-body-over-own-limit",
     NOTED,
-    rule="A message larger than the queue's MaximumMessageSize answers 400 InvalidParameterValue.",
+    rule="A message larger than the queue's MaximumMessageSize returns 400 InvalidParameterValue.",
     source="SQS API, SetQueueAttributes",
     promise="none: the adapter refuses more than 256 KiB",
     otherwise="nothing",
@@ -120,7 +120,7 @@ def batch_10(site: Site) -> None:
     bodies = [f"body-{n}" for n in range(10)]
     sent = queue.send_batch(*bodies).accepted().data
     ids = {one["Id"] for one in sent.get("Successful", ())}
-    expect(ids == {str(n) for n in range(10)}, "the answer does not name every entry")
+    expect(ids == {str(n) for n in range(10)}, "the response does not name every entry")
     expect(not sent.get("Failed"), "some entries failed")
     expect(sorted(one.body for one in queue.take(10)) == bodies, "others arrive than were sent")
 
@@ -128,7 +128,7 @@ def batch_10(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-11",
     NOTED,
-    rule="A batch of more than 10 messages answers 400 "
+    rule="A batch of more than 10 messages returns 400 "
     "AWS.SimpleQueueService.TooManyEntriesInBatchRequest.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter refuses more than 10",
@@ -142,7 +142,7 @@ def batch_11(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-same-ids",
     NOTED,
-    rule="A batch with two entries of the same id answers 400 "
+    rule="A batch with two entries of the same id returns 400 "
     "AWS.SimpleQueueService.BatchEntryIdsNotDistinct.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter numbers its entries",
@@ -157,7 +157,7 @@ def batch_same_ids(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-empty",
     NOTED,
-    rule="A batch without entries answers 400 AWS.SimpleQueueService.EmptyBatchRequest.",
+    rule="A batch without entries returns 400 AWS.SimpleQueueService.EmptyBatchRequest.",
     source="SQS API, SendMessageBatch",
     promise="none: the adapter sends no empty batch",
     otherwise="nothing",
@@ -172,7 +172,7 @@ def batch_empty(site: Site) -> None:
     NEEDED,
     rule="A batch may have 256 KiB in total (and up to 1 MiB).",
     source="SQS Developer Guide, message quotas",
-    promise="Queue.send: 256 KiB a call",
+    promise="Queue.send: 256 KiB per call",
     otherwise="large bundles cannot be sent together",
 )
 def batch_256k(site: Site) -> None:
@@ -186,7 +186,7 @@ def batch_256k(site: Site) -> None:
 @SQS_SEND.check(
     "sqs-batch-over-1m",
     NOTED,
-    rule="A batch of more than 1 MiB in total answers 400 "
+    rule="A batch of more than 1 MiB in total returns 400 "
     "AWS.SimpleQueueService.BatchRequestTooLong.",
     source="SQS Developer Guide, message quotas",
     promise="none: the adapter refuses more than 256 KiB",
@@ -341,7 +341,7 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
 @SQS_SEND.check(
     "sqs-delay-901",
     NOTED,
-    rule="A DelaySeconds over 900 answers 400 InvalidParameterValue.",
+    rule="A DelaySeconds over 900 returns 400 InvalidParameterValue.",
     source="SQS API, SendMessage",
     promise="none: the adapter refuses it, and longer delays use several messages",
     otherwise="nothing",

@@ -131,7 +131,7 @@ class Cleaner:
             return remove()
         except ClientError as error:
             code = aws.code_of(error)
-            return "" if code in _GONE else f"{error.operation_name} answers {code}"
+            return "" if code in _GONE else f"{error.operation_name} returns {code}"
         except ResponseParserError:
             return "the answer is not one of AWS"
         except BotoCoreError as error:

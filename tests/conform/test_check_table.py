@@ -123,11 +123,11 @@ def test_an_answer_is_what_was_expected_or_a_difference() -> None:
     refused.refused(412, "Other", "PreconditionFailed")
     refused.refused(412)
     for call, told in (
-        (refused.accepted, "PutObject answers 412 PreconditionFailed"),
+        (refused.accepted, "PutObject returns 412 PreconditionFailed"),
         (lambda: accepted.refused(412), "PutObject is accepted"),
-        (lambda: refused.refused(409), "PutObject answers 412 PreconditionFailed"),
-        (lambda: refused.refused(412, "Other"), "PutObject answers 412 PreconditionFailed"),
-        (lambda: Answer("HeadObject", 404, "404").accepted(), "HeadObject answers 404"),
+        (lambda: refused.refused(409), "PutObject returns 412 PreconditionFailed"),
+        (lambda: refused.refused(412, "Other"), "PutObject returns 412 PreconditionFailed"),
+        (lambda: Answer("HeadObject", 404, "404").accepted(), "HeadObject returns 404"),
     ):
         with pytest.raises(Differs, match=f"^{told}$"):
             call()

@@ -135,7 +135,7 @@ def test_what_a_person_is_told(run: Run, verdicts: dict[str, Verdict]) -> None:
     ]
     assert difference.splitlines() == [
         "DIFFERS  s3-range-behind (noted)",
-        "  AWS   A range that starts after the end of the object answers 416 InvalidRange."
+        "  AWS   A range that starts after the end of the object returns 416 InvalidRange."
         " [S3 API, GetObject]",
         "  here  something else",
         "  so    one more request for an empty part",

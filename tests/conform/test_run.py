@@ -47,8 +47,8 @@ def _client_error(status: int, code: str) -> ClientError:
     [
         (Differs("it does not"), Verdict.DIFFERS, "it does not"),
         (Untried("it cannot"), Verdict.UNTRIED, "it cannot"),
-        (_client_error(400, "Bad"), Verdict.DIFFERS, "PutObject answers 400 Bad"),
-        (_client_error(503, "SlowDown"), Verdict.UNTRIED, "PutObject answers 503 SlowDown"),
+        (_client_error(400, "Bad"), Verdict.DIFFERS, "PutObject returns 400 Bad"),
+        (_client_error(503, "SlowDown"), Verdict.UNTRIED, "PutObject returns 503 SlowDown"),
         (
             FlexibleChecksumError(error_msg="other"),
             Verdict.DIFFERS,
@@ -133,7 +133,7 @@ def test_one_failure_of_the_endpoint_says_nothing_of_a_rule_and_two_do(
     assert (agrees.verdict, agrees.observed) == (Verdict.AGREES, "")
     assert len(set(keys)) == 2, "it finds nothing of its first try"
     assert differs.verdict is Verdict.DIFFERS
-    assert differs.observed.startswith("PutObject answers 50")
+    assert differs.observed.startswith("PutObject returns 50")
 
 
 def _raise(error: Exception) -> None:

@@ -142,7 +142,7 @@ def test_an_endpoint_without_auto_scaling_is_told_in_one_line(run: Run) -> None:
         code, out, err = run("conform", "--service", "autoscaling", "--endpoint", address)
     assert (code, out) == (3, "")
     assert err == (
-        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups answers 501"
+        f"Error: There is no Auto Scaling at {address}: DescribeAutoScalingGroups returns 501"
         " InternalFailure.\n"
     )
 
