@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from batchlab.cli import output
 from batchlab.core.api_usage_types import account_of
+from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
@@ -73,10 +74,9 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
 def _egress(home: Home, backend: str) -> str:
     """How the stack's instances reach AWS, "" where there is no stack."""
-    from batchlab.runtime import factory
     from batchlab.runtime.aws import deployment
 
-    known = deployment.read(home) if factory.capabilities_of(backend).stack else None
+    known = deployment.read(home) if capabilities_of(backend).stack else None
     return known.egress if known else ""
 
 
@@ -197,9 +197,8 @@ class Burn:
         self._book: PriceBook | None = None
 
     def applies(self, backend: str) -> bool:
-        from batchlab.runtime import factory
 
-        return self._as_if or factory.capabilities_of(backend).billed
+        return self._as_if or capabilities_of(backend).billed
 
     def _prices(self) -> PriceBook:
         if self._book is None:

@@ -21,6 +21,7 @@ from batchlab.cli.options import (
     cap_of,
     home_of,
 )
+from batchlab.core.capabilities import capabilities_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -121,13 +122,12 @@ def down(home: HomeOption = None) -> None:
     from batchlab.cli import schedule_files
     from batchlab.cli.session import connect
     from batchlab.core.errors import BackendError
-    from batchlab.runtime import factory
     from batchlab.runtime.compose import deployment
     from batchlab.runtime.manager_process import stop_manager
 
     place = home_of(home)
     record = place.record()
-    if record and factory.capabilities_of(record.backend).remote_manager:
+    if record and capabilities_of(record.backend).remote_manager:
         stop_manager(place)
         output.say("Disconnected. The stack stays: `batchlab deploy destroy` takes it down.")
         return

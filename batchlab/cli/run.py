@@ -30,6 +30,7 @@ from batchlab.cli.options import (
 )
 from batchlab.cli.run_job import pools_for
 from batchlab.cli.submission import default_folder
+from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.jobs.job_file import load
@@ -90,7 +91,7 @@ def run(
     from batchlab.cli.submission import overrides
     from batchlab.runtime import factory
 
-    if factory.capabilities_of(backend).simulated:
+    if capabilities_of(backend).simulated:
         if resume or cache or keep_up:
             raise UsageError(
                 "The simulator keeps nothing to go on with.",

@@ -422,44 +422,6 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
-    """Capabilities of a backend. Its descriptor lists those that it has."""
-
-    local_bucket: bool = False
-    """The bucket is a folder of the grid's home, so a client reads it without a manager."""
-    local_queue: bool = False
-    """The queues are a file of the grid's home."""
-    local_manager: bool = False
-    """The manager and the instances run the client's Python on the client's machine."""
-    one_machine: bool = False
-    """Instances are processes of one machine: they share its disk and have neither a market nor a
-    zone, and only a client restarts the manager."""
-    container_manager: bool = False
-    """The manager runs in a container, which Docker restarts."""
-    remote_manager: bool = False
-    """The manager runs where no client starts or stops it. Clients connect to it."""
-    keeps_home: bool = False
-    """The next manager finds the home of the last one, and need not wait for its lease."""
-    takes_endpoint: bool = False
-    """`--endpoint` may name the endpoint of S3 and SQS. Otherwise, they are AWS's own."""
-    stack: bool = False
-    """A CloudFormation stack has made the bucket, the queues, and the groups."""
-    fixed_pools: bool = False
-    """A client cannot choose the pools and the settings of the manager."""
-    sets_spot_share: bool = False
-    """A replay can set the share of Spot Instances in each group."""
-    termination_hook: bool = False
-    """A terminating instance waits until its worker completes a lifecycle hook."""
-    billed: bool = False
-    """AWS bills the instances and the requests."""
-    simulated: bool = False
-    """The grid runs in one process and in virtual time, and ends with it."""
-
-
-NO_CAPABILITIES = Capabilities()
-
-
-@dataclass(frozen=True, slots=True)
 class Pool:
     """A named Auto Scaling group of workers that are alike."""
 

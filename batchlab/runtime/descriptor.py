@@ -15,14 +15,19 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from batchlab.core import package_data
+from batchlab.core.capabilities import (
+    NO_CAPABILITIES,
+    Capabilities,
+    backend_names,
+    capabilities_in,
+    read_descriptor,
+)
 from batchlab.core.errors import UsageError
-from batchlab.core.model import NO_CAPABILITIES, Capabilities, Pool
+from batchlab.core.model import Pool
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.manager.settings import ManagerSettings
 from batchlab.runtime.home import Place
@@ -149,23 +154,18 @@ class Descriptor:
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
 
-def names() -> list[str]:
-    """The backends there are."""
-    return sorted(p.parent.name for p in package_data.folder("backends").glob("*/backend.toml"))
-
-
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     """That of this name as a `kind`, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
 
     UsageError for a name that is none, and for an endpoint where there is no use for one.
     """
-    if name not in names():
+    if name not in backend_names():
         raise UsageError(
-            f"There is no backend {name!r}.", remedy=f"There are {', '.join(names())}."
+            f"There is no backend {name!r}.", remedy=f"There are {', '.join(backend_names())}."
         )
-    doc = _read(name)
+    doc = read_descriptor(name)
     emulator = doc.get("emulator")
-    capabilities = _capabilities(doc)
+    capabilities = capabilities_in(doc)
     scheme = doc.get("bucket_scheme", "")
     takes_endpoint = capabilities.takes_endpoint or bool(scheme)
     if endpoint and not takes_endpoint:
@@ -194,19 +194,6 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
         doc.get("extra"),
         capabilities,
     )
-
-
-def capabilities_of(name: str) -> Capabilities:
-    """Return the capabilities of the backend of that name, or none for an unknown backend."""
-    return _capabilities(_read(name)) if name in names() else NO_CAPABILITIES
-
-
-def _read(name: str) -> dict[str, Any]:
-    return tomllib.loads((package_data.folder("backends") / name / "backend.toml").read_text())
-
-
-def _capabilities(doc: dict[str, Any]) -> Capabilities:
-    return Capabilities(**dict.fromkeys(doc["capabilities"], True))
 
 
 def _pool(doc: dict[str, Any]) -> Pool:

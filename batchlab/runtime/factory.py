@@ -37,9 +37,7 @@ from batchlab.runtime.compose import deployment as deployment
 from batchlab.runtime.descriptor import (
     VARIABLE,
     Image,
-    capabilities_of,
     fresh_bucket,
-    names,
     with_pools,
 )
 from batchlab.runtime.home import Home
@@ -109,11 +107,9 @@ __all__ = [
     "VARIABLE",
     "Backend",
     "Image",
-    "capabilities_of",
     "client_environment",
     "fresh_bucket",
     "load",
-    "names",
     "open_asg_launcher",
     "patience",
     "with_pools",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from batchlab.core import logs
 from batchlab.core.atomic_write import private
+from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import factory
@@ -143,7 +144,7 @@ def has_started(home: Home, record: ManagerRecord | None) -> bool:
 
 
 def _is_in_container(record: ManagerRecord) -> bool:
-    return factory.capabilities_of(record.backend).container_manager
+    return capabilities_of(record.backend).container_manager
 
 
 def stop_manager(home: Home) -> bool:

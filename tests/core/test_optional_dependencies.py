@@ -20,6 +20,7 @@ from batchlab.adapters.notifications.sns_and_command import Topics
 from batchlab.cli import NEEDED, lacking
 from batchlab.client.grid import Grid
 from batchlab.core import optional_dependencies
+from batchlab.core.capabilities import backend_names
 from batchlab.core.errors import UsageError
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.runtime import factory
@@ -207,7 +208,7 @@ def test_the_command_installs_from_where_this_has_come_from(
 
 
 def test_every_backend_says_what_it_needs() -> None:
-    found = {name: factory.load(name).extra for name in factory.names()}
+    found = {name: factory.load(name).extra for name in backend_names()}
     assert found == {
         "aws": "aws",
         "gcs": None,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.money import shown
 from batchlab.core.text import count, listed, span
 from batchlab.reports.html.charts import Data
@@ -117,7 +118,7 @@ def _cost(found: Found) -> Iterator[str]:
     if cost is None:
         yield "That is not known: no prices were put to this run."
         return
-    verb = "It cost" if job["backend"] == "aws" else "On AWS it would have cost"
+    verb = "It cost" if capabilities_of(job["backend"]).billed else "On AWS it would have cost"
     parts = sorted((part for part in cost.kinds if part.usd), key=lambda part: -part.usd)[:2]
     split = f", of which {' and '.join(f'{p.share} {p.name}' for p in parts)}" if parts else ""
     each = ""
@@ -200,7 +201,8 @@ def tiles(found: Found) -> list[Tile]:
         ),
     ]
     if cost:
-        note = "at AWS's list prices" if job["backend"] == "aws" else "what AWS would ask for"
+        is_billed = capabilities_of(job["backend"]).billed
+        note = "at AWS's list prices" if is_billed else "what AWS would ask for"
         made.append(Tile("cost", cost.brief, note))
     return made
 

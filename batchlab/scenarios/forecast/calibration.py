@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core import text
+from batchlab.core.capabilities import backend_names
 from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
@@ -148,7 +149,7 @@ def _calibration(backend: str, found: Iterable[Quantity], runs: int) -> Calibrat
         return {of: value for (kind, of), value in known.items() if kind == name}
 
     usual = Calibration(backend)
-    if backend in factory.names():
+    if backend in backend_names():
         usual = factory.load(backend).usual
     # What was measured of a bundle has in it what it took of a core, which comes on top again where
     # they are shared.

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from batchlab import __version__
+from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities
 from batchlab.core.errors import BatchlabError
-from batchlab.core.model import NO_CAPABILITIES, Capabilities
 from batchlab.manager.manager import Manager
 from batchlab.server import metrics
 from batchlab.server.http import (

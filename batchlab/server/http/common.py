@@ -25,6 +25,7 @@ from typing_extensions import is_typeddict
 
 from batchlab.core import api_types
 from batchlab.core.api_types import FailureView
+from batchlab.core.capabilities import Capabilities
 from batchlab.core.commit import committed
 from batchlab.core.errors import (
     BackendError,
@@ -34,7 +35,7 @@ from batchlab.core.errors import (
     Refused,
     UsageError,
 )
-from batchlab.core.model import Capabilities, JobId, Outcome
+from batchlab.core.model import JobId, Outcome
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format
 from batchlab.core.retry import set_within
