@@ -1,7 +1,6 @@
-"""The pages of the reference that are made from the code.
+"""Pages of the reference that are made from the code.
 
-Invariant: a page says nothing that the code does not say; a test compares each with what it would
-be now. `python -m docs.reference docs` makes all of them again.
+`python -m docs.reference docs` makes them again. A test compares each page with its source.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ PAGES: Mapping[str, Callable[[Path], str]] = {
     "scenario-file.md": lambda _: scenario_file.reference(),
     "decisions/index.md": decisions.reference,
 }
-"""What makes each page, by its path in the folder of the docs, which it is given."""
+"""Function that makes each page, by the page's path. Its argument is the folder of the docs."""
 
 
 def write(docs: Path) -> list[str]:
-    """Make the pages in `docs` again; returns the paths of those that have changed."""
+    """Write the pages in `docs` and return the paths of those that changed."""
     changed = []
     for path, make in PAGES.items():
         made = make(docs)

@@ -1,4 +1,4 @@
-"""What each backend is made of and can do, from the descriptors and from the table of faults."""
+"""Reference of the backends' parts and capabilities, from descriptors and the fault table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchlab.runtime.factory import Backend
 from docs.reference.markdown import head, table
 
 ORDER = ("local", "ministack", "localstack", "aws", "gcs", "sim")
-"""The backends as the pages have them."""
+"""Order of the backends on the pages."""
 _ADAPTERS = {
     "batchlab.adapters.local.objects": "a folder",
     "batchlab.adapters.aws.objects": "S3",
@@ -19,36 +19,36 @@ _ADAPTERS = {
     "sqlite": "SQLite",
     "sqs": "SQS",
     "postgres": "PostgreSQL",
-    "deployed": "RDS PostgreSQL, SimpleDB or SQLite, as the stack has it",
+    "deployed": "RDS PostgreSQL, SimpleDB, or SQLite, as the stack defines",
     "process": "processes, launched by the manager",
     "autoscaling": "an Auto Scaling group",
     "simulated": "simulated",
 }
-"""The words of `backends/*/backend.toml` in a reader's."""
+"""Display names for the values in `backends/*/backend.toml`."""
 
 _WORDS = """\
 
-# What each backend can do
+# Capabilities of the backends
 
-What `backends/<name>/backend.toml` and the code say of each backend. [Backends](backends.md) is the
-guide to them. What is said of `aws` has been tried on emulated control planes, and not on AWS
-itself ([what was checked](aws-security.md#what-has-been-checked)).
+These tables come from `backends/<name>/backend.toml` and the code. [Backends](backends.md) is the
+guide. `aws` was tried on emulated control planes, not on AWS itself ([what was
+checked](aws-security.md#what-has-been-checked)).
 
-## What it is made of
+## Parts of each backend
 
 """
 _FACTS = """
-## What differs for its user
+## Differences for users
 
-What is not in this table is the same on all of them: job files, commands, the promises, reports,
-the web page of a grid that stays up.
+Everything else is the same on all backends: job files, commands, promises, reports, and the web
+page of a running grid.
 
 """
 _FAULTS = """
-## What a scenario can break for real
+## Real faults of a scenario
 
-`batchlab scenario faults` says how each comes about, or why it cannot be; so does [the page on
-faults](faults.md). A forecast (`scenario simulate`) knows all of them.
+`batchlab scenario faults` and [the page on faults](faults.md) show how each fault is injected, or
+why it is impossible. A forecast (`scenario simulate`) supports all of them.
 
 """
 
@@ -75,7 +75,7 @@ def _row(title: str, say: Callable[[Backend], str], found: Sequence[Backend]) ->
 
 
 _PARTS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
-    ("in a sentence", lambda one: one.description),
+    ("summary", lambda one: one.description),
     ("objects", lambda one: _ADAPTERS[one.objects]),
     ("queue", lambda one: _ADAPTERS[one.queue]),
     ("ledger", lambda one: _ADAPTERS[one.ledger]),
@@ -89,29 +89,32 @@ def _yes(is_so: bool) -> str:
 
 
 _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
-    ("manager and workers are", lambda one: _where(one)),
+    ("manager and workers run as", lambda one: _where(one)),
     ("`--endpoint` names another S3 and SQS", lambda one: _yes(one.capabilities.takes_endpoint)),
-    ("starts an emulator for itself", lambda one: one.emulator or _yes(_in_containers(one))),
+    ("starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
     ("needs Docker", lambda one: _yes(_in_containers(one))),
-    ("needs an account, and costs money", lambda one: _yes(one.capabilities.billed)),
-    ("the AWS CLI and others see its bucket and queues", lambda one: _yes(one.queue == "sqs")),
+    ("needs an account and costs money", lambda one: _yes(one.capabilities.billed)),
     (
-        "the bucket can be read while no grid is up, by anybody with its folder",
+        "the AWS CLI and other clients can use its bucket and queues",
+        lambda one: _yes(one.queue == "sqs"),
+    ),
+    (
+        "the bucket can be read without a running grid, by users of its folder",
         lambda one: _yes(one.capabilities.local_bucket),
     ),
     (
-        "a grid stays up for many jobs (`grid up`), and survives its manager",
+        "a grid runs for many jobs (`grid up`), and survives the loss of its manager",
         lambda one: _yes(not one.capabilities.simulated),
     ),
     (
-        "instances are of a market and a zone: Spot, on demand",
+        "instances have a market (Spot, On-Demand) and a zone",
         lambda one: _yes(not one.capabilities.one_machine),
     ),
     (
-        "functions sent from Python need the same Python there",
+        "functions sent from Python need the same Python version on the workers",
         lambda one: _yes(not one.capabilities.local_manager),
     ),
-    ("its pool unless said", lambda one: "; ".join(_pool(one))),
+    ("default pool", lambda one: "; ".join(_pool(one))),
 )
 
 
@@ -128,7 +131,7 @@ def _where(one: Backend) -> str:
 
 
 def _pool(one: Backend) -> list[str]:
-    """Of each pool its sizes and slots. How many CPUs this machine has is no part of the page."""
+    """Return the sizes and slots of each pool, independent of this machine's number of CPUs."""
     said = []
     for pool in one.pools:
         most = "as many as CPUs, at least 2" if one.capabilities.one_machine else str(pool.max_size)

@@ -19,14 +19,14 @@ _WORDS = """\
 
 # Commands
 
-What `batchlab COMMAND --help` says, on one page.
+This page contains the output of `batchlab COMMAND --help` for all commands.
 
-- `--json` prints JSON for programs, wherever it is.
-- `--home DIR` is the grid's folder; without it the one that `BATCHLAB_HOME` names, else `.batchlab`
-  here.
-- `JOB` is a job's id, the beginning of one, or `last`.
-- Exit codes: 0 success, 1 the job failed (or a verdict is red, or a gate broken), 2 wrong usage, 3
-  the grid or its backend cannot be reached, 130 interrupted.
+- `--json` prints JSON for programs.
+- `--home DIR` is the grid's folder. The default is the folder that `BATCHLAB_HOME` names, or
+  `.batchlab` in the current folder.
+- `JOB` is a job's id, the beginning of an id, or `last`.
+- Exit codes: 0 success, 1 the job failed (or a verdict is red, or a gate failed), 2 wrong usage, 3
+  the grid or its backend does not answer, 130 interrupted.
 
 """
 
@@ -43,7 +43,7 @@ def reference() -> str:
     root = get_command(app)
     found = list(_walk(root, ("batchlab",)))
     rows = [(f"[`{' '.join(path)}`](#{_anchor(path)})", text(_first(one))) for path, one in found]
-    pages = [head("the commands"), _WORDS, table(("command", "what it does"), rows)]
+    pages = [head("the commands"), _WORDS, table(("command", "effect"), rows)]
     for path, command in found:
         service = services.get(path[-1]) if len(path) == 2 else None
         usage = ["[OPTIONS]"] if service else _usage(command)
@@ -51,7 +51,7 @@ def reference() -> str:
         pages.append(f"\n```text\n{' '.join((*path, *usage))}\n```\n")
         told = [_parameter(one) for one in command.params if _is_shown(one)]
         if told := told + (list(_of_service(service)) if service else []):
-            pages.append("\n" + table(("", "unless said", "meaning"), told))
+            pages.append("\n" + table(("", "default", "meaning"), told))
     return "".join(pages)
 
 

@@ -13,21 +13,21 @@ _WORDS = """\
 
 # HTTP API
 
-The manager serves JSON under `/v1`; the command line, the web page and the Python API are its
-clients. The machine-readable description is at `/openapi.json` of every manager; this page is made
-from it.
+The manager serves JSON under `/v1`. The command line, the web page, and the Python API are its
+clients. Every manager serves the machine-readable description at `/openapi.json`, and this page is
+made from it.
 
-- A manager listens on 127.0.0.1, or in the grid's own network of containers. Where it does is in
-  `manager.json` in the grid's folder, its token in `token`.
-- Every request needs `Authorization: Bearer TOKEN`, `/metrics` too, except for the
+- A manager listens on 127.0.0.1, or in the grid's own network of containers. `manager.json` in the
+  grid's folder contains its address, and `token` its token.
+- Every request needs `Authorization: Bearer TOKEN`, also `/metrics`, except for the
   [public routes](security.md#access). The command line and the Python API sign their requests
   instead, and never send the token to a port ([network](security.md#network)).
-- Times ending in `_s` are seconds; those of moments count from 1970 (UTC).
-- An error is a [ProblemView](#problemview) with its status: 400 and 422 what was sent is wrong, 401
-  the token is missing or wrong, 404 there is no such thing, 409 it cannot be done in the state that
-  it is in, 503 the manager does not lead (yet) or the backend does not answer: come back later.
-- `wait_s` asks for a long poll: the answer comes as soon as there is something new, or after so
-  long.
+- Fields whose name ends with `_s` are in seconds; points in time count from 1970 (UTC).
+- An error is a [ProblemView](#problemview) with its status. 400 and 422: the request is wrong. 401:
+  the token is missing or wrong. 404: the object does not exist. 409: its state does not allow the
+  request. 503: the manager does not lead (yet), or the backend does not answer; try again later.
+- `wait_s` requests a long poll: the manager answers as soon as there is something new, or after
+  that time.
 
 """
 
@@ -46,7 +46,7 @@ def reference() -> str:
         (f"[`{method} {path}`](#{_anchor(one)})", text(_paragraphs(one)[0]))
         for method, path, one in operations
     ]
-    pages = [head("the API's OpenAPI document"), _WORDS, table(("request", "what it does"), rows)]
+    pages = [head("the API's OpenAPI document"), _WORDS, table(("request", "effect"), rows)]
     pages.append("\n## Requests\n")
     pages += [_operation(method, path, one) for method, path, one in operations]
     pages.append("\n## Schemas\n")
@@ -104,7 +104,7 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
             )
             for key, field in schema["properties"].items()
         ]
-        lines.append(table(("key", "form", "unless said", "meaning"), rows))
+        lines.append(table(("key", "form", "default", "meaning"), rows))
     else:
         lines.append(f"{_form(schema)}\n")
     return "\n".join(lines)

@@ -27,17 +27,17 @@ _HEAD = """\
 
 # The job file
 
-A job file is one YAML mapping. Every mistake in it is reported at once, each with its line and
-what to write instead, before anything is queued; none of your code is run for that. This is the
-file that `batchlab init` writes:
+A job file is one YAML mapping. batchlab checks it before it queues anything, and does not run your
+code for that. It reports all mistakes at once, each with its line and what to write instead.
+`batchlab init` creates this file:
 
 ```yaml
 """
 
 _NOTES = f"""\
-## What a function gets, and gives back
+## Arguments and results of functions
 
-A function of a Python stage takes its item, or the item and the task's context:
+The arguments of a Python stage's function are its item, or the item and the task's context:
 
 ```python
 def parse(item, ctx):
@@ -46,55 +46,58 @@ def parse(item, ctx):
 
 | stage | `item` |
 | --- | --- |
-| reads the input, `split: file`, `lines` or `bytes` | a `File` that holds the task's part |
+| reads the input, `split: file`, `lines`, or `bytes` | a `File` with the task's part |
 | reads the input, `split: items` | the JSON value, or a list of `size` of them |
-| follows a stage | what that stage's function has returned |
-| follows several | a mapping: what each has returned, by the stage's name |
-| `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of one group's |
+| follows one stage | the result of that stage's function |
+| follows several stages | a mapping from each stage's name to its result |
+| `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of the results of one group |
 
-A `File` has the input file's `name`, `path`, `size`, `open()`, `read_text()`, `read_bytes()`, and
-can stand for a path, as in `open(item)`.
+A `File` has the input file's `name`, `path`, `size`, `open()`, `read_text()`, and `read_bytes()`.
+It can be used as a path, as in `open(item)`.
 
 `ctx` has `params`, `job`, `stage`, `task` (its index), `attempt` (from 1), `scratch` (a folder that
-is removed after the task) and `save(content, name)`, which keeps bytes or a file and returns a
+is removed after the task), and `save(content, name)`, which stores bytes or a file and returns a
 `File`.
 
-The result is a JSON value: null, true, false, numbers, text, lists, dicts, and a `File` wherever a
-value may stand. The next stage is given that file, and with the job's results it lies in
-`files/STAGE/TASK/NAME`. A date, a set or an object of your own fails the task: write it as text.
+The result is a JSON value: null, true, false, numbers, text, lists, dicts, and a `File` at any
+place. The next stage receives that file, and the job's results contain it as
+`files/STAGE/TASK/NAME`. If the result contains a date, a set, or an object of your own, the task
+fails. Convert such values to text.
 
-An exception fails the task's attempt. What is printed goes to the task's log, which `batchlab job
-logs` shows. The current folder is an empty one; a file beside your code is
-`Path(__file__).parent / "rates.csv"`. A package that your code imports lies in the code folder,
-or is installed where the workers are: on `local` in batchlab's own environment.
+If the function raises an exception, the attempt fails. The output of the function goes to the
+task's log, which `batchlab job logs` shows. The current folder is empty. Use
+`Path(__file__).parent / "rates.csv"` to read a file from the folder of your code. Packages that
+your code imports must be in the code folder, or installed on the workers. On `local`, the workers
+use batchlab's own environment.
 
 ## Placeholders of a command
 
-| written | becomes |
+| placeholder | value |
 | --- | --- |
 | `{{input}}` | path of the task's item |
-| `{{inputs}}` | one argument per item; stands alone |
-| `{{inputs_list}}` | path of a file with a path per line |
-| `{{output:NAME}}` | path to write an output to; a `NAME` that ends in `/` is a folder |
+| `{{inputs}}` | one argument per item; must be an argument of its own |
+| `{{inputs_list}}` | path of a file with one path per line |
+| `{{output:NAME}}` | path for an output; a `NAME` that ends with `/` is a folder |
 | `{{params.KEY}}` | a parameter of the job |
 | `{{task}}` | index of the task in its stage, from 0 |
-| `{{scratch}}` | a folder of the task's own, removed after it |
+| `{{scratch}}` | a folder for this task, removed after it |
 | `{{code}}` | the folder of your code |
 
-A brace of your own is written twice: `awk "{{{{print $1}}}}"`.
+Write a literal brace twice: `awk "{{{{print $1}}}}"`.
 
-## Durations, sizes and plain words
+## Durations, sizes, and truth values
 
 - A duration is {units.DURATION_FORMS}.
-- A size is {units.SIZE_FORMS}; KiB, MiB, GiB and TiB count in 1024, kB, MB, GB and TB in 1000.
-- The file is YAML 1.2: only `true` and `false` are truth values. A plain `yes`, `no`, `on` or
-  `off` is refused where it could be taken for one. Keys may not repeat. Anchors and `<<` work.
+- A size is {units.SIZE_FORMS}. KiB, MiB, GiB, and TiB are powers of 1024; kB,
+  MB, GB, and TB are powers of 1000.
+- The file is YAML 1.2: only `true` and `false` are truth values. batchlab refuses a plain `yes`,
+  `no`, `on`, or `off` if it could be a truth value. Keys may not repeat. Anchors and `<<` work.
 
 ## Parameters from the command line
 
-`--set KEY=VALUE` replaces the default of a parameter that the file declares. The value is read as
-one YAML scalar: `5` is a number, `true` a truth value, `'"5"'` text. Where the default is text,
-the value stays text as it is written.
+`--set KEY=VALUE` replaces the default of a parameter in the file. The value is read as one YAML
+scalar: `5` is a number, `true` is a truth value, and `'"5"'` is text. If the default is text, the
+value is always text.
 """
 
 
@@ -112,7 +115,7 @@ def reference() -> str:
 def section(title: str, schema: Mapping[str, Any]) -> str:
     """A section in Markdown with a table of the keys of `schema`."""
     lines = [f"## {title}", "", schema["description"], ""]
-    lines += ["| key | value | unless said | meaning |", "| --- | --- | --- | --- |"]
+    lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for key, field in schema["properties"].items():
         needed = key in schema.get("required", ())
         default = "required" if needed else _default(field)

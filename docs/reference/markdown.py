@@ -1,4 +1,4 @@
-"""What the pages share: their first lines, and tables."""
+"""Markdown helpers of the reference pages: head comment, tables, and escaped text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ AGAIN = "python -m docs.reference docs"
 
 
 def head(made_from: str) -> str:
-    """The comment that a page begins with."""
+    """Return the comment at the beginning of a page."""
     return f"<!-- Made from {made_from}. To make it again: {AGAIN} -->\n"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, and an empty line after it."""
+    """Return a table in Markdown."""
     lines = [_row(columns), _row(["---"] * len(columns)), *map(_row, rows)]
     return "\n".join(lines) + "\n"
 
@@ -27,8 +27,7 @@ def _cell(text: str) -> str:
 
 
 def text(words: str) -> str:
-    """Words of a docstring or a help text, safe within Markdown: what HTML would take for a tag is
-    written as it is read, and so are stars."""
+    """Escape `<` and `*` in text outside of code, so that Markdown shows them unchanged."""
     shown = []
     for number, part in enumerate(words.split("`")):
         is_code = number % 2 == 1

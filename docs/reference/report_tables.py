@@ -1,7 +1,4 @@
-"""The reference of the tables in docs/report-data.md, made from the schema.
-
-Invariant: it says nothing about a column that the schema does not say.
-"""
+"""Reference of the tables in docs/report-data.md, made from the schema alone."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ TITLE = "## The tables\n\n"
 def reference() -> str:
     """The section on the tables, in Markdown."""
     names = "\n".join(f"| [`{t.name}`](#{t.name}) | {t.meaning} |" for t in TABLES)
-    index = f"| table | what it has |\n| --- | --- |\n{names}\n\n"
+    index = f"| table | content |\n| --- | --- |\n{names}\n\n"
     return TITLE + index + "\n".join(_section(table) for table in TABLES)
 
 
@@ -27,5 +24,5 @@ def _section(table: Table) -> str:
 
 
 def renewed(text: str) -> str:
-    """The page's text with the section as the schema is now."""
+    """Return the page's text with a section that is made from the current schema."""
     return text[: text.index(TITLE)] + reference()

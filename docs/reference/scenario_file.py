@@ -45,15 +45,15 @@ _HEAD = f"""\
 
 # The scenario file
 
-A scenario is one YAML mapping: who submits what and when, to which fleet, what breaks meanwhile,
-and what must hold. [Scenarios](scenarios.md) is the guide to it; this page has every key.
+A scenario is one YAML mapping. It defines who submits which jobs when, to which fleet, which faults
+occur, and what is expected. [Scenarios](scenarios.md) is the guide; this page describes every key.
 
-- A duration is {units.DURATION_FORMS}. All times count from the scenario's beginning.
+- A duration is {units.DURATION_FORMS}. All times count from the start of the scenario.
 - A size is {units.SIZE_FORMS}.
 - Money is in US dollars: `12 USD`.
-- A distribution of numbers has the keys of one of durations, with numbers in place of durations.
-- `retry` is that of a [job file](job-file.md).
-- The file is YAML 1.2, read as a job file is: keys may not repeat, anchors and `<<` work.
+- A distribution of numbers has the same keys as one of durations, with numbers as values.
+- `retry` has the same keys as in a [job file](job-file.md).
+- The file is YAML 1.2, like a job file: keys may not repeat, and anchors and `<<` work.
 """
 
 
