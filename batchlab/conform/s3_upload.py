@@ -176,7 +176,7 @@ def multipart_create_free(site: Site) -> None:
     "must be repeated.",
     source="S3 User Guide, conditional writes",
     promise="the adapter raises Throttled for 409, and the call is repeated",
-    otherwise="409 occurs only in production",
+    otherwise="batchlab sees 409 for the first time in production",
 )
 def multipart_create_conflict(site: Site) -> None:
     site.put("a", b"first").accepted()
