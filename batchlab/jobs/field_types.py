@@ -212,14 +212,15 @@ def _ended() -> list[Moment]:
 
 
 class NotifySpec(BaseModel):
-    """Somebody to tell of the job: exactly one of `webhook`, `sns` and `target` says how."""
+    """Receiver of notifications about the job. Exactly one of `webhook`, `sns`, and `target` is
+    set."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     webhook: str | None = Field(
         default=None,
-        description="Address that gets a POST, by https. The manager's own machine only where the "
-        "grid's operator lets jobs; by http too then.",
+        description="Address that receives a POST request, by https. An address on the manager's "
+        "own machine needs the permission of the grid's operator, and may use http.",
         examples=["https://hooks.example.org/batch"],
     )
     sns: str | None = Field(
@@ -229,8 +230,8 @@ class NotifySpec(BaseModel):
     )
     target: str | None = Field(
         default=None,
-        description="Name of one of the grid's own targets that jobs may name: its address and "
-        "secret are then in no job file.",
+        description="Name of a target of the grid that jobs may use. The job file then does not "
+        "contain the target's address and secret.",
         examples=["chat"],
     )
     on: Annotated[
@@ -238,29 +239,29 @@ class NotifySpec(BaseModel):
         BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment]),
     ] = Field(
         default_factory=_ended,
-        description="Moments: `ended` (unless said), or one of `succeeded`, `failed`, `cancelled`; "
-        "`failures` "
-        "(so many tasks have failed), `stuck` (nothing has moved for so long), `capped` (a cap on "
-        "cost holds the job back).",
+        description="Moments: `ended` (default), or one of `succeeded`, `failed`, `cancelled`; "
+        "`failures` (a number of tasks has failed), `stuck` (the job has not progressed for a "
+        "time), `capped` (a cap on cost holds the job back).",
         examples=[["failed", "stuck"]],
     )
     secret: str | None = Field(
         default=None,
-        description="Where the key is that signs what a webhook gets: `env:BATCHLAB_NOTIFY_…`, a "
-        "variable of the manager's environment that the grid's operator lets sign what goes "
-        "there. The key itself is written nowhere.",
+        description="Location of the key that signs notifications to a webhook: "
+        "`env:BATCHLAB_NOTIFY_…`, a variable of the manager's environment that the grid's "
+        "operator allows for this webhook. The key itself is not stored.",
         examples=["env:BATCHLAB_NOTIFY_SECRET"],
     )
     failures: int = Field(
         default=1,
         ge=1,
         le=MOST_TASKS,
-        description="Failed tasks from which `failures` is told, once.",
+        description="Number of failed tasks for `failures`, which is sent once.",
         examples=[10],
     )
     stuck_after: Timeout = Field(
         default=600.0,
-        description="How long nothing moves before `stuck` is told, seconds or text with a unit.",
+        description="Time without progress before `stuck` is sent, in seconds or as text with a "
+        "unit.",
         examples=["10m"],
     )
 
@@ -269,7 +270,7 @@ Notify = Annotated[
     list[NotifySpec],
     Field(
         max_length=MOST_TARGETS,
-        description="Whom to tell of the job, beside whom the grid tells. A list.",
+        description="Receivers of notifications about the job, in addition to those of the grid.",
         examples=[[{"webhook": "https://hooks.example.org/batch", "on": "failed"}]],
     ),
 ]

@@ -57,76 +57,75 @@ class Keys(BaseModel):
 
 
 class InputSpec(Keys):
-    """Where the tasks of the first stage come from, and how raw data is cut into them."""
+    """Source of the tasks of the first stage, and how raw data is split into tasks."""
 
     files: field_types.OneOrMany = Field(
         min_length=1,
-        description="Raw data: local patterns relative to the job file (`**` crosses folders, "
-        "each of them once, however many links lead there; hidden files need a pattern that names "
-        "the dot), or what lies below `raw/` in the grid's own bucket: `s3://BUCKET/raw/prefix/` "
-        "for all below a prefix, `s3://BUCKET/raw/key` for one object; BUCKET is the one that "
-        "`batchlab grid env` prints, and `local` on `local`. One or a list, of one kind. Matches "
-        "of one pattern are sorted by path; a file that several patterns match is taken once.",
+        description="Raw data, one pattern or a list of one kind. A local pattern is relative to "
+        "the job file. `**` matches folders, each of them once, even if several links lead to it. "
+        "Hidden files need a pattern that contains the dot. `s3://BUCKET/raw/prefix/` means all "
+        "objects below a prefix in the grid's own bucket, and `s3://BUCKET/raw/key` one object. "
+        "`batchlab grid env` prints the name of BUCKET; on `local` it is `local`. Matches of one "
+        "pattern are sorted by path. A file that several patterns match is used once.",
         examples=["data/*.csv"],
     )
     split: Literal["file", "lines", "bytes", "items"] = Field(
         default="file",
-        description="What one task gets: a whole `file`; some `lines` of a file; a part of about "
-        "`size` `bytes` that begins and ends between lines; or `items`, the JSON values of a "
-        "JSON Lines file. A task never mixes files, and no line is ever cut.",
+        description="Input of one task: a whole `file`; some `lines` of a file; a part of about "
+        "`size` `bytes` that begins and ends between lines; or `items`, the JSON values of a JSON "
+        "Lines file. A task never has parts of several files, and a line is never split.",
         examples=["lines"],
     )
     size: field_types.TaskSize | None = Field(
         default=None,
-        description="How much one task gets. With `lines`: lines, 1000 unless said. With `bytes`: "
-        "bytes or a size such as `8 MiB`, which is also the value unless said; a longer line is "
-        "a part of its own. With `items`: items; 1 (unless said) gives a task the item itself, "
-        "more give it a list.",
+        description="Amount of input for one task. With `lines`: a number of lines, default 1000. "
+        "With `bytes`: bytes or a size, default `8 MiB`; a longer line is a part of its own. With "
+        "`items`: a number of items. With 1 (default), the task receives the item itself, "
+        "otherwise a list.",
         examples=["8 MiB"],
     )
     header: bool = Field(
         default=False,
-        description="Whether the first line of each file is a header, which every part of the "
-        "file gets again. Only with `lines` and `bytes`.",
+        description="Whether the first line of each file is a header. Every part of the file then "
+        "begins with the header. Only with `lines` and `bytes`.",
         examples=[True],
     )
 
 
 class RetrySpec(Keys):
-    """When and how often a failed task is tried again. A number alone means `attempts`.
-
-    The loss of a worker (crash of the machine, Spot interruption, scale-in) never counts.
-    """
+    """When and how often a failed task is tried again. A plain number means `attempts`. The loss of
+    a worker (a crash of the machine, a Spot interruption, scale-in) does not count as an
+    attempt."""
 
     attempts: int = Field(
         default=_RULE.attempts,
         ge=1,
         le=9999,
-        description="Number of tries in all; 1 means no retry.",
+        description="Total number of attempts; 1 means no retry.",
         examples=[3],
     )
     backoff: field_types.Duration = Field(
         default=_RULE.backoff_s,
-        description="Wait before the second try, seconds or text with a unit.",
+        description="Wait before the second attempt, in seconds or as text with a unit.",
         examples=["2s"],
     )
     factor: float = Field(
         default=_RULE.factor,
         ge=1,
         le=1000,
-        description="What each further wait is multiplied by.",
+        description="Factor by which each further wait grows.",
         examples=[2.0],
     )
     max_backoff: field_types.Duration = Field(
         default=_RULE.max_backoff_s,
-        description="The longest wait, seconds or text with a unit.",
+        description="Longest wait, in seconds or as text with a unit.",
         examples=["15m"],
     )
     jitter: float = Field(
         default=_RULE.jitter,
         ge=0,
         le=1,
-        description="Share of itself by which each wait is changed at random: 0.25 is ±25 %.",
+        description="Share by which each wait is changed at random: 0.25 means ±25%.",
         examples=[0.25],
     )
     on: Annotated[
@@ -136,14 +135,15 @@ class RetrySpec(Keys):
         ),
     ] = Field(
         default_factory=list,
-        description="Kinds of failure that are tried again: `exception` (the handler raised), "
-        "`exit` (the command's exit status), `timeout`, `memory` (over its limit), `crash` (the "
-        "process died), `input` (the input could not be read). None named: all of them.",
+        description="Kinds of failure that are tried again: `exception` (the handler raised one), "
+        "`exit` (the command's exit status), `timeout`, `memory` (the limit was exceeded), "
+        "`crash` (the process died), `input` (the input could not be read). Default: all of them.",
         examples=[["timeout", "exit"]],
     )
     exit_codes: list[int] = Field(
         default_factory=list,
-        description="Only these exit statuses of a command are tried again; negative is a signal.",
+        description="Only these exit statuses of a command are tried again; a negative number "
+        "means a signal.",
         examples=[[75]],
     )
     exceptions: list[str] = Field(
@@ -157,7 +157,7 @@ class RetrySpec(Keys):
 StageName = Annotated[
     field_types.Name,
     Field(
-        description="Name of the stage, unique in the job: lower case letters, digits, `-` and "
+        description="Name of the stage, unique in the job: lower case letters, digits, `-`, and "
         "`_`, at most 40 characters.",
         examples=["total"],
     ),
@@ -165,10 +165,10 @@ StageName = Annotated[
 After = Annotated[
     field_types.OneOrMany | None,
     Field(
-        description="The stage or stages it follows, which are listed before it. Unless said: the "
-        "previous one in the list, and the job's input for the first. `[]`: the job's input. "
-        "After several without `gather`, which must have equally many tasks, a task gets its "
-        "result of each, by the stage's name.",
+        description="The stage or stages that this stage follows. They must be listed before it. "
+        "Default: the previous stage in the list; for the first stage, the job's input. `[]` "
+        "means the job's input. Without `gather`, several stages must have the same number of "
+        "tasks, and a task receives the result of each, by the stage's name.",
         examples=["total"],
     ),
 ]
@@ -177,7 +177,7 @@ Retry = Annotated[
     BeforeValidator(rule_of, json_schema_input_type=int | RetrySpec),
     Field(
         default_factory=RetrySpec,
-        description="When a failed task is tried again. Unless said: 3 tries in all.",
+        description="When a failed task is tried again. Default: 3 attempts in total.",
         examples=[3],
     ),
 ]
@@ -186,28 +186,30 @@ Slots = Annotated[
     Field(
         ge=1,
         le=9999,
-        description="Task slots that a task takes; a worker has one per CPU or what its pool says.",
+        description="Task slots that a task uses. A worker has one slot per CPU, or the number "
+        "that its pool defines.",
         examples=[2],
     ),
 ]
 Memory = Annotated[
     field_types.Memory | None,
     Field(
-        description="Most memory the task may use, bytes or text with a unit, at least 16 MiB; a "
-        "task that needs more fails with `memory`. No limit unless said.",
+        description="Memory limit of the task, in bytes or as text with a unit, at least 16 MiB. "
+        "A task that needs more fails with `memory`. Default: no limit.",
         examples=["512 MiB"],
     ),
 ]
 Bundle = Annotated[
     field_types.BundleSize,
     Field(
-        description="Tasks that travel as one message. `auto`, which is also the value unless "
-        "said, follows the measured run time, so that tiny tasks do not pay for a message each.",
+        description="Number of tasks in one message. `auto` (default) depends on the measured run "
+        "time, so that small tasks do not need a message each.",
         examples=[100],
     ),
 ]
 Pool = Annotated[
-    field_types.Name, Field(description="Pool of workers that runs it.", examples=["big-memory"])
+    field_types.Name,
+    Field(description="Pool of workers that runs the stage.", examples=["big-memory"]),
 ]
 Priority = Annotated[
     int,
@@ -216,45 +218,46 @@ Priority = Annotated[
 
 
 class ResourcesSpec(Keys):
-    """What one task needs of its worker."""
+    """Resources of its worker that one task needs."""
 
     slots: Slots = 1
     memory: Memory = None
 
 
 class GatherSpec(Keys):
-    """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
+    """Fan-in: `gather: all` creates one task for all results; this mapping creates one task for
+    each group."""
 
     by: Annotated[str, BeforeValidator(_group)] = Field(
         min_length=1,
-        description="Field of the upstream results (or of their elements, where a result is a "
-        "list) whose value names the group.",
+        description="Field of the upstream results, or of the elements of results that are lists. "
+        "Its value is the name of the group.",
         examples=["region"],
     )
 
 
 class StageSpec(Keys):
-    """One step: exactly one of `python` and `command` says what runs for each task."""
+    """One step. Exactly one of `python` and `command` defines what runs for each task."""
 
     name: StageName
     python: field_types.Handler | None = Field(
         default=None,
-        description="Python function to call, `module:function`. The module lies in the code "
-        "folder or is installed with the workers; the function is looked for, without running "
-        "any code, before the job is accepted.",
+        description="Python function to call, `module:function`. The module is in the code "
+        "folder, or installed on the workers. batchlab checks that the function exists before it "
+        "accepts the job, without running any code.",
         examples=["handlers:total"],
     )
     command: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Program and arguments to run, with placeholders. No shell is involved. A "
-        "number is passed as it is written.",
+        description="Program and arguments to run, with placeholders, without a shell. A number "
+        "is passed as it is written.",
         examples=[["wc", "-l", "{input}"]],
     )
     stdout: field_types.OutputName | None = Field(
         default=None,
-        description="Name of the output file that takes the command's standard output; without "
-        "it, standard output goes to the log.",
+        description="Name of the output file for the command's standard output. Default: standard "
+        "output goes to the log.",
         examples=["count.txt"],
     )
     after: After = None
@@ -263,21 +266,21 @@ class StageSpec(Keys):
         BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec),
     ] = Field(
         default=None,
-        description="Wait for every task before: `all` makes one task of all their results, "
-        "`{by: FIELD}` one for each value of a field. Without it each result becomes a task of "
-        "this stage as soon as it is there.",
+        description="Wait for all tasks of the previous stages. `all` creates one task for all "
+        "their results, `{by: FIELD}` one task for each value of a field. Without `gather`, each "
+        "result becomes a task of this stage as soon as it exists.",
         examples=["all"],
     )
     timeout: field_types.Timeout | None = Field(
         default=None,
-        description="Longest run time of one task, seconds or text with a unit. No limit unless "
-        "said.",
+        description="Longest run time of one task, in seconds or as text with a unit. Default: no "
+        "limit.",
         examples=["5m"],
     )
     retry: Retry
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
-        description="What one task needs.",
+        description="Resources that one task needs.",
         examples=[{"memory": "512 MiB"}],
     )
     bundle: Bundle = None
@@ -285,18 +288,18 @@ class StageSpec(Keys):
 
 
 class FailureSpec(Keys):
-    """What failed tasks mean for the job."""
+    """Effect of failed tasks on the job."""
 
     max_failures: field_types.Allowance = Field(
         default=0,
-        description="Failed tasks that the job survives: a number, or a percentage of the tasks "
-        "of a stage. With more, the job ends FAILED.",
+        description="Number of failed tasks that the job allows, or a percentage of the tasks of "
+        "a stage. With more failures, the job ends FAILED.",
         examples=["5%"],
     )
     then: Literal["carry_on", "stop"] = Field(
         default="carry_on",
-        description="With too many failures, `carry_on` runs what can still run, `stop` cancels "
-        "the rest at once.",
+        description="With too many failures, `carry_on` runs all tasks that can still run, and "
+        "`stop` cancels the rest immediately.",
         examples=["stop"],
     )
 
@@ -305,14 +308,15 @@ class JobSpec(Keys):
     """The job as a whole."""
 
     name: field_types.Name = Field(
-        description="Name of the job, part of its id: lower case letters, digits, `-` and `_`, at "
-        "most 40 characters.",
+        description="Name of the job, and part of its id: lower case letters, digits, `-`, and "
+        "`_`, at most 40 characters.",
         examples=["month-end-claims"],
     )
     code: str = Field(
         default=".",
-        description="Folder of your code, relative to the job file; unless said, the job file's "
-        "own. Workers get a copy, without the input, caches, virtual environments and `.git`.",
+        description="Folder of your code, relative to the job file. Default: the job file's own "
+        "folder. Workers receive a copy, without the input, caches, virtual environments, and "
+        "`.git`.",
         examples=["src"],
     )
     input: InputSpec = Field(description="The job's input.", examples=[{"files": "data/*.csv"}])
@@ -323,13 +327,13 @@ class JobSpec(Keys):
     )
     failure: FailureSpec = Field(
         default_factory=FailureSpec,
-        description="How many failed tasks the job survives, and what follows from more.",
+        description="How many failed tasks the job allows, and what happens with more.",
         examples=[{"max_failures": "5%"}],
     )
     priority: Priority = 0
     tags: dict[str, str] = Field(
         default_factory=dict,
-        description="Labels for your own accounting, text to text.",
+        description="Labels for your own accounting; keys and values are text.",
         examples=[{"cost-centre": "4711"}],
     )
     params: dict[field_types.ParamName, JsonValue] = Field(
@@ -341,27 +345,27 @@ class JobSpec(Keys):
     notify: Notify = Field(default_factory=list)
     max_cost: field_types.Cost | None = Field(
         default=None,
-        description="Cap on what the job costs on AWS, in USD at list prices: beyond it nothing "
-        "more is launched for it, what runs is finished, and the job waits until the cap is "
-        "raised. Unless said there is none.",
+        description="Cap on the cost of the job on AWS, in USD at list prices. At the cap, no "
+        "more instances are launched for the job, running tasks are finished, and the job waits "
+        "until the cap is raised. Default: no cap.",
         examples=["5USD"],
     )
     at: field_types.Start | None = Field(
         default=None,
-        description="When to start: a wait such as `+10m`, or an ISO 8601 time with its zone. At "
-        "once unless said.",
+        description="Start time: a wait such as `+10m`, or an ISO 8601 time with its time zone. "
+        "Default: immediately.",
         examples=["2026-01-31T06:00:00Z"],
     )
     cron: field_types.Cron | None = Field(
         default=None,
-        description="When to run again and again: minute, hour, day of month, month and "
-        "weekday, as cron has them. For `batchlab schedule add`, whose options take its place; "
-        "what runs a job once (`run`, `job submit`, the web page) refuses it.",
+        description="Cron expression for repeated runs: minute, hour, day of month, month, and "
+        "weekday. Only for `batchlab schedule add`, whose options override it. `run`, `job "
+        "submit`, and the web page run a job once, so they refuse it.",
         examples=["0 2 * * 1-5"],
     )
     timezone: field_types.Zone = Field(
         default="UTC",
-        description="IANA name of the time zone that `cron` is meant in.",
+        description="IANA name of the time zone of `cron`.",
         examples=["Europe/Berlin"],
     )
 
