@@ -17,9 +17,25 @@ SERVICES = ("manager", "worker", "connect")
 
 NEEDED = frozenset(
     {
-        *("alembic", "cloudpickle", "cronsim", "duckdb", "fastapi", "httptools", "httpx"),
-        *("multipart", "obstore", "prometheus_client", "pydantic", "python_multipart", "rich"),
-        *("sqlalchemy", "typer", "typing_extensions", "tzdata", "uvicorn", "yaml"),
+        "alembic",
+        "cloudpickle",
+        "cronsim",
+        "duckdb",
+        "fastapi",
+        "httptools",
+        "httpx",
+        "multipart",
+        "obstore",
+        "prometheus_client",
+        "pydantic",
+        "python_multipart",
+        "rich",
+        "sqlalchemy",
+        "typer",
+        "typing_extensions",
+        "tzdata",
+        "uvicorn",
+        "yaml",
     }
 )
 """What every installation has, by the names that it is imported by."""

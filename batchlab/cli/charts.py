@@ -173,7 +173,10 @@ def fault_said(fault: Fault) -> str:
     if fault.name is FaultName.ZONE_LOSS:
         told += f" (zone {fault.zone or 'a'})"
     if fault.name in (
-        *(FaultName.KILL, FaultName.PAUSE, FaultName.PARTITION, FaultName.SPOT_WAVE),
+        FaultName.KILL,
+        FaultName.PAUSE,
+        FaultName.PARTITION,
+        FaultName.SPOT_WAVE,
         FaultName.SLOW_DISK,
     ):
         whose = f" of {fault.pool}" if fault.pool else ""

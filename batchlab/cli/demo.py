@@ -93,8 +93,20 @@ def _video(folder: Path) -> str:
     picture = f"testsrc2=duration={_VIDEO_S}:size=640x360:rate=25"
     made = subprocess.run(
         [
-            *(program, "-v", "error", "-f", "lavfi", "-i", picture),
-            *("-f", "lavfi", "-i", f"sine=duration={_VIDEO_S}", "-pix_fmt", "yuv420p", target),
+            program,
+            "-v",
+            "error",
+            "-f",
+            "lavfi",
+            "-i",
+            picture,
+            "-f",
+            "lavfi",
+            "-i",
+            f"sine=duration={_VIDEO_S}",
+            "-pix_fmt",
+            "yuv420p",
+            target,
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,

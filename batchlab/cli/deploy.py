@@ -275,8 +275,13 @@ def _show(found: Status, where: str) -> None:
         columns = ("group", "min", "max", "desired", "inservice", "others", "refresh")
         rows = [
             (
-                *(one.name, one.smallest, one.largest, one.desired),
-                *(len(one.instances), one.others, one.refresh or "-"),
+                one.name,
+                one.smallest,
+                one.largest,
+                one.desired,
+                len(one.instances),
+                one.others,
+                one.refresh or "-",
             )
             for one in found.groups
         ]

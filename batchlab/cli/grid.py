@@ -244,7 +244,9 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
     states = [one["state"] for one in pool["instances"]]
     return (
         pool["name"],
-        *(pool["min"], pool["max"], pool["desired"]),
+        pool["min"],
+        pool["max"],
+        pool["desired"],
         states.count("InService"),
         states.count("Pending"),
         pool["slots"],
@@ -309,11 +311,14 @@ def workers(home: HomeOption = None, json: JsonOption = False) -> None:
         columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held")
         rows = [
             (
-                *(one["id"], pool, one["state"]),
+                one["id"],
+                pool,
+                one["state"],
                 "Healthy" if one["healthy"] else "Unhealthy",
                 "yes" if one["protected"] else "no",
                 one["worker"] or "-",
-                *(one["busy"], one["held"]),
+                one["busy"],
+                one["held"],
                 output.moment(one["launched_s"]),
                 one["note"],
             )

@@ -166,7 +166,11 @@ def show(
         (
             s["name"],
             "-" if s["planned"] is None else s["planned"],
-            *(s["succeeded"], s["failed"], s["cancelled"], s["running"], s["retried"]),
+            s["succeeded"],
+            s["failed"],
+            s["cancelled"],
+            s["running"],
+            s["retried"],
             "-" if s["mean_s"] is None else output.span(s["mean_s"]),
         )
         for s in view["stages"]

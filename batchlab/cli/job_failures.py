@@ -84,8 +84,12 @@ def _show_each(found: list[FailureView], limit: int, json: bool) -> None:
     columns = ("task", "attempt", "kind", "exit", "fingerprint", "reason")
     rows = [
         (
-            *(task_name(f["stage"], f["task"]), f["attempt"], f["kind"], _exit(f)),
-            *(f["fingerprint"], f["reason"]),
+            task_name(f["stage"], f["task"]),
+            f["attempt"],
+            f["kind"],
+            _exit(f),
+            f["fingerprint"],
+            f["reason"],
         )
         for f in found
     ]

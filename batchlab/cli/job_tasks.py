@@ -121,7 +121,9 @@ def _show(doc: dict[str, Any]) -> None:
     columns = ("round", "attempt", "state", "ran", "ended", "worker", "log", "fingerprint")
     rows = [
         (
-            *(one["round"], one["attempt"], one["state"]),
+            one["round"],
+            one["attempt"],
+            one["state"],
             "-" if one["run_s"] is None else output.span(one["run_s"]),
             output.moment(one["bundle_ended_s"]),
             one["worker"],

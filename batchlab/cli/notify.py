@@ -107,8 +107,12 @@ def log(
     else:
         rows = [
             (
-                *(output.moment(one["at_s"]), one["job"] or "-", one["moment"], one["target"]),
-                *(one["state"], one["attempts"]),
+                output.moment(one["at_s"]),
+                one["job"] or "-",
+                one["moment"],
+                one["target"],
+                one["state"],
+                one["attempts"],
                 one["error"] or "-",
             )
             for one in found

@@ -97,8 +97,13 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
         between = "" if one.low is None else f"{one.low:+.1%} and {one.high:+.1%}"
         rows.append(
             (
-                *(one.stage or "all", one.measure.name),
-                *(_shown(one, one.a), _shown(one, one.b), _relative(one), between, verdict),
+                one.stage or "all",
+                one.measure.name,
+                _shown(one, one.a),
+                _shown(one, one.b),
+                _relative(one),
+                between,
+                verdict,
             )
         )
     return rows

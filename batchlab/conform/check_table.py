@@ -22,8 +22,16 @@ from batchlab.conform.sqs_receive import SQS_RECEIVE
 from batchlab.conform.sqs_send import SQS_SEND
 
 CHECKS: tuple[Check, ...] = (
-    *(*S3_CREATE, *S3_READ, *S3_LIST, *S3_UPLOAD, *S3_PORTS),
-    *(*SQS_SEND, *SQS_RECEIVE, *SQS_RECEIPTS, *SQS_QUEUES, *SQS_PORTS),
+    *S3_CREATE,
+    *S3_READ,
+    *S3_LIST,
+    *S3_UPLOAD,
+    *S3_PORTS,
+    *SQS_SEND,
+    *SQS_RECEIVE,
+    *SQS_RECEIPTS,
+    *SQS_QUEUES,
+    *SQS_PORTS,
 )
 """Of S3 and SQS, which every grid beyond this machine stands on."""
 

@@ -26,8 +26,18 @@ LEVEL_VARIABLE = "BATCHLAB_LOG"
 FORMATS = ("text", "json")
 
 FIELDS = (
-    *("service", "manager", "worker", "instance", "pool"),
-    *("job", "stage", "bundle", "attempt", "execution", "task", "trace"),
+    "service",
+    "manager",
+    "worker",
+    "instance",
+    "pool",
+    "job",
+    "stage",
+    "bundle",
+    "attempt",
+    "execution",
+    "task",
+    "trace",
 )
 """What a line may tell beside its text, in the order in which it does."""
 

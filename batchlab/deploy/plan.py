@@ -25,8 +25,14 @@ from batchlab.deploy.template import INLINE_BYTES, Template, rendered
 from batchlab.runtime.home import Home
 
 WITH_SIMPLEDB = (
-    *("us-east-1", "us-west-1", "us-west-2", "eu-west-1", "ap-northeast-1"),
-    *("ap-southeast-1", "ap-southeast-2", "sa-east-1"),
+    "us-east-1",
+    "us-west-1",
+    "us-west-2",
+    "eu-west-1",
+    "ap-northeast-1",
+    "ap-southeast-1",
+    "ap-southeast-2",
+    "sa-east-1",
 )
 """https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
 FOLDER = "deploy/"

@@ -91,7 +91,9 @@ class Target:
         names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
         platforms = [f"--platform={name}_{self.architecture}" for name in names]
         return [
-            *("--only-binary=:all:", "--no-deps", "--implementation=cp"),
+            "--only-binary=:all:",
+            "--no-deps",
+            "--implementation=cp",
             f"--python-version={self.python}",
             *platforms,
         ]
@@ -244,9 +246,18 @@ class _Pip:
         """What pip says where it fails, else None."""
         done = subprocess.run(
             [
-                *(self._interpreter(), "-I", "-m", "pip", command, "--quiet"),
-                *("--disable-pip-version-check", "--no-input", "--retries", "2"),
-                *("--dest" if command == "download" else "--wheel-dir", folder or self._folder),
+                self._interpreter(),
+                "-I",
+                "-m",
+                "pip",
+                command,
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-input",
+                "--retries",
+                "2",
+                "--dest" if command == "download" else "--wheel-dir",
+                folder or self._folder,
                 *options,
             ],
             stdin=subprocess.DEVNULL,

@@ -96,8 +96,12 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
     pool = group.pool
     return Placement(
         Pool(
-            *(pool.name, pool.min_size, pool.max_size),
-            *(template.slots, template.boot_s, template.env),
+            name=pool.name,
+            min_size=pool.min_size,
+            max_size=pool.max_size,
+            slots=template.slots,
+            boot_s=template.boot_s,
+            env=template.env,
         ),
         Machine(override.instance_type or template.instance_type, zone, market),
         Bond(

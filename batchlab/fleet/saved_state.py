@@ -102,8 +102,15 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _member(m: Member) -> list[Any]:
     i = m.instance
     saved: list[Any] = [
-        *(i.id, i.state, i.launched_s, i.healthy, i.protected, i.note),
-        *(m.launch, m.end, m.ready),
+        i.id,
+        i.state,
+        i.launched_s,
+        i.healthy,
+        i.protected,
+        i.note,
+        m.launch,
+        m.end,
+        m.ready,
     ]
     if i.machine != Machine() or m.bond != _PLAIN:
         machine = [i.machine.type, i.machine.zone, i.machine.market]
@@ -138,8 +145,14 @@ def _remember(
 ) -> Member:
     kind, zone, market = machine
     instance = Instance(
-        *(id_, pool, LifecycleState(state), launched_s, healthy, protected, note),
-        Machine(kind, zone, Market(market)),
+        id=id_,
+        pool=pool,
+        state=LifecycleState(state),
+        launched_s=launched_s,
+        healthy=healthy,
+        protected=protected,
+        note=note,
+        machine=Machine(kind, zone, Market(market)),
     )
     again = Member(instance, launch, end, ready)
     if bond is not None:

@@ -171,7 +171,11 @@ def _scale_in(
     for policy in able:
         alarm = asg.alarms[policy.policy_name]
         if policy.policy_name not in wanted or not _due(
-            *(alarm, alarm.below_since_s, LOW_PERIODS, now_s, period_s)
+            alarm=alarm,
+            since_s=alarm.below_since_s,
+            periods=LOW_PERIODS,
+            now_s=now_s,
+            period_s=period_s,
         ):
             return
         if is_warming(group, warmup_s(asg.config, policy), now_s):

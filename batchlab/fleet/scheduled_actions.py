@@ -122,7 +122,11 @@ def run_due(changes: Changes, group: Group) -> None:
         action = asg.scheduled[name]
         if not group.suspended(Process.SCHEDULED_ACTIONS):
             set_limits(
-                *(changes, group, action.min_size, action.max_size, action.desired_capacity),
+                changes=changes,
+                group=group,
+                min_size=action.min_size,
+                max_size=action.max_size,
+                desired=action.desired_capacity,
                 cause="a scheduled action",
             )
         again_s = _recurs_s(action, now_s)

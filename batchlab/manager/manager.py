@@ -132,16 +132,28 @@ class Manager:
         on_end = self.notifying.ended if self.notifying else None
         cutter = Cutter(ports.clock, self.lives, self._slots, settings.window)
         self.conductor = Conductor(
-            *(ports, settings, folder, cutter, self._on_plan, counts, tracer, on_end),
-            lambda live: self._adoption.begin_anew(live),
-            quarantine,
+            ports=ports,
+            settings=settings,
+            folder=folder,
+            cutter=cutter,
+            on_plan=self._on_plan,
+            counts=counts,
+            tracer=tracer,
+            on_end=on_end,
+            on_missing=lambda live: self._adoption.begin_anew(live),
+            quarantine=quarantine,
         )
         self.tails = Tails(ports, settings)
         self.spending = (
             Spending(
-                *(ports, settings, self.lives, self.registry, self.pools, accounting),
-                recorder,
-                self.reports.ended,
+                ports=ports,
+                settings=settings,
+                lives=self.lives,
+                registry=self.registry,
+                pools=self.pools,
+                accounting=accounting,
+                recorder=recorder,
+                on_written=self.reports.ended,
             )
             if accounting
             else None
@@ -149,25 +161,36 @@ class Manager:
         caps = self.spending.caps if self.spending else None
         self._starts = Starts(ports)
         self._adoption = Adoption(
-            *(ports, settings, self.lives, self.conductor),
-            *(self._starts, self.spending, recorder),
-            *(self.admit, quarantine),
+            ports=ports,
+            settings=settings,
+            lives=self.lives,
+            conductor=self.conductor,
+            starts=self._starts,
+            spending=self.spending,
+            recorder=recorder,
+            admit=self.admit,
+            quarantine=quarantine,
         )
         arrivals = Arrivals()
         self.requests = Requests(
-            *(
-                ports,
-                self.conductor,
-                cutter,
-                self.lives,
-                partial(self._adoption.adopt, beside=True),
-            ),
-            *(arrivals, lambda pool: self._in_service(pool) > 0, counts, tracer),
+            ports=ports,
+            conductor=self.conductor,
+            cutter=cutter,
+            lives=self.lives,
+            adopt=partial(self._adoption.adopt, beside=True),
+            arrivals=arrivals,
+            is_staffed=lambda pool: self._in_service(pool) > 0,
+            counts=counts,
+            tracer=tracer,
         )
         self.autoscaler = Autoscaler(
-            *(ports, settings, self.lives, self.registry, caps),
-            recorder.decided if recorder else _unheard,
-            counts,
+            ports=ports,
+            settings=settings,
+            lives=self.lives,
+            registry=self.registry,
+            caps=caps,
+            on_decision=recorder.decided if recorder else _unheard,
+            counts=counts,
         )
         self.scheduler: Schedules | None = None
         if schedules:
@@ -184,10 +207,16 @@ class Manager:
         """For retries that an earlier leader did not finish."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(
-            *(ports, settings, self.lives, folder, self.registry, self._quiet, arrivals),
-            recorder.told if recorder else _unheard,
-            counts,
-            quarantine,
+            ports=ports,
+            settings=settings,
+            lives=self.lives,
+            folder=folder,
+            registry=self.registry,
+            quiet=self._quiet,
+            arrivals=arrivals,
+            met_twice=recorder.told if recorder else _unheard,
+            counts=counts,
+            quarantine=quarantine,
         )
         self._reconciler = Reconciler(
             ports, settings, self.lives, folder, self.conductor, quarantine

@@ -239,8 +239,15 @@ def _option(pool: Pool) -> str:
 
 def _settings(at: Deployment) -> dict[str, str]:
     command = [
-        *("manager", "--home", deployment.HOME, "--backend", deployment.NAME),
-        *("--host", at.manager_host, "--port", str(MANAGER_PORT)),
+        "manager",
+        "--home",
+        deployment.HOME,
+        "--backend",
+        deployment.NAME,
+        "--host",
+        at.manager_host,
+        "--port",
+        str(MANAGER_PORT),
     ]
     for pool in at.pools:
         command += ["--pool", pool]

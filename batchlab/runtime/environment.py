@@ -15,10 +15,15 @@ from batchlab.core.errors import UsageError
 FILE = "environment"
 """Its name in a release."""
 PASSED_ON = (
-    *(logs.LEVEL_VARIABLE, logs.FORMAT_VARIABLE),
-    *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
-    *("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"),
-    *("OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG", "OTEL_BSP_SCHEDULE_DELAY"),
+    logs.LEVEL_VARIABLE,
+    logs.FORMAT_VARIABLE,
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_SERVICE_NAME",
+    "OTEL_RESOURCE_ATTRIBUTES",
+    "OTEL_TRACES_SAMPLER",
+    "OTEL_TRACES_SAMPLER_ARG",
+    "OTEL_BSP_SCHEDULE_DELAY",
 )
 """What a grid in containers takes over of the environment that it is brought up in. Not
 OTEL_EXPORTER_OTLP_HEADERS, which may hold a key: what a worker has, every task can read."""

@@ -261,8 +261,15 @@ class Backend(Placed):
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
             return [
-                *(*program, "worker", *whose),
-                *("--pool", pool.name, "--slots", str(pool.slots), "--instance", instance),
+                *program,
+                "worker",
+                *whose,
+                "--pool",
+                pool.name,
+                "--slots",
+                str(pool.slots),
+                "--instance",
+                instance,
             ]
 
         log = home.fleet / "logs" / "nursery.log"

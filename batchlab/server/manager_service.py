@@ -143,7 +143,14 @@ async def _lead(
     logging.getLogger("batchlab").addHandler(recent)
     fresh = partial(
         Manager,
-        *(ports, backend.manager, pools, owner, accounting, reports, counts, tracer),
+        ports=ports,
+        settings=backend.manager,
+        pools=pools,
+        owner=owner,
+        accounting=accounting,
+        reports=reports,
+        counts=counts,
+        tracer=tracer,
         outlets=Outlets(
             notification_settings.watched(
                 home, in_container=backend.capabilities.container_manager

@@ -507,9 +507,24 @@ def _no_outside(*_: object, **__: object) -> NoReturn:
 
 # Named, because the base would open real sockets before it fails.
 for _name in (
-    *("create_connection", "create_server", "create_datagram_endpoint", "create_unix_connection"),
-    *("create_unix_server", "connect_accepted_socket", "connect_read_pipe", "connect_write_pipe"),
-    *("subprocess_exec", "subprocess_shell", "add_reader", "add_writer", "add_signal_handler"),
-    *("getaddrinfo", "getnameinfo", "sock_accept", "sock_connect", "sock_recv", "sock_sendall"),
+    "create_connection",
+    "create_server",
+    "create_datagram_endpoint",
+    "create_unix_connection",
+    "create_unix_server",
+    "connect_accepted_socket",
+    "connect_read_pipe",
+    "connect_write_pipe",
+    "subprocess_exec",
+    "subprocess_shell",
+    "add_reader",
+    "add_writer",
+    "add_signal_handler",
+    "getaddrinfo",
+    "getnameinfo",
+    "sock_accept",
+    "sock_connect",
+    "sock_recv",
+    "sock_sendall",
 ):
     setattr(SimLoop, _name, _no_outside)

@@ -53,7 +53,8 @@ class FaultKind(StrEnum):
 
     KILL_BEFORE = "kill_before", "", "a process is killed before its port call takes effect"
     KILL_AFTER = (
-        *("kill_after", ""),
+        "kill_after",
+        "",
         "a process is killed after its port call's effect, before it sees the answer",
     )
     THROTTLED = "throttled", "", "a port call is refused for now (S3 503, SQS throttling)"
@@ -66,7 +67,8 @@ class FaultKind(StrEnum):
     LATE = "late", "queue.send", "a sent message arrives up to five minutes late"
     DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
     REDELIVERED = (
-        *("redelivered", SKY),
+        "redelivered",
+        SKY,
         "a message is delivered again although its worker still holds it",
     )
     VANISHED = "vanished", SKY, "a message is lost from its queue"
@@ -101,7 +103,8 @@ class FaultKind(StrEnum):
     MISSING = "missing", SKY, "the store loses an object"
     ROTTED = "rotted", SKY, "the store changes one bit of an object"
     UNSYNCED = (
-        *("unsynced", SKY),
+        "unsynced",
+        SKY,
         "the power fails: every process ends, and unacknowledged writes may be lost",
     )
     FROZEN = "frozen", SKY, "a worker freezes for ever"

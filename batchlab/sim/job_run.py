@@ -73,7 +73,9 @@ async def _main(
     children: InlineChildren,
 ) -> Simulated:
     world = World(
-        *(seed, pools, calm(seed)),
+        seed=seed,
+        pools=pools,
+        faults=calm(seed),
         make_runner=partial(_real_handlers, children),
         logged=False,
         accounting=Accounting(),

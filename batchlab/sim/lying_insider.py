@@ -41,10 +41,22 @@ class Insider:
         self._takes = rng.random() < TAKING_SHARE
         self._may_be_huge = True
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (
-            *(self._foreign_reference, self._foreign_reference, self._huge, self._unreadable),
-            *(self._foreign_follow, self._odd_outcome, self._other_facts, self._other_facts),
-            *(self._hold_of_others, self._hold_of_others, self._odd_completion, self._starts),
-            *(self._starts, self._starts, self._other_task, self._other_task),
+            self._foreign_reference,
+            self._foreign_reference,
+            self._huge,
+            self._unreadable,
+            self._foreign_follow,
+            self._odd_outcome,
+            self._other_facts,
+            self._other_facts,
+            self._hold_of_others,
+            self._hold_of_others,
+            self._odd_completion,
+            self._starts,
+            self._starts,
+            self._starts,
+            self._other_task,
+            self._other_task,
         )
 
     async def lie(self, pace: float) -> None:

@@ -29,12 +29,38 @@ from batchlab.worker.heartbeats import Identity
 Doc = dict[str, Any]
 
 ODD: tuple[Any, ...] = (
-    *(None, True, -1, 10**9, 10**30, 1e300, -1e300, 1e18, "", "7", "\ud800", "a/b", "../..", "."),
-    *([], {}, [[]], [[0, 10**12]], [[5, 1]], "x" * 5_000, "pickle:../../x", "\u0000"),
+    None,
+    True,
+    -1,
+    10**9,
+    10**30,
+    1e300,
+    -1e300,
+    1e18,
+    "",
+    "7",
+    "\ud800",
+    "a/b",
+    "../..",
+    ".",
+    [],
+    {},
+    [[]],
+    [[0, 10**12]],
+    [[5, 1]],
+    "x" * 5_000,
+    "pickle:../../x",
+    "\u0000",
 )
 """Values for which a reader must have a bound or a rule."""
 UNREADABLE: tuple[str | bytes, ...] = (
-    *('{"v":1}', "", "{", "[" * 5_000, '{"v":9}', "null", b"\xff\xfe"),
+    '{"v":1}',
+    "",
+    "{",
+    "[" * 5_000,
+    '{"v":9}',
+    "null",
+    b"\xff\xfe",
 )
 NUMBERS: tuple[Any, ...] = (10**9, 10**30, 1, 0, -1, 1e300, "7")
 
@@ -156,11 +182,28 @@ class Liar:
         self._pools = {means.who.pool}
         self._workers: list[str] = []
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (
-            *(self._beat_of_another, self._beat_of_another, self._beat_of_nobody),
-            *(self._hold_what_others_have, self._completion, self._outcome_event, self._keys_event),
-            *(self._counters, self._outcome_object, self._outcome_object, self._forged_job),
-            *(self._markers, self._markers, self._unmark, self._task, self._task, self._replay),
-            *(self._swap, self._mutate, self._noise, self._steal, self._trespass),
+            self._beat_of_another,
+            self._beat_of_another,
+            self._beat_of_nobody,
+            self._hold_what_others_have,
+            self._completion,
+            self._outcome_event,
+            self._keys_event,
+            self._counters,
+            self._outcome_object,
+            self._outcome_object,
+            self._forged_job,
+            self._markers,
+            self._markers,
+            self._unmark,
+            self._task,
+            self._task,
+            self._replay,
+            self._swap,
+            self._mutate,
+            self._noise,
+            self._steal,
+            self._trespass,
         )
 
     async def lie(self, pace: float) -> None:

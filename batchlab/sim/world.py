@@ -135,8 +135,15 @@ class World:
         lease_s = self.worker_settings.control_lease_s
         lead_ttl_s, silence_s = self.manager_settings.lease_ttl_s, self.manager_settings.silence_s
         self.watch = Watch(
-            *(self.clock, self.queue, loop.fail, loop.is_frozen, loop.thawed_s),
-            *(visibility_s, lease_s, lead_ttl_s, silence_s),
+            clock=self.clock,
+            queue=self.queue,
+            fail=loop.fail,
+            frozen=loop.is_frozen,
+            thawed_s=loop.thawed_s,
+            visibility_s=visibility_s,
+            lease_s=lease_s,
+            lead_ttl_s=lead_ttl_s,
+            silence_s=silence_s,
         )
         self.damage = Damage(
             self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged
@@ -210,7 +217,10 @@ class World:
             Patience(rng),
         )
         manager = Manager(
-            *(ports, self.manager_settings, self.pools, owner),
+            ports=ports,
+            settings=self.manager_settings,
+            pools=self.pools,
+            owner=owner,
             accounting=self.accounting,
             reports=self.reports,
             outlets=Outlets(lambda: DIRECTORY, self._notified) if self.notifies else None,

@@ -70,7 +70,10 @@ class ChildProcess:
                 # Not in a thread: a parent-death signal would mean the end of that thread.
                 self._process = subprocess.Popen(
                     [
-                        *(sys.executable, "-P", "-m", "batchlab.worker.child"),
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "batchlab.worker.child",
                         *map(str, theirs),
                         str(folder / "board"),
                         str(code or ""),

@@ -23,8 +23,16 @@ from batchlab.core.protocol.field_checks import UNREADABLE, fitted, known
 from batchlab.core.retry import Patience
 
 SETTINGS = (
-    *("LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX"),
-    *("PYTHONHASHSEED", "PYTHONUTF8", "PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONWARNINGS"),
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "OMP_NUM_THREADS",
+    "MALLOC_ARENA_MAX",
+    "PYTHONHASHSEED",
+    "PYTHONUTF8",
+    "PYTHONOPTIMIZE",
+    "PYTHONDEVMODE",
+    "PYTHONWARNINGS",
 )
 """Variables that change what programs do, and whose values are nobody's secret."""
 
@@ -33,25 +41,56 @@ MOST_PACKAGES = 2000
 
 _SESSION = frozenset(
     (
-        *("_", "COLUMNS", "COLORTERM", "DISPLAY", "EDITOR", "HOME", "HOSTNAME", "LINES", "LOGNAME"),
-        *("LS_COLORS", "MAIL", "OLDPWD", "PAGER", "PATH", "PS1", "PWD", "SHELL", "SHLVL", "TERM"),
-        *("TMPDIR", "USER", "VIRTUAL_ENV", "VISUAL", "JOURNAL_STREAM", "INVOCATION_ID"),
-        *("PYTHONPATH", "SYSTEMD_EXEC_PID", "MEMORY_PRESSURE_WATCH", "MEMORY_PRESSURE_WRITE"),
+        "_",
+        "COLUMNS",
+        "COLORTERM",
+        "DISPLAY",
+        "EDITOR",
+        "HOME",
+        "HOSTNAME",
+        "LINES",
+        "LOGNAME",
+        "LS_COLORS",
+        "MAIL",
+        "OLDPWD",
+        "PAGER",
+        "PATH",
+        "PS1",
+        "PWD",
+        "SHELL",
+        "SHLVL",
+        "TERM",
+        "TMPDIR",
+        "USER",
+        "VIRTUAL_ENV",
+        "VISUAL",
+        "JOURNAL_STREAM",
+        "INVOCATION_ID",
+        "PYTHONPATH",
+        "SYSTEMD_EXEC_PID",
+        "MEMORY_PRESSURE_WATCH",
+        "MEMORY_PRESSURE_WRITE",
     )
 )
 _HARMLESS = _SESSION | {
-    *("LANGUAGE", "LD_LIBRARY_PATH", "LIBRARY_PATH", "DYLD_LIBRARY_PATH", "MANPATH", "NO_COLOR"),
-    *(
-        "CONDA_DEFAULT_ENV",
-        "CONDA_PREFIX",
-        "JAVA_HOME",
-        "TEMP",
-        "TMP",
-        "CI",
-        "NO_PROXY",
-        "no_proxy",
-    ),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    "LANGUAGE",
+    "LD_LIBRARY_PATH",
+    "LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "MANPATH",
+    "NO_COLOR",
+    "CONDA_DEFAULT_ENV",
+    "CONDA_PREFIX",
+    "JAVA_HOME",
+    "TEMP",
+    "TMP",
+    "CI",
+    "NO_PROXY",
+    "no_proxy",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
 }
 _HARMLESS_KINDS = ("LC_", "PYTHON", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "CUDA_VISIBLE_")
 _SESSIONS = ("AWS_", "BATCHLAB_", "DBUS_", "GIT_", "LESS", "PYTEST_", "SSH_", "TERM_", "XDG_")

@@ -86,15 +86,26 @@ class Worker:
             who.worker, self._hands, objects, clock, every_s=settings.control_lease_s
         )
         self._controls = Controls(
-            *(objects, clock, settings.control_lease_s, self._looked, self._tails.asked)
+            objects=objects,
+            clock=clock,
+            lease_s=settings.control_lease_s,
+            on_look=self._looked,
+            on_tail=self._tails.asked,
         )
         self._slots = Slots(who.slots)
         self._beats = Beats(who, self._hands, self._outbox, clock, settings)
         self._departure = Departure(clock, settings.drain_s, self._hands, self._slots)
         self._tenure = Tenure(self._hands, queue, objects, clock, self._outbox, settings)
         self._closing = Closing(
-            *(who.worker, self._hands, objects, queue, clock, patience),
-            *(self._outbox, self._deeds, tracer),
+            worker=who.worker,
+            hands=self._hands,
+            objects=objects,
+            queue=queue,
+            clock=clock,
+            patience=patience,
+            outbox=self._outbox,
+            deeds=self._deeds,
+            tracer=tracer,
         )
         self._shedding = Shedding(self._closing)
         self._executions = 0

@@ -290,8 +290,10 @@ def _told_from_json(doc: Sequence[Any]) -> Told:
 def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
     job, stage, bundle, trace = listed(doc)
     return (
-        *(JobId(name(job)), StageName(name(stage))),
-        *(BundleId(bundle_name(bundle)), text(trace, MOST_TRACE)),
+        JobId(name(job)),
+        StageName(name(stage)),
+        BundleId(bundle_name(bundle)),
+        text(trace, MOST_TRACE),
     )
 
 

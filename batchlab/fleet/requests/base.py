@@ -62,7 +62,10 @@ class Requests(Engine):
     ) -> None:
         self._facts = Sources(templates, prices, tuple(zones))
         super().__init__(
-            *(launcher, clock, ids, store),
+            launcher,
+            clock,
+            ids,
+            store,
             drain_s=drain_s,
             sources=self._facts,
             metrics=metrics,

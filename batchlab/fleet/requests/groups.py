@@ -81,7 +81,11 @@ class GroupRequests(Requests):
         asg.config = config
         group.calm()
         set_limits(
-            *(self._changes, group, config.min_size, config.max_size, desired),
+            changes=self._changes,
+            group=group,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            desired=desired,
             cause="a user request",
         )
         self._save()

@@ -96,7 +96,10 @@ class PolicyRequests(Requests):
                 self._honour_cooldown(group, asg)
             assert policy.scaling_adjustment is not None
             self._set(
-                *(group, policy, policy.scaling_adjustment, group.desired),
+                group,
+                policy,
+                policy.scaling_adjustment,
+                group.desired,
                 cooldown=policy.cooldown,
             )
         elif metric_value is None or breach_threshold is None:

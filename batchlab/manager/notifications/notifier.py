@@ -337,7 +337,9 @@ class Notifying:
             self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
         log.warning(
             "a notification to %s is tried again in %.0f s: %s",
-            *(shown, wait_s, error.message),
+            shown,
+            wait_s,
+            error.message,
             extra=about,
         )
 

@@ -79,6 +79,11 @@ def asked(account: Account, now_s: float, step_s: float) -> Point:
     """How many requests an account has by now, as a point of a series that keeps the latest."""
     made = account.requests
     return [
-        *(round(now_s, 3), round(step_s, 3)),
-        *(made.sqs, made.sqs_empty, made.s3_puts, made.s3_gets, made.s3_deletes),
+        round(now_s, 3),
+        round(step_s, 3),
+        made.sqs,
+        made.sqs_empty,
+        made.s3_puts,
+        made.s3_gets,
+        made.s3_deletes,
     ]

@@ -210,8 +210,12 @@ class Recorder:
         in_service = sum(state is LifecycleState.IN_SERVICE for state in states)
         holding, busy_slots = self._busy(view.pool.name)
         return [
-            *(round(now_s, 3), round(step_s, 3)),
-            *(depth.visible, depth.in_flight, depth.delayed, backlog.tasks),
+            round(now_s, 3),
+            round(step_s, 3),
+            depth.visible,
+            depth.in_flight,
+            depth.delayed,
+            backlog.tasks,
             view.desired,
             sum(state in _BOOTING for state in states),
             in_service,
@@ -251,8 +255,14 @@ class Recorder:
         in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
         self._decisions.append(
             [
-                *(view.pool.name, now_s, view.desired, desired, in_service),
-                *(backlog.tasks, round(backlog.seconds, 3), why),
+                view.pool.name,
+                now_s,
+                view.desired,
+                desired,
+                in_service,
+                backlog.tasks,
+                round(backlog.seconds, 3),
+                why,
             ]
         )
         self._is_due = True

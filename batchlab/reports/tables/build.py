@@ -94,11 +94,30 @@ _COST = {
     "how": "VARCHAR",
 }
 _POOL_POINT = (
-    *("at_s", "step_s", "visible", "in_flight", "delayed", "backlog_tasks", "desired", "pending"),
-    *("in_service", "terminating", "busy", "slots", "busy_slots"),
+    "at_s",
+    "step_s",
+    "visible",
+    "in_flight",
+    "delayed",
+    "backlog_tasks",
+    "desired",
+    "pending",
+    "in_service",
+    "terminating",
+    "busy",
+    "slots",
+    "busy_slots",
 )
 _INSTANCE = (
-    *("pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note"),
+    "pool",
+    "type",
+    "zone",
+    "market",
+    "launched_s",
+    "in_service_s",
+    "ended_s",
+    "state",
+    "note",
     "slots",
 )
 

@@ -120,8 +120,12 @@ class Project:
 
     def _inspected(self) -> dict[str, Any]:
         ids = checked(
-            *("ps", "-aq", "--filter", f"label={LABEL}={self._at.project}"),
-            *("--filter", "label=com.docker.compose.service"),
+            "ps",
+            "-aq",
+            "--filter",
+            f"label={LABEL}={self._at.project}",
+            "--filter",
+            "label=com.docker.compose.service",
         ).split()
         if not ids:
             return {}
@@ -148,8 +152,13 @@ class Project:
         sweep_instances(self._at.project, drain_s=drain_s)
         # It does not remove a network that something of ours is still on, which the sweep does.
         self._run(
-            *("--profile", "localstack", "down", "--timeout", _STOP_S),
-            *("--volumes", "--remove-orphans"),
+            "--profile",
+            "localstack",
+            "down",
+            "--timeout",
+            _STOP_S,
+            "--volumes",
+            "--remove-orphans",
         )
         sweep(self._at.project)
 

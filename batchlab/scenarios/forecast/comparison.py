@@ -17,8 +17,17 @@ from batchlab.scenarios.verdicts.record import Record
 from batchlab.scenarios.verdicts.verdict import unclear
 
 WHOLE = (
-    *("makespan", "p50_wait", "p95_wait", "max_wait", "p95_turnaround", "late", "peak_fleet"),
-    *("cost", "failed_tasks", "again", "idle_share"),
+    "makespan",
+    "p50_wait",
+    "p95_wait",
+    "max_wait",
+    "p95_turnaround",
+    "late",
+    "peak_fleet",
+    "cost",
+    "failed_tasks",
+    "again",
+    "idle_share",
 )
 """What is compared of a whole run."""
 EACH = ("makespan", "p95_wait", "p95_turnaround")

@@ -112,13 +112,16 @@ class Results:
                 sums = self.sums.get((name, stage.name), StageSum())
                 found.append(
                     StageRun(
-                        *(name, stage.name, stage.pool, stage.slots),
-                        sums.tasks,
-                        sums.bundles,
-                        sums.run_s,
-                        sums.declared_s,
-                        sums.span_s,
-                        sums.times.spread(),
+                        template=name,
+                        stage=stage.name,
+                        pool=stage.pool,
+                        slots=stage.slots,
+                        tasks=sums.tasks,
+                        bundles=sums.bundles,
+                        run_s=sums.run_s,
+                        declared_s=sums.declared_s,
+                        span_s=sums.span_s,
+                        task_s=sums.times.spread(),
                         over_s=sums.over.spread(),
                         stretch=sums.stretch.spread(),
                     )

@@ -115,9 +115,13 @@ class _Run:
     async def main(self) -> Record:
         jobs = {JobId(job.id): job for job in self._schedule.jobs}
         self._grid = ForecastGrid(
-            *(self._scenario, self._seed, self._like, self._calibration, jobs),
-            self._log,
-            self._options,
+            scenario=self._scenario,
+            seed=self._seed,
+            like=self._like,
+            calibration=self._calibration,
+            jobs=jobs,
+            log=self._log,
+            options=self._options,
         )
         supervisor = asyncio.create_task(self._grid.supervise(), name="supervisor")
         try:
@@ -236,8 +240,14 @@ class _Run:
             await self._options.examine(world, [JobId(one) for one in self._submitted_s])
         stages, instances = results.stages(jobs), grid.machines.runs()
         bill = priced(
-            *(grid.pools, instances, stages, results),
-            *(self._book, grid.manager, grid.worker, end_s),
+            pools=grid.pools,
+            instances=instances,
+            stages=stages,
+            results=results,
+            book=self._book,
+            manager=grid.manager,
+            worker=grid.worker,
+            over_s=end_s,
         )
         settings: dict[str, float] = {**asdict(grid.manager)}
         settings.update({f"worker.{name}": s for name, s in asdict(grid.worker).items()})

@@ -16,7 +16,15 @@ from batchlab.scenarios.model.values import Job, Scenario
 
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
 WIDTHS_S = (
-    *(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 30.0),
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    15.0,
+    30.0,
     *(factor * _MINUTE for factor in (1, 2, 5, 10, 15, 30)),
     *(factor * _HOUR for factor in (1, 2, 3, 6, 12)),
     *(factor * _DAY for factor in (1, 2, 7, 14, 30, 90, 365, 3650)),

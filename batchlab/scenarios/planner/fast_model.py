@@ -383,8 +383,14 @@ class _Run:
         pools = {name: pool.pool for name, pool in self._pools.items()}
         bundles = sum(p.bundles for w in self._work for pieces in w.stages for p in pieces)
         bill = priced(
-            *(pools, instances, stages, Results(bundles=bundles)),
-            *(self._book, self._manager, self._like.worker, end_s),
+            pools=pools,
+            instances=instances,
+            stages=stages,
+            results=Results(bundles=bundles),
+            book=self._book,
+            manager=self._manager,
+            worker=self._like.worker,
+            over_s=end_s,
         )
         return Record(
             self._scenario.name,

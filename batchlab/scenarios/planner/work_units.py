@@ -189,8 +189,15 @@ def stage_runs(scenario: Scenario, works: Sequence[Work]) -> Iterator[StageRun]:
     for (name, number), (tasks, bundles, run_s) in sums.items():
         stage = scenario.jobs[name].stages[number]
         yield StageRun(
-            *(name, stage.name, stage.pool, stage.slots, tasks, bundles),
-            *(run_s, run_s, run_s),
+            template=name,
+            stage=stage.name,
+            pool=stage.pool,
+            slots=stage.slots,
+            tasks=tasks,
+            bundles=bundles,
+            run_s=run_s,
+            declared_s=run_s,
+            span_s=run_s,
         )
 
 

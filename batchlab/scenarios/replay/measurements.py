@@ -85,8 +85,16 @@ class Measured:
         """The stages as a record has them, in the order in which they were met."""
         return tuple(
             StageRun(
-                *(template, name, one.pool, one.slots, one.tasks, one.bundles),
-                *(sum(one.task_s), one.declared_s, one.span_s, spread(one.task_s, SAMPLE)),
+                template=template,
+                stage=name,
+                pool=one.pool,
+                slots=one.slots,
+                tasks=one.tasks,
+                bundles=one.bundles,
+                run_s=sum(one.task_s),
+                declared_s=one.declared_s,
+                span_s=one.span_s,
+                task_s=spread(one.task_s, SAMPLE),
                 after=one.after,
                 gather=one.gather,
                 over_s=spread(one.over_s, SAMPLE),

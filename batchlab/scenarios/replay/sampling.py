@@ -150,10 +150,14 @@ class Sampler:
                 continue
             ready_s, gone_s = one["ended_s"], ended.get(named[1])
             yield InstanceRun(
-                *(named[1], one["pool"], "", Market.ON_DEMAND.value, ""),
-                one["at_s"] - self._begun_s,
-                None if ready_s is None else ready_s - self._begun_s,
-                None if gone_s is None else gone_s - self._begun_s,
+                id=named[1],
+                pool=one["pool"],
+                type="",
+                market=Market.ON_DEMAND.value,
+                zone="",
+                launched_s=one["at_s"] - self._begun_s,
+                ready_s=None if ready_s is None else ready_s - self._begun_s,
+                ended_s=None if gone_s is None else gone_s - self._begun_s,
             )
 
     def _times(self, what: re.Pattern[str]) -> dict[str, float]:

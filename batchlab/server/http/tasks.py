@@ -149,8 +149,10 @@ async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool
     objects, patience = manager.ports.objects, manager.ports.patience
     try:
         text, before = await log_end(
-            *(outcome, task, SHOWN_BYTES),
-            lambda start, stop: patience(partial(objects.get_range, outcome.log, start, stop)),
+            outcome=outcome,
+            task=task,
+            limit=SHOWN_BYTES,
+            read=lambda start, stop: patience(partial(objects.get_range, outcome.log, start, stop)),
         )
     except NotFound:
         return NOT_STORED, False

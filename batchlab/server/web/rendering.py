@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _FILTERS = (
-    *("span", "number", "count", "when", "ticks", "path", "tone"),
-    *("of_stage", "of_job", "to_go"),
+    "span",
+    "number",
+    "count",
+    "when",
+    "ticks",
+    "path",
+    "tone",
+    "of_stage",
+    "of_job",
+    "to_go",
 )
 NAVIGATION = (
     ("jobs", "", "Jobs"),
