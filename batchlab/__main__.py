@@ -1,4 +1,4 @@
-"""`python -m batchlab`."""
+"""Entry point of python -m batchlab."""
 
 from batchlab.cli import main
 

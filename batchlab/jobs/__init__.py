@@ -1,0 +1,1 @@
+"""Job files, submission, results, and attempts."""

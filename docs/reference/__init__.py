@@ -1,6 +1,7 @@
-"""Pages of the reference that are made from the code.
+"""Pages and pictures of the docs that are generated from the code.
 
-`python -m docs.reference docs` makes them again. A test compares each page with its source.
+`python -m docs.reference docs` generates all of them. A test compares each committed page with the
+generated one, so a page cannot contradict the code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from docs.reference import (
     decisions,
     http,
     job_file,
+    rooms,
     scenario_file,
     settings,
 )
@@ -26,15 +28,17 @@ PAGES: Mapping[str, Callable[[Path], str]] = {
     "job-file.md": lambda _: job_file.reference(),
     "scenario-file.md": lambda _: scenario_file.reference(),
     "decisions/index.md": decisions.reference,
+    "images/rooms.svg": lambda _: rooms.picture(),
 }
-"""Function that makes each page, by the page's path. Its argument is the folder of the docs."""
+"""Generator of each page, by its path below `docs`. Its argument is the path of `docs`."""
 
 
 def write(docs: Path) -> list[str]:
-    """Write the pages in `docs` and return the paths of those that changed."""
+    """Generate the pages in `docs` and return the paths of the changed ones."""
     changed = []
     for path, make in PAGES.items():
         made = make(docs)
+        (docs / path).parent.mkdir(exist_ok=True)
         if not (docs / path).exists() or (docs / path).read_text() != made:
             (docs / path).write_text(made)
             changed.append(path)
