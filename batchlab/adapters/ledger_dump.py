@@ -1,22 +1,22 @@
-"""A book and its bundles as SqlLedger's `dump` tells of rows, so that ledgers can be compared."""
+"""Rows of a projection in the form of `SqlLedger.dump`, so that tests can compare ledgers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import itemgetter
 
-from batchlab.adapters.ledger_projection import Book, Row
+from batchlab.core.ledger_projection import BundleRow, Projection
 from batchlab.core.model import Json
 from batchlab.core.protocol import json_format
 
 
-def dumped(jobs: Iterable[tuple[Book, Iterable[Row]]]) -> dict[str, Json]:
-    """All of these jobs with their bundles, in whatever order they come."""
+def dumped(jobs: Iterable[tuple[Projection, Iterable[BundleRow]]]) -> dict[str, Json]:
+    """Return these jobs with their bundles, sorted."""
     jobs_, stages, bundles = [], [], []
-    for book, rows in jobs:
-        jobs_.append(_job(book))
-        stages += _stages(book)
-        bundles += [_bundle(book, row) for row in rows]
+    for projection, rows in jobs:
+        jobs_.append(_job(projection))
+        stages += _stages(projection)
+        bundles += [_bundle(projection, row) for row in rows]
     return {
         "jobs": sorted(jobs_, key=itemgetter("id")),
         "stages": sorted(stages, key=itemgetter("job", "stage")),
@@ -24,24 +24,24 @@ def dumped(jobs: Iterable[tuple[Book, Iterable[Row]]]) -> dict[str, Json]:
     }
 
 
-def _job(book: Book) -> dict[str, Json]:
+def _job(projection: Projection) -> dict[str, Json]:
     return {
-        "id": book.job.id,
-        "token": book.job.token or None,
-        "submitted_s": book.job.submitted_s,
-        "spec": json_format.loads(json_format.dumps(json_format.job_to_json(book.job))),
-        "state": book.state.value,
-        "reason": book.reason,
-        "control": book.control.value,
-        "round": book.round,
-        "ended_s": book.ended_s,
+        "id": projection.job.id,
+        "token": projection.job.token or None,
+        "submitted_s": projection.job.submitted_s,
+        "spec": json_format.loads(json_format.dumps(json_format.job_to_json(projection.job))),
+        "state": projection.state.value,
+        "reason": projection.reason,
+        "control": projection.control.value,
+        "round": projection.round,
+        "ended_s": projection.ended_s,
     }
 
 
-def _stages(book: Book) -> list[dict[str, Json]]:
+def _stages(projection: Projection) -> list[dict[str, Json]]:
     return [
         {
-            "job": book.job.id,
+            "job": projection.job.id,
             "stage": name,
             "position": position,
             "planned": stage.planned,
@@ -56,20 +56,20 @@ def _stages(book: Book) -> list[dict[str, Json]]:
             "cut_seq": stage.cut_seq,
             "uncut": json_format.tasks_to_json(stage.uncut),
         }
-        for position, (name, stage) in enumerate(book.stages.items())
+        for position, (name, stage) in enumerate(projection.stages.items())
     ]
 
 
-def _bundle(book: Book, row: Row) -> dict[str, Json]:
-    record = row.record(book.last_seq)
+def _bundle(projection: Projection, row: BundleRow) -> dict[str, Json]:
+    record = row.record(projection.last_seq)
     done = record.completion
     return {
-        "job": book.job.id,
+        "job": projection.job.id,
         "stage": row.stage,
         "id": row.id,
         "seq": done is not None,
         "failed": len(done.failed) if done else 0,
-        "void": int(book.is_void(row)),
+        "void": int(projection.is_void(row)),
         "body": json_format.completion_to_json(done)
         if done
         else json_format.bundle_to_json(record.bundle),

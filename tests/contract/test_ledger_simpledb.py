@@ -133,7 +133,7 @@ def test_a_fold_whose_answer_is_lost_is_new_though_another_has_folded_since(
                 puts += is_put
                 answer = ask(operation, **given)
                 if is_put and puts == 1:
-                    assert other._fold([done(three)], [{}]).new == [True]
+                    assert other._fold(Fold([done(three)], [{}])).new == [True]
                     raise Unreachable("The answer was lost.")
                 return answer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.adapters import ledger_projection
+from batchlab.core import ledger_projection
 from batchlab.core.job_definition import JobDef, RetryRule
 from batchlab.core.model import Control, Failure, FailureKind, JobState
 from batchlab.sim import invariants
@@ -207,16 +207,12 @@ def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
 
 def planned_in_any_round(patch: pytest.MonkeyPatch) -> None:
     real = ledger_projection.set_planned
-    patch.setattr(
-        ledger_projection, "set_planned", lambda b, stage, n, round: real(b, stage, n, b.round)
-    )
+    patch.setattr(ledger_projection, "set_planned", lambda p, c: real(p, replace(c, round=p.round)))
 
 
 def controlled_in_any_round(patch: pytest.MonkeyPatch) -> None:
     real = ledger_projection.set_control
-    patch.setattr(
-        ledger_projection, "set_control", lambda b, control, round: real(b, control, b.round)
-    )
+    patch.setattr(ledger_projection, "set_control", lambda p, c: real(p, replace(c, round=p.round)))
 
 
 @pytest.mark.parametrize(

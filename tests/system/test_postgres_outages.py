@@ -17,9 +17,11 @@ from sqlalchemy import Connection, Select
 
 from batchlab.adapters.sql import bundle_rows, job_rows
 from batchlab.adapters.sql import postgres as sql_postgres
+from batchlab.adapters.sql.job_rows import Snapshot
 from batchlab.adapters.threads import Busy
 from batchlab.core.errors import Unreachable
-from batchlab.core.model import Control, JobId
+from batchlab.core.ledger_projection import Projection
+from batchlab.core.model import Control
 from batchlab.core.ports import BundleRecord, Fold, SetControl
 from batchlab.core.retry import Patience, patiently
 from tests.support.contract.ledger_suite import (
@@ -176,19 +178,18 @@ def test_who_sleeps_in_a_transaction_loses_it(
     was about to write is not written when it wakes."""
     monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
     asleep, awake = threading.Event(), threading.Event()
-    real = job_rows.set_control
+    real = job_rows.store
 
-    def sleepy(connection: Connection, job: JobId, control: Control, round: int) -> bool:
-        is_set = real(connection, job, control, round)
+    def sleepy(connection: Connection, projection: Projection, before: Snapshot) -> None:
+        real(connection, projection, before)
         asleep.set()
         awake.wait()
-        return is_set
 
     async def main() -> None:
         async with ledger_in(postgres) as ledger, ledger_in(postgres) as other:
             await submit(ledger)
             with monkeypatch.context() as patch:
-                patch.setattr(job_rows, "set_control", sleepy)
+                patch.setattr(job_rows, "store", sleepy)
                 sleeping = asyncio.create_task(ledger.apply(SetControl(JOB.id, Control.CANCEL, 0)))
                 await asyncio.to_thread(asleep.wait)
                 try:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from batchlab.adapters.ledger_projection import Book, Key, Known, Row
 from batchlab.adapters.simpledb import domain
 from batchlab.adapters.simpledb.domain import Item, Pairs, Store, check, quoted
 from batchlab.core.errors import BackendError
+from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection
 from batchlab.core.model import BundleId, StageName
 from batchlab.core.protocol import json_format
 
 
-def row_items(gen: str, row: Row) -> dict[str, Pairs]:
+def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
     """What is to be written for it: further items first."""
     name = _name(gen, row.key)
     pairs: list[tuple[str, str]] = []
@@ -66,38 +66,47 @@ class Rows:
         return {names[name]: "done" in item for name, item in found.items()}
 
     def folded(
-        self, gen: str, book: Book, *, stage: StageName | None, after: int, failed: bool, page: int
-    ) -> Iterator[Row]:
-        """In order, those after the seq `after`, as of `book`."""
+        self,
+        gen: str,
+        projection: Projection,
+        *,
+        stage: StageName | None,
+        after: int,
+        failed: bool,
+        page: int,
+    ) -> Iterator[BundleRow]:
+        """In order, those after the seq `after`, as of `projection`."""
         key = "fail" if failed else "done"
-        first, last = _order(gen, max(after + 1, 0)), _order(gen, max(book.last_seq, 0))
-        if after >= book.last_seq:
+        first, last = _order(gen, max(after + 1, 0)), _order(gen, max(projection.last_seq, 0))
+        if after >= projection.last_seq:
             return
         where = f"{key} between {quoted(first)} and {quoted(last)}"
         where += f" and stage = {quoted(stage)}" if stage else ""
         for _, item in self._store.select("*", where, order=key, page=page):
             row = self._row(item)
-            if not book.is_void(row):
+            if not projection.is_void(row):
                 yield row
 
-    def planned(self, gen: str, book: Book, *, stage: StageName | None) -> list[Row]:
-        """Those that are not folded as of `book`, by stage and id."""
+    def planned(
+        self, gen: str, projection: Projection, *, stage: StageName | None
+    ) -> list[BundleRow]:
+        """Those that are not folded as of `projection`, by stage and id."""
         where = f"gen = {quoted(gen)} and "
         where += f"stage = {quoted(stage)}" if stage else "stage is not null"
-        where += f" and (done is null or done > {quoted(_order(gen, max(book.last_seq, 0)))})"
+        where += f" and (done is null or done > {quoted(_order(gen, max(projection.last_seq, 0)))})"
         rows = (self._row(item) for _, item in self._store.select("*", where))
-        open_ = [row for row in rows if _is_there(row, book) and not book.is_void(row)]
+        open_ = [row for row in rows if _is_there(row, projection) and not projection.is_void(row)]
         return sorted(open_, key=lambda row: row.key)
 
-    def all(self, gen: str, book: Book) -> list[Row]:
-        """All as of `book`, also those of void plans."""
+    def all(self, gen: str, projection: Projection) -> list[BundleRow]:
+        """All as of `projection`, also those of void plans."""
         where = f"gen = {quoted(gen)} and stage is not null"
         rows = (self._row(item) for _, item in self._store.select("*", where))
-        return [row for row in rows if _is_there(row, book)]
+        return [row for row in rows if _is_there(row, projection)]
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: Item) -> BundleRow:
         planned, completion = self._doc(item, "b"), self._doc(item, "c")
-        return Row(
+        return BundleRow(
             StageName(item["stage"]),
             BundleId(item["id"]),
             int(item["at"]),
@@ -118,5 +127,5 @@ class Rows:
         return text
 
 
-def _is_there(row: Row, book: Book) -> bool:
-    return row.at is not None and row.at <= book.at
+def _is_there(row: BundleRow, projection: Projection) -> bool:
+    return row.at is not None and row.at <= projection.at

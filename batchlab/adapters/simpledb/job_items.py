@@ -11,16 +11,16 @@ import hashlib
 import json
 import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from batchlab.adapters.ledger_projection import Book, Row
 from batchlab.adapters.simpledb import domain
 from batchlab.adapters.simpledb.bundle_items import row_items
 from batchlab.adapters.simpledb.domain import Item, Pairs, Store, quoted
 from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import JobDef
+from batchlab.core.ledger_projection import BundleRow, Projection
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format
 
@@ -32,14 +32,14 @@ _LOOKS = 20
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A job's item as it was read: `book` is None where it only holds a place.
+    """A job's item as it was read: `projection` is None where it only holds a place.
 
     `gen` is the generation whose items belong to the job now; `gens` are all that may have items.
     """
 
     name: str
     item: Item
-    book: Book | None
+    projection: Projection | None
 
     @property
     def stamp(self) -> str:
@@ -114,23 +114,23 @@ class Heads:
         state = domain.read(item, "s", self._store.get_all)
         if job is None or state is None:
             return None
-        return Head(name, item, Book.from_json(_job_def(job), json.loads(state)))
+        return Head(name, item, Projection.from_json(_job_def(job), json.loads(state)))
 
-    def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Book]:
+    def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Projection]:
         """Jobs in order, at most so many, older than `before`."""
         key = "live" if active else "okey"
         where = f"{key} > '0'"
         if before:
             where += f" and {key} < {quoted(order_of(before))}"
-        found: list[Book] = []
+        found: list[Projection] = []
         for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
             if len(found) == limit:
                 break
             head = self._read(name, item) or self.get(
                 JobId(name.removeprefix("job/")), settle=False
             )
-            if head and head.book:
-                found.append(head.book)
+            if head and head.projection:
+                found.append(head.projection)
         return found
 
     def names(self) -> list[str]:
@@ -139,13 +139,15 @@ class Heads:
 
     # --- Changing ---------------------------------------------------------------------------------
 
-    def commit(self, head: Head, book: Book, rows: Sequence[Row]) -> bool | None:
-        """Make the job be as `book` says, and `rows` with it; False where it has changed since it
-        was read. None where that may have been ourselves: the answer was lost, and somebody has
-        changed it since."""
+    def commit(self, head: Head, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
+        """Replace the job by `projection` and write `rows`.
+
+        Return False if the job has changed since it was read. Return None if this call may have
+        changed it: its answer was lost, and another process has changed the job since.
+        """
         gen, stamp = head.gen, fresh()
         items = _items_of(gen, rows)
-        pairs, extra = self._state(book, gen, stamp)
+        pairs, extra = self._state(projection, gen, stamp)
         redo: dict[str, Pairs] = {}
         if items:
             told, redo = domain.lay(
@@ -165,14 +167,15 @@ class Heads:
         self._store.delete_all(domain.names(head.item, "s"))
         return True
 
-    def install(self, job: JobId, head: Head | None, book: Book, rows: Sequence[Row]) -> bool:
-        """Put `book` and `rows` in the place of all that is known of the job; False where that has
-        changed since it was read."""
+    def install(
+        self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]
+    ) -> bool:
+        """Replace the job and its bundles; False if the job has changed since it was read."""
         name, gen, stamp = name_of(job), fresh(), fresh()
         held = head.stamp if head else None
-        text = domain.dumps(json_format.job_to_json(book.job))
+        text = domain.dumps(json_format.job_to_json(projection.job))
         spec, items = domain.lay(f"{gen}/spec", "j", text, gen)
-        state, extra = self._state(book, gen, stamp)
+        state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
             # Told first, so that what is left by a process that dies here can be found.
@@ -183,7 +186,7 @@ class Heads:
                 return False
             held = place[0][1]
             self._store.put_all(items)
-        token = _token_name(book.job.token) if book.job.token else NOBODY
+        token = _token_name(projection.job.token) if projection.job.token else NOBODY
         pairs = [*state, *spec, ("now", gen), ("redo", NOBODY), ("token", token)]
         is_ours = self._store.put_if(name, pairs, _STAMP, held, more=[("gens", gen)])
         if is_ours is False:
@@ -233,13 +236,13 @@ class Heads:
             self._store.drop_value(name, "gens", gen)
 
     def _state(
-        self, book: Book, gen: str, stamp: str
+        self, projection: Projection, gen: str, stamp: str
     ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
         """The attributes that change with every write, and the further items they take."""
-        order = order_of(book.job)
-        text = domain.dumps(book.to_json())
+        order = order_of(projection.job)
+        text = domain.dumps(projection.to_json())
         state, items = domain.lay(f"{gen}/state/{stamp}", "s", text, gen)
-        live = NOBODY if book.state.ended else order
+        live = NOBODY if projection.state.ended else order
         return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
 
     # --- What a commit leaves to be written -------------------------------------------------------
@@ -262,7 +265,7 @@ class Heads:
 
     # --- Tokens -----------------------------------------------------------------------------------
 
-    def claim(self, token: str, job: JobId) -> Book | None:
+    def claim(self, token: str, job: JobId) -> Projection | None:
         """Have the client's token stand for this job; the job that it stands for already, where
         that is there."""
         name, stamp = _token_name(token), fresh()
@@ -277,17 +280,17 @@ class Heads:
                 return None
             other = JobId(item["job"])
             head = self.get(other, settle=False)
-            if head and head.book:
-                return head.book
+            if head and head.projection:
+                return head.projection
             if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
                 break
         # Who had it may have looked at it before, and be about to make its job.
         while not self.hold(other, head):
             head = self.get(other, settle=False)
-            if head and head.book:
+            if head and head.projection:
                 back = [(_STAMP, fresh()), ("job", str(other))]
                 self._store.put_if(name, back, _STAMP, stamp)
-                return head.book
+                return head.projection
         return None
 
     def _give_up(self, name: str, job: JobId) -> None:
@@ -301,14 +304,8 @@ def _token_name(token: str) -> str:
     return f"token/{hashlib.sha256(token.encode()).hexdigest()}"
 
 
-def _items_of(gen: str, rows: Iterable[Row]) -> dict[str, Pairs]:
+def _items_of(gen: str, rows: Iterable[BundleRow]) -> dict[str, Pairs]:
     items: dict[str, Pairs] = {}
     for row in rows:
         items |= row_items(gen, row)
     return items
-
-
-def heads_of(heads: Heads, jobs: Iterable[JobId]) -> Iterator[tuple[JobId, Head | None]]:
-    """The items of these jobs, each once."""
-    for job in dict.fromkeys(jobs):
-        yield job, heads.get(job)

@@ -7,22 +7,21 @@ The calls block, so they run in threads: those that write one at a time, in the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, overload
 
-from batchlab.adapters import ledger_projection
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.ledger_dump import dumped
-from batchlab.adapters.ledger_projection import Book, Known
 from batchlab.adapters.simpledb.bundle_items import Rows
 from batchlab.adapters.simpledb.domain import Store
-from batchlab.adapters.simpledb.job_items import Head, Heads, heads_of
+from batchlab.adapters.simpledb.job_items import Head, Heads
 from batchlab.adapters.simpledb.leases import Leases, Numbers
 from batchlab.adapters.threads import Threads
+from batchlab.core import ledger_projection
 from batchlab.core.errors import NotFound, Throttled
-from batchlab.core.model import Completion, JobId, Json, StageName
+from batchlab.core.ledger_projection import Projection
+from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
-    AddCut,
     AddJob,
     BundleRecord,
     Fold,
@@ -82,7 +81,7 @@ class SimpleDbLedger:
         if isinstance(change, Fold):
             if not change.completions:
                 return Folded([], 0, {})
-            return await self._write(lambda: self._fold(change.completions, change.casualties))
+            return await self._write(lambda: self._fold(change))
         if isinstance(change, AddJob):
             return await self._write(lambda: self._add_job(change))
         return await self._write(lambda: self._change(change))
@@ -91,35 +90,100 @@ class SimpleDbLedger:
         job = change.job
         for _ in _tries():
             head = self._heads.get(job.id)
-            if head and head.book:
+            if head and head.projection:
                 return Written(_rows_of(head), is_new=False)
-            # After the item was read: who takes the token from us changes that item afterwards.
+            # The item is read before the token is claimed: another process that takes over the
+            # token changes the item afterwards.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return Written(other.rows(), is_new=False)
-            book, rows = ledger_projection.begin(job, change.state, change.cut)
-            if self._heads.install(job.id, head, book, rows):
-                return Written(book.rows(), is_new=True)
+            projection, rows = ledger_projection.begin(change)
+            if self._heads.install(job.id, head, projection, rows):
+                return Written(projection.rows(), is_new=True)
         raise _busy(job.id)
 
     def _change(self, change: JobChange) -> Written:
         job = change.job_id
         for _ in _tries():
             head = self._head(job)
-            book = _copy(_book_of(head))
-            book.at += 1
-            rows = ledger_projection.apply(book, change, {})
+            projection = _next(head)
+            rows = ledger_projection.apply(projection, change, {})
             if rows is None:
                 return Written(_rows_of(head), is_new=False)
-            if isinstance(change, AddCut) and rows:
-                # Only a new cut needs to know which of its bundles exist.
-                book = _copy(_book_of(head))
-                book.at += 1
+            if rows:
+                # Only a new cut reads which of its bundles exist.
                 known = self._rows.known(head.gen, [row.key for row in rows])
-                rows = ledger_projection.apply(book, change, known) or []
-            if self._heads.commit(head, book, rows):
-                return Written(book.rows(), is_new=True)
+                rows = [row for row in rows if row.key not in known]
+            if self._heads.commit(head, projection, rows):
+                return Written(projection.rows(), is_new=True)
         raise _busy(job)
+
+    def _fold(self, change: Fold) -> Folded:
+        positions = ledger_projection.positions_by_job(change)
+        heads = {job: self._head(job) for job in positions}
+        ledger_projection.check_stages({job: _projection_of(heads[job]) for job in heads}, change)
+        count = len(change.completions)
+        for _ in _tries():
+            newest = max(_projection_of(head).last_seq for head in heads.values())
+            first = self._numbers.take(count, above=newest)
+            new = [False] * count
+            rows: dict[JobId, JobRows] = {}
+            for job, head in heads.items():
+                folded = self._fold_job(head, change, positions[job], first)
+                if folded is None:
+                    break
+                for position in folded[0]:
+                    new[position] = True
+                rows[job] = folded[1]
+            else:
+                return Folded(new, first, rows)
+            if rows:
+                raise _busy(job)
+            heads = {job: self._head(job) for job in heads}
+        raise _busy(job)
+
+    def _fold_job(
+        self, head: Head, change: Fold, positions: Sequence[int], first: int
+    ) -> tuple[list[int], JobRows] | None:
+        """Fold one job's completions. Return the positions of the new ones and the job's rows, None
+        if another process has folded later seqs."""
+        job = _projection_of(head).job.id
+        keys = ledger_projection.keys_of(change, positions)
+        uncertain: list[int] = []
+        for _ in _tries():
+            if uncertain and self._has(head, first + positions[0], first + positions[-1]):
+                return uncertain, _rows_of(head)
+            projection = _next(head)
+            if projection.last_seq >= first:
+                return None
+            known = self._rows.known(head.gen, keys)
+            new, rows = ledger_projection.fold(
+                projection, change, positions, known, first_seq=first
+            )
+            if rows is None:
+                return new, _rows_of(head)
+            is_done = self._heads.commit(head, projection, rows)
+            if is_done:
+                return new, projection.rows()
+            uncertain = new if is_done is None else []
+            head = self._head(job)
+        raise _busy(job)
+
+    def _has(self, head: Head, first: int, last: int) -> bool:
+        """Return whether a completion of the job has one of these seqs."""
+        found = self._rows.folded(
+            head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
+        )
+        row = next(found, None)
+        return row is not None and row.seq is not None and row.seq <= last
+
+    def _head(self, job: JobId, *, settle: bool = True) -> Head:
+        head = self._heads.get(job, settle=settle)
+        if head is None or head.projection is None:
+            raise NotFound(f"The ledger has no job {job}.")
+        return head
+
+    # --- Reads -----------------------------------------------------------------------------------
 
     async def job(self, job: JobId) -> JobRecord:
         return (await self.rows(job)).job
@@ -132,95 +196,14 @@ class SimpleDbLedger:
         def page() -> list[JobRecord]:
             last = None
             if before is not None:
-                last = _book_of(self._head(JobId(before), settle=False)).job
+                last = _projection_of(self._head(JobId(before), settle=False)).job
             found = self._heads.newest(active=active, limit=limit, before=last)
-            return [book.rows().job for book in found]
+            return [one.rows().job for one in found]
 
         return await self._read(page)
 
     async def rows(self, job: JobId) -> JobRows:
         return await self._read(lambda: _rows_of(self._head(job, settle=False)))
-
-    # --- Stages and bundles ----------------------------------------------------------------------
-
-    def _fold(
-        self, completions: Sequence[Completion], casualties: Sequence[Mapping[StageName, int]]
-    ) -> Folded:
-        heads: dict[JobId, Head] = {}
-        for job, head in heads_of(self._heads, (c.bundle.job for c in completions)):
-            if head is None or head.book is None:
-                raise _no_job(job)
-            heads[job] = head
-        for c in completions:
-            for bundle in (c.bundle, *(f.bundle for f in c.follows)):
-                _book_of(heads[c.bundle.job]).stage(bundle.stage)
-        for _ in _tries():
-            newest = max(_book_of(head).last_seq for head in heads.values())
-            first = self._numbers.take(len(completions), above=newest)
-            new = [False] * len(completions)
-            rows: dict[JobId, JobRows] = {}
-            for job, head in heads.items():
-                mine = [
-                    (i, (first + i, c, lost))
-                    for i, (c, lost) in enumerate(zip(completions, casualties, strict=True))
-                    if c.bundle.job == job
-                ]
-                came = self._fold_job(job, head, first, [one for _, one in mine])
-                if came is None:
-                    break
-                for (i, _), is_new in zip(mine, came[0], strict=True):
-                    new[i] = is_new
-                rows[job] = came[1]
-            else:
-                return Folded(new, first, rows)
-            if rows:
-                raise _busy(job)
-            heads = {job: self._head(job) for job in heads}
-        raise _busy(job)
-
-    def _fold_job(
-        self,
-        job: JobId,
-        head: Head,
-        first: int,
-        mine: Sequence[tuple[int, Completion, Mapping[StageName, int]]],
-    ) -> tuple[list[bool], JobRows] | None:
-        """Which were new, and the job's rows; None where somebody has folded later seqs."""
-        keys = ledger_projection.touched(c for _, c, _ in mine)
-        doubtful: list[bool] | None = None
-        for _ in _tries():
-            if doubtful and self._has(head, [seq for seq, _, _ in mine]):
-                return doubtful, _book_of(head).rows()
-            book = _copy(_book_of(head))
-            if book.last_seq >= first:
-                return None
-            book.at += 1
-            before = book.state
-            known: Known = self._rows.known(head.gen, keys)
-            new, rows = ledger_projection.fold(book, mine, known)
-            if not any(new) and book.state is before:
-                return new, _book_of(head).rows()
-            is_done = self._heads.commit(head, book, rows)
-            if is_done:
-                return new, book.rows()
-            doubtful = new if is_done is None else None
-            head = self._head(job)
-        raise _busy(job)
-
-    def _has(self, head: Head, seqs: Sequence[int]) -> bool:
-        """Whether something was folded under one of these seqs, which are in order and nobody
-        else's."""
-        found = self._rows.folded(
-            head.gen, _book_of(head), stage=None, after=seqs[0] - 1, failed=False, page=1
-        )
-        row = next(found, None)
-        return row is not None and row.seq is not None and row.seq <= seqs[-1]
-
-    def _head(self, job: JobId, *, settle: bool = True) -> Head:
-        head = self._heads.get(job, settle=settle)
-        if head is None or head.book is None:
-            raise _no_job(job)
-        return head
 
     async def bundles(
         self,
@@ -234,22 +217,22 @@ class SimpleDbLedger:
     ) -> Sequence[BundleRecord]:
         def read() -> list[BundleRecord]:
             head = self._heads.get(job)
-            if head is None or head.book is None:
+            if head is None or head.projection is None:
                 return []
-            gen, book = head.gen, head.book
+            gen, projection = head.gen, head.projection
             found: list[BundleRecord] = []
             if done is not False:
                 after = -1 if after_seq is None else after_seq
                 page = 2500 if limit is None else limit
                 for row in self._rows.folded(
-                    gen, book, stage=stage, after=after, failed=failed, page=page
+                    gen, projection, stage=stage, after=after, failed=failed, page=page
                 ):
                     if len(found) == limit:
                         break
-                    found.append(row.record(book.last_seq))
+                    found.append(row.record(projection.last_seq))
             if done is not True and after_seq is None and not failed and len(found) != limit:
-                planned = self._rows.planned(gen, book, stage=stage)
-                found += [row.record(book.last_seq) for row in planned]
+                planned = self._rows.planned(gen, projection, stage=stage)
+                found += [row.record(projection.last_seq) for row in planned]
             return found[:limit]
 
         return await self._read(read)
@@ -270,15 +253,15 @@ class SimpleDbLedger:
     def _restore(self, past: Past, over: JobRows | None) -> bool:
         job = past.job
         head = self._heads.get(job.id)
-        if not (_rows_of(head).is_version(over) if head and head.book else over is None):
+        if not (_rows_of(head).is_version(over) if head and head.projection else over is None):
             return False
         if job.token:
             self._heads.claim(job.token, job.id)
         count = sum(len(one.completions) for one in past.rounds)
-        newest = head.book.last_seq if head and head.book else -1
+        newest = head.projection.last_seq if head and head.projection else -1
         first = self._numbers.take(count, above=newest)
-        book, rows = ledger_projection.relive(past, first)
-        return self._heads.install(job.id, head, book, rows)
+        projection, rows = ledger_projection.restore(past, first)
+        return self._heads.install(job.id, head, projection, rows)
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
         def forget() -> None:
@@ -299,7 +282,9 @@ class SimpleDbLedger:
     def _dump(self) -> dict[str, Json]:
         heads = (self._heads.get(JobId(n.removeprefix("job/"))) for n in self._heads.names())
         # One job after the other, each with its bundles as of its head.
-        return dumped((h.book, self._rows.all(h.gen, h.book)) for h in heads if h and h.book)
+        return dumped(
+            (h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection
+        )
 
     async def close(self) -> None:
         """Waits for calls that are under way; no other call may follow."""
@@ -322,21 +307,20 @@ def _tries() -> Iterable[int]:
         time.sleep(_AGAIN_S * min(n + 1, 10))
 
 
-def _book_of(head: Head) -> Book:
-    assert head.book is not None
-    return head.book
+def _projection_of(head: Head) -> Projection:
+    assert head.projection is not None
+    return head.projection
 
 
 def _rows_of(head: Head) -> JobRows:
-    return _book_of(head).rows(head.stamp)
+    return _projection_of(head).rows(head.stamp)
 
 
-def _copy(book: Book) -> Book:
-    return Book.from_json(book.job, book.to_json())
-
-
-def _no_job(job: JobId) -> NotFound:
-    return NotFound(f"The ledger has no job {job}.")
+def _next(head: Head) -> Projection:
+    """Return a copy of the job for its next write."""
+    projection = _projection_of(head).copy()
+    projection.at += 1
+    return projection
 
 
 def _busy(job: JobId) -> Throttled:

@@ -1,148 +1,84 @@
-"""Jobs and their stages as rows: what each call of the port does within its transaction.
+"""Loads and stores the rows of jobs and their stages.
 
-Invariant: a job's state follows the table of moves, and each cut, reopening and end changes the
-counters once, since the row itself says how far it has come.
+Invariant: a transaction that writes excludes others, so a row that it loaded has not changed when
+it stores it. What a change does is decided by the ledger projection.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    RowMapping,
-    bindparam,
-    func,
-    insert,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, tuple_, update
 
 from batchlab.adapters.sql.tables import Upserts, bundles, jobs, stages
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import (
-    ENDED,
-    Control,
-    JobId,
-    JobState,
-    StageCounts,
-    StageName,
-    TaskSet,
-    may_move,
-)
-from batchlab.core.ports import Cut, Ending, JobRecord, JobRows, Reopening, StageRecord, Written
+from batchlab.core.ledger_projection import Projection, Stage
+from batchlab.core.model import ENDED, Control, JobId, JobState, StageName
+from batchlab.core.ports import JobRecord, JobRows
 from batchlab.core.protocol import json_format
 
-US = 1_000_000
-"""Microseconds in a second."""
-
-_NO_TASKS = json_format.dumps(json_format.tasks_to_json(TaskSet()))
+_PLAN = ("planned", "plan_round", "cut_seq", "uncut")
+_COUNTERS = (
+    "succeeded",
+    "failed",
+    "cancelled",
+    "retried",
+    "run_us",
+    "first_start_s",
+    "last_end_s",
+)
 
 _job = select(jobs).where(jobs.c.id == bindparam("job"))
+_by_token = select(jobs.c.id).where(jobs.c.token == bindparam("token"))
 _newest = (
     select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 )
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
-_change_job = update(jobs).where(jobs.c.id == bindparam("b_job"))
-_make_runnable = _change_job.where(
-    jobs.c.state.in_([JobState.SUBMITTED.value, JobState.PENDING.value])
-).values(state=JobState.RUNNABLE.value, reason="")
-_WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
-_move = _change_job.values(state=bindparam("state"), reason="")
-_control = _change_job.values(control=bindparam("control"))
-_end = (
-    _move.where(jobs.c.round == bindparam("b_round"), jobs.c.state.not_in(sorted(ENDED)))
-    .values(reason=bindparam("reason"), control=Control.RUN.value, ended_s=bindparam("ended_s"))
-    .returning(jobs)
-)
-_make_running = _change_job.values(state=JobState.RUNNING.value, reason="")
 _stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
-_stage = _stages.where(stages.c.stage == bindparam("stage"))
+_last_seq = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
 _insert_stages = insert(stages)
-_change_stage = update(stages).where(
+_store_job = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("b_job"))
+    .values({name: bindparam(name) for name in ("state", "reason", "control", "round", "ended_s")})
+)
+_stage = update(stages).where(
     stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
 )
-_count = _change_stage.values(
-    succeeded=stages.c.succeeded + bindparam("d_succeeded"),
-    failed=stages.c.failed + bindparam("d_failed"),
-    cancelled=stages.c.cancelled + bindparam("d_cancelled"),
-)
-_set_planned = _change_stage.values(planned=bindparam("planned"))
-_take_cut = _set_planned.values(
-    {name: bindparam(name) for name in ("plan_round", "cut_seq", "uncut")}
-)
-_close = _change_stage.values(
-    cancelled=stages.c.cancelled + bindparam("closed"),
-    planned=func.coalesce(stages.c.planned, bindparam("closed")),
-)
-_make_void = (
-    update(bundles)
-    .where(bundles.c.job == bindparam("b_job"), bundles.c.stage == bindparam("b_stage"))
-    .values(void=1)
-)
+_GROUPS = tuple((attrgetter(*columns), columns) for columns in (_PLAN, _COUNTERS))
+"""Columns of a stage that change together, and a function that gets their values."""
+_STORE = {
+    columns: _stage.values({name: bindparam(name) for name in columns}) for _, columns in _GROUPS
+}
 
 
-def add_job(
-    connection: Connection, upserts: Upserts, job: JobDef, state: JobState, cut: Cut | None
-) -> Written:
-    if cut:
-        state = JobState.RUNNABLE
-    row = {
-        "id": job.id,
-        "token": job.token or None,
-        "submitted_s": job.submitted_s,
-        "spec": json_format.dumps(json_format.job_to_json(job)),
-        "state": state.value,
-        "reason": "",
-        "control": Control.RUN.value,
-        "round": 0,
-    }
-    if connection.execute(upserts.add_job, row).first() is None:
-        return Written(_existing(connection, job), is_new=False)
-    records = {stage.name: StageRecord(StageCounts(stage.name)) for stage in job.stages}
-    if cut:
-        counts = StageCounts(cut.stage, cut.planned)
-        records[cut.stage] = StageRecord(counts, cut.round, cut.seq, cut.left)
-    connection.execute(
-        _insert_stages,
-        [
-            {
-                "job": job.id,
-                "stage": name,
-                "position": position,
-                "planned": record.counts.planned,
-                "succeeded": 0,
-                "failed": 0,
-                "cancelled": 0,
-                "retried": 0,
-                "run_us": 0,
-                "plan_round": record.plan_round,
-                "cut_seq": record.cut_seq,
-                "uncut": json_format.dumps(json_format.tasks_to_json(record.left)),
-            }
-            for position, (name, record) in enumerate(records.items())
-        ],
-    )
-    # Not read again, which would take longer than to write them.
-    return Written(JobRows(JobRecord(job, state), tuple(records.values())), is_new=True)
+# --- Loading --------------------------------------------------------------------------------------
 
 
-def _existing(connection: Connection, job: JobDef) -> JobRows:
-    found = connection.execute(_job, {"job": job.id}).mappings().first()
-    if found is None:
-        by_token = select(jobs).where(jobs.c.token == job.token)
-        found = connection.execute(by_token).mappings().one()
-    return rows_of(connection, JobId(found["id"]))
+def load(connection: Connection, name: JobId) -> Projection:
+    """Load a job with its stages; NotFound."""
+    projection = _projection(_row(connection, name))
+    for row in connection.execute(_stages, {"job": name}).mappings():
+        projection.stages[StageName(row["stage"])] = _stage_of(row)
+    return projection
 
 
-def find_job(connection: Connection, job: JobId) -> JobRecord:
-    return _job_record(_job_row(connection, job))
+def rows_of(connection: Connection, name: JobId) -> JobRows:
+    """Return the rows of a job with their stamp; NotFound."""
+    projection = load(connection, name)
+    # Some completions change no counter, so the newest seq tells the versions of a job apart.
+    last = connection.execute(_last_seq, {"job": name}).scalar_one()
+    return projection.rows(-1 if last is None else last)
+
+
+def find_job(connection: Connection, name: JobId) -> JobRecord:
+    return _record(_row(connection, name))
 
 
 def page_of_jobs(
@@ -150,164 +86,26 @@ def page_of_jobs(
 ) -> list[JobRecord]:
     query, values = _active if active else _newest, {"limit": limit}
     if before is not None:
-        last = _job_row(connection, JobId(before))
+        last = _row(connection, JobId(before))
         query = query.where(
             tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"])
         )
-    return [_job_record(row) for row in connection.execute(query, values).mappings()]
+    return [_record(row) for row in connection.execute(query, values).mappings()]
 
 
-def move_job(connection: Connection, job: JobId, state: JobState, round: int) -> bool:
-    row = _job_row(connection, job)
-    if row["round"] != round or not may_move(JobState(row["state"]), state):
-        return False
-    connection.execute(_move, {"b_job": job, "state": state.value})
-    return True
-
-
-def set_running(connection: Connection, found: Iterable[JobId]) -> dict[JobId, JobRows]:
-    """These jobs, of which a task has ended; one that waited is RUNNING now."""
-    rows: dict[JobId, JobRows] = {}
-    for job in found:
-        one = rows_of(connection, job)
-        if one.job.state in _WAITING:
-            connection.execute(_make_running, {"b_job": job})
-            one = replace(one, job=replace(one.job, state=JobState.RUNNING, reason=""))
-        rows[job] = one
-    return rows
-
-
-def set_control(connection: Connection, job: JobId, control: Control, round: int) -> bool:
-    row = _job_row(connection, job)
-    if row["round"] != round or JobState(row["state"]).ended:
-        return False
-    if row["control"] in (control.value, Control.CANCEL.value):
-        return False
-    connection.execute(_control, {"b_job": job, "control": control.value})
-    return True
-
-
-def reopen(connection: Connection, job: JobId, round: int, reopened: Sequence[Reopening]) -> bool:
-    row = _job_row(connection, job)
-    state = JobState(row["state"])
-    if round <= row["round"] or not state.ended or not may_move(state, JobState.PENDING):
-        return False
-    connection.execute(
-        _change_job.values(
-            round=round,
-            state=JobState.PENDING.value,
-            reason="",
-            control=Control.RUN.value,
-            ended_s=None,
-        ),
-        {"b_job": job},
-    )
-    for one in reopened:
-        values: dict[str, Any] = {}
-        if one.replan:
-            # The round too, or a cut of the void plan that comes once more would pass as new.
-            values = {"planned": None, "plan_round": round, "cut_seq": -1, "uncut": _NO_TASKS}
-            values["run_us"] = 0
-            connection.execute(_make_void, {"b_job": job, "b_stage": one.stage})
-        connection.execute(
-            _count.values(values),
-            {
-                "b_job": job,
-                "b_stage": one.stage,
-                "d_succeeded": -one.succeeded,
-                "d_failed": -one.failed,
-                "d_cancelled": -one.cancelled,
-            },
-        )
-    return True
-
-
-def finish(connection: Connection, job: JobId, round: int, end: Ending) -> Written:
-    values = {
-        "b_job": job,
-        "b_round": round,
-        "state": end.state.value,
-        "reason": _plain(end.reason),
-        "ended_s": end.ended_s,
-    }
-    row = connection.execute(_end, values).mappings().first()
+def _row(connection: Connection, name: JobId) -> RowMapping:
+    row = connection.execute(_job, {"job": name}).mappings().first()
     if row is None:
-        return Written(rows_of(connection, job), is_new=False)
-    found = _stages_of(connection, job)
-    closed = [
-        {"b_job": job, "b_stage": name, "closed": end.closed.get(name, 0)}
-        for name, planned in ((s.counts.stage, s.counts.planned) for s in found)
-        if planned is None or end.closed.get(name)
-    ]
-    if closed:
-        connection.execute(_close, closed)
-        found = _stages_of(connection, job)
-    return Written(JobRows(_job_record(row), found), is_new=True)
-
-
-# --- Stages --------------------------------------------------------------------------------------
-
-
-def rows_of(connection: Connection, job: JobId) -> JobRows:
-    return JobRows(find_job(connection, job), _stages_of(connection, job))
-
-
-def _stages_of(connection: Connection, job: JobId) -> tuple[StageRecord, ...]:
-    found = connection.execute(_stages, {"job": job}).mappings()
-    return tuple(_stage_record(row) for row in found)
-
-
-def set_planned(
-    connection: Connection, job: JobId, stage: StageName, planned: int, round: int
-) -> Written:
-    is_new = _stage_row(connection, job, stage)["planned"] is None
-    is_new = is_new and _job_row(connection, job)["round"] == round
-    if is_new:
-        where = {"b_job": job, "b_stage": stage}
-        connection.execute(_set_planned, {**where, "planned": planned})
-    return Written(rows_of(connection, job), is_new)
-
-
-def take_cut(connection: Connection, cut: Cut) -> bool:
-    """Note on the stage's row that `cut` has been made; False where it or a later one has been,
-    and where the job is in another round."""
-    row = _stage_row(connection, cut.job, cut.stage)
-    if (cut.round, cut.seq) <= (row["plan_round"], row["cut_seq"]):
-        return False
-    if _job_row(connection, cut.job)["round"] != cut.round:
-        return False
-    values: dict[str, Any] = {
-        "b_job": cut.job,
-        "b_stage": cut.stage,
-        "plan_round": cut.round,
-        "cut_seq": cut.seq,
-        "uncut": json_format.dumps(json_format.tasks_to_json(cut.left)),
-        "planned": row["planned"] if cut.planned is None else cut.planned,
-    }
-    connection.execute(_take_cut, values)
-    connection.execute(_make_runnable, {"b_job": cut.job})
-    return True
-
-
-# --- Rows ----------------------------------------------------------------------------------------
-
-
-def _job_row(connection: Connection, job: JobId) -> RowMapping:
-    row = connection.execute(_job, {"job": job}).mappings().first()
-    if row is None:
-        raise NotFound(f"The ledger has no job {job}.")
+        raise _no_job(name)
     return row
 
 
-def _stage_row(connection: Connection, job: JobId, stage: StageName) -> RowMapping:
-    row = connection.execute(_stage, {"job": job, "stage": stage}).mappings().first()
-    if row is None:
-        raise NotFound(f"The ledger has no stage {stage} of a job {job}.")
-    return row
+def _no_job(name: JobId) -> NotFound:
+    return NotFound(f"The ledger has no job {name}.")
 
 
-def _job_record(row: RowMapping) -> JobRecord:
-    return JobRecord(
+def _projection(row: RowMapping) -> Projection:
+    return Projection(
         _job_def(row["spec"]),
         JobState(row["state"]),
         row["reason"],
@@ -317,29 +115,93 @@ def _job_record(row: RowMapping) -> JobRecord:
     )
 
 
+def _record(row: RowMapping) -> JobRecord:
+    return _projection(row).rows().job
+
+
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
-    """Read again and again along with counters, while a job's definition never changes."""
+    """Cached, because the definition is read with the counters and never changes."""
     return json_format.job_from_json(json_format.loads(spec))
 
 
-def _stage_record(row: RowMapping) -> StageRecord:
-    counts = StageCounts(
-        StageName(row["stage"]),
-        row["planned"],
-        row["succeeded"],
-        row["failed"],
-        row["cancelled"],
-        row["retried"],
-        row["run_us"] / US,
-        row["first_start_s"],
-        row["last_end_s"],
+def _stage_of(row: RowMapping) -> Stage:
+    values = {name: row[name] for name in (*_PLAN, *_COUNTERS)}
+    return Stage(**{**values, "uncut": json_format.tasks_from_json(json.loads(values["uncut"]))})
+
+
+# --- Storing --------------------------------------------------------------------------------------
+
+
+def add(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
+    """Insert a job with its stages. Return the id of the job that already has its id or token."""
+    job = projection.job
+    row = {
+        "id": job.id,
+        "token": job.token or None,
+        "submitted_s": job.submitted_s,
+        "spec": json_format.dumps(json_format.job_to_json(job)),
+        **_job_values(projection),
+    }
+    if connection.execute(upserts.add_job, row).first() is None:
+        if connection.execute(_job, {"job": job.id}).first() is not None:
+            return job.id
+        return JobId(connection.execute(_by_token, {"token": job.token}).scalar_one())
+    connection.execute(
+        _insert_stages,
+        [
+            {"job": job.id, "stage": name, "position": position}
+            | _values(stage, _PLAN)
+            | _values(stage, _COUNTERS)
+            for position, (name, stage) in enumerate(projection.stages.items())
+        ],
     )
-    left = json_format.tasks_from_json(json.loads(row["uncut"]))
-    return StageRecord(counts, row["plan_round"], row["cut_seq"], left)
+    return None
 
 
-def _plain(reason: str) -> str:
-    # PostgreSQL's text holds no NUL, and an exception's message may hold anything: a job must not
-    # fail to end because of how it ended.
-    return reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The values of a job as they were loaded, to find out what a change has changed."""
+
+    job: Mapping[str, Any]
+    stages: Mapping[StageName, Sequence[tuple[Any, ...]]]
+
+    @classmethod
+    def of(cls, projection: Projection) -> Snapshot:
+        return cls(
+            _job_values(projection),
+            {name: [get(stage) for get, _ in _GROUPS] for name, stage in projection.stages.items()},
+        )
+
+
+def store(connection: Connection, projection: Projection, before: Snapshot) -> None:
+    """Store the values that have changed since `before`."""
+    name = projection.job.id
+    values = _job_values(projection)
+    if values != before.job:
+        connection.execute(_store_job, {"b_job": name, **values})
+    for group, (get, columns) in enumerate(_GROUPS):
+        changed = [
+            {"b_job": name, "b_stage": stage, **_values(one, columns)}
+            for stage, one in projection.stages.items()
+            if get(one) != before.stages[stage][group]
+        ]
+        if changed:
+            connection.execute(_STORE[columns], changed)
+
+
+def _job_values(projection: Projection) -> dict[str, Any]:
+    return {
+        "state": projection.state.value,
+        "reason": projection.reason,
+        "control": projection.control.value,
+        "round": projection.round,
+        "ended_s": projection.ended_s,
+    }
+
+
+def _values(stage: Stage, columns: Sequence[str]) -> dict[str, Any]:
+    values = {name: getattr(stage, name) for name in columns}
+    if "uncut" in values:
+        values["uncut"] = json_format.dumps(json_format.tasks_to_json(stage.uncut))
+    return values

@@ -1,42 +1,42 @@
 """The Ledger port on a SQL database.
 
-Invariant: each call is one transaction and may be repeated; the event loop never waits for the
-database, unless it asked for that (`Inline`). The statements are in job_rows, bundle_rows and
-past_rows.
+Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs,
+applies the ledger projection, and stores the rows that changed. The event loop never waits for the
+database, except with `Inline`.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, Table, bindparam, select, update
+from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, update
 
 from batchlab.adapters.local.sqlite_wal import WalFlush
 from batchlab.adapters.sql import bundle_rows, job_rows, migrate
-from batchlab.adapters.sql import restore as past_rows
 from batchlab.adapters.sql.db_errors import translated
 from batchlab.adapters.sql.engines import sqlite_engine, transaction
+from batchlab.adapters.sql.job_rows import Snapshot
 from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.tables import NOBODY, Upserts, bundles, jobs, leases, stages
 from batchlab.adapters.threads import Inline, OneThread, Run, Threads
+from batchlab.core import ledger_projection
 from batchlab.core.atomic_write import Sync
+from batchlab.core.errors import NotFound
+from batchlab.core.ledger_projection import NEVER, BundleRow, Projection
 from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
-    AddCut,
     AddJob,
     BundleRecord,
-    Finish,
     Fold,
     Folded,
     JobChange,
     JobRecord,
     JobRows,
     Lease,
-    MoveJob,
     Past,
     Reopen,
     SetControl,
@@ -136,47 +136,72 @@ class SqlLedger:
     async def apply(self, change: Fold | JobChange) -> Folded | Written:
         """See ports.Ledger. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
-            return await self._fold(change)
+            if not change.completions:
+                return Folded([], 0, {})
+            return await self._write(lambda c: self._fold(c, change))
         written = await self._write(lambda c: self._change(c, change))
         # The other changes do not wait for the disk: the next manager finds them in the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
 
-    async def _fold(self, change: Fold) -> Folded:
-        if not change.completions:
-            return Folded([], 0, {})
-        return await self._write(
-            lambda c: bundle_rows.fold(c, self._upserts, change.completions, change.casualties)
-        )
-
     def _change(self, connection: Connection, change: JobChange) -> Written:
         if isinstance(change, AddJob):
             return self._add_job(connection, change)
-        if isinstance(change, AddCut):
-            is_new = job_rows.take_cut(connection, change.cut)
-            if is_new:
-                bundle_rows.plan(connection, self._upserts, change.cut.bundles)
-        elif isinstance(change, MoveJob):
-            is_new = job_rows.move_job(connection, change.job_id, change.state, change.round)
-        elif isinstance(change, SetControl):
-            is_new = job_rows.set_control(connection, change.job_id, change.control, change.round)
-        elif isinstance(change, Reopen):
-            is_new = job_rows.reopen(connection, change.job_id, change.round, change.stages)
-        elif isinstance(change, Finish):
-            return job_rows.finish(connection, change.job_id, change.round, change.ending)
-        else:
-            return job_rows.set_planned(
-                connection, change.job_id, change.stage, change.planned, change.round
-            )
-        return Written(job_rows.rows_of(connection, change.job_id), is_new)
+        projection = job_rows.load(connection, change.job_id)
+        before = Snapshot.of(projection)
+        # Which bundles exist is not loaded: the statement that stores them leaves existing ones.
+        rows = ledger_projection.apply(projection, change, {})
+        if rows is not None:
+            self._store(connection, projection, before, rows)
+        return Written(projection.rows(), rows is not None)
 
     def _add_job(self, connection: Connection, change: AddJob) -> Written:
-        job, cut = change.job, change.cut
-        written = job_rows.add_job(connection, self._upserts, job, change.state, cut)
-        if cut and written.is_new:
-            bundle_rows.plan(connection, self._upserts, cut.bundles)
-        return written
+        projection, rows = ledger_projection.begin(change)
+        existing = job_rows.add(connection, self._upserts, projection)
+        if existing is not None:
+            return Written(job_rows.load(connection, existing).rows(), is_new=False)
+        bundle_rows.store(connection, self._upserts, projection, rows)
+        return Written(projection.rows(), is_new=True)
+
+    def _fold(self, connection: Connection, change: Fold) -> Folded:
+        count = len(change.completions)
+        positions = ledger_projection.positions_by_job(change)
+        loaded = {job: job_rows.load(connection, job) for job in positions}
+        ledger_projection.check_stages(loaded, change)
+        known = bundle_rows.load_known(
+            connection,
+            self._upserts,
+            [
+                (job, key)
+                for job, mine in positions.items()
+                for key in ledger_projection.keys_of(change, mine, with_follows=False)
+            ],
+        )
+        last = connection.execute(self._upserts.take_seqs, {"count": count}).scalar_one()
+        first, new = last - count + 1, [False] * count
+        for job, projection in loaded.items():
+            before = Snapshot.of(projection)
+            fresh, rows = ledger_projection.fold(
+                projection, change, positions[job], known[job], first_seq=first
+            )
+            if rows is not None:
+                self._store(connection, projection, before, rows)
+            for position in fresh:
+                new[position] = True
+        return Folded(new, first, {job: one.rows() for job, one in loaded.items()})
+
+    def _store(
+        self,
+        connection: Connection,
+        projection: Projection,
+        before: Snapshot,
+        rows: Iterable[BundleRow],
+    ) -> None:
+        job_rows.store(connection, projection, before)
+        void = [name for name, one in projection.stages.items() if one.void_at != NEVER]
+        bundle_rows.make_void(connection, projection.job.id, void)
+        bundle_rows.store(connection, self._upserts, projection, rows)
 
     # --- Reads -----------------------------------------------------------------------------------
 
@@ -190,7 +215,7 @@ class SqlLedger:
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
     async def rows(self, job: JobId) -> JobRows:
-        return await self._read(lambda c: past_rows.rows_of(c, job), quick=True)
+        return await self._read(lambda c: job_rows.rows_of(c, job), quick=True)
 
     async def bundles(
         self,
@@ -223,13 +248,28 @@ class SqlLedger:
 
     async def restore(self, past: Past, *, over: JobRows | None) -> bool:
         return await self._on_disk(
-            await self._write(
-                lambda c: past_rows.restore(c, self._upserts, past, over), quick=False
-            )
+            await self._write(lambda c: self._restore(c, past, over), quick=False)
         )
 
+    def _restore(self, connection: Connection, past: Past, over: JobRows | None) -> bool:
+        job = past.job.id
+        try:
+            is_same = job_rows.rows_of(connection, job).is_version(over)
+        except NotFound:
+            is_same = over is None
+        if not is_same:
+            return False
+        _forget(connection, [job])
+        count = sum(len(one.completions) for one in past.rounds)
+        last = connection.execute(self._upserts.take_seqs, {"count": count}).scalar_one()
+        projection, rows = ledger_projection.restore(past, last - count + 1)
+        if job_rows.add(connection, self._upserts, projection) is not None:
+            raise NotFound(f"The ledger has no job {job}: another job has its token.")
+        bundle_rows.store(connection, self._upserts, projection, rows)
+        return True
+
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
-        await self._write(lambda c: past_rows.forget(c, jobs), quick=False)
+        await self._write(lambda c: _forget(c, jobs), quick=False)
         await self._on_disk(None)
 
     async def dump(self) -> dict[str, Json]:
@@ -269,6 +309,14 @@ class SqlLedger:
                     return work(connection)
 
         return await self._run(call, writes=writes, quick=quick)
+
+
+def _forget(connection: Connection, names: Sequence[JobId] | None) -> None:
+    for table, column in ((bundles, bundles.c.job), (stages, stages.c.job), (jobs, jobs.c.id)):
+        if names is None:
+            connection.execute(delete(table))
+        else:
+            connection.execute(delete(table).where(column.in_(names)))
 
 
 def _dump(connection: Connection, table: Table) -> list[dict[str, Json]]:

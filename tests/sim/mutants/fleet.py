@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection
-
-from batchlab.adapters.sql import bundle_rows
-from batchlab.adapters.sql.tables import Upserts
-from batchlab.core.model import Completion, GroupView, Pool
+from batchlab.core import ledger_projection
+from batchlab.core.ledger_projection import BundleRow, Known, Projection
+from batchlab.core.model import GroupView, Pool
+from batchlab.core.ports import Fold
 from batchlab.fleet import termination
 from batchlab.manager.scaling import autoscaler
 from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog
@@ -20,42 +19,60 @@ from tests.sim.mutants.kit import Plant, planted
 # --- Events and counters -------------------------------------------------------------------------
 
 
+def _count(projection: Projection, change: Fold, position: int) -> None:
+    c = change.completions[position]
+    projection.stage(c.bundle.stage).count(c)
+    for stage, lost in change.casualties[position].items():
+        projection.stage(stage).cancelled += lost
+
+
 @planted("I1", "I2", "I3")
 def events_counted_without_dedupe(plant: Plant) -> None:
     """Every received completion is counted. An event that arrives twice counts twice (I2)."""
-    original = bundle_rows._complete
+    original = ledger_projection.fold
 
     @plant.everywhere(original)
-    def _complete(
-        connection: Connection,
-        upserts: Upserts,
-        completions: Sequence[Completion],
+    def fold(
+        projection: Projection,
+        change: Fold,
+        positions: Sequence[int],
+        known: Known,
+        *,
         first_seq: int,
-    ) -> list[bool]:
-        original(connection, upserts, completions, first_seq)
-        return [True] * len(completions)
+    ) -> tuple[list[int], list[BundleRow] | None]:
+        new, rows = original(projection, change, positions, known, first_seq=first_seq)
+        for position in positions:
+            if position not in new:
+                _count(projection, change, position)
+        return list(positions), rows or []
 
 
 @planted("I1", "I2", "I3")
 def dedupe_across_calls_only(plant: Plant) -> None:
     """The manager asks the ledger which completions are new, and counts all of them. Two copies in
     one call are both new (I2)."""
-    original = bundle_rows._complete
+    original = ledger_projection.fold
 
     @plant.everywhere(original)
-    def _complete(
-        connection: Connection,
-        upserts: Upserts,
-        completions: Sequence[Completion],
+    def fold(
+        projection: Projection,
+        change: Fold,
+        positions: Sequence[int],
+        known: Known,
+        *,
         first_seq: int,
-    ) -> list[bool]:
-        new = original(connection, upserts, completions, first_seq)
-        fresh = {
-            (c.bundle.job, c.bundle.stage, c.bundle.id)
-            for c, n in zip(completions, new, strict=True)
-            if n
-        }
-        return [(c.bundle.job, c.bundle.stage, c.bundle.id) in fresh for c in completions]
+    ) -> tuple[list[int], list[BundleRow] | None]:
+        new, rows = original(projection, change, positions, known, first_seq=first_seq)
+        fresh = ledger_projection.keys_of(change, new, with_follows=False)
+        again = [
+            position
+            for position in positions
+            if position not in new
+            and ledger_projection.keys_of(change, [position], with_follows=False)[0] in fresh
+        ]
+        for position in again:
+            _count(projection, change, position)
+        return sorted(new + again), rows
 
 
 # --- Capacity ------------------------------------------------------------------------------------
