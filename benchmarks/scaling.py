@@ -39,7 +39,7 @@ SMALL: Mapping[str, list[float]] = {"60 tasks of 0.5 s": [0.5] * 60}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A burst as it was seen and as it was foretold."""
+    """A burst as measured and as forecast."""
 
     name: str
     naps_s: list[float]
@@ -76,18 +76,18 @@ def rows(run: Run, backend: Backend) -> list[Row]:
     needed = seen.needed(backend)
     return [
         Row("first task begins after", seen.first_task_s, "s"),
-        Row("  foretold", told.first_task_s, "s"),
+        Row("  forecast", told.first_task_s, "s"),
         Row("a container boots in (median)", seen.boot_s, "s"),
         Row("peak", seen.peak, "instances", seen.pool.max_size, at_most=True),
         Row("above what the policy asks for", seen.peak - needed, "instances", 0, at_most=True),
         Row("above what known durations ask for", seen.peak - run.knowing(backend), "instances"),
         Row("changes turned around in a cooldown", seen.flaps(cooldown_s), "", 0, at_most=True),
         Row("last task ends after", seen.last_task_s, "s"),
-        Row("  foretold", told.last_task_s, "s"),
+        Row("  forecast", told.last_task_s, "s"),
         Row("from there to desired at minimum", seen.asked_back_s - seen.last_task_s, "s"),
-        Row("  foretold", told.asked_back_s - told.last_task_s, "s"),
+        Row("  forecast", told.asked_back_s - told.last_task_s, "s"),
         Row("  and the last container has ended", seen.back_s - seen.last_task_s, "s"),
-        Row("steps apart from those foretold", apart(seen.steps, told.steps), "inst.", 1, True),
+        Row("steps that differ from the forecast", apart(seen.steps, told.steps), "inst.", 1, True),
     ]
 
 
@@ -103,19 +103,19 @@ def picture(runs: list[Run]) -> str:
         seen, told = run.seen.looks, run.told.looks
         instances = (
             Line("desired", _points(seen, "desired"), 0),
-            Line("desired, as foretold", _points(told, "desired"), 1, dashed=True),
+            Line("desired, forecast", _points(told, "desired"), 1, dashed=True),
             Line("InService", _points(seen, "in_service"), 2),
-            Line("containers that run", _points(seen, "containers"), 3, dashed=True),
+            Line("running containers", _points(seen, "containers"), 3, dashed=True),
         )
         work = (
-            Line("seen", _points(seen, "backlog_tasks"), 0),
-            Line("foretold", _points(told, "backlog_tasks"), 1, dashed=True),
+            Line("measured", _points(seen, "backlog_tasks"), 0),
+            Line("forecast", _points(told, "backlog_tasks"), 1, dashed=True),
         )
         panels += [
             Panel(run.name, "instances", instances),
             Panel("Backlog", "tasks", work, height=70),
         ]
-    return svg(panels, "Desired capacity, instances and backlog over time, seen and foretold")
+    return svg(panels, "Desired capacity, instances, and backlog over time, measured and forecast")
 
 
 def _points(looks: list[Look], name: str) -> list[tuple[float, float]]:
@@ -134,7 +134,7 @@ def main() -> None:
     told: dict[str, Any] = {}
     missed = False
     for run in runs:
-        print(f"\n{run.name}\n  seen      {steps(run.seen)}\n  foretold  {steps(run.told)}")
+        print(f"\n{run.name}\n  measured  {steps(run.seen)}\n  forecast  {steps(run.told)}")
         for row in rows(run, backend):
             missed |= "MISSED" in row.verdict
             print(f"  {row.what:<38} {row.value:>8,.3g} {row.unit:<10} {row.verdict}")
