@@ -74,8 +74,15 @@ class Row:
 
 
 HEADS = (
-    *("scenario", "of its time", "makespan, forecast", "fact", "error", "largest fleet"),
-    *("holds", "machine before", "took"),
+    "scenario",
+    "of its time",
+    "makespan, forecast",
+    "fact",
+    "error",
+    "largest fleet",
+    "holds",
+    "machine before",
+    "took",
 )
 
 
@@ -97,8 +104,19 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
     busy = busy_share()
     out = folder / f"{name}.json"
     command = [
-        *(sys.executable, "-m", "batchlab", "scenario", "replay", name, "--json"),
-        *("--backend", backend, "--compress", str(compress), "--out", str(out)),
+        sys.executable,
+        "-m",
+        "batchlab",
+        "scenario",
+        "replay",
+        name,
+        "--json",
+        "--backend",
+        backend,
+        "--compress",
+        str(compress),
+        "--out",
+        str(out),
     ]
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory() as home:

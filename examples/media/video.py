@@ -22,10 +22,24 @@ def segment(item: File, ctx: Context) -> list[dict[str, Any]]:
     """
     video, every = Path(item.name).stem, ctx.params["segment_s"]
     ffmpeg(
-        *("-i", item.path, "-map", "0:v:0"),
-        *("-c:v", "libx264", "-preset", "ultrafast", "-qp", 0),
-        *("-force_key_frames", f"expr:gte(t,n_forced*{every})"),
-        *("-f", "segment", "-segment_time", every, "-reset_timestamps", 1),
+        "-i",
+        item.path,
+        "-map",
+        "0:v:0",
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-qp",
+        0,
+        "-force_key_frames",
+        f"expr:gte(t,n_forced*{every})",
+        "-f",
+        "segment",
+        "-segment_time",
+        every,
+        "-reset_timestamps",
+        1,
         ctx.scratch / "%05d.mkv",
     )
     if has_sound(item.path):
@@ -46,8 +60,18 @@ def transcode(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
     else:
         target = (ctx.scratch / source.name).with_suffix(".mp4")
         ffmpeg(
-            *("-i", source.path, "-vf", f"scale=-2:{ctx.params['height']}"),
-            *("-c:v", "libx264", "-preset", "veryfast", "-crf", 26, "-pix_fmt", "yuv420p"),
+            "-i",
+            source.path,
+            "-vf",
+            f"scale=-2:{ctx.params['height']}",
+            "-c:v",
+            "libx264",
+            "-preset",
+            "veryfast",
+            "-crf",
+            26,
+            "-pix_fmt",
+            "yuv420p",
             target,
         )
     return part | {"file": ctx.save(target, target.name)}
@@ -63,9 +87,17 @@ def join(item: list[dict[str, Any]], ctx: Context) -> File:
     playlist.write_text("".join(f"file '{path}'\n" for path in paths))
     target = ctx.scratch / f"{video}.mp4"
     ffmpeg(
-        *("-f", "concat", "-safe", 0, "-i", playlist),
+        "-f",
+        "concat",
+        "-safe",
+        0,
+        "-i",
+        playlist,
         *(("-i", sound.path) if sound else ()),
-        *("-c", "copy", "-movflags", "+faststart"),
+        "-c",
+        "copy",
+        "-movflags",
+        "+faststart",
         target,
     )
     return ctx.save(target, target.name)

@@ -39,7 +39,14 @@ async def beat(
     the `name` of another worker."""
     who, held = liar.who, tuple(held)
     one = Beat(
-        *(name or who.worker, who.instance, who.pool, world.clock.now_s(), 1, 1, held, number),
+        worker=name or who.worker,
+        instance=who.instance,
+        pool=who.pool,
+        at_s=world.clock.now_s(),
+        slots=1,
+        busy=1,
+        held=held,
+        number=number,
         key=who.key,
     )
     text = events_message(Events(beats=(one,)))

@@ -238,7 +238,14 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
     (bundle, *_) = (one.bundle for one in rig.outstanding(mine, 4))
     follow = replace(rig.outstanding(other, 4)[0].bundle, attempt=7)
     done = Completion(
-        *(bundle, "w", 1.0, 2.0, TaskSet(), TaskSet(), TaskSet(), 0.1),
+        bundle=bundle,
+        worker="w",
+        started_s=1.0,
+        ended_s=2.0,
+        succeeded=TaskSet(),
+        failed=TaskSet(),
+        cancelled=TaskSet(),
+        run_s=0.1,
         follows=(
             json_format._follow_from_json({"b": json_format.bundle_to_json(follow), "d": 0.0}),
         ),
@@ -257,7 +264,11 @@ def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
     (bundle,) = (one.bundle for one in rig.outstanding(name, 1))
     key = rig.run(rig.manager.ports.keys.stored(name))
     failed = Outcome(
-        *(bundle, "evil-1", "evil", 1.0, 2.0),
+        bundle,
+        "evil-1",
+        "evil",
+        1.0,
+        2.0,
         failed=(Failure(0, FailureKind.EXCEPTION, "no"),),
     )
     text = events_message(Events(completions=(settlement.completion(failed),)))

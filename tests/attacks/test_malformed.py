@@ -91,7 +91,9 @@ def _outcome() -> Any:
     ran += [Ran(6, 0.1, failure=FAILURE), Ran(7, 0.1, failure=FAILURE)]
     log = object_keys.log(BUNDLE, "w-1-1", UNSEALED)
     return settlement.settle(
-        *(JOB, BUNDLE, ran),
+        job=JOB,
+        bundle=BUNDLE,
+        ran=ran,
         execution="w-1-1",
         worker="w-1",
         started_s=1.0,
@@ -120,10 +122,41 @@ TASK = TaskMessage(BUNDLE, list(range(10)), 12.5, trace="00-x")
 
 JUNK: st.SearchStrategy[Any] = st.sampled_from(
     [
-        *(None, True, False, 0, -1, 1.5, 10**30, -(10**30), 1 << 63, 1e300, -1e300, 0.1),
-        *("", "\ud800", "x", "A/B/running/x", "../x", "\x00", "é" * 300, "x" * 5000, "lost"),
-        *([], {}, [[]], [[0, 10**12]], [[5, 2]], [[0, 3], [3, 5]], [[-1, 4]], [None], {"x": 1}),
-        *([[0, 1 << 39]], [0, 1, 2], [[0, 10]], ["raw/big.csv"], "jobs/a/b/outcomes/aa/x.json"),
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        10**30,
+        -(10**30),
+        1 << 63,
+        1e300,
+        -1e300,
+        0.1,
+        "",
+        "\ud800",
+        "x",
+        "A/B/running/x",
+        "../x",
+        "\x00",
+        "é" * 300,
+        "x" * 5000,
+        "lost",
+        [],
+        {},
+        [[]],
+        [[0, 10**12]],
+        [[5, 2]],
+        [[0, 3], [3, 5]],
+        [[-1, 4]],
+        [None],
+        {"x": 1},
+        [[0, 1 << 39]],
+        [0, 1, 2],
+        [[0, 10]],
+        ["raw/big.csv"],
+        "jobs/a/b/outcomes/aa/x.json",
     ]
 )
 
@@ -218,7 +251,13 @@ class Desk:
         self.objects, self.queue = SimObjects(), SimQueue(self.clock, Random(2))
         patience = Patience(Random(1), limit_s=0.0)
         self.ports = Ports(
-            *(self.objects, self.queue, NoFleet(), self.ledger, self.clock, RandomIds(), patience)
+            objects=self.objects,
+            queue=self.queue,
+            fleet=NoFleet(),
+            ledger=self.ledger,
+            clock=self.clock,
+            ids=RandomIds(),
+            patience=patience,
         )
         self.judge_anew()
         self.lives: dict[JobId, LiveJob] = {}
@@ -226,8 +265,16 @@ class Desk:
         self.folder = Folder(self.ports, self.lives, self._nobody, counts=self.counts)
         self.registry = Registry(self.ports, self.lives)
         self.collector = Collector(
-            *(self.ports, ManagerSettings(), self.lives, self.folder, self.registry),
-            *(asyncio.Lock(), Arrivals(), self.duplicates.update, self.counts, self.quarantine),
+            ports=self.ports,
+            settings=ManagerSettings(),
+            lives=self.lives,
+            folder=self.folder,
+            registry=self.registry,
+            quiet=asyncio.Lock(),
+            arrivals=Arrivals(),
+            met_twice=self.duplicates.update,
+            counts=self.counts,
+            quarantine=self.quarantine,
         )
 
     def judge_anew(self) -> None:
@@ -458,7 +505,7 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     ran = [Ran(task, 0.1, failure=long) for task in range(4096)]
     bundle = replace(BUNDLE, tasks=TaskSet.span(0, 4096), attempt=2)
     outcome = settlement.settle(
-        *(JOB, bundle, ran), execution="w-1-1", worker="w-1", started_s=1.0, ended_s=2.0
+        job=JOB, bundle=bundle, ran=ran, execution="w-1-1", worker="w-1", started_s=1.0, ended_s=2.0
     )
     assert json_format.is_too_heavy(json_format.outcome_text(outcome))
     assert not json_format.is_too_heavy(json_format.outcome_text(json_format.fitting(outcome)))
@@ -467,7 +514,14 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
 # --- A whole manager -----------------------------------------------------------------------------
 
 BAD_EVENTS = [
-    *('{"v":1,"c":[{"b":{}}]}', '{"v":1,"c":1}', "[]", "null", "", "{", '{"v":true}', '{"v":99}'),
+    '{"v":1,"c":[{"b":{}}]}',
+    '{"v":1,"c":1}',
+    "[]",
+    "null",
+    "",
+    "{",
+    '{"v":true}',
+    '{"v":99}',
     '{"v":1,"k":["raw/big.csv"]}',
     '{"v":1,"k":["jobs/A/B/running/x/outcomes/00/00000000-00000000.0.1.json"]}',
     '{"v":1,"o":' + "[" * 5_000 + "]" * 5_000 + "}",

@@ -14,9 +14,25 @@ from batchlab.core.protocol import json_format
 from tests.support.server.api import TOKEN, Rig, get, job
 
 ODD = (
-    *('"\\ud800"', '"\\u0000"', '"../../x"', '"\\u001b[31m"', f'"{"x" * 20_000}"'),
-    *("1e18", "-1", "1e999", "NaN", "-Infinity", "1" * 40, "9" * 5000, "0.5"),
-    *("null", "true", "[]", "{}", '{"$pickle":"gASVBAAAAAAAAABLAS4="}', "[" * 5000 + "]" * 5000),
+    '"\\ud800"',
+    '"\\u0000"',
+    '"../../x"',
+    '"\\u001b[31m"',
+    f'"{"x" * 20_000}"',
+    "1e18",
+    "-1",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "1" * 40,
+    "9" * 5000,
+    "0.5",
+    "null",
+    "true",
+    "[]",
+    "{}",
+    '{"$pickle":"gASVBAAAAAAAAABLAS4="}',
+    "[" * 5000 + "]" * 5000,
 )
 """JSON texts in place of a value; some are more than JSON."""
 HOLE = '"@hole@"'

@@ -157,7 +157,9 @@ async def _submit(grid: InProcess, told: Acknowledged) -> None:
             token = str(number)
             job = JobDef(
                 object_keys.job_id("squares", token),
-                *("squares", STAGES, grid.ports.clock.now_s()),
+                name="squares",
+                stages=STAGES,
+                submitted_s=grid.ports.clock.now_s(),
                 items=len(ITEMS),
                 token=token,
             )

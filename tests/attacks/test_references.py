@@ -52,13 +52,26 @@ JOB = JobDef(
 )
 PYTHON = replace(JOB, stages=(StageDef(StageName("map"), handler="pickle:code/x"),))
 FOREIGN = (
-    *("grid/notifications.json", "grid/commit-secret.json", "logs/sums-1/x", "reports/sums-1/x"),
-    *("files/other-1/x", "raw/other-1/x", "jobs/other-1/spec.json", "files/sums-1/../other-1/x"),
-    *("raw/shared/b.csv", "raw/shared/more/../b.csv", "files/sums-10/x", "", "/etc/passwd"),
+    "grid/notifications.json",
+    "grid/commit-secret.json",
+    "logs/sums-1/x",
+    "reports/sums-1/x",
+    "files/other-1/x",
+    "raw/other-1/x",
+    "jobs/other-1/spec.json",
+    "files/sums-1/../other-1/x",
+    "raw/shared/b.csv",
+    "raw/shared/more/../b.csv",
+    "files/sums-10/x",
+    "",
+    "/etc/passwd",
 )
 OWN = (
-    *("files/sums-1/map/aa/x", "raw/sums-1/0", "jobs/sums-1/map/plan/0000/item-1.json"),
-    *("raw/shared/a.csv", "raw/shared/more/b.csv"),
+    "files/sums-1/map/aa/x",
+    "raw/sums-1/0",
+    "jobs/sums-1/map/plan/0000/item-1.json",
+    "raw/shared/a.csv",
+    "raw/shared/more/b.csv",
 )
 
 

@@ -118,12 +118,24 @@ def views(scene: Scene) -> list[str]:
     first = groups[0]["first"]
     failed = f"/jobs/{scene.failed}"
     return [
-        *("/", "/?active=true", "/failures", "/grid", "/costs", "/submit", "/schedules"),
-        *(f"/jobs/{scene.runs}", failed, f"/jobs/{scene.paused}"),
-        *(f"{failed}/failures", f"{failed}/failures/{groups[0]['fingerprint']}"),
+        "/",
+        "/?active=true",
+        "/failures",
+        "/grid",
+        "/costs",
+        "/submit",
+        "/schedules",
+        f"/jobs/{scene.runs}",
+        failed,
+        f"/jobs/{scene.paused}",
+        f"{failed}/failures",
+        f"{failed}/failures/{groups[0]['fingerprint']}",
         f"{failed}/stages/{first['stage']}/tasks/{first['task']}?seq={first['seq']}",
-        *(f"/jobs/{scene.runs}/cancel", f"/jobs/{scene.runs}/cap"),
-        *("/grid/pools/default", "/grid/drain", "/costs/cap"),
+        f"/jobs/{scene.runs}/cancel",
+        f"/jobs/{scene.runs}/cap",
+        "/grid/pools/default",
+        "/grid/drain",
+        "/costs/cap",
     ]
 
 

@@ -174,8 +174,15 @@ def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) ->
         "retry": a_job("sums-0123456789", "PENDING"),
     }
     code, _, _ = run(
-        *("job", "retry", "sums-0123456789", "--fingerprint", "0123456789"),
-        *("--tasks", "parse/3,7-9", "--tasks", "price/0"),
+        "job",
+        "retry",
+        "sums-0123456789",
+        "--fingerprint",
+        "0123456789",
+        "--tasks",
+        "parse/3,7-9",
+        "--tasks",
+        "price/0",
     )
     assert code == 0
     assert manager.asked[-1][2] == {
@@ -296,10 +303,16 @@ def test_why_tells_of_each_reason_once_and_how_to_bring_it_home(
         "It ended FAILED.",
         "",
         "parse/1 failed (bbb): bad bbb, and so did 1 other task",
-        *("  | first", "  | 1  [0m", "  | last", f"  {command.format(1)}"),
+        "  | first",
+        "  | 1  [0m",
+        "  | last",
+        f"  {command.format(1)}",
         "",
         "parse/0 failed (aaa): bad aaa",
-        *("  | first", "  | 0  [0m", "  | last", f"  {command.format(0)}"),
+        "  | first",
+        "  | 0  [0m",
+        "  | last",
+        f"  {command.format(0)}",
     ]
     code, out, _ = run("job", "why", "sums-0123456789", "--json")
     assert [one["tasks"] for one in json.loads(out)["failed"]] == [2, 1]

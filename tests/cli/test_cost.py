@@ -245,7 +245,13 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     home = Home(tmp_path / "g")
     home.make()
     at = AwsDeployment(
-        *("batchlab", "us-east-1", "bucket", "batchlab-", "batchlab-manager", "arn", ()),
+        stack="batchlab",
+        region="us-east-1",
+        bucket="bucket",
+        prefix="batchlab-",
+        manager_group="batchlab-manager",
+        token_secret="arn",
+        pools=(),
         egress="nat",
     )
     deployment.write(home, at)

@@ -30,7 +30,11 @@ GROUPS = {
     "ledger": "rebuild",
 }
 COMMANDS = [
-    *("demo", "init", "run", "schema", "doctor"),
+    "demo",
+    "init",
+    "run",
+    "schema",
+    "doctor",
     *(f"{group} {name}" for group, names in GROUPS.items() for name in names.split()),
 ]
 

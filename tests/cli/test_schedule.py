@@ -97,9 +97,27 @@ def test_a_job_file_is_uploaded_and_described(
     manager: type[FakeClient], run: Run, folder: Path
 ) -> None:
     schedule, job = added(
-        *(manager, run, folder, "--cron", "30 2 * * *", "--timezone", "Europe/Berlin"),
-        *("--missed", "run-all", "--missed-within", "6h", "--overlap", "queue"),
-        *("--prewarm", "10m", "--capacity", "4", "--name", "nightly", "--max-cost", "5USD"),
+        manager,
+        run,
+        folder,
+        "--cron",
+        "30 2 * * *",
+        "--timezone",
+        "Europe/Berlin",
+        "--missed",
+        "run-all",
+        "--missed-within",
+        "6h",
+        "--overlap",
+        "queue",
+        "--prewarm",
+        "10m",
+        "--capacity",
+        "4",
+        "--name",
+        "nightly",
+        "--max-cost",
+        "5USD",
     )
     source_digest = schedule.pop("source_digest")
     assert len(source_digest) == 64

@@ -64,8 +64,18 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     code, out, err = run(
-        *("sim", "fuzz", "--seeds", 3, "--from", 5, "--weather", "crashes", "--jobs", 2),
-        *("--report", file),
+        "sim",
+        "fuzz",
+        "--seeds",
+        3,
+        "--from",
+        5,
+        "--weather",
+        "crashes",
+        "--jobs",
+        2,
+        "--report",
+        file,
     )
     assert code == 0
     assert "Traceback" not in err  # how far it is, where it takes long

@@ -67,8 +67,18 @@ def test_a_program_is_told_the_same(run: Run, tmp_path: Path) -> None:
     made = Calibration("localstack", bundle_s=1.0)
     write(made, tmp_path / "numbers.json")
     code, said, told = run(
-        *("scenario", "simulate", peak(tmp_path), "--json", "--seed", 9, "--like", "localstack"),
-        *("--compress", 2, "--calibration", tmp_path / "numbers.json"),
+        "scenario",
+        "simulate",
+        peak(tmp_path),
+        "--json",
+        "--seed",
+        9,
+        "--like",
+        "localstack",
+        "--compress",
+        2,
+        "--calibration",
+        tmp_path / "numbers.json",
     )
     doc = json.loads(said)
     assert (code, doc["red"], doc["seed"], doc["like"]) == (0, False, 9, "localstack")
@@ -87,8 +97,12 @@ def test_another_backends_numbers_are_refused(run: Run, tmp_path: Path) -> None:
     write(Calibration("local", bundle_s=1.0), tmp_path / "numbers.json")
     for what in (("simulate",), ("plan", "--deadline", "1h")):
         code, _, told = run(
-            *("scenario", what[0], peak(tmp_path), *what[1:]),
-            *("--calibration", tmp_path / "numbers.json"),
+            "scenario",
+            what[0],
+            peak(tmp_path),
+            *what[1:],
+            "--calibration",
+            tmp_path / "numbers.json",
         )
         assert code == 2
         assert "was measured on local, and the forecast is to be as on aws" in told

@@ -20,9 +20,21 @@ PAGES = {"emulators.md": CHECKS, "asg-endpoint.md": ASG_CHECKS}
 EVERY = (*CHECKS, *ASG_CHECKS)
 
 RELIED_ON = (
-    *("s3-create-race", "s3-create-taken", "s3-get-changed", "s3-list-pages", "s3-range"),
-    *("sqs-redelivery", "sqs-delay", "sqs-dead-letter", "sqs-wake", "sqs-body-256k"),
-    *("sqs-batch-10", "sqs-counts", "sqs-give-back", "sqs-extend", "sqs-receive-count"),
+    "s3-create-race",
+    "s3-create-taken",
+    "s3-get-changed",
+    "s3-list-pages",
+    "s3-range",
+    "sqs-redelivery",
+    "sqs-delay",
+    "sqs-dead-letter",
+    "sqs-wake",
+    "sqs-body-256k",
+    "sqs-batch-10",
+    "sqs-counts",
+    "sqs-give-back",
+    "sqs-extend",
+    "sqs-receive-count",
 )
 """Without these there is no protocol; which others are needed is a matter of judgement."""
 

@@ -192,8 +192,18 @@ def test_keys_and_queues_of_two_checks_are_never_the_same(target: Target) -> Non
 @pytest.mark.parametrize(
     "url",
     [
-        *("", "127.0.0.1:4566", "ftp://a", "http://", "http://:80", "http://a:b", "http://a:99999"),
-        *("http://a/bucket", "http://a?x=1", "http://user:word@a", "http://[::1", "http://a#b"),
+        "",
+        "127.0.0.1:4566",
+        "ftp://a",
+        "http://",
+        "http://:80",
+        "http://a:b",
+        "http://a:99999",
+        "http://a/bucket",
+        "http://a?x=1",
+        "http://user:word@a",
+        "http://[::1",
+        "http://a#b",
     ],
 )
 def test_what_is_no_address_of_an_endpoint(url: str) -> None:

@@ -14,7 +14,8 @@ SAID_BY_OTHERS = {
     # In the words of a service, or of what has called it.
     "server/autoscaling_api/metadata.py",
     # Of zips and results that somebody has made by hand, against what batchlab writes.
-    *("results.py", "worker/code_cache.py"),
+    "results.py",
+    "worker/code_cache.py",
     # A program's own mistake.
     "adapters/docker/engine.py",
 }

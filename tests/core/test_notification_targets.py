@@ -129,13 +129,19 @@ def test_no_way_of_writing_a_link_local_address_gets_through(low: int) -> None:
     number = (169 << 24) + (254 << 16) + low
     words = f"{number >> 16:x}:{number & 0xFFFF:x}"
     for address in (
-        *(v4, f"::ffff:{v4}", f"::ffff:{words}", f"64:ff9b::{words}", f"2002:{words}::1"),
-        *(f"::{v4}", f"64:ff9b:1::{words}"),
+        v4,
+        f"::ffff:{v4}",
+        f"::ffff:{words}",
+        f"64:ff9b::{words}",
+        f"2002:{words}::1",
+        f"::{v4}",
+        f"64:ff9b:1::{words}",
         # The other lengths of a translator's own prefix: /48, /56 and /64 (RFC 6052).
         f"64:ff9b:1:a9fe:{low >> 8:x}:{(low & 255) << 8:x}::",
         f"64:ff9b:1:a9:fe:{low:x}::",
         f"64:ff9b:1:0:a9:{0xFE00 | low >> 8:x}:{(low & 255) << 8:x}:0",
-        *(f"fe80::{low:x}", f"fe80::{low:x}%eth0"),
+        f"fe80::{low:x}",
+        f"fe80::{low:x}%eth0",
     ):
         assert notifications.address_refusal(address), address
 
@@ -214,7 +220,13 @@ def test_what_the_operator_has_allowed() -> None:
     assert not KNOWN.own("sums-1", 1, own).stays_out
     assert KNOWN.own("sums-1", 2, signed).stays_out
     assert KNOWN.own("sums-1", 3, named) == Target(
-        *("sums-1#3", "webhook", URL, (), ("failed",), "file:/etc/batchlab/secret", 3),
+        name="sums-1#3",
+        kind="webhook",
+        to=URL,
+        command=(),
+        on=("failed",),
+        secret="file:/etc/batchlab/secret",
+        failures=3,
         job="sums-1",
         local=True,
     )
@@ -265,7 +277,12 @@ command = ["/usr/local/bin/page", "--urgent"]
     found = {one.name: one for one in read.targets}
     assert found == {
         "ops": Target(
-            *("ops", "webhook", URL, (), ("failed", "stuck"), "file:/etc/batchlab/secret"),
+            name="ops",
+            kind="webhook",
+            to=URL,
+            command=(),
+            on=("failed", "stuck"),
+            secret="file:/etc/batchlab/secret",
             stuck_s=300.0,
         ),
         "chat": Target("chat", "webhook", "https://chat.example/x", on=(), jobs=True),

@@ -152,9 +152,25 @@ def moved(usage: str, usd: str, region: str = "eu-west-1", **changes: str) -> st
     """A row of the price list of data transfer."""
     told = {"TermType": "OnDemand", "Unit": "GB", "Currency": "USD", **changes}
     cells = [
-        *("SKU1", "JRTCKXETXF", "SKU1.JRT", told["TermType"], "per GB", "2026-09-01", "0", "Inf"),
-        *(told["Unit"], usd, told["Currency"], "Data Transfer", "AWSDataTransfer"),
-        *("AWS Outbound", "EU (Ireland)", "External", usage, region, ""),
+        "SKU1",
+        "JRTCKXETXF",
+        "SKU1.JRT",
+        told["TermType"],
+        "per GB",
+        "2026-09-01",
+        "0",
+        "Inf",
+        told["Unit"],
+        usd,
+        told["Currency"],
+        "Data Transfer",
+        "AWSDataTransfer",
+        "AWS Outbound",
+        "EU (Ireland)",
+        "External",
+        usage,
+        region,
+        "",
     ]
     return ",".join(f'"{cell}"' for cell in cells) + "\n"
 

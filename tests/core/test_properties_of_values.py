@@ -99,8 +99,23 @@ def test_anything_is_encoded_or_refused_with_a_place(value: Any) -> None:
 
 PIECES = st.sampled_from(
     [
-        *("{input}", "{inputs}", "{inputs_list}", "{task}", "{scratch}", "{code}", "{params.k}"),
-        *("{output:a.txt}", "{output:d/}", "{{", "}}", "{", "}", "{}", "{output:../x}", "x", "$ "),
+        "{input}",
+        "{inputs}",
+        "{inputs_list}",
+        "{task}",
+        "{scratch}",
+        "{code}",
+        "{params.k}",
+        "{output:a.txt}",
+        "{output:d/}",
+        "{{",
+        "}}",
+        "{",
+        "}",
+        "{}",
+        "{output:../x}",
+        "x",
+        "$ ",
     ]
 )
 COMMANDS = st.lists(st.lists(PIECES | TEXT, max_size=4).map("".join), max_size=4)

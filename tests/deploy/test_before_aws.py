@@ -30,8 +30,18 @@ def test_the_template_is_printed_with_what_was_said_and_what_it_costs(
 ) -> None:
     home = tmp_path / "home"
     code, out, err = nobody(
-        *("deploy", "template", "--home", home, "--egress", "nat", "--set", "BudgetUsd=150"),
-        *("--pool", "default:0-4x2@m7i.large", "--pool", "big:1-2x8@m7i.4xlarge"),
+        "deploy",
+        "template",
+        "--home",
+        home,
+        "--egress",
+        "nat",
+        "--set",
+        "BudgetUsd=150",
+        "--pool",
+        "default:0-4x2@m7i.large",
+        "--pool",
+        "big:1-2x8@m7i.4xlarge",
     )
     assert code == 0, err
     made = json.loads(out)

@@ -25,14 +25,18 @@ ROLLED_BACK = events(
     ("Bucket", "AWS::S3::Bucket", "CREATE_IN_PROGRESS", ""),
     ("Bucket", "AWS::S3::Bucket", "CREATE_COMPLETE", ""),
     (
-        *("Database", "AWS::RDS::DBInstance", "CREATE_FAILED"),
+        "Database",
+        "AWS::RDS::DBInstance",
+        "CREATE_FAILED",
         'Resource handler returned message: "Cannot find version 17.99 for postgres (Service: Rds, '
         'Status Code: 400, Request ID: 1-2-3)" (RequestToken: x, HandlerErrorCode: InvalidRequest)',
     ),
     ("Vpc", "AWS::EC2::VPC", "CREATE_FAILED", "Resource creation cancelled"),
     ("PoolTasks", "AWS::SQS::Queue", "CREATE_FAILED", "Resource creation cancelled"),
     (
-        *("grid", STACK, "ROLLBACK_IN_PROGRESS"),
+        "grid",
+        STACK,
+        "ROLLBACK_IN_PROGRESS",
         "The following resource(s) failed to create: [Database, Vpc, PoolTasks]. "
         "Rollback requested by user.",
     ),

@@ -125,9 +125,12 @@ def test_a_stack_of_the_name_that_has_another_domain_leaves_this_one_behind(clou
 def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) -> None:
     cloud.has_domains()
     cloud.has_logs(
-        *("/aws/rds/instance/gone-ledger/postgresql", "/aws/rds/instance/gone-ledger/upgrade"),
-        *("/aws/rds/instance/payments-ledger/postgresql", "/aws/rds/instance/shop/postgresql"),
-        *("/aws/rds/instance/tagged-ledger/upgrade", "/aws/rds/instance/a-ledger/error"),
+        "/aws/rds/instance/gone-ledger/postgresql",
+        "/aws/rds/instance/gone-ledger/upgrade",
+        "/aws/rds/instance/payments-ledger/postgresql",
+        "/aws/rds/instance/shop/postgresql",
+        "/aws/rds/instance/tagged-ledger/upgrade",
+        "/aws/rds/instance/a-ledger/error",
     )
     cloud.tells(
         "rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}]
@@ -143,7 +146,9 @@ def test_logs_of_a_database_that_is_there_are_nobodys_leftovers(cloud: Cloud) ->
 
 def test_what_cannot_be_asked_for_is_said_and_the_rest_is_listed(cloud: Cloud) -> None:
     cloud.refuses(
-        *("sdb", "list_domains", "AuthorizationFailure"),
+        "sdb",
+        "list_domains",
+        "AuthorizationFailure",
         "User: eve is not authorized to perform: sdb:ListDomains",
     )
     cloud.has_logs("/aws/rds/instance/gone-ledger/upgrade")
@@ -216,7 +221,9 @@ def test_a_database_that_stays_keeps_its_logs(cloud: Cloud) -> None:
 def test_logs_that_cannot_be_deleted_are_told(cloud: Cloud) -> None:
     cloud.has_logs("/aws/rds/instance/grid-ledger/postgresql")
     cloud.refuses(
-        *("logs", "delete_log_group", "AccessDeniedException"),
+        "logs",
+        "delete_log_group",
+        "AccessDeniedException",
         "User: eve is not authorized to perform: logs:DeleteLogGroup",
     )
     (said,) = destroying(cloud, "snapshot")

@@ -148,8 +148,13 @@ def test_many_things_at_once_do_not_fill_the_screen() -> None:
 @pytest.mark.parametrize(
     ("typed", "answer", "agrees"),
     [
-        *(("", "y", True), ("", "YES", True), ("", "n", False), ("", "", False)),
-        *(("grid", "grid", True), ("grid", "y", False), ("grid", "Grid", False)),
+        ("", "y", True),
+        ("", "YES", True),
+        ("", "n", False),
+        ("", "", False),
+        ("grid", "grid", True),
+        ("grid", "y", False),
+        ("grid", "Grid", False),
     ],
 )
 def test_what_agrees(
@@ -222,13 +227,15 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
         ("arn:aws:logs:eu-west-1:1:log-group:/batchlab/grid:*", "logs:log-group", "/batchlab/grid"),
         (
             "arn:aws:autoscaling:eu-west-1:1:autoScalingGroup:uuid:autoScalingGroupName/grid-m",
-            *("autoscaling:group", "grid-m"),
+            "autoscaling:group",
+            "grid-m",
         ),
         ("arn:aws:ec2:eu-west-1:1:launch-template/lt-1", "ec2:launch-template", "lt-1"),
         ("arn:aws:ec2:eu-west-1:1:instance/i-1", "ec2:instance", "i-1"),
         (
             "arn:aws:secretsmanager:eu-west-1:1:secret:TokenSecret-x-a1",
-            *("secretsmanager:secret", "TokenSecret-x-a1"),
+            "secretsmanager:secret",
+            "TokenSecret-x-a1",
         ),
         ("arn:aws:cloudwatch:eu-west-1:1:alarm:grid-down", "cloudwatch:alarm", "grid-down"),
         ("arn:aws:rds:eu-west-1:1:snapshot:grid-1", "rds:snapshot", "grid-1"),

@@ -146,7 +146,12 @@ def test_the_consoles_groups_and_labels_have_every_pool() -> None:
     made = pool_templates.expand(template.load(SMALL), ["default", "big"])
     interface = made["Metadata"]["AWS::CloudFormation::Interface"]
     assert interface["ParameterGroups"][0]["Parameters"] == [
-        *("PoolName", "PoolBigName", "PoolMin", "PoolBigMin", "PoolMax", "PoolBigMax"),
+        "PoolName",
+        "PoolBigName",
+        "PoolMin",
+        "PoolBigMin",
+        "PoolMax",
+        "PoolBigMax",
     ]
     assert interface["ParameterGroups"][1]["Parameters"] == ["Ledger"]
     assert set(interface["ParameterLabels"]) == {"PoolName", "PoolBigName"}

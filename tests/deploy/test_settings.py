@@ -202,10 +202,16 @@ def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("types", "machine"),
     [
-        *((("m7g.large",), "aarch64"), (("m7i.large",), "x86_64"), (("q9.huge",), "x86_64")),
+        (("m7g.large",), "aarch64"),
+        (("m7i.large",), "x86_64"),
+        (("q9.huge",), "x86_64"),
         # None of these is in the catalogue.
-        *((("c8g.large",), "aarch64"), (("x2gd.medium",), "aarch64"), (("a1.large",), "aarch64")),
-        *((("g4dn.xlarge",), "x86_64"), (("g5g.xlarge",), "aarch64"), (("i3en.large",), "x86_64")),
+        (("c8g.large",), "aarch64"),
+        (("x2gd.medium",), "aarch64"),
+        (("a1.large",), "aarch64"),
+        (("g4dn.xlarge",), "x86_64"),
+        (("g5g.xlarge",), "aarch64"),
+        (("i3en.large",), "x86_64"),
     ],
 )
 def test_a_release_is_for_the_pools_machines(types: tuple[str, ...], machine: str) -> None:

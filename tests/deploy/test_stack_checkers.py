@@ -79,8 +79,17 @@ def _judged(guard: Path, rules: Path, folder: Path) -> dict[str, tuple[int, Brok
     program = guard / "bin" / "ubuntu" / os.uname().machine / "cfn-guard"
     done = subprocess.run(
         [
-            *(program, "validate", "--data", folder, "--rules", rules),
-            *("-S", "none", "--structured", "-o", "json"),
+            program,
+            "validate",
+            "--data",
+            folder,
+            "--rules",
+            rules,
+            "-S",
+            "none",
+            "--structured",
+            "-o",
+            "json",
         ],
         capture_output=True,
         text=True,

@@ -155,8 +155,12 @@ def test_queues_bucket_and_topic_are_reached_by_tls_only(shape: cfn.Rendered) ->
                 assert (one["Effect"], one["Principal"]) == ("Deny", "*")
                 closed.update(cfn.as_list(one["Resource"]))
     assert closed == {
-        *("<Bucket.Arn>", "<Bucket.Arn>/*", "<EventsQueue.Arn>"),
-        *("<PoolTasks.Arn>", "<PoolDeadLetters.Arn>", "<AlarmTopic>"),
+        "<Bucket.Arn>",
+        "<Bucket.Arn>/*",
+        "<EventsQueue.Arn>",
+        "<PoolTasks.Arn>",
+        "<PoolDeadLetters.Arn>",
+        "<AlarmTopic>",
     }
 
 
@@ -192,7 +196,13 @@ def services(shape: cfn.Rendered) -> set[str]:
 def test_private_subnets_reach_aws_by_endpoints_or_by_a_nat() -> None:
     by_endpoints, by_nat = SHOWN["endpoints"], SHOWN["postgres"]
     assert services(by_endpoints) == {
-        *("s3", "sqs", "autoscaling", "logs", "secretsmanager", "ssm", "ssmmessages")
+        "s3",
+        "sqs",
+        "autoscaling",
+        "logs",
+        "secretsmanager",
+        "ssm",
+        "ssmmessages",
     }
     assert by_endpoints.of_type("AWS::EC2::NatGateway") == {}
     assert by_endpoints.of_type("AWS::EC2::Route") == {}
@@ -340,8 +350,15 @@ def test_alarms_reach_the_topic(shape: cfn.Rendered) -> None:
 
 
 NAMES = {
-    *("Bucket", "QueuePrefix", "Region", "Ledger", "ManagerGroup", "PoolGroups", "TokenSecret"),
-    *("LogGroup", "AlarmTopic"),
+    "Bucket",
+    "QueuePrefix",
+    "Region",
+    "Ledger",
+    "ManagerGroup",
+    "PoolGroups",
+    "TokenSecret",
+    "LogGroup",
+    "AlarmTopic",
 }
 OF_DATABASE = {"DatabaseHost", "DatabasePort", "DatabaseName", "DatabaseSecret"}
 
@@ -359,11 +376,19 @@ def test_the_outputs_say_where_everything_is(shape: cfn.Rendered) -> None:
 
 UNTAGGED = {
     # AWS gives these no tags, or they are a line in another resource.
-    *("AWS::S3::BucketPolicy", "AWS::SQS::QueuePolicy", "AWS::SNS::TopicPolicy"),
-    *("AWS::SNS::Subscription", "AWS::IAM::InstanceProfile", "AWS::SDB::Domain"),
-    *("AWS::EC2::SubnetRouteTableAssociation", "AWS::EC2::Route", "AWS::Budgets::Budget"),
-    *("AWS::EC2::VPCGatewayAttachment", "AWS::EC2::SecurityGroupIngress"),
-    *("AWS::AutoScaling::ScheduledAction", "AWS::CloudWatch::Alarm"),
+    "AWS::S3::BucketPolicy",
+    "AWS::SQS::QueuePolicy",
+    "AWS::SNS::TopicPolicy",
+    "AWS::SNS::Subscription",
+    "AWS::IAM::InstanceProfile",
+    "AWS::SDB::Domain",
+    "AWS::EC2::SubnetRouteTableAssociation",
+    "AWS::EC2::Route",
+    "AWS::Budgets::Budget",
+    "AWS::EC2::VPCGatewayAttachment",
+    "AWS::EC2::SecurityGroupIngress",
+    "AWS::AutoScaling::ScheduledAction",
+    "AWS::CloudWatch::Alarm",
 }
 
 

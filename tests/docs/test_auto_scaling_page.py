@@ -8,8 +8,17 @@ from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "auto-scaling.md").read_text()
 ENGINE = (
-    *("groups", "histories", "instances", "lifecycle", "placement", "policies", "refresh"),
-    *("schedules", "spot", "termination", "warm_pool"),
+    "groups",
+    "histories",
+    "instances",
+    "lifecycle",
+    "placement",
+    "policies",
+    "refresh",
+    "schedules",
+    "spot",
+    "termination",
+    "warm_pool",
 )
 FORMATS = {
     "test_a_state_of_the_first_format_is_read_and_goes_on",

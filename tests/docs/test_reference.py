@@ -92,7 +92,10 @@ def test_every_variable_of_ours_is_in_the_reference_and_there() -> None:
     assert read - told - settings.INTERNAL == set(), "tell of them in docs/reference/settings.py"
     assert {name for name in told | settings.INTERNAL if name not in code} <= {
         # What libraries of ours read by themselves.
-        *("AWS_PROFILE", "SSL_CERT_FILE", "PIP_CERT", "OTEL_EXPORTER_OTLP_HEADERS"),
+        "AWS_PROFILE",
+        "SSL_CERT_FILE",
+        "PIP_CERT",
+        "OTEL_EXPORTER_OTLP_HEADERS",
     }
 
 

@@ -97,7 +97,8 @@ def _hooks(w: World, rng: Random, name: str) -> None:
         case _:
             for which in w.asg.describe_lifecycle_hooks(GROUP):
                 w.asg.complete_lifecycle_action(
-                    *(GROUP, which.lifecycle_hook_name),
+                    GROUP,
+                    which.lifecycle_hook_name,
                     rng.choice([CONTINUE, CONTINUE, ABANDON]),
                     instance_id=name,
                 )

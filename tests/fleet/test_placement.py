@@ -194,7 +194,9 @@ def test_spot_strategies_choose_types(strategy: str, types: dict[str, int]) -> N
     @in_aws
     async def check(w: World) -> None:
         config = mixed(
-            *("a.large", "b.large", "c.large"),
+            "a.large",
+            "b.large",
+            "c.large",
             spot_allocation_strategy=strategy,
             on_demand_percentage_above_base_capacity=0,
         )

@@ -27,7 +27,10 @@ def simple(adjustment: int, kind: str = "ChangeInCapacity", **facts: Any) -> Sca
 def stepped(*steps: tuple[float | None, float | None, int], **facts: Any) -> ScalingPolicy:
     adjustments = tuple(StepAdjustment(by, low, high) for low, high, by in steps)
     return ScalingPolicy(
-        *(GROUP, "steps", "StepScaling", "ChangeInCapacity"),
+        auto_scaling_group_name=GROUP,
+        policy_name="steps",
+        policy_type="StepScaling",
+        adjustment_type="ChangeInCapacity",
         step_adjustments=adjustments,
         **facts,
     )

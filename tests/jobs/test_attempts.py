@@ -64,7 +64,15 @@ async def a_bucket() -> SimObjects:
     await _commit(
         objects,
         Outcome(
-            *(first, "w-1-1", "w-1", 1.0, 2.0, TaskSet.of([0]), (10,), (0.25,), failures),
+            first,
+            "w-1-1",
+            "w-1",
+            1.0,
+            2.0,
+            TaskSet.of([0]),
+            (10,),
+            (0.25,),
+            failures,
             follows=(Follow(Bundle(JOB.id, MAP, TaskSet.of([1]), attempt=2)),),
             log=log,
             log_spans=spans,
@@ -193,8 +201,14 @@ def test_of_a_log_in_more_than_one_place_there_is_the_end() -> None:
     """A task whose process was lost and started again has printed before and after."""
     log = b"first\nother\nsecond\n"
     outcome = Outcome(
-        *(Bundle(JOB.id, MAP, TaskSet.span(0, 2)), "w-1-1", "w-1", 1.0, 2.0),
-        *(TaskSet.span(0, 2), (1, 2), (0.1, 0.1)),
+        Bundle(JOB.id, MAP, TaskSet.span(0, 2)),
+        "w-1-1",
+        "w-1",
+        1.0,
+        2.0,
+        TaskSet.span(0, 2),
+        (1, 2),
+        (0.1, 0.1),
         log="log",
         log_spans=((0, 0, 6), (1, 6, 12), (0, 12, 19)),
     )

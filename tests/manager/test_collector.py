@@ -197,16 +197,14 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
         patience = Patience(Random(1))
         ports = Ports(SimObjects(), queue, NoFleet(), ledger, clock, RandomIds(), patience)
         collector = Collector(
-            *(
-                ports,
-                ManagerSettings(),
-                lives,
-                Folder(ports, lives, nobody),
-                Registry(ports, lives),
-            ),
-            asyncio.Lock(),
-            Arrivals(),
-            told.extend,
+            ports=ports,
+            settings=ManagerSettings(),
+            lives=lives,
+            folder=Folder(ports, lives, nobody),
+            registry=Registry(ports, lives),
+            quiet=asyncio.Lock(),
+            arrivals=Arrivals(),
+            met_twice=told.extend,
         )
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)

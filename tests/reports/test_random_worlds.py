@@ -24,7 +24,9 @@ from tests.support.reports import simulated_run as told
 async def lived(seed: int, folder: Path) -> list[JobRows]:
     plan, faults = draw(seed), trial.faults_for(seed)
     world = World(
-        *(seed, plan.pools, faults),
+        seed=seed,
+        pools=plan.pools,
+        faults=faults,
         script=Fates(seed, plan.run_s),
         manager_settings=plan.manager,
         worker_settings=plan.worker,

@@ -46,8 +46,15 @@ def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
     over_s = sorted(about(BUNDLE_S) * (10 if i % 10 == 0 else 1) for i in range(40))
     run_s = 2.0 * sum(ratios)
     work = StageRun(
-        *("claims", "parse", "default", 1, 120, 40),
-        *(run_s, 120 * 2.0, run_s + sum(over_s)),
+        template="claims",
+        stage="parse",
+        pool="default",
+        slots=1,
+        tasks=120,
+        bundles=40,
+        run_s=run_s,
+        declared_s=120 * 2.0,
+        span_s=run_s + sum(over_s),
         over_s=tuple(over_s),
         stretch=tuple(ratios),
     )
@@ -102,7 +109,15 @@ def test_a_wait_for_others_or_for_a_boot_is_no_overhead() -> None:
 
 def test_a_template_whose_tasks_failed_says_nothing_of_bundles() -> None:
     work = StageRun(
-        *("claims", "parse", "default", 1, 10, 10, 10.0, 10.0, 99.0),
+        template="claims",
+        stage="parse",
+        pool="default",
+        slots=1,
+        tasks=10,
+        bundles=10,
+        run_s=10.0,
+        declared_s=10.0,
+        span_s=99.0,
         over_s=(8.9,) * 10,
         stretch=(1.0,) * 10,
     )

@@ -63,8 +63,16 @@ def _record(compressed_: float = 1.0) -> Record:
     )
     stages = tuple(
         StageRun(
-            *("claims", name, "default", 1, len(times), len(times)),
-            *(sum(times), sum(times), sum(times), spread(times, 200)),
+            template="claims",
+            stage=name,
+            pool="default",
+            slots=1,
+            tasks=len(times),
+            bundles=len(times),
+            run_s=sum(times),
+            declared_s=sum(times),
+            span_s=sum(times),
+            task_s=spread(times, 200),
             after=shapes[name][0],
             gather=shapes[name][1],
         )
@@ -217,7 +225,14 @@ def test_the_file_is_one_that_a_person_can_read(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 110
     assert len(text.splitlines()) < 90
     assert list(yaml.safe_load(text)) == [
-        *("name", "about", "seed", "jobs", "arrivals", "pools", "policy", "expect")
+        "name",
+        "about",
+        "seed",
+        "jobs",
+        "arrivals",
+        "pools",
+        "policy",
+        "expect",
     ]
 
 

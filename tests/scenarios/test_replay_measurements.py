@@ -41,7 +41,10 @@ def outcome(
     bad = () if failed is None else (Failure(failed, FailureKind.EXCEPTION, "so"),)
     return Outcome(
         Bundle(JobId("j"), StageName("s"), TaskSet.of(tasks), attempt, round_),
-        *("x", "w", 0.0, 1.0),
+        "x",
+        "w",
+        0.0,
+        1.0,
         succeeded=good,
         values=(None,) * len(good),
         run_s=(1.0 + round_,) * len(good),

@@ -234,6 +234,10 @@ def test_a_stage_keeps_what_the_grid_goes_by() -> None:
         stage("by", 1.0, gather="key", groups=3, after=("a",), slots=2, bundle=5, pool="big")
     )
     assert (one.gather, one.after, one.slots, one.bundle, one.pool) == (
-        *("group_by", ("a",), 2, 5, "big"),
+        "group_by",
+        ("a",),
+        2,
+        5,
+        "big",
     )
     assert stage_def(stage("sum", 1.0, gather="*", after=("a",))).gather == "*"

@@ -154,10 +154,15 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
     host = found["Endpoint"]["Address"]
     home, manager = Home(tmp_path), Manager("j-1", "j-2", "j-3")
     at = AwsDeployment(
-        *("s", "us-east-1", "b", "s-", "s-manager", "arn"),
-        (Pool("default"),),
-        "postgres",
-        Database(host, 5432, "batchlab", "arn"),
+        stack="s",
+        region="us-east-1",
+        bucket="b",
+        prefix="s-",
+        manager_group="s-manager",
+        token_secret="arn",
+        pools=(Pool("default"),),
+        ledger="postgres",
+        database=Database(host, 5432, "batchlab", "arn"),
     )
     deployment.write(home, at)
     there = Deployed(Scene(factory.load("aws"), home, manager))

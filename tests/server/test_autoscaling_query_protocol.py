@@ -152,7 +152,10 @@ def test_whatever_is_sent_is_understood_or_refused(data: st.DataObject) -> None:
 
 
 REFUSALS = (
-    *("InvalidAction", "MalformedInput", "MalformedQueryString", "MissingAction"),
+    "InvalidAction",
+    "MalformedInput",
+    "MalformedQueryString",
+    "MissingAction",
     "ValidationError",
 )
 

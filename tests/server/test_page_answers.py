@@ -50,7 +50,11 @@ def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
     rig.ended(name)
     (group,) = rig.client.failure_groups(name)
     for path in (
-        *("/", "/failures", f"/jobs/{name}", f"/jobs/{name}/failures", f"/jobs/{name}/cancel"),
+        "/",
+        "/failures",
+        f"/jobs/{name}",
+        f"/jobs/{name}/failures",
+        f"/jobs/{name}/cancel",
         f"/jobs/{name}/failures/{group['fingerprint']}",
         f"/jobs/{name}/failures/{NASTY.replace('/', '')}",
         f"/jobs/{name}/stages/map/tasks/0",

@@ -44,7 +44,8 @@ def test_spans(seconds: float | None, text: str) -> None:
 def test_numbers_and_counts() -> None:
     assert words.number(1_234_567) == "1,234,567"
     assert (words.number(None), words.count(1, "task"), words.count(2, "task")) == (
-        *("–", "1 task"),
+        "–",
+        "1 task",
         "2 tasks",
     )
 

@@ -51,7 +51,12 @@ def outcome(number: int) -> Outcome:
         for task in bad
     )
     return Outcome(
-        *(Bundle(JOB.id, MAP, tasks), "x", "w", 1_700_000_000.0, 1_700_000_050.0, good),
+        Bundle(JOB.id, MAP, tasks),
+        "x",
+        "w",
+        1_700_000_000.0,
+        1_700_000_050.0,
+        good,
         values=tuple(range(len(good))),
         run_s=(1.0,) * len(good),
         failed=failures,
@@ -128,10 +133,19 @@ def test_no_answer_takes_long(rig: Rig, reads: list[str]) -> None:
         job = f"/jobs/{JOB.id}"
         first: Any = asked(rig, f"/v1{job}/failures?limit=1").json()["failures"][0]
         paths = [
-            *(f"/v1{job}", f"/v1{job}/why", f"/v1{job}/eta", "/v1/jobs", "/v1/grid"),
-            *(f"{ui}/", f"{ui}{job}", f"{ui}{job}?part=live", f"{ui}/failures", f"{ui}/grid"),
+            f"/v1{job}",
+            f"/v1{job}/why",
+            f"/v1{job}/eta",
+            "/v1/jobs",
+            "/v1/grid",
+            f"{ui}/",
+            f"{ui}{job}",
+            f"{ui}{job}?part=live",
+            f"{ui}/failures",
+            f"{ui}/grid",
             f"{ui}/schedules",
-            *(f"{ui}{job}/failures", f"{ui}{job}/failures/{first['fingerprint']}"),
+            f"{ui}{job}/failures",
+            f"{ui}{job}/failures/{first['fingerprint']}",
             f"{ui}{job}/stages/map/tasks/{first['task']}?seq={first['seq']}",
         ]
         for path in paths:

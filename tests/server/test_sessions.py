@@ -59,21 +59,17 @@ def test_a_cookie_that_was_changed_is_none_of_ours(sessions: Sessions) -> None:
     until, name, mark = cookie.split(".")
     later = f"{int(until) + 1}.{name}.{mark}"
     for wrong in (
-        *(
-            "",
-            ".",
-            "..",
-            "x",
-            later,
-            f"{until}.{name}x.{mark}",
-            f"{until}.{name}.",
-            f"{until}.{name}",
-        ),
-        *(
-            f"{until}.{name}.{sessions.form_token(session)}",
-            "9" * 30 + f".{name}.{mark}",
-            "²." + name,
-        ),
+        "",
+        ".",
+        "..",
+        "x",
+        later,
+        f"{until}.{name}x.{mark}",
+        f"{until}.{name}.",
+        f"{until}.{name}",
+        f"{until}.{name}.{sessions.form_token(session)}",
+        "9" * 30 + f".{name}.{mark}",
+        "²." + name,
     ):
         assert sessions.of(wrong, sessions.place(session)) is None, wrong
 

@@ -87,7 +87,9 @@ def test_a_schedule_is_changed_only_where_that_is_meant_and_keeps_its_runs() -> 
         await ask(world, lambda s: s.add(other, template(priority=5), replacing=True))
         await until(world, "2026-03-02T10:04:30")
         assert states(await shown(world)) == [
-            *("10:00 SUCCEEDED", "10:02 SUCCEEDED", "10:04 SUCCEEDED")
+            "10:00 SUCCEEDED",
+            "10:02 SUCCEEDED",
+            "10:04 SUCCEEDED",
         ]
         newest = (await world.ledger.jobs(limit=1))[0].job
         assert newest.priority == 5

@@ -268,7 +268,11 @@ def overlapped(policy: Overlap) -> Schedule:
 def test_a_run_that_comes_too_soon_is_skipped() -> None:
     schedule = overlapped(Overlap.SKIP)
     assert states(schedule) == [
-        *("10:00 SUCCEEDED", "10:01 skipped", "10:02 skipped", "10:03 SUCCEEDED", "10:04 skipped")
+        "10:00 SUCCEEDED",
+        "10:01 skipped",
+        "10:02 skipped",
+        "10:03 SUCCEEDED",
+        "10:04 skipped",
     ]
     assert schedule.runs[1].reason == "the run of 2026-03-02 10:00:00 UTC had not ended"
 
@@ -285,7 +289,10 @@ def test_runs_that_come_too_soon_wait_in_order() -> None:
 def test_a_run_takes_the_place_of_the_one_before_once_that_has_ended() -> None:
     schedule = overlapped(Overlap.REPLACE)
     assert states(schedule) == [
-        *("10:00 CANCELLED", "10:01 CANCELLED", "10:02 CANCELLED", "10:03 CANCELLED"),
+        "10:00 CANCELLED",
+        "10:01 CANCELLED",
+        "10:02 CANCELLED",
+        "10:03 CANCELLED",
         "10:04 SUCCEEDED",
     ]
     for before, after in pairwise(schedule.runs):

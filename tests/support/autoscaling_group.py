@@ -119,7 +119,10 @@ class World:
 
     def restart(self) -> None:
         self.asg = AutoScaling(
-            *(self.launcher, self.clock, self.ids, self.store),
+            self.launcher,
+            self.clock,
+            self.ids,
+            self.store,
             templates=self.templates,
             shortest_lifetime_s=60,
             **{"metrics": self.metrics, **self.options},

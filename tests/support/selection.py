@@ -16,9 +16,15 @@ TESTS = Path(__file__).resolve().parents[1]
 REAL_FOLDERS = tuple(TESTS / name for name in ("browser", "chaos", "system"))
 REAL_FIXTURES = frozenset(
     {
-        *("attacked_grid", "bring_up", "browser"),
-        *("localstack", "ministack", "moto"),
-        *("frail_server", "postgres_server", "simpledb_url"),
+        "attacked_grid",
+        "bring_up",
+        "browser",
+        "localstack",
+        "ministack",
+        "moto",
+        "frail_server",
+        "postgres_server",
+        "simpledb_url",
     }
 )
 

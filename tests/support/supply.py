@@ -30,9 +30,16 @@ VENDOR = Path(package_data.__file__).parent.parent / "server" / "web" / "static"
 
 ALLOWED = frozenset(
     {
-        *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "PSF-2.0"),
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "ISC",
+        "MIT",
+        "PSF-2.0",
         # Of the file, or of a library that is used as it is and may be replaced.
-        *("MPL-2.0", "LGPL-3.0-only"),
+        "MPL-2.0",
+        "LGPL-3.0-only",
     }
 )
 
@@ -102,8 +109,8 @@ def vendored() -> list[dict[str, str]]:
 def bill(uv: str) -> dict[str, Any]:
     """The bill of materials."""
     exported = subprocess.run(
-        [*(uv, "export", "-q", "--project", str(ROOT), "--preview-features", "sbom-export"),
-         *("--frozen", "--no-dev", "--all-extras", "--format", "cyclonedx1.5")],
+        [uv, "export", "-q", "--project", str(ROOT), "--preview-features", "sbom-export",
+         "--frozen", "--no-dev", "--all-extras", "--format", "cyclonedx1.5"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

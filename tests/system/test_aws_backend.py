@@ -125,8 +125,15 @@ def test_what_is_missing_is_said_in_a_sentence(there: Account, tmp_path: Path) -
     assert "deploy apply" in said
     home = there.home()
     _, said = batchlab(
-        *(there, "grid", "up", "--backend", "aws", "--home", home.path),
-        *("--pool", "default:0-4x1"),
+        there,
+        "grid",
+        "up",
+        "--backend",
+        "aws",
+        "--home",
+        home.path,
+        "--pool",
+        "default:0-4x1",
         code=2,
     )
     assert "has its own pools" in said

@@ -89,8 +89,12 @@ def is_end(activity: dict[str, Any], instance: str) -> bool:
 def check_restraint(there: Fleet, worker: str) -> None:
     """The worker is not root, and its unit restrains it."""
     shown = there.run(
-        *(worker, "systemctl", "show", "batchlab-worker"),
-        *("-p", "User,NoNewPrivileges,ProtectSystem,PrivateTmp,MainPID,KillMode"),
+        worker,
+        "systemctl",
+        "show",
+        "batchlab-worker",
+        "-p",
+        "User,NoNewPrivileges,ProtectSystem,PrivateTmp,MainPID,KillMode",
     )
     told = dict(line.split("=", 1) for line in shown.splitlines())
     pid = told.pop("MainPID")

@@ -85,8 +85,14 @@ def test_the_page_says_what_this_emulator_does(
     page = tmp_path / "emulators.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     code, out, err = run(
-        *("conform", "--endpoint", endpoint.url, "--name", NAMES[emulator]),
-        *("--markdown", page, "--json"),
+        "conform",
+        "--endpoint",
+        endpoint.url,
+        "--name",
+        NAMES[emulator],
+        "--markdown",
+        page,
+        "--json",
     )
     assert "Left behind" not in err
     told = json.loads(out)
@@ -103,8 +109,15 @@ def test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone(
     s3.create_bucket(Bucket="of-ours")
     s3.put_object(Bucket="of-ours", Key="batchlab-conform-keep", Body=b"precious")
     code, out, err = run(
-        *("conform", "--endpoint", ministack.url, "--bucket", "of-ours"),
-        *("--only", "s3-create-[ft]*", "--needed", "--json"),
+        "conform",
+        "--endpoint",
+        ministack.url,
+        "--bucket",
+        "of-ours",
+        "--only",
+        "s3-create-[ft]*",
+        "--needed",
+        "--json",
     )
     assert (code, err) == (0, "")
     assert json.loads(out)["needed_agree"]

@@ -96,8 +96,17 @@ def _tried(run: Run, endpoint: Endpoint, name: str, page: Path, *more: str) -> d
     """What the command tells, after it has written the page anew."""
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     code, out, err = run(
-        *("conform", "--service", "autoscaling", "--endpoint", endpoint.url, "--json"),
-        *("--name", name, "--markdown", page, *more),
+        "conform",
+        "--service",
+        "autoscaling",
+        "--endpoint",
+        endpoint.url,
+        "--json",
+        "--name",
+        name,
+        "--markdown",
+        page,
+        *more,
     )
     assert "Left behind" not in err
     told: dict[str, Any] = json.loads(out)
@@ -157,8 +166,15 @@ def test_what_cannot_be_removed_is_named(ours: Endpoint, run: Run) -> None:
     assert ours.url is not None
     with proxy(ours.url, keeps_groups) as address:
         code, _, err = run(
-            *("conform", "--service", "autoscaling", "--endpoint", address),
-            *("--template", TEMPLATE, "--only", "autoscaling-create"),
+            "conform",
+            "--service",
+            "autoscaling",
+            "--endpoint",
+            address,
+            "--template",
+            TEMPLATE,
+            "--only",
+            "autoscaling-create",
         )
     (left,) = _groups(ours)
     asg = aws.client(ours, "autoscaling", connections=1)

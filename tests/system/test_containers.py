@@ -100,15 +100,27 @@ def desired_capacity_makes_containers(home: Home, at: deployment.Deployment) -> 
         return checked("ps", "-q", *ours, "--filter", f"label=batchlab.pool={group}").split()
 
     aws(
-        *("create-auto-scaling-group", "--auto-scaling-group-name", group),
-        *("--launch-template", "LaunchTemplateName=worker-default"),
-        *("--min-size", "0", "--max-size", "3", "--availability-zones", "us-east-1a"),
-        *("--tags", "Key=batchlab:pool,Value=default,PropagateAtLaunch=true"),
+        "create-auto-scaling-group",
+        "--auto-scaling-group-name",
+        group,
+        "--launch-template",
+        "LaunchTemplateName=worker-default",
+        "--min-size",
+        "0",
+        "--max-size",
+        "3",
+        "--availability-zones",
+        "us-east-1a",
+        "--tags",
+        "Key=batchlab:pool,Value=default,PropagateAtLaunch=true",
         "Key=batchlab:slots,Value=1,PropagateAtLaunch=true",
     )
     aws(
-        *("set-desired-capacity", "--auto-scaling-group-name", group),
-        *("--desired-capacity", "2"),
+        "set-desired-capacity",
+        "--auto-scaling-group-name",
+        group,
+        "--desired-capacity",
+        "2",
     )
     until(lambda: len(containers()) == 2, 60.0, pause_s=0.3)
     described = json.loads(aws("describe-auto-scaling-groups", "--auto-scaling-group-names", group))

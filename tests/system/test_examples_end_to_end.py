@@ -94,8 +94,17 @@ def test_media_keeps_every_frame(bring_up: Bring, tmp_path: Path, shared_data: P
 def frames(video: Path) -> int:
     answer = subprocess.run(
         [
-            *("ffprobe", "-v", "error", "-select_streams", "v:0", "-count_frames"),
-            *("-show_entries", "stream=nb_read_frames", "-of", "json", str(video)),
+            "ffprobe",
+            "-v",
+            "error",
+            "-select_streams",
+            "v:0",
+            "-count_frames",
+            "-show_entries",
+            "stream=nb_read_frames",
+            "-of",
+            "json",
+            str(video),
         ],
         capture_output=True,
         check=True,

@@ -199,10 +199,15 @@ def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=SHORT)
     home = Home(tmp_path)
     at = AwsDeployment(
-        *("s", "us-east-1", "b", "s-", "s-manager", "arn"),
-        (Pool("default"),),
-        "postgres",
-        Database("db.example", 5432, "batchlab", "arn"),
+        stack="s",
+        region="us-east-1",
+        bucket="b",
+        prefix="s-",
+        manager_group="s-manager",
+        token_secret="arn",
+        pools=(Pool("default"),),
+        ledger="postgres",
+        database=Database("db.example", 5432, "batchlab", "arn"),
     )
     deployment.write(home, at)
 

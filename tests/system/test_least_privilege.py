@@ -227,19 +227,15 @@ def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) 
     job = JobId("victim-0123456789")
     manifest = object_keys.manifest(job, StageName("map"), 0)
     for key in (
-        *(
-            object_keys.COMMIT_SECRET,
-            object_keys.INSTANCES,
-            object_keys.spec(job),
-            object_keys.control(job),
-        ),
-        *(
-            object_keys.retry(job, 1),
-            object_keys.final(job, 0),
-            manifest,
-            "code/x.zip",
-            object_keys.raw(job) + "x",
-        ),
+        object_keys.COMMIT_SECRET,
+        object_keys.INSTANCES,
+        object_keys.spec(job),
+        object_keys.control(job),
+        object_keys.retry(job, 1),
+        object_keys.final(job, 0),
+        manifest,
+        "code/x.zip",
+        object_keys.raw(job) + "x",
     ):
         with pytest.raises(ClientError, match="AccessDenied"):
             s3.put_object(Bucket=bucket, Key=key, Body=b"{}")

@@ -62,9 +62,26 @@ def napping() -> Callable[[float], float]:
 
 def test_any_object_makes_the_trip_there_and_back(grid: Grid) -> None:
     items: list[Any] = [
-        *(None, True, -1, 10**30, 1.5, float("inf"), "text", "\ud800", b"\0\xff"),
-        *((1, (2,)), {1, 2}, frozenset({3}), {"$file": 1, 2: [None]}, [], range(3)),
-        *(Point(1, ("a",)), [Point(2)], complex(1, 2), Path("a/b"), int),
+        None,
+        True,
+        -1,
+        10**30,
+        1.5,
+        float("inf"),
+        "text",
+        "\ud800",
+        b"\0\xff",
+        (1, (2,)),
+        {1, 2},
+        frozenset({3}),
+        {"$file": 1, 2: [None]},
+        [],
+        range(3),
+        Point(1, ("a",)),
+        [Point(2)],
+        complex(1, 2),
+        Path("a/b"),
+        int,
     ]
     results = list(grid.map(lambda x: x, items))
     assert results == items

@@ -130,9 +130,9 @@ def test_the_aws_cli_reads_the_attributes_of_a_queue(aws: str, seen: Seen) -> No
     assert isinstance(listed, list)
     assert {url.rpartition(prefix)[2] for url in listed} >= {"events", "tasks-default"}
     url = sqs("get-queue-url", "--queue-name", f"{prefix}tasks-default")["QueueUrl"]
-    attributes = sqs(
-        *("get-queue-attributes", "--queue-url", str(url), "--attribute-names", "All")
-    )["Attributes"]
+    attributes = sqs("get-queue-attributes", "--queue-url", str(url), "--attribute-names", "All")[
+        "Attributes"
+    ]
     assert isinstance(attributes, Mapping)
     assert attributes["VisibilityTimeout"] == "6", "as backends/ministack says"
     assert attributes["ApproximateNumberOfMessages"] == "0", "the job has ended"
@@ -143,8 +143,12 @@ def test_the_aws_cli_reads_the_attributes_of_a_queue(aws: str, seen: Seen) -> No
 def test_s3cmd_fetches_what_job_results_gives(s3cmd: str, seen: Seen, tmp_path: Path) -> None:
     address = seen.env["AWS_ENDPOINT_URL"].removeprefix("http://")
     s3 = [
-        *(s3cmd, "--config=/dev/null", "--no-ssl", f"--host={address}"),
-        *(f"--host-bucket={address}", f"--access_key={seen.env['AWS_ACCESS_KEY_ID']}"),
+        s3cmd,
+        "--config=/dev/null",
+        "--no-ssl",
+        f"--host={address}",
+        f"--host-bucket={address}",
+        f"--access_key={seen.env['AWS_ACCESS_KEY_ID']}",
         f"--secret_key={seen.env['AWS_SECRET_ACCESS_KEY']}",
     ]
     code, _, err = seen.cli("job", "results", "last", "--out", "mine")

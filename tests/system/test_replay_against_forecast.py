@@ -34,8 +34,21 @@ def replayed(
     """The differences of the whole run by measure, after looking at what must be right anyway."""
     out = folder / "record.json"
     words = [
-        *(sys.executable, "-m", "batchlab", "scenario", "replay", name, "--backend", backend),
-        *("--compress", str(compress), "--home", str(folder / "home"), "--out", str(out), "--json"),
+        sys.executable,
+        "-m",
+        "batchlab",
+        "scenario",
+        "replay",
+        name,
+        "--backend",
+        backend,
+        "--compress",
+        str(compress),
+        "--home",
+        str(folder / "home"),
+        "--out",
+        str(out),
+        "--json",
         *options,
     ]
     done = subprocess.run(

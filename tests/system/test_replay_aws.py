@@ -48,8 +48,16 @@ def test_a_scenario_with_a_kill_is_replayed_on_a_stack(
         machines = Machines(there.folder / "asg", there.at.manager_group, disk)
         with standing(machines) as ec2:
             _, said = command(
-                *("scenario", "replay", path, "--backend", "aws", "--home", home.path),
-                *("--out", out, "--no-forecast"),
+                "scenario",
+                "replay",
+                path,
+                "--backend",
+                "aws",
+                "--home",
+                home.path,
+                "--out",
+                out,
+                "--no-forecast",
                 env={**there.env, "AWS_ENDPOINT_URL_EC2": ec2},
                 within_s=200,
             )

@@ -59,7 +59,7 @@ def write(folder: Path, **changes: Any) -> Path:
 def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "record.json"
     told, said = command(
-        *("scenario", "replay", write(tmp_path), "--home", home, "--out", out, "--json")
+        "scenario", "replay", write(tmp_path), "--home", home, "--out", out, "--json"
     )
     answer = json.loads(told)
     assert (answer["record"], answer["red"], answer["cut"]) == (str(out), False, "")
@@ -74,7 +74,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
     run = record.read(out)
     assert (run.compressed, run.seed, run.backend) == (10.0, 3, "local")
     told, _ = command(
-        *("scenario", "record", "--from", out, "--out", tmp_path / "again.yaml", "--json")
+        "scenario", "record", "--from", out, "--out", tmp_path / "again.yaml", "--json"
     )
     again = json.loads(told)
     assert (again["jobs"], again["tasks"]) == (2, sum(job.planned for job in run.jobs))
@@ -84,7 +84,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
     # The home's own jobs, one by one and without its grid.
     ids = [job.id for job in run.jobs]
     told, _ = command(
-        *("scenario", "record", *ids, "--home", home, "--out", tmp_path / "jobs.yaml", "--json")
+        "scenario", "record", *ids, "--home", home, "--out", tmp_path / "jobs.yaml", "--json"
     )
     of_jobs = json.loads(told)
     assert (of_jobs["jobs"], of_jobs["tasks"]) == (2, again["tasks"])
@@ -96,7 +96,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
 def test_red_ends_with_1_and_a_person_reads_why(tmp_path: Path) -> None:
     path = write(tmp_path, expect={"makespan": "1s", "lost": 0})
     told, said = command(
-        *("scenario", "replay", path, "--home", tmp_path / "home", "--no-forecast"), code=1
+        "scenario", "replay", path, "--home", tmp_path / "home", "--no-forecast", code=1
     )
     assert "more than expected" in told
     assert "Red: 1 green, 1 red." in told

@@ -88,7 +88,13 @@ def test_a_killed_instance_and_a_crashed_manager_cost_only_time(tmp_path: Path) 
     out = tmp_path / "record.json"
     path = write(tmp_path, faults=faults, jobs=jobs)
     command(
-        *("scenario", "replay", path, "--home", tmp_path / "home", "--out", out),
+        "scenario",
+        "replay",
+        path,
+        "--home",
+        tmp_path / "home",
+        "--out",
+        out,
         "--no-forecast",
     )
     run = record.read(out)

@@ -23,7 +23,15 @@ def test_a_scenario_with_its_policy_and_a_kill_on_localstack(tmp_path: Path) -> 
         expect={"lost": 0, "duplicates": 0, "failed_jobs": 0},
     )
     command(
-        *("scenario", "replay", path, "--backend", "localstack", "--home", home, "--out", out),
+        "scenario",
+        "replay",
+        path,
+        "--backend",
+        "localstack",
+        "--home",
+        home,
+        "--out",
+        out,
         within_s=580,
     )
     run = record.read(out)

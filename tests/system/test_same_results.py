@@ -119,7 +119,7 @@ WORLDS: dict[str, Callable[..., AbstractContextManager[World]]] = {
 
 
 @pytest.mark.parametrize(
-    "backend", [*("sim", "localstack", "emulated"), pytest.param("aws", marks=pytest.mark.aws)]
+    "backend", ["sim", "localstack", "emulated", pytest.param("aws", marks=pytest.mark.aws)]
 )
 def test_the_examples_come_to_the_same_everywhere(
     backend: str,

@@ -238,7 +238,13 @@ def test_the_network(plane: Plane, ids: dict[str, str]) -> None:
     assert [one.get("GatewayId") for one in routes["Routes"]] == ["local"]
     endpoints = ec2.describe_vpc_endpoints()["VpcEndpoints"]
     assert {one["ServiceName"].rpartition(".")[2] for one in endpoints} == {
-        *("s3", "sqs", "autoscaling", "logs", "secretsmanager", "ssm", "ssmmessages")
+        "s3",
+        "sqs",
+        "autoscaling",
+        "logs",
+        "secretsmanager",
+        "ssm",
+        "ssmmessages",
     }
     wanted = [ids[name] for name in ids if name.endswith("SecurityGroup")]
     for group in ec2.describe_security_groups(GroupIds=wanted)["SecurityGroups"]:

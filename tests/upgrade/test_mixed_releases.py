@@ -202,8 +202,13 @@ class Scene:
         who = Identity("w-1", "i-1", "default", 2)
         self.tasks = object_keys.tasks_queue("default")
         self.worker = Worker(
-            *(who, self.objects, self.queue, self.clock, self.runner, self.patience),
-            WorkerSettings(),
+            who=who,
+            objects=self.objects,
+            queue=self.queue,
+            clock=self.clock,
+            runner=self.runner,
+            patience=self.patience,
+            settings=WorkerSettings(),
         )
 
     async def prepare(self) -> None:

@@ -103,7 +103,7 @@ def reported(grid: LocalGrid, kept: Kept, tmp_path: Path) -> None:
     tables = grid.home.objects / "reports" / job
     assert bool(list(tables.rglob("*.parquet"))) is kept.told["reports"]
     done = subprocess.run(
-        [*(sys.executable, "-m", "batchlab", "report", "html", job, "--out", str(page)),
+        [sys.executable, "-m", "batchlab", "report", "html", job, "--out", str(page),
          "--home", str(kept.home)],
         capture_output=True,
         text=True,

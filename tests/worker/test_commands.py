@@ -56,8 +56,16 @@ def test_placeholders_become_arguments_without_a_shell(tmp_path: Path) -> None:
                 params=params,
                 command=(
                     *SHOW,
-                    *("{params.text}", "n={params.number}", "{params.list}", "{params.no}"),
-                    *("{task}", "{{literal}}", "*", "$HOME", "{scratch}", "{code}/x"),
+                    "{params.text}",
+                    "n={params.number}",
+                    "{params.list}",
+                    "{params.no}",
+                    "{task}",
+                    "{{literal}}",
+                    "*",
+                    "$HOME",
+                    "{scratch}",
+                    "{code}/x",
                 ),
                 stdout="argv.json",
             )

@@ -97,8 +97,15 @@ class Rig:
         queue = cast(Queue, self.sent)
         outbox = Outbox(queue, self.patience, deeds=self.deeds)
         return Closing(
-            *(worker, self.hands, self.objects, queue, self.clock, self.patience),
-            *(outbox, self.deeds, self.spans),
+            worker=worker,
+            hands=self.hands,
+            objects=self.objects,
+            queue=queue,
+            clock=self.clock,
+            patience=self.patience,
+            outbox=outbox,
+            deeds=self.deeds,
+            tracer=self.spans,
         )
 
     def hand(self, execution: str) -> Hand:

@@ -289,8 +289,12 @@ def test_a_handler_that_ends_its_process_loops_or_eats_memory_fails_alone(
     ran = sim.go(main())
     kinds = [one.failure.kind if one.failure else one.value for one in ran]
     assert kinds == [
-        *(FailureKind.CRASH, 1, FailureKind.TIMEOUT, "print"),
-        *(FailureKind.MEMORY, 2),
+        FailureKind.CRASH,
+        1,
+        FailureKind.TIMEOUT,
+        "print",
+        FailureKind.MEMORY,
+        2,
     ]
     assert ran[0].failure is not None
     assert ran[0].failure.exit_code == 0

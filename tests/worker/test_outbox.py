@@ -148,9 +148,12 @@ def test_a_worker_that_cannot_say_that_it_leaves_ends_its_processes_all_the_same
         clock = SimClock(loop, 1_700_000_000.0)
         worker = Worker(
             Identity("w-1", "i-1", "default", 1),
-            *(SimObjects(), cast(Queue, sent), clock, cast(Runner, Idle())),
-            Patience(Random(1), limit_s=0.0),
-            WorkerSettings(),
+            objects=SimObjects(),
+            queue=cast(Queue, sent),
+            clock=clock,
+            runner=cast(Runner, Idle()),
+            patience=Patience(Random(1), limit_s=0.0),
+            settings=WorkerSettings(),
         )
         running = asyncio.create_task(worker.run())
         await asyncio.sleep(1.0)

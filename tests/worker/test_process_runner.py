@@ -101,8 +101,13 @@ def test_exceptions_are_failures_with_the_users_frames_only(tmp_path: Path) -> N
             failures = [one.failure for one in ran[:-1]]
             assert all(one and one.kind is FailureKind.EXCEPTION for one in failures)
             assert [one.error for one in failures if one] == [
-                *("ValueError", "KeyboardInterrupt", "MemoryError", "BaseException"),
-                *("RecursionError", "RuntimeError", "UnprintableError"),
+                "ValueError",
+                "KeyboardInterrupt",
+                "MemoryError",
+                "BaseException",
+                "RecursionError",
+                "RuntimeError",
+                "UnprintableError",
             ]
             first = failures[0]
             assert first is not None

@@ -90,12 +90,26 @@ def registry(there: Fleet, trusted: Trusting, folder: Path) -> Iterator[Registry
     password = base64.b64decode(token["authorizationToken"]).decode().removeprefix("AWS:")
     name = f"{there.grid.id}-registry"
     docker(
-        *("run", "--detach", "--name", name, "--label", f"batchlab.grid={there.grid.id}"),
-        *("--network", there.grid.id, "--network-alias", HOST),
-        *("--env", f"REGISTRY_PASSWORD={password}"),
-        *("--mount", f"type=bind,source={folder},target=/registry,readonly"),
-        *("--mount", f"type=bind,source={SCRIPT},target=/registry.py,readonly"),
-        *(containers.IMAGE, "python3", "-u", "/registry.py"),
+        "run",
+        "--detach",
+        "--name",
+        name,
+        "--label",
+        f"batchlab.grid={there.grid.id}",
+        "--network",
+        there.grid.id,
+        "--network-alias",
+        HOST,
+        "--env",
+        f"REGISTRY_PASSWORD={password}",
+        "--mount",
+        f"type=bind,source={folder},target=/registry,readonly",
+        "--mount",
+        f"type=bind,source={SCRIPT},target=/registry.py,readonly",
+        containers.IMAGE,
+        "python3",
+        "-u",
+        "/registry.py",
     )
     try:
         found = Registry(name)

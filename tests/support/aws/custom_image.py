@@ -49,8 +49,17 @@ def _make(name: str, archive: Path) -> None:
     mount = f"type=bind,source={archive},target=/archive,readonly"
     try:
         docker(
-            *("run", "--name", name, "--network", "none", "--mount", mount, IMAGE),
-            *("sh", "-c", script),
+            "run",
+            "--name",
+            name,
+            "--network",
+            "none",
+            "--mount",
+            mount,
+            IMAGE,
+            "sh",
+            "-c",
+            script,
         )
         docker("commit", "--change", 'CMD ["/usr/local/sbin/begin"]', name, name)
     except BaseException:

@@ -108,8 +108,10 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "completions are swallowed": (
         _swallowed("CompleteLifecycleAction"),
         {
-            *("autoscaling-launch-hook", "autoscaling-drain-hook"),
-            *("autoscaling-hook-gone", "autoscaling-port"),
+            "autoscaling-launch-hook",
+            "autoscaling-drain-hook",
+            "autoscaling-hook-gone",
+            "autoscaling-port",
         },
     ),
     "a late completion has another text": (
@@ -129,8 +131,12 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "the desired capacity is only noted": (
         _swallowed("SetDesiredCapacity"),
         {
-            *("autoscaling-desired", "autoscaling-desired-outside", "autoscaling-cooldown-ignored"),
-            *("autoscaling-suspend", "autoscaling-activities", "autoscaling-drain-hook"),
+            "autoscaling-desired",
+            "autoscaling-desired-outside",
+            "autoscaling-cooldown-ignored",
+            "autoscaling-suspend",
+            "autoscaling-activities",
+            "autoscaling-drain-hook",
         },
     ),
     "a cooldown holds for all": (
@@ -163,23 +169,28 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "decrement means the opposite": (
         _asked("TerminateInstanceInAutoScalingGroup", _flipped),
         {
-            *("autoscaling-terminate-decrement", "autoscaling-terminate-replace"),
+            "autoscaling-terminate-decrement",
+            "autoscaling-terminate-replace",
             "autoscaling-port",
         },
     ),
     "a named instance stays": (
         _swallowed("TerminateInstanceInAutoScalingGroup"),
         {
-            *("autoscaling-terminate-decrement", "autoscaling-terminate-replace"),
-            *("autoscaling-terminate-unknown", "autoscaling-port"),
+            "autoscaling-terminate-decrement",
+            "autoscaling-terminate-replace",
+            "autoscaling-terminate-unknown",
+            "autoscaling-port",
         },
     ),
     "health is only noted": (_swallowed("SetInstanceHealth"), {"autoscaling-unhealthy"}),
     "nothing is protected": (
         _swallowed("SetInstanceProtection"),
         {
-            *("autoscaling-protect", "autoscaling-protect-all"),
-            *("autoscaling-protect-waiting", "autoscaling-protect-51"),
+            "autoscaling-protect",
+            "autoscaling-protect-all",
+            "autoscaling-protect-waiting",
+            "autoscaling-protect-51",
         },
     ),
 }

@@ -190,8 +190,12 @@ S3_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
     "objects are damaged": (
         _objects_are_damaged,
         {
-            *("s3-create-free", "s3-overwrite-whole", "s3-multipart-whole", "s3-port-upload"),
-            *("s3-read-own-write", "s3-multipart-create-free"),
+            "s3-create-free",
+            "s3-overwrite-whole",
+            "s3-multipart-whole",
+            "s3-port-upload",
+            "s3-read-own-write",
+            "s3-multipart-create-free",
         },
     ),
     "empty objects are none": (_empty_objects_are_none, {"s3-put-empty"}),

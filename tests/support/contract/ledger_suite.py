@@ -352,7 +352,7 @@ def second_process(what: str, where: Place, owner: str = "") -> Iterator[subproc
         place = [str(where)]
     else:
         place = [where.url, where.domain if isinstance(where, Sdb) else where.schema]
-    argv = [*(sys.executable, "-m", "tests.support.contract.ledger_suite"), what, owner, *place]
+    argv = [sys.executable, "-m", "tests.support.contract.ledger_suite", what, owner, *place]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         try:

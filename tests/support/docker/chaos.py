@@ -112,9 +112,16 @@ class Containers:
     def instances(self) -> dict[str, str]:
         """Container ids of the running instances by instance id, the oldest first."""
         listed = docker(
-            *("ps", "--no-trunc", "--format", '{{.ID}} {{.Label "batchlab.instance"}}'),
-            *("--filter", f"label=batchlab.grid={self.at.project}"),
-            *("--filter", "label=batchlab.instance", "--filter", "status=running"),
+            "ps",
+            "--no-trunc",
+            "--format",
+            '{{.ID}} {{.Label "batchlab.instance"}}',
+            "--filter",
+            f"label=batchlab.grid={self.at.project}",
+            "--filter",
+            "label=batchlab.instance",
+            "--filter",
+            "status=running",
         )
         rows = [line.split() for line in listed.splitlines()]
         return {instance: container for container, instance in reversed(rows)}
@@ -122,8 +129,12 @@ class Containers:
     def service(self, name: str) -> str:
         """The container of one of the services."""
         return docker(
-            *("ps", "-aq", "--filter", f"label=com.docker.compose.service={name}"),
-            *("--filter", f"label=batchlab.grid={self.at.project}"),
+            "ps",
+            "-aq",
+            "--filter",
+            f"label=com.docker.compose.service={name}",
+            "--filter",
+            f"label=batchlab.grid={self.at.project}",
         ).strip()
 
     def kill(self, container: str) -> None:
@@ -160,8 +171,16 @@ class Containers:
         )
         subprocess.run(
             [
-                *("docker", "exec", "--detach", "--privileged", "--user", "0", container),
-                *("/opt/batchlab/venv/bin/python", "-c", hog),
+                "docker",
+                "exec",
+                "--detach",
+                "--privileged",
+                "--user",
+                "0",
+                container,
+                "/opt/batchlab/venv/bin/python",
+                "-c",
+                hog,
             ],
             capture_output=True,
             check=False,

@@ -99,7 +99,10 @@ def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
             return client(Endpoint(plane.env[name], REGION), service)
 
         world = World(
-            *("emulated", "aws", folder / "home", plane.env),
+            name="emulated",
+            backend="aws",
+            home=folder / "home",
+            env=plane.env,
             has_ffmpeg=False,
             aws=of_owner,
         )
@@ -118,7 +121,9 @@ def real(folder: Path) -> Iterator[World]:
         pytest.fail(f"A run on AWS costs money: say how much it may be by {BUDGET}.")
     stack = f"batchlab-test-{secrets.token_hex(3)}"
     world = World(
-        *("aws", "aws", folder / "home"),
+        name="aws",
+        backend="aws",
+        home=folder / "home",
         has_ffmpeg=False,
         aws=lambda service: boto3.client(service),  # type: ignore[call-overload]
     )
@@ -144,7 +149,7 @@ def _most_usd(world: World, *settings: str) -> float:
 @contextmanager
 def _deployed(world: World, *settings: object) -> Iterator[None]:
     try:
-        world.batchlab(*("deploy", "apply", "--yes", "--pool", POOL), *settings, within_s=3000)
+        world.batchlab("deploy", "apply", "--yes", "--pool", POOL, *settings, within_s=3000)
         told = json.loads(world.batchlab("deploy", "status", "--json")[0])
         assert told["drift"] == []
         yield

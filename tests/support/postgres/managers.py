@@ -164,7 +164,7 @@ class Process:
 @contextmanager
 def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process]:
     """A manager process, killed at the end; its ledger is in that schema, or domain, at `url`."""
-    argv = [*(sys.executable, "-m", "tests.support.postgres.managers"), str(folder)]
+    argv = [sys.executable, "-m", "tests.support.postgres.managers", str(folder)]
     with (
         (folder / f"{owner}.log").open("w") as log,
         subprocess.Popen(

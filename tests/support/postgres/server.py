@@ -74,9 +74,16 @@ class PostgresServer:
         secret.write_text(PASSWORD)
         secret.chmod(0o644)
         self._run(
-            *("initdb", "--no-sync", "--no-instructions", "--encoding=UTF8", "--locale=C"),
-            *("--auth=scram-sha-256", f"--username={USER}", f"--pwfile={secret}"),
-            *("-D", str(self.folder / "data")),
+            "initdb",
+            "--no-sync",
+            "--no-instructions",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--auth=scram-sha-256",
+            f"--username={USER}",
+            f"--pwfile={secret}",
+            "-D",
+            str(self.folder / "data"),
         )
         self.start()
         # Sorted as a dictionary sorts: what must not depend on that says so itself.

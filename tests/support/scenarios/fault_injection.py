@@ -64,7 +64,9 @@ class Work:
         async def run() -> T:
             grid = self.grid
             injector = injector_for(
-                *(grid.backend, grid.home, grid.client),
+                backend=grid.backend,
+                home=grid.home,
+                client=grid.client,
                 pools=grid.pools,
                 parent=True,
                 front=self.front,

@@ -119,8 +119,11 @@ class StillGrid:
             Patience(random.Random(3), limit_s=0.2),
         )
         self.manager = manager = Manager(
-            *(ports, ManagerSettings(), POOLS, "manager-1"),
-            accounting_of(self.home, POOLS, Tally()),
+            ports=ports,
+            settings=ManagerSettings(),
+            pools=POOLS,
+            owner="manager-1",
+            accounting=accounting_of(self.home, POOLS, Tally()),
             schedules=True,
         )
         app, served = create_app(manager, token=TOKEN, backend_name="aws", on_shutdown=lambda: None)
@@ -152,7 +155,7 @@ class StillGrid:
         await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
         await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
         await self._ended(
-            *(ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000)
+            ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000
         )
         await self._ran(ports, OK, 40, NOW_S - 28_790, 1.2, total=True)
         await self._ended(ports, OK, JobState.SUCCEEDED, "", NOW_S - 28_700)
@@ -217,7 +220,9 @@ class StillGrid:
             for t in bundle.tasks
         ]
         outcome = settlement.settle(
-            *(job, bundle, ran),
+            job=job,
+            bundle=bundle,
+            ran=ran,
             execution="x",
             worker="w-5d1f07",
             started_s=start_s,
@@ -251,7 +256,16 @@ class StillGrid:
                 Held("q", None, RUNS.id, PRICES, one.bundle.id, running=turn < 2)
                 for turn, one in enumerate(bundles[number * 3 : number * 3 + 3])
             )
-            beat = Beat(*(f"w-{number}c9f2ab", instance.id, "default", NOW_S - 1, 2, 2, held, 7))
+            beat = Beat(
+                worker=f"w-{number}c9f2ab",
+                instance=instance.id,
+                pool="default",
+                at_s=NOW_S - 1,
+                slots=2,
+                busy=2,
+                held=held,
+                number=7,
+            )
             since_s = manager.ports.clock.monotonic_s() - 8 * (number + 1)
             manager.registry.workers[instance.id] = Seen(
                 beat, since_s, {one: since_s for one in held if one.running}
@@ -281,9 +295,10 @@ class StillGrid:
         day_s = 86_400.0
         definitions = [
             Definition(
-                *("nightly-prices", "nightly-prices"),
-                When("0 2 * * 1-5", "Europe/Berlin"),
-                "",
+                name="nightly-prices",
+                job="nightly-prices",
+                when=When("0 2 * * 1-5", "Europe/Berlin"),
+                template="",
                 prewarm_s=600.0,
                 missed_within_s=21_600.0,
                 source="/home/ana/prices/job.yaml",
@@ -298,24 +313,39 @@ class StillGrid:
         due_s = NOW_S - 36_000
         runs = (
             Run(
-                *(due_s - 5 * day_s, "a", RunState.ENDED, due_s - 5 * day_s, LONG.id),
+                due_s=due_s - 5 * day_s,
+                token="a",
+                state=RunState.ENDED,
+                decided_s=due_s - 5 * day_s,
+                job=LONG.id,
                 started_s=due_s - 5 * day_s + 1,
                 ended_s=due_s - 5 * day_s + 92,
                 result="SUCCEEDED",
             ),
             Run(
-                *(due_s - 4 * day_s, "b", RunState.SKIPPED, due_s - 4 * day_s + 200),
+                due_s=due_s - 4 * day_s,
+                token="b",
+                state=RunState.SKIPPED,
+                decided_s=due_s - 4 * day_s + 200,
                 reason="the run due at 2026-03-25 02:00:00 CET had not ended",
             ),
             Run(
-                *(due_s - 3 * day_s, "c", RunState.ENDED, due_s - 3 * day_s + 200, CANCELLED.id),
+                due_s=due_s - 3 * day_s,
+                token="c",
+                state=RunState.ENDED,
+                decided_s=due_s - 3 * day_s + 200,
+                job=CANCELLED.id,
                 started_s=due_s - 3 * day_s + 1,
                 ended_s=due_s - 3 * day_s + 400,
                 result="FAILED",
                 reason="9 of 40 tasks of stage prices failed, and its failure policy allows none",
             ),
             Run(
-                *(due_s, "d", RunState.ENDED, due_s, OK.id),
+                due_s=due_s,
+                token="d",
+                state=RunState.ENDED,
+                decided_s=due_s,
+                job=OK.id,
                 started_s=due_s + 1,
                 ended_s=due_s + 91,
                 result="SUCCEEDED",

@@ -92,11 +92,15 @@ GROUPS = (
             _instance("0d72e8a1b4c5f6d92", LifecycleState.IN_SERVICE, 420),
             _instance("0e15f3b6c9d0a7e83", LifecycleState.PENDING, 12),
             _instance(
-                *("0f48a9c7d2e1b6f57", LifecycleState.TERMINATING, 1485),
+                name="0f48a9c7d2e1b6f57",
+                state=LifecycleState.TERMINATING,
+                age_s=1485,
                 note="terminated: Spot interruption, at the latest in 2 min",
             ),
             _instance(
-                *("0a83b7d5e9f2c1a64", LifecycleState.TERMINATED, 1480),
+                name="0a83b7d5e9f2c1a64",
+                state=LifecycleState.TERMINATED,
+                age_s=1480,
                 healthy=False,
                 note="exit -9",
             ),
@@ -111,24 +115,38 @@ DEPTHS = {
 }
 ACTIVITIES = (
     Activity(
-        *(41, "default", NOW_S - 12, "Launching a new EC2 instance: i-0e15f3b6c9d0a7e83"),
-        "a backlog of 38,760 tasks drains in 120 s on 5 instances: desired capacity from 4 to 5",
-        "InProgress",
+        id=41,
+        pool="default",
+        at_s=NOW_S - 12,
+        description="Launching a new EC2 instance: i-0e15f3b6c9d0a7e83",
+        cause="a backlog of 38,760 tasks drains in 120 s on 5 instances: "
+        "desired capacity from 4 to 5",
+        status="InProgress",
     ),
     Activity(
-        *(40, "default", NOW_S - 75, "Terminating EC2 instance: i-0f48a9c7d2e1b6f57"),
-        "an EC2 Spot interruption notice",
+        id=40,
+        pool="default",
+        at_s=NOW_S - 75,
+        description="Terminating EC2 instance: i-0f48a9c7d2e1b6f57",
+        cause="an EC2 Spot interruption notice",
         ended_s=NOW_S - 60,
     ),
     Activity(
-        *(39, "default", NOW_S - 300, "Launching a new EC2 instance"),
-        "there was not sufficient c7g.large capacity in eu-central-1c",
-        "Failed",
-        NOW_S - 299,
+        id=39,
+        pool="default",
+        at_s=NOW_S - 300,
+        description="Launching a new EC2 instance",
+        cause="there was not sufficient c7g.large capacity in eu-central-1c",
+        status="Failed",
+        ended_s=NOW_S - 299,
     ),
     Activity(
-        *(38, "default", NOW_S - 1500, "Launching a new EC2 instance: i-0b3f9c2a41d6e8f07"),
-        "a backlog of 100,000 tasks drains in 120 s on 4 instances: desired capacity from 0 to 4",
+        id=38,
+        pool="default",
+        at_s=NOW_S - 1500,
+        description="Launching a new EC2 instance: i-0b3f9c2a41d6e8f07",
+        cause="a backlog of 100,000 tasks drains in 120 s on 4 instances: "
+        "desired capacity from 0 to 4",
         ended_s=NOW_S - 1440,
     ),
 )
@@ -169,7 +187,14 @@ def failure(task: int) -> Failure:
     if task % 3 == 0:
         return Failure(task, FailureKind.MEMORY, MEMORY, exit_code=-9, run_s=2.0)
     reason = f"KeyError: 'row {task} has no price'"
-    return Failure(*(task, FailureKind.EXCEPTION, reason, "KeyError", TRACEBACK % task), run_s=0.4)
+    return Failure(
+        task=task,
+        kind=FailureKind.EXCEPTION,
+        reason=reason,
+        error="KeyError",
+        traceback=TRACEBACK % task,
+        run_s=0.4,
+    )
 
 
 def moments() -> list[tuple[float, dict[str, tuple[int, ...]]]]:

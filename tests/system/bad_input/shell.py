@@ -28,7 +28,9 @@ same time the second is told 255."""
 _COMMANDS = ("running", "jobs", "grid", "scenario", "schedule", "report", "cost", "admin")
 _FORKS.set_forkserver_preload(
     [
-        *("batchlab.cli.app", "batchlab.spec", "batchlab.submission"),
+        "batchlab.cli.app",
+        "batchlab.spec",
+        "batchlab.submission",
         *(f"batchlab.cli.{name}" for name in _COMMANDS),
     ]
 )

@@ -22,8 +22,14 @@ def test_apply_makes_everything_and_says_where_it_is(
 ) -> None:
     archive = release(tmp_path)
     code, out, err = deploy(
-        *("apply", "--yes", "--release", archive),
-        *("--pool", "default:0-4x2@m7i.large", "--pool", "gpu-big:1-2x4@m7i.2xlarge"),
+        "apply",
+        "--yes",
+        "--release",
+        archive,
+        "--pool",
+        "default:0-4x2@m7i.large",
+        "--pool",
+        "gpu-big:1-2x4@m7i.2xlarge",
     )
     assert code == 0, err
     assert "Create, " in out
@@ -93,7 +99,10 @@ def test_a_second_apply_changes_nothing_and_a_pool_comes_and_goes_alone(
     _, out, _ = deploy("plan", "--json", "--pool", "default:0-10x2", "--pool", "big:0-1x4")
     changes = json.loads(out)["changes"]
     assert {one["id"] for one in changes if one["action"] == "Add"} >= {
-        *("PoolBigTasks", "PoolBigDead", "PoolBigGroup", "PoolBigTemplate"),
+        "PoolBigTasks",
+        "PoolBigDead",
+        "PoolBigGroup",
+        "PoolBigTemplate",
     }
     assert not [c for c in changes if c["id"].startswith("Pool") and c["action"] == "Remove"]
     deploy("apply", "--yes", "--release", archive)

@@ -124,8 +124,18 @@ def started(home: Home, archive: Path, *arguments: str) -> subprocess.Popen[str]
     """`batchlab deploy apply` as a process of its own, without a terminal."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-c", COMMAND, str(SMALL), "deploy", "apply", "--yes"),
-            *("--release", str(archive), "--home", str(home.path), *arguments),
+            sys.executable,
+            "-c",
+            COMMAND,
+            str(SMALL),
+            "deploy",
+            "apply",
+            "--yes",
+            "--release",
+            str(archive),
+            "--home",
+            str(home.path),
+            *arguments,
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
