@@ -44,8 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all",
         action="store_true",
         dest="all_tests",
-        help="also run the tests that need real parts: grids of processes, containers, services"
-        " that are started for a test, a browser, or time that passes",
+        help="also run the slow tests: the ones that need grids of processes, containers, services"
+        " that are started for a test, a browser, time that passes, or minutes of computing",
     )
 
 
@@ -67,7 +67,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)  # xdist may be off
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of processes that `-n auto` starts: one for each core, and with `--all`
-    three more, since the longest real tests mostly wait. xdist's own variable has precedence."""
+    three more, since the longest slow tests mostly wait. xdist's own variable has precedence."""
     if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return int(asked)
     return (os.cpu_count() or 1) + (3 if config.option.all_tests else 0)
@@ -85,20 +85,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the folders of real tests, unless `--all` or the command line names them."""
-    if config.option.all_tests or collection_path not in selection.REAL_FOLDERS:
+    """Leave out the folders of slow tests, unless `--all` or the command line names them."""
+    if config.option.all_tests or collection_path not in selection.SLOW_FOLDERS:
         return None
     return selection.is_left_out(collection_path, selection.given_paths(config)) or None
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect real tests that the command line does not ask for, and order the others. Each
+    """Deselect slow tests that the command line does not ask for, and order the others. Each
     process of a run does the same, since xdist compares their lists."""
     if not config.option.all_tests:
         given = selection.given_paths(config)
         left_out = [
-            one for one in items if selection.is_real(one) and not selection.is_named(one, given)
+            one for one in items if selection.is_slow(one) and not selection.is_named(one, given)
         ]
         config.hook.pytest_deselected(items=left_out)
         dropped = set(left_out)

@@ -24,7 +24,7 @@ from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 ROOT = """
 [["worker-default".version]]

@@ -10,7 +10,7 @@ from batchlab.cli.doctor import Finding, Level, examine
 from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import LocalGrid
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 JOB = """\
 name: copies

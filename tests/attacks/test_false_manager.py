@@ -180,7 +180,7 @@ def test_an_error_of_the_manager_is_signed(rig: Rig, monkeypatch: pytest.MonkeyP
         rig.client.jobs()
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_commands_on_this_machine_use_a_socket_of_their_user(tmp_path: Path) -> None:
     """Finding 9: on `local` the token goes to a Unix socket that nobody else can open, and a
     program that takes the port of a manager that has ended learns nothing."""
@@ -204,7 +204,7 @@ def test_commands_on_this_machine_use_a_socket_of_their_user(tmp_path: Path) -> 
     assert grid.home.socket(record) is None
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_a_socket_has_a_private_folder_where_the_grids_path_is_too_long(tmp_path: Path) -> None:
     """Finding 9: a path of a Unix socket has about 100 bytes."""
     grid = LocalGrid(tmp_path / ("long-" * 30) / "home")

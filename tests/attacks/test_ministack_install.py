@@ -26,7 +26,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
         file.writestr(f"{stem}.dist-info/RECORD", "")
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_a_file_that_is_not_the_one_on_record_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

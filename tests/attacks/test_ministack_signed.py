@@ -20,7 +20,7 @@ from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 FORGED = {"v": 1, "id": "forged", "command": ["touch", "/tmp/forged"]}
 KEY = "/jobs/forged/spec.json"

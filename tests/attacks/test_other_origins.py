@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.grid.local_grid import LocalGrid
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 FOREIGN = (
     {"Origin": "http://evil.example"},

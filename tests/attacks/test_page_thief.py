@@ -23,7 +23,7 @@ from tests.support.server.page import routes
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 __all__ = ["browser"]
 

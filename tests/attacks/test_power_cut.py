@@ -40,7 +40,7 @@ from batchlab.worker.settings import WorkerSettings
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
 from tests.support.server.api import Machine
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 SQUARE, TOTAL = StageName("square"), StageName("total")
 ITEMS: list[Json] = [*range(8)]

@@ -34,7 +34,7 @@ def write_job(folder: Path) -> Path:
     return folder / "job.yaml"
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_nobody_else_reads_the_folder_of_a_grid(tmp_path: Path) -> None:
     """Finding 8: a job has run; its parameters, its input, and the ledger are its user's alone."""
     grid = LocalGrid(tmp_path / "grid")
@@ -54,7 +54,7 @@ def test_nobody_else_reads_the_folder_of_a_grid(tmp_path: Path) -> None:
         grid.stop()
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_what_a_user_fetches_has_the_usual_permissions(tmp_path: Path) -> None:
     """Finding 8: results outside of the grid's folder are as the user's umask says."""
     grid = LocalGrid(tmp_path / "grid")

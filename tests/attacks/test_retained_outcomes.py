@@ -41,7 +41,7 @@ def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
     for one in jobs:
         for outcome in outcomes_of(rig, one.id, 4)[:3]:
             large = replace(outcome, values=(LARGE,))
-            rig.run(rig._tell(Events(outcomes=(large,))))
+            rig.run(rig.tell(Events(outcomes=(large,))))
         live = rig.manager.lives[one.id]
         rig.until(partial(_has_folded, live, 3), "the folds")
     pages = [rig.client.outcomes(one.id)["outcomes"] for one in jobs]
@@ -64,7 +64,7 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
     rig.client.submit(one, [1])
     live = rig.manager.lives[one.id]
     (outcome,) = outcomes_of(rig, one.id, 1)
-    rig.run(rig._tell(Events(outcomes=(outcome,))))
+    rig.run(rig.tell(Events(outcomes=(outcome,))))
     rig.ended(one.id)
     rig.until(lambda: one.id not in rig.manager.lives, "the end of its conduct")
     assert live.recent

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.grid.fixtures import Bring
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 HANDLERS = """\
 CODES = "\\x1b[2J\\x1b]0;title\\x07\\x1b]52;c;cm0gLXJm\\x07\\x9b31m\\u202e\\r\\x08"

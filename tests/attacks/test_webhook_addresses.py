@@ -24,7 +24,7 @@ def told(name: str) -> JobDef:
     return replace(job(name, token=name), notify=(TOPIC, HOOK))
 
 
-@pytest.mark.real
+@pytest.mark.slow
 def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
     """Finding 18: a worker may read everything of the bucket but `grid/*`."""
     grid = LocalGrid(tmp_path / "home")
@@ -34,7 +34,7 @@ def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
         grid.wait(view["id"])
         manager_process.kill_manager(grid.home)
         grid.client.close()
-        grid.client = grid._start()
+        grid.start()
         assert grid.client.job(view["id"])["state"] in ("CANCELLED", "FAILED")
     finally:
         grid.stop()

@@ -20,6 +20,7 @@ from batchlab.client.pickling import Shipping
 from batchlab.core.errors import JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
+from tests.support.waiting import until
 
 JOB = JobId("job-0")
 WAIT_S = 20.0
@@ -100,13 +101,6 @@ def dispatch(grid: FakeGrid) -> Iterator[Dispatch]:
     made.abandon()
     if turn := made._turn:
         assert turn.over.wait(WAIT_S)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
 
 
 def submit(dispatch: Dispatch, function: Callable[..., Any] = abs, *args: Any) -> CallFuture:

@@ -7,12 +7,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
 
 from batchlab.client.thread_cache import Spares
+from tests.support.waiting import until
 
 WAIT_S = 10.0
 
@@ -22,11 +22,8 @@ def spares() -> Spares:
     return Spares("spare")
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
+def _wait_for(event: threading.Event) -> None:
+    assert event.wait(WAIT_S)
 
 
 def ran_by(spares: Spares) -> threading.Thread:
@@ -47,7 +44,7 @@ def test_a_thread_that_has_done_its_work_does_the_next(spares: Spares) -> None:
 def test_work_that_lasts_holds_up_no_other(spares: Spares) -> None:
     go = threading.Event()
     try:
-        spares.run(lambda: until(go.is_set))
+        spares.run(lambda: _wait_for(go))
         other = ran_by(spares)
         until(lambda: spares.count == 1)
         assert ran_by(spares) is other

@@ -28,7 +28,7 @@ from tests.support.aws.emulators import (
     moto_server,
 )
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 
 class Killable(Protocol):

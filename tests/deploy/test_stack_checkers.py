@@ -18,7 +18,7 @@ import pytest
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import SHAPES
 
-pytestmark = pytest.mark.real
+pytestmark = pytest.mark.slow
 
 CHECKOV = "BATCHLAB_CHECKOV"
 """Environment variable: checkov's program."""

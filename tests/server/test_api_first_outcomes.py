@@ -64,7 +64,7 @@ def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
         assert accepted.wait(DEADLINE_S)
         first, second = outcomes_of(rig, one.id, 2)
         rig.until(lambda: rig.manager.lives[one.id].listeners, "whoever waits")
-        rig.run(rig._tell(Events(outcomes=(first,))))
+        rig.run(rig.tell(Events(outcomes=(first,))))
         page = asked.result(DEADLINE_S)
     (told,) = page["outcomes"]
     assert not page["ended"]
@@ -74,7 +74,7 @@ def test_they_are_told_as_soon_as_they_are_committed_and_counted_later(
     assert rig.client.job(one.id)["stages"][0]["succeeded"] == 0
 
     may_fold.set()
-    rig.run(rig._tell(Events(outcomes=(second,))))
+    rig.run(rig.tell(Events(outcomes=(second,))))
     assert rig.ended(one.id)["state"] == "SUCCEEDED"
     everything = rig.client.outcomes(one.id, after=UNCOUNTED)["outcomes"]
     assert [one["seq"] for one in everything] == [1, 2]
@@ -86,11 +86,11 @@ def test_nobody_is_told_of_what_nobody_waits_for(rig: Rig) -> None:
     rig.client.submit(one, [1, 2])
     live = rig.manager.lives[one.id]
     first, second = outcomes_of(rig, one.id, 2)
-    rig.run(rig._tell(Events(outcomes=(first,))))
+    rig.run(rig.tell(Events(outcomes=(first,))))
     rig.until(lambda: live.folds == 1, "the fold")
     assert live.told == []
     # Somebody who comes later is told of all that has been counted.
     page = rig.client.submit_and_hear(one, [1, 2], lambda: None, wait_s=1.0)
     assert [one["seq"] for one in page["outcomes"]] == [1]
-    rig.run(rig._tell(Events(outcomes=(second,))))
+    rig.run(rig.tell(Events(outcomes=(second,))))
     rig.ended(one.id)

@@ -80,9 +80,9 @@ def test_what_workers_tell_is_counted_once(rig: Rig) -> None:
     for retried in (1, 3, 3, 2):  # the queue may deliver twice, and in any order
         counts = {"retried.timeout": retried, "duplicate": 1}
         forged = Told("w-9", {"retried.timeout": 1000})
-        rig.run(rig._tell(Events(told=(Told(beat.worker, counts), forged), beats=(beat,))))
+        rig.run(rig.tell(Events(told=(Told(beat.worker, counts), forged), beats=(beat,))))
     unreadable = Told(beat.worker, {"retried.x\n": 5})
-    rig.run(rig._tell(Events(told=(unreadable,), beats=(beat,))))
+    rig.run(rig.tell(Events(told=(unreadable,), beats=(beat,))))
     labels = {"reason": "timeout", "followed": "retried"}
     was = at(before, "attempts_failed_total", **labels)
     rig.until(lambda: at(samples(rig), "attempts_failed_total", **labels) == was + 3, "the count")

@@ -1,8 +1,9 @@
 """Selection of the tests that a run without `--all` leaves out.
 
-A test is real if it needs a real part: a grid of processes, a container, a service that is started
-for it, a browser, or time that passes. `pytest` without options runs the other tests. A real test
-lies in one of REAL_FOLDERS, or uses one of REAL_FIXTURES, or has the marker `real`.
+A test is slow if it needs a real part (a grid of processes, a container, a service that is started
+for it, a browser, or time that passes) or minutes of computing. `pytest` without options runs the
+other tests. A slow test lies in one of SLOW_FOLDERS, or uses one of SLOW_FIXTURES, or has the
+marker `slow`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-REAL_FOLDERS = tuple(TESTS / name for name in ("browser", "chaos", "system"))
-REAL_FIXTURES = frozenset(
+SLOW_FOLDERS = tuple(TESTS / name for name in ("browser", "chaos", "system"))
+SLOW_FIXTURES = frozenset(
     {
         "attacked_grid",
         "bring_up",
@@ -42,25 +43,25 @@ def names_whole_suite(config: pytest.Config) -> bool:
 
 def is_left_out(folder: Path, given: Iterable[Path]) -> bool:
     """Return whether a run that names the paths `given` leaves out this whole folder."""
-    return folder in REAL_FOLDERS and not any(path.is_relative_to(folder) for path in given)
+    return folder in SLOW_FOLDERS and not any(path.is_relative_to(folder) for path in given)
 
 
-def is_real(item: pytest.Item) -> bool:
-    """Return whether a test needs a real part."""
+def is_slow(item: pytest.Item) -> bool:
+    """Return whether a test runs only with `--all`, or if the command line names it."""
     fixtures: Sequence[str] = getattr(item, "fixturenames", ())
     return (
-        not REAL_FIXTURES.isdisjoint(fixtures)
-        or item.get_closest_marker("real") is not None
-        or any(item.path.is_relative_to(folder) for folder in REAL_FOLDERS)
+        not SLOW_FIXTURES.isdisjoint(fixtures)
+        or item.get_closest_marker("slow") is not None
+        or any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS)
     )
 
 
 def is_named(item: pytest.Item, given: Iterable[Path]) -> bool:
-    """Return whether the paths `given` name the file of a test, or a folder of real tests."""
+    """Return whether the paths `given` name the file of a test, or a folder of slow tests."""
     return any(
         path == item.path
         or (
-            any(path.is_relative_to(folder) for folder in REAL_FOLDERS)
+            any(path.is_relative_to(folder) for folder in SLOW_FOLDERS)
             and item.path.is_relative_to(path)
         )
         for path in given

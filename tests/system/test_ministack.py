@@ -180,7 +180,7 @@ def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
     place = grid.home.place("ministack")
     grid.stop()
     assert not processes_of(grid.home.path)
-    grid.client = grid._start()
+    grid.start()
     assert grid.home.place("ministack") == place
     check(grid, grid.wait(job), tmp_path / "out", facts)
     grid.stop()
@@ -188,7 +188,7 @@ def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
     before = contents(ledger)
     for one in ledger.parent.glob(f"{ledger.name}*"):
         one.unlink()
-    grid.client = grid._start()
+    grid.start()
     assert grid.client.jobs() == []
     assert grid.client.rebuild() == 1
     grid.stop()

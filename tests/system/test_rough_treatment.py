@@ -85,7 +85,7 @@ def test_a_grid_taken_down_in_the_middle_goes_on_when_it_is_up_again(
     job = grid.submit(path)["id"]
     grid.wait(job, until=under_way)
     grid.stop()
-    grid.client = grid._start()
+    grid.start()
     check(grid, grid.wait(job), tmp_path / "out", facts)
 
 
@@ -100,13 +100,13 @@ def test_a_deleted_ledger_is_rebuilt_equal(
     before = contents(grid.home.ledger_file)
     for file in grid.home.path.glob("ledger.sqlite*"):
         file.unlink()
-    grid.client = grid._start()
+    grid.start()
     assert grid.client.jobs() == []
     assert grid.client.rebuild() == 1
     check(grid, grid.client.job(view["id"]), tmp_path / "out", facts)
     grid.stop()
     assert contents(grid.home.ledger_file) == before
-    grid.client = grid._start()
+    grid.start()
 
 
 def contents(ledger_file: Path) -> object:

@@ -15,7 +15,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Thread]:
         yield thread
 
 
-@pytest.fixture(params=["ours", pytest.param("moto", marks=pytest.mark.real)])
+@pytest.fixture(params=["ours", pytest.param("moto", marks=pytest.mark.slow)])
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     world = request.getfixturevalue(request.param)
     if isinstance(world, Thread):

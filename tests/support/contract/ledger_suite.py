@@ -162,9 +162,9 @@ LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
 
 
 def _params(*parts_of_this_process: str, among: Iterable[str]) -> list[ParameterSet]:
-    """Return test parameters; worlds that need a service have the marker `real`."""
+    """Return test parameters; worlds that need a service have the marker `slow`."""
     return [
-        pytest.param(name, marks=[] if name in parts_of_this_process else [pytest.mark.real])
+        pytest.param(name, marks=[] if name in parts_of_this_process else [pytest.mark.slow])
         for name in among
     ]
 

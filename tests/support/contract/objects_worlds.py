@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 from obstore.store import MemoryStore
 
 from batchlab.adapters import gcs
@@ -29,7 +28,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults
 from batchlab.sim.port_wrappers import wrap
 from tests.support import gcs_stub
-from tests.support.aws.emulators import EMULATORS
+from tests.support.contract.emulator_worlds import at_emulators
 
 _BUCKETS = itertools.count()
 
@@ -127,7 +126,7 @@ UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
 def on_every_bucket(check: Check) -> Callable[[str, Path, pytest.FixtureRequest], None]:
     """Turn an async check of a world into a test that runs in each of them."""
 
-    @pytest.mark.parametrize("world", [*OBJECTS_WORLDS, *(_param(one, check) for one in EMULATORS)])
+    @pytest.mark.parametrize("world", [*OBJECTS_WORLDS, *at_emulators(check, DIFFERENCES, UNTRIED)])
     def test(world: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         if world in OBJECTS_WORLDS:
             OBJECTS_WORLDS[world](check, tmp_path)
@@ -136,14 +135,3 @@ def on_every_bucket(check: Check) -> Callable[[str, Path, pytest.FixtureRequest]
 
     test.__name__, test.__doc__ = check.__name__, check.__doc__
     return test
-
-
-def _param(world: str, check: Check) -> ParameterSet:
-    marks = [pytest.mark.real]
-    rule, broken_by = DIFFERENCES.get(check.__name__, ("", ()))
-    reason, left_out = UNTRIED.get(check.__name__, ("", ()))
-    if world in broken_by:
-        marks.append(pytest.mark.xfail(reason=rule, raises=AssertionError))
-    elif world in left_out:
-        marks.append(pytest.mark.skip(reason=reason))
-    return pytest.param(world, marks=marks)

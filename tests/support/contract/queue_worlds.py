@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.adapters.clock import WallClock
@@ -29,7 +28,7 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults, Weather
 from batchlab.sim.port_wrappers import wrap
-from tests.support.aws.emulators import EMULATORS
+from tests.support.contract.emulator_worlds import at_emulators
 from tests.support.contract.side_by_side import SideBySide
 
 T = TypeVar("T")
@@ -304,7 +303,7 @@ def on_every_queue(
 
     tried = unless_stalled(check)
 
-    @pytest.mark.parametrize("world", [*QUEUE_WORLDS, *(_param(one, check) for one in EMULATORS)])
+    @pytest.mark.parametrize("world", [*QUEUE_WORLDS, *at_emulators(check, DIFFERENCES, UNTRIED)])
     def test(world: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         if world in QUEUE_WORLDS:
             QUEUE_WORLDS[world](check, tmp_path)
@@ -319,14 +318,3 @@ def on_every_queue(
 
 
 on_every_queue_alone = partial(on_every_queue, alone=True)
-
-
-def _param(world: str, check: Check) -> ParameterSet:
-    marks = [pytest.mark.real]
-    rule, broken_by = DIFFERENCES.get(check.__name__, ("", ()))
-    reason, left_out = UNTRIED.get(check.__name__, ("", ()))
-    if world in broken_by:
-        marks.append(pytest.mark.xfail(reason=rule, raises=AssertionError))
-    elif world in left_out:
-        marks.append(pytest.mark.skip(reason=reason))
-    return pytest.param(world, marks=marks)

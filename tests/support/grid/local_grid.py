@@ -42,18 +42,19 @@ class LocalGrid:
         self.home = Home(folder)
         self.backend = factory.load(backend, endpoint)
         self.pools = pools
-        self.client = self._start()
+        self.start()
 
     @cached_property
     def objects(self) -> Objects:
         """Its bucket."""
         return self.backend.open_objects(self.home)
 
-    def _start(self) -> Client:
+    def start(self) -> None:
+        """Start a manager, and set the client of it."""
         record = manager_process.start_manager(
             self.home, self.backend, pools=self.pools, parent=True
         )
-        return Client.of(self.home, record)
+        self.client = Client.of(self.home, record)
 
     def stop(self) -> None:
         self.client.close()
@@ -126,7 +127,7 @@ class LocalGrid:
             time.sleep(0.01)
         self.client.close()
         os.waitpid(record.pid, 0)
-        self.client = self._start()
+        self.start()
 
     def purge(self) -> None:
         """Drop every message that waits for a worker of the default pool, or is with one."""

@@ -235,7 +235,7 @@ class Rig:
             )
             key = await self.manager.ports.keys.of(live.job)
             await commit(self.objects, outcome, self.manager.ports.patience, key)
-            await self._tell(Events(completions=(settlement.completion(outcome),)))
+            await self.tell(Events(completions=(settlement.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
         """Let an instance's worker report that it runs these."""
@@ -251,14 +251,14 @@ class Rig:
             for o in runs
         )
         beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
-        self.run(self._tell(Events(beats=(beat,))))
+        self.run(self.tell(Events(beats=(beat,))))
         self.until(
             lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat,
             "the beat",
         )
         return beat
 
-    async def _tell(self, events: Events) -> None:
+    async def tell(self, events: Events) -> None:
         jobs, keys = jobs_in(events), self.manager.ports.keys
         known = {job: await keys.of((await self.ledger.job(job)).job) for job in jobs}
         body = with_proofs(events_message(events), jobs, lambda job: known[job])
