@@ -25,7 +25,7 @@ from batchlab.core.model import Pool
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenarios.traces.columns import Columns, Take
+from batchlab.scenarios.traces.columns import Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 HOURS = (1, 6, 24)
@@ -57,7 +57,7 @@ class Row:
 
 def facebook(trace: Path, hours: float) -> Scenario:
     """The first `hours` of the trace as a scenario."""
-    columns = Columns("submit", tasks=Take(("input",), per=TASK_BYTES), label="job")
+    columns = Columns("submit", tasks=ColumnSum(("input",), per=TASK_BYTES), label="job")
     stage = StageTemplate("map", Constant(TASK_S), bundle=BUNDLE)
     source = Trace(
         template="map",

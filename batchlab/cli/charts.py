@@ -16,10 +16,10 @@ from math import ceil, log10
 
 from batchlab.cli import output
 from batchlab.core.pricing.money import shown
-from batchlab.scenarios.model.demand_curve import Ask, Curve
-from batchlab.scenarios.model.values import LASTING, Fault, FaultName, Scenario
+from batchlab.scenarios.model.demand_curve import Curve, PoolLoad
+from batchlab.scenarios.model.values import LASTING_FAULTS, Fault, FaultName, Scenario
 from batchlab.scenarios.verdicts.measures import Unit
-from batchlab.scenarios.verdicts.verdict import Colour, Row
+from batchlab.scenarios.verdicts.verdict import Color, VerdictRow
 
 _BLOCKS, _LINE, _FLOOR, _MARKS = " ▁▂▃▄▅▆▇█", "┄", "─", "123456789abcdefghijklmnopqrstuvwxyz"
 _PLAIN_BLOCKS, _PLAIN_LINE, _PLAIN_FLOOR = " ....::##", "-", "-"
@@ -123,7 +123,7 @@ def _row(width: int, faults: Sequence[Fault], width_s: float, mark: Callable[[in
     for i, fault in enumerate(faults):
         first = min(width - 1, int(fault.at_s / width_s))
         last = first
-        if fault.name in LASTING:
+        if fault.name in LASTING_FAULTS:
             last = min(width - 1, max(first, ceil((fault.at_s + fault.for_s) / width_s) - 1))
         for at in range(first, last + 1):
             cells[at] = _SEVERAL if cells[at].strip() else mark(i)
@@ -150,7 +150,7 @@ def _axis(span_s: float, width: int) -> str:
     return f"{'':{_MARGIN}}{''.join(line)}".rstrip()
 
 
-def _fits(ask: Ask) -> str:
+def _fits(ask: PoolLoad) -> str:
     """What the fleet can make of it, in one sentence."""
     peak, slots = _number(ask.peak), output.count(ask.slots, "slot")
     if ask.peak <= ask.slots:
@@ -182,7 +182,7 @@ def fault_said(fault: Fault) -> str:
         whose = f" of {fault.pool}" if fault.pool else ""
         many = f"{fault.share:.0%}" if fault.count is None else str(fault.count)
         told += f" ({many}{whose})"
-    return f"{told}, for {span(fault.for_s)}" if fault.name in LASTING else told
+    return f"{told}, for {span(fault.for_s)}" if fault.name in LASTING_FAULTS else told
 
 
 WIDTH, HEIGHT = 64, 10
@@ -253,7 +253,7 @@ class Chart:
 NOTHING = "-"
 
 
-def text_verdicts(rows: Sequence[Row]) -> str:
+def text_verdicts(rows: Sequence[VerdictRow]) -> str:
     """The table, and below it one sentence on all of it."""
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
@@ -287,7 +287,7 @@ def number(value: float | None, unit: Unit) -> str:
     return f"{value:,.10g}"
 
 
-def _expected(row: Row) -> str:
+def _expected(row: VerdictRow) -> str:
     least, most = (number(bound, row.unit) for bound in (row.least, row.most))
     if row.least is None:
         return NOTHING if row.most is None else f"at most {most}"
@@ -296,9 +296,9 @@ def _expected(row: Row) -> str:
     return f"exactly {most}" if row.least == row.most else f"{least} to {most}"
 
 
-def _sum(rows: Sequence[Row]) -> str:
-    counts = {colour: sum(row.colour is colour for row in rows) for colour in Colour}
+def _sum(rows: Sequence[VerdictRow]) -> str:
+    counts = {colour: sum(row.colour is colour for row in rows) for colour in Color}
     told = ", ".join(f"{count} {colour.value}" for colour, count in counts.items() if count)
-    if counts[Colour.RED]:
+    if counts[Color.RED]:
         return f"Red: {told}."
-    return f"Green: {told}." if counts[Colour.GREEN] else f"Nothing was judged: {told}."
+    return f"Green: {told}." if counts[Color.GREEN] else f"Nothing was judged: {told}."

@@ -30,10 +30,10 @@ from batchlab.cli.simulate import calibrated
 if TYPE_CHECKING:
     from batchlab.core.pricing.price_book import PriceBook
     from batchlab.runtime.descriptor import Calibration
-    from batchlab.scenarios.forecast.calibration import Calibrated, Quantity
+    from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
     from batchlab.scenarios.model.values import Scenario
     from batchlab.scenarios.planner.candidates import Goal
-    from batchlab.scenarios.planner.planner import Progress, Search
+    from batchlab.scenarios.planner.planner import Search, SearchProgress
     from batchlab.scenarios.verdicts.record import Record
 
 RECORD = "A file that `scenario simulate` or `scenario replay` has written with --out."
@@ -108,7 +108,7 @@ def plan(
     from batchlab.core.pricing import price_book
     from batchlab.runtime import factory
     from batchlab.scenarios.model import loader
-    from batchlab.scenarios.planner.fast_model import Sketch
+    from batchlab.scenarios.planner.fast_model import FastModel
     from batchlab.scenarios.planner.planner import Search
 
     goal, backend = _goal(deadline, budget), factory.load(like).name
@@ -116,7 +116,7 @@ def plan(
     measured = calibrated(calibration, backend, found.compressed)
     book = price_book.load(home_of(home).path)
     run = partial(forecast, backend=backend, calibration=measured, book=book)
-    sketch = Sketch(backend, measured, book)
+    sketch = FastModel(backend, measured, book)
     search = Search(found, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch, book)
     raise typer.Exit(carry_out(search, json=json))
 
@@ -187,14 +187,14 @@ def _watched(search: Search) -> Iterator[None]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=search.runs)
 
-        def show(progress: Progress) -> None:
+        def show(progress: SearchProgress) -> None:
             bar.update(task, completed=progress.done, description=_told(progress))
 
         search.told = show
         yield
 
 
-def _told(progress: Progress) -> str:
+def _told(progress: SearchProgress) -> str:
     from batchlab.core.pricing.money import shown
 
     best = progress.best
@@ -274,7 +274,7 @@ def calibrate(
         output.say(f"Written to {out}.")
 
 
-def _calibrated(found: Calibrated) -> str:
+def _calibrated(found: CalibrationResult) -> str:
     made = found.calibration
     rows = [
         (
@@ -297,7 +297,7 @@ def _calibrated(found: Calibrated) -> str:
     return "\n".join(told)
 
 
-def _quantity(one: Quantity, value: float | None) -> str:
+def _quantity(one: CalibratedValue, value: float | None) -> str:
     if value is None:
         return "-"
     return f"× {value:.3f}" if one.name == "stretch" else output.span(value)

@@ -13,8 +13,13 @@ from batchlab.cli.charts import LINE, Chart
 from batchlab.core.pricing.money import shown
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Prewarm, Scenario
-from batchlab.scenarios.planner.candidates import SHARES, Candidate, Point, quantiles
-from batchlab.scenarios.planner.plan import SURE, Plan, Share, enough
+from batchlab.scenarios.planner.candidates import (
+    QUANTILES,
+    Candidate,
+    EvaluatedCandidate,
+    quantiles,
+)
+from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
 
 CHOSEN = "◆"
 
@@ -64,15 +69,15 @@ def _verdict(plan: Plan) -> str:
         )
     if not any(map(plan.goal.met, outcomes)) and plan.undone == len(outcomes):
         return _undone(plan)
-    if not enough(plan.in_time):
+    if not is_enough(plan.in_time):
         nearest = f"The nearest that was found is done after {latest} at the latest, for {usd}."
         if not any(map(plan.goal.in_time, (*outcomes, *plan.chosen.outcomes))):
             return f"No fleet meets the deadline of {deadline}.{_cannot(plan)} {nearest}"
         return (
-            f"No fleet was found that meets the deadline of {deadline} in {SURE:.0%} of all seeds. "
-            f"{nearest}"
+            f"No fleet was found that meets the deadline of {deadline} in "
+            f"{REQUIRED_SHARE:.0%} of all seeds. {nearest}"
         )
-    if not enough(plan.met):
+    if not is_enough(plan.met):
         return _too_dear(plan)
     return (
         f"The best so far: {usd} a run, done after {latest} at the latest; it has been put to "
@@ -116,8 +121,8 @@ def _too_dear(plan: Plan) -> str:
     budget = shown(plan.goal.budget_usd or 0.0)
     costs = [one.usd for one in plan.outcomes]
     told = (
-        f"No fleet was found that is in time for {budget} in {SURE:.0%} of all seeds. The nearest "
-        f"is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} on average and "
+        f"No fleet was found that is in time for {budget} in {REQUIRED_SHARE:.0%} of all seeds. "
+        f"The nearest is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} on average and "
         f"{shown(max(costs))} at most."
     )
     if (other := plan.affordable) is not None and other.candidate != plan.chosen.candidate:
@@ -175,7 +180,7 @@ def _sure(plan: Plan) -> Iterator[str]:
     finish = quantiles([one.finish_s for one in outcomes])
     usd = quantiles([one.usd for one in outcomes])
     yield output.table(
-        ("over seeds", *SHARES),
+        ("over seeds", *QUANTILES),
         [
             ("done after", *("never" if s is None else output.span(s) for s in finish.values())),
             ("cost", *("-" if u is None else shown(u) for u in usd.values())),
@@ -183,7 +188,7 @@ def _sure(plan: Plan) -> Iterator[str]:
     )
 
 
-def _share(plan: Plan, share: Share) -> str:
+def _share(plan: Plan, share: SeedShare) -> str:
     low, high = share.interval
     seeds = "fresh seeds" if plan.fresh else "seeds that it was chosen by"
     return f"in {share.met} of {share.of} {seeds} (95% interval {low:.0%} to {high:.0%})"
@@ -218,11 +223,11 @@ def _drawn(plan: Plan) -> str:
     return chart.text(output.span, shown)
 
 
-def _mark(point: Point, plan: Plan) -> str:
+def _mark(point: EvaluatedCandidate, plan: Plan) -> str:
     return CHOSEN if point.candidate == plan.chosen.candidate else LINE
 
 
-def _row(point: Point, plan: Plan) -> tuple[str, ...]:
+def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
     fleets = point.candidate.fleets
     return (
         _mark(point, plan),

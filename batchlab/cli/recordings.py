@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from batchlab.core.job_definition import JobDef
     from batchlab.runtime.factory import Backend
     from batchlab.scenarios.model.values import PoolPlan
-    from batchlab.scenarios.replay.measurements import Measured
-    from batchlab.scenarios.replay.recording import Past
+    from batchlab.scenarios.replay.measurements import Measurements
+    from batchlab.scenarios.replay.recording import RecordedWorkload
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,16 @@ def _is_same(record: Path, path: Path) -> bool:
     return record.resolve() in written
 
 
-def _of_record(request: Request) -> Past:
+def _of_record(request: Request) -> RecordedWorkload:
     from batchlab.scenarios.replay import recording
     from batchlab.scenarios.verdicts import record as records
 
     assert request.record
     found = records.read(request.record)
-    return recording.of_record(found, _name(request.name or f"{found.scenario}-recorded"))
+    return recording.from_record(found, _name(request.name or f"{found.scenario}-recorded"))
 
 
-def _of_jobs(request: Request) -> Past:
+def _of_jobs(request: Request) -> RecordedWorkload:
     from batchlab.runtime import factory
     from batchlab.scenarios.replay import recording
 
@@ -111,21 +111,21 @@ def _of_jobs(request: Request) -> Past:
     pools, policy = _fleet(home, backend)
     first = min(views.values(), key=lambda view: view["submitted_s"])
     name = _name(request.name or f"{first['name']}-recorded")
-    return recording.of_jobs(jobs, measured, name, pools, policy)
+    return recording.from_jobs(jobs, measured, name, pools, policy)
 
 
 async def _measured(
     backend: Backend, home: Home, views: Mapping[str, JobView]
-) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measured]]:
+) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measurements]]:
     from batchlab.jobs.attempts import definition
     from batchlab.runtime.factory import patience
-    from batchlab.scenarios.replay.measurements import Told, measure
+    from batchlab.scenarios.replay.measurements import ObservedJob, measure
 
     objects = backend.open_objects(home)
     jobs, measured = [], {}
     for job, view in views.items():
         jobs.append((view, await definition(objects, JobId(job), patience())))
-        measured[job] = await measure([Told(view["name"], view)], 0, objects, patience())
+        measured[job] = await measure([ObservedJob(view["name"], view)], 0, objects, patience())
     return jobs, measured
 
 

@@ -40,7 +40,7 @@ from batchlab.scenarios.replay.run import INTERRUPTED
 if TYPE_CHECKING:
     from batchlab.runtime.descriptor import Calibration
     from batchlab.runtime.factory import Backend
-    from batchlab.scenarios.faults.proxy import Front
+    from batchlab.scenarios.faults.proxy import FaultProxy
     from batchlab.scenarios.forecast.comparison import Comparison
     from batchlab.scenarios.model.values import Scenario
     from batchlab.scenarios.verdicts.record import Record
@@ -80,7 +80,7 @@ def run(request: Request, *, json: bool) -> None:
     from batchlab.cli.simulate import calibrated
     from batchlab.runtime import factory
     from batchlab.scenarios.model import loader
-    from batchlab.scenarios.model.expansion import compressed
+    from batchlab.scenarios.model.expansion import compress_scenario
     from batchlab.scenarios.verdicts import verdict
 
     backend = factory.load(request.backend, request.endpoint)
@@ -90,7 +90,7 @@ def run(request: Request, *, json: bool) -> None:
         )
     whole = loader.load(loader.find(request.scenario))
     factor = whole.compress if request.compress is None else request.compress
-    scenario = compressed(whole, factor)
+    scenario = compress_scenario(whole, factor)
     calibration = calibrated(request.calibration, backend.name, scenario.compressed)
     if factor != 1:
         output.say(f"All times of {scenario.name} are divided by {factor:g}.")
@@ -179,7 +179,7 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
 
     home = request.home
     is_fixed = backend.capabilities.fixed_pools
-    policy = {} if is_fixed else grid_fit.settings_of(scenario.policy)
+    policy = {} if is_fixed else grid_fit.policy_settings(scenario.policy)
     is_up = home.record() is not None
     with ExitStack() as stack:
         front = None
@@ -191,7 +191,7 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
-        stack.enter_context(spot_market.bought(backend, home, spot))
+        stack.enter_context(spot_market.with_spot_shares(backend, home, spot))
         found = asyncio.run(_run(request, session, scenario, front))
         # Before all that was changed for it is put back, which may fail.
         records.write(found, path)
@@ -199,8 +199,8 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
 
 
 @contextmanager
-def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, Front | None]]:
-    from batchlab.scenarios.faults.proxy import fronted
+def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, FaultProxy | None]]:
+    from batchlab.scenarios.faults.proxy import with_proxy
 
     if backend.emulator and request.keep_up:
         raise UsageError(
@@ -208,16 +208,16 @@ def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, Fron
             "command.",
             remedy="Leave out --keep-up, or bring the grid up before with `batchlab grid up`.",
         )
-    with fronted(backend, request.home, output.say) as found:
+    with with_proxy(backend, request.home, output.say) as found:
         yield found
 
 
 async def _run(
-    request: Request, session: Session, scenario: Scenario, front: Front | None
+    request: Request, session: Session, scenario: Scenario, front: FaultProxy | None
 ) -> Record:
     from batchlab.client.http import Client
     from batchlab.runtime.factory import patience
-    from batchlab.scenarios.faults.fault_injection import Injector, injector_for
+    from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
     from batchlab.scenarios.replay import driver
 
     home, backend = session.home, session.backend
@@ -231,7 +231,7 @@ async def _run(
         replay_progress.follow() as shown,
     ):
 
-        def injector() -> Injector:
+        def injector() -> FaultInjector:
             return injector_for(
                 backend,
                 home,
@@ -301,11 +301,11 @@ def _compared(
     from batchlab.core.pricing import price_book
     from batchlab.scenarios.faults import fault_table
     from batchlab.scenarios.forecast.comparison import compare
-    from batchlab.scenarios.forecast.grid import Options
+    from batchlab.scenarios.forecast.grid import ForecastOptions
     from batchlab.scenarios.forecast.simulate import simulate
 
     output.say("Simulating the same.")
-    options = Options(impossible=fault_table.impossible(backend.name))
+    options = ForecastOptions(impossible=fault_table.impossible(backend.name))
     try:
         forecast = simulate(
             scenario,

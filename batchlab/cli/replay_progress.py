@@ -12,7 +12,7 @@ from batchlab.cli.progress import PLAIN_EVERY_S, Moving
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from batchlab.scenarios.replay.run_state import State
+    from batchlab.scenarios.replay.run_state import ReplayProgress
 
 LATE_S = 0.5
 """A submission that is later than this is told of."""
@@ -21,7 +21,7 @@ LATE_S = 0.5
 class Progress(Protocol):
     """Shows a replay; a context manager that cleans up the terminal."""
 
-    def show(self, state: State) -> None:
+    def show(self, state: ReplayProgress) -> None:
         """Time has passed."""
 
     def __enter__(self) -> Self: ...
@@ -34,13 +34,13 @@ def follow() -> Progress:
     return Picture() if sys.stderr.isatty() else Lines()
 
 
-def jobs_text(state: State) -> str:
+def jobs_text(state: ReplayProgress) -> str:
     """`12/40 jobs ended, 1 of them badly, 20 submitted`."""
     bad = f", {state.bad} of them badly" if state.bad else ""
     return f"{state.ended:,}/{state.jobs:,} jobs ended{bad}, {state.submitted:,} submitted"
 
 
-def grid_text(state: State) -> str:
+def grid_text(state: ReplayProgress) -> str:
     """`30 messages waiting, 4 in flight; 2/4 instances`; empty before anything was seen."""
     if state.sample is None:
         return ""
@@ -50,7 +50,7 @@ def grid_text(state: State) -> str:
     return f"{waiting:,} messages waiting, {busy:,} in flight; {up}/{desired} instances"
 
 
-def notes(state: State) -> list[str]:
+def notes(state: ReplayProgress) -> list[str]:
     """What else there is to say."""
     found = []
     if state.left_s >= 1 and state.ended < state.jobs:
@@ -70,7 +70,7 @@ class Lines:
         self._said_s = float("-inf")
         self._doing: tuple[str, ...] = ()
 
-    def show(self, state: State) -> None:
+    def show(self, state: ReplayProgress) -> None:
         now_s = time.monotonic()
         if state.doing == self._doing and now_s - self._said_s < self._every_s:
             return
@@ -91,9 +91,9 @@ class Picture(Moving):
     per_second = 4
 
     def __init__(self) -> None:
-        self._state: State | None = None
+        self._state: ReplayProgress | None = None
 
-    def show(self, state: State) -> None:
+    def show(self, state: ReplayProgress) -> None:
         self._state = state
 
     def draw(self) -> RenderableType:

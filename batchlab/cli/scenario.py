@@ -23,7 +23,7 @@ from batchlab.scenarios.model.values import Scenario, Schedule
 
 if TYPE_CHECKING:
     from batchlab.scenarios.model.demand_curve import Curve
-    from batchlab.scenarios.model.values import Odd, Scenario, Schedule
+    from batchlab.scenarios.model.values import Anomaly, Scenario, Schedule
 
 ODD_SHOWN = 10
 """Odd records that are told one by one: who has many has one reason for most."""
@@ -44,7 +44,7 @@ def list_(json: JsonOption = False) -> None:
     """
     from batchlab.scenarios.model import loader
 
-    found = loader.shipped()
+    found = loader.shipped_scenarios()
     if json:
         output.show_json(
             [{"name": one.name, "teaches": one.teaches, "file": str(one.path)} for one in found]
@@ -86,7 +86,7 @@ def check(
             remedy="Give its arrivals a higher rate or a later until, or another --seed; from, "
             "until and limit may leave nothing of a trace.",
         )
-    seen = demand_curve.of(scenario, schedule.jobs)
+    seen = demand_curve.build_curve(scenario, schedule.jobs)
     from batchlab.cli import charts
 
     doubtful = list(of(scenario, schedule, seen))
@@ -116,7 +116,7 @@ def _fancy() -> bool:
 
 def _traces(scenario: Scenario) -> Iterator[str]:
     """How much of each trace can be used, and what time it was when the scenario begins."""
-    from batchlab.scenarios.traces import Trace
+    from batchlab.scenarios.traces.source import Trace
 
     for source in scenario.arrivals:
         if isinstance(source, Trace):
@@ -127,11 +127,11 @@ def _traces(scenario: Scenario) -> Iterator[str]:
             yield f"Trace {source.path.name}: {of}{clock}"
 
 
-def _odd(odd: Sequence[Odd]) -> Iterator[str]:
+def _odd(odd: Sequence[Anomaly]) -> Iterator[str]:
     """What is odd in the traces, by kind, with the first record of each."""
-    from batchlab.scenarios.traces import summary
+    from batchlab.scenarios.traces.rows import summarize
 
-    kinds = summary(odd)
+    kinds = summarize(odd)
     if kinds:
         yield f"\n{output.count(len(odd), 'odd record')} in traces:"
     for kind in kinds[:ODD_SHOWN]:
@@ -143,7 +143,7 @@ def _odd(odd: Sequence[Odd]) -> Iterator[str]:
 
 
 def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, object]:
-    from batchlab.scenarios.traces import Trace
+    from batchlab.scenarios.traces.source import Trace
 
     return {
         "name": scenario.name,

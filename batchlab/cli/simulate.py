@@ -30,15 +30,15 @@ from batchlab.cli.options import (
 )
 from batchlab.cli.signals import Stopped
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.forecast.comparison import Comparison, Curves, Difference, levels
+from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
 from batchlab.scenarios.verdicts.measures import Unit
 
 if TYPE_CHECKING:
     from batchlab.runtime.descriptor import Calibration
-    from batchlab.scenarios.forecast.simulate import Progress as Seen
+    from batchlab.scenarios.forecast.simulate import SimulationProgress as Seen
     from batchlab.scenarios.model.values import Scenario
     from batchlab.scenarios.verdicts.record import Record
-    from batchlab.scenarios.verdicts.verdict import Row
+    from batchlab.scenarios.verdicts.verdict import VerdictRow
 
 SOMETIMES_S = 10.0
 """Where stderr is no terminal, progress is told so often."""
@@ -102,11 +102,11 @@ def simulate(
     from batchlab.runtime import factory
     from batchlab.scenarios.forecast.simulate import simulate as run
     from batchlab.scenarios.model import loader
-    from batchlab.scenarios.model.expansion import compressed
+    from batchlab.scenarios.model.expansion import compress_scenario
     from batchlab.scenarios.verdicts import record, verdict
     from batchlab.sim.actors import let_the_dead_rest
 
-    found = compressed(loader.load(loader.find(scenario)), compress)
+    found = compress_scenario(loader.load(loader.find(scenario)), compress)
     backend = factory.load(like)
     measured = calibrated(calibration, backend.name, found.compressed)
     book = price_book.load(home_of(home).path)
@@ -152,7 +152,7 @@ def calibrated(file: Path | None, backend: str, compressed: float) -> Calibratio
     if file is None:
         return None
     found = calibrate.read(file)
-    if note := calibrate.fitting(found, backend, compressed):
+    if note := calibrate.check_fit(found, backend, compressed):
         output.say(f"Note: {note}.")
     return found
 
@@ -163,7 +163,7 @@ def _tell_long(scenario: Scenario, seed: int | None) -> None:
     from batchlab.scenarios.model.expansion import expand
 
     jobs = expand(scenario, seed).jobs
-    tasks = sum(sum(distributions.of(job.template, job.tasks).values()) for job in jobs)
+    tasks = sum(sum(distributions.stage_sizes(job.template, job.tasks).values()) for job in jobs)
     if tasks >= MANY_TASKS:
         output.say(
             f"{output.count(tasks, 'task')} take up to about {output.span(tasks / TASKS_A_S)} "
@@ -171,12 +171,12 @@ def _tell_long(scenario: Scenario, seed: int | None) -> None:
         )
 
 
-def _tell_next(scenario: str, made: Record, rows: list[Row]) -> None:
+def _tell_next(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
     """Who looks for a fleet that is in time, where this one is not."""
     from batchlab.cli.plan_output import duration
-    from batchlab.scenarios.verdicts.verdict import Colour
+    from batchlab.scenarios.verdicts.verdict import Color
 
-    late = [row for row in rows if row.colour is Colour.RED and row.measure in ("makespan", "late")]
+    late = [row for row in rows if row.colour is Color.RED and row.measure in ("makespan", "late")]
     if late:
         # Of a compressed run it is a compressed one, and a plan is made for the whole time.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
@@ -187,7 +187,7 @@ def _tell_next(scenario: str, made: Record, rows: list[Row]) -> None:
         )
 
 
-def _facts(made: Record, rows: list[Row]) -> dict[str, object]:
+def _facts(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
     from batchlab.scenarios.verdicts import verdict
 
     return {
@@ -230,7 +230,7 @@ def _measures(made: Record) -> dict[str, float | None]:
     return found
 
 
-def _text(made: Record, rows: list[Row]) -> str:
+def _text(made: Record, rows: list[VerdictRow]) -> str:
     from batchlab.cli import charts
     from batchlab.scenarios.verdicts.measures import MEASURES, Unknown
 
@@ -400,7 +400,7 @@ def _signed(value: float | None, unit: Unit) -> str:
     return f"{'-' if value < 0 else '+'}{number(abs(value), unit)}"
 
 
-def _drawn(curves: Curves) -> str:
+def _drawn(curves: CurvePair) -> str:
     most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
     relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
     title = (
@@ -410,6 +410,6 @@ def _drawn(curves: Curves) -> str:
     if not most:
         return f"{curves.what}: none at any time in either"
     chart = Chart(curves.until_s, most)
-    chart.area(levels(curves.fact, curves.until_s, chart.width))
-    chart.line(levels(curves.forecast, curves.until_s, chart.width))
+    chart.area(sample_curve(curves.fact, curves.until_s, chart.width))
+    chart.line(sample_curve(curves.forecast, curves.until_s, chart.width))
     return f"{title}\n{chart.text(output.span, lambda value: f'{value:,.4g}')}"

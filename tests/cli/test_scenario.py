@@ -22,7 +22,7 @@ def test_every_command_has_help_with_one_example(run: Run, command: str) -> None
 def test_the_shipped_ones_are_listed_with_what_they_teach(run: Run) -> None:
     code, out, _ = run("scenario", "list")
     assert code == 0
-    for one in loader.shipped():
+    for one in loader.shipped_scenarios():
         assert f"{one.name} " in out
         assert one.teaches in out
     code, out, _ = run("scenario", "list", "--json")

@@ -15,7 +15,8 @@ from batchlab.scenarios import traces
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Schedule
-from batchlab.scenarios.traces import formats, said
+from batchlab.scenarios.traces import formats
+from batchlab.scenarios.traces.rows import describe
 from tests.support import ROOT
 
 PAGE = (ROOT / "docs" / "traces.md").read_text()
@@ -56,7 +57,7 @@ def test_an_example_comes_to_what_the_page_says(tmp_path: Path, name: str) -> No
     if name != "requests.yaml":
         assert rows == shown
     (block,) = re.findall(r"```text\n(.*?)```", after(name), re.S)
-    assert block.splitlines() == [said(odd).replace(f"{tmp_path}/", "") for odd in schedule.odd]
+    assert block.splitlines() == [describe(odd).replace(f"{tmp_path}/", "") for odd in schedule.odd]
 
 
 def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_the_counts_are_as_the_page_says(tmp_path: Path) -> None:
 def test_the_examples_are_all_formats() -> None:
     assert len(EXAMPLES) == 5
     assert set(re.findall(r"`(\w+)`", PAGE.split("Their names here are", 1)[1])) >= set(
-        formats.FIELDS
+        formats.SWF_FIELDS
     )
 
 

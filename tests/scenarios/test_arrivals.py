@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from batchlab.scenarios.model.arrivals import (
     DAY_S,
     HOUR_S,
-    At,
+    FixedTimes,
     MonthEnd,
     OnOff,
     Poisson,
     Profile,
     Ramp,
     Step,
-    hours,
-    week_s,
-    working_days_gone,
-    working_days_left,
+    parse_week_time_s,
+    split_by_hour,
+    working_days_after,
+    working_days_before,
 )
 from batchlab.scenarios.model.values import Source
 from tests.support.properties import PROPERTY
@@ -123,7 +123,7 @@ def test_a_weekly_profile_has_its_factor_on_every_day() -> None:
         template="j",
         daily=(10.0,) * 24,
         weekly=WEEKLY,
-        begins_s=week_s("wed"),
+        begins_s=parse_week_time_s("wed"),
         until_s=20 * 7 * DAY_S,
     )
     days = Counter(int(at // DAY_S + 2) % 7 for at in times(source))
@@ -138,7 +138,9 @@ def test_a_profile_of_weights_has_its_mean_over_a_week() -> None:
 
 def test_a_profile_may_begin_within_an_hour() -> None:
     daily = (0.0,) * 7 + (6000.0,) + (0.0,) * 16
-    source = Profile(template="j", daily=daily, begins_s=week_s("mon 06:30"), until_s=DAY_S)
+    source = Profile(
+        template="j", daily=daily, begins_s=parse_week_time_s("mon 06:30"), until_s=DAY_S
+    )
     found = times(source)
     assert near(len(found), 6000)
     assert 1800 <= found[0] <= 1810
@@ -206,7 +208,7 @@ def test_a_ramp_grows_evenly(first: float, last: float) -> None:
 
 
 def test_at_is_exact() -> None:
-    source = At(template="j", moments=((3600.0, 2), (0.0, 1), (7200.0, 0)))
+    source = FixedTimes(template="j", moments=((3600.0, 2), (0.0, 1), (7200.0, 0)))
     assert times(source) == [0.0, 3600.0, 3600.0]
     assert times(source.compressed(60)) == [0.0, 60.0, 60.0]
 
@@ -214,7 +216,7 @@ def test_at_is_exact() -> None:
 @PROPERTY
 @given(st.floats(0, 3e6), st.floats(1, 3e5), st.floats(0, 7e5))
 def test_hours_tile_the_span(from_s: float, length_s: float, offset_s: float) -> None:
-    tiles = list(hours(from_s, from_s + length_s, offset_s))
+    tiles = list(split_by_hour(from_s, from_s + length_s, offset_s))
     assert tiles[0][0] == from_s
     assert tiles[-1][1] == from_s + length_s
     for (_, end, hour), (start, _, after) in pairwise(tiles):
@@ -226,20 +228,20 @@ def test_hours_tile_the_span(from_s: float, length_s: float, offset_s: float) ->
 
 
 def test_times_of_the_week() -> None:
-    assert week_s("Monday") == 0
-    assert week_s("tue 06:30") == DAY_S + 6.5 * HOUR_S
-    assert week_s(" SUN 23:59 ") == 7 * DAY_S - 60
+    assert parse_week_time_s("Monday") == 0
+    assert parse_week_time_s("tue 06:30") == DAY_S + 6.5 * HOUR_S
+    assert parse_week_time_s(" SUN 23:59 ") == 7 * DAY_S - 60
     for wrong in ("", "someday", "mon 24:00", "mon 6", "tues"):
         with pytest.raises(ValueError, match="not a time of the week"):
-            week_s(wrong)
+            parse_week_time_s(wrong)
 
 
 def test_working_days() -> None:
-    assert working_days_left(date(2026, 1, 30)) == 0
-    assert working_days_left(date(2026, 1, 26)) == 4
-    assert working_days_left(date(2026, 1, 26), {date(2026, 1, 30)}) == 3
-    assert working_days_gone(date(2026, 2, 2)) == 0
-    assert working_days_gone(date(2026, 2, 10)) == 6
+    assert working_days_after(date(2026, 1, 30)) == 0
+    assert working_days_after(date(2026, 1, 26)) == 4
+    assert working_days_after(date(2026, 1, 26), {date(2026, 1, 30)}) == 3
+    assert working_days_before(date(2026, 2, 2)) == 0
+    assert working_days_before(date(2026, 2, 10)) == 6
 
 
 @pytest.mark.parametrize(
@@ -265,8 +267,8 @@ def test_working_days() -> None:
             lambda: Step(template="j", per_hour=1, steps=((2.0, 1.0), (1.0, 1.0)), until_s=9.0),
             "in order of time",
         ),
-        (lambda: At(template="j", moments=((-1.0, 1),)), "before the beginning"),
-        (lambda: At(template="j", moments=((1.0, -1),)), "arrive -1 times"),
+        (lambda: FixedTimes(template="j", moments=((-1.0, 1),)), "before the beginning"),
+        (lambda: FixedTimes(template="j", moments=((1.0, -1),)), "arrive -1 times"),
     ],
 )
 def test_what_makes_no_process_is_refused(make: object, message: str) -> None:

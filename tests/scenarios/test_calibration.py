@@ -13,7 +13,7 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast import calibration
-from batchlab.scenarios.forecast.calibration import Calibrated, Quantity
+from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
 from batchlab.scenarios.verdicts.record import Record, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
@@ -61,7 +61,7 @@ def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
     return a_record(*jobs, instances=(*instances, lost, *there), stages=(work,))
 
 
-def by_name(found: Calibrated) -> dict[str, Quantity]:
+def by_name(found: CalibrationResult) -> dict[str, CalibratedValue]:
     return {f"{one.name} {one.of}".strip(): one for one in found.quantities}
 
 
@@ -154,10 +154,10 @@ def test_of_a_sample_each_stands_for_as_many_as_there_were() -> None:
 def test_numbers_are_for_the_backend_and_compression_that_they_are_of() -> None:
     made = calibration.calibrate([replace(a_run(1), compressed=60.0)]).calibration
     assert made.compressed == 60.0
-    assert calibration.fitting(made, "local", 60.0) == ""
-    assert "compressed by 60, the forecast by 1" in calibration.fitting(made, "local", 1.0)
+    assert calibration.check_fit(made, "local", 60.0) == ""
+    assert "compressed by 60, the forecast by 1" in calibration.check_fit(made, "local", 1.0)
     with pytest.raises(UsageError, match="measured on local") as refused:
-        calibration.fitting(made, "aws", 60.0)
+        calibration.check_fit(made, "aws", 60.0)
     assert "--like local" in refused.value.remedy
 
 

@@ -9,8 +9,8 @@ import pytest
 from batchlab.cli import simulate
 from batchlab.cli.charts import Chart
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.forecast.comparison import compare, levels
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.forecast.comparison import compare, sample_curve
+from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.scenarios.records import a_job, a_record, a_sample
 
 FACT = a_record(
@@ -63,7 +63,7 @@ def test_curves_are_compared_over_time() -> None:
     # One instance too few for half of the time, and two for the last tenth.
     assert fleet.mean_error == pytest.approx(0.5 * 1 + 0.1 * 2)
     assert fleet.mean_fact == pytest.approx(0.5 * 4 + 0.5 * 2)
-    assert levels([(1.0, 5.0), (3.0, 1.0)], 4.0, 4) == [0, 5, 5, 1]
+    assert sample_curve([(1.0, 5.0), (3.0, 1.0)], 4.0, 4) == [0, 5, 5, 1]
 
 
 def test_what_makes_them_less_alike_is_told() -> None:
@@ -75,7 +75,7 @@ def test_what_makes_them_less_alike_is_told() -> None:
             seed=2,
             digest="b",
             settings={"cooldown_in_s": 99.0},
-            faults=(Injected("kill", 1.0, impossible="no"),),
+            faults=(InjectedFault("kill", 1.0, impossible="no"),),
         ),
     )
     told = " ".join(found.notes)

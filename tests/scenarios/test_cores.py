@@ -9,24 +9,24 @@ import pytest
 
 from batchlab.core.model import Pool
 from batchlab.runtime import factory
-from batchlab.scenarios.forecast.jobs import Cores
+from batchlab.scenarios.forecast.jobs import SharedCores
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import PoolPlan, Scenario, StageTemplate, WorkKind
-from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.verdicts.measures import MEASURES
 from tests.support.scenarios.small_scenarios import claims
 
 
 def test_bundles_take_turns_at_the_cores() -> None:
-    cores = Cores(2, 0.5)
+    cores = SharedCores(2, 0.5)
     told = [cores.begin(10.0, "w", computes=False) for _ in range(4)]
     assert told == pytest.approx([0.5, 0.5, 1.0, 1.0])
     assert cores.begin(20.0, "w", computes=False) == pytest.approx(0.5)
 
 
 def test_a_task_that_computes_takes_its_share_until_it_is_over() -> None:
-    cores = Cores(1, 0.5)
+    cores = SharedCores(1, 0.5)
     for _ in range(4):
         cores.begin(0.0, "a", computes=True)
     # Of six processes that want a core two are the manager and a worker.
@@ -37,7 +37,7 @@ def test_a_task_that_computes_takes_its_share_until_it_is_over() -> None:
 
 
 def test_without_cores_nothing_is_shared() -> None:
-    cores = Cores(0, 0.5)
+    cores = SharedCores(0, 0.5)
     assert cores.begin(0.0, "w", computes=True) == 0.0
     cores.end("w", computes=True)
 
@@ -68,7 +68,7 @@ def test_a_sketch_takes_what_a_bundle_takes_of_a_core() -> None:
     stage = StageTemplate("work", Constant(10.0), bundle=1)
     plan = claims(stage, jobs=1, tasks=2, pool=PoolPlan(Pool("default", 2, 2, 1)))
     for cores, takes_s in ((2, 11.5), (0, 11.0)):
-        (job,) = Sketch("local", replace(calibration, cores=cores))(plan, 1).jobs
+        (job,) = FastModel("local", replace(calibration, cores=cores))(plan, 1).jobs
         assert job.ended_s == takes_s
 
 

@@ -21,11 +21,11 @@ from batchlab.scenarios.model.distributions import (
     Weibull,
 )
 from batchlab.scenarios.model.random_streams import Stream
-from batchlab.scenarios.model.values import Draw
+from batchlab.scenarios.model.values import Distribution
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.burstiness import cv2
 
-DRAWS: list[Draw] = [
+DRAWS: list[Distribution] = [
     Constant(3.0),
     Uniform(1.0, 5.0),
     Exponential(4.0),
@@ -42,12 +42,12 @@ DRAWS: list[Draw] = [
 SIZE = 100_000
 
 
-def sample(draw: Draw) -> list[float]:
+def sample(draw: Distribution) -> list[float]:
     return [draw.at(unit) for unit in Stream(11, "sample").units(0, SIZE)]
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=repr)
-def test_the_mean_is_that_of_what_is_drawn(draw: Draw) -> None:
+def test_the_mean_is_that_of_what_is_drawn(draw: Distribution) -> None:
     drawn = sample(draw)
     # Four standard errors, and what a float's sum may be off.
     assert fmean(drawn) == pytest.approx(draw.mean, abs=4 * pstdev(drawn) / sqrt(SIZE) + 1e-9)
@@ -57,7 +57,7 @@ def test_the_mean_is_that_of_what_is_drawn(draw: Draw) -> None:
 @pytest.mark.parametrize("draw", DRAWS, ids=repr)
 @PROPERTY
 @given(unit=st.floats(0, 1, exclude_max=True), factor=st.floats(0.001, 1000.0))
-def test_scaled_is_the_same_times_a_factor(draw: Draw, unit: float, factor: float) -> None:
+def test_scaled_is_the_same_times_a_factor(draw: Distribution, unit: float, factor: float) -> None:
     assert draw.scaled(factor).at(unit) == pytest.approx(draw.at(unit) * factor, rel=1e-9)
     assert draw.scaled(factor).mean == pytest.approx(draw.mean * factor, rel=1e-9)
 
@@ -65,7 +65,7 @@ def test_scaled_is_the_same_times_a_factor(draw: Draw, unit: float, factor: floa
 @pytest.mark.parametrize("draw", [d for d in DRAWS if not isinstance(d, Mixture)], ids=repr)
 @PROPERTY
 @given(st.lists(st.floats(0, 1, exclude_max=True), min_size=2))
-def test_a_quantile_grows_with_its_unit(draw: Draw, units: list[float]) -> None:
+def test_a_quantile_grows_with_its_unit(draw: Distribution, units: list[float]) -> None:
     drawn = [draw.at(unit) for unit in sorted(units)]
     # A power of nearly equal units may round either way.
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(drawn))

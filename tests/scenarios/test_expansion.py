@@ -13,9 +13,9 @@ from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool, TaskSet
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model import expansion as times
-from batchlab.scenarios.model.arrivals import At, OnOff, Poisson
+from batchlab.scenarios.model.arrivals import FixedTimes, OnOff, Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential, Lognormal
-from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.model.expansion import compress_scenario, expand
 from batchlab.scenarios.model.values import (
     Expectation,
     Fault,
@@ -47,7 +47,7 @@ SCENARIO = Scenario(
     {"claims": CLAIMS, "media": MEDIA},
     (
         Poisson(template="claims", per_hour=30, until_s=8 * 3600.0),
-        At(template="media", moments=((0.0, 2), (600.0, 1))),
+        FixedTimes(template="media", moments=((0.0, 2), (600.0, 1))),
         OnOff(template="media", per_hour=60, on_s=600.0, off_s=1800.0, until_s=7200.0),
     ),
     (PoolPlan(Pool("default", 0, 40, 4, boot_s=90.0), spot=0.5),),
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_jobs_and_another_seed_others() -> None:
 def test_another_file_or_compression_gives_its_jobs_other_ids() -> None:
     ids = {job.id for job in expand(SCENARIO).jobs}
     assert not ids & {job.id for job in expand(replace(SCENARIO, digest="other")).jobs}
-    assert not ids & {job.id for job in expand(compressed(SCENARIO, 60)).jobs}
+    assert not ids & {job.id for job in expand(compress_scenario(SCENARIO, 60)).jobs}
 
 
 def test_a_second_source_changes_nothing_in_what_the_first_sends() -> None:
@@ -98,7 +98,7 @@ def test_a_second_source_changes_nothing_in_what_the_first_sends() -> None:
 
 
 def test_an_arrival_of_no_job_names_those_there_are() -> None:
-    wrong = replace(SCENARIO, arrivals=(At(template="claim", moments=((0.0, 1),)),))
+    wrong = replace(SCENARIO, arrivals=(FixedTimes(template="claim", moments=((0.0, 1),)),))
     with pytest.raises(UsageError, match="names the job 'claim'") as caught:
         expand(wrong)
     assert "claims, media" in caught.value.remedy
@@ -106,15 +106,15 @@ def test_an_arrival_of_no_job_names_those_there_are() -> None:
 
 def test_too_many_jobs_are_a_slip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expansion, "MOST_JOBS", 1000)
-    flood = replace(SCENARIO, arrivals=(At(template="media", moments=((0.0, 1001),)),))
-    some = replace(SCENARIO, arrivals=(At(template="media", moments=((0.0, 1000),)),))
+    flood = replace(SCENARIO, arrivals=(FixedTimes(template="media", moments=((0.0, 1001),)),))
+    some = replace(SCENARIO, arrivals=(FixedTimes(template="media", moments=((0.0, 1000),)),))
     assert len(expand(some).jobs) == 1000
     with pytest.raises(UsageError, match="more than 1,000 jobs"):
         expand(flood)
 
 
 def test_compressed_divides_every_time_and_nothing_else() -> None:
-    fast = compressed(SCENARIO, 60)
+    fast = compress_scenario(SCENARIO, 60)
     assert fast.compressed == 60
     parse, total = fast.jobs["claims"].stages
     assert (parse.task_s, total.task_s) == (Lognormal(4.0 / 60, 0.8), Constant(5.0 / 60))
@@ -132,7 +132,7 @@ def test_compressed_divides_every_time_and_nothing_else() -> None:
         Expectation("late", most=0.0),
     )
     with pytest.raises(UsageError, match="cannot be compressed 0-fold"):
-        compressed(SCENARIO, 0)
+        compress_scenario(SCENARIO, 0)
 
 
 @PROPERTY
@@ -141,7 +141,7 @@ def test_a_compressed_scenario_has_the_same_jobs_and_tasks_sooner(
     first: float, then: float
 ) -> None:
     plain = expand(SCENARIO).jobs
-    fast = expand(compressed(compressed(SCENARIO, first), then)).jobs
+    fast = expand(compress_scenario(compress_scenario(SCENARIO, first), then)).jobs
     assert len(fast) == len(plain)
     k = first * then
     for slow, quick in zip(plain, fast, strict=True):
@@ -166,37 +166,37 @@ INDICES = st.sets(st.integers(0, 3000), max_size=600).map(TaskSet.of)
 def test_many_tasks_at_once_are_what_each_is_alone(seed: int, tasks: TaskSet, attempt: int) -> None:
     for template, one in ((CLAIMS, 0), (CLAIMS, 1), (MEDIA, 0)):
         stage = template.stages[one]
-        assert times.batch_s(seed, job(), stage, tasks) == [
+        assert times.task_times_s(seed, job(), stage, tasks) == [
             times.task_s(seed, job(), stage, task) for task in tasks
         ]
-        assert times.failing(seed, job(), stage, tasks, attempt) == {
-            task for task in tasks if times.fails(seed, job(), stage, task, attempt)
+        assert times.failing_tasks(seed, job(), stage, tasks, attempt) == {
+            task for task in tasks if times.attempt_fails(seed, job(), stage, task, attempt)
         }
 
 
 def test_the_traces_time_is_that_of_root_tasks_only() -> None:
     parse, total = CLAIMS.stages
     assert times.task_s(1, job(task_s=9.0), parse, 0) == 9.0
-    assert times.batch_s(1, job(task_s=9.0), parse, TaskSet.span(0, 3)) == [9.0] * 3
+    assert times.task_times_s(1, job(task_s=9.0), parse, TaskSet.span(0, 3)) == [9.0] * 3
     assert times.task_s(1, job(task_s=9.0), total, 0) == 5.0
 
 
 def test_the_share_that_fails_is_as_declared_and_each_attempt_is_new() -> None:
     parse = CLAIMS.stages[0]
     every = TaskSet.span(0, 100_000)
-    first, second = (times.failing(7, job(), parse, every, attempt) for attempt in (1, 2))
+    first, second = (times.failing_tasks(7, job(), parse, every, attempt) for attempt in (1, 2))
     # Three standard deviations of a share of 0.3 in 100,000 are 0.0044.
     assert len(first) / 100_000 == pytest.approx(0.3, abs=0.0044)
     assert len(first & second) / 100_000 == pytest.approx(0.09, abs=0.0028)
-    assert times.failing(7, job(), CLAIMS.stages[1], every, 1) == frozenset()
+    assert times.failing_tasks(7, job(), CLAIMS.stages[1], every, 1) == frozenset()
 
 
 def test_the_first_tasks_are_the_poisonous_ones() -> None:
     encode = MEDIA.stages[0]
-    assert [times.kills(job(MEDIA), encode, task) for task in range(4)] == [
+    assert [times.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [
         True,
         True,
         False,
         False,
     ]
-    assert not times.kills(job(), CLAIMS.stages[0], 0)
+    assert not times.kills_worker(job(), CLAIMS.stages[0], 0)

@@ -23,7 +23,7 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.planner import fast_model, work_units
 from batchlab.scenarios.planner.candidates import Goal
-from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.planner import Search
 from batchlab.scenarios.verdicts.measures import MEASURES
 from batchlab.scenarios.verdicts.record import Record
@@ -38,7 +38,7 @@ def fixed(size: int, *, spot: float = 0.0, slots: int = 2) -> PoolPlan:
 
 
 def sketched(scenario: Scenario, seed: int = 1) -> Record:
-    return Sketch("aws")(scenario, seed)
+    return FastModel("aws")(scenario, seed)
 
 
 def of(record: Record, name: str) -> float:
@@ -125,7 +125,7 @@ def test_without_a_calibration_it_goes_by_what_is_usual_on_the_backend() -> None
     """Processes start at once, whatever the scenario says; and a wave takes any of them."""
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
-    found = Sketch("local")(plan, 1)
+    found = FastModel("local")(plan, 1)
     assert {one.boot_s for one in found.instances} == {factory.load("local").usual.other_boot_s}
     (hit,) = found.faults
     assert hit.targets
@@ -149,18 +149,18 @@ def test_it_is_not_over_before_the_last_prewarming_and_fault_are() -> None:
 
 def test_when_the_last_job_is_there_it_looks_at_each_tick() -> None:
     tick_s = factory.load("aws").manager.tick_s
-    plan = claims(MINUTE, jobs=2, gap_s=10 * fast_model.LOOKS * tick_s, tasks=64)
+    plan = claims(MINUTE, jobs=2, gap_s=10 * fast_model.MAX_POLICY_CHECKS * tick_s, tasks=64)
     moments = [one.at_s for one in sketched(plan).samples]
-    last_s = 10 * fast_model.LOOKS * tick_s
+    last_s = 10 * fast_model.MAX_POLICY_CHECKS * tick_s
     late = [b - a for a, b in pairwise(at_s for at_s in moments if at_s >= last_s)]
     assert set(late[1:]) == {tick_s}
-    assert len(moments) < 2 * fast_model.LOOKS
+    assert len(moments) < 2 * fast_model.MAX_POLICY_CHECKS
 
 
 def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_units, "PIECES", 50)
     plan = claims(PARSE, PRICE, SUM, jobs=2, tasks=500)
-    works = work_units.works(expand(plan, 1), 1, Calibration("aws"))
+    works = work_units.split_jobs(expand(plan, 1), 1, Calibration("aws"))
     for work in works:
         parse, price, total = work.stages
         assert len(parse) == len(price) < 100

@@ -16,10 +16,15 @@ from batchlab.runtime import factory
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.home import Home, Place
 from batchlab.scenarios.faults import fault_injection, localstack_proxy, rollback
-from batchlab.scenarios.faults.fault_injection import Injector, NotSeen, Seen, injector_for
-from batchlab.scenarios.faults.rollback import NotUndone, Undoing
+from batchlab.scenarios.faults.fault_injection import (
+    EffectNotSeen,
+    FaultInjector,
+    FaultResult,
+    injector_for,
+)
+from batchlab.scenarios.faults.rollback import Rollback, RollbackFailed
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.docker.memory_engine import AT, DockerWorld
 from tests.support.scenarios.cancelled_faults import Manager, at_every_wait
 
@@ -51,13 +56,13 @@ def test_undone_is_what_came_last_first_and_one_that_fails_keeps_nobody() -> Non
         return undo
 
     async def go() -> None:
-        async with Undoing(asyncio.Event()) as owed:
+        async with Rollback(asyncio.Event()) as owed:
             owed.owe("the first", mend("1"))
             owed.owe("the second", mend("2", fails=9))
             owed.owe("the third", mend("3", fails=1))
             raise BackendError("It went wrong.")
 
-    with pytest.raises(NotUndone) as told:
+    with pytest.raises(RollbackFailed) as told:
         asyncio.run(go())
     assert done == ["3", "3", "2", "2", "2", "1"]
     assert str(told.value) == ("It went wrong. The second could not be undone: 2 does not mend.")
@@ -72,7 +77,7 @@ def test_a_cancellation_waits_for_the_call_that_breaks_and_for_its_undo() -> Non
 
     async def go() -> None:
         async def broken() -> None:
-            async with Undoing(asyncio.Event()) as owed:
+            async with Rollback(asyncio.Event()) as owed:
                 await owed.breaking("it", lambda: slow("mended"), lambda: slow("broken"))
 
         doing = asyncio.ensure_future(broken())
@@ -95,7 +100,7 @@ def test_a_loop_that_is_closed_mends_first() -> None:
         said.append("mended")
 
     async def broken() -> None:
-        async with Undoing(asyncio.Event()) as owed:
+        async with Rollback(asyncio.Event()) as owed:
             owed.owe("it", slow)
             await asyncio.sleep(60)
 
@@ -114,8 +119,8 @@ def test_a_loop_that_is_closed_mends_first() -> None:
 # --- Every harm, cancelled at every wait ----------------------------------------------------------
 
 
-def harm_of(name: FaultName) -> Callable[[DockerWorld], Coroutine[Any, Any, Seen]]:
-    def do(world: DockerWorld) -> Coroutine[Any, Any, Seen]:
+def harm_of(name: FaultName) -> Callable[[DockerWorld], Coroutine[Any, Any, FaultResult]]:
+    def do(world: DockerWorld) -> Coroutine[Any, Any, FaultResult]:
         there = world.there
         harm = {
             FaultName.PAUSE: there.pause,
@@ -159,7 +164,7 @@ def test_in_containers_nothing_stands_whichever_call_fails(
         world = DockerWorld(tmp_path, fails=number, late=late)
         try:
             asyncio.run(harm_of(name)(world))
-        except NotUndone as error:
+        except RollbackFailed as error:
             raise AssertionError(f"call {number}") from error
         except BackendError:
             pass
@@ -181,7 +186,7 @@ def test_a_break_that_cannot_be_undone_is_told_and_keeps_no_other(
         unpause(name)
 
     monkeypatch.setattr(world.docker, "unpause", broken)
-    with pytest.raises(NotUndone, match=r"The pause of w-2 could not be undone: .* no memory"):
+    with pytest.raises(RollbackFailed, match=r"The pause of w-2 could not be undone: .* no memory"):
         asyncio.run(harm_of(FaultName.PAUSE)(world))
     assert world.stands() == ["c-w-2 is paused"]
 
@@ -190,15 +195,15 @@ def test_a_break_that_cannot_be_undone_is_told_and_keeps_no_other(
 
 
 def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
-    async def nobody_sees(_: Fault) -> Seen:
-        raise NotSeen("The end of the instances was not seen within 60 s.")
+    async def nobody_sees(_: Fault) -> FaultResult:
+        raise EffectNotSeen("The end of the instances was not seen within 60 s.")
 
-    async def no_room(_: Fault) -> Seen:
+    async def no_room(_: Fault) -> FaultResult:
         raise OSError(28, "No space left on device", "/there")
 
-    async def go() -> list[Injected]:
-        there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
-        one = Injector(there, {FaultName.KILL: nobody_sees, FaultName.PAUSE: no_room})
+    async def go() -> list[InjectedFault]:
+        there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
+        one = FaultInjector(there, {FaultName.KILL: nobody_sees, FaultName.PAUSE: no_room})
         fault = Fault(FaultName.KILL, 0.0)
         found = [await one.inject(fault, 1.0), await one.inject(Fault(FaultName.PAUSE, 0.0), 1.5)]
         await one.undo()
@@ -215,18 +220,18 @@ def test_what_breaks_the_same_thing_waits_until_the_first_is_mended(tmp_path: Pa
     """However long that takes longer than the fault."""
     said: list[str] = []
 
-    async def breaks(fault: Fault) -> Seen:
+    async def breaks(fault: Fault) -> FaultResult:
         said.append(f"{fault.pool} begins")
-        async with Undoing(asyncio.Event()) as owed:
+        async with Rollback(asyncio.Event()) as owed:
             owed.owe("it", lambda: asyncio.sleep(0.01))
             await asyncio.sleep(0)
         said.append(f"{fault.pool} ends")
-        return Seen(("one",), "seen")
+        return FaultResult(("one",), "seen")
 
     async def go(name: FaultName, *pools: str) -> list[str]:
         said.clear()
-        there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
-        one = Injector(there, {name: breaks})
+        there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
+        one = FaultInjector(there, {name: breaks})
         faults = [Fault(name, 0.0, pool=pool) for pool in pools]
         await asyncio.gather(*(one.inject(fault, 1.0) for fault in faults))
         return list(said)
@@ -244,9 +249,9 @@ def test_what_breaks_the_same_thing_waits_until_the_first_is_mended(tmp_path: Pa
 def test_nothing_is_broken_once_all_is_to_be_undone(tmp_path: Path, name: FaultName) -> None:
     """Also where the fault had come before, and was only about to begin."""
 
-    async def go() -> Injected:
+    async def go() -> InjectedFault:
         world = DockerWorld(tmp_path)
-        one = Injector(world.scene, {name: getattr(world.there, name.value)})
+        one = FaultInjector(world.scene, {name: getattr(world.there, name.value)})
         doing = asyncio.ensure_future(one.inject(Fault(name, 0.0), 1.0))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

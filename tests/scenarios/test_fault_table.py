@@ -15,9 +15,9 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import aws_stack, processes
-from batchlab.scenarios.faults.fault_injection import Scene, chosen, injector_for
+from batchlab.scenarios.faults.fault_injection import TargetGrid, injector_for, select_targets
 from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE, impossible, rows
-from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.support import ROOT
 from tests.support.grid.backends import command as batchlab
@@ -59,13 +59,13 @@ def test_every_fault_has_one_answer_on_every_backend() -> None:
     assert set(impossible("gcs").values()) == {"No fault is implemented for this backend"}
 
 
-def scene(name: str, tmp_path: Path) -> Scene:
-    return Scene(factory.load(name), Home(tmp_path), Client("http://127.0.0.1:1", "t"))
+def scene(name: str, tmp_path: Path) -> TargetGrid:
+    return TargetGrid(factory.load(name), Home(tmp_path), Client("http://127.0.0.1:1", "t"))
 
 
 @pytest.mark.parametrize("name", ["local", "ministack"])
 def test_what_the_table_promises_there_is(name: str, tmp_path: Path) -> None:
-    found = processes.harms(scene(name, tmp_path), Front("http://127.0.0.1:1"))
+    found = processes.actions(scene(name, tmp_path), FaultProxy("http://127.0.0.1:1"))
     assert set(found) == {fault for fault, there, cell in rows((name,)) if cell.possible}
 
 
@@ -165,7 +165,7 @@ def test_a_share_is_of_those_in_service_and_rounded_up() -> None:
     there = grid(a=[*up, instance("w9", "Pending", 0.0)], b=[instance("v", "InService", 50.0)])
 
     def hit(**more: object) -> list[str]:
-        return chosen(there, Fault(FaultName.KILL, 0.0, **more))  # type: ignore[arg-type]
+        return select_targets(there, Fault(FaultName.KILL, 0.0, **more))  # type: ignore[arg-type]
 
     assert hit(pool="a", share=0.5) == ["w4", "w3", "w2"], "the oldest first"
     assert hit(pool="a", share=0.2) == ["w4"]
@@ -173,6 +173,6 @@ def test_a_share_is_of_those_in_service_and_rounded_up() -> None:
     assert hit() == ["w4", "w3", "w2", "w1", "w0", "v"]
     assert hit(pool="b", count=7) == ["v"]
     assert hit(pool="c") == []
-    assert chosen(there, Fault(FaultName.KILL, 0.0), {"w1", "v"}) == ["w1", "v"]
+    assert select_targets(there, Fault(FaultName.KILL, 0.0), {"w1", "v"}) == ["w1", "v"]
     thirty = grid(a=[instance(f"w{n:02}", "InService", 1.0) for n in range(30)])
-    assert len(chosen(thirty, Fault(FaultName.KILL, 0.0, share=0.1))) == 3
+    assert len(select_targets(thirty, Fault(FaultName.KILL, 0.0, share=0.1))) == 3

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 
 from batchlab.core.errors import UsageError
 from batchlab.jobs.validation import keys
-from batchlab.scenarios import traces
 from batchlab.scenarios.model import arrivals, distributions, loader, schema, schema_distributions
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Expectation, FaultName, Policy, Prewarm, WorkKind
+from batchlab.scenarios.traces.source import Trace
 from batchlab.scenarios.verdicts.measures import MEASURES
 from docs.reference import scenario_file
 from tests.support import ROOT
@@ -39,7 +39,7 @@ def test_a_whole_file_becomes_values(tmp_path: Path) -> None:
     assert scenario.jobs["small"].stages[0].task_s == distributions.Constant(2)
     assert scenario.arrivals == (
         arrivals.Poisson(template="claims", per_hour=60, until_s=3600),
-        arrivals.At(template="small", moments=((0, 1), (300, 3))),
+        arrivals.FixedTimes(template="small", moments=((0, 1), (300, 3))),
     )
     [plan] = scenario.pools
     assert (plan.pool.max_size, plan.pool.slots, plan.spot) == (4, 2, 0.5)
@@ -90,7 +90,7 @@ DAILY = tuple(float(hour) for hour in range(24))
 @pytest.mark.parametrize(
     ("text", "source"),
     [
-        ("at: 5m", arrivals.At(template="claims", moments=((300, 1),))),
+        ("at: 5m", arrivals.FixedTimes(template="claims", moments=((300, 1),))),
         (
             "on_off: {per_hour: 9, on: 5m, off: 1h, idle_per_hour: 1, regular: true, until: 2h}",
             arrivals.OnOff(
@@ -170,7 +170,7 @@ def test_only_a_trace_may_leave_the_job_to_its_records(tmp_path: Path) -> None:
     )
     text = changed(f"job: claims, {POISSON}", "trace: {file: runs.jsonl}")
     scenario = load(tmp_path, text)
-    assert isinstance(scenario.arrivals[0], traces.Trace)
+    assert isinstance(scenario.arrivals[0], Trace)
     assert scenario.arrivals[0].template == ""
     assert expand(scenario).jobs[0].template.name == "small"
 
@@ -223,14 +223,14 @@ def test_a_scenario_is_found_by_its_file_or_by_the_name_of_a_shipped_one(
 
 
 def test_twelve_scenarios_are_shipped_and_each_stands_alone() -> None:
-    shipped = loader.shipped()
+    shipped = loader.shipped_scenarios()
     assert len(shipped) >= 12
     for one in shipped:
         scenario = loader.load(one.path)
         assert scenario.name == one.name == one.path.stem
         assert f"It teaches {one.teaches}" in " ".join(scenario.about.split())
         assert len(scenario.about.split("\n\n")) >= 2
-        assert not any(isinstance(source, traces.Trace) for source in scenario.arrivals)
+        assert not any(isinstance(source, Trace) for source in scenario.arrivals)
         assert all(job.file is None for job in scenario.jobs.values())
         assert {row.measure for row in scenario.expect} >= {"lost", "duplicates"}
         assert len(scenario.expect) >= 4

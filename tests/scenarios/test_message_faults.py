@@ -14,7 +14,7 @@ from batchlab.core.ports import Message, Outgoing, QueueSpec
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import messages
-from batchlab.scenarios.faults.fault_injection import Scene, Seen
+from batchlab.scenarios.faults.fault_injection import FaultResult, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.scenarios.fault_injection import numbers
@@ -37,7 +37,7 @@ class Place:
     """A queue of the backend `local` with messages in it."""
 
     def __init__(self, folder: Path) -> None:
-        self.scene = Scene(factory.load("local"), Home(folder), Pools())
+        self.scene = TargetGrid(factory.load("local"), Home(folder), Pools())
         self.queue = self.scene.backend.open_queue(self.scene.home, self.scene.backend.open_clock())
 
     async def fill(self) -> None:
@@ -62,7 +62,7 @@ async def place(tmp_path: Path) -> Any:
     await there.queue.close()
 
 
-def inject(place: Place, name: FaultName, **more: Any) -> Coroutine[Any, Any, Seen]:
+def inject(place: Place, name: FaultName, **more: Any) -> Coroutine[Any, Any, FaultResult]:
     do = messages.duplicates if name == FaultName.SQS_DUPLICATES else messages.delays
     return do(place.scene, Fault(name, 0.0, pool="a", **more))
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from batchlab.cli import plan_output
-from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import (
     Expectation,
@@ -20,15 +20,15 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.planner.candidates import (
     Candidate,
-    Fleet,
+    EvaluatedCandidate,
     Goal,
-    Outcome,
-    Point,
-    failures,
-    outcome,
+    PoolConfig,
+    TrialResult,
+    allowed_failures,
+    trial_result,
 )
 from batchlab.scenarios.planner.plan import Plan
-from batchlab.scenarios.planner.search_steps import Room, around, sized
+from batchlab.scenarios.planner.search_steps import SizeLimits, neighbors, scale_pools
 from batchlab.scenarios.verdicts.record import Record
 from tests.support.scenarios.plan_models import BOOK, a_scenario
 from tests.support.scenarios.records import a_job, a_record
@@ -67,47 +67,49 @@ def a_run(**failed: int) -> Record:
 def test_jobs_may_fail_as_their_own_template_is_expected_to(
     told: tuple[Expectation, ...], fine: dict[str, int], not_fine: dict[str, int]
 ) -> None:
-    may = failures(a_scenario(expect=told))
-    assert outcome(a_run(**fine), BOOK, failures=may).is_done
-    assert not outcome(a_run(**not_fine), BOOK, failures=may).is_done
+    may = allowed_failures(a_scenario(expect=told))
+    assert trial_result(a_run(**fine), BOOK, allowed_failures=may).is_done
+    assert not trial_result(a_run(**not_fine), BOOK, allowed_failures=may).is_done
 
 
-def a_room(useful: int) -> Room:
-    shown = outcome(a_record(usd=1.0), BOOK)
+def a_room(useful: int) -> SizeLimits:
+    shown = trial_result(a_record(usd=1.0), BOOK)
     demand = replace(shown.pools["default"], rise_s=100.0, boot_s=30.0)
-    return Room({"default": 4}, {"default": useful}, {"default": demand})
+    return SizeLimits({"default": 4}, {"default": useful}, {"default": demand})
 
 
 def test_nothing_is_pre_warmed_that_is_there_anyway() -> None:
     """`check` refuses that: it would change nothing."""
     warm = (Prewarm("default", 3, 60.0, 160.0),)
     for least, step in product((0, 1, 2, 3, 5), (0.5, 0.12)):
-        best = Candidate((Fleet("default", least, 6),), 300.0, warm if least < 3 else ())
-        tried = [*around(best, a_room(9), step), sized(best, a_room(9), 0.5)]
+        best = Candidate((PoolConfig("default", least, 6),), 300.0, warm if least < 3 else ())
+        tried = [*neighbors(best, a_room(9), step), scale_pools(best, a_room(9), 0.5)]
         for one in tried:
             (fleet,) = one.fleets
             assert all(fleet.min_size < w.min_size <= fleet.max_size for w in one.prewarm), one
 
 
-def a_plan(scenario: Scenario, *fleets: Fleet) -> Plan:
-    point = Point(Candidate(fleets, 300.0), (Outcome(7, 50.0, 0.5, 0, 0, 0, 2, {}, None),))
+def a_plan(scenario: Scenario, *fleets: PoolConfig) -> Plan:
+    point = EvaluatedCandidate(
+        Candidate(fleets, 300.0), (TrialResult(7, 50.0, 0.5, 0, 0, 0, 2, {}, None),)
+    )
     return Plan(scenario, Goal(100.0), point, (point,), 20, 23, 1, False)
 
 
 def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     wave, other = Fault(FaultName.SPOT_WAVE, 90.0), Fault(FaultName.KILL, 10.0)
     scenario = a_scenario(faults=(other, wave))
-    found = a_plan(scenario, Fleet("default", 0, 2))
+    found = a_plan(scenario, PoolConfig("default", 0, 2))
     assert found.idle_waves == (wave,)
     assert found.to_json()["idle_waves_at_s"] == [90.0]
     assert "Delete the spot-wave at 90.0 s there" in plan_output.text(found)
-    on_spot = a_plan(scenario, Fleet("default", 0, 2, 0.1))
+    on_spot = a_plan(scenario, PoolConfig("default", 0, 2, 0.1))
     assert on_spot.idle_waves == ()
     assert "Delete" not in plan_output.text(on_spot)
-    assert a_plan(a_scenario(faults=(other,)), Fleet("default", 0, 2)).idle_waves == ()
+    assert a_plan(a_scenario(faults=(other,)), PoolConfig("default", 0, 2)).idle_waves == ()
     # One that is of a pool finds nothing in another.
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
-    fleets = (Fleet("default", 0, 2), Fleet("big", 0, 2, 1.0))
+    fleets = (PoolConfig("default", 0, 2), PoolConfig("big", 0, 2, 1.0))
     assert [one.pool for one in a_plan(of_one, *fleets).idle_waves] == ["default"]
 
 
@@ -115,10 +117,10 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
 def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
     deadline_s: float, cannot: bool
 ) -> None:
-    arrivals = (At(template="plain", moments=((300.0, 1), (1500.0, 1))),)
-    late = (Outcome(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
+    arrivals = (FixedTimes(template="plain", moments=((300.0, 1), (1500.0, 1))),)
+    late = (TrialResult(7, 1600.0, 0.5, 0, 0, 0, 2, {}, None),)
     jobs = {"plain": JobTemplate("plain", (stage("work", 30.0),), Constant(1))}
-    made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), Fleet("default", 0, 4))
+    made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), PoolConfig("default", 0, 4))
     made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
     told = "None can: the last job is due 20 min 00 s after the first"
     assert (told in plan_output.text(made)) is cannot

@@ -20,12 +20,12 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.planner.candidates import (
     Candidate,
-    Fleet,
+    EvaluatedCandidate,
     Goal,
-    Outcome,
-    Point,
-    applied,
-    outcome,
+    PoolConfig,
+    TrialResult,
+    apply_candidate,
+    trial_result,
 )
 from batchlab.scenarios.planner.plan import Plan
 from batchlab.scenarios.planner.planner import Search
@@ -92,12 +92,14 @@ def test_a_fleet_whose_jobs_fail_is_cheap_and_not_to_be_had(
         assert a_plan(grid, Goal(660.0), expected).holds
 
 
-def an_outcome(seed: int, finish_s: float, usd: float, hit: bool | None = None) -> Outcome:
-    return Outcome(seed, finish_s, usd, 0, 0, 0, 2, {}, hit)
+def an_outcome(seed: int, finish_s: float, usd: float, hit: bool | None = None) -> TrialResult:
+    return TrialResult(seed, finish_s, usd, 0, 0, 0, 2, {}, hit)
 
 
-def told_of(outcomes: list[Outcome], goal: Goal) -> tuple[Plan, str]:
-    point = Point(Candidate((Fleet("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),))
+def told_of(outcomes: list[TrialResult], goal: Goal) -> tuple[Plan, str]:
+    point = EvaluatedCandidate(
+        Candidate((PoolConfig("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),)
+    )
     made = Plan(a_scenario(), goal, point, (point,), 20, 23, 1, True, fresh=tuple(outcomes))
     return made, plan_output.text(made)
 
@@ -144,8 +146,8 @@ def busy(at_s: float, in_service: int, tasks: int) -> Sample:
 def test_the_busiest_quarter_is_where_instances_have_work() -> None:
     samples = (busy(0, 9, 0), busy(100, 2, 5), busy(200, 6, 5), busy(300, 1, 5), busy(400, 9, 0))
     made = a_record(a_job(ended_s=400.0), samples=samples, usd=1.0)
-    assert outcome(made, BOOK, 400.0).busiest_s == 200.0
-    assert outcome(replace(made, samples=()), BOOK, 400.0).busiest_s == 0.0
+    assert trial_result(made, BOOK, 400.0).busiest_s == 200.0
+    assert trial_result(replace(made, samples=()), BOOK, 400.0).busiest_s == 0.0
 
 
 def test_a_minimum_is_priced_as_what_it_is() -> None:
@@ -158,14 +160,14 @@ def test_a_minimum_is_priced_as_what_it_is() -> None:
     hour = BOOK.instance_usd_h("m7i.large").typical
     disk = BOOK.of("ebs", "gp3_usd_per_gb_month") * 50 / 730
     # The run is over when its last instance has gone, at 60 s.
-    assert outcome(made, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
-    assert outcome(made, BOOK, 30.0).usd == 9.0
+    assert trial_result(made, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
+    assert trial_result(made, BOOK, 30.0).usd == 9.0
     on_spot = replace(made, instances=(replace(stays, market="spot"), *spot))
     cheaper = BOOK.instance_usd_h("m7i.large", Market.SPOT).typical
-    assert outcome(on_spot, BOOK, 3660.0).usd == pytest.approx(9.0 + cheaper + disk)
+    assert trial_result(on_spot, BOOK, 3660.0).usd == pytest.approx(9.0 + cheaper + disk)
     # Whom a minimum lacks at the end is bought on demand.
     gone = replace(made, instances=tuple(spot))
-    assert outcome(gone, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
+    assert trial_result(gone, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
 
 
 # --- What is put into a scenario -----------------------------------------------------------------
@@ -173,14 +175,21 @@ def test_a_minimum_is_priced_as_what_it_is() -> None:
 
 def test_a_candidate_changes_fleet_and_policy_and_nothing_else() -> None:
     scenario = a_scenario(policy=Policy(300.0, 120.0, 60.0), prewarm=(Prewarm("default", 1, 0, 9),))
-    made = applied(scenario, Candidate((Fleet("default", 1, 9, 0.5),), 60.0), wave_s=50.0)
+    made = apply_candidate(
+        scenario, Candidate((PoolConfig("default", 1, 9, 0.5),), 60.0), wave_s=50.0
+    )
     (plan,) = made.pools
     assert (plan.pool.min_size, plan.pool.max_size, plan.spot) == (1, 9, 0.5)
     assert (plan.pool.slots, plan.pool.boot_s) == (2, 60.0)
     assert made.policy == Policy(60.0, 120.0, 60.0)
     assert made.prewarm == ()
     assert [(one.name, one.at_s) for one in made.faults] == [(FaultName.SPOT_WAVE, 50.0)]
-    assert applied(scenario, Candidate((Fleet("default", 1, 9),), 60.0), wave_s=50.0).faults == ()
+    assert (
+        apply_candidate(
+            scenario, Candidate((PoolConfig("default", 1, 9),), 60.0), wave_s=50.0
+        ).faults
+        == ()
+    )
     assert replace(made, pools=(), policy=Policy(), prewarm=(), faults=()) == replace(
         scenario, pools=(), policy=Policy(), prewarm=(), faults=()
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.scenarios.planner.plan import Share, frontier
+from batchlab.scenarios.planner.plan import SeedShare, frontier
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def test_no_point_is_beaten_and_every_other_one_is(points: list[Point]) -> None:
 )
 def test_the_interval_is_wilsons(met: int, of: int, low: float, high: float) -> None:
     """As R's `binom::binom.wilson` and statsmodels' `proportion_confint` give it."""
-    found = Share(met, of).interval
+    found = SeedShare(met, of).interval
     assert found[0] == pytest.approx(low, abs=5e-5)
     assert found[1] == pytest.approx(high, abs=5e-5)
 
 
 def test_of_no_seed_nothing_is_known() -> None:
-    assert Share(0, 0).interval == (0.0, 1.0)
+    assert SeedShare(0, 0).interval == (0.0, 1.0)

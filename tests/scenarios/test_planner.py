@@ -19,8 +19,14 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.scenarios.model.values import PoolPlan, Scenario
 from batchlab.scenarios.planner import trials
-from batchlab.scenarios.planner.candidates import Candidate, Fleet, Goal, applied, outcome
-from batchlab.scenarios.planner.planner import Progress, Search
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    Goal,
+    PoolConfig,
+    apply_candidate,
+    trial_result,
+)
+from batchlab.scenarios.planner.planner import Search, SearchProgress
 from batchlab.scenarios.verdicts.record import Record
 from batchlab.sim.process_pool import Crew
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
@@ -56,8 +62,8 @@ def test_as_cheap_as_the_cheapest_of_all_there_are(
     cheapest = math.inf
     for size in range(1, 50):
         for share in range(21):
-            fleet = Fleet("default", 0, size, share / 20)
-            made = outcome(grid(applied(scenario, Candidate((fleet,), 1.0)), 7), BOOK)
+            fleet = PoolConfig("default", 0, size, share / 20)
+            made = trial_result(grid(apply_candidate(scenario, Candidate((fleet,), 1.0)), 7), BOOK)
             if made.finish_s <= deadline_s:
                 cheapest = min(cheapest, made.usd)
     found = a_plan(grid, Goal(deadline_s), scenario)
@@ -133,7 +139,7 @@ def test_a_fleet_is_recommended_that_is_in_time_with_other_luck_too() -> None:
     seeds = {one.seed for one in found.fresh}
     assert len(seeds) == 20
     assert not seeds & {one.seed for one in found.chosen.outcomes}
-    ends = [outcome(grid(found.planned, seed), BOOK).finish_s for seed in seeds]
+    ends = [trial_result(grid(found.planned, seed), BOOK).finish_s for seed in seeds]
     assert sum(end_s <= 660.0 for end_s in ends) == found.in_time.met
     assert sorted(one.finish_s for one in found.fresh) == sorted(ends)
 
@@ -256,7 +262,7 @@ def test_one_crew_lives_through_all_rounds(
     search = Search(a_scenario(), Goal(300.0), Grid(50, 30.0), 6, 2, 60)
     seen: set[int | None] = set()
 
-    def look(progress: Progress) -> None:
+    def look(progress: SearchProgress) -> None:
         seen.update(one.pid for one in multiprocessing.active_children())
         if is_stopped and progress.done == 30:
             raise KeyboardInterrupt

@@ -19,8 +19,15 @@ from batchlab.scenarios.forecast.comparison import Comparison, compare
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.values import Scenario
-from batchlab.scenarios.planner.candidates import Candidate, Fleet, Goal, Outcome, applied, outcome
-from batchlab.scenarios.planner.fast_model import Sketch
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    Goal,
+    PoolConfig,
+    TrialResult,
+    apply_candidate,
+    trial_result,
+)
+from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.planner import Search
 from batchlab.scenarios.verdicts import record
 from batchlab.scenarios.verdicts.record import Record
@@ -166,15 +173,15 @@ def test_the_planner_finds_what_arithmetic_says_of_the_simulated_grid() -> None:
     scenario = a_scenario(PLAIN)
     forecast = partial(planning.forecast, backend="aws", calibration=None)
 
-    def of_size(size: int) -> Outcome:
-        fleet = Candidate((Fleet("default", size, size),), 60.0)
-        return outcome(forecast(applied(scenario, fleet), 3), BOOK, 300.0)
+    def of_size(size: int) -> TrialResult:
+        fleet = Candidate((PoolConfig("default", size, size),), 60.0)
+        return trial_result(forecast(apply_candidate(scenario, fleet), 3), BOOK, 300.0)
 
     assert of_size(3).finish_s == pytest.approx(360.0, abs=10.0)
     enough = of_size(4)
     assert enough.finish_s == pytest.approx(240.0, abs=10.0)
     assert enough.usd < of_size(5).usd
-    sketch = Sketch("aws")
+    sketch = FastModel("aws")
     search = Search(scenario, Goal(300.0), forecast, seeds=2, runs=60, sketch=sketch)
     search.search()
     plan = search.answer()

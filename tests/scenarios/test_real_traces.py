@@ -11,7 +11,9 @@ import pytest
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Arrival, JobTemplate, Scenario, Schedule, StageTemplate
-from batchlab.scenarios.traces import Columns, Take, Trace, TraceFormat, summary
+from batchlab.scenarios.traces.columns import Columns, ColumnSum
+from batchlab.scenarios.traces.rows import summarize
+from batchlab.scenarios.traces.source import Trace, TraceFormat
 from tests.support.scenarios.burstiness import cv2, gaps, peak_to_mean
 
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
@@ -30,7 +32,10 @@ def arrivals(trace: Trace) -> list[Arrival]:
 
 def swf(path: Path, tasks: str = "") -> Trace:
     columns = Columns(
-        "submit", task_s=Take(("run",)), label="job", tasks=Take((tasks,)) if tasks else None
+        "submit",
+        task_s=ColumnSum(("run",)),
+        label="job",
+        tasks=ColumnSum((tasks,)) if tasks else None,
     )
     return Trace(template="job", path=path, format=TraceFormat.SWF, columns=columns)
 
@@ -68,9 +73,9 @@ def test_nasa_ipsc_leaves_no_wait_to_be_read(traces: Path) -> None:
         template="job",
         path=path,
         format=TraceFormat.SWF,
-        columns=Columns("submit", task_s=Take(("wait", "run"))),
+        columns=Columns("submit", task_s=ColumnSum(("wait", "run"))),
     )
-    (kind,) = summary(trace.odd())
+    (kind,) = summarize(trace.odd())
     assert (kind.what, kind.done, kind.count) == ("wait is unknown (-1)", "left out", 18_239)
 
 
@@ -79,7 +84,7 @@ def test_hpc2n(traces: Path) -> None:
     trace = swf(path)
     jobs = arrivals(trace)
     assert trace.reading().records == 3170
-    kinds = {kind.what: (kind.done, kind.count) for kind in summary(trace.odd())}
+    kinds = {kind.what: (kind.done, kind.count) for kind in summarize(trace.odd())}
     assert kinds == {
         "run is unknown (-1)": ("left out", 25),
         "the header promises another number of records": ("those that are there were read", 1),
@@ -112,7 +117,7 @@ def test_the_golden_sums_of_the_logs(traces: Path, shared_data: Path) -> None:
 
 def test_facebook(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
-    moved = Columns("submit", tasks=Take(("input", "shuffle", "output"), per=64 * 2**20))
+    moved = Columns("submit", tasks=ColumnSum(("input", "shuffle", "output"), per=64 * 2**20))
     jobs = arrivals(table(path, moved, FACEBOOK))
     times = [job.at_s for job in jobs]
     assert len(jobs) == 5894
@@ -123,7 +128,7 @@ def test_facebook(traces: Path) -> None:
     assert cv2(gaps(times)) == pytest.approx(13, abs=0.5)
     assert max(job.tasks or 0 for job in jobs) == -(-max_bytes(path) // (64 * 2**20))
     assert median(job.tasks or 0 for job in jobs) == 1
-    kilobytes = Columns("submit", tasks=Take(("input", "shuffle", "output"), per=1000))
+    kilobytes = Columns("submit", tasks=ColumnSum(("input", "shuffle", "output"), per=1000))
     sizes = [job.tasks or 0 for job in arrivals(table(path, kilobytes, FACEBOOK))]
     assert median(sizes) / 1e3 == pytest.approx(5.4, abs=0.05)
     assert fmean(sizes) / 1e6 == pytest.approx(9.5, abs=0.05)
@@ -133,8 +138,10 @@ def test_facebook(traces: Path) -> None:
 
 def test_facebook_has_jobs_too_large_for_tasks_of_a_byte(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
-    trace = table(path, Columns("submit", tasks=Take(("input", "shuffle", "output"))), FACEBOOK)
-    kinds = {(kind.what, kind.done): kind.count for kind in summary(trace.odd())}
+    trace = table(
+        path, Columns("submit", tasks=ColumnSum(("input", "shuffle", "output"))), FACEBOOK
+    )
+    kinds = {(kind.what, kind.done): kind.count for kind in summarize(trace.odd())}
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     sums = [sum(map(int, row[3:])) for row in rows]
     assert kinds == {
@@ -152,13 +159,13 @@ def max_bytes(path: Path) -> int:
 def test_facebook_says_where_a_gap_column_is_no_time(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
     trace = table(path, Columns("job"), FACEBOOK)
-    (kind,) = summary(trace.odd())
+    (kind,) = summarize(trace.odd())
     assert (kind.what, kind.count, kind.first_line) == ("job is no time", 5894, 1)
 
 
 def test_azure_requests(traces: Path) -> None:
     path = traces / "AzureLLMInferenceTrace_conv.csv"
-    tokens = Columns("TIMESTAMP", task_s=Take(("GeneratedTokens",), per=30))
+    tokens = Columns("TIMESTAMP", task_s=ColumnSum(("GeneratedTokens",), per=30))
     trace = table(path, tokens)
     times = [job.at_s for job in arrivals(trace)]
     assert len(times) == 19_366
@@ -170,7 +177,7 @@ def test_azure_requests(traces: Path) -> None:
 
 def test_azure_functions(traces: Path) -> None:
     path = traces / "Azure2021_200.csv"
-    ends = Columns("end_timestamp", minus="duration", task_s=Take(("duration",)), tenant="app")
+    ends = Columns("end_timestamp", minus="duration", task_s=ColumnSum(("duration",)), tenant="app")
     jobs = arrivals(table(path, ends))
     runs = [job.task_s or 0 for job in jobs]
     assert len(jobs) == 199
@@ -190,7 +197,7 @@ def test_load_balancer_counts(traces: Path) -> None:
     assert fmean(counts) == pytest.approx(62, abs=0.5)
     assert max(counts) == 656
     assert max(counts) / fmean(counts) == pytest.approx(10.6, abs=0.05)
-    (late,) = summary(trace.odd())
+    (late,) = summarize(trace.odd())
     assert (late.what, late.count) == ("the next record is late", 8)
     assert {odd.detail for odd in trace.odd()} == {"600 s, not 300 s"}
     jobs = arrivals(trace)
@@ -219,7 +226,9 @@ def test_taxi_counts(traces: Path) -> None:
 
 
 def test_a_count_can_be_one_large_job_instead(traces: Path) -> None:
-    jobs = arrivals(table(traces / "nyc_taxi.csv", Columns("timestamp", tasks=Take(("value",)))))
+    jobs = arrivals(
+        table(traces / "nyc_taxi.csv", Columns("timestamp", tasks=ColumnSum(("value",))))
+    )
     assert len(jobs) == 10_320
     assert max(job.tasks or 0 for job in jobs) == 39_197
 

@@ -16,9 +16,9 @@ from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
-from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.model.expansion import compress_scenario, expand
 from batchlab.scenarios.replay import recording
-from batchlab.scenarios.replay.measurements import spread
+from batchlab.scenarios.replay.measurements import even_sample
 from batchlab.scenarios.verdicts import record as records
 from batchlab.scenarios.verdicts.record import InstanceRun, JobRun, Record, StageRun
 
@@ -72,7 +72,7 @@ def _record(compressed_: float = 1.0) -> Record:
             run_s=sum(times),
             declared_s=sum(times),
             span_s=sum(times),
-            task_s=spread(times, 200),
+            task_s=even_sample(times, 200),
             after=shapes[name][0],
             gather=shapes[name][1],
         )
@@ -98,7 +98,7 @@ def test_the_scenario_has_the_same_jobs_and_tasks_which_take_as_long_in_all(
     tmp_path: Path,
 ) -> None:
     past = _record()
-    written = recording.write(recording.of_record(past, "again"), tmp_path / "again.yaml")
+    written = recording.write(recording.from_record(past, "again"), tmp_path / "again.yaml")
     assert (written.jobs, written.tasks) == (JOBS, 44 * JOBS)
     simulated = simulate(loader.load(written.scenario), like=factory.load("local"))
     assert len(simulated.jobs) == JOBS
@@ -113,7 +113,7 @@ def test_the_scenario_has_the_same_jobs_and_tasks_which_take_as_long_in_all(
 
 def test_pools_policy_and_deadlines_are_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
-    recording.write(recording.of_record(_record(), "again"), path)
+    recording.write(recording.from_record(_record(), "again"), path)
     scenario = loader.load(path)
     (plan,) = scenario.pools
     pool = plan.pool
@@ -127,14 +127,14 @@ def test_pools_policy_and_deadlines_are_as_they_were(tmp_path: Path) -> None:
 
 def test_a_compressed_run_is_recorded_as_the_scenario_that_it_was_of(tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
-    recording.write(recording.of_record(_record(compressed_=60.0), "again"), path)
+    recording.write(recording.from_record(_record(compressed_=60.0), "again"), path)
     scenario = loader.load(path)
     assert scenario.compress == 60
     assert expand(scenario).jobs[-1].due_s == pytest.approx(60 * 30.0 * (JOBS - 1))
     assert scenario.policy.drain_target_s == 1200
-    again = compressed(scenario, 60)
+    again = compress_scenario(scenario, 60)
     assert expand(again).jobs[-1].due_s == pytest.approx(30.0 * (JOBS - 1))
-    seconds = recording.drawn(path)["claims", "price"][1]
+    seconds = recording.drawn_times(path)["claims", "price"][1]
     assert seconds == pytest.approx(60 * 2.0 * 20 * JOBS, rel=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_a_record_of_any_backend_is_a_scenario_that_is_fine_and_its_jobs_are_a_t
     )
     path, kept = tmp_path / "again.yaml", tmp_path / "run.json"
     records.write(few, kept)
-    written = recording.write(recording.of_record(records.read(kept), "again"), path)
+    written = recording.write(recording.from_record(records.read(kept), "again"), path)
     simulated = simulate(loader.load(written.scenario))
     assert [job.tasks for job in simulated.jobs] == [20] * 2
     assert all(job.state == "SUCCEEDED" for job in simulated.jobs)
@@ -178,23 +178,23 @@ def test_a_record_of_any_backend_is_a_scenario_that_is_fine_and_its_jobs_are_a_t
 def test_jobs_of_which_too_little_is_known_are_counted(tmp_path: Path) -> None:
     record = _record()
     lacking = replace(record.jobs[0], index=JOBS, tasks=None)
-    past = recording.of_record(replace(record, jobs=(*record.jobs, lacking)), "again")
+    past = recording.from_record(replace(record, jobs=(*record.jobs, lacking)), "again")
     assert recording.write(past, tmp_path / "again.yaml").left_out == 1
 
 
 def test_a_record_without_jobs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no job of which the tasks are known"):
-        recording.of_record(replace(_record(), jobs=()), "none")
+        recording.from_record(replace(_record(), jobs=()), "none")
 
 
 def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        recording.write(recording.of_record(_record(), "again"), tmp_path / "file" / "again.yaml")
+        recording.write(recording.from_record(_record(), "again"), tmp_path / "file" / "again.yaml")
 
 
 def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> None:
-    past = recording.of_record(_record(), "again")
+    past = recording.from_record(_record(), "again")
     with pytest.raises(UsageError, match=r"x\.jsonl would be the scenario and its trace"):
         recording.write(past, tmp_path / "x.jsonl")
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +220,7 @@ def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> Non
 
 def test_the_file_is_one_that_a_person_can_read(tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
-    recording.write(recording.of_record(_record(), "again"), path)
+    recording.write(recording.from_record(_record(), "again"), path)
     text = path.read_text()
     assert max(map(len, text.splitlines())) <= 110
     assert len(text.splitlines()) < 90
@@ -237,8 +237,8 @@ def test_the_file_is_one_that_a_person_can_read(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_evenly_spread() -> None:
-    assert spread([3, 1, 2], 5) == (1, 2, 3)
-    assert spread(range(1000), 4) == (125, 375, 625, 875)
+    assert even_sample([3, 1, 2], 5) == (1, 2, 3)
+    assert even_sample(range(1000), 4) == (125, 375, 625, 875)
 
 
 def test_the_record_that_is_read_is_not_written_over(tmp_path: Path) -> None:

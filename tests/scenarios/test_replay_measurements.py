@@ -28,8 +28,8 @@ from batchlab.runtime import factory
 from batchlab.scenarios.model.values import PoolPlan
 from batchlab.scenarios.replay import build_record, grid_fit
 from batchlab.scenarios.replay.measurements import duplicates, succeeded_s
-from batchlab.scenarios.replay.run_state import Link
-from batchlab.scenarios.replay.sampling import Sampler
+from batchlab.scenarios.replay.run_state import ManagerConnection
+from batchlab.scenarios.replay.sampling import GridSampler
 from batchlab.scenarios.verdicts.record import StageRun
 from tests.support.cli import a_grid, a_job
 
@@ -114,7 +114,7 @@ def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
         _grid(("i-2", "InService", 1001.0)),
         activities,
     )
-    sampler = Sampler(cast("Link", link))
+    sampler = GridSampler(cast("ManagerConnection", link))
     sampler.begin(1000.0)
 
     async def go() -> None:
@@ -136,7 +136,7 @@ def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
 def test_an_instance_that_a_look_has_missed_goes_on() -> None:
     there, missing = _grid(("w-1", "InService", 1001.0)), _grid()
     gone = _grid(("w-1", "Terminated", 1001.0))
-    sampler = Sampler(cast("Link", FakeLink(there, missing, there, gone, missing)))
+    sampler = GridSampler(cast("ManagerConnection", FakeLink(there, missing, there, gone, missing)))
     sampler.begin(1000.0)
     ends: list[float | None] = []
 
@@ -161,9 +161,9 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     )
     stages = [StageRun("t", "s", "default", 1, 10, 10, 1800.0, 1800.0, 1800.0)]
 
-    def usd(spot: float, kind: str = "m7i.large") -> build_record.Spent:
+    def usd(spot: float, kind: str = "m7i.large") -> build_record.RunCost:
         plan = PoolPlan(Pool("default", 0, 1, 1, instance_type=kind), spot)
-        return build_record.spent(before, after, stages, [plan], local, book)
+        return build_record.compute_cost(before, after, stages, [plan], local, book)
 
     hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
     found = usd(0.0)
@@ -171,7 +171,7 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
     assert instances == pytest.approx(hour + disk, rel=0.001)
     assert found.usd == pytest.approx(sum(found.items.values()))
-    assert build_record.again_s(before, after) == 10.0
+    assert build_record.wasted_s(before, after) == 10.0
     assert usd(1.0).usd < usd(0.5).usd < found.usd < usd(0.0, "m7i.4xlarge").usd
 
 

@@ -20,10 +20,10 @@ from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Job, JobTemplate, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.replay import run as running
-from batchlab.scenarios.replay.grid_fit import Warmer
-from batchlab.scenarios.replay.jobs import Preparer, Ready, stage_def
-from batchlab.scenarios.replay.run import INTERRUPTED, Run
-from batchlab.scenarios.replay.run_state import Course, Link, State
+from batchlab.scenarios.replay.grid_fit import Prewarmer
+from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob, stage_def
+from batchlab.scenarios.replay.run import INTERRUPTED, ReplayRun
+from batchlab.scenarios.replay.run_state import ManagerConnection, ReplayProgress, RunState
 from tests.scenarios.test_fault_table import grid
 from tests.support.cli import a_job
 from tests.support.scenarios.replay import scenario, stage
@@ -77,7 +77,7 @@ class Manager(Client):
         return
 
 
-class Line(Link):
+class Line(ManagerConnection):
     """Straight to that manager."""
 
     def __init__(self, folder: Path, manager: Manager) -> None:
@@ -95,14 +95,16 @@ class Maker:
         self.error = error
         self.good = good
 
-    async def prepare(self, due: Job) -> Ready:
+    async def prepare(self, due: Job) -> PreparedJob:
         await asyncio.sleep(0.001)
         if self.error and not self.good:
             raise self.error
         self.good -= 1
         template = due.template
         stages = tuple(map(stage_def, template.stages))
-        return Ready(due, JobDef(cast("Any", due.id), template.name, stages, 0.0, items=1), [None])
+        return PreparedJob(
+            due, JobDef(cast("Any", due.id), template.name, stages, 0.0, items=1), [None]
+        )
 
 
 class World:
@@ -111,17 +113,17 @@ class World:
     ) -> None:
         self.manager = Manager(**manager)
         self.link = Line(folder, self.manager)
-        self.course = Course(wanted, 1, expand(wanted, 1).jobs)
-        preparer = cast("Preparer", maker or Maker())
-        self.run = Run(self.course, self.link, preparer, WallClock(), None)
+        self.course = RunState(wanted, 1, expand(wanted, 1).jobs)
+        preparer = cast("JobPreparer", maker or Maker())
+        self.run = ReplayRun(self.course, self.link, preparer, WallClock(), None)
 
-    def go(self, stop_when: Callable[[State], bool] = lambda _: False) -> None:
-        """Run it, and stop as soon as that holds."""
+    def go(self, stop_when: Callable[[ReplayProgress], bool] = lambda _: False) -> None:
+        """ReplayRun it, and stop as soon as that holds."""
 
         async def run() -> None:
             stop = asyncio.Event()
 
-            def look(state: State) -> None:
+            def look(state: ReplayProgress) -> None:
                 if stop_when(state):
                     stop.set()
 
@@ -156,7 +158,7 @@ def test_a_bucket_that_is_away_while_jobs_run_cuts_the_run(tmp_path: Path) -> No
     wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
 
     class Late(Maker):
-        async def prepare(self, due: Job) -> Ready:
+        async def prepare(self, due: Job) -> PreparedJob:
             if due.due_s:
                 while not world.course.running:
                     await asyncio.sleep(0.01)
@@ -205,7 +207,7 @@ def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
     pools = tuple(PoolPlan(Pool(name, least, 9)) for name, least in (("default", 1), ("other", 0)))
     world = World(folder, scenario(QUICK, pools=pools, prewarm=warm))
 
-    def is_over(state: State) -> bool:
+    def is_over(state: ReplayProgress) -> bool:
         if fields.get("changes") and state.at_s > 0.15:
             world.manager.owner = "m-2"
             world.run.sampler.grid = world.manager.grid()
@@ -260,7 +262,7 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
 
     async def go() -> None:
         world.course.begin(0.0)
-        warmer = Warmer(world.course, world.link, world.run.sampler)
+        warmer = Prewarmer(world.course, world.link, world.run.sampler)
         with pytest.raises(Refused):
             await warmer.warm(warm)
         await warmer.cool(within_s=1.0)

@@ -11,7 +11,7 @@ from batchlab.core.model import JobState, Market, Pool
 from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
-from batchlab.scenarios.forecast.simulate import Progress, simulate
+from batchlab.scenarios.forecast.simulate import SimulationProgress, simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand, task_s
 from batchlab.scenarios.model.values import PoolPlan, Prewarm
@@ -19,7 +19,7 @@ from tests.support.scenarios.small_scenarios import PARSE, PRICE, claims
 
 
 def test_every_job_runs_all_its_stages_on_a_fleet_that_comes_and_goes() -> None:
-    told: list[Progress] = []
+    told: list[SimulationProgress] = []
     record = simulate(claims(), progress=told.append)
     assert [job.state for job in record.jobs] == [JobState.SUCCEEDED] * 6
     assert {job.planned for job in record.jobs} == {30 + 30 + 3 + 1}

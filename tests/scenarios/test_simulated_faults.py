@@ -11,7 +11,7 @@ import pytest
 
 from batchlab.core.model import JobId, JobState, Market, Pool
 from batchlab.runtime import factory
-from batchlab.scenarios.forecast.grid import Options
+from batchlab.scenarios.forecast.grid import ForecastOptions
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, StageTemplate, WorkKind
@@ -36,7 +36,7 @@ async def promises(world: World, jobs: Sequence[JobId]) -> None:
 def struck(*faults: Fault, like: str = "aws", pool: PoolPlan = POOL) -> Record:
     """Three jobs on four instances, and these faults in the midst of them."""
     plan = claims(*STAGES, jobs=3, gap_s=9.0, tasks=30, pool=pool, faults=faults)
-    options = Options(watched=True, examine=promises)
+    options = ForecastOptions(watched=True, examine=promises)
     record = simulate(plan, like=factory.load(like), options=options)
     assert (record.lost, record.duplicates, record.cut) == (0, 0, "")
     assert [job.state for job in record.jobs] == [JobState.SUCCEEDED] * 3
@@ -113,7 +113,7 @@ def test_a_pool_in_one_zone_cannot_launch_while_that_is_lost() -> None:
 def test_what_cannot_be_on_a_backend_can_be_left_out() -> None:
     why = "there is no network to be cut"
     plan = claims(*STAGES, jobs=1, pool=POOL, faults=(Fault(FaultName.PARTITION, AT_S, FOR_S),))
-    record = simulate(plan, options=Options(impossible={FaultName.PARTITION: why}))
+    record = simulate(plan, options=ForecastOptions(impossible={FaultName.PARTITION: why}))
     (one,) = record.faults
     assert (one.impossible, one.evidence, one.targets) == (why, "", ())
 

@@ -20,7 +20,13 @@ from batchlab.runtime.home import Home
 from batchlab.scenarios.model import distributions, expansion
 from batchlab.scenarios.model.distributions import Constant, Lognormal
 from batchlab.scenarios.model.values import Job, JobTemplate, StageTemplate
-from batchlab.scenarios.replay.jobs import Preparer, declared_s, items_of, shapes_of, stage_def
+from batchlab.scenarios.replay.jobs import (
+    JobPreparer,
+    declared_s,
+    job_items,
+    stage_def,
+    stage_parameters,
+)
 from batchlab.scenarios.replay.standin import standins
 from tests.support.scenarios.replay import claims, stage
 
@@ -119,14 +125,14 @@ def test_poison_kills_the_worker_and_not_the_task_alone(tmp_path: Path) -> None:
 def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage() -> None:
     template = claims()
     job = Job(4, "j", template, 0.0, 12)
-    items, shapes = list(items_of(7, job)), shapes_of(7, job)
+    items, shapes = list(job_items(7, job)), stage_parameters(7, job)
     parse, price = template.stages[:2]
     for task, item in enumerate(items):
         assert set(item["t"]) == {"parse", "price"}, "a gather's own are in the parameters"
         for one in (parse, price):
             seconds = expansion.task_s(7, job, one, task)
             assert item["t"][one.name] == [pytest.approx(seconds, abs=1e-6), [], False]
-    assert distributions.of(template, 12) == {
+    assert distributions.stage_sizes(template, 12) == {
         "parse": 12,
         "price": 12,
         "by": 3,
@@ -154,8 +160,8 @@ def test_results_hand_on_what_the_next_stages_need_and_nothing_else() -> None:
         quick.tasks,
     )
     job = Job(0, "j", quick, 0.0, 4)
-    shapes = shapes_of(1, job)
-    items = list(items_of(1, job))
+    shapes = stage_parameters(1, job)
+    items = list(job_items(1, job))
     parsed = [run(item, "parse", shapes, task=n)[0] for n, item in enumerate(items)]
     assert [set(one["t"]) for one in parsed] == [{"price"}] * 4
     priced = [run(item, "price", shapes, task=n)[0] for n, item in enumerate(parsed)]
@@ -180,8 +186,8 @@ def test_a_join_finds_its_times_in_any_of_its_inputs() -> None:
         Constant(3),
     )
     job = Job(0, "j", template, 0.0, 3)
-    shapes = shapes_of(1, job)
-    for task, item in enumerate(items_of(1, job)):
+    shapes = stage_parameters(1, job)
+    for task, item in enumerate(job_items(1, job)):
         a = run(item, "a", shapes, task=task)[0]
         b, c = (run(a, name, shapes, task=task)[0] for name in ("b", "c"))
         d = run({"b": b, "c": c}, "d", shapes, task=task)[0]
@@ -191,9 +197,9 @@ def test_a_join_finds_its_times_in_any_of_its_inputs() -> None:
 def test_failures_and_deaths_are_drawn_as_the_simulator_draws_them() -> None:
     frail = StageTemplate("work", Lognormal(1.0, 0.5), fails=0.4, poison=2)
     job = Job(3, "j", JobTemplate("frail", (frail,), Constant(50)), 0.0, 50)
-    for task, item in enumerate(items_of(9, job)):
+    for task, item in enumerate(job_items(9, job)):
         _, failing, kills = item["t"]["work"]
-        assert failing == [n for n in (1, 2, 3) if expansion.fails(9, job, frail, task, n)]
+        assert failing == [n for n in (1, 2, 3) if expansion.attempt_fails(9, job, frail, task, n)]
         assert kills == (task < 2)
 
 
@@ -210,7 +216,7 @@ def test_real_work_survives_as_many_failures_as_the_scenario_says(
         "stages: [{name: work, python: work:work}]\nfailure: {max_failures: 5%}\n"
     )
     backend, home = factory.load("local"), Home(tmp_path / "home")
-    preparer = Preparer(
+    preparer = JobPreparer(
         scenario="s",
         seed=1,
         run="r",

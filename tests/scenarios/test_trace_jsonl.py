@@ -14,9 +14,9 @@ from batchlab.core.model import Pool
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Uniform
-from batchlab.scenarios.model.expansion import compressed, expand
+from batchlab.scenarios.model.expansion import compress_scenario, expand
 from batchlab.scenarios.model.values import Arrival, JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenarios.traces import RUNS, Columns, Take
+from batchlab.scenarios.traces.columns import RECORD_COLUMNS, Columns, ColumnSum
 from batchlab.scenarios.verdicts import record
 from tests.support.scenarios.records import a_job, a_record
 from tests.support.scenarios.trace_files import (
@@ -80,7 +80,7 @@ def test_what_a_forecast_has_recorded_can_be_played_again(tmp_path: Path) -> Non
         (PoolPlan(Pool("default", 0, 4, 2)),),
     )
     path = tmp_path / "run.json"
-    record.write(simulate(compressed(first, 60)), path)
+    record.write(simulate(compress_scenario(first, 60)), path)
     trace = jsonl(path, template="")
     again = expand(replace(first, arrivals=(trace,)))
     jobs = expand(first).jobs
@@ -99,24 +99,26 @@ def test_lines_of_ones_own_are_mapped(tmp_path: Path) -> None:
         {"when": {"start": "2026-01-01T00:00:00Z"}, "n": "12", "sec": 2},
         {"when": {"start": "2026-01-01T00:01:00Z"}, "n": 3, "sec": 0.5, "who": 7},
     ]
-    columns = Columns("when.start", tasks=Take(("n",), per=4), task_s=Take(("sec",)), tenant="who")
+    columns = Columns(
+        "when.start", tasks=ColumnSum(("n",), per=4), task_s=ColumnSum(("sec",)), tenant="who"
+    )
     trace = jsonl(written(tmp_path, "\n".join(map(json.dumps, lines))), columns)
     assert arrivals(trace) == [
         Arrival(0.0, "j", 3, 2.0),
         Arrival(60.0, "j", 1, 0.5, "", "7"),
     ]
     with pytest.raises(UsageError, match=r"No record of the trace .* has 'size'") as caught:
-        arrivals(jsonl(trace.path, Columns("when.start", tasks=Take(("size",)))))
+        arrivals(jsonl(trace.path, Columns("when.start", tasks=ColumnSum(("size",)))))
     assert "when, n, sec" in caught.value.remedy
 
 
 def test_lines_of_ones_own_may_leave_the_number_of_tasks_to_the_template(tmp_path: Path) -> None:
     lines = [{"when": 5}, {"when": 6, "tasks": 4}, {"when": 7, "planned": 3}, {"when": 8, "n": 2}]
     path = written(tmp_path, "\n".join(map(json.dumps, lines)))
-    trace = jsonl(path, replace(RUNS, at="when"))
+    trace = jsonl(path, replace(RECORD_COLUMNS, at="when"))
     assert [one.tasks for one in arrivals(trace)] == [None, 4, 3, None]
     assert [one[0] for one in odd(trace)] == [3]
-    asked = jsonl(path, replace(RUNS, at="when", tasks=Take(("n",))))
+    asked = jsonl(path, replace(RECORD_COLUMNS, at="when", tasks=ColumnSum(("n",))))
     assert [one.tasks for one in arrivals(asked)] == [2]
     assert [one[:2] for one in odd(asked)] == [(line, "n is missing") for line in (1, 2, 3)]
 

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces import SWF, Take
+from batchlab.scenarios.traces.columns import SWF_COLUMNS, ColumnSum
 from tests.support.scenarios.trace_files import (
     JOB,
     PROCESSORS,
@@ -93,7 +93,7 @@ def test_swf_processors_that_are_none(tmp_path: Path) -> None:
         (2, "processors is unknown (-1)", "left out", ""),
         (3, "processors is 0", "counted as one task", ""),
     ]
-    asked = replace(SWF, tasks=Take(("requested_processors",)))
+    asked = replace(SWF_COLUMNS, tasks=ColumnSum(("requested_processors",)))
     assert [one.tasks for one in arrivals(swf(path, asked))] == [8, 8, 8]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces import Columns, Take
+from batchlab.scenarios.traces.columns import Columns, ColumnSum
 from tests.support.scenarios.trace_files import (
     LOG,
     arrivals,
@@ -139,7 +139,7 @@ def test_what_would_be_nowhere_among_the_others_is_left_out(
     assert [(line, what) for line, what, done, _ in odd(trace) if done == "left out"] == [told]
 
 
-_COLUMNS: dict[str, Any] = {one: Take((one,)) for one in ("tasks", "task_s")}
+_COLUMNS: dict[str, Any] = {one: ColumnSum((one,)) for one in ("tasks", "task_s")}
 
 
 def test_a_table_whose_lines_end_in_cr_alone_is_read(tmp_path: Path) -> None:

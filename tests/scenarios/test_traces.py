@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.model.values import Odd
-from batchlab.scenarios.traces import Columns, OddKind, Take, Trace, TraceFormat, said, summary
+from batchlab.scenarios.model.values import Anomaly
+from batchlab.scenarios.traces.columns import Columns, ColumnSum
+from batchlab.scenarios.traces.rows import AnomalyKind, describe, summarize
+from batchlab.scenarios.traces.source import Trace, TraceFormat
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.trace_files import (
     LOG,
@@ -68,8 +70,8 @@ def test_what_makes_no_trace_is_refused(
         (lambda: Columns("at", unit="%Q"), "no format that strptime can read"),
         (lambda: Columns("at", every_s=0.0), "longer than 0 s"),
         (lambda: Columns("at", scale=-1.0), "scale must be"),
-        (lambda: Take(()), "at least one column"),
-        (lambda: Take(("a",), per=0.0), "per must be"),
+        (lambda: ColumnSum(()), "at least one column"),
+        (lambda: ColumnSum(("a",), per=0.0), "per must be"),
     ],
 )
 def test_what_makes_no_map_is_refused(make: object, message: str) -> None:
@@ -92,7 +94,7 @@ def test_a_file_that_is_not_there_or_has_not_the_column(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is empty"):
         arrivals(table(written(tmp_path, "\n\n", "empty"), Columns("at")))
     with pytest.raises(UsageError, match="has no column 'runtime'"):
-        arrivals(swf(path, Columns("submit", task_s=Take(("runtime",)))))
+        arrivals(swf(path, Columns("submit", task_s=ColumnSum(("runtime",)))))
 
 
 def test_a_trace_of_which_nothing_can_be_used(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_date_that_is_not_read_is_met_with_how_to_say_its_form(tmp_path: Path)
         arrivals(table(path, Columns("at")))
     assert 'unit: "%d.%m.%Y %H:%M:%S"' in (caught.value.remedy or "")
     with pytest.raises(UsageError) as caught:
-        arrivals(table(path, Columns("at", unit="%d.%m.%Y %H:%M:%S", tasks=Take(("at",)))))
+        arrivals(table(path, Columns("at", unit="%d.%m.%Y %H:%M:%S", tasks=ColumnSum(("at",)))))
     assert "unit:" not in (caught.value.remedy or "")
     assert len(arrivals(table(path, Columns("at", unit="%d.%m.%Y %H:%M:%S")))) == 1
 
@@ -142,17 +144,17 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 def test_odd_records_in_words_and_by_kind() -> None:
     odds = [
-        Odd("b", 9, "run is below 0", "left out", "'-3'"),
-        Odd("b", 4, "run is below 0", "left out", "'-7'"),
-        Odd("b", 2, "a blank line", "skipped"),
-        Odd("a", 7, "a blank line", "skipped"),
+        Anomaly("b", 9, "run is below 0", "left out", "'-3'"),
+        Anomaly("b", 4, "run is below 0", "left out", "'-7'"),
+        Anomaly("b", 2, "a blank line", "skipped"),
+        Anomaly("a", 7, "a blank line", "skipped"),
     ]
-    assert said(odds[0]) == "b:9: run is below 0 ('-3'): left out"
-    assert said(odds[2]) == "b:2: a blank line: skipped"
-    assert summary(odds) == (
-        OddKind("a", "a blank line", "skipped", 1, 7),
-        OddKind("b", "run is below 0", "left out", 2, 4),
-        OddKind("b", "a blank line", "skipped", 1, 2),
+    assert describe(odds[0]) == "b:9: run is below 0 ('-3'): left out"
+    assert describe(odds[2]) == "b:2: a blank line: skipped"
+    assert summarize(odds) == (
+        AnomalyKind("a", "a blank line", "skipped", 1, 7),
+        AnomalyKind("b", "run is below 0", "left out", 2, 4),
+        AnomalyKind("b", "a blank line", "skipped", 1, 2),
     )
 
 

@@ -13,8 +13,8 @@ from batchlab.cli import charts
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Expectation
 from batchlab.scenarios.verdicts.measures import MEASURES, Unknown, quantile
-from batchlab.scenarios.verdicts.record import Injected, Record, StageRun
-from batchlab.scenarios.verdicts.verdict import Colour, is_red, judge
+from batchlab.scenarios.verdicts.record import InjectedFault, Record, StageRun
+from batchlab.scenarios.verdicts.verdict import Color, is_red, judge
 from tests.support.scenarios.records import a_job, a_record, a_sample, an_instance
 
 
@@ -141,10 +141,10 @@ def test_money_is_judged_in_real_time_only() -> None:
     assert colours(a_record(usd=1.5), dear) == ["red"]
     assert colours(a_record(usd=0.5), dear) == ["green"]
     (row,) = judge(a_record(usd=1.5, compressed=60.0), [dear])
-    assert (row.colour, row.measured) == (Colour.NOT_JUDGED, 1.5)
+    assert (row.colour, row.measured) == (Color.NOT_JUDGED, 1.5)
     assert "compressed" in row.why
     (row,) = judge(a_record(), [dear])
-    assert (row.colour, row.measured) == (Colour.NOT_JUDGED, None)
+    assert (row.colour, row.measured) == (Color.NOT_JUDGED, None)
 
 
 def test_a_run_in_which_nothing_arrived_is_red() -> None:
@@ -156,7 +156,7 @@ def test_a_run_in_which_nothing_arrived_is_red() -> None:
 def test_a_run_that_was_cut_is_red_and_never_green() -> None:
     record = a_record(a_job(0), cut="it took more than 1 h")
     rows = judge(record, [Expectation("makespan", most=100), Expectation("max_wait", most=1)])
-    assert [row.colour for row in rows] == [Colour.RED, Colour.NOT_JUDGED, Colour.RED]
+    assert [row.colour for row in rows] == [Color.RED, Color.NOT_JUDGED, Color.RED]
     assert rows[0].why == "it took more than 1 h"
     assert is_red(rows)
     assert is_red(judge(record, []))
@@ -165,14 +165,14 @@ def test_a_run_that_was_cut_is_red_and_never_green() -> None:
 def test_a_job_without_an_end_is_red() -> None:
     record = a_record(a_job(ended_s=None, state="RUNNING"))
     (row,) = judge(record, [Expectation("makespan", most=1e12)])
-    assert row.colour is Colour.RED
+    assert row.colour is Color.RED
     assert json.dumps(row.to_json(), allow_nan=False)
 
 
 def test_a_fault_that_could_not_be_injected_is_told() -> None:
-    record = a_record(faults=(Injected("kill", 1.0, impossible="nothing runs there"),))
+    record = a_record(faults=(InjectedFault("kill", 1.0, impossible="nothing runs there"),))
     rows = judge(record, [Expectation("makespan", most=100)])
-    assert [row.colour for row in rows] == [Colour.NOT_JUDGED, Colour.GREEN]
+    assert [row.colour for row in rows] == [Color.NOT_JUDGED, Color.GREEN]
     assert "nothing runs there" in rows[0].why
     assert not is_red(rows)
 

@@ -16,9 +16,14 @@ from batchlab.runtime import factory
 from batchlab.runtime.aws import deployment
 from batchlab.runtime.aws.deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.aws_stack import Deployed
-from batchlab.scenarios.faults.fault_injection import Scene, Seen
-from batchlab.scenarios.faults.zone_outage import Zones, _Group, _moved, _waiting
+from batchlab.scenarios.faults.aws_stack import StackFaults
+from batchlab.scenarios.faults.fault_injection import FaultResult, TargetGrid
+from batchlab.scenarios.faults.zone_outage import (
+    ZoneOutage,
+    _count_waiting,
+    _Group,
+    _launched_elsewhere,
+)
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.aws.autoscaling_api import aws
@@ -90,10 +95,10 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
         killed.extend(instances)
         return [f"{one}: terminated" for one in instances]
 
-    async def lose(**more: Any) -> Seen:
-        scene = Scene(factory.load("aws"), Home(tmp_path), Manager())
+    async def lose(**more: Any) -> FaultResult:
+        scene = TargetGrid(factory.load("aws"), Home(tmp_path), Manager())
         fault = Fault(FaultName.ZONE_LOSS, 0.0, for_s=0.1, **more)
-        return await Zones(moto, prefix="s-").lose(scene, fault, inside=inside, kill=kill)
+        return await ZoneOutage(moto, prefix="s-").lose(scene, fault, inside=inside, kill=kill)
 
     try:
         seen = asyncio.run(lose(zone="a"))  # as a scenario says it
@@ -130,9 +135,12 @@ def test_launches_that_go_elsewhere_or_wait_are_what_is_seen_of_an_empty_zone() 
         group("narrow", suspended=True, desired=2),
         group("shut", suspended=True, desired=7),
     ]
-    assert _moved(before, now, "z-a") == {"i2"}
-    assert _waiting(before, now) == 2
-    assert (_moved(before, before, "z-a"), _waiting(before, before)) == (set(), 0)
+    assert _launched_elsewhere(before, now, "z-a") == {"i2"}
+    assert _count_waiting(before, now) == 2
+    assert (_launched_elsewhere(before, before, "z-a"), _count_waiting(before, before)) == (
+        set(),
+        0,
+    )
 
 
 def test_rds_is_rebooted_and_the_ledger_rebuilt(
@@ -165,9 +173,9 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
         database=Database(host, 5432, "batchlab", "arn"),
     )
     deployment.write(home, at)
-    there = Deployed(Scene(factory.load("aws"), home, manager))
+    there = StackFaults(TargetGrid(factory.load("aws"), home, manager))
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
-    empty = Deployed(Scene(factory.load("aws"), home, Manager()))
+    empty = StackFaults(TargetGrid(factory.load("aws"), home, Manager()))
     assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger knew of no job."
     seen = asyncio.run(there.lose_database(fault))
     assert seen.targets == (host,)

@@ -14,7 +14,7 @@ from batchlab.core.model import Pool
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.deployment import ZONES
 from batchlab.scenarios.faults.fault_table import TABLE
-from batchlab.scenarios.faults.spot_market import bought
+from batchlab.scenarios.faults.spot_market import with_spot_shares
 from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.chaos import Containers, docker
@@ -35,7 +35,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     grid = LocalGrid(home, POOLS, backend="localstack")
     project = Containers(grid).at.project
     try:
-        with bought(grid.backend, grid.home, {"default": 1.0}):
+        with with_spot_shares(grid.backend, grid.home, {"default": 1.0}):
             grid.client.scale("default", min=3, desired=3)
             yield Bench(grid, folder)
         (group,) = groups(grid)

@@ -13,11 +13,11 @@ from batchlab.core.model import Pool
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import slow_disk
-from batchlab.scenarios.faults.fault_injection import Injector
+from batchlab.scenarios.faults.fault_injection import FaultInjector
 from batchlab.scenarios.faults.fault_table import TABLE
-from batchlab.scenarios.faults.proxy import fronted
+from batchlab.scenarios.faults.proxy import with_proxy
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid, processes_of
 from tests.support.scenarios.fault_injection import Bench, Work, number
@@ -36,7 +36,7 @@ def bench(
         ministack_python()
     with ExitStack() as stack:
         home = Home(folder / "home")
-        backend, front = stack.enter_context(fronted(factory.load(name), home, print))
+        backend, front = stack.enter_context(with_proxy(factory.load(name), home, print))
         grid = LocalGrid(home.path, POOLS, backend=name, endpoint=backend.endpoint)
         stack.callback(grid.stop)
         yield Bench(grid, folder, front)
@@ -61,7 +61,7 @@ def test_paused_instances_stand_still_and_go_on(bench: Bench) -> None:
     with bench.work(20, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
-        async def pause(injector: Injector) -> Injected:
+        async def pause(injector: FaultInjector) -> InjectedFault:
             doing = asyncio.ensure_future(
                 injector.inject(Fault(FaultName.PAUSE, 0, for_s=2.0, share=1.0), 0)
             )
@@ -79,7 +79,7 @@ def test_a_replay_that_is_cancelled_lets_them_go_on(bench: Bench) -> None:
     with bench.work(10, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
-        async def cancel(injector: Injector) -> None:
+        async def cancel(injector: FaultInjector) -> None:
             doing = asyncio.ensure_future(
                 injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0), 0)
             )
@@ -96,7 +96,7 @@ def test_what_is_undone_says_what_was_seen_until_then(bench: Bench) -> None:
     with bench.work(10, 0.2) as work:
         pids = living(bench.grid.home.fleet)
 
-        async def undo(injector: Injector) -> Injected:
+        async def undo(injector: FaultInjector) -> InjectedFault:
             doing = asyncio.ensure_future(
                 injector.inject(Fault(FaultName.PAUSE, 0, for_s=600.0, count=1), 0)
             )
@@ -169,7 +169,8 @@ def test_a_disk_is_slow(bench: Bench) -> None:
             before = number(r"took ([\d.]+) ms before", seen)
             assert number(r"and ([\d.]+) ms during", seen) >= 1.9 * before
         assert not any(
-            slow_disk.HOG in words for words in processes_of(bench.grid.home.scratch).values()
+            slow_disk.WRITER_PROGRAM in words
+            for words in processes_of(bench.grid.home.scratch).values()
         )
 
 

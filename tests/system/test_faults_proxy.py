@@ -21,7 +21,7 @@ from batchlab.core.ports import Objects, Outgoing, QueueSpec
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.faults.proxy import Front, fronted, is_of, standing
+from batchlab.scenarios.faults.proxy import FaultProxy, is_port_of, run_proxy, with_proxy
 from tests.support.aws.emulators import ministack_python
 
 pytestmark = pytest.mark.anyio
@@ -30,14 +30,14 @@ BUCKET = "behind-a-front"
 
 
 @pytest.fixture
-def front(ministack: Endpoint) -> Iterator[Front]:
+def front(ministack: Endpoint) -> Iterator[FaultProxy]:
     assert ministack.url
-    with standing(Front(ministack.url)) as found:
+    with run_proxy(FaultProxy(ministack.url)) as found:
         create_bucket(Endpoint(found.url), BUCKET)
         yield found
 
 
-async def test_objects_pass_as_they_are(front: Front, tmp_path: Path) -> None:
+async def test_objects_pass_as_they_are(front: FaultProxy, tmp_path: Path) -> None:
     objects = open_s3(Endpoint(front.url), BUCKET)
     key = "a b/ü+%2F"
     etag = await objects.put(key, b"content")
@@ -61,7 +61,7 @@ async def test_objects_pass_as_they_are(front: Front, tmp_path: Path) -> None:
     assert front.counts.refused == 0
 
 
-async def test_s3_alone_is_refused_as_s3_refuses(front: Front) -> None:
+async def test_s3_alone_is_refused_as_s3_refuses(front: FaultProxy) -> None:
     objects = open_s3(Endpoint(front.url), BUCKET)
     queue = SqsQueue(Endpoint(front.url), prefix="front-")
     front.rate = 1.0
@@ -79,7 +79,7 @@ async def test_s3_alone_is_refused_as_s3_refuses(front: Front) -> None:
     assert front.counts.refused >= 1
 
 
-async def test_a_share_is_a_share(front: Front) -> None:
+async def test_a_share_is_a_share(front: FaultProxy) -> None:
     objects = open_s3(Endpoint(front.url), BUCKET)
     front.rate = 0.5
 
@@ -97,21 +97,21 @@ async def test_a_share_is_a_share(front: Front) -> None:
     assert any(went_well)
 
 
-async def test_who_is_cut_off_waits_and_others_do_not(front: Front) -> None:
+async def test_who_is_cut_off_waits_and_others_do_not(front: FaultProxy) -> None:
     objects = open_s3(Endpoint(front.url), BUCKET)
-    front.cut(lambda port: is_of([os.getpid()], port))
+    front.cut(lambda port: is_port_of([os.getpid()], port))
     waiting = asyncio.ensure_future(objects.put("a", b"1"))
     await asyncio.sleep(0.5)
     assert not waiting.done()
     assert front.counts.kept_waiting == 1
-    front.cut(lambda port: is_of([os.getppid() + 10_000_000], port))
+    front.cut(lambda port: is_port_of([os.getppid() + 10_000_000], port))
     await asyncio.wait_for(waiting, 5)
     front.cut(None)
     await objects.delete(["a"])
 
 
 async def test_who_dies_in_the_middle_of_a_request_leaves_no_trace(
-    front: Front, caplog: pytest.LogCaptureFixture
+    front: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = (
         f"PUT /{BUCKET}/half HTTP/1.1\r\nHost: {front.url[7:]}\r\nContent-Length: 100\r\n"
@@ -147,7 +147,7 @@ def test_a_home_with_a_named_endpoint_has_a_front_when_it_needs_one(
     named = factory.load("ministack", f"{ministack.url}/my-bucket")
     place = Place(str(ministack.url), "my-bucket", named=True)
     for endpoint in (named, factory.load("ministack"), named):
-        with fronted(endpoint, home, print) as (backend, front):
+        with with_proxy(endpoint, home, print) as (backend, front):
             assert front is not None
             assert front.target == ministack.url
             there = settled(backend, home)
@@ -164,7 +164,7 @@ def test_a_home_keeps_its_own_emulator_with_a_front_and_without(tmp_path: Path) 
         with ExitStack() as stack:
             backend, front = factory.load("ministack"), None
             if has_front:
-                backend, front = stack.enter_context(fronted(backend, home, print))
+                backend, front = stack.enter_context(with_proxy(backend, home, print))
             emulator = backend.open_emulator(home)
             assert (emulator is None) == has_front
             if emulator:
@@ -188,10 +188,10 @@ def test_a_front_before_a_grid_that_never_came_up_is_forgotten(
     ministack: Endpoint, tmp_path: Path
 ) -> None:
     home = Home(tmp_path)
-    with fronted(factory.load("ministack", f"{ministack.url}/one"), home, print):
+    with with_proxy(factory.load("ministack", f"{ministack.url}/one"), home, print):
         assert home.place("ministack")
     assert home.place("ministack") is None
-    with fronted(factory.load("ministack", f"{ministack.url}/other"), home, print) as (there, _):
+    with with_proxy(factory.load("ministack", f"{ministack.url}/other"), home, print) as (there, _):
         settled(there, home)
         settled(there, home)
     assert home.place("ministack") == Place(str(ministack.url), "other", named=True)
@@ -223,6 +223,6 @@ def test_a_place_of_before_there_were_fronts_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["local", "localstack", "aws"])
 def test_other_backends_are_left_as_they_are(name: str, tmp_path: Path) -> None:
     given = factory.load(name)
-    with fronted(given, Home(tmp_path), print) as (backend, front):
+    with with_proxy(given, Home(tmp_path), print) as (backend, front):
         assert backend is given
         assert front is None

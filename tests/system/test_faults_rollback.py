@@ -32,10 +32,10 @@ from batchlab.scenarios.faults import (
     slow_disk,
     zone_outage,
 )
-from batchlab.scenarios.faults.aws_stack import Deployed
-from batchlab.scenarios.faults.fault_injection import NotSeen, Seen
-from batchlab.scenarios.faults.manager_and_ledger import ProcessKeeper
-from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.faults.aws_stack import StackFaults
+from batchlab.scenarios.faults.fault_injection import EffectNotSeen, FaultResult
+from batchlab.scenarios.faults.manager_and_ledger import ManagerProcess
+from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.grid.local_grid import processes_of
@@ -54,9 +54,11 @@ class Machine:
     """A process that stands for an instance, and a front before an endpoint."""
 
     def __init__(self, folder: Path, pid: int) -> None:
-        self.scene = fault_injection.Scene(factory.load("ministack"), Home(folder), Manager("w-1"))
-        self.there = processes.Processes(self.scene)
-        self.front = Front("http://127.0.0.1:1")
+        self.scene = fault_injection.TargetGrid(
+            factory.load("ministack"), Home(folder), Manager("w-1")
+        )
+        self.there = processes.ProcessFaults(self.scene)
+        self.front = FaultProxy("http://127.0.0.1:1")
         self.pid = pid
 
     def stands(self) -> list[str]:
@@ -66,7 +68,7 @@ class Machine:
         return found + [
             " ".join(words)[:40]
             for words in processes_of(self.scene.home.scratch).values()
-            if slow_disk.HOG in words
+            if slow_disk.WRITER_PROGRAM in words
         ]
 
 
@@ -90,7 +92,7 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     monkeypatch.setattr(slow_disk, "_PROBES", 2)
     monkeypatch.setattr(slow_disk, "FELT", 0.0)
 
-    def do(world: Machine) -> Coroutine[Any, Any, Seen]:
+    def do(world: Machine) -> Coroutine[Any, Any, FaultResult]:
         fault = Fault(name, 0.0, for_s=SHORT)
         if name is FaultName.PAUSE:
             return world.there.pause(fault)
@@ -98,7 +100,7 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
             return world.there.partition(world.front, fault)
         if name is FaultName.S3_ERRORS:
             return processes.s3_errors(world.scene, world.front, fault)
-        return slow_disk.slow(world.scene, fault)
+        return slow_disk.slow_disk(world.scene, fault)
 
     assert at_every_wait(lambda: Machine(tmp_path, worker), do) > 1
 
@@ -108,17 +110,19 @@ def test_a_disk_that_is_no_slower_or_full_is_told(
 ) -> None:
     monkeypatch.setattr(slow_disk, "HOGS", (1,))
     monkeypatch.setattr(slow_disk, "fsync_s", lambda _: 0.004)
-    there = fault_injection.Scene(factory.load("local"), Home(tmp_path), Manager("w-1"))
+    there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
     fault = Fault(FaultName.SLOW_DISK, 0.0, for_s=SHORT)
-    with pytest.raises(NotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"):
-        asyncio.run(slow_disk.slow(there, fault))
+    with pytest.raises(
+        EffectNotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"
+    ):
+        asyncio.run(slow_disk.slow_disk(there, fault))
 
     def full(_: Path) -> float:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(slow_disk, "fsync_s", full)
     with pytest.raises(BackendError, match="could not be kept busy: No space left on device"):
-        asyncio.run(slow_disk.slow(there, fault))
+        asyncio.run(slow_disk.slow_disk(there, fault))
 
 
 class Books:
@@ -126,7 +130,7 @@ class Books:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.client = Manager("w-1")
-        self.scene = fault_injection.Scene(factory.load("local"), Home(folder), self.client)
+        self.scene = fault_injection.TargetGrid(factory.load("local"), Home(folder), self.client)
         self.runs, self.number = True, 1
         self.lost_at = -1
         patch.setattr(Home, "record", lambda _: self.record())
@@ -176,8 +180,10 @@ def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
     def world() -> Books:
         return Books(tmp_path, monkeypatch)
 
-    assert at_every_wait(world, lambda there: ProcessKeeper(there.scene).crash(fault)) > 3
-    assert at_every_wait(world, lambda there: manager_and_ledger.lose(there.scene, fault)) > 4
+    assert at_every_wait(world, lambda there: ManagerProcess(there.scene).crash(fault)) > 3
+    assert (
+        at_every_wait(world, lambda there: manager_and_ledger.lose_ledger(there.scene, fault)) > 4
+    )
 
 
 def test_a_ledger_that_knows_no_job_is_left_alone(
@@ -188,8 +194,10 @@ def test_a_ledger_that_knows_no_job_is_left_alone(
 
     books = Books(tmp_path, monkeypatch)
     monkeypatch.setattr(books, "jobs", none)
-    seen = asyncio.run(manager_and_ledger.lose(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
-    assert seen == Seen(impossible="The ledger knew of no job.")
+    seen = asyncio.run(
+        manager_and_ledger.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0))
+    )
+    assert seen == FaultResult(impossible="The ledger knew of no job.")
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
 
@@ -211,8 +219,8 @@ def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
     )
     deployment.write(home, at)
 
-    def do(books: Books) -> Coroutine[Any, Any, Seen]:
-        there = Deployed(fault_injection.Scene(factory.load("aws"), home, books.client))
+    def do(books: Books) -> Coroutine[Any, Any, FaultResult]:
+        there = StackFaults(fault_injection.TargetGrid(factory.load("aws"), home, books.client))
 
         async def rebooted(_: str) -> str:
             await books.forget()
@@ -234,7 +242,7 @@ class Groups:
     """EC2 Auto Scaling and its subnets: two groups, one of them in one zone alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.scene = fault_injection.Scene(factory.load("aws"), Home(folder), Pools())
+        self.scene = fault_injection.TargetGrid(factory.load("aws"), Home(folder), Pools())
         self.subnets = {"s-wide": "n-a,n-b", "s-narrow": "n-a"}
         self.suspended: set[str] = set()
 
@@ -293,9 +301,9 @@ def test_groups_have_their_zones_again_wherever_it_is_cancelled(
     async def kill(_: Sequence[str]) -> list[str]:
         return ["i-1: terminated"]
 
-    def do(world: Groups) -> Coroutine[Any, Any, Seen]:
+    def do(world: Groups) -> Coroutine[Any, Any, FaultResult]:
         monkeypatch.setattr(zone_outage, "client", lambda *_, **__: world)
-        there = zone_outage.Zones(Endpoint(), prefix="s-")
+        there = zone_outage.ZoneOutage(Endpoint(), prefix="s-")
         return there.lose(world.scene, fault, inside=inside, kill=kill)
 
     assert at_every_wait(lambda: Groups(tmp_path), do) > 5
@@ -309,7 +317,7 @@ class Post:
 
     def __init__(self, folder: Path) -> None:
         Post.number += 1
-        self.scene = fault_injection.Scene(
+        self.scene = fault_injection.TargetGrid(
             factory.load("local"), Home(folder / str(Post.number)), Manager("w-1")
         )
         asyncio.run(self._fill())

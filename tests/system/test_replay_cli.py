@@ -17,7 +17,7 @@ from batchlab.cli import output, replay_progress
 from batchlab.cli.example_data import write_claims
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
-from batchlab.scenarios.replay.run_state import State
+from batchlab.scenarios.replay.run_state import ReplayProgress
 from batchlab.scenarios.verdicts import record
 from tests.support import ROOT
 from tests.support.grid.backends import command
@@ -133,7 +133,7 @@ def test_real_work_does_what_its_job_file_says(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn_while_it_is_entered(capsys: pytest.CaptureFixture[str]) -> None:
-    state = State(3.0, 12, 4, 2, 1, 0.0, 0.0, None, ("kill",))
+    state = ReplayProgress(3.0, 12, 4, 2, 1, 0.0, 0.0, None, ("kill",))
     with replay_progress.Picture() as picture:
         picture.show(state)
     shown = capsys.readouterr().err

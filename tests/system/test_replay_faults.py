@@ -12,7 +12,7 @@ from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Fault, FaultName, JobTemplate
 from batchlab.scenarios.replay import driver
 from batchlab.scenarios.verdicts import record
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.grid.backends import command
 from tests.support.scenarios.replay import scenario, stage, up
 from tests.system.test_replay_cli import write
@@ -26,13 +26,13 @@ class Notes:
         self.undone = self.closed = 0
         self.stood = asyncio.Event()
 
-    async def inject(self, fault: Fault, at_s: float) -> Injected:
+    async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
         self.asked.append((fault.name, at_s))
         if fault.name is FaultName.SLOW_DISK:
             raise BackendError("The disk was not to be slowed.")
         if fault.name is FaultName.PAUSE:
             await self.stood.wait()
-        return Injected(fault.name, at_s, evidence="seen")
+        return InjectedFault(fault.name, at_s, evidence="seen")
 
     async def undo(self) -> None:
         self.undone += 1

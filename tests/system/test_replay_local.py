@@ -19,7 +19,7 @@ from batchlab.runtime.home import Home
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
 from batchlab.scenarios.replay import driver
-from batchlab.scenarios.replay.run_state import State
+from batchlab.scenarios.replay.run_state import ReplayProgress
 from batchlab.scenarios.verdicts import measures, record, verdict
 from tests.support.grid.local_grid import processes_of
 from tests.support.scenarios.replay import claims, replay, scenario, stage, up
@@ -32,7 +32,7 @@ def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path
         at=((0.0, 1), (2.0, 2)),
         expect=(Expectation("makespan", most=40.0), Expectation("lost", most=0.0)),
     )
-    states: list[State] = []
+    states: list[ReplayProgress] = []
     run = replay(tmp_path / "home", wanted, progress=states.append)
     assert run.cut == ""
     assert [(job.index, job.due_s, job.state) for job in run.jobs] == [
@@ -172,7 +172,7 @@ def test_a_manager_that_is_gone_for_good_cuts_the_run_and_nothing_is_lost_of_the
     home = Home(tmp_path / "home")
     wanted = scenario(JobTemplate("long", (stage("work", 30.0),), Constant(4)))
 
-    def kill(state: State) -> None:
+    def kill(state: ReplayProgress) -> None:
         found = home.record()
         if state.at_s > 3 and found:
             os.kill(found.pid, signal.SIGKILL)

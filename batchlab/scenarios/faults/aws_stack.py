@@ -1,4 +1,4 @@
-"""Harm to a stack on AWS, by the caller's own permissions.
+"""FaultAction to a stack on AWS, by the caller's own permissions.
 
 Invariant: only instances of the stack's own groups are ended, and only its database is rebooted.
 """
@@ -17,9 +17,15 @@ from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.core.text import first_of
 from batchlab.runtime.aws import session_manager
 from batchlab.scenarios.faults import manager_and_ledger, messages
-from batchlab.scenarios.faults.fault_injection import NOBODY, Harm, Scene, Seen, until
-from batchlab.scenarios.faults.rollback import Undoing, in_thread, to_its_end
-from batchlab.scenarios.faults.zone_outage import Zones
+from batchlab.scenarios.faults.fault_injection import (
+    NO_INSTANCE,
+    FaultAction,
+    FaultResult,
+    TargetGrid,
+    wait_for,
+)
+from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
+from batchlab.scenarios.faults.zone_outage import ZoneOutage
 from batchlab.scenarios.model.values import Fault, FaultName
 
 _BOOT_S = 900.0
@@ -28,15 +34,13 @@ _LOOK_S = 1.0
 _GOING = ("shutting-down", "terminated")
 
 
-class Deployed:
+class StackFaults:
     """The instances of the scene's stack."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
         self.at = scene.backend.stack(scene.home)
         self._endpoint = Endpoint(region=self.at.region)
-
-    # --- What AWS says ----------------------------------------------------------------------------
 
     def _states(self, instances: Sequence[str]) -> dict[str, str]:
         """What EC2 says of each."""
@@ -72,31 +76,29 @@ class Deployed:
         wanted = [one for one in pools if pool in ("", one)]
         return await asyncio.to_thread(self._lifecycle, wanted)
 
-    # --- Instances --------------------------------------------------------------------------------
-
-    async def kill(self, fault: Fault) -> Seen:
+    async def kill(self, fault: Fault) -> FaultResult:
         hit = await self._scene.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
-        return Seen(tuple(hit), first_of(await self.killed(hit)))
+            return FaultResult(impossible=NO_INSTANCE)
+        return FaultResult(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, instances: Sequence[str]) -> list[str]:
         """TerminateInstances; what EC2 says of them then."""
         if not instances:
             return []
-        await to_its_end(in_thread(self._terminate, instances))
+        await complete(in_thread(self._terminate, instances))
 
         async def look() -> dict[str, str]:
             states = await asyncio.to_thread(self._states, instances)
             return states if all(one in _GOING for one in states.values()) else {}
 
-        states = await until(look, "the end of the instances")
+        states = await wait_for(look, "the end of the instances")
         return [f"{one}: {states.get(one, 'gone')}" for one in instances]
 
-    async def spot_wave(self, fault: Fault) -> Seen:
+    async def spot_wave(self, fault: Fault) -> FaultResult:
         hit = await self._scene.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         began_s = time.monotonic()
         await asyncio.to_thread(self._ask_to_leave, hit)
 
@@ -106,7 +108,7 @@ class Deployed:
             told = all(one == "gone" or one.startswith("Terminat") for one in said.values())
             return said if told else {}
 
-        told = await until(leaving, "the notice in the instances' state")
+        told = await wait_for(leaving, "the notice in the instances' state")
         left = list(hit)
         while left and time.monotonic() - began_s < fault.notice_s:
             if self._scene.over.is_set():
@@ -117,7 +119,7 @@ class Deployed:
         took_s = time.monotonic() - began_s
         forced = await self.killed(left)
         states = sorted({f"{list(told.values()).count(s)} {s}" for s in told.values()})
-        return Seen(
+        return FaultResult(
             tuple(hit),
             f"told to leave: {', '.join(states)}; {len(hit) - len(left)} of {len(hit)} were gone "
             f"after {took_s:.1f} s of {fault.notice_s:g} s, {len(forced)} were ended by force",
@@ -135,7 +137,7 @@ class Deployed:
                     if not is_gone(error):  # else it was faster than we
                         raise
 
-    async def zone_loss(self, fault: Fault) -> Seen:
+    async def zone_loss(self, fault: Fault) -> FaultResult:
         async def inside(zone: str) -> list[str]:
             there = await self._instances(fault.pool)
             found = sorted(one for one, (where, _) in there.items() if where == zone)
@@ -144,14 +146,12 @@ class Deployed:
             states = await asyncio.to_thread(self._states, found)
             return [one for one in found if states.get(one) not in _GOING]
 
-        zones = Zones(self._endpoint, prefix=self.at.groups_prefix)
+        zones = ZoneOutage(self._endpoint, prefix=self.at.groups_prefix)
         return await zones.lose(self._scene, fault, inside=inside, kill=self.killed)
 
-    # --- The manager and the ledger ---------------------------------------------------------------
-
-    async def crash_manager(self, _: Fault) -> Seen:
+    async def crash_manager(self, _: Fault) -> FaultResult:
         owner = (await self._scene.grid())["owner"]
-        return Seen((owner,), await self._replaced(owner))
+        return FaultResult((owner,), await self._replaced(owner))
 
     async def _replaced(self, owner: str) -> str:
         """End the manager's instance; what was seen once another one's manager leads."""
@@ -165,23 +165,23 @@ class Deployed:
                 return found if found != instance else ""
             return ""
 
-        other = await until(successor, "another manager's instance", within_s=_BOOT_S)
+        other = await wait_for(successor, "another manager's instance", within_s=_BOOT_S)
         leader = await self._scene.leader(after=owner, within_s=_BOOT_S)
         return (
             f"{said}; {leader} on {other} led {time.monotonic() - began_s:.0f} s later, where "
             f"{owner} had"
         )
 
-    async def lose_database(self, fault: Fault) -> Seen:
+    async def lose_database(self, fault: Fault) -> FaultResult:
         """As the stack's ledger lets one."""
         if self.at.domain:
-            return await manager_and_ledger.lose(self._scene, fault)
-        had = await manager_and_ledger.known(self._scene)
+            return await manager_and_ledger.lose_ledger(self._scene, fault)
+        had = await manager_and_ledger.count_jobs(self._scene)
         if not had:
-            return Seen(impossible=manager_and_ledger.NO_JOB)
+            return FaultResult(impossible=manager_and_ledger.NO_JOB)
         found: list[int] = []
-        async with Undoing(self._scene.over) as undoing:
-            manager_and_ledger.owe_rebuild(self._scene, undoing, found)
+        async with Rollback(self._scene.over) as undoing:
+            manager_and_ledger.add_rebuild(self._scene, undoing, found)
             if self.at.database:
                 said = await self._rebooted(self.at.database.host)
                 target = self.at.database.host
@@ -190,8 +190,8 @@ class Deployed:
                 owner = (await self._scene.grid())["owner"]
                 said, target = await self._replaced(owner), owner
             away_s = await self._scene.hold(fault.for_s)
-            left = await manager_and_ledger.known(self._scene)
-        return Seen(
+            left = await manager_and_ledger.count_jobs(self._scene)
+        return FaultResult(
             (target,),
             f"{said}; of {had} jobs the ledger knew {left} then, and {found[-1]} once it was "
             f"rebuilt from the bucket {away_s:.1f} s later",
@@ -215,13 +215,13 @@ class Deployed:
                 told = rds.describe_db_instances(DBInstanceIdentifier=name)["DBInstances"]
             return str(told[0]["DBInstanceStatus"])
 
-        await to_its_end(in_thread(reboot))
+        await complete(in_thread(reboot))
 
         async def is_back() -> bool:
             seen.append(await asyncio.to_thread(status))
             return seen[-1] == "available"
 
-        await until(is_back, "the end of the reboot", within_s=_BOOT_S)
+        await wait_for(is_back, "the end of the reboot", within_s=_BOOT_S)
         told = ", ".join(dict.fromkeys(seen))
         return f"RDS rebooted {name}: {told} after {time.monotonic() - began_s:.0f} s"
 
@@ -239,9 +239,9 @@ class Deployed:
         )
 
 
-def harms(scene: Scene) -> Mapping[FaultName, Harm]:
+def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
     """All but those that the table says no to."""
-    there = Deployed(scene)
+    there = StackFaults(scene)
     return {
         FaultName.KILL: there.kill,
         FaultName.SPOT_WAVE: there.spot_wave,

@@ -1,4 +1,4 @@
-"""Harm to a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
+"""FaultAction to a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
 
 Invariant: what crashes does so by a signal to its first process from outside, so that Docker takes
 it for a crash and starts it again where it would.
@@ -24,10 +24,17 @@ from batchlab.core.text import first_of
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.project import LABEL
 from batchlab.scenarios.faults import manager_and_ledger, messages
-from batchlab.scenarios.faults.fault_injection import NOBODY, SEEN_S, Harm, Scene, Seen, until
-from batchlab.scenarios.faults.localstack_proxy import PYTHON, Interposed, networks
-from batchlab.scenarios.faults.rollback import Undoing, in_thread, to_its_end
-from batchlab.scenarios.faults.zone_outage import Zones
+from batchlab.scenarios.faults.fault_injection import (
+    EFFECT_TIMEOUT_S,
+    NO_INSTANCE,
+    FaultAction,
+    FaultResult,
+    TargetGrid,
+    wait_for,
+)
+from batchlab.scenarios.faults.localstack_proxy import PYTHON, LocalStackProxy, networks
+from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
+from batchlab.scenarios.faults.zone_outage import ZoneOutage
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.server.autoscaling_api.metadata import give
 
@@ -40,10 +47,10 @@ SERVICE = "com.docker.compose.service"
 _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2).close()"
 
 
-class Containers:
+class ContainerFaults:
     """The containers of the scene's project, by their labels."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
         self.at = scene.backend.deployment(scene.home)
         self.home = scene.home.path
@@ -83,24 +90,22 @@ class Containers:
     async def is_running(self, container: str) -> bool:
         return bool((await self.look(container)).get("State", {}).get("Running"))
 
-    # --- Instances --------------------------------------------------------------------------------
-
     async def hit(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Whom the fault takes: containers by instance."""
         there = await self.instances() if among is None else among
         return {name: str(there[name]["Id"]) for name in await self._scene.hit(fault, there)}
 
-    async def kill(self, fault: Fault) -> Seen:
+    async def kill(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
-        return Seen(tuple(hit), first_of(await self.killed(hit)))
+            return FaultResult(impossible=NO_INSTANCE)
+        return FaultResult(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, hit: Mapping[str, str]) -> list[str]:
         """SIGKILL to the first process of each; what Docker says of them then."""
         for name, container in hit.items():
             with suppress(NotFound):  # it went by itself
-                await to_its_end(self.breaks(name, partial(_kill, container)))
+                await complete(self.breaks(name, partial(_kill, container)))
         return [f"{name}: {await self._ended(one)}" for name, one in hit.items()]
 
     async def _ended(self, container: str) -> str:
@@ -110,13 +115,13 @@ class Containers:
                 return "removed"
             return "" if state["Running"] else f"{state['Status']} with {state['ExitCode']}"
 
-        return await until(look, "the end of the container")
+        return await wait_for(look, "the end of the container")
 
-    async def pause(self, fault: Fault) -> Seen:
+    async def pause(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
-        async with Undoing(self._scene.over) as undoing:
+            return FaultResult(impossible=NO_INSTANCE)
+        async with Rollback(self._scene.over) as undoing:
             for name, container in hit.items():
                 await undoing.breaking(
                     f"the pause of {name}",
@@ -126,7 +131,7 @@ class Containers:
             states = [(await self.look(one)).get("State", {}).get("Status") for one in hit.values()]
             held_s = await self._scene.hold(fault.for_s)
         after = [name for name, one in hit.items() if await self.is_running(one)]
-        return Seen(
+        return FaultResult(
             tuple(hit),
             f"{states.count('paused')} of {len(hit)} containers were paused for {held_s:.1f} s; "
             f"{len(after)} go on, {len(hit) - len(after)} had been ended meanwhile",
@@ -138,11 +143,11 @@ class Containers:
             with suppress(NotFound):
                 await self.do("The pause", lambda api: api.unpause(container))
 
-    async def partition(self, fault: Fault) -> Seen:
+    async def partition(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
-        async with Undoing(self._scene.over) as undoing:
+            return FaultResult(impossible=NO_INSTANCE)
+        async with Rollback(self._scene.over) as undoing:
             for name, container in hit.items():
                 await undoing.breaking(
                     f"the partition of {name}",
@@ -153,7 +158,7 @@ class Containers:
             held_s = await self._scene.hold(fault.for_s)
         back = [name for name, one in hit.items() if await self._is_connected(one)]
         reach = [name for name in back if await self._reaches(hit[name])]
-        return Seen(
+        return FaultResult(
             tuple(hit),
             f"from within, {len(cut)} of {len(hit)} reached the grid's services no more for "
             f"{held_s:.1f} s, and {len(reach)} do again; {len(hit) - len(back)} had been ended "
@@ -189,20 +194,20 @@ class Containers:
     async def _is_connected(self, container: str) -> bool:
         return self.at.project in networks(await self.look(container))
 
-    async def spot_wave(self, fault: Fault) -> Seen:
+    async def spot_wave(self, fault: Fault) -> FaultResult:
         there = {
             name: row
             for name, row in (await self.instances()).items()
             if row["Labels"].get(MARKET) == Market.SPOT
         }
         if not there:
-            return Seen(
+            return FaultResult(
                 impossible="No instance is a Spot Instance, and only those are interrupted: give "
                 "the pool a Spot share."
             )
         hit = await self.hit(fault, there)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         began_s = time.monotonic()
         told = [name for name in hit if await self._notice(name, fault.notice_s)]
 
@@ -211,11 +216,11 @@ class Containers:
                 [await self.is_running(one) for one in hit.values()]
             )
 
-        await until(look, "the end of the instances", within_s=fault.notice_s + SEEN_S)
+        await wait_for(look, "the end of the instances", within_s=fault.notice_s + EFFECT_TIMEOUT_S)
         took_s = time.monotonic() - began_s
         left = [name for name, one in hit.items() if await self.is_running(one)]
         whose, gone = "its" if len(told) == 1 else "their", len(hit) - len(left)
-        return Seen(
+        return FaultResult(
             tuple(hit),
             f"{len(told)} of {len(hit)} had {whose} notice of {fault.notice_s:g} s, and {gone} "
             f"{'was' if gone == 1 else 'were'} gone after {took_s:.1f} s ({first_of(list(hit))})",
@@ -228,9 +233,7 @@ class Containers:
             return True
         return False
 
-    # --- Services ---------------------------------------------------------------------------------
-
-    async def crashed(self, service: str, undoing: Undoing) -> str:
+    async def crashed(self, service: str, undoing: Rollback) -> str:
         """SIGKILL to a service's first process; once Docker has started it again, what it says."""
         container = await self.service(service)
         before = await self.look(container)
@@ -246,7 +249,7 @@ class Containers:
                 os.kill(pid, signal.SIGKILL)
         else:
             # Another user's, or in a virtual machine: then Docker takes it for stopped.
-            await to_its_end(self.breaks(service, partial(_kill, container)))
+            await complete(self.breaks(service, partial(_kill, container)))
             await start()
 
         async def look() -> str:
@@ -257,30 +260,28 @@ class Containers:
                 is_new
             )
 
-        return await until(look, f"the restart of {service}")
+        return await wait_for(look, f"the restart of {service}")
 
-    async def crash_manager(self, _: Fault) -> Seen:
+    async def crash_manager(self, _: Fault) -> FaultResult:
         before = await self._scene.grid()
         began_s = time.monotonic()
-        async with Undoing(self._scene.over) as undoing:
+        async with Rollback(self._scene.over) as undoing:
             said = await self.crashed("manager", undoing)
         owner = await self._scene.leader(after=before["owner"])
         took_s = time.monotonic() - began_s
-        return Seen(
+        return FaultResult(
             (before["owner"],),
             f"{said}; {owner} led {took_s:.1f} s later, where {before['owner']} had",
         )
 
-    async def lose_database(self, fault: Fault) -> Seen:
-        async def restart(undoing: Undoing) -> str:
+    async def lose_database(self, fault: Fault) -> FaultResult:
+        async def restart(undoing: Rollback) -> str:
             return f"{await self.crashed('postgres', undoing)}; "
 
-        return await manager_and_ledger.lose(self._scene, fault, before=restart)
+        return await manager_and_ledger.lose_ledger(self._scene, fault, before=restart)
 
-    # --- Zones and storage ------------------------------------------------------------------------
-
-    async def zone_loss(self, fault: Fault) -> Seen:
-        zones = Zones(
+    async def zone_loss(self, fault: Fault) -> FaultResult:
+        zones = ZoneOutage(
             deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
         )
 
@@ -294,15 +295,15 @@ class Containers:
 
         return await zones.lose(self._scene, fault, inside=inside, kill=kill)
 
-    async def s3_errors(self, fault: Fault) -> Seen:
+    async def s3_errors(self, fault: Fault) -> FaultResult:
         place = self._scene.backend.place(self._scene.home)
         if place.named:
-            return Seen(
+            return FaultResult(
                 impossible=f"The endpoint {place.url} is the user's own: nothing of the grid "
                 "stands before it."
             )
         storage = await self.service("localstack")
-        return await Interposed(self, storage, place.url).hold(self._scene, fault)
+        return await LocalStackProxy(self, storage, place.url).hold(self._scene, fault)
 
 
 def _kill(container: str, api: APIClient) -> None:
@@ -326,9 +327,9 @@ def _is_its(pid: int, container: str) -> bool:
     return False
 
 
-def harms(scene: Scene) -> Mapping[FaultName, Harm]:
+def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
     """All but those that the table says no to."""
-    there = Containers(scene)
+    there = ContainerFaults(scene)
     return {
         FaultName.KILL: there.kill,
         FaultName.PAUSE: there.pause,

@@ -22,36 +22,36 @@ from batchlab.core.model import LifecycleState, Pool
 from batchlab.core.retry import set_within
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.fault_table import cell
+from batchlab.scenarios.faults.fault_table import support_of
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.replay.run_state import OVER
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.replay.run_state import RUN_ENDED
+from batchlab.scenarios.verdicts.record import InjectedFault
 
 if TYPE_CHECKING:
-    from batchlab.scenarios.faults.proxy import Front
+    from batchlab.scenarios.faults.proxy import FaultProxy
 
 T = TypeVar("T")
 
-LOOK_S = 0.1
-SEEN_S = 60.0
+POLL_S = 0.1
+EFFECT_TIMEOUT_S = 60.0
 """So long an effect may take until it can be seen; longer is an error."""
-NOBODY = "No instance was in service."
-UNHIT = "No {one} was hit: none came, or none of the few that did."
+NO_INSTANCE = "No instance was in service."
+NOTHING_HIT = "No {one} was hit: none came, or none of the few that did."
 
 
-class NotSeen(Unreachable):
+class EffectNotSeen(Unreachable):
     """What was to come about has not been seen in time."""
 
 
-class Over(BatchlabError):
+class RunEnded(BatchlabError):
     """Everything is to be undone, so nothing more is broken."""
 
     def __init__(self) -> None:
-        super().__init__(OVER)
+        super().__init__(RUN_ENDED)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class FaultResult:
     """Who was hit, and what was seen of it; `impossible` where it turns out that it cannot be."""
 
     targets: tuple[str, ...] = ()
@@ -59,12 +59,12 @@ class Seen:
     impossible: str = ""
 
 
-Harm = Callable[[Fault], Coroutine[Any, Any, Seen]]
+FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
 """Does it, keeps it up for the fault's time, and undoes it, also where it is cancelled."""
 
 
 @dataclass
-class Scene:
+class TargetGrid:
     """A grid that is up. `over` is set when everything is to be undone before its time."""
 
     backend: Backend
@@ -85,7 +85,7 @@ class Scene:
 
     async def grid(self) -> GridView:
         """The pools with their instances; a manager that is away is waited for."""
-        view = await until(self._grid, "the manager's answer")
+        view = await wait_for(self._grid, "the manager's answer")
         assert view is not None
         return view
 
@@ -96,14 +96,14 @@ class Scene:
             return None
 
     async def hit(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-        """The instances that the fault takes, of those `among` where that is given; Over where
+        """The instances that the fault takes, of those `among` where that is given; RunEnded where
         nothing more is to be broken."""
         grid = await self.grid()
         if self.over.is_set():
-            raise Over
-        return chosen(grid, fault, among)
+            raise RunEnded
+        return select_targets(grid, fault, among)
 
-    async def leader(self, *, after: str, within_s: float = 5 * SEEN_S) -> str:
+    async def leader(self, *, after: str, within_s: float = 5 * EFFECT_TIMEOUT_S) -> str:
         """The owner of the lease, once that is another than `after` and it leads."""
 
         async def look() -> str:
@@ -113,10 +113,10 @@ class Scene:
                     return view["owner"]
             return ""
 
-        return await until(look, "another manager's lead", within_s=within_s)
+        return await wait_for(look, "another manager's lead", within_s=within_s)
 
 
-def chosen(grid: GridView, fault: Fault, among: Collection[str] | None = None) -> list[str]:
+def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None = None) -> list[str]:
     """Those in service, the oldest first, cut to the fault's count, or its share rounded up."""
     there: list[InstanceView] = [
         one
@@ -129,55 +129,59 @@ def chosen(grid: GridView, fault: Fault, among: Collection[str] | None = None) -
     return [one["id"] for one in there[: fault.among(len(there))]]
 
 
-async def until(look: Callable[[], Awaitable[T]], what: str, *, within_s: float = SEEN_S) -> T:
-    """What `look` gives as soon as that is true; NotSeen where it is not `within_s`."""
+async def wait_for(
+    look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S
+) -> T:
+    """What `look` gives as soon as that is true; EffectNotSeen where it is not `within_s`."""
     give_up_s = time.monotonic() + within_s
     while not (found := await look()):
         if time.monotonic() > give_up_s:
-            raise NotSeen(f"{what[0].upper()}{what[1:]} was not seen within {within_s:g} s.")
-        await asyncio.sleep(LOOK_S)
+            raise EffectNotSeen(f"{what[0].upper()}{what[1:]} was not seen within {within_s:g} s.")
+        await asyncio.sleep(POLL_S)
     return found
 
 
-class Injector:
+class FaultInjector:
     """The harm that one backend knows."""
 
-    def __init__(self, scene: Scene, harms: Mapping[FaultName, Harm]) -> None:
+    def __init__(self, scene: TargetGrid, harms: Mapping[FaultName, FaultAction]) -> None:
         self._scene = scene
         self._harms = harms
-        self._standing: dict[asyncio.Task[Seen], Fault] = {}
+        self._standing: dict[asyncio.Task[FaultResult], Fault] = {}
 
-    async def inject(self, fault: Fault, at_s: float) -> Injected:
+    async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
         """Break it now, keep it broken for `for_s`, mend it, and say what was seen.
 
         Cancelled, it mends first. What did not go as it should is said too: it could not be
         broken, was not seen to be (and is mended all the same), or stands after all. What breaks
         the same thing as one that stands waits until that is mended, and has its time then.
         """
-        row = cell(fault.name, self._scene.backend.name)
+        row = support_of(fault.name, self._scene.backend.name)
         harm = self._harms.get(fault.name)
         if not row.possible or harm is None:
-            return Injected(fault.name, at_s, impossible=_clause(row.why_not))
+            return InjectedFault(fault.name, at_s, impossible=_clause(row.why_not))
         came_s = time.monotonic()
         while before := [one for one, other in self._standing.items() if fault.shares(other)]:
             await asyncio.wait(before)
             await asyncio.sleep(0)  # whoever waited for it notes its end
             at_s, came_s = at_s + time.monotonic() - came_s, time.monotonic()
         if self._scene.over.is_set():
-            return Injected(fault.name, at_s, impossible=OVER)
+            return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
         doing = asyncio.ensure_future(harm(fault))
         self._standing[doing] = fault
         try:
             seen = await doing
-        except Over:
-            return Injected(fault.name, at_s, impossible=OVER)
+        except RunEnded:
+            return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
         except BatchlabError as error:
-            return Injected(fault.name, at_s, trouble=error.message)
+            return InjectedFault(fault.name, at_s, trouble=error.message)
         except OSError as error:  # no room, no process, no socket: this machine's, not the grid's
-            return Injected(fault.name, at_s, trouble=f"This machine refused it: {error}.")
+            return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._standing[doing]
-        return Injected(fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible))
+        return InjectedFault(
+            fault.name, at_s, seen.targets, seen.evidence, _clause(seen.impossible)
+        )
 
     async def undo(self) -> None:
         """Mend all that is broken now, and break nothing more; every `inject` returns then."""
@@ -204,8 +208,8 @@ def injector_for(
     *,
     pools: Sequence[Pool] = (),
     parent: bool = False,
-    front: Front | None = None,
-) -> Injector:
+    front: FaultProxy | None = None,
+) -> FaultInjector:
     """What breaks a grid of this backend that is up. Inside an event loop.
 
     `pools` and `parent` are what its manager was started with, for one that is started again: at
@@ -217,20 +221,20 @@ def injector_for(
             f"Nothing real runs on the backend {backend.name}.",
             remedy="`batchlab scenario simulate` knows every fault by itself.",
         )
-    scene = Scene(backend, home, client, tuple(pools), parent)
-    return Injector(scene, _harms(scene, front))
+    scene = TargetGrid(backend, home, client, tuple(pools), parent)
+    return FaultInjector(scene, _actions(scene, front))
 
 
-def _harms(scene: Scene, front: Front | None) -> Mapping[FaultName, Harm]:
+def _actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
     # Each only where it is needed: the Docker SDK and boto3 are dear to import.
     if scene.backend.capabilities.stack:
         from batchlab.scenarios.faults import aws_stack
 
-        return aws_stack.harms(scene)
+        return aws_stack.actions(scene)
     if scene.backend.capabilities.container_manager:
         from batchlab.scenarios.faults import containers
 
-        return containers.harms(scene)
+        return containers.actions(scene)
     from batchlab.scenarios.faults import processes
 
-    return processes.harms(scene, front)
+    return processes.actions(scene, front)

@@ -16,7 +16,7 @@ BACKENDS = ("local", "ministack", "localstack", "aws")
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class FaultSupport:
     """One fault on one backend: `how` it is injected, or `why_not`; one of the two is empty."""
 
     how: str = ""
@@ -27,57 +27,61 @@ class Cell:
         return bool(self.how)
 
 
-def _never(why: str) -> Cell:
-    return Cell(why_not=why)
+def _impossible(why: str) -> FaultSupport:
+    return FaultSupport(why_not=why)
 
 
-_KILLED = Cell("SIGKILL to the worker's process and all its child processes")
-_STOPPED = Cell("SIGSTOP to the worker's processes, SIGCONT at the end")
-_ASKED = Cell(
+_KILLED = FaultSupport("SIGKILL to the worker's process and all its child processes")
+_STOPPED = FaultSupport("SIGSTOP to the worker's processes, SIGCONT at the end")
+_ASKED = FaultSupport(
     "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the "
     "notice; processes do not have a market, so any of them is hit"
 )
-_RESTARTED = Cell(
+_RESTARTED = FaultSupport(
     "SIGKILL to the manager's process; at the end, another manager starts at its address"
 )
-_FORGOTTEN = Cell(
+_FORGOTTEN = FaultSupport(
     "every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket"
 )
-_TWICE = Cell(
+_TWICE = FaultSupport(
     "messages are received, a copy of each is sent, and the original is returned to the queue"
 )
-_LATE = Cell("messages are received and kept invisible until the end, at most 15 minutes")
-_UNSUPPORTED = _never("No fault is implemented for this backend.")
-_NO_ZONES = _never("Instances are processes of one machine, and do not have a zone.")
-_HOG = Cell("programs that write and fsync without a pause, on the disk of the workers' folders")
+_LATE = FaultSupport("messages are received and kept invisible until the end, at most 15 minutes")
+_UNSUPPORTED = _impossible("No fault is implemented for this backend.")
+_NO_ZONES = _impossible("Instances are processes of one machine, and do not have a zone.")
+_HOG = FaultSupport(
+    "programs that write and fsync without a pause, on the disk of the workers' folders"
+)
 
-TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
+TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
     FaultName.KILL: {
         "local": _KILLED,
         "ministack": _KILLED,
-        "localstack": Cell("docker kill: SIGKILL to the container's first process"),
-        "aws": Cell("EC2 TerminateInstances that skips the shutdown of the operating system"),
+        "localstack": FaultSupport("docker kill: SIGKILL to the container's first process"),
+        "aws": FaultSupport(
+            "EC2 TerminateInstances that skips the shutdown of the operating system"
+        ),
     },
     FaultName.PAUSE: {
         "local": _STOPPED,
         "ministack": _STOPPED,
-        "localstack": Cell("docker pause, docker unpause at the end"),
-        "aws": _never(
+        "localstack": FaultSupport("docker pause, docker unpause at the end"),
+        "aws": _impossible(
             "EC2 does not have a call that freezes and resumes an instance, and the stack does "
             "not allow commands on its workers."
         ),
     },
     FaultName.PARTITION: {
-        "local": _never(
+        "local": _impossible(
             "The bucket and the queues are files on the same machine, so a network cannot be "
             "interrupted."
         ),
-        "ministack": Cell(
+        "ministack": FaultSupport(
             "a proxy before the grid's endpoint does not answer requests of the instances until "
             "the end"
         ),
-        "localstack": Cell("docker network disconnect, docker network connect at the end"),
-        "aws": _never(
+        "localstack": FaultSupport("docker network disconnect, docker network connect at the end"),
+        "aws": _impossible(
             "A security group does not end existing connections, and a network ACL affects whole "
             "subnets, including the manager's."
         ),
@@ -85,11 +89,11 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.SPOT_WAVE: {
         "local": _ASKED,
         "ministack": _ASKED,
-        "localstack": Cell(
+        "localstack": FaultSupport(
             "the Auto Scaling endpoint sends Spot instances an interruption notice, and "
             "terminates the remaining ones at the end of the notice"
         ),
-        "aws": Cell(
+        "aws": FaultSupport(
             "TerminateInstanceInAutoScalingGroup, which the instance reads in its metadata as its "
             "target state, and EC2 TerminateInstances at the end of the notice; EC2 sends a real "
             "Spot interruption only through an AWS FIS experiment"
@@ -98,27 +102,27 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.ZONE_LOSS: {
         "local": _NO_ZONES,
         "ministack": _NO_ZONES,
-        "localstack": Cell(
+        "localstack": FaultSupport(
             "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group "
             "has only this zone), then docker kill to all containers in it; the zone is restored "
             "at the end"
         ),
-        "aws": Cell(
+        "aws": FaultSupport(
             "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses "
             "if a group has only these), then EC2 TerminateInstances for all instances in it; the "
             "subnets are restored at the end"
         ),
     },
     FaultName.S3_ERRORS: {
-        "local": _never("The bucket is a folder, so it cannot answer with 503."),
-        "ministack": Cell(
+        "local": _impossible("The bucket is a folder, so it cannot answer with 503."),
+        "ministack": FaultSupport(
             "a proxy before the grid's endpoint answers a share of the requests with 503 SlowDown"
         ),
-        "localstack": Cell(
+        "localstack": FaultSupport(
             "a proxy takes LocalStack's address on the grid's network and answers a share of the "
             "requests with 503 SlowDown; LocalStack gets its address back at the end"
         ),
-        "aws": _never(
+        "aws": _impossible(
             "The user does not control a component between the instances and S3, and S3 cannot be "
             "made to answer with 503."
         ),
@@ -128,20 +132,20 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.SLOW_DISK: {
         "local": _HOG,
         "ministack": _HOG,
-        "localstack": _never(
+        "localstack": _impossible(
             "An instance writes only to memory (its root is read-only, and /tmp is a tmpfs), so "
             "it does not use a disk."
         ),
-        "aws": _never("The stack does not allow commands on its workers."),
+        "aws": _impossible("The stack does not allow commands on its workers."),
     },
     FaultName.MANAGER_CRASH: {
         "local": _RESTARTED,
         "ministack": _RESTARTED,
-        "localstack": Cell(
+        "localstack": FaultSupport(
             "SIGKILL to the first process of the manager's container, which Docker restarts "
             "immediately"
         ),
-        "aws": Cell(
+        "aws": FaultSupport(
             "EC2 TerminateInstances for the manager's instance, which its Auto Scaling group "
             "replaces"
         ),
@@ -149,11 +153,11 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
     FaultName.DATABASE_LOSS: {
         "local": _FORGOTTEN,
         "ministack": _FORGOTTEN,
-        "localstack": Cell(
+        "localstack": FaultSupport(
             "PostgreSQL is killed and restarted by Docker, and every row of the ledger is "
             "deleted; at the end, the manager rebuilds it from the bucket"
         ),
-        "aws": Cell(
+        "aws": FaultSupport(
             "RDS is rebooted, a SimpleDB ledger is emptied, or a file is lost with the manager's "
             "instance; at the end, the manager rebuilds the ledger from the bucket"
         ),
@@ -161,21 +165,21 @@ TABLE: Mapping[FaultName, Mapping[str, Cell]] = {
 }
 
 
-def cell(fault: FaultName, backend: str) -> Cell:
+def support_of(fault: FaultName, backend: str) -> FaultSupport:
     """How that fault comes about on that backend, or why it cannot be."""
     return TABLE[fault].get(backend, _UNSUPPORTED)
 
 
 def impossible(backend: str) -> dict[FaultName, str]:
     """The faults that cannot be on that backend, each with its reason, as a part of a sentence."""
-    cells = {fault: cell(fault, backend) for fault in FaultName}
+    cells = {fault: support_of(fault, backend) for fault in FaultName}
     return {
         fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible
     }
 
 
-def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, Cell]]:
+def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
     """Every fault on each of these backends, in the order of FaultName."""
     for fault in FaultName:
         for backend in backends:
-            yield fault, backend, cell(fault, backend)
+            yield fault, backend, support_of(fault, backend)

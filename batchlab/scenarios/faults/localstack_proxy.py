@@ -21,15 +21,15 @@ from urllib.parse import urlsplit
 
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.runtime.compose.project import HOME_LABEL, LABEL
-from batchlab.scenarios.faults.fault_injection import UNHIT, Scene, Seen, until
-from batchlab.scenarios.faults.proxy import Counts, Front, server_of
-from batchlab.scenarios.faults.rollback import Undoing, to_its_end
+from batchlab.scenarios.faults.fault_injection import NOTHING_HIT, FaultResult, TargetGrid, wait_for
+from batchlab.scenarios.faults.proxy import FaultProxy, RequestCounts, server_of
+from batchlab.scenarios.faults.rollback import Rollback, complete
 from batchlab.scenarios.model.values import Fault
 
 if TYPE_CHECKING:
     from docker import APIClient
 
-    from batchlab.scenarios.faults.containers import Containers
+    from batchlab.scenarios.faults.containers import ContainerFaults
 
 T = TypeVar("T")
 
@@ -43,10 +43,10 @@ _MARGIN_S = 60.0
 _MEMORY = "256m"
 
 
-class Interposed:
+class LocalStackProxy:
     """The container `storage` of LocalStack, at `url` on the grid's network."""
 
-    def __init__(self, there: Containers, storage: str, url: str) -> None:
+    def __init__(self, there: ContainerFaults, storage: str, url: str) -> None:
         self._there = there
         self._storage = storage
         parts = urlsplit(url)
@@ -54,18 +54,18 @@ class Interposed:
         self._aside = f"{there.at.subnet}.{_ASIDE}"
         self._beside = f"{there.at.subnet}.{_BESIDE}"
 
-    async def hold(self, scene: Scene, fault: Fault) -> Seen:
+    async def hold(self, scene: TargetGrid, fault: Fault) -> FaultResult:
         """Answer 503 to the fault's share of S3's requests for its time."""
         # Named before it is made: its id would be lost with whoever is cancelled while it is.
         front = scene.backend.open_ids().fresh(f"{self._there.at.project}-front")
-        counts, backs_s = Counts(), [0.0]
+        counts, backs_s = RequestCounts(), [0.0]
 
         async def give_back() -> None:
             began_s = time.monotonic()
             await self._give_back(front)
             backs_s.append(time.monotonic() - began_s)
 
-        async with Undoing(scene.over) as undoing:
+        async with Rollback(scene.over) as undoing:
             await undoing.breaking(
                 f"the container {front}",
                 partial(self._end, front, counts),
@@ -79,13 +79,13 @@ class Interposed:
                 give_back,
                 partial(self._breaks, self._moving(self._storage, self._aside)),
             )
-            await to_its_end(self._breaks(self._moving(front, self._host)))
+            await complete(self._breaks(self._moving(front, self._host)))
             await self._answered(self._host)
             away_s = time.monotonic() - began_s
             held_s = await scene.hold(fault.for_s)
         if not counts.refused:
-            return Seen(impossible=UNHIT.format(one="request"))
-        return Seen(
+            return FaultResult(impossible=NOTHING_HIT.format(one="request"))
+        return FaultResult(
             (f"{self._host}:{self._port}",),
             f"{counts.refused} of {counts.asked} requests to S3 were answered 503 SlowDown in "
             f"{held_s:.1f} s; the address itself was nobody's for {away_s:.1f} s before and "
@@ -133,7 +133,7 @@ class Interposed:
         async def listens() -> bool:
             return await asyncio.to_thread(_answers, host, self._port)
 
-        await until(listens, f"an answer at {host}:{self._port}")
+        await wait_for(listens, f"an answer at {host}:{self._port}")
 
     def _moving(self, container: str, address: str) -> Callable[[APIClient], None]:
         """Give it that address on the grid's network, in place of the one that it has."""
@@ -159,7 +159,7 @@ class Interposed:
         await self._do(self._moving(self._storage, self._host))
         await self._answered(self._host)
 
-    async def _end(self, front: str, counts: Counts) -> None:
+    async def _end(self, front: str, counts: RequestCounts) -> None:
         """Remove the front; `counts` are what it has counted then."""
         with suppress(NotFound):
             try:
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
     """PORT TARGET-HOST:PORT RATE SECONDS: stand there until SIGTERM, then print the counts. After
     so many seconds it only passes on: whoever should have ended it has died."""
     port, target, rate = int(arguments[0]), arguments[1], float(arguments[2])
-    front = Front(f"http://{target}")
+    front = FaultProxy(f"http://{target}")
     front.rate = rate
     # On every address: it changes its own on the way. In a container, that is no wider.
     listener = socket.create_server(("0.0.0.0", port), backlog=256)  # noqa: S104

@@ -19,8 +19,8 @@ from batchlab.core.ports import MAX_DELAY_S, Message, Outgoing, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.retry import patiently
 from batchlab.runtime import factory
-from batchlab.scenarios.faults.fault_injection import UNHIT, Scene, Seen
-from batchlab.scenarios.faults.rollback import Undoing, to_its_end
+from batchlab.scenarios.faults.fault_injection import NOTHING_HIT, FaultResult, TargetGrid
+from batchlab.scenarios.faults.rollback import Rollback, complete
 from batchlab.scenarios.model.values import Fault
 
 _BATCH = 10
@@ -34,7 +34,7 @@ against a message's own limit, beyond which it is a dead letter."""
 
 
 @dataclass
-class _Met:
+class _QueueState:
     """What has come by in one queue. `taken` are those that nobody else can have now, by their
     receipts, with when they came."""
 
@@ -66,11 +66,11 @@ def _is_hit(message: Message, rate: float) -> bool:
     return int(_digest(message.body)[:8], 16) < rate * 16**8
 
 
-async def duplicates(scene: Scene, fault: Fault) -> Seen:
+async def duplicates(scene: TargetGrid, fault: Fault) -> FaultResult:
     """Double a share of the messages that come by."""
 
-    async def work(queue: Queue, name: str, met: _Met, left_s: Callable[[], float]) -> None:
-        async for batch in _passing(queue, name, met, left_s, lambda: _HELD_S):
+    async def work(queue: Queue, name: str, met: _QueueState, left_s: Callable[[], float]) -> None:
+        async for batch in _received_batches(queue, name, met, left_s, lambda: _HELD_S):
             fresh, everything = batch
             doubled = [one for one in fresh if _is_hit(one, fault.rate)]
             for one in doubled:
@@ -79,14 +79,14 @@ async def duplicates(scene: Scene, fault: Fault) -> Seen:
             good = await _give_back(queue, name, met, everything)
             met.given_back += sum(one.receipt in good for one in doubled)
 
-    queues, mets = await _in_all(scene, fault, work)
+    queues, mets = await _run_on_queues(scene, fault, work)
     hit = sum(len(met.hit) for met in mets)
     twice = sum(len(met.ids[digest]) > 1 for met in mets for digest in met.hit)
     given = sum(met.given_back for met in mets)
     came = sum(len(met.ids) for met in mets)
     if not hit:
-        return Seen(impossible=UNHIT.format(one="message"))
-    return Seen(
+        return FaultResult(impossible=NOTHING_HIT.format(one="message"))
+    return FaultResult(
         tuple(queues),
         f"{hit} of {came} messages that came by were sent a second time, and {given} of those "
         f"originals given back while nobody else had had them; {twice} came by again under a "
@@ -94,14 +94,14 @@ async def duplicates(scene: Scene, fault: Fault) -> Seen:
     )
 
 
-async def delays(scene: Scene, fault: Fault) -> Seen:
+async def delays(scene: TargetGrid, fault: Fault) -> FaultResult:
     """Keep a share of the messages that come by from everybody else for a while."""
 
-    async def work(queue: Queue, name: str, met: _Met, left_s: Callable[[], float]) -> None:
+    async def work(queue: Queue, name: str, met: _QueueState, left_s: Callable[[], float]) -> None:
         def hidden_s() -> float:
             return min(left_s(), MAX_DELAY_S) + _MARGIN_S
 
-        async for fresh, everything in _passing(queue, name, met, left_s, hidden_s):
+        async for fresh, everything in _received_batches(queue, name, met, left_s, hidden_s):
             late = [one for one in fresh if _is_hit(one, fault.rate)]
             met.hit |= {_digest(one.body): one.id for one in late}
             await _give_back(queue, name, met, [one for one in everything if one not in late])
@@ -109,13 +109,13 @@ async def delays(scene: Scene, fault: Fault) -> Seen:
             due = [one for since_s, one in met.taken.values() if since_s < over_s]
             await _give_back(queue, name, met, due, kept=True)
 
-    queues, mets = await _in_all(scene, fault, work)
+    queues, mets = await _run_on_queues(scene, fault, work)
     hit, came = (sum(len(met.hit) for met in mets), sum(len(met.ids) for met in mets))
     kept_s = sorted(s for met in mets for s in met.kept_s)
     spread = f", {kept_s[0]:.1f} to {kept_s[-1]:.1f} s each" if kept_s else ""
     if not hit:
-        return Seen(impossible=UNHIT.format(one="message"))
-    return Seen(
+        return FaultResult(impossible=NOTHING_HIT.format(one="message"))
+    return FaultResult(
         tuple(queues),
         f"{hit} of {came} messages that came by were kept back, {len(kept_s)} of them until "
         f"their receipts were given up{spread}",
@@ -123,7 +123,7 @@ async def delays(scene: Scene, fault: Fault) -> Seen:
 
 
 async def _give_back(
-    queue: Queue, name: str, met: _Met, batch: Sequence[Message], *, kept: bool = False
+    queue: Queue, name: str, met: _QueueState, batch: Sequence[Message], *, kept: bool = False
 ) -> set[str]:
     """Make them visible again; the receipts that were still good, since nobody else has had them
     meanwhile. It is noted how long those were `kept` that were to be."""
@@ -139,17 +139,19 @@ async def _give_back(
     return good
 
 
-async def _take(queue: Queue, name: str, met: _Met, wait_s: float, hide_s: float) -> list[Message]:
+async def _take(
+    queue: Queue, name: str, met: _QueueState, wait_s: float, hide_s: float
+) -> list[Message]:
     """Receive, and note at once what nobody else can have now."""
     batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s, max_messages=_BATCH)
     met.taken.update({one.receipt: (time.monotonic(), one) for one in batch})
     return list(batch)
 
 
-async def _passing(
+async def _received_batches(
     queue: Queue,
     name: str,
-    met: _Met,
+    met: _QueueState,
     left_s: Callable[[], float],
     visible_s: Callable[[], float],
 ) -> Any:
@@ -157,7 +159,7 @@ async def _passing(
     pause_s = _PAUSE_S
     while (left := left_s()) > 0:
         # One that is cancelled in the middle would have taken what it never tells of.
-        batch = await to_its_end(_take(queue, name, met, min(_WAIT_S, left), visible_s()))
+        batch = await complete(_take(queue, name, met, min(_WAIT_S, left), visible_s()))
         fresh = met.fresh(batch)
         if batch:
             yield fresh, batch
@@ -165,10 +167,12 @@ async def _passing(
         await asyncio.sleep(min(pause_s, max(0.0, left_s())))
 
 
-Work = Callable[[Queue, str, _Met, Callable[[], float]], Coroutine[Any, Any, None]]
+QueueWork = Callable[[Queue, str, _QueueState, Callable[[], float]], Coroutine[Any, Any, None]]
 
 
-async def _in_all(scene: Scene, fault: Fault, work: Work) -> tuple[list[str], list[_Met]]:
+async def _run_on_queues(
+    scene: TargetGrid, fault: Fault, work: QueueWork
+) -> tuple[list[str], list[_QueueState]]:
     """Do that in the task queues of the fault's pools, and in that of events where it names none,
     for the fault's time."""
     pools = [pool["name"] for pool in (await scene.grid())["pools"]]
@@ -179,11 +183,11 @@ async def _in_all(scene: Scene, fault: Fault, work: Work) -> tuple[list[str], li
     def left_s() -> float:
         return 0.0 if scene.over.is_set() else ends_s - time.monotonic()
 
-    mets = [_Met() for _ in names]
+    mets = [_QueueState() for _ in names]
     queue = scene.backend.open_queue(scene.home, scene.backend.open_clock())
     patient: Queue = patiently(queue, factory.patience())
 
-    async def release(name: str, met: _Met) -> None:
+    async def release(name: str, met: _QueueState) -> None:
         held = [one for _, one in met.taken.values()]
         await _give_back(patient, name, met, held, kept=True)
 
@@ -196,7 +200,7 @@ async def _in_all(scene: Scene, fault: Fault, work: Work) -> tuple[list[str], li
             raise errors.exceptions[0] from None
 
     try:
-        async with Undoing(scene.over) as undoing:
+        async with Rollback(scene.over) as undoing:
             for name, met in zip(names, mets, strict=True):
                 undoing.owe(f"the hold on messages of {name}", partial(release, name, met))
             await in_each()

@@ -1,4 +1,4 @@
-"""Harm to a grid whose manager and instances are processes of this machine.
+"""FaultAction to a grid whose manager and instances are processes of this machine.
 
 Invariant: a process is hit only while it is the one that the launcher's record tells of.
 """
@@ -16,23 +16,30 @@ from typing import TYPE_CHECKING
 from batchlab.adapters.local.processes import ended, living, start_ticks, stat
 from batchlab.core.text import first_of
 from batchlab.scenarios.faults import manager_and_ledger, messages, proxy, slow_disk
-from batchlab.scenarios.faults.fault_injection import NOBODY, UNHIT, Harm, Scene, Seen, until
-from batchlab.scenarios.faults.rollback import Undoing, in_thread
+from batchlab.scenarios.faults.fault_injection import (
+    NO_INSTANCE,
+    NOTHING_HIT,
+    FaultAction,
+    FaultResult,
+    TargetGrid,
+    wait_for,
+)
+from batchlab.scenarios.faults.rollback import Rollback, in_thread
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.worker.process_table import family
 
 if TYPE_CHECKING:
-    from batchlab.scenarios.faults.proxy import Front
+    from batchlab.scenarios.faults.proxy import FaultProxy
 
 _SETTLES_S = 15.0
 _GRACE_S = 0.2
 _STOPPED = (b"T", b"t")
 
 
-class Processes:
+class ProcessFaults:
     """The instances of the scene, by the records of its launcher."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
         self._root = scene.home.fleet
 
@@ -48,15 +55,17 @@ class Processes:
             said = {one: ended(self._root, one) for one in instances}
             return said if all(said.values()) else {}
 
-        return await until(look, "the end of the instances")
+        return await wait_for(look, "the end of the instances")
 
-    async def kill(self, fault: Fault) -> Seen:
+    async def kill(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         await asyncio.to_thread(self._kill, hit)
         said = await self._gone(hit)
-        return Seen(tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit]))
+        return FaultResult(
+            tuple(hit), first_of([f"{one} (pid {hit[one]}): {said[one]}" for one in hit])
+        )
 
     def _kill(self, hit: Mapping[str, int]) -> None:
         for pid in hit.values():
@@ -64,12 +73,12 @@ class Processes:
             # The worker first: it must not live to see its tasks die, and tell of them.
             _send(signal.SIGKILL, [pid, *sorted(members - {pid})])
 
-    async def pause(self, fault: Fault) -> Seen:
+    async def pause(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         halted: dict[int, int] = {}
-        async with Undoing(self._scene.over) as undoing:
+        async with Rollback(self._scene.over) as undoing:
             await undoing.breaking(
                 f"the pause of {first_of(list(hit))}",
                 partial(in_thread, _go_on, halted),
@@ -82,7 +91,7 @@ class Processes:
             f"{stood} of {len(halted)} processes of {first_of(list(hit))} stood still, {still} of "
             f"them still did after {held_s:.1f} s; then {await self._moving(halted)} went on"
         )
-        return Seen(tuple(hit), evidence)
+        return FaultResult(tuple(hit), evidence)
 
     async def _still(self, halted: Mapping[int, int]) -> int:
         """How many stand still, once all that live do: a signal takes its time to arrive."""
@@ -92,7 +101,7 @@ class Processes:
             still = sum(_is_in(pid, _STOPPED) for pid in here)
             return still + 1 if still == len(here) else 0
 
-        return await until(look, "the beginning of the pause", within_s=_SETTLES_S) - 1
+        return await wait_for(look, "the beginning of the pause", within_s=_SETTLES_S) - 1
 
     async def _moving(self, halted: Mapping[int, int]) -> int:
         """How many of those that live go on, once all of them do."""
@@ -102,12 +111,12 @@ class Processes:
             moving = sum(not _is_in(pid, _STOPPED) for pid in here)
             return moving + 1 if moving == len(here) else 0
 
-        return await until(look, "the end of the pause", within_s=_SETTLES_S) - 1
+        return await wait_for(look, "the end of the pause", within_s=_SETTLES_S) - 1
 
-    async def spot_wave(self, fault: Fault) -> Seen:
+    async def spot_wave(self, fault: Fault) -> FaultResult:
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         _send(signal.SIGTERM, hit.values())
         ticks = {one: start_ticks(pid) for one, pid in hit.items()}
 
@@ -123,43 +132,43 @@ class Processes:
         await asyncio.to_thread(self._kill, late)
         said = await self._gone(hit)
         left = [f"{one}: {how}" for one, how in said.items()]
-        return Seen(
+        return FaultResult(
             tuple(hit),
             f"{len(hit) - len(late)} of {len(hit)} left by themselves, the last after "
             f"{waited_s:.1f} s of {fault.notice_s:g} s, {len(late)} were killed ({first_of(left)})",
         )
 
-    async def partition(self, front: Front | None, fault: Fault) -> Seen:
+    async def partition(self, front: FaultProxy | None, fault: Fault) -> FaultResult:
         if front is None:
-            return Seen(
+            return FaultResult(
                 impossible="The grid was started without a front before its endpoint, so nobody "
                 "stands between its instances and that."
             )
         hit = await self.hit(fault)
         if not hit:
-            return Seen(impossible=NOBODY)
+            return FaultResult(impossible=NO_INSTANCE)
         before = front.counts.kept_waiting
 
         async def answer() -> None:
             front.cut(None)
 
-        async with Undoing(self._scene.over) as undoing:
+        async with Rollback(self._scene.over) as undoing:
             undoing.owe(f"the partition of {first_of(list(hit))}", answer)
-            front.cut(partial(proxy.is_of, frozenset(hit.values())))
+            front.cut(partial(proxy.is_port_of, frozenset(hit.values())))
             held_s = await self._scene.hold(fault.for_s)
         waiting = front.counts.kept_waiting - before
         if not waiting:
-            return Seen(impossible=UNHIT.format(one="request of theirs"))
-        return Seen(
+            return FaultResult(impossible=NOTHING_HIT.format(one="request of theirs"))
+        return FaultResult(
             tuple(hit),
             f"{waiting} requests of {first_of(list(hit))} were left without an answer in "
             f"{held_s:.1f} s",
         )
 
 
-async def s3_errors(scene: Scene, front: Front | None, fault: Fault) -> Seen:
+async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -> FaultResult:
     if front is None:
-        return Seen(
+        return FaultResult(
             impossible="The grid was started without a front before its endpoint, so nobody "
             "answers 503 in its place."
         )
@@ -168,14 +177,14 @@ async def s3_errors(scene: Scene, front: Front | None, fault: Fault) -> Seen:
     async def pass_on() -> None:
         front.rate = 0.0
 
-    async with Undoing(scene.over) as undoing:
+    async with Rollback(scene.over) as undoing:
         undoing.owe("the front's refusal of requests", pass_on)
         front.rate = fault.rate
         held_s = await scene.hold(fault.for_s)
     asked, refused = (front.counts.asked - before[0], front.counts.refused - before[1])
     if not refused:
-        return Seen(impossible=UNHIT.format(one="request"))
-    return Seen(
+        return FaultResult(impossible=NOTHING_HIT.format(one="request"))
+    return FaultResult(
         (front.target,),
         f"{refused} of {asked} requests to S3 were answered 503 SlowDown in {held_s:.1f} s",
     )
@@ -212,18 +221,18 @@ def _is_in(pid: int, states: Collection[bytes]) -> bool:
     return bool(fields) and fields[0] in states
 
 
-def harms(scene: Scene, front: Front | None) -> Mapping[FaultName, Harm]:
+def actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
     """What there is of them; the rest the table says no to."""
-    instances, keeper = Processes(scene), manager_and_ledger.ProcessKeeper(scene)
-    found: dict[FaultName, Harm] = {
+    instances, keeper = ProcessFaults(scene), manager_and_ledger.ManagerProcess(scene)
+    found: dict[FaultName, FaultAction] = {
         FaultName.KILL: instances.kill,
         FaultName.PAUSE: instances.pause,
         FaultName.SPOT_WAVE: instances.spot_wave,
         FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
         FaultName.SQS_DELAYS: partial(messages.delays, scene),
-        FaultName.SLOW_DISK: partial(slow_disk.slow, scene),
+        FaultName.SLOW_DISK: partial(slow_disk.slow_disk, scene),
         FaultName.MANAGER_CRASH: keeper.crash,
-        FaultName.DATABASE_LOSS: keeper.lose,
+        FaultName.DATABASE_LOSS: keeper.lose_ledger,
     }
     if scene.backend.emulator:
         found[FaultName.PARTITION] = partial(instances.partition, front)

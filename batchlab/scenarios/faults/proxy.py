@@ -51,7 +51,7 @@ Send = Callable[[Event], Awaitable[None]]
 
 
 @dataclass
-class Counts:
+class RequestCounts:
     """Requests to S3 that came, those of them that were answered 503, and requests that were left
     without an answer for a while."""
 
@@ -60,13 +60,13 @@ class Counts:
     kept_waiting: int = 0
 
 
-class Front:
+class FaultProxy:
     """Before the endpoint at `target`. `rate` is the share of S3's requests that get a 503."""
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.rate = 0.0
-        self.counts = Counts()
+        self.counts = RequestCounts()
         self.url = ""
         """Where it listens, once it stands."""
         self._random = random.Random(1)  # noqa: S311 - no secret
@@ -121,7 +121,7 @@ class Front:
         )
         try:
             answer = await self._client.send(asked, stream=True)
-        except _Gone:
+        except _ClientDisconnected:
             return
         except httpx.TransportError:
             await _drain(receive)
@@ -143,7 +143,7 @@ class Front:
             await self._client.aclose()
 
 
-class _Gone(Exception):
+class _ClientDisconnected(Exception):
     """Whoever asked has gone in the middle of it."""
 
 
@@ -152,13 +152,13 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
     while more:
         event = await receive()
         if event["type"] == "http.disconnect":
-            raise _Gone
+            raise _ClientDisconnected
         yield event.get("body", b"")
         more = event.get("more_body", False)
 
 
 async def _drain(receive: Receive) -> None:
-    with suppress(_Gone):
+    with suppress(_ClientDisconnected):
         async for _ in _body(receive):
             pass
 
@@ -175,7 +175,7 @@ async def _answer(send: Send, status: int, kind: bytes, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def server_of(front: Front) -> uvicorn.Server:
+def server_of(front: FaultProxy) -> uvicorn.Server:
     """What serves it."""
     return uvicorn.Server(
         uvicorn.Config(
@@ -193,7 +193,7 @@ def server_of(front: Front) -> uvicorn.Server:
 
 
 @contextmanager
-def standing(front: Front) -> Iterator[Front]:
+def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
     """The front while it listens on 127.0.0.1, in a thread of its own: whoever drives a replay
     must not keep the grid waiting."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -219,9 +219,9 @@ def standing(front: Front) -> Iterator[Front]:
 
 
 @contextmanager
-def fronted(
+def with_proxy(
     backend: Backend, home: Home, say: Callable[[str], None]
-) -> Iterator[tuple[Backend, Front | None]]:
+) -> Iterator[tuple[Backend, FaultProxy | None]]:
     """For a grid that is to be started: a backend whose endpoint has a front before it, and that
     front. It must stand for as long as the grid is up. On backends whose endpoint is no matter of
     starting (or that have none) the backend as it is, and None.
@@ -242,14 +242,16 @@ def fronted(
             assert emulator
             url = stack.enter_context(emulator).url
             place = Place(url, known.bucket if known else fresh_bucket(), named=False)
-        front = stack.enter_context(standing(Front(place.url)))
+        front = stack.enter_context(run_proxy(FaultProxy(place.url)))
         home.of(backend.name).mkdir(exist_ok=True)
-        stack.enter_context(_before(home, backend.name, place, front.url, is_new=known is None))
+        stack.enter_context(
+            _proxied_home(home, backend.name, place, front.url, is_new=known is None)
+        )
         yield factory.load(backend.name, f"{front.url}/{place.bucket}"), front
 
 
 @contextmanager
-def _before(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
+def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
     """The home has the front at `url` for its place. Of a place that is new to it nothing is kept
     where no grid has come up that would have written it down."""
     written = home.of(name) / "endpoint.json"
@@ -271,14 +273,14 @@ def _version(file: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def is_of(leaders: Collection[int], port: int) -> bool:
+def is_port_of(leaders: Collection[int], port: int) -> bool:
     """Whether the end of a connection at `port` of this machine is one of these processes', or of
     one that they have started."""
     links = {f"socket:[{inode}]" for inode in _inodes(port)}
     if not links:
         return False
     pids = {pid for leader in leaders for pid in family(leader)}
-    return any(not links.isdisjoint(_open(pid)) for pid in pids)
+    return any(not links.isdisjoint(_open_files(pid)) for pid in pids)
 
 
 def _inodes(port: int) -> list[str]:
@@ -293,7 +295,7 @@ def _inodes(port: int) -> list[str]:
     return found
 
 
-def _open(pid: int) -> list[str]:
+def _open_files(pid: int) -> list[str]:
     """What the process has open, as the kernel's links say it."""
     found = []
     # It may end, or close one, while it is looked at.

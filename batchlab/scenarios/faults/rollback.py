@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from batchlab.core.errors import BackendError
 from batchlab.core.text import capital
-from batchlab.scenarios.faults.fault_injection import Over
+from batchlab.scenarios.faults.fault_injection import RunEnded
 
 log = logging.getLogger(__name__)
 
@@ -25,22 +25,22 @@ Undo = Callable[[], Awaitable[object]]
 """Mends one thing, also one that is whole: it is asked too where the breaking has failed, and
 again where its first try did."""
 
-TRIES = 3
-STOPS = 3
+UNDO_TRIES = 3
+MAX_UNDO_RESTARTS = 3
 """So often one that is stopped in the middle begins anew."""
 PAUSE_S = 0.5
 """Between two tries of an undo that fails."""
 
 
-class NotUndone(BackendError):
+class RollbackFailed(BackendError):
     """Something that was broken still is."""
 
 
-class Undoing:
+class Rollback:
     """An async context manager; when it is left, everything is undone.
 
-    `over` is set where nothing more is to be broken. Leaving it raises NotUndone for what stands
-    after all, with the sentence of the error that it is left by; where it is cancelled, that is
+    `over` is set where nothing more is to be broken. Leaving it raises RollbackFailed for
+    what stands after all, with the sentence of the error that it is left by; where it is cancelled, that is
     logged.
     """
 
@@ -48,18 +48,18 @@ class Undoing:
         self._over = over
         self._owed: list[tuple[str, Undo, int]] = []
 
-    def owe(self, what: str, undo: Undo, *, tries: int = TRIES) -> None:
-        """Something is about to be broken, and `undo` mends it, with so many tries. Over where it
-        is not to be broken any more; what was begun before is not left half done."""
+    def owe(self, what: str, undo: Undo, *, tries: int = UNDO_TRIES) -> None:
+        """Something is about to be broken, and `undo` mends it, with so many tries. RunEnded where
+        it is not to be broken any more; what was begun before is not left half done."""
         if self._over.is_set() and not self._owed:
-            raise Over
+            raise RunEnded
         self._owed.append((what, undo, tries))
 
     async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
         """Break it by `call`, once it is noted how it is mended. Who is cancelled meanwhile waits
         for the call's end: nothing can be mended before it is broken."""
         self.owe(what, undo)
-        return await to_its_end(call())
+        return await complete(call())
 
     async def __aenter__(self) -> Self:
         return self
@@ -74,7 +74,7 @@ class Undoing:
         cancelled: asyncio.CancelledError | None = None
         while self._owed:
             what, undo, tries = self._owed.pop()
-            why, stopped = await _undone(undo, tries)
+            why, stopped = await _run_undo(undo, tries)
             cancelled = stopped or cancelled
             if why is not None:
                 stands.append((what, why))
@@ -83,12 +83,12 @@ class Undoing:
         if stands and ends:
             log.error("%s", told)
         elif stands:
-            raise NotUndone(f"{error} {told}" if error else told) from (error or stands[0][1])
+            raise RollbackFailed(f"{error} {told}" if error else told) from (error or stands[0][1])
         if cancelled is not None and isinstance(error, Exception | None):
             raise cancelled from error
 
 
-async def _undone(
+async def _run_undo(
     undo: Undo, tries: int
 ) -> tuple[BaseException | None, asyncio.CancelledError | None]:
     """Why it failed, if it did, and the cancellation that has come meanwhile."""
@@ -98,9 +98,9 @@ async def _undone(
 
     cancelled = None
     failures: list[BaseException] = []
-    for _ in range(tries + STOPS):
+    for _ in range(tries + MAX_UNDO_RESTARTS):
         task = asyncio.ensure_future(mend())
-        cancelled = await _ended(task) or cancelled
+        cancelled = await _wait_uncancelled(task) or cancelled
         if task.cancelled():  # as a loop that is closed does to all its tasks: it begins anew
             continue
         why = task.exception()
@@ -109,11 +109,13 @@ async def _undone(
         failures.append(why)
         if len(failures) == tries:
             break
-        cancelled = await _ended(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
+        cancelled = (
+            await _wait_uncancelled(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
+        )
     return failures[-1] if failures else TimeoutError("it was stopped again and again"), cancelled
 
 
-async def _ended(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     """Wait for its end; the cancellation of ours that has come meanwhile."""
     cancelled = None
     while not future.done():
@@ -124,11 +126,11 @@ async def _ended(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     return cancelled
 
 
-async def to_its_end(doing: Awaitable[T]) -> T:
+async def complete(doing: Awaitable[T]) -> T:
     """What it gives. Who is cancelled meanwhile waits for its end all the same, and is cancelled
     then: a call in a thread goes on whoever waits for it."""
     future = asyncio.ensure_future(doing)
-    cancelled = await _ended(future)
+    cancelled = await _wait_uncancelled(future)
     if cancelled is not None:
         raise cancelled from (None if future.cancelled() else future.exception())
     return future.result()

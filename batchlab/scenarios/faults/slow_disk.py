@@ -18,19 +18,19 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.core.errors import BackendError, UsageError
-from batchlab.scenarios.faults.fault_injection import NotSeen, Scene, Seen
-from batchlab.scenarios.faults.rollback import Undoing, in_thread
+from batchlab.scenarios.faults.fault_injection import EffectNotSeen, FaultResult, TargetGrid
+from batchlab.scenarios.faults.rollback import Rollback, in_thread
 from batchlab.scenarios.model.values import Fault
 
-HOGS = (4, 8, 16)
+WRITER_COUNTS = (4, 8, 16)
 """So many programs at first, and more where they are not felt enough."""
-FELT = 2.0
+MIN_SLOWDOWN = 2.0
 """An fsync should take so many times as long as before."""
 _PROBES = 25
 _PROBED_BYTES = 4096
 _WARM_S = 0.5
-_NEEDED_MIB = 32 * HOGS[-1]
-HOG = """\
+_NEEDED_MIB = 32 * WRITER_COUNTS[-1]
+WRITER_PROGRAM = """\
 import os, random, sys, tempfile
 parent, block, blocks = os.getppid(), os.urandom(8 << 20), 4
 with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
@@ -40,32 +40,33 @@ with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
 """
 
 
-async def slow(scene: Scene, fault: Fault) -> Seen:
+async def slow_disk(scene: TargetGrid, fault: Fault) -> FaultResult:
     """Keep the disk busy that all workers of this machine have their folders on. BackendError
-    where it is full or nothing can be started; NotSeen where nobody can have felt it."""
+    where it is full or nothing can be started; EffectNotSeen where nobody can have felt it."""
     folder = scene.home.scratch
     try:
         return await _slow(scene, fault, folder)
     except OSError as error:
         raise BackendError(
             f"The disk of {folder} could not be kept busy: {error.strerror or error}.",
-            remedy=f"Is there room for {_NEEDED_MIB} MiB on it, and for {HOGS[-1]} processes?",
+            remedy=f"Is there room for {_NEEDED_MIB} MiB on it, and for "
+            f"{WRITER_COUNTS[-1]} processes?",
         ) from error
 
 
-async def _slow(scene: Scene, fault: Fault, folder: Path) -> Seen:
+async def _slow(scene: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
     await asyncio.to_thread(partial(folder.mkdir, parents=True, exist_ok=True))
     before_s = await asyncio.to_thread(fsync_s, folder)
     hogs: list[subprocess.Popen[bytes]] = []
     began_s = time.monotonic()
-    async with Undoing(scene.over) as undoing:
+    async with Rollback(scene.over) as undoing:
         undoing.owe(f"what keeps the disk of {folder} busy", partial(in_thread, _end, hogs))
-        for number in HOGS:
+        for number in WRITER_COUNTS:
             while len(hogs) < number:
-                hogs.append(_started(folder))
+                hogs.append(_start_writer(folder))
             await scene.hold(min(_WARM_S, fault.for_s))
             during_s = await asyncio.to_thread(fsync_s, folder)
-            felt = during_s >= FELT * before_s
+            felt = during_s >= MIN_SLOWDOWN * before_s
             if felt or scene.over.is_set():
                 break
         await scene.hold(fault.for_s - (time.monotonic() - began_s))
@@ -80,8 +81,10 @@ async def _slow(scene: Scene, fault: Fault, folder: Path) -> Seen:
         f"during (medians of {_PROBES}), with {len(hogs)} programs that write and fsync"
     )
     if not felt:
-        raise NotSeen(f"The disk of {folder} was not {FELT:g} times as slow: {evidence}.")
-    return Seen((str(folder),), evidence)
+        raise EffectNotSeen(
+            f"The disk of {folder} was not {MIN_SLOWDOWN:g} times as slow: {evidence}."
+        )
+    return FaultResult((str(folder),), evidence)
 
 
 def _end(hogs: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -91,10 +94,10 @@ def _end(hogs: Sequence[subprocess.Popen[bytes]]) -> None:
         hog.wait()
 
 
-def _started(folder: Path) -> subprocess.Popen[bytes]:
+def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
     # Its own session: Ctrl-C is for whoever undoes it.
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", HOG, str(folder)],
+        [sys.executable, "-I", "-c", WRITER_PROGRAM, str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

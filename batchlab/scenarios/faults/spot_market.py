@@ -25,7 +25,7 @@ _MADE_S = 60.0
 
 
 @contextmanager
-def bought(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
+def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
     """In a grid that is up, each of these pools buys that share of what it launches as Spot
     Instances; those that are there stay what they are. Nothing on other backends: processes have
     no market, and a stack on AWS has its own. BackendError."""
@@ -36,17 +36,21 @@ def bought(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[
     at = backend.deployment(home)
     scaling = client(deployment.autoscaling(home, at), "autoscaling", connections=1)
     with closing(scaling):
-        groups = _made(scaling, [f"{at.project}-{pool}" for pool in wanted])
+        groups = _wait_for_groups(scaling, [f"{at.project}-{pool}" for pool in wanted])
         # Each is given back though another one was not.
         with ExitStack() as stack:
             for pool, share in wanted.items():
                 name = f"{at.project}-{pool}"
-                stack.callback(_update, scaling, name, **_launched_from(groups[name]))
-                _update(scaling, name, MixedInstancesPolicy=_mixed(_template(groups[name]), share))
+                stack.callback(_update, scaling, name, **_launch_settings(groups[name]))
+                _update(
+                    scaling,
+                    name,
+                    MixedInstancesPolicy=_mixed_policy(_template(groups[name]), share),
+                )
             yield
 
 
-def _made(scaling: AutoScalingClient, names: Sequence[str]) -> dict[str, Any]:
+def _wait_for_groups(scaling: AutoScalingClient, names: Sequence[str]) -> dict[str, Any]:
     """The groups, once all are there."""
     give_up_s = time.monotonic() + _MADE_S
     while True:
@@ -66,7 +70,7 @@ def _update(scaling: AutoScalingClient, name: str, **changes: Any) -> None:
         scaling.update_auto_scaling_group(AutoScalingGroupName=name, **changes)
 
 
-def _launched_from(group: Mapping[str, Any]) -> dict[str, Any]:
+def _launch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """What it was launched from, as an update takes it."""
     if policy := group.get("MixedInstancesPolicy"):
         return {"MixedInstancesPolicy": policy}
@@ -82,7 +86,7 @@ def _template(group: Mapping[str, Any]) -> dict[str, str]:
     return {"LaunchTemplateName": found["LaunchTemplateName"], "Version": found["Version"]}
 
 
-def _mixed(template: Mapping[str, str], share: float) -> dict[str, Any]:
+def _mixed_policy(template: Mapping[str, str], share: float) -> dict[str, Any]:
     return {
         "LaunchTemplate": {"LaunchTemplateSpecification": template},
         "InstancesDistribution": {

@@ -15,8 +15,8 @@ from typing import Any
 
 from batchlab.adapters.aws.endpoint import Endpoint, client, translated
 from batchlab.core.text import first_of
-from batchlab.scenarios.faults.fault_injection import Scene, Seen
-from batchlab.scenarios.faults.rollback import Undoing, in_thread
+from batchlab.scenarios.faults.fault_injection import FaultResult, TargetGrid
+from batchlab.scenarios.faults.rollback import Rollback, in_thread
 from batchlab.scenarios.model.values import Fault
 
 _LAUNCH = ["Launch"]
@@ -36,7 +36,7 @@ class _Group:
     """The zone of each that it has."""
 
 
-class Zones:
+class ZoneOutage:
     """The groups of a grid, whose names begin with `prefix`."""
 
     def __init__(self, endpoint: Endpoint, *, prefix: str) -> None:
@@ -45,22 +45,22 @@ class Zones:
 
     async def lose(
         self,
-        scene: Scene,
+        scene: TargetGrid,
         fault: Fault,
         *,
         inside: Callable[[str], Awaitable[list[str]]],
         kill: Callable[[Sequence[str]], Awaitable[list[str]]],
-    ) -> Seen:
+    ) -> FaultResult:
         """Lose the fault's zone for its time, the first one of the groups where it names none.
         `inside` lists the living instances of a zone, `kill` ends some and says how."""
         pools = [pool["name"] for pool in (await scene.grid())["pools"]]
         names = [self._prefix + one for one in pools if fault.pool in ("", one)]
         groups = await asyncio.to_thread(self._groups, names)
         every = sorted({zone for group in groups for zone in group.zones})
-        zone = _named(fault.zone, every)
+        zone = _find_zone(fault.zone, every)
         hit = [group for group in groups if zone in group.zones]
         if not hit:
-            return Seen(
+            return FaultResult(
                 impossible=f"No group launches in the zone {zone!r}: there are "
                 f"{', '.join(every) or 'none'}."
             )
@@ -68,7 +68,7 @@ class Zones:
         moved: set[str] = set()
         waited = 0
         homes = await asyncio.to_thread(self._zones_of, hit)
-        async with Undoing(scene.over) as undoing:
+        async with Rollback(scene.over) as undoing:
             for group in hit:
                 await undoing.breaking(
                     f"the loss of {zone} by the group {group.name!r}",
@@ -82,19 +82,19 @@ class Zones:
                 if there := await inside(zone):
                     ended |= dict(zip(there, await kill(there), strict=False))
                 now = await asyncio.to_thread(self._groups, [group.name for group in hit])
-                moved |= _moved(hit, now, zone)
-                waited = max(waited, _waiting(hit, now))
+                moved |= _launched_elsewhere(hit, now, zone)
+                waited = max(waited, _count_waiting(hit, now))
                 if waited_s >= fault.for_s or scene.over.is_set():
                     break
                 waited_s += await scene.hold(min(1.0, fault.for_s - waited_s))
         if not (ended or moved or waited):
-            return Seen(
+            return FaultResult(
                 impossible=f"Nobody was in {zone}, and nobody was to be launched before it was "
                 "back."
             )
         rest = sorted({one for group in left if not group.suspended for one in group.zones})
         how = f" ({first_of(list(ended.values()))})" if ended else ""
-        return Seen(
+        return FaultResult(
             tuple(ended),
             f"{len(ended)} instances of {zone} died{how}; for {waited_s:.1f} s its groups "
             f"launched in {', '.join(rest) or 'no zone'} only, and "
@@ -131,7 +131,7 @@ class Zones:
                 scaling.suspend_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
             else:
                 scaling.update_auto_scaling_group(
-                    AutoScalingGroupName=group.name, **_where(zones, subnets)
+                    AutoScalingGroupName=group.name, **_placement(zones, subnets)
                 )
 
     def _return(self, group: _Group, zone: str) -> None:
@@ -139,7 +139,7 @@ class Zones:
         with closing(scaling), translated(f"Group {group.name!r}"):
             if group.zones != (zone,):
                 scaling.update_auto_scaling_group(
-                    AutoScalingGroupName=group.name, **_where(group.zones, group.subnets)
+                    AutoScalingGroupName=group.name, **_placement(group.zones, group.subnets)
                 )
             elif not group.suspended:
                 scaling.resume_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
@@ -157,7 +157,7 @@ class Zones:
         return {one["SubnetId"]: one["AvailabilityZone"] for one in told}
 
 
-def _named(name: str, zones: Sequence[str]) -> str:
+def _find_zone(name: str, zones: Sequence[str]) -> str:
     """The zone of that name, or of that last letter, as a scenario says it ("a"); the first where
     it is empty. The name itself where there is none."""
     if not name:
@@ -165,7 +165,7 @@ def _named(name: str, zones: Sequence[str]) -> str:
     return next((one for one in zones if name in (one, one[-1])), name)
 
 
-def _moved(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
+def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
     """Instances that have been launched elsewhere since."""
     old = {one for group in before for one in group.instances}
     return {
@@ -176,14 +176,14 @@ def _moved(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[st
     }
 
 
-def _waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
+def _count_waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
     """How many instances are wanted of groups that launch nothing since they have no zone left."""
     stopped = {group.name for group in now if group.suspended}
     stopped -= {group.name for group in before if group.suspended}
     return sum(max(0, one.desired - len(one.instances)) for one in now if one.name in stopped)
 
 
-def _where(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
+def _placement(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
     """AWS takes one of the two: a subnet says its zone."""
     if subnets:
         return {"VPCZoneIdentifier": ",".join(subnets)}

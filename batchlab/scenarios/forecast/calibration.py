@@ -2,7 +2,7 @@
 
 Invariant: medians, so that one instance that hung and one job that was unlucky move nothing; each
 number is told with its spread and with how many observations it rests on, and one that rests on
-fewer than LEAST is left out and says so.
+fewer than MIN_OBSERVATIONS is left out and says so.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.verdicts.record import JobRun, Record
 
-LEAST = 3
+MIN_OBSERVATIONS = 3
 """Observations below which a number would be an anecdote."""
 
-MOST_CORES = 4096
+MAX_CORES = 4096
 """No machine has more; each costs the simulator memory."""
 
 _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 
 
 @dataclass(frozen=True, slots=True)
-class Quantity:
+class CalibratedValue:
     """One number: the median, the quartiles, and of how many `what`. In seconds, but `stretch`,
     which is a factor. `value` is None where there were too few; `why` says what would help."""
 
@@ -61,15 +61,15 @@ class Quantity:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class CalibrationResult:
     """The calibration, and what it rests on."""
 
     calibration: Calibration
-    quantities: tuple[Quantity, ...]
+    quantities: tuple[CalibratedValue, ...]
     notes: tuple[str, ...]
 
 
-def calibrate(records: Sequence[Record]) -> Calibrated:
+def calibrate(records: Sequence[Record]) -> CalibrationResult:
     """From one run or several of the same backend and compression; UsageError where they differ in
     either, or where nothing at all can be told from them."""
     names = sorted({record.backend for record in records})
@@ -90,21 +90,21 @@ def calibrate(records: Sequence[Record]) -> Calibrated:
         _median(
             "bundle",
             "",
-            _bundles(records),
+            _bundle_overheads(records),
             "bundles",
             "in which every task succeeded, in records that say what each took",
         ),
         _median(
             "submit",
             "",
-            ((wait_s, 1) for record in records for wait_s in _undisturbed(record)),
+            ((wait_s, 1) for record in records for wait_s in _submit_delays(record)),
             "jobs",
             "that came when nothing else was to be done and an instance was in service",
         ),
         _median(
             "end",
             "",
-            ((end_s, 1) for record in records for end_s in _ends(record)),
+            ((end_s, 1) for record in records for end_s in _end_delays(record)),
             "jobs",
             "that ended, and of which it is known when their last task did",
         ),
@@ -112,15 +112,15 @@ def calibrate(records: Sequence[Record]) -> Calibrated:
     ]
     if all(one.value is None for one in found):
         raise UsageError(
-            f"{_counted(records)} too little to calibrate anything by: "
+            f"{_subject(records)} too little to calibrate anything by: "
             f"{'; '.join(dict.fromkeys(one.why for one in found))}.",
             remedy="Record a longer run, or several.",
         )
     made = replace(_calibration(names[0], found, len(records)), compressed=factors[0])
-    return Calibrated(made, tuple(found), _notes(records))
+    return CalibrationResult(made, tuple(found), _notes(records))
 
 
-def fitting(calibration: Calibration, backend: str, compressed: float) -> str:
+def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
     """What to know before a forecast of runs on `backend`, divided by `compressed`, takes its
     numbers from there; "" where there is nothing. UsageError for another backend's."""
     if calibration.backend != backend:
@@ -138,11 +138,11 @@ def fitting(calibration: Calibration, backend: str, compressed: float) -> str:
     )
 
 
-def _counted(records: Sequence[Record]) -> str:
+def _subject(records: Sequence[Record]) -> str:
     return "The record has" if len(records) == 1 else f"The {len(records)} records have"
 
 
-def _calibration(backend: str, found: Iterable[Quantity], runs: int) -> Calibration:
+def _calibration(backend: str, found: Iterable[CalibratedValue], runs: int) -> Calibration:
     known = {(one.name, one.of): one.value for one in found if one.value is not None}
 
     def by(name: str) -> dict[str, float]:
@@ -177,10 +177,7 @@ def _notes(records: Sequence[Record]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-# --- What is observed ----------------------------------------------------------------------------
-
-
-def _boots(records: Sequence[Record]) -> Iterator[Quantity]:
+def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
     for pool in sorted({name for record in records for name in record.pools}):
         boots = (
             (one.boot_s, 1)
@@ -191,7 +188,7 @@ def _boots(records: Sequence[Record]) -> Iterator[Quantity]:
         yield _median("boot", pool, boots, "launches", f"in pool {pool} that came into service")
 
 
-def _bundles(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
+def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
     """What bundles took beyond their tasks, a sample of each stage's for all of them. Where tasks
     failed their time is in the bundle's and not in the stage's, so such a template says nothing."""
     for record in records:
@@ -202,11 +199,11 @@ def _bundles(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
                     yield over_s, stage.bundles / len(stage.over_s)
 
 
-def _undisturbed(record: Record) -> Iterator[float]:
+def _submit_delays(record: Record) -> Iterator[float]:
     """What passed from submission to the first task where neither other jobs nor a boot were in
     the way."""
     for job in record.jobs:
-        if job.started_s is None or not _alone(job, record.jobs):
+        if job.started_s is None or not _runs_alone(job, record.jobs):
             continue
         at_s = job.submitted_s
         if any(
@@ -216,7 +213,7 @@ def _undisturbed(record: Record) -> Iterator[float]:
             yield max(0.0, job.started_s - at_s)
 
 
-def _alone(job: JobRun, jobs: Iterable[JobRun]) -> bool:
+def _runs_alone(job: JobRun, jobs: Iterable[JobRun]) -> bool:
     until_s = job.started_s or job.submitted_s
     return not any(
         other.submitted_s <= until_s and (other.ended_s is None or other.ended_s > job.submitted_s)
@@ -225,13 +222,13 @@ def _alone(job: JobRun, jobs: Iterable[JobRun]) -> bool:
     )
 
 
-def _ends(record: Record) -> Iterator[float]:
+def _end_delays(record: Record) -> Iterator[float]:
     for job in record.jobs:
         if job.ended_s is not None and job.done_s is not None:
             yield max(0.0, job.ended_s - job.done_s)
 
 
-def _stretches(records: Sequence[Record]) -> Iterator[Quantity]:
+def _stretches(records: Sequence[Record]) -> Iterator[CalibratedValue]:
     stages = [stage for record in records for stage in record.stages]
     for of in sorted({f"{stage.template}/{stage.stage}" for stage in stages}):
         ratios = (
@@ -246,13 +243,13 @@ def _stretches(records: Sequence[Record]) -> Iterator[Quantity]:
 
 def _median(
     name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str
-) -> Quantity:
+) -> CalibratedValue:
     """`observed` are numbers, each with how many observations it stands for."""
     ordered = sorted((value, weight) for value, weight in observed if weight > 0)
     count = round(sum(weight for _, weight in ordered))
-    if count < LEAST:
-        why = f"{count} {what} {which}, of {LEAST} that are needed"
-        return Quantity(name, of, None, None, None, count, what, why)
+    if count < MIN_OBSERVATIONS:
+        why = f"{count} {what} {which}, of {MIN_OBSERVATIONS} that are needed"
+        return CalibratedValue(name, of, None, None, None, count, what, why)
 
     def at(share: float) -> float:
         passed = 0.0
@@ -262,10 +259,7 @@ def _median(
                 return value
         return ordered[-1][0]
 
-    return Quantity(name, of, at(0.5), at(0.25), at(0.75), count, what)
-
-
-# --- On disk -------------------------------------------------------------------------------------
+    return CalibratedValue(name, of, at(0.5), at(0.25), at(0.75), count, what)
 
 
 def to_json(calibration: Calibration) -> bytes:
@@ -316,8 +310,8 @@ def read(path: Path) -> Calibration:
         raise UsageError(f"{path} has a time below 0, or one that is no number.", remedy=remedy)
     if any(not 0 < one < 1e6 for one in factors):
         raise UsageError(f"{path} has a stretch or compression that is none.", remedy=remedy)
-    if not 0 <= found.cores <= MOST_CORES:
+    if not 0 <= found.cores <= MAX_CORES:
         raise UsageError(
-            f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MOST_CORES}."
+            f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}."
         )
     return found

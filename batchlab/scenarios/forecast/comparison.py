@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.verdicts.measures import MEASURES, Unit, Unknown, end_s, fleet
+from batchlab.scenarios.verdicts.measures import MEASURES, Unit, Unknown, end_s, fleet_sizes
 from batchlab.scenarios.verdicts.record import Record
-from batchlab.scenarios.verdicts.verdict import unclear
+from batchlab.scenarios.verdicts.verdict import uncertainty
 
-WHOLE = (
+RUN_MEASURES = (
     "makespan",
     "p50_wait",
     "p95_wait",
@@ -30,12 +30,12 @@ WHOLE = (
     "idle_share",
 )
 """What is compared of a whole run."""
-EACH = ("makespan", "p95_wait", "p95_turnaround")
+TEMPLATE_MEASURES = ("makespan", "p95_wait", "p95_turnaround")
 """And of each job template, where there is more than one."""
-POINTS = 400
+CURVE_POINTS = 400
 """Moments at which two curves are compared."""
 
-Step = Sequence[tuple[float, float]]
+StepCurve = Sequence[tuple[float, float]]
 """A curve that holds each value until the next one's moment."""
 
 
@@ -77,13 +77,13 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Curves:
+class CurvePair:
     """Something over time in both. `mean_error` is the distance between them, averaged over the
     longer run's time, in `what`'s own unit."""
 
     what: str
-    forecast: Step
-    fact: Step
+    forecast: StepCurve
+    fact: StepCurve
     until_s: float
     mean_error: float
     mean_fact: float
@@ -115,7 +115,7 @@ class Comparison:
     fact_backend: str
     compressed: float
     differences: tuple[Difference, ...]
-    curves: tuple[Curves, ...]
+    curves: tuple[CurvePair, ...]
     notes: tuple[str, ...]
 
     def of(self, measure: str, template: str = "") -> Difference:
@@ -152,25 +152,25 @@ def compare(forecast: Record, fact: Record) -> Comparison:
             remedy=f"Forecast it with `batchlab scenario simulate --compress {fact.compressed:g}`.",
         )
     templates = sorted({job.template for job in (*forecast.jobs, *fact.jobs)})
-    asked = [(name, "") for name in WHOLE]
+    asked = [(name, "") for name in RUN_MEASURES]
     if len(templates) > 1:
-        asked += [(name, template) for template in templates for name in EACH]
+        asked += [(name, template) for template in templates for name in TEMPLATE_MEASURES]
     return Comparison(
         fact.scenario,
-        _named(forecast),
-        _named(fact),
+        _backend_label(forecast),
+        _backend_label(fact),
         fact.compressed,
         tuple(_difference(name, template, forecast, fact) for name, template in asked),
         (
-            _curves("messages waiting", forecast, fact, _queue),
-            _curves("tasks to do", forecast, fact, _backlog),
-            _curves("instances in service", forecast, fact, _fleet),
+            _curve_pair("messages waiting", forecast, fact, _queue),
+            _curve_pair("tasks to do", forecast, fact, _backlog),
+            _curve_pair("instances in service", forecast, fact, _fleet),
         ),
         tuple(_notes(forecast, fact)),
     )
 
 
-def _named(record: Record) -> str:
+def _backend_label(record: Record) -> str:
     return f"{record.backend}, simulated" if record.simulated else record.backend
 
 
@@ -184,33 +184,32 @@ def _difference(name: str, template: str, forecast: Record, fact: Record) -> Dif
     return Difference(name, template, measure.unit, of(forecast), of(fact))
 
 
-# --- Curves --------------------------------------------------------------------------------------
-
-
-def _queue(record: Record) -> Step:
+def _queue(record: Record) -> StepCurve:
     return [(sample.at_s, float(sample.waiting)) for sample in record.samples]
 
 
-def _backlog(record: Record) -> Step:
+def _backlog(record: Record) -> StepCurve:
     return [
         (sample.at_s, float(sum(pool.backlog_tasks for pool in sample.pools.values())))
         for sample in record.samples
     ]
 
 
-def _fleet(record: Record) -> Step:
-    return [(at_s, float(count)) for at_s, count in fleet(record)]
+def _fleet(record: Record) -> StepCurve:
+    return [(at_s, float(count)) for at_s, count in fleet_sizes(record)]
 
 
-def _curves(what: str, forecast: Record, fact: Record, of: Callable[[Record], Step]) -> Curves:
+def _curve_pair(
+    what: str, forecast: Record, fact: Record, of: Callable[[Record], StepCurve]
+) -> CurvePair:
     first, second = of(forecast), of(fact)
     until_s = max(end_s(forecast), end_s(fact))
-    pairs = list(zip(levels(first, until_s), levels(second, until_s), strict=True))
+    pairs = list(zip(sample_curve(first, until_s), sample_curve(second, until_s), strict=True))
     error = sum(abs(a - b) for a, b in pairs) / len(pairs)
-    return Curves(what, first, second, until_s, error, sum(b for _, b in pairs) / len(pairs))
+    return CurvePair(what, first, second, until_s, error, sum(b for _, b in pairs) / len(pairs))
 
 
-def levels(curve: Step, until_s: float, points: int = POINTS) -> list[float]:
+def sample_curve(curve: StepCurve, until_s: float, points: int = CURVE_POINTS) -> list[float]:
     """The curve in the middle of so many equal spans; 0 before its first moment, and its last
     value after the last one."""
     moments = [at_s for at_s, _ in curve]
@@ -219,9 +218,6 @@ def levels(curve: Step, until_s: float, points: int = POINTS) -> list[float]:
         index = bisect_right(moments, (i + 0.5) * until_s / points) - 1
         found.append(curve[index][1] if index >= 0 else 0.0)
     return found
-
-
-# --- What to know before believing it ------------------------------------------------------------
 
 
 def _notes(forecast: Record, fact: Record) -> Iterator[str]:
@@ -245,7 +241,7 @@ def _notes(forecast: Record, fact: Record) -> Iterator[str]:
         f"fault {one.name}: {why}"
         for record in (forecast, fact)
         for one in record.faults
-        if (why := unclear(one))
+        if (why := uncertainty(one))
     )
     yield from dict.fromkeys(told)
     if fact.compressed != 1:

@@ -19,7 +19,7 @@ from batchlab.scenarios.verdicts.record import InstanceRun, Record, StageRun
 from batchlab.worker.settings import WorkerSettings
 
 
-def priced(
+def compute_bill(
     pools: Mapping[str, Pool],
     instances: Sequence[InstanceRun],
     stages: Sequence[StageRun],
@@ -55,7 +55,7 @@ def priced(
     return bill(uses, account, facts, book, pace=pace)
 
 
-def kept_usd(record: Record, until_s: float, book: PriceBook) -> float:
+def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
     """What the pools' minima cost from the run's end until `until_s`. Those that are still there
     stay on, as what they are; what a minimum lacks then is bought on demand."""
     left_s = until_s - end_s(record)

@@ -20,21 +20,21 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.model import Market
 from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_WAIT_S, Clock, Notice, Outgoing
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.jobs import EVERYBODY, Plays
+from batchlab.scenarios.forecast.jobs import ALL_WORKERS, SimulatedWork
 from batchlab.scenarios.forecast.machines import Machines
 from batchlab.scenarios.model.random_streams import Stream
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.verdicts.record import InjectedFault
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import FaultKind, Faults, Point
 from batchlab.sim.world import SimWorker, World
 
-LATE_S = (1.0, 60.0)
+DELAY_RANGE_S = (1.0, 60.0)
 """How much later SQS delivers a message that it delivers late."""
 
 
 @dataclass(slots=True)
-class Trouble:
+class ServiceFaults:
     """What services do to whom just now. `cut_off` are actors that reach no service, each as often
     as it was cut off; the rates are shares of all S3 requests and of all messages sent."""
 
@@ -46,11 +46,11 @@ class Trouble:
     """How often each has happened: by "s3", "duplicates", "delays" or an actor's name."""
 
 
-class TroubledFaults(Faults):
+class ScenarioCallFaults(Faults):
     """The latencies of a grid's calls, and the faults of a scenario's timeline."""
 
     def __init__(
-        self, rng: random.Random, trouble: Trouble, *, latency_s: tuple[float, float]
+        self, rng: random.Random, trouble: ServiceFaults, *, latency_s: tuple[float, float]
     ) -> None:
         super().__init__(rng, latency_s=latency_s, answers=False)
         self._trouble = trouble
@@ -70,7 +70,7 @@ class TroubledFaults(Faults):
         self._trouble.hits[what] += 1
 
 
-class TroubledQueue(SimQueue):
+class FaultyQueue(SimQueue):
     """SQS that may deliver a message twice, or late; `squeeze` divides how late. Which ones follows
     from `seed` and the message, and from nothing else that was sent."""
 
@@ -78,7 +78,7 @@ class TroubledQueue(SimQueue):
         self,
         clock: Clock,
         rng: random.Random,
-        trouble: Trouble,
+        trouble: ServiceFaults,
         *,
         seed: int,
         squeeze: float = 1.0,
@@ -108,7 +108,7 @@ class TroubledQueue(SimQueue):
         if luck.unit() >= self._trouble.delays:
             return message
         self._trouble.hits["delays"] += 1
-        least_s, most_s = LATE_S
+        least_s, most_s = DELAY_RANGE_S
         late_s = (least_s + (most_s - least_s) * luck.unit(1)) / self._squeeze
         return replace(message, delay_s=min(MAX_DELAY_S, message.delay_s + late_s))
 
@@ -117,33 +117,33 @@ class TroubledQueue(SimQueue):
 
 
 KILLED = "exit -9"
-TAKEN = "Spot interruption"
+INTERRUPTED = "Spot interruption"
 
-MOMENT_S = 0.001
+SETTLE_S = 0.001
 """What ends runs to its end within this."""
 
-DISK_START_S = 1.0
+SLOW_DISK_START_S = 1.0
 """On a slow disk a bundle begins so much later."""
 
-NOBODY = "no instance{of} was in service then"
+NO_INSTANCE = "no instance{of} was in service then"
 
-Told = tuple[Sequence[str], str]
+HitAndEvidence = tuple[Sequence[str], str]
 """Who or what was hit, and what was counted of it."""
 
 
 @dataclass(slots=True)
-class Timeline:
+class FaultTimeline:
     """The faults of one run. `since` waits until a moment of the run."""
 
     scenario: Scenario
     like: Backend
     world: World
     machines: Machines
-    plays: Plays
-    trouble: Trouble
+    plays: SimulatedWork
+    trouble: ServiceFaults
     now_s: Callable[[], float]
     impossible: Mapping[FaultName, str]
-    injected: list[Injected] = field(default_factory=list)
+    injected: list[InjectedFault] = field(default_factory=list)
     down: int = 0
     """How many faults keep the manager from being started again."""
     still: Counter[str] = field(default_factory=Counter)
@@ -161,9 +161,9 @@ class Timeline:
             self._up.clear()
             await self._up.wait()
 
-    async def _at(self, fault: Fault) -> Injected:
+    async def _at(self, fault: Fault) -> InjectedFault:
         await asyncio.sleep(max(0.0, fault.at_s - self.now_s()))
-        acts: dict[FaultName, Callable[[Fault], Awaitable[Told]]] = {
+        acts: dict[FaultName, Callable[[Fault], Awaitable[HitAndEvidence]]] = {
             FaultName.KILL: self._kill,
             FaultName.PAUSE: self._pause,
             FaultName.PARTITION: self._cut_off,
@@ -178,16 +178,14 @@ class Timeline:
         }
         at_s = self.now_s()
         if fault.name in self.impossible:
-            return Injected(fault.name.value, at_s, impossible=self.impossible[fault.name])
+            return InjectedFault(fault.name.value, at_s, impossible=self.impossible[fault.name])
         self.world.note("timeline", f"{fault.name.value} begins")
         try:
             targets, evidence = await acts[fault.name](fault)
-        except _NotNow as why:
-            return Injected(fault.name.value, at_s, impossible=str(why))
+        except _NothingHit as why:
+            return InjectedFault(fault.name.value, at_s, impossible=str(why))
         self.world.note("timeline", f"{fault.name.value}: {evidence}")
-        return Injected(fault.name.value, at_s, tuple(targets), evidence)
-
-    # --- Instances -------------------------------------------------------------------------------
+        return InjectedFault(fault.name.value, at_s, tuple(targets), evidence)
 
     def _targets(self, fault: Fault, *, market: Market | None = None, zone: str = "") -> list[str]:
         """Whom a fault hits, the oldest first, as a replay does; raises where there is nobody."""
@@ -201,7 +199,7 @@ class Timeline:
         count = len(names) if zone else fault.among(len(names))
         if not count:
             what = f" of pool {fault.pool}" if fault.pool else ""
-            raise _NotNow(NOBODY.format(of=f"{' on Spot' if market else ''}{what}"))
+            raise _NothingHit(NO_INSTANCE.format(of=f"{' on Spot' if market else ''}{what}"))
         return self.machines.oldest_first(names)[:count]
 
     def _held(self, names: Sequence[str]) -> list[str]:
@@ -214,19 +212,19 @@ class Timeline:
         held = self._held(names)
         for name in names:
             self.world.launcher.crash(name, how)
-        await asyncio.sleep(MOMENT_S)
+        await asyncio.sleep(SETTLE_S)
         dead = sum(self._worker(name).ended is not None for name in names)
         return dead, sum(one not in self.plays.running for one in held)
 
     def _worker(self, name: str) -> SimWorker:
         return self.world.workers[name]
 
-    async def _kill(self, fault: Fault) -> Told:
+    async def _kill(self, fault: Fault) -> HitAndEvidence:
         names = self._targets(fault)
         dead, lost = await self._take_away(names, KILLED)
         return names, f"{_instances(dead)} ended as by SIGKILL, with {_bundles(lost)} that ran"
 
-    async def _pause(self, fault: Fault) -> Told:
+    async def _pause(self, fault: Fault) -> HitAndEvidence:
         names = self._targets(fault)
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SimLoop)
@@ -249,7 +247,7 @@ class Timeline:
             f"that ran; {parked} of their steps had waited when they went on"
         )
 
-    async def _cut_off(self, fault: Fault) -> Told:
+    async def _cut_off(self, fault: Fault) -> HitAndEvidence:
         names = self._targets(fault)
         actors = [self._worker(name).actor.name for name in names]
         before = sum(self.trouble.hits[actor] for actor in actors)
@@ -259,10 +257,10 @@ class Timeline:
         self.trouble.cut_off = +self.trouble.cut_off
         calls = sum(self.trouble.hits[actor] for actor in actors) - before
         if not calls:
-            raise _NotNow("no call of theirs was made meanwhile")
+            raise _NothingHit("no call of theirs was made meanwhile")
         return names, f"{calls} calls of {_instances(len(names))} reached no service"
 
-    async def _wave(self, fault: Fault) -> Told:
+    async def _wave(self, fault: Fault) -> HitAndEvidence:
         # Processes have no market. There any is taken, and asked to leave as at the end of its
         # service, which tells it nothing of how soon it will be killed.
         here = self.like.capabilities.one_machine
@@ -270,10 +268,10 @@ class Timeline:
         held = len(self._held(names))
         by_s = self.world.clock.now_s() + fault.notice_s
         for name in names:
-            self._worker(name).worker.drain(None if here else Notice(TAKEN, by_s))
+            self._worker(name).worker.drain(None if here else Notice(INTERRUPTED, by_s))
         await asyncio.sleep(fault.notice_s)
         left = [name for name in names if self._worker(name).ended is None]
-        _, lost = await self._take_away(left, TAKEN)
+        _, lost = await self._take_away(left, INTERRUPTED)
         gone = sum(self._worker(name).ended is not None for name in names)
         alone = len(names) - len(left)
         return names, (
@@ -283,13 +281,13 @@ class Timeline:
             f"{'was' if lost == 1 else 'were'} lost"
         )
 
-    async def _lose_zone(self, fault: Fault) -> Told:
+    async def _lose_zone(self, fault: Fault) -> HitAndEvidence:
         zone = self.machines.zone(fault.zone)
         refused, since_s = self.machines.refused, self.now_s()
         self.machines.lost_zones.append(zone)
         try:
             names = self._targets(fault, zone=zone)
-        except _NotNow:
+        except _NothingHit:
             names = []
         for name in names:
             self.world.launcher.crash(name, f"zone {zone} is lost")
@@ -303,29 +301,27 @@ class Timeline:
         here = sum(life.machine.zone == zone for life in launched)
         none = self.machines.refused - refused
         if not (dead or launched or none):
-            raise _NotNow(f"nobody was in {zone}, and nobody was launched before it was back")
+            raise _NothingHit(f"nobody was in {zone}, and nobody was launched before it was back")
         return dead, (
             f"{_instances(len(dead))} of {zone} died; until it was back {none} launches were "
             f"refused, {len(launched) - here} went to other zones and {here} to it"
         )
 
-    # --- Services --------------------------------------------------------------------------------
-
-    async def _fail_s3(self, fault: Fault) -> Told:
+    async def _fail_s3(self, fault: Fault) -> HitAndEvidence:
         before = self.trouble.hits["s3"]
         self.trouble.s3_errors += fault.rate
         await asyncio.sleep(fault.for_s)
         self.trouble.s3_errors = max(0.0, self.trouble.s3_errors - fault.rate)
         return ("S3",), f"{self._hits('s3', before, 'request')} were answered 503"
 
-    async def _duplicate(self, fault: Fault) -> Told:
+    async def _duplicate(self, fault: Fault) -> HitAndEvidence:
         before = self.trouble.hits["duplicates"]
         self.trouble.duplicates += fault.rate
         await asyncio.sleep(fault.for_s)
         self.trouble.duplicates = max(0.0, self.trouble.duplicates - fault.rate)
         return ("SQS",), f"{self._hits('duplicates', before, 'message')} came twice"
 
-    async def _delay(self, fault: Fault) -> Told:
+    async def _delay(self, fault: Fault) -> HitAndEvidence:
         before = self.trouble.hits["delays"]
         self.trouble.delays += fault.rate
         await asyncio.sleep(fault.for_s)
@@ -336,36 +332,34 @@ class Timeline:
         """How many were hit since there were `before`; raises where none was."""
         count = self.trouble.hits[what] - before
         if not count:
-            raise _NotNow(f"no {one} was hit: none came, or none of the few that did")
+            raise _NothingHit(f"no {one} was hit: none came, or none of the few that did")
         return f"{count} {one}{'s' * (count != 1)}"
 
-    async def _slow_disks(self, fault: Fault) -> Told:
+    async def _slow_disks(self, fault: Fault) -> HitAndEvidence:
         disks = self.plays.disks
         bundles, tasks, added_s = disks.slowed_bundles, disks.slowed_tasks, disks.added_s
         if self.like.capabilities.one_machine:  # and has one disk
-            names, slow = self.machines.oldest_first(self.machines.alive()), [EVERYBODY]
+            names, slow = self.machines.oldest_first(self.machines.alive()), [ALL_WORKERS]
         else:
             names = self._targets(fault)
             slow = [self._worker(name).worker.who.worker for name in names]
-        disks.start_s = DISK_START_S / self.scenario.compressed
+        disks.start_s = SLOW_DISK_START_S / self.scenario.compressed
         disks.slow.update(slow)
         await asyncio.sleep(fault.for_s)
         disks.slow.subtract(slow)
         disks.slow = +disks.slow
         if disks.slowed_bundles == bundles and disks.slowed_tasks == tasks:
-            raise _NotNow("no bundle began on a slow disk")
+            raise _NothingHit("no bundle began on a slow disk")
         return names, (
             f"{_bundles(disks.slowed_bundles - bundles)} began late and "
             f"{disks.slowed_tasks - tasks} tasks with I/O were slower, by "
             f"{disks.added_s - added_s:.1f} s together"
         )
 
-    # --- The manager and its ledger --------------------------------------------------------------
-
-    async def _crash_manager(self, fault: Fault) -> Told:
+    async def _crash_manager(self, fault: Fault) -> HitAndEvidence:
         post = self.world.post
         if post is None:
-            raise _NotNow("no manager ran then")
+            raise _NothingHit("no manager ran then")
         jobs, died_s = len(post.manager.lives), self.now_s()
         # Docker or the group restarts any other manager, earlier or later than the fault says.
         held = self.like.capabilities.local_manager
@@ -386,11 +380,11 @@ class Timeline:
         while (manager := self.world.manager) is None or not manager.is_leader.is_set():  # noqa: ASYNC110
             await asyncio.sleep(1.0 / self.scenario.compressed)
 
-    async def _lose_ledger(self, fault: Fault) -> Told:
+    async def _lose_ledger(self, fault: Fault) -> HitAndEvidence:
         ledger = self.world.ledger
         before = await self._known_jobs()
         if not before:
-            raise _NotNow("the ledger knew of no job")
+            raise _NothingHit("the ledger knew of no job")
         await ledger.forget()
         left = await self._known_jobs()
         await asyncio.sleep(fault.for_s)
@@ -406,7 +400,7 @@ class Timeline:
         return len(await self.world.ledger.jobs(limit=1_000_000))
 
 
-class _NotNow(Exception):
+class _NothingHit(Exception):
     """There is nobody whom the fault could hit."""
 
 

@@ -19,14 +19,14 @@ from batchlab.manager.manager import Manager
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.fault_timeline import (
-    Timeline,
-    Trouble,
-    TroubledFaults,
-    TroubledQueue,
+    FaultTimeline,
+    FaultyQueue,
+    ScenarioCallFaults,
+    ServiceFaults,
 )
-from batchlab.scenarios.forecast.jobs import DeclaredRunner, Plays, job_def
-from batchlab.scenarios.forecast.machines import Machines, pool_of, zone_names
-from batchlab.scenarios.forecast.outcomes import Watching
+from batchlab.scenarios.forecast.jobs import DeclaredRunner, SimulatedWork, job_def
+from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone_names
+from batchlab.scenarios.forecast.outcomes import GridSampler
 from batchlab.scenarios.model.values import FaultName, Job, Scenario
 from batchlab.sim.world import World
 from batchlab.worker.runner import Runner
@@ -40,7 +40,7 @@ Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ForecastOptions:
     """What only some forecasts ask for. `fifo` and `max_wait_s` are the queue's (see SimQueue);
     `watched` checks the steps of the protocol all along; `examine` looks at the world at its end.
     Faults that are `impossible` are left out, each with its reason.
@@ -65,24 +65,24 @@ class ForecastGrid:
         calibration: Calibration,
         jobs: Mapping[JobId, Job],
         log: list[str] | None,
-        options: Options,
+        options: ForecastOptions,
     ) -> None:
         """UsageError for a job that could never run, and for what names a pool there is not."""
         self.pools: dict[str, Pool] = {
-            plan.pool.name: pool_of(plan, calibration) for plan in scenario.pools
+            plan.pool.name: calibrated_pool(plan, calibration) for plan in scenario.pools
         }
         self._admit(scenario)
         self._like, self._manager_s = like, calibration.manager_s
         policy = {key: s for key, s in asdict(scenario.policy).items() if s is not None}
         self.manager = replace(like.manager, **policy)
         self.worker = like.worker
-        self.plays = Plays(seed, jobs, calibration, together_s=like.worker.control_lease_s)
+        self.plays = SimulatedWork(seed, jobs, calibration, together_s=like.worker.control_lease_s)
         self.world = self._world(scenario, seed, calibration, log, options)
         self.machines = Machines(scenario.pools, zone_names(scenario.zones), self.now_s)
         launcher = self.world.launcher
         launcher.refuse = self.machines.refuse
         launcher.launched, launcher.ended = self.machines.launched, self.machines.ended
-        self.timeline = Timeline(
+        self.timeline = FaultTimeline(
             scenario,
             like,
             self.world,
@@ -92,7 +92,7 @@ class ForecastGrid:
             self.now_s,
             options.impossible,
         )
-        self.watching = Watching(self.world, self.machines, self.manager.tick_s)
+        self.watching = GridSampler(self.world, self.machines, self.manager.tick_s)
         self.base_s = 0.0
         """The loop's time at the run's second 0."""
 
@@ -114,9 +114,9 @@ class ForecastGrid:
         seed: int,
         calibration: Calibration,
         log: list[str] | None,
-        options: Options,
+        options: ForecastOptions,
     ) -> World:
-        self._trouble = trouble = Trouble()
+        self._trouble = trouble = ServiceFaults()
         world = World(
             seed,
             tuple(self.pools.values()),
@@ -127,8 +127,8 @@ class ForecastGrid:
             watched=options.watched,
             sql=False,
         )
-        world.faults = TroubledFaults(world.rng("calls"), trouble, latency_s=calibration.call_s)
-        world.queue = TroubledQueue(
+        world.faults = ScenarioCallFaults(world.rng("calls"), trouble, latency_s=calibration.call_s)
+        world.queue = FaultyQueue(
             world.clock,
             world.rng("queue"),
             trouble,

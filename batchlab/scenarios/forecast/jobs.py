@@ -27,12 +27,12 @@ from batchlab.core.retry import Patience
 from batchlab.manager.jobs.stage_plans import FEW, PartWriter
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import expansion
-from batchlab.scenarios.model.values import TENANT, Job, StageTemplate, WorkKind
+from batchlab.scenarios.model.values import TENANT_TAG, Job, StageTemplate, WorkKind
 from batchlab.sim.tasks import TimedRunner
 from batchlab.worker.runner import Handle, Work
 
 HANDLER = "scenario:declared"
-_AT_ONCE = 4096
+_ITEMS_PER_PART = 4096
 
 
 def job_def(job: Job, submitted_s: float) -> JobDef:
@@ -46,7 +46,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
         items=job.tasks,
         max_failures=template.max_failures,
         priority=template.priority,
-        tags=((TENANT, job.tenant),) if job.tenant else (),
+        tags=((TENANT_TAG, job.tenant),) if job.tenant else (),
         token=job.id,
     )
 
@@ -66,7 +66,7 @@ def _stage_def(stage: StageTemplate) -> StageDef:
     )
 
 
-def value_of(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
+def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
     """What a task of the stage returns: for each stage that gathers it by key, the group."""
     return {
         one.name: f"{task % one.groups:06d}"
@@ -75,21 +75,21 @@ def value_of(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
     } or None
 
 
-async def bring(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
+async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
     """The job's items where they are few; else they are in the bucket now."""
     count = job.items or 0
     if count <= FEW:
         return list(range(count))
     for stage in job.roots():
         writer = PartWriter(objects, patience, job.id, stage.name, 0)
-        for start in range(0, count, _AT_ONCE):
-            await writer.add(*range(start, min(start + _AT_ONCE, count)))
+        for start in range(0, count, _ITEMS_PER_PART):
+            await writer.add(*range(start, min(start + _ITEMS_PER_PART, count)))
         await writer.commit(TaskSet())
     return None
 
 
 @dataclass(slots=True)
-class Cores:
+class SharedCores:
     """`count` cores (0: as many as one likes), of each of which a bundle takes `bundle_s`: sent,
     received, run, committed and counted. First come, first served.
 
@@ -128,24 +128,24 @@ class Cores:
             del self._at_work[worker]
 
 
-BUDGETED_S = 0.15
+BUDGETED_BATCH_S = 0.15
 """Of a bundle that is to give the rest of its tasks away in time, short ones run together so long;
 of another one until its worker would look whether it is to stop."""
 
-UNLUCKY = "ScenarioFailure"
+DECLARED_FAILURE = "ScenarioFailure"
 """The error's name of an attempt that fails because the scenario says so."""
 
 
-DISK_SLOWER = 4.0
+SLOW_DISK_FACTOR = 4.0
 
-EVERYBODY = ""
+ALL_WORKERS = ""
 """In place of a worker: all of them, those that are not there yet too."""
 
 
 @dataclass(slots=True)
-class Disks:
-    """The instances' disks. On a slow one I/O takes DISK_SLOWER times as long, and a bundle begins
-    `start_s` later: its scratch folder and its log are files. `slow` are workers, each as often as
+class SimulatedDisks:
+    """The instances' disks. On a slow one I/O takes SLOW_DISK_FACTOR times as long, and a bundle
+    begins `start_s` later: its scratch folder and its log are files. `slow` are workers, each as often as
     its disk was made slow."""
 
     start_s: float = 0.0
@@ -158,7 +158,7 @@ class Disks:
         """What is a time of `takes_s` on this worker's disk, of so many tasks."""
         if not (times := self._times(worker)):
             return takes_s
-        slow_s = takes_s * DISK_SLOWER**times
+        slow_s = takes_s * SLOW_DISK_FACTOR**times
         self.slowed_tasks += tasks
         self.added_s += slow_s - takes_s
         return slow_s
@@ -172,11 +172,11 @@ class Disks:
         return times * self.start_s
 
     def _times(self, worker: str) -> int:
-        return self.slow[EVERYBODY] + self.slow[worker] if self.slow else 0
+        return self.slow[ALL_WORKERS] + self.slow[worker] if self.slow else 0
 
 
 @dataclass(slots=True)
-class Stage:
+class SimulatedStage:
     """A stage of one job as it is run: its declared times, stretched as measured."""
 
     job: Job
@@ -185,19 +185,19 @@ class Stage:
 
     @property
     def returns_nothing(self) -> bool:
-        return value_of(self.job.template.stages, self.template.name, 0) is None
+        return task_result(self.job.template.stages, self.template.name, 0) is None
 
 
 @dataclass(slots=True)
-class Plays:
+class SimulatedWork:
     """What all workers of one world run, and what they have run."""
 
     seed: int
     jobs: Mapping[JobId, Job]
     calibration: Calibration
     together_s: float
-    disks: Disks = field(default_factory=Disks)
-    cores: Cores = field(init=False)
+    disks: SimulatedDisks = field(default_factory=SimulatedDisks)
+    cores: SharedCores = field(init=False)
     first_s: dict[JobId, float] = field(default_factory=dict)
     """Monotonic; when each job's first task began."""
     spans: dict[str, tuple[str, float]] = field(default_factory=dict)
@@ -205,24 +205,24 @@ class Plays:
     running: dict[str, str] = field(default_factory=dict)
     """Executions that run, with the worker they run in."""
     begun: int = 0
-    _stages: dict[tuple[JobId, str], Stage] = field(default_factory=dict)
+    _stages: dict[tuple[JobId, str], SimulatedStage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cores = Cores(self.calibration.cores, self.calibration.bundle_cpu_s)
+        self.cores = SharedCores(self.calibration.cores, self.calibration.bundle_cpu_s)
 
-    def stage(self, job: JobId, name: str) -> Stage:
+    def stage(self, job: JobId, name: str) -> SimulatedStage:
         found = self._stages.get((job, name))
         if found is None:
             scenario_job = self.jobs[job]
             (template,) = (one for one in scenario_job.template.stages if one.name == name)
             stretch = self.calibration.stretch.get(f"{scenario_job.template.name}/{name}", 1.0)
-            found = self._stages[job, name] = Stage(scenario_job, template, stretch)
+            found = self._stages[job, name] = SimulatedStage(scenario_job, template, stretch)
         return found
 
     def take_s(self, work: Work) -> Sequence[float]:
         """Seconds that each task of a bundle takes."""
         stage = self.stage(work.job.id, work.stage.name)
-        found = expansion.batch_s(self.seed, stage.job, stage.template, work.bundle.tasks)
+        found = expansion.task_times_s(self.seed, stage.job, stage.template, work.bundle.tasks)
         factor = stage.stretch
         if self.disks.slow and stage.template.kind is WorkKind.IO and (whole_s := sum(found)):
             factor *= self.disks.io_s(_worker(work), whole_s, len(found)) / whole_s
@@ -237,12 +237,12 @@ class DeclaredRunner:
     """A Runner of what the scenario declares, on one instance; `die` is called by a task that
     kills its worker."""
 
-    def __init__(self, plays: Plays, clock: Clock, die: Callable[[], None]) -> None:
+    def __init__(self, plays: SimulatedWork, clock: Clock, die: Callable[[], None]) -> None:
         self._plays = plays
         self._clock = clock
         self._die = die
         self._patient = TimedRunner(plays.take_s, clock, together_s=plays.together_s)
-        together_s = min(BUDGETED_S, plays.together_s)
+        together_s = min(BUDGETED_BATCH_S, plays.together_s)
         self._hasty = TimedRunner(
             plays.take_s, clock, together_s=together_s, look_s=plays.together_s
         )
@@ -280,26 +280,28 @@ class DeclaredRunner:
         """Nothing to end."""
 
     async def _ended(
-        self, stage: Stage, work: Work, runs: AsyncIterator[Ran]
+        self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]
     ) -> AsyncIterator[Ran]:
         """What tasks come to that have run."""
         bundle = work.bundle
-        bad = expansion.failing(
+        bad = expansion.failing_tasks(
             self._plays.seed, stage.job, stage.template, bundle.tasks, bundle.attempt
         )
         stages, name = stage.job.template.stages, stage.template.name
         async for ran in runs:
             if ran.task in bad:
-                yield ran._replace(failure=_unlucky(ran))
+                yield ran._replace(failure=_declared_failure(ran))
             else:
-                yield ran._replace(value=value_of(stages, name, ran.task))
+                yield ran._replace(value=task_result(stages, name, ran.task))
 
     async def _with_poison(
-        self, stage: Stage, work: Work, handle: Handle, inner: TimedRunner
+        self, stage: SimulatedStage, work: Work, handle: Handle, inner: TimedRunner
     ) -> AsyncIterator[Ran]:
         """Run up to the first task that kills, and half of that one."""
         tasks = list(work.bundle.tasks)
-        kills = (n for n, t in enumerate(tasks) if expansion.kills(stage.job, stage.template, t))
+        kills = (
+            n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t)
+        )
         doomed = next(kills, len(tasks))
         ran_all = True
         if doomed:
@@ -323,6 +325,6 @@ def _worker(work: Work) -> str:
     return work.execution.rpartition("-")[0]
 
 
-def _unlucky(ran: Ran) -> Failure:
+def _declared_failure(ran: Ran) -> Failure:
     reason = "the scenario lets this attempt fail"
-    return Failure(ran.task, FailureKind.EXCEPTION, reason, error=UNLUCKY, run_s=ran.run_s)
+    return Failure(ran.task, FailureKind.EXCEPTION, reason, error=DECLARED_FAILURE, run_s=ran.run_s)

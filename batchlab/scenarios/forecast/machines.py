@@ -14,7 +14,7 @@ from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model.values import PoolPlan
 from batchlab.scenarios.verdicts.record import InstanceRun
 
-NO_ROOM = "InsufficientInstanceCapacity"
+NO_CAPACITY = "InsufficientInstanceCapacity"
 
 _EXACT = 1e-9
 
@@ -25,7 +25,7 @@ def zone_names(count: int) -> tuple[str, ...]:
 
 
 @dataclass(slots=True)
-class Life:
+class SimulatedInstance:
     """An instance; times are the run's, seconds."""
 
     pool: str
@@ -43,7 +43,7 @@ class Machines:
     def __init__(
         self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]
     ) -> None:
-        self.lives: dict[str, Life] = {}
+        self.lives: dict[str, SimulatedInstance] = {}
         """By instance, in the order of their launches."""
         self.lost_zones: list[str] = []
         self.refused = 0
@@ -57,7 +57,7 @@ class Machines:
         """Why none can be launched now; None where one can."""
         if all(zone in self.lost_zones for zone in self._zones):
             self.refused += 1
-            return f"{NO_ROOM}: no zone has capacity."
+            return f"{NO_CAPACITY}: no zone has capacity."
         return None
 
     def launched(self, pool: Pool, instance: str) -> None:
@@ -71,7 +71,7 @@ class Machines:
         zone = min(open_zones, key=lambda name: sum(one.zone == name for one in machines))
         market = Market.SPOT if is_spot else Market.ON_DEMAND
         machine = Machine(pool.instance_type, zone, market)
-        self.lives[instance] = Life(pool.name, machine, self._now_s())
+        self.lives[instance] = SimulatedInstance(pool.name, machine, self._now_s())
         alive[instance] = None
 
     def ended(self, instance: str, how: str) -> None:
@@ -80,7 +80,7 @@ class Machines:
         life.ended_s, life.note = self._now_s(), how
         del self._alive[life.pool][instance]
 
-    def alive(self, pool: str = "") -> Mapping[str, Life]:
+    def alive(self, pool: str = "") -> Mapping[str, SimulatedInstance]:
         """Instances of one pool, or of all, that are ready."""
         names = [pool] if pool else list(self._alive)
         return {
@@ -131,7 +131,7 @@ class Machines:
         wanted = set(names)
         return [one for one in self.lives if one in wanted]
 
-    def since(self, at_s: float) -> list[Life]:
+    def since(self, at_s: float) -> list[SimulatedInstance]:
         """Instances launched since then."""
         return [life for life in self.lives.values() if life.launched_s >= at_s]
 
@@ -153,7 +153,7 @@ class Machines:
         )
 
 
-def pool_of(plan: PoolPlan, calibration: Calibration) -> Pool:
+def calibrated_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
     """The plan's pool, with the boot time that was measured where there is one."""
     pool, other_s = plan.pool, calibration.other_boot_s
     said_s = pool.boot_s if other_s is None else other_s

@@ -20,21 +20,21 @@ from batchlab.core.model import GroupView, JobId, LifecycleState, Outcome, Stage
 from batchlab.core.ports import Depth, JobRecord, Ledger, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.scenarios.forecast.jobs import Plays
+from batchlab.scenarios.forecast.jobs import SimulatedWork
 from batchlab.scenarios.forecast.machines import Machines
 from batchlab.scenarios.model.values import Job, StageTemplate
 from batchlab.scenarios.verdicts.record import JobRun, PoolSample, Sample, StageRun
 from batchlab.sim.world import World
 
-SAMPLED = 200
+SAMPLE_SIZE = 200
 """Task times of a stage that the record keeps."""
-_COLLECTED = 1 << 15
+_BUFFER_SIZE = 1 << 15
 
-NEVER = "never submitted"
+NEVER_SUBMITTED = "never submitted"
 """The state of a job that no manager has accepted."""
 
 
-async def outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
+async def read_outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
     """Every committed outcome of a job, in key order."""
     try:
         key = await CommitKeys(objects).stored(job)
@@ -46,7 +46,7 @@ async def outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
                 yield outcome_at(info.key, await objects.get(info.key), key)
 
 
-class TaskTimes:
+class EvenSample:
     """An even sample of numbers, of however many."""
 
     def __init__(self) -> None:
@@ -58,21 +58,21 @@ class TaskTimes:
         """Take some more."""
         self._kept += numbers[self._skip :: self._every]
         self._skip = (self._skip - len(numbers)) % self._every
-        while len(self._kept) > _COLLECTED:
+        while len(self._kept) > _BUFFER_SIZE:
             self._kept = self._kept[::2]
             self._every *= 2
 
     def spread(self) -> tuple[float, ...]:
-        """At most SAMPLED of them, evenly over the sorted ones."""
+        """At most SAMPLE_SIZE of them, evenly over the sorted ones."""
         ordered = sorted(self._kept)
-        if len(ordered) <= SAMPLED:
+        if len(ordered) <= SAMPLE_SIZE:
             return tuple(ordered)
         last = len(ordered) - 1
-        return tuple(ordered[round(n * last / (SAMPLED - 1))] for n in range(SAMPLED))
+        return tuple(ordered[round(n * last / (SAMPLE_SIZE - 1))] for n in range(SAMPLE_SIZE))
 
 
 @dataclass(slots=True)
-class StageSum:
+class StageTotals:
     """All outcomes of one stage of one template."""
 
     tasks: int = 0
@@ -80,9 +80,9 @@ class StageSum:
     run_s: float = 0.0
     declared_s: float = 0.0
     span_s: float = 0.0
-    times: TaskTimes = field(default_factory=TaskTimes)
-    over: TaskTimes = field(default_factory=TaskTimes)
-    stretch: TaskTimes = field(default_factory=TaskTimes)
+    times: EvenSample = field(default_factory=EvenSample)
+    over: EvenSample = field(default_factory=EvenSample)
+    stretch: EvenSample = field(default_factory=EvenSample)
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class Results:
     bundles: int = 0
     failed_s: dict[str, float] = field(default_factory=dict)
     thrown_s: dict[str, float] = field(default_factory=dict)
-    sums: dict[tuple[str, str], StageSum] = field(default_factory=dict)
+    sums: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
 
     @property
     def again_s(self) -> float:
@@ -109,7 +109,7 @@ class Results:
         found = []
         for name, template in templates.items():
             for stage in template.stages:
-                sums = self.sums.get((name, stage.name), StageSum())
+                sums = self.sums.get((name, stage.name), StageTotals())
                 found.append(
                     StageRun(
                         template=name,
@@ -129,12 +129,12 @@ class Results:
         return tuple(found)
 
 
-class Counting:
+class ResultCounter:
     """Counts the jobs of one run, which began at `begin_s` of the epoch, `base_s` by the monotonic
     clock."""
 
     def __init__(
-        self, objects: Objects, ledger: Ledger, plays: Plays, begin_s: float, base_s: float
+        self, objects: Objects, ledger: Ledger, plays: SimulatedWork, begin_s: float, base_s: float
     ) -> None:
         self._objects = objects
         self._ledger = ledger
@@ -164,7 +164,7 @@ class Counting:
         name = JobId(job.id)
         found: dict[str, list[Outcome]] = {}
         last_s = 0.0
-        async for outcome in outcomes(self._objects, name):
+        async for outcome in read_outcomes(self._objects, name):
             self._take(job, outcome, spans)
             slim = Outcome(
                 outcome.bundle,
@@ -199,7 +199,7 @@ class Counting:
                 submitted_s,
                 None if first_s is None else first_s - self._base_s,
                 ended_s,
-                record.state.value if record else NEVER,
+                record.state.value if record else NEVER_SUBMITTED,
                 sum(one.planned or 0 for one in counts),
                 sum(one.succeeded for one in counts),
                 sum(one.failed for one in counts),
@@ -215,7 +215,7 @@ class Counting:
     def _take(self, job: Job, outcome: Outcome, spans: dict[str, tuple[str, float]]) -> None:
         results, name = self._results, str(outcome.bundle.stage)
         stage = self._plays.stage(JobId(job.id), name)
-        sums = results.sums.setdefault((job.template.name, name), StageSum())
+        sums = results.sums.setdefault((job.template.name, name), StageTotals())
         # What was cut in two for its worker's losses was not run by whoever wrote that.
         ran = spans.pop(outcome.execution, None) is not None
         results.bundles += 1
@@ -255,10 +255,10 @@ class Counting:
         self._results.lost += max(0, planned - ended)
 
 
-QUIET_KEPT = 1000
+MAX_QUIET_SAMPLES = 1000
 """Samples without a change that are kept; beyond, every second one goes."""
 
-_COMING = {
+_PENDING_STATES = {
     LifecycleState.PENDING,
     LifecycleState.PENDING_WAIT,
     LifecycleState.PENDING_PROCEED,
@@ -269,7 +269,7 @@ Counts = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class Watching:
+class GridSampler:
     """Looks at the leading manager's groups; `spacing_s` is how far quiet samples are apart at
     first, `base_s` the loop's time at the run's second 0."""
 
@@ -309,7 +309,7 @@ class Watching:
         if not is_new:
             self._quiet.append(len(self.samples))
         self.samples.append(Sample(now_s, pools, waiting, in_flight))
-        if len(self._quiet) > QUIET_KEPT:
+        if len(self._quiet) > MAX_QUIET_SAMPLES:
             self._thin()
 
     def _counts(self, view: GroupView, now_s: float) -> Counts:
@@ -321,7 +321,7 @@ class Watching:
                 life = lives[instance.id]
                 if life.ready_s is None:
                     life.ready_s = now_s
-            elif instance.state in _COMING:
+            elif instance.state in _PENDING_STATES:
                 coming += 1
         return view.desired, there, coming
 

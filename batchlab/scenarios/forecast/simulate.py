@@ -19,33 +19,33 @@ from batchlab.manager.scaling import fleet_commands
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.costs import priced
-from batchlab.scenarios.forecast.grid import ForecastGrid, Options
-from batchlab.scenarios.forecast.jobs import bring, job_def
-from batchlab.scenarios.forecast.outcomes import Counting
+from batchlab.scenarios.forecast.costs import compute_bill
+from batchlab.scenarios.forecast.grid import ForecastGrid, ForecastOptions
+from batchlab.scenarios.forecast.jobs import job_def, store_items
+from batchlab.scenarios.forecast.outcomes import ResultCounter
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Job, Prewarm, Scenario, Schedule
 from batchlab.scenarios.verdicts.record import Record
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
 
-LIKE = "aws"
+DEFAULT_BACKEND = "aws"
 """The backend whose settings a forecast has unless said otherwise."""
 
-STILL_S = 4 * 3600.0
+STALL_LIMIT_S = 4 * 3600.0
 """A run in which nothing has run for so long, and nothing is due any more, is cut."""
 
-REST_S = 3600.0
+SHRINK_LIMIT_S = 3600.0
 """After the last job's end the fleet has so long to come down to what it is at the least."""
 
 SUBMIT_CALLS = 4
 """Port calls from a submission until its first bundle can be received: each takes its latency."""
 
-PLAIN = Options()
+DEFAULT_OPTIONS = ForecastOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class SimulationProgress:
     """How far a simulated run is: its time in seconds, and jobs by how far they are."""
 
     at_s: float
@@ -61,8 +61,8 @@ def simulate(
     like: Backend | None = None,
     calibration: Calibration | None = None,
     log: list[str] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    options: Options = PLAIN,
+    progress: Callable[[SimulationProgress], None] | None = None,
+    options: ForecastOptions = DEFAULT_OPTIONS,
     book: PriceBook | None = None,
 ) -> Record:
     """Run the scenario, and its faults, to their end.
@@ -72,10 +72,10 @@ def simulate(
     ships says. UsageError for a scenario that no grid could run.
     """
     begun_s = time.monotonic()
-    run = _Run(
+    run = _Simulation(
         scenario,
         scenario.seed if seed is None else seed,
-        factory.load(LIKE) if like is None else like,
+        factory.load(DEFAULT_BACKEND) if like is None else like,
         calibration,
         log,
         progress,
@@ -87,7 +87,7 @@ def simulate(
     return replace(record, wall_s=time.monotonic() - begun_s)
 
 
-class _Run:
+class _Simulation:
     def __init__(
         self,
         scenario: Scenario,
@@ -95,8 +95,8 @@ class _Run:
         like: Backend,
         calibration: Calibration | None,
         log: list[str] | None,
-        progress: Callable[[Progress], None] | None,
-        options: Options,
+        progress: Callable[[SimulationProgress], None] | None,
+        options: ForecastOptions,
         book: PriceBook,
     ) -> None:
         self._scenario, self._seed, self._like = scenario, seed, like
@@ -150,7 +150,9 @@ class _Run:
             if self._progress:
                 sent = len(self._submitted_s)
                 ended = sent - len(self._open)
-                self._progress(Progress(grid.now_s(), sent, ended, len(self._schedule.jobs)))
+                self._progress(
+                    SimulationProgress(grid.now_s(), sent, ended, len(self._schedule.jobs))
+                )
             if not all(task.done() for task in todo):
                 continue
             if self._open:
@@ -158,10 +160,8 @@ class _Run:
                     return
                 continue
             ended_s = grid.now_s() if ended_s is None else ended_s
-            if grid.is_down() or grid.now_s() - ended_s > REST_S:
+            if grid.is_down() or grid.now_s() - ended_s > SHRINK_LIMIT_S:
                 return
-
-    # --- What is asked of the grid ---------------------------------------------------------------
 
     async def _arrive(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -178,7 +178,7 @@ class _Run:
         if (extra_s := self._calibration.submit_s - calls_s) > 0:
             await asyncio.sleep(extra_s)
         made = job_def(job, world.clock.now_s())
-        items = await bring(made, world.objects, Patience(world.rng(f"client/{job.id}")))
+        items = await store_items(made, world.objects, Patience(world.rng(f"client/{job.id}")))
         await grid.ask(lambda m: m.requests.submit(made, items), f"submit {job.id}")
 
     async def _warm(self, plan: Prewarm) -> None:
@@ -206,8 +206,6 @@ class _Run:
             lambda m: fleet_commands.scale(m, pool, min_size=least), f"prewarm {pool}"
         )
 
-    # --- Its end ---------------------------------------------------------------------------------
-
     async def _look_for_ends(self) -> None:
         grid, plays = self._grid, self._grid.plays
         leader = grid.leader
@@ -223,7 +221,7 @@ class _Run:
 
     def _stands_still(self) -> bool:
         still_s = self._grid.now_s() - self._moved_s
-        if still_s >= STILL_S:
+        if still_s >= STALL_LIMIT_S:
             self._cut = (
                 f"{len(self._open)} jobs had not ended, and nothing had run for {still_s:.0f} s"
             )
@@ -233,13 +231,13 @@ class _Run:
         grid, scenario, world = self._grid, self._scenario, self._grid.world
         end_s = grid.now_s()
         begin_s = world.clock.now_s() - end_s
-        counting = Counting(world.objects, world.ledger, grid.plays, begin_s, grid.base_s)
+        counting = ResultCounter(world.objects, world.ledger, grid.plays, begin_s, grid.base_s)
         jobs = self._schedule.jobs
         results = await counting.all(jobs, self._submitted_s, self._calibration.end_s)
         if self._options.examine is not None:
             await self._options.examine(world, [JobId(one) for one in self._submitted_s])
         stages, instances = results.stages(jobs), grid.machines.runs()
-        bill = priced(
+        bill = compute_bill(
             pools=grid.pools,
             instances=instances,
             stages=stages,

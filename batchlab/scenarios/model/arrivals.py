@@ -1,7 +1,7 @@
 """Arrivals that are drawn: Poisson, on and off, by the clock and the calendar, steps and ramps.
 
-All but `At` are Poisson processes whose rate changes over time, drawn exactly: gaps of a process of
-rate one are carried through the rate's integral (Cinlar 1975). Rates are jobs an hour, times
+All but `FixedTimes` are Poisson processes whose rate changes over time, drawn exactly: gaps of a
+process of rate one are carried through the rate's integral (Cinlar 1975). Rates are jobs an hour, times
 seconds from the scenario's beginning; nothing arrives before `from_s` nor at or after `until_s`.
 `speed` is what the scenario has been compressed by: the same jobs, sooner.
 
@@ -21,7 +21,7 @@ from math import isfinite, sqrt
 from random import Random
 from typing import Self
 
-from batchlab.scenarios.model.values import Arrival, Odd
+from batchlab.scenarios.model.values import Anomaly, Arrival
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
@@ -32,7 +32,7 @@ WEEK_FORMS = "monday, tue, or monday 06:30"
 _WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE)
 
 
-def week_s(text: str) -> float:
+def parse_week_time_s(text: str) -> float:
     """Seconds from Monday 00:00 of a time such as `tue 06:30`; ValueError where it is none."""
     if match := _WEEK.fullmatch(text):
         name, hour, minute = match.groups(default="0")
@@ -42,7 +42,7 @@ def week_s(text: str) -> float:
     raise ValueError(f"{text!r} is not a time of the week ({WEEK_FORMS})")
 
 
-def hours(
+def split_by_hour(
     from_s: float, until_s: float, offset_s: float = 0.0
 ) -> Iterator[tuple[float, float, int]]:
     """The span from `from_s` until `until_s` cut at every full hour: (start, end, hour).
@@ -64,17 +64,17 @@ def is_working_day(day: date, holidays: Container[date] = ()) -> bool:
     return day.weekday() < 5 and day not in holidays
 
 
-def working_days_left(day: date, holidays: Container[date] = ()) -> int:
+def working_days_after(day: date, holidays: Container[date] = ()) -> int:
     """Working days after `day` in its month; 0 on the last one."""
-    return _working_days(day, 1, holidays)
+    return _count_working_days(day, 1, holidays)
 
 
-def working_days_gone(day: date, holidays: Container[date] = ()) -> int:
+def working_days_before(day: date, holidays: Container[date] = ()) -> int:
     """Working days before `day` in its month; 0 on the first one."""
-    return _working_days(day, -1, holidays)
+    return _count_working_days(day, -1, holidays)
 
 
-def _working_days(day: date, step: int, holidays: Container[date]) -> int:
+def _count_working_days(day: date, step: int, holidays: Container[date]) -> int:
     found = 0
     other = day + timedelta(step)
     while other.month == day.month:
@@ -83,16 +83,16 @@ def _working_days(day: date, step: int, holidays: Container[date]) -> int:
     return found
 
 
-MOST_JOBS = 1_000_000
+MAX_JOBS = 1_000_000
 """More jobs than this in one scenario are a slip."""
-MOST_BURSTS = 1_000_000
+MAX_BURSTS = 1_000_000
 """More than this in one source are a slip."""
 
 Segment = tuple[float, float, float, float]
 """From, until, the rate per hour at its beginning and at its end; linear between."""
 
 
-def _moments(segments: Iterable[Segment], random: Random) -> Iterator[float]:
+def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[float]:
     """Moments of a Poisson process with this rate, in order."""
     due = random.expovariate(1.0)
     for start_s, end_s, first, last in segments:
@@ -111,13 +111,13 @@ def _moments(segments: Iterable[Segment], random: Random) -> Iterator[float]:
         due = max(due - area, 0.0)
 
 
-def _surely(mean: float) -> float:
+def _likely_minimum(mean: float) -> float:
     """Six standard deviations below the mean of a Poisson number."""
     return max(0.0, mean - 6 * sqrt(mean))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Drawn(ABC):
+class _PoissonProcess(ABC):
     """What all Poisson processes share: whose arrivals, when, and how much faster."""
 
     template: str
@@ -144,15 +144,17 @@ class _Drawn(ABC):
         """The rate, piece by piece."""
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        for moment_s in _moments(self.segments(random), random):
+        for moment_s in _poisson_times(self.segments(random), random):
             yield Arrival(moment_s / self.speed, self.template)
 
     def at_least(self) -> float:
         """No fewer jobs arrive than this, but for a chance of one in a billion."""
         found = self.segments(Random(0))  # noqa: S311 - of rates that chance has no part in
-        return _surely(sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S)
+        return _likely_minimum(
+            sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S
+        )
 
-    def odd(self) -> tuple[Odd, ...]:
+    def odd(self) -> tuple[Anomaly, ...]:
         return ()
 
     def compressed(self, factor: float) -> Self:
@@ -160,7 +162,7 @@ class _Drawn(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Poisson(_Drawn):
+class Poisson(_PoissonProcess):
     """Independent arrivals, `per_hour` on average."""
 
     per_hour: float
@@ -173,7 +175,7 @@ class Poisson(_Drawn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnOff(_Drawn):
+class OnOff(_PoissonProcess):
     """Bursts: `per_hour` while on, `idle_per_hour` while off; on first.
 
     On and off periods last `on_s` and `off_s` on average, exponentially distributed, or exactly
@@ -191,16 +193,16 @@ class OnOff(_Drawn):
 
     def __post_init__(self) -> None:
         # Not super(): a dataclass with slots is not the class that it was written as.
-        _Drawn.__post_init__(self)
+        _PoissonProcess.__post_init__(self)
         for length_s in (self.on_s, self.off_s):
             if not (isfinite(length_s) and length_s > 0):
                 raise ValueError(f"on and off must be durations above 0, not {length_s}")
-        if self.until_s - self.from_s > MOST_BURSTS * (self.on_s + self.off_s):
-            raise ValueError(f"there would be more than {MOST_BURSTS:,} bursts until then")
+        if self.until_s - self.from_s > MAX_BURSTS * (self.on_s + self.off_s):
+            raise ValueError(f"there would be more than {MAX_BURSTS:,} bursts until then")
 
     def at_least(self) -> float:
         least = min(self.per_hour, self.idle_per_hour)
-        return _surely((self.until_s - self.from_s) * least / HOUR_S)
+        return _likely_minimum((self.until_s - self.from_s) * least / HOUR_S)
 
     def segments(self, random: Random) -> Iterator[Segment]:
         start_s, is_on = self.from_s, True
@@ -215,7 +217,7 @@ class OnOff(_Drawn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile(_Drawn):
+class Profile(_PoissonProcess):
     """By the clock: `daily` has a number for each hour of the day, `weekly` a factor for each day
     from Monday. They are jobs an hour; with `per_hour` set they are only weights, and that is the
     mean over a whole week. `begins_s` is the scenario's beginning, from Monday 00:00."""
@@ -226,7 +228,7 @@ class Profile(_Drawn):
     begins_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _Drawn.__post_init__(self)
+        _PoissonProcess.__post_init__(self)
         if len(self.daily) != 24 or len(self.weekly) != 7:
             raise ValueError(
                 f"a profile has 24 hours and 7 days, not {len(self.daily)} and {len(self.weekly)}"
@@ -243,13 +245,13 @@ class Profile(_Drawn):
         scale = 1.0
         if self.per_hour is not None:
             scale = self.per_hour * 24 * 7 / (sum(self.daily) * sum(self.weekly))
-        for start_s, end_s, hour in hours(self.from_s, self.until_s, self.begins_s):
+        for start_s, end_s, hour in split_by_hour(self.from_s, self.until_s, self.begins_s):
             rate = scale * self.daily[hour % 24] * self.weekly[hour // 24 % 7]
             yield start_s, end_s, rate, rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MonthEnd(_Drawn):
+class MonthEnd(_PoissonProcess):
     """By the calendar: `per_hour` on an ordinary working day, and so many times more around the
     turn of a month.
 
@@ -267,7 +269,7 @@ class MonthEnd(_Drawn):
     daily: tuple[float, ...] = (1.0,) * 24
 
     def __post_init__(self) -> None:
-        _Drawn.__post_init__(self)
+        _PoissonProcess.__post_init__(self)
         if len(self.daily) != 24 or not sum(self.daily):
             raise ValueError("daily must be 24 numbers, not all of them 0")
 
@@ -278,16 +280,16 @@ class MonthEnd(_Drawn):
         """How many times an ordinary working day's rate that day has."""
         if not is_working_day(day, self.holidays):
             return self.off
-        left = working_days_left(day, self.holidays)
+        left = working_days_after(day, self.holidays)
         if left < len(self.last):
             return self.last[left]
-        gone = working_days_gone(day, self.holidays)
+        gone = working_days_before(day, self.holidays)
         return self.first[gone] if gone < len(self.first) else 1.0
 
     def segments(self, random: Random) -> Iterator[Segment]:  # noqa: ARG002
         scale = self.per_hour * 24 / sum(self.daily)
         day, factor = -1, 1.0
-        for start_s, end_s, hour in hours(self.from_s, self.until_s):
+        for start_s, end_s, hour in split_by_hour(self.from_s, self.until_s):
             if hour // 24 != day:
                 day = hour // 24
                 factor = self.factor(self.begins + timedelta(day))
@@ -296,7 +298,7 @@ class MonthEnd(_Drawn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step(_Drawn):
+class Step(_PoissonProcess):
     """`per_hour` at first, then from each moment of `steps` on that many an hour."""
 
     per_hour: float
@@ -304,7 +306,7 @@ class Step(_Drawn):
     """(from when, jobs an hour), in order of time."""
 
     def __post_init__(self) -> None:
-        _Drawn.__post_init__(self)
+        _PoissonProcess.__post_init__(self)
         moments = [at_s for at_s, _ in self.steps]
         if moments != sorted(moments):
             raise ValueError("steps must be in order of time")
@@ -323,7 +325,7 @@ class Step(_Drawn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ramp(_Drawn):
+class Ramp(_PoissonProcess):
     """From `per_hour` at the beginning evenly to `to_per_hour` at the end."""
 
     per_hour: float
@@ -337,7 +339,7 @@ class Ramp(_Drawn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class At:
+class FixedTimes:
     """Exactly at these moments, and nothing left to chance."""
 
     template: str
@@ -360,12 +362,12 @@ class At:
             for _ in range(count):
                 yield Arrival(at_s / self.speed, self.template)
 
-    def odd(self) -> tuple[Odd, ...]:
+    def odd(self) -> tuple[Anomaly, ...]:
         return ()
 
     def compressed(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
 
-Synthetic = _Drawn | At
+Synthetic = _PoissonProcess | FixedTimes
 """Every source but a trace."""

@@ -22,7 +22,6 @@ from batchlab.jobs import field_types, job_file, paths
 from batchlab.jobs.schema import GatherSpec
 from batchlab.jobs.validation import Structure
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
-from batchlab.scenarios import traces
 from batchlab.scenarios.model import arrivals, distributions, schema_distributions
 from batchlab.scenarios.model.schema import SOURCES, ArrivalSpec, FaultSpec, ScenarioSpec
 from batchlab.scenarios.model.schema_distributions import (
@@ -40,7 +39,7 @@ from batchlab.scenarios.model.schema_jobs import (
     TraceSpec,
 )
 from batchlab.scenarios.model.values import (
-    Draw,
+    Distribution,
     Expectation,
     Fault,
     FaultName,
@@ -52,6 +51,8 @@ from batchlab.scenarios.model.values import (
     StageTemplate,
     WorkKind,
 )
+from batchlab.scenarios.traces.columns import RECORD_COLUMNS, SWF_COLUMNS, Columns, ColumnSum
+from batchlab.scenarios.traces.source import Trace, TraceFormat
 from batchlab.scenarios.verdicts.measures import MEASURES, Unit
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ ONE_STAGE = "work"
 
 
 @dataclass(slots=True)
-class Maker:
+class ScenarioBuilder:
     """Makes the values of one file; `folder` is where its paths start from."""
 
     found: Structure[ScenarioSpec]
@@ -84,12 +85,10 @@ class Maker:
             self.tell(loc, f"This cannot be: {error}.", remedy)
             return stand_in
 
-    # --- Draws -----------------------------------------------------------------------------------
-
-    def draw(self, spec: One[Any], loc: Loc) -> Draw:
+    def draw(self, spec: One[Any], loc: Loc) -> Distribution:
         """The distribution that `spec` names."""
-        stand_in: Draw = distributions.Constant(1.0)
-        named = [key for key in _KINDS if getattr(spec, key, None) is not None]
+        stand_in: Distribution = distributions.Constant(1.0)
+        named = [key for key in _DISTRIBUTION_KINDS if getattr(spec, key, None) is not None]
         if len(named) != 1:
             what = "no distribution" if not named else f"more than one: {', '.join(named)}"
             remedy = "Write a number, or for example {lognormal: {median: 4, sigma: 0.8}}."
@@ -109,17 +108,15 @@ class Maker:
         if kind == "empirical":
             return distributions.Empirical(tuple(value))
         numbers = value.model_dump()
-        make = _DRAWS[kind]
+        make = _DISTRIBUTIONS[kind]
 
-        def usable() -> Draw:
+        def usable() -> Distribution:
             found = make(**numbers)
             if not found.mean <= field_types.MOST_TASKS:
                 raise ValueError("its mean is beyond all that is counted here")
             return found
 
         return self.made((*loc, kind), usable, stand_in, "Change its numbers.")
-
-    # --- Jobs ------------------------------------------------------------------------------------
 
     def job(self, name: str, spec: JobSpec) -> JobTemplate:
         """The template, its stages those of the job file where it names one."""
@@ -207,7 +204,7 @@ class Maker:
                 message = f"It is not said how long the tasks of {', '.join(missing)} take."
                 remedy = f"Write for example `task: {{{missing[0]}: 4s}}`."
                 self.tell(loc if spec.task is None else at, message, remedy, at_key=True)
-        task_s: Draw = distributions.Constant(1.0)
+        task_s: Distribution = distributions.Constant(1.0)
         if spec.task is not None and times is None:
             task_s = self.draw(spec.task, at)
         return tuple(
@@ -242,8 +239,6 @@ class Maker:
             return None
         return path
 
-    # --- Arrivals --------------------------------------------------------------------------------
-
     def source(self, number: int, spec: ArrivalSpec) -> Source | None:
         """Where those arrivals come from; None where that is not said well."""
         loc: Loc = ("arrivals", number)
@@ -266,8 +261,8 @@ class Maker:
         def usable() -> Source:
             found = _SOURCES[named[0]](job, value)
             jobs = self.jobs + found.at_least()
-            if jobs > arrivals.MOST_JOBS:
-                whole = f"the {arrivals.MOST_JOBS:,} of a whole scenario"
+            if jobs > arrivals.MAX_JOBS:
+                whole = f"the {arrivals.MAX_JOBS:,} of a whole scenario"
                 raise ValueError(f"{jobs:,.0f} jobs so far are more than {whole}")
             self.jobs = jobs
             return found
@@ -275,13 +270,13 @@ class Maker:
         return self.made(at, usable, None, "Change its numbers.")
 
     def _trace(self, job: str, path: Path, spec: TraceSpec, at: Loc) -> Source | None:
-        form = traces.TraceFormat(spec.format or _format_of(path))
-        for key, why in _meaningless(form, spec, job):
+        form = TraceFormat(spec.format or _format_of(path))
+        for key, why in _unused_keys(form, spec, job):
             self.tell((*at, *key), f"'{key[-1]}' means nothing {why}.", "Delete it.", at_key=True)
-        columns = _columns(form, spec.columns)
+        columns = _column_map(form, spec.columns)
         return self.made(
             at,
-            lambda: traces.Trace(
+            lambda: Trace(
                 template=job,
                 path=path,
                 format=form,
@@ -303,11 +298,11 @@ def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
     return None if spec is None else "*" if spec.by == "*" else "key"
 
 
-def _meaningless(
-    form: traces.TraceFormat, spec: TraceSpec, job: str
+def _unused_keys(
+    form: TraceFormat, spec: TraceSpec, job: str
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that nothing would follow from, and where they mean nothing."""
-    if form is not traces.TraceFormat.TABLE:
+    if form is not TraceFormat.TABLE:
         for key in ("names", "delimiter"):
             if key in spec.model_fields_set:
                 yield (key,), f"in a trace of the format {form.value}"
@@ -328,32 +323,30 @@ def _format_of(path: Path) -> str:
     return "jsonl" if suffixes & {".jsonl", ".ndjson", ".json"} else "table"
 
 
-def _columns(
-    form: traces.TraceFormat, spec: ColumnsSpec | None
-) -> Callable[[], traces.Columns | None]:
+def _column_map(form: TraceFormat, spec: ColumnsSpec | None) -> Callable[[], Columns | None]:
     """Makes the map of columns: that of the format, with what `spec` says; ValueError."""
 
-    def make() -> traces.Columns | None:
+    def make() -> Columns | None:
         if spec is None:
             return None
-        known = {traces.TraceFormat.SWF: traces.SWF, traces.TraceFormat.JSONL: traces.RUNS}
+        known = {TraceFormat.SWF: SWF_COLUMNS, TraceFormat.JSONL: RECORD_COLUMNS}
         base = known.get(form)
         said: dict[str, Any] = {
-            _COLUMNS.get(name, name): getattr(spec, name) for name in spec.model_fields_set
+            _COLUMN_FIELDS.get(name, name): getattr(spec, name) for name in spec.model_fields_set
         }
         for name in ("tasks", "task_s"):
             if said.get(name) is not None:
-                said[name] = traces.Take(tuple(said[name].columns), said[name].per)
-        return traces.Columns(**{"at": "", **said}) if base is None else replace(base, **said)
+                said[name] = ColumnSum(tuple(said[name].columns), said[name].per)
+        return Columns(**{"at": "", **said}) if base is None else replace(base, **said)
 
     return make
 
 
-_COLUMNS = {"every": "every_s", "job": "template"}
+_COLUMN_FIELDS = {"every": "every_s", "job": "template"}
 
-_KINDS = tuple(schema_distributions.Draw.model_fields)
+_DISTRIBUTION_KINDS = tuple(schema_distributions.Draw.model_fields)
 
-_DRAWS: Mapping[str, Callable[..., Draw]] = {
+_DISTRIBUTIONS: Mapping[str, Callable[..., Distribution]] = {
     "uniform": distributions.Uniform,
     "exponential": distributions.Exponential,
     "lognormal": distributions.Lognormal,
@@ -362,7 +355,7 @@ _DRAWS: Mapping[str, Callable[..., Draw]] = {
 }
 
 
-def _span(spec: Span) -> dict[str, Any]:
+def _source_fields(spec: Span) -> dict[str, Any]:
     """The numbers of a source that are those of its spec, by the same names."""
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -370,28 +363,28 @@ def _span(spec: Span) -> dict[str, Any]:
     }
 
 
-def _month_end(job: str, spec: MonthEndSpec) -> arrivals.Synthetic:
-    numbers = {**_span(spec), "holidays": frozenset(spec.holidays)}
+def _month_end_source(job: str, spec: MonthEndSpec) -> arrivals.Synthetic:
+    numbers = {**_source_fields(spec), "holidays": frozenset(spec.holidays)}
     return arrivals.MonthEnd(template=job, **numbers)
 
 
-def _step(job: str, spec: StepSpec) -> arrivals.Synthetic:
+def _step_source(job: str, spec: StepSpec) -> arrivals.Synthetic:
     steps = tuple((one.at_s, one.per_hour) for one in spec.steps)
-    return arrivals.Step(template=job, **{**_span(spec), "steps": steps})
+    return arrivals.Step(template=job, **{**_source_fields(spec), "steps": steps})
 
 
-def _at(job: str, spec: list[MomentSpec]) -> arrivals.Synthetic:
-    return arrivals.At(template=job, moments=tuple((one.at_s, one.count) for one in spec))
+def _fixed_source(job: str, spec: list[MomentSpec]) -> arrivals.Synthetic:
+    return arrivals.FixedTimes(template=job, moments=tuple((one.at_s, one.count) for one in spec))
 
 
 _SOURCES: Mapping[str, Callable[[str, Any], arrivals.Synthetic]] = {
-    "at": _at,
-    "poisson": lambda job, spec: arrivals.Poisson(template=job, **_span(spec)),
-    "on_off": lambda job, spec: arrivals.OnOff(template=job, **_span(spec)),
-    "profile": lambda job, spec: arrivals.Profile(template=job, **_span(spec)),
-    "month_end": _month_end,
-    "step": _step,
-    "ramp": lambda job, spec: arrivals.Ramp(template=job, **_span(spec)),
+    "at": _fixed_source,
+    "poisson": lambda job, spec: arrivals.Poisson(template=job, **_source_fields(spec)),
+    "on_off": lambda job, spec: arrivals.OnOff(template=job, **_source_fields(spec)),
+    "profile": lambda job, spec: arrivals.Profile(template=job, **_source_fields(spec)),
+    "month_end": _month_end_source,
+    "step": _step_source,
+    "ramp": lambda job, spec: arrivals.Ramp(template=job, **_source_fields(spec)),
 }
 
 

@@ -21,12 +21,12 @@ from batchlab.scenarios.model.build import FAULTS
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.schema import FaultSpec, ScenarioSpec
 from batchlab.scenarios.model.schema_distributions import StepSpec
-from batchlab.scenarios.model.values import LASTING, FaultName, JobTemplate
+from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate
 from batchlab.scenarios.verdicts.measures import MEASURES
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class CheckedScenario:
     """A scenario that has its mistakes mended, and what was wrong with it."""
 
     found: Structure[ScenarioSpec]
@@ -59,8 +59,8 @@ _HITS_INSTANCES = frozenset(
     }
 )
 _HITS_CALLS = frozenset({FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS})
-_BELONGS: Mapping[str, frozenset[FaultName]] = {
-    "for_s": LASTING,
+_FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
+    "for_s": LASTING_FAULTS,
     "pool": _HITS_INSTANCES,
     "share": _HITS_INSTANCES,
     "count": _HITS_INSTANCES,
@@ -69,9 +69,9 @@ _BELONGS: Mapping[str, frozenset[FaultName]] = {
     "zone": frozenset({FaultName.ZONE_LOSS}),
 }
 """Keys of a fault that mean something for some faults only."""
-_MENDED = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
+_MAY_END_AT_ONCE = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
 """What is mended when it is over, and may be so at once."""
-_NOTHING = {
+_ZERO_MESSAGES = {
     "for_s": "It is over as soon as it has begun.",
     "share": "A share of 0 hits no instance.",
     "rate": "A rate of 0 hits nothing.",
@@ -79,11 +79,11 @@ _NOTHING = {
 """What a key of a fault says that is 0."""
 
 
-def run(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
+def find_problems(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
     """Every problem of the checks whose places are sound."""
     if found.whole is None:
         return []
-    subject = Subject(found, found.whole, jobs)
+    subject = CheckedScenario(found, found.whole, jobs)
     problems: list[Problem] = []
     for check, places in _CHECKS:
         if found.sound(*places):
@@ -91,7 +91,7 @@ def run(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list
     return [one for one in problems if one.loc is None or found.sound(one.loc)]
 
 
-def _pools(subject: Subject) -> Iterator[Problem]:
+def _pools(subject: CheckedScenario) -> Iterator[Problem]:
     types = instance_types.load()
     for name, pool in subject.spec.pools.items():
         loc: Loc = ("pools", name)
@@ -105,14 +105,14 @@ def _pools(subject: Subject) -> Iterator[Problem]:
                 yield Problem((*loc, "instance_type"), error.message, error.remedy)
 
 
-def _stages(subject: Subject) -> Iterator[Problem]:
+def _stages(subject: CheckedScenario) -> Iterator[Problem]:
     """Where each stage runs."""
     for template in subject.jobs.values():
         for i, stage in enumerate(template.stages):
             pool = subject.spec.pools.get(stage.pool)
             if subject.unknown("pools", stage.pool):
                 message = f"There is no pool '{stage.pool}' for the stage '{stage.name}'."
-                loc = _place(subject, template, i, "pool")
+                loc = _stage_location(subject, template, i, "pool")
                 yield Problem(loc, message, suggest(stage.pool, subject.spec.pools, "pools"))
             elif pool is not None and stage.slots > pool.slots and subject.whole(stage.pool):
                 message = (
@@ -120,10 +120,10 @@ def _stages(subject: Subject) -> Iterator[Problem]:
                     f"instance of the pool '{stage.pool}' has {pool.slots}: it would never run."
                 )
                 remedy = "Give the pool's instances more slots."
-                yield Problem(_place(subject, template, i, "slots"), message, remedy)
+                yield Problem(_stage_location(subject, template, i, "slots"), message, remedy)
 
 
-def _place(subject: Subject, template: JobTemplate, stage: int, key: str) -> Loc:
+def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
     """Where the stage says that, or else the job what its stages are."""
     loc: Loc = ("jobs", template.name)
     if template.file is not None:
@@ -131,7 +131,7 @@ def _place(subject: Subject, template: JobTemplate, stage: int, key: str) -> Loc
     return (*loc, "stages", stage, key) if subject.spec.jobs[template.name].stages else loc
 
 
-def _joins(subject: Subject) -> Iterator[Problem]:
+def _joins(subject: CheckedScenario) -> Iterator[Problem]:
     """Where the records of a trace say how many tasks a job has, only they can tell."""
     for template in subject.jobs.values():
         if any(
@@ -142,15 +142,17 @@ def _joins(subject: Subject) -> Iterator[Problem]:
         always = isinstance(template.tasks, Constant)
         tasks = max(1, int(template.tasks.mean + 0.5)) if always else MOST_TASKS
         try:
-            stage = distributions.unequal(template, tasks)
+            stage = distributions.find_unequal_join(template, tasks)
         except ValueError:
             continue  # the order of its stages has been told
         if stage is not None:
-            loc = _place(subject, template, template.stages.index(stage), "after")
-            yield Problem(loc, distributions.said(stage), distributions.REMEDY)
+            loc = _stage_location(subject, template, template.stages.index(stage), "after")
+            yield Problem(
+                loc, distributions.unequal_join_message(stage), distributions.UNEQUAL_JOIN_REMEDY
+            )
 
 
-def _arrivals(subject: Subject) -> Iterator[Problem]:
+def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
     for i, arrival in enumerate(subject.spec.arrivals):
         if arrival.step is not None and subject.found.sound(("arrivals", i, "step")):
             yield from _steps(arrival.step, ("arrivals", i, "step", "steps"))
@@ -172,7 +174,7 @@ def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
             yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
 
 
-def _prewarm(subject: Subject) -> Iterator[Problem]:
+def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
     for i, one in enumerate(subject.spec.prewarm):
         loc: Loc = ("prewarm", i)
         pool = subject.spec.pools.get(one.pool)
@@ -190,10 +192,10 @@ def _prewarm(subject: Subject) -> Iterator[Problem]:
             yield Problem((*loc, "until"), message, "Write an until that is later than at.")
 
 
-def _faults(subject: Subject) -> Iterator[Problem]:
+def _faults(subject: CheckedScenario) -> Iterator[Problem]:
     for i, one in enumerate(subject.spec.faults):
         loc: Loc = ("faults", i)
-        yield from _meaningless(one, loc)
+        yield from _unused_fault_keys(one, loc)
         if one.pool is not None and subject.unknown("pools", one.pool):
             message = f"There is no pool '{one.pool}' to break."
             yield Problem((*loc, "pool"), message, suggest(one.pool, subject.spec.pools, "pools"))
@@ -206,7 +208,7 @@ def _faults(subject: Subject) -> Iterator[Problem]:
             yield from _without_spot(subject, one, loc)
 
 
-def _overlaps(subject: Subject) -> Iterator[Problem]:
+def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
     """What is broken twice at once would be mended by the end of the first."""
     faults = [
         (("faults", i), build.fault(one))
@@ -227,9 +229,9 @@ def _overlaps(subject: Subject) -> Iterator[Problem]:
                 break
 
 
-def _meaningless(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
+def _unused_fault_keys(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
     fault = FAULTS[one.fault]
-    for key, faults in _BELONGS.items():
+    for key, faults in _FAULTS_BY_KEY.items():
         if key not in one.model_fields_set:
             continue
         name = key.removesuffix("_s")
@@ -237,14 +239,16 @@ def _meaningless(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
             message = f"'{name}' means nothing for {fault.value}."
             remedy = f"Delete it; it goes with {', '.join(sorted(faults))}."
             yield Problem((*loc, name), message, remedy, at_key=True)
-        elif key in _NOTHING and fault not in _MENDED and not getattr(one, key):
-            yield Problem((*loc, name), _NOTHING[key], "Write more than 0, or delete the fault.")
+        elif key in _ZERO_MESSAGES and fault not in _MAY_END_AT_ONCE and not getattr(one, key):
+            yield Problem(
+                (*loc, name), _ZERO_MESSAGES[key], "Write more than 0, or delete the fault."
+            )
     if one.share is not None and one.count is not None:
         message = "It says both a share and a count."
         yield Problem((*loc, "count"), message, "Delete one of the two.", at_key=True)
 
 
-def _without_spot(subject: Subject, one: FaultSpec, loc: Loc) -> Iterator[Problem]:
+def _without_spot(subject: CheckedScenario, one: FaultSpec, loc: Loc) -> Iterator[Problem]:
     hit = [name for name in subject.spec.pools if one.pool in (None, name)]
     if (
         hit
@@ -255,7 +259,7 @@ def _without_spot(subject: Subject, one: FaultSpec, loc: Loc) -> Iterator[Proble
         yield Problem((*loc, "fault"), message, "Give a pool a share of them, such as spot: 0.5.")
 
 
-def _expectations(subject: Subject) -> Iterator[Problem]:
+def _expectations(subject: CheckedScenario) -> Iterator[Problem]:
     whole: Any = subject.spec.expect
     loc: Loc = ("expect",)
     yield from _bounds(whole, loc)
@@ -296,7 +300,7 @@ def _number(limit: float | str) -> float:
     return money.parse(limit) if isinstance(limit, str) else limit
 
 
-def _price(subject: Subject) -> Iterator[Problem]:
+def _price(subject: CheckedScenario) -> Iterator[Problem]:
     whole: Any = subject.spec.expect
     if whole.cost is not None:
         for name, pool in subject.spec.pools.items():
@@ -305,7 +309,7 @@ def _price(subject: Subject) -> Iterator[Problem]:
                 yield Problem(("expect", "cost"), message, "Give it one, such as m7i.large.")
 
 
-_CHECKS: tuple[tuple[Callable[[Subject], Iterator[Problem]], tuple[Loc, ...]], ...] = (
+_CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, ...]], ...] = (
     (_pools, ()),
     (_stages, ()),
     (_joins, (("arrivals",),)),

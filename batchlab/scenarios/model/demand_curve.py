@@ -15,7 +15,7 @@ from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Job, Scenario
 
 _MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86_400.0
-WIDTHS_S = (
+COLUMN_WIDTHS_S = (
     0.1,
     0.2,
     0.5,
@@ -44,7 +44,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PoolLoad:
     """One pool against what is asked of it. `slots` are those of its largest fleet; `busy` what
     arrives in each column, in slots kept busy all the time; `behind_s` and `behind_at_s` are the
     longest that work would wait even so, and when; `idle_from_s` when it would all be done."""
@@ -67,7 +67,7 @@ class Curve:
 
     width_s: float
     columns: tuple[Column, ...]
-    asks: tuple[Ask, ...]
+    asks: tuple[PoolLoad, ...]
 
     @property
     def span_s(self) -> float:
@@ -78,16 +78,16 @@ class Curve:
         return sum(sum(column.work_s.values()) for column in self.columns)
 
 
-def of(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
+def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
     """The curve of `jobs`, in no more than `most` columns."""
-    width_s = width_of(_span_s(scenario, jobs), most)
+    width_s = column_width_s(_span_s(scenario, jobs), most)
     count = max(1, ceil(_span_s(scenario, jobs) / width_s - 1e-9))
     number, tasks = [0] * count, [0] * count
     work: list[dict[str, float]] = [{} for _ in range(count)]
     for job in jobs:
         i = min(int(job.due_s / width_s), count - 1)
         number[i] += 1
-        for name, size, slot_s in _work(job):
+        for name, size, slot_s in _stage_work(job):
             tasks[i] += size
             work[i][name] = work[i].get(name, 0.0) + slot_s
     columns = tuple(Column(i * width_s, number[i], tasks[i], work[i]) for i in range(count))
@@ -96,15 +96,15 @@ def of(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
         pool = plan.pool
         arriving = [column.work_s.get(pool.name, 0.0) for column in columns]
         slots = pool.max_size * pool.slots
-        behind = _behind(arriving, slots, width_s)
+        behind = _backlog(arriving, slots, width_s)
         busy = tuple(one / width_s for one in arriving)
-        asks.append(Ask(pool.name, slots, busy, *behind))
+        asks.append(PoolLoad(pool.name, slots, busy, *behind))
     return Curve(width_s, columns, tuple(asks))
 
 
-def width_of(span_s: float, most: int) -> float:
+def column_width_s(span_s: float, most: int) -> float:
     """The narrowest column of which no more than `most` cover `span_s`."""
-    return next((one for one in WIDTHS_S if span_s / one <= most + 1e-9), span_s / most)
+    return next((one for one in COLUMN_WIDTHS_S if span_s / one <= most + 1e-9), span_s / most)
 
 
 def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
@@ -115,8 +115,8 @@ def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     return max([1.0, *ends])
 
 
-def _behind(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
-    """What never is there sooner, as if work were a fluid: see Ask."""
+def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
+    """What never is there sooner, as if work were a fluid: see PoolLoad."""
     left, worst, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
     for i, work in enumerate(arriving):
         before = left
@@ -128,9 +128,9 @@ def _behind(arriving: Sequence[float], slots: int, width_s: float) -> tuple[floa
     return worst / slots, worst_at_s, idle_s
 
 
-def _work(job: Job) -> list[tuple[str, int, float]]:
+def _stage_work(job: Job) -> list[tuple[str, int, float]]:
     """(pool, tasks, slot seconds) of each stage."""
-    count = distributions.of(job.template, job.tasks)
+    count = distributions.stage_sizes(job.template, job.tasks)
     found = []
     for stage in job.template.stages:
         draw = stage.task_s

@@ -16,7 +16,7 @@ from itertools import accumulate
 from math import exp, gamma, isfinite, log, log1p
 from statistics import NormalDist, fmean
 
-from batchlab.scenarios.model.values import Draw, JobTemplate, StageTemplate
+from batchlab.scenarios.model.values import Distribution, JobTemplate, StageTemplate
 
 _normal = NormalDist().inv_cdf
 
@@ -208,7 +208,7 @@ class Mixture:
     its place within that.
     """
 
-    parts: tuple[tuple[float, Draw], ...]
+    parts: tuple[tuple[float, Distribution], ...]
     """(weight, draw)"""
     _ends: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
@@ -236,21 +236,21 @@ class Mixture:
         return replace(self, parts=tuple((w, draw.scaled(factor)) for w, draw in self.parts))
 
 
-def of(template: JobTemplate, tasks: int) -> dict[str, int]:
+def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
     """By stage; ValueError where the stages cannot be put into an order."""
     found: dict[str, int] = {}
     left = list(template.stages)
     while left:
         ready = [stage for stage in left if all(name in found for name in stage.after)]
         for stage in ready:
-            found[stage.name] = _size(stage, found, tasks)
+            found[stage.name] = _stage_size(stage, found, tasks)
         left = [stage for stage in left if stage not in ready]
         if not ready:
             raise ValueError("the stages run in a circle")
     return found
 
 
-def _size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
+def _stage_size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
     if not stage.after:
         return tasks
     if stage.gather == "*":
@@ -259,20 +259,20 @@ def _size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
     return before if stage.gather is None else min(stage.groups, before)
 
 
-def joins(template: JobTemplate) -> list[StageTemplate]:
+def item_joins(template: JobTemplate) -> list[StageTemplate]:
     """The stages that follow several item by item, which must have equally many tasks."""
     return [stage for stage in template.stages if stage.gather is None and len(stage.after) > 1]
 
 
-def unequal(template: JobTemplate, tasks: int) -> StageTemplate | None:
+def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
     """The first of the joins that follows stages with unequal numbers of tasks; ValueError as
-    in `of`."""
-    joined = joins(template)
-    sizes = of(template, tasks) if joined else {}
+    in `stage_sizes`."""
+    joined = item_joins(template)
+    sizes = stage_sizes(template, tasks) if joined else {}
     return next((one for one in joined if len({sizes[name] for name in one.after}) > 1), None)
 
 
-def said(stage: StageTemplate) -> str:
+def unequal_join_message(stage: StageTemplate) -> str:
     """What is wrong with an unequal join."""
     which = " and ".join(f"'{name}'" for name in stage.after)
     return (
@@ -281,4 +281,4 @@ def said(stage: StageTemplate) -> str:
     )
 
 
-REMEDY = "Write gather: all, or let it follow stages with as many tasks."
+UNEQUAL_JOIN_REMEDY = "Write gather: all, or let it follow stages with as many tasks."

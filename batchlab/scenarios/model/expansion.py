@@ -23,16 +23,16 @@ from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import TaskSet
 from batchlab.jobs.field_types import MOST_TASKS
 from batchlab.scenarios.model import distributions
-from batchlab.scenarios.model.arrivals import MOST_JOBS
+from batchlab.scenarios.model.arrivals import MAX_JOBS
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.random_streams import Stream
 from batchlab.scenarios.model.values import (
+    Anomaly,
     Arrival,
     Expectation,
     Fault,
     Job,
     JobTemplate,
-    Odd,
     Policy,
     PoolPlan,
     Prewarm,
@@ -49,25 +49,27 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
 
     `seed` replaces the scenario's. UsageError where an arrival names no job of the scenario,
     where a job's stages have not the numbers of tasks that they must, and where there are more
-    jobs than MOST_JOBS.
+    jobs than MAX_JOBS.
     """
     seed = scenario.seed if seed is None else seed
     identity = (scenario.name, scenario.digest, scenario.compressed, seed)
     tag = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
     streams = [
-        _numbered(source, Stream(seed, "arrivals", number), number)
+        _numbered_arrivals(source, Stream(seed, "arrivals", number), number)
         for number, source in enumerate(scenario.arrivals)
     ]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
     # All of them first: a job costs three times as much as its arrival.
-    arrived = list(islice(merge(*streams), MOST_JOBS + 1))
-    if len(arrived) > MOST_JOBS:
+    arrived = list(islice(merge(*streams), MAX_JOBS + 1))
+    if len(arrived) > MAX_JOBS:
         raise UsageError(
-            f"The scenario {scenario.name!r} has more than {MOST_JOBS:,} jobs.",
+            f"The scenario {scenario.name!r} has more than {MAX_JOBS:,} jobs.",
             remedy="Give its arrivals an earlier until, a lower rate or a limit.",
         )
     jobs: list[Job] = []
-    joined = {name for name, template in scenario.jobs.items() if distributions.joins(template)}
+    joined = {
+        name for name, template in scenario.jobs.items() if distributions.item_joins(template)
+    }
     for index, (_, number, count, arrival) in enumerate(arrived):
         template = _template(scenario, arrival)
         job = Job(
@@ -80,15 +82,20 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
             arrival.task_s,
             arrival.label,
         )
-        if template.name in joined and (stage := distributions.unequal(template, job.tasks)):
+        if template.name in joined and (
+            stage := distributions.find_unequal_join(template, job.tasks)
+        ):
             what = f"A job {template.name!r} of {job.tasks:,} tasks cannot run: "
-            raise UsageError(f"{what}{distributions.said(stage)}", remedy=distributions.REMEDY)
+            raise UsageError(
+                f"{what}{distributions.unequal_join_message(stage)}",
+                remedy=distributions.UNEQUAL_JOIN_REMEDY,
+            )
         jobs.append(job)
-    odd: tuple[Odd, ...] = tuple(one for source in scenario.arrivals for one in source.odd())
+    odd: tuple[Anomaly, ...] = tuple(one for source in scenario.arrivals for one in source.odd())
     return Schedule(tuple(jobs), odd)
 
 
-def _numbered(
+def _numbered_arrivals(
     source: Source, stream: Stream, number: int
 ) -> Iterator[tuple[float, int, int, Arrival]]:
     for count, arrival in enumerate(source.arrivals(stream.random())):
@@ -119,7 +126,7 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
     return max(1, int(drawn + 0.5))
 
 
-def compressed(scenario: Scenario, factor: float) -> Scenario:
+def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
     """The scenario with every time in it divided by `factor`: the same jobs, sooner and shorter.
 
     Money, counts and shares stay. Real work of a job file takes as long as before.
@@ -194,7 +201,7 @@ def _expectation(one: Expectation, factor: float) -> Expectation:
 _stream = lru_cache(maxsize=1024)(Stream)
 
 
-def _known(job: Job, stage: StageTemplate) -> float | None:
+def _fixed_task_s(job: Job, stage: StageTemplate) -> float | None:
     """What every task of the stage takes, where that is no matter of chance."""
     if job.task_s is not None and not stage.after:
         return job.task_s
@@ -203,15 +210,15 @@ def _known(job: Job, stage: StageTemplate) -> float | None:
 
 def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
     """Seconds that one task takes whenever it is tried."""
-    known = _known(job, stage)
+    known = _fixed_task_s(job, stage)
     if known is not None:
         return known
     return stage.task_s.at(_stream(seed, "tasks", job.index, stage.name).unit(task))
 
 
-def batch_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
+def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
     """`task_s` of each of `tasks`, in order, well under a microsecond each."""
-    known = _known(job, stage)
+    known = _fixed_task_s(job, stage)
     if known is not None:
         return [known] * len(tasks)
     stream = _stream(seed, "tasks", job.index, stage.name)
@@ -221,17 +228,17 @@ def batch_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[f
     return [at(unit) for span in tasks.ranges for unit in stream.units(*span)]
 
 
-def fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt: int) -> bool:
+def attempt_fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt: int) -> bool:
     """Whether this attempt (counted from 1) of a task ends in an exception."""
     if not stage.fails:
         return False
     return _stream(seed, "fails", job.index, stage.name, attempt).unit(task) < stage.fails
 
 
-def failing(
+def failing_tasks(
     seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, attempt: int
 ) -> frozenset[int]:
-    """Those of `tasks` whose attempt `fails`, for many tasks at once."""
+    """Those of `tasks` whose attempt `attempt_fails`, for many tasks at once."""
     if not stage.fails:
         return frozenset()
     stream = _stream(seed, "fails", job.index, stage.name, attempt)
@@ -243,6 +250,6 @@ def failing(
     )
 
 
-def kills(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
+def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
     """Whether a task kills its worker whenever it runs."""
     return task < stage.poison

@@ -23,11 +23,11 @@ from batchlab.scenarios.model.values import JobTemplate, Scenario, Source
 FOLDER = "scenarios"
 SUFFIX = ".yaml"
 _TEACHES = "It teaches "
-_NONE = "Write its path, or the name of one that `batchlab scenario list` shows."
+_REMEDY = "Write its path, or the name of one that `batchlab scenario list` shows."
 
 
 @dataclass(frozen=True, slots=True)
-class Shipped:
+class ShippedScenario:
     """A scenario that comes with batchlab, and what it teaches by its own prose."""
 
     name: str
@@ -40,16 +40,16 @@ def names() -> list[str]:
     return sorted(path.stem for path in package_data.folder(FOLDER).glob(f"*{SUFFIX}"))
 
 
-def shipped() -> list[Shipped]:
+def shipped_scenarios() -> list[ShippedScenario]:
     """The shipped scenarios by name."""
     found = []
     for name in names():
         path = package_data.folder(FOLDER) / f"{name}{SUFFIX}"
-        found.append(Shipped(name, lesson(load(path).about), path))
+        found.append(ShippedScenario(name, lesson_of(load(path).about), path))
     return found
 
 
-def lesson(about: str) -> str:
+def lesson_of(about: str) -> str:
     """The rest of the first sentence of `about` that says what it teaches, without what explains
     it after a colon; else its first sentence."""
     text = " ".join(about.split())
@@ -72,7 +72,7 @@ def find(text: str) -> Path:
 def load(path: Path) -> Scenario:
     """Read and check the scenario at `path`; JobFileErrors with every mistake there is."""
     path = paths.absolute(path)
-    return parse(yaml_source.text_of(path, SHAPE.what, _NONE), path)
+    return parse(yaml_source.text_of(path, SHAPE.what, _REMEDY), path)
 
 
 def parse(text: str, path: Path) -> Scenario:
@@ -90,17 +90,17 @@ def parse(text: str, path: Path) -> Scenario:
         structure = validate(document.data, SHAPE, {problem.loc for problem in problems})
         problems += structure.problems
         if structure.whole is not None:
-            scenario, more = _made(structure, structure.whole, text, path)
+            scenario, more = _build_scenario(structure, structure.whole, text, path)
             problems += more
     if problems or scenario is None:
         raise yaml_source.errors(path, document, problems)
     return scenario
 
 
-def _made(
+def _build_scenario(
     structure: Structure[ScenarioSpec], spec: ScenarioSpec, text: str, path: Path
 ) -> tuple[Scenario, Sequence[Problem]]:
-    maker = build.Maker(structure, path.parent)
+    maker = build.ScenarioBuilder(structure, path.parent)
     jobs: dict[str, JobTemplate] = {name: maker.job(name, one) for name, one in spec.jobs.items()}
     arrivals: list[Source | None] = [maker.source(i, one) for i, one in enumerate(spec.arrivals)]
     scenario = Scenario(
@@ -119,4 +119,4 @@ def _made(
         digest=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
     )
-    return scenario, [*maker.problems, *checks.run(structure, jobs)]
+    return scenario, [*maker.problems, *checks.find_problems(structure, jobs)]

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from batchlab.core import units
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import Keys
-from batchlab.scenarios.model.arrivals import WEEK_FORMS, week_s
+from batchlab.scenarios.model.arrivals import WEEK_FORMS, parse_week_time_s
 
 N = TypeVar("N")
 _YEARS = range(1000, 9000)
@@ -38,7 +38,7 @@ def _share(value: Any) -> Any:
 
 def _week(value: Any) -> Any:
     try:
-        return week_s(value)
+        return parse_week_time_s(value)
     except (TypeError, ValueError) as error:
         what = f"{units.shown(value)} is not a time of the week."
         raise field_types.refusal(what, f"Write {WEEK_FORMS}.") from error
@@ -56,7 +56,7 @@ def _date(value: Any) -> Any:
     return day
 
 
-def _constant(value: Any) -> Any:
+def _constant_if_plain(value: Any) -> Any:
     return value if isinstance(value, dict | list) else {"constant": value}
 
 
@@ -181,12 +181,12 @@ class Draw(One[N], Generic[N]):
 
 
 Numbers = Annotated[
-    Draw[Amount], BeforeValidator(_constant, json_schema_input_type=Amount | Draw[Amount])
+    Draw[Amount], BeforeValidator(_constant_if_plain, json_schema_input_type=Amount | Draw[Amount])
 ]
 Times = Annotated[
     Draw[field_types.Duration],
     BeforeValidator(
-        _constant, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]
+        _constant_if_plain, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]
     ),
 ]
 """Draws as the keys of a file have them."""
@@ -201,7 +201,7 @@ class TaskTimes(Draw[field_types.Duration]):
 JobTimes = Annotated[
     TaskTimes,
     BeforeValidator(
-        _constant,
+        _constant_if_plain,
         json_schema_input_type=field_types.Duration | Draw[field_types.Duration] | dict[str, Times],
     ),
 ]

@@ -27,7 +27,7 @@ from batchlab.jobs.schema import (
     StageName,
 )
 from batchlab.scenarios.model.schema_distributions import JobTimes, Numbers, Share, Times
-from batchlab.scenarios.traces import check_unit
+from batchlab.scenarios.traces.columns import check_unit
 
 
 def _gather(value: Any) -> Any:

@@ -17,11 +17,11 @@ from typing import Protocol
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool
 
-TENANT = "tenant"
+TENANT_TAG = "tenant"
 """The tag of a job that says whose it is."""
 
 
-class Draw(Protocol):
+class Distribution(Protocol):
     """A distribution of numbers ≥ 0, by its quantile function: what is drawn depends on nothing
     but the unit handed in, so a task takes the same time wherever and in whichever order it runs.
     """
@@ -32,7 +32,7 @@ class Draw(Protocol):
     def at(self, unit: float) -> float:
         """The quantile of `unit`, which is in [0, 1)."""
 
-    def scaled(self, factor: float) -> Draw:
+    def scaled(self, factor: float) -> Distribution:
         """The same, every number times `factor`."""
 
 
@@ -55,7 +55,7 @@ class StageTemplate:
     """
 
     name: str
-    task_s: Draw
+    task_s: Distribution
     after: tuple[str, ...] = ()
     gather: str | None = None
     groups: int = 1
@@ -77,7 +77,7 @@ class JobTemplate:
 
     name: str
     stages: tuple[StageTemplate, ...]
-    tasks: Draw
+    tasks: Distribution
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
@@ -99,7 +99,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Odd:
+class Anomaly:
     """A record of a trace that was left out or changed: where it is, what is odd, what was done.
     Records that are odd in the same way have the same `what`; `detail` is this one's own."""
 
@@ -116,7 +116,7 @@ class Source(Protocol):
     def arrivals(self, random: Random) -> Iterable[Arrival]:
         """In order of time. Deterministic in the state of `random`."""
 
-    def odd(self) -> Iterable[Odd]:
+    def odd(self) -> Iterable[Anomaly]:
         """What is odd in what it reads; nothing where it reads nothing."""
 
     def compressed(self, factor: float) -> Source:
@@ -147,7 +147,7 @@ class FaultName(StrEnum):
     DATABASE_LOSS = "database-loss", "the ledger is lost and rebuilt from S3"
 
 
-LASTING = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
+LASTING_FAULTS = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
 """Faults that are over after a while."""
 
 
@@ -180,7 +180,7 @@ class Fault:
     def shares(self, other: Fault) -> bool:
         """Whether both break the same thing, so that the end of one would mend it for the other."""
         apart = self.pool and other.pool and self.pool != other.pool
-        alike = self.name is other.name and self.name in LASTING
+        alike = self.name is other.name and self.name in LASTING_FAULTS
         return alike and not (apart and self.name is FaultName.PAUSE)
 
 
@@ -266,4 +266,4 @@ class Schedule:
     """All jobs of a scenario in order of time, and what was odd in the traces."""
 
     jobs: tuple[Job, ...]
-    odd: tuple[Odd, ...] = ()
+    odd: tuple[Anomaly, ...] = ()

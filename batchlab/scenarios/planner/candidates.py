@@ -16,17 +16,17 @@ from types import MappingProxyType
 
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.scenarios.forecast.costs import kept_usd
+from batchlab.scenarios.forecast.costs import minimum_usd
 from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.verdicts.measures import MEASURES, Unknown, quantile
 from batchlab.scenarios.verdicts.record import Record
 
-WINDOW = 0.25
+BUSIEST_WINDOW = 0.25
 """The busiest time is sought in spans of this share of the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class PoolConfig:
     """One pool's limits, and the share of Spot among its instances."""
 
     pool: str
@@ -39,7 +39,7 @@ class Fleet:
 class Candidate:
     """One fleet and policy. `drain_s` is the drain target in seconds; None: the backend's own."""
 
-    fleets: tuple[Fleet, ...]
+    fleets: tuple[PoolConfig, ...]
     drain_s: float | None
     prewarm: tuple[Prewarm, ...] = ()
 
@@ -73,11 +73,11 @@ class Candidate:
         }
 
 
-def as_it_is(scenario: Scenario) -> Candidate:
+def current_candidate(scenario: Scenario) -> Candidate:
     """What the scenario itself says."""
     return Candidate(
         tuple(
-            Fleet(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot)
+            PoolConfig(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot)
             for plan in scenario.pools
         ),
         scenario.policy.drain_target_s,
@@ -85,7 +85,9 @@ def as_it_is(scenario: Scenario) -> Candidate:
     )
 
 
-def applied(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
+def apply_candidate(
+    scenario: Scenario, candidate: Candidate, wave_s: float | None = None
+) -> Scenario:
     """The scenario with this fleet and policy. Where it buys Spot, `wave_s` is when AWS takes all
     Spot instances back once."""
     fleets = {one.pool: one for one in candidate.fleets}
@@ -108,9 +110,6 @@ def applied(scenario: Scenario, candidate: Candidate, wave_s: float | None = Non
     )
 
 
-# --- What it came to -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
     """What a run showed of a pool: slot seconds of work, tasks × slots, from when on at least half
@@ -130,19 +129,19 @@ class Goal:
     deadline_s: float
     budget_usd: float | None = None
 
-    def met(self, one: Outcome) -> bool:
+    def met(self, one: TrialResult) -> bool:
         """Whether a run did all of its work, in time and within the budget."""
         return self.in_time(one) and self.in_budget(one)
 
-    def in_time(self, one: Outcome) -> bool:
+    def in_time(self, one: TrialResult) -> bool:
         return one.finish_s <= self.deadline_s
 
-    def in_budget(self, one: Outcome) -> bool:
+    def in_budget(self, one: TrialResult) -> bool:
         return self.budget_usd is None or one.usd <= self.budget_usd
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrialResult:
     """One seed. `finish_s` counts from when the first job was due to the last one's end; infinite
     where the work was not done: a job never ended, tasks were lost, or more jobs failed than the
     scenario expects. `usd` is what the run costs, and its minimum until the deadline. `hit` says
@@ -165,33 +164,33 @@ class Outcome:
         return math.isfinite(self.finish_s)
 
 
-def outcome(
+def trial_result(
     record: Record,
     book: PriceBook,
     deadline_s: float = 0.0,
-    failures: Mapping[str, float] = MappingProxyType({}),
-) -> Outcome:
-    """`failures` is how many jobs may fail, as in `failures`. UsageError for a record that has no
-    cost."""
+    allowed_failures: Mapping[str, float] = MappingProxyType({}),
+) -> TrialResult:
+    """`allowed_failures` is how many jobs may fail, as in `allowed_failures`. UsageError for
+    a record that has no cost."""
     if record.usd is None:
         raise UsageError(
             f"The forecast of {record.scenario} says no cost, and a plan is nothing without.",
             remedy="Name instance types that are in the price book: see `batchlab prices show`.",
         )
-    finish_s, failed = _number(record, "makespan", math.inf), _number(record, "failed_jobs", 0.0)
-    if record.cut or record.lost or _too_many_fail(record, failures):
+    finish_s, failed = _measure(record, "makespan", math.inf), _measure(record, "failed_jobs", 0.0)
+    if record.cut or record.lost or _has_too_many_failures(record, allowed_failures):
         finish_s = math.inf
     first_s = min((job.due_s for job in record.jobs), default=0.0)
     waves = [one for one in record.faults if one.name == FaultName.SPOT_WAVE]
-    return Outcome(
+    return TrialResult(
         record.seed,
         finish_s,
-        record.usd + kept_usd(record, first_s + deadline_s, book),
-        int(_number(record, "late", 0.0)),
+        record.usd + minimum_usd(record, first_s + deadline_s, book),
+        int(_measure(record, "late", 0.0)),
         int(failed),
         record.lost,
-        int(_number(record, "peak_fleet", 0.0)),
-        {name: _demand(record, name) for name in record.pools},
+        int(_measure(record, "peak_fleet", 0.0)),
+        {name: _pool_demand(record, name) for name in record.pools},
         any(not one.impossible for one in waves) if waves else None,
         _busiest_s(record, first_s, deadline_s),
     )
@@ -215,13 +214,13 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
             return 0.0
         return areas[i] + (busy[i][1] * (at_s - moments[i]) if i + 1 < len(busy) else 0.0)
 
-    width_s = WINDOW * deadline_s
+    width_s = BUSIEST_WINDOW * deadline_s
     last_s = first_s + deadline_s - width_s
     starts = [first_s, *(at_s for at_s in moments if first_s < at_s <= last_s)]
     return max(starts, key=lambda at_s: (round(until(at_s + width_s) - until(at_s), 6), -at_s))
 
 
-def failures(scenario: Scenario) -> dict[str, float]:
+def allowed_failures(scenario: Scenario) -> dict[str, float]:
     """How many jobs of a template may fail, "" of all together, by what the scenario itself
     expects. Of what it says nothing of none may."""
     told: dict[str, float] = {}
@@ -231,18 +230,18 @@ def failures(scenario: Scenario) -> dict[str, float]:
     return told
 
 
-def _too_many_fail(record: Record, failures: Mapping[str, float]) -> bool:
-    otherwise = math.inf if "" in failures else 0.0
-    told = {**{job.template: otherwise for job in record.jobs}, **failures}
-    return any(_number(record, "failed_jobs", 0.0, of) > most for of, most in told.items())
+def _has_too_many_failures(record: Record, allowed_failures: Mapping[str, float]) -> bool:
+    otherwise = math.inf if "" in allowed_failures else 0.0
+    told = {**{job.template: otherwise for job in record.jobs}, **allowed_failures}
+    return any(_measure(record, "failed_jobs", 0.0, of) > most for of, most in told.items())
 
 
-def _number(record: Record, name: str, otherwise: float, template: str = "") -> float:
+def _measure(record: Record, name: str, otherwise: float, template: str = "") -> float:
     found = MEASURES[name].of(record, template)
     return otherwise if isinstance(found, Unknown) else found
 
 
-def _demand(record: Record, pool: str) -> PoolDemand:
+def _pool_demand(record: Record, pool: str) -> PoolDemand:
     stages = [stage for stage in record.stages if stage.pool == pool]
     desired = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
     peak = max((count for _, count in desired), default=0)
@@ -258,11 +257,11 @@ def _demand(record: Record, pool: str) -> PoolDemand:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class EvaluatedCandidate:
     """A candidate and what it came to, seed by seed; never without a seed."""
 
     candidate: Candidate
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[TrialResult, ...]
 
     @property
     def usd(self) -> float:
@@ -293,10 +292,10 @@ class Point:
         }
 
 
-SHARES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
 
 
 def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
     """By name; None is endless, for which JSON has no number."""
-    found = {name: quantile(numbers, share) for name, share in SHARES.items()}
+    found = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
     return {name: one if math.isfinite(one) else None for name, one in found.items()}

@@ -21,36 +21,36 @@ from batchlab.manager.state import UNKNOWN_TASK_S
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.costs import priced
-from batchlab.scenarios.forecast.fault_timeline import NOBODY
-from batchlab.scenarios.forecast.machines import Machines, pool_of, zone_names
+from batchlab.scenarios.forecast.costs import compute_bill
+from batchlab.scenarios.forecast.fault_timeline import NO_INSTANCE
+from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone_names
 from batchlab.scenarios.forecast.outcomes import Results
-from batchlab.scenarios.forecast.simulate import REST_S
+from batchlab.scenarios.forecast.simulate import SHRINK_LIMIT_S
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
 from batchlab.scenarios.planner.work_units import (
-    Group,
-    Instance,
-    JobDone,
-    Piece,
-    StageDone,
-    Work,
-    ends_s,
+    JobProgress,
+    JobWork,
+    ModelInstance,
+    ModelPool,
+    StageProgress,
+    WorkUnit,
+    end_times_s,
     job_run,
-    known,
+    split_jobs,
     stage_runs,
-    works,
+    stages_known_at_start,
 )
-from batchlab.scenarios.verdicts.record import Injected, PoolSample, Record
+from batchlab.scenarios.verdicts.record import InjectedFault, PoolSample, Record
 from batchlab.scenarios.verdicts.record import Sample as Seen
 
-LOOKS = 2000
+MAX_POLICY_CHECKS = 2000
 """The policy looks at most so often while jobs arrive, where its tick is shorter than that; at
 each tick when the last one is there."""
 
 
 @dataclass(slots=True)
-class Sketch:
+class FastModel:
     """Sketches runs of one scenario, with whichever fleet and policy; without a calibration by what
     is usual on the backend. Pickled where there are several processes; each keeps the work of the
     seeds that it has seen."""
@@ -58,7 +58,7 @@ class Sketch:
     backend: str
     calibration: Calibration | None = None
     book: PriceBook = field(default_factory=price_book.load)
-    _works: dict[int, tuple[Work, ...]] = field(default_factory=dict)
+    _works: dict[int, tuple[JobWork, ...]] = field(default_factory=dict)
 
     def __call__(self, scenario: Scenario, seed: int) -> Record:
         """UsageError for a backend that there is not."""
@@ -66,19 +66,19 @@ class Sketch:
         calibration = self.calibration or like.usual
         if seed not in self._works:
             schedule = expand(scenario, seed)
-            self._works[seed] = works(schedule, seed, calibration)
-        run = _Run(scenario, seed, like, calibration, self._works[seed], self.book)
+            self._works[seed] = split_jobs(schedule, seed, calibration)
+        run = _FastRun(scenario, seed, like, calibration, self._works[seed], self.book)
         return run.record()
 
 
-class _Run:
+class _FastRun:
     def __init__(
         self,
         scenario: Scenario,
         seed: int,
         like: Backend,
         calibration: Calibration,
-        work: tuple[Work, ...],
+        work: tuple[JobWork, ...],
         book: PriceBook,
     ) -> None:
         self._scenario, self._seed, self._calibration = scenario, seed, calibration
@@ -90,21 +90,20 @@ class _Run:
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
-        self._jobs: list[JobDone] = []
-        self._open: dict[int, JobDone] = {}
+        self._jobs: list[JobProgress] = []
+        self._open: dict[int, JobProgress] = {}
         self._pools = {
-            plan.pool.name: Group(pool_of(plan, calibration), 0) for plan in scenario.pools
+            plan.pool.name: ModelPool(calibrated_pool(plan, calibration), 0)
+            for plan in scenario.pools
         }
         self._machines = Machines(scenario.pools, zone_names(scenario.zones), lambda: self._now_s)
         self._samples: list[Seen] = []
-        self._injected: list[Injected] = []
+        self._injected: list[InjectedFault] = []
         self._looks = False
         self._cut = ""
         self._due_s = work[-1].job.due_s if work else 0.0
         """When the last job is due."""
-        self._look_s = max(self._manager.tick_s, self._due_s / LOOKS)
-
-    # --- Time ------------------------------------------------------------------------------------
+        self._look_s = max(self._manager.tick_s, self._due_s / MAX_POLICY_CHECKS)
 
     def _at(self, at_s: float, what: Callable[[], None]) -> None:
         self._number += 1
@@ -119,7 +118,7 @@ class _Run:
         for work in self._work:
             at_s = work.job.due_s + self._calibration.submit_s
             self._at(at_s, partial(self._submit, work))
-        ends = ends_s(self._scenario)
+        ends = end_times_s(self._scenario)
         for at_s in (*(warm.at_s for warm in self._scenario.prewarm), *ends):
             self._at(at_s, self._wake)
         for fault in self._scenario.faults:
@@ -134,14 +133,12 @@ class _Run:
             what()
             is_done = len(self._jobs) == len(self._work) and not self._open
             if rest_s is None and is_done and at_s >= max(ends, default=0.0):
-                rest_s = at_s + REST_S
+                rest_s = at_s + SHRINK_LIMIT_S
         return self._told()
 
-    # --- Jobs ------------------------------------------------------------------------------------
-
-    def _submit(self, work: Work) -> None:
+    def _submit(self, work: JobWork) -> None:
         template = work.job.template
-        stages, at_once = [], known(template.stages)
+        stages, at_once = [], stages_known_at_start(template.stages)
         places = {stage.name: n for n, stage in enumerate(template.stages)}
         for number, stage in enumerate(template.stages):
             pieces = work.stages[number]
@@ -149,9 +146,9 @@ class _Run:
             waits = len(stage.after) if stage.gather is None else sum(map(len, befores))
             tasks = sum(piece.tasks for piece in pieces)
             stages.append(
-                StageDone(stage.name in at_once, tasks, len(pieces), [waits] * len(pieces))
+                StageProgress(stage.name in at_once, tasks, len(pieces), [waits] * len(pieces))
             )
-        job = JobDone(work, stages)
+        job = JobProgress(work, stages)
         self._jobs.append(job)
         self._open[work.job.index] = job
         for number, stage in enumerate(template.stages):
@@ -161,7 +158,7 @@ class _Run:
         self._wake()
         self._serve()
 
-    def _ready(self, job: JobDone, piece: Piece, *, ahead: bool = False) -> None:
+    def _ready(self, job: JobProgress, piece: WorkUnit, *, ahead: bool = False) -> None:
         """`ahead`: whoever did what it follows goes on with it."""
         template = job.work.job.template
         pool = self._pools[template.stages[piece.stage].pool]
@@ -194,7 +191,7 @@ class _Run:
                     del pool.ready[priority]
                 self._begin(job, piece, free, slots)
 
-    def _begin(self, job: JobDone, piece: Piece, on: Instance, slots: int) -> None:
+    def _begin(self, job: JobProgress, piece: WorkUnit, on: ModelInstance, slots: int) -> None:
         on.running[piece] = None
         on.free -= slots
         if not on.free:
@@ -207,7 +204,7 @@ class _Run:
         takes_s = piece.run_s + piece.bundles * self._bundle_s
         self._at(self._now_s + takes_s, partial(self._done, job, piece, on, slots))
 
-    def _done(self, job: JobDone, piece: Piece, on: Instance, slots: int) -> None:
+    def _done(self, job: JobProgress, piece: WorkUnit, on: ModelInstance, slots: int) -> None:
         if piece not in on.running:
             return  # it went with its instance
         del on.running[piece]
@@ -230,15 +227,13 @@ class _Run:
             del self._open[job.work.job.index]
         self._serve()
 
-    def _follow(self, job: JobDone, number: int, piece: Piece, *, is_gather: bool) -> None:
+    def _follow(self, job: JobProgress, number: int, piece: WorkUnit, *, is_gather: bool) -> None:
         stage, pieces = job.stages[number], job.work.stages[number]
         for one in pieces if is_gather else pieces[piece.number : piece.number + 1]:
             stage.waits[one.number] -= 1
             if not stage.waits[one.number]:
                 stage.planned = True
                 self._ready(job, one, ahead=not is_gather)
-
-    # --- The fleet -------------------------------------------------------------------------------
 
     def _wake(self) -> None:
         """From now on the policy looks, until there is nothing more to decide."""
@@ -260,7 +255,7 @@ class _Run:
             still = self._look_s if self._now_s < self._due_s else self._manager.tick_s
             self._at(self._now_s + still, self._look)
 
-    def _least(self, pool: Group) -> int:
+    def _least(self, pool: ModelPool) -> int:
         warm = [
             one.min_size
             for one in self._scenario.prewarm
@@ -283,7 +278,7 @@ class _Run:
                 tasks += stage.left * template.slots
         return Backlog(seconds, tasks)
 
-    def _scale(self, pool: Group) -> Backlog:
+    def _scale(self, pool: ModelPool) -> Backlog:
         """As manager.autoscaler does, and the group that it asks; the backlog that it went by."""
         name = pool.pool.name
         backlog = self._backlog(name)
@@ -306,7 +301,7 @@ class _Run:
             self._launch(pool, pool.pool.boot_s)
         return backlog
 
-    def _may_shrink(self, pool: Group, backlog: Backlog) -> bool:
+    def _may_shrink(self, pool: ModelPool, backlog: Backlog) -> bool:
         if not backlog.tasks:
             if pool.idle_since_s is None:
                 pool.idle_since_s = self._now_s
@@ -315,25 +310,25 @@ class _Run:
             pool.shrunk_s = self._now_s
         return self._now_s - pool.shrunk_s >= self._manager.cooldown_in_s
 
-    def _launch(self, pool: Group, boot_s: float) -> None:
+    def _launch(self, pool: ModelPool, boot_s: float) -> None:
         name = f"{pool.pool.name}-{len(self._machines.lives)}"
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
         # Processes have no market: a wave takes any of them.
         is_spot = market is Market.SPOT or self._like.capabilities.one_machine
         slots = pool.pool.slots
-        one = Instance(name, pool, slots, self._now_s + boot_s, is_spot)
+        one = ModelInstance(name, pool, slots, self._now_s + boot_s, is_spot)
         pool.alive[name] = one
         self._at(one.ready_s, partial(self._booted, one))
 
-    def _booted(self, one: Instance) -> None:
+    def _booted(self, one: ModelInstance) -> None:
         if one.name not in one.pool.alive:
             return
         self._machines.lives[one.name].ready_s = self._now_s
         one.pool.open[one.name] = one
         self._serve()
 
-    def _end(self, one: Instance) -> None:
+    def _end(self, one: ModelInstance) -> None:
         """It is gone; what ran on it is to be run again."""
         del one.pool.alive[one.name]
         one.pool.open.pop(one.name, None)
@@ -349,9 +344,9 @@ class _Run:
         hit = [one for one in there if one.is_spot and one.ready_s <= self._now_s]
         hit = hit[: fault.among(len(hit))]
         market = "" if self._like.capabilities.one_machine else " on Spot"
-        why = "" if hit else NOBODY.format(of=market)
+        why = "" if hit else NO_INSTANCE.format(of=market)
         names = tuple(one.name for one in hit)
-        self._injected.append(Injected(fault.name.value, self._now_s, names, impossible=why))
+        self._injected.append(InjectedFault(fault.name.value, self._now_s, names, impossible=why))
         for one in hit:
             one.leaving = True
             one.pool.open.pop(one.name, None)
@@ -361,12 +356,10 @@ class _Run:
                 self._end(one)
         self._wake()
 
-    def _taken(self, one: Instance) -> None:
+    def _taken(self, one: ModelInstance) -> None:
         if one.name in one.pool.alive:
             self._end(one)
             self._serve()
-
-    # --- What it came to -------------------------------------------------------------------------
 
     def _see(self, backlogs: Mapping[str, Backlog]) -> None:
         pools = {}
@@ -382,7 +375,7 @@ class _Run:
         stages = tuple(stage_runs(self._scenario, self._work))
         pools = {name: pool.pool for name, pool in self._pools.items()}
         bundles = sum(p.bundles for w in self._work for pieces in w.stages for p in pieces)
-        bill = priced(
+        bill = compute_bill(
             pools=pools,
             instances=instances,
             stages=stages,

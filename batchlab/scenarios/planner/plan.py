@@ -17,7 +17,13 @@ from statistics import mean
 from typing import Protocol, TypeVar
 
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
-from batchlab.scenarios.planner.candidates import Goal, Outcome, Point, applied, quantiles
+from batchlab.scenarios.planner.candidates import (
+    EvaluatedCandidate,
+    Goal,
+    TrialResult,
+    apply_candidate,
+    quantiles,
+)
 
 Z_95 = 1.959964
 """The normal distribution's quantile of a two-sided 95% interval."""
@@ -48,7 +54,7 @@ def frontier(points: Iterable[P]) -> list[P]:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class SeedShare:
     """`met` of `of` seeds, with the 95% interval of the share that all seeds would give."""
 
     met: int
@@ -74,7 +80,7 @@ class Share:
         return {"met": self.met, "of": self.of, "share": self.value, "low": low, "high": high}
 
 
-SURE = 0.95
+REQUIRED_SHARE = 0.95
 """The share of seeds in which a recommended fleet meets the goal."""
 
 
@@ -89,38 +95,38 @@ class Plan:
 
     scenario: Scenario
     goal: Goal
-    chosen: Point
-    frontier: tuple[Point, ...]
+    chosen: EvaluatedCandidate
+    frontier: tuple[EvaluatedCandidate, ...]
     seeds: int
     runs: int
     searched: int
     waves: bool
-    fresh: tuple[Outcome, ...] = ()
+    fresh: tuple[TrialResult, ...] = ()
     failed: int = 0
     cut: str = ""
 
     @property
-    def outcomes(self) -> tuple[Outcome, ...]:
+    def outcomes(self) -> tuple[TrialResult, ...]:
         """What is told of: fresh seeds, and while there are none those of the search."""
         return self.fresh or self.chosen.outcomes
 
     @property
-    def met(self) -> Share:
+    def met(self) -> SeedShare:
         """Of the outcomes, those in which all is done in time and within the budget."""
         return self._share(self.goal.met)
 
     @property
-    def in_time(self) -> Share:
+    def in_time(self) -> SeedShare:
         """Those that meet the deadline, at whatever cost."""
         return self._share(self.goal.in_time)
 
     @property
-    def in_budget(self) -> Share | None:
+    def in_budget(self) -> SeedShare | None:
         """Those within the budget, however late; None where there is none."""
         return None if self.goal.budget_usd is None else self._share(self.goal.in_budget)
 
-    def _share(self, met: Callable[[Outcome], bool]) -> Share:
-        return Share(sum(map(met, self.outcomes)), len(self.outcomes))
+    def _share(self, met: Callable[[TrialResult], bool]) -> SeedShare:
+        return SeedShare(sum(map(met, self.outcomes)), len(self.outcomes))
 
     @property
     def sure(self) -> bool:
@@ -130,7 +136,7 @@ class Plan:
     @property
     def holds(self) -> bool:
         """In as many fresh seeds as it takes, of all that were asked for."""
-        return self.sure and enough(self.met)
+        return self.sure and is_enough(self.met)
 
     @property
     def undone(self) -> int:
@@ -138,13 +144,13 @@ class Plan:
         return sum(not one.is_done for one in self.outcomes)
 
     @property
-    def missed_waves(self) -> Share:
+    def missed_waves(self) -> SeedShare:
         """Of the outcomes that had a Spot wave, those in which it hit no instance."""
         had = [one.hit for one in self.outcomes if one.hit is not None]
-        return Share(had.count(False), len(had))
+        return SeedShare(had.count(False), len(had))
 
     @property
-    def affordable(self) -> Point | None:
+    def affordable(self) -> EvaluatedCandidate | None:
         """The fastest on the frontier within the budget; None where none is, or without one."""
         budget_usd = self.goal.budget_usd
         within = [
@@ -157,7 +163,7 @@ class Plan:
     @property
     def planned(self) -> Scenario:
         """The scenario with the chosen fleet and policy."""
-        return applied(self.scenario, self.chosen.candidate)
+        return apply_candidate(self.scenario, self.chosen.candidate)
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
@@ -217,6 +223,6 @@ class Plan:
         }
 
 
-def enough(share: Share) -> bool:
+def is_enough(share: SeedShare) -> bool:
     """Whether so many are as good as all."""
-    return share.met >= SURE * share.of - 1e-9
+    return share.met >= REQUIRED_SHARE * share.of - 1e-9

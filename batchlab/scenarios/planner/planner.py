@@ -16,49 +16,55 @@ from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.scenarios.model.values import Scenario
-from batchlab.scenarios.planner.candidates import Candidate, Goal, Outcome, Point, as_it_is
-from batchlab.scenarios.planner.plan import SURE, Plan, frontier
-from batchlab.scenarios.planner.search_steps import (
-    ALIKE_S,
-    ALIKE_USD,
-    PROMOTED,
-    STEPS,
-    Field,
-    Room,
-    TooMany,
-    alike,
-    spread_out,
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    EvaluatedCandidate,
+    Goal,
+    TrialResult,
+    current_candidate,
 )
-from batchlab.scenarios.planner.trials import Run, Trials
+from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, frontier
+from batchlab.scenarios.planner.search_steps import (
+    PROMOTED_CANDIDATES,
+    STEP_SIZES,
+    TIME_TOLERANCE,
+    USD_TOLERANCE,
+    Evaluations,
+    RunLimitReached,
+    SizeLimits,
+    pick_evenly,
+    tolerance_class,
+)
+from batchlab.scenarios.planner.trials import Forecaster, TrialRunner
 
-SEARCHED = 3
+SEARCH_SEEDS = 3
 """Seeds that every serious candidate lives through; those that confirm the best come after them."""
-GUIDED = 2
+GUIDED_SEEDS = 2
 """The same where a sketch has made the choice before."""
-CONFIRMED = 4
+MAX_CONFIRMATIONS = 4
 """So many candidates may fail in fresh seeds before the search gives up being sure."""
-FIRST = 4
+FIRST_SEEDS = 4
 """Fresh seeds with which a confirmation begins; the others follow where it has not failed yet."""
-EXPLORING = 0.75
+EXPLORATION_SHARE = 0.75
 """Of the runs that are not kept to confirm an answer, until a first one is there."""
-RUNS = 300
-SKETCHES = 500
+MAX_RUNS = 300
+MAX_MODEL_RUNS = 500
 """Runs that a sketch may make."""
-ROUNDS = 4
+MAX_ROUNDS = 4
 """So often the sketch is held against the simulator, and asked again."""
-PICKED = 3
+PICKED_CANDIDATES = 3
 """Candidates of a sketch that are simulated in each round, and as many beside them in the first
 one, along the frontier."""
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class SearchProgress:
     """How far the search is: simulated runs, of at most `runs`, what it is at, and the best."""
 
     done: int
     runs: int
     phase: str
-    best: Point | None
+    best: EvaluatedCandidate | None
 
 
 @dataclass(slots=True)
@@ -68,22 +74,22 @@ class Search:
 
     scenario: Scenario
     goal: Goal
-    run: Run
+    run: Forecaster
     seeds: int = 20
     processes: int = 1
-    runs: int = RUNS
-    sketch: Run | None = None
+    runs: int = MAX_RUNS
+    sketch: Forecaster | None = None
     book: PriceBook = field(default_factory=price_book.load)
     """Prices what a minimum costs until the deadline; `run` and `sketch` have theirs."""
-    told: Callable[[Progress], None] = lambda _: None
+    told: Callable[[SearchProgress], None] = lambda _: None
     cut: str = ""
     """Why it ended before it had tried all that it wanted to."""
-    real: Field = field(init=False)
+    real: Evaluations = field(init=False)
     """What was simulated."""
     attempts: dict[Candidate, list[int]] = field(default_factory=dict)
     """Who was to be confirmed, in this order, by which fresh seeds."""
-    _trials: Trials = field(init=False)
-    _rough: Field = field(init=False)
+    _trials: TrialRunner = field(init=False)
+    _rough: Evaluations = field(init=False)
     """The same in the sketch, where there is one."""
 
     def __post_init__(self) -> None:
@@ -95,16 +101,18 @@ class Search:
                 "confirm the answer, a run each.",
                 remedy=f"Give --runs more than {self.seeds}, or --seeds less than {self.runs}.",
             )
-        self._trials = Trials(
+        self._trials = TrialRunner(
             self.scenario, self.goal, self.run, self.sketch, self.processes, self.book
         )
-        searched = min(SEARCHED if self.sketch is None else GUIDED, self.seeds)
+        searched = min(SEARCH_SEEDS if self.sketch is None else GUIDED_SEEDS, self.seeds)
         # What it takes to be sure of the best is kept for the end, and something for the next one
         # where that fails.
-        limit = max(1, int(EXPLORING * (self.runs - self.seeds)))
-        self.real = Field(self._trials, self.goal, list(range(searched)), limit)
+        limit = max(1, int(EXPLORATION_SHARE * (self.runs - self.seeds)))
+        self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
-        self._rough = Field(self._trials, self.goal, list(range(SEARCHED)), SKETCHES, rough=True)
+        self._rough = Evaluations(
+            self._trials, self.goal, list(range(SEARCH_SEEDS)), MAX_MODEL_RUNS, rough=True
+        )
         self.real.told = self._rough.told = self._tell
 
     @property
@@ -122,13 +130,13 @@ class Search:
     def _search(self) -> None:
         base = self._trials.base()
         self._trials.window_s = base.busiest_s
-        start = as_it_is(self.scenario)
+        start = current_candidate(self.scenario)
         if self.sketch is None:
             self.real.done += 1
             if not (self._trials.waves and any(fleet.spot for fleet in start.fleets)):
                 self.real.known[start] = {0: base}
             self.real.told()
-        room = Room.of(self.scenario, base, self.goal.deadline_s)
+        room = SizeLimits.of(self.scenario, base, self.goal.deadline_s)
         if self.sketch is None:
             self._within(partial(self.real.explore, start, room))
         else:
@@ -139,54 +147,55 @@ class Search:
         """As far as the runs allow."""
         try:
             call()
-        except TooMany:
+        except RunLimitReached:
             self.cut = (
                 f"of the {self.runs:,} runs that it may make, {self.seeds:,} are kept to confirm "
                 "an answer"
             )
 
     def _tell(self) -> None:
-        self.told(Progress(self.done, self.runs, self.real.phase, self.real.best()))
+        self.told(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
 
-    # --- By a sketch -----------------------------------------------------------------------------
-
-    def _guided(self, start: Candidate, room: Room) -> None:
+    def _guided(self, start: Candidate, room: SizeLimits) -> None:
         """Search in a sketch, simulate what is best there, put the sketch right by what is seen,
         and search again."""
         self.real.phase = "a sketch of it"
-        _as_far_as_it_goes(partial(self._rough.explore, start, room))
+        _until_run_limit(partial(self._rough.explore, start, room))
         edge = [one.candidate for one in frontier(self._rough.points())]
-        self._simulate([*self._worth_it(), *spread_out(edge, PICKED)])
-        for _ in range(ROUNDS):
+        self._simulate([*self._worth_it(), *pick_evenly(edge, PICKED_CANDIDATES)])
+        for _ in range(MAX_ROUNDS):
             before = self.real.best()
             self._ask(room)
             after = self.real.best()
             if after is None or before is None or after.candidate == before.candidate:
                 return
 
-    def _ask(self, room: Room) -> None:
+    def _ask(self, room: SizeLimits) -> None:
         """The sketch once more, by what is known of how far it is off."""
         self._put_right()
         self.real.phase = "a sketch of it"
-        _as_far_as_it_goes(partial(self._rough.refine, room, STEPS[1:]))
+        _until_run_limit(partial(self._rough.refine, room, STEP_SIZES[1:]))
         self._simulate(self._worth_it())
 
     def _simulate(self, candidates: Sequence[Candidate]) -> None:
         """With one seed; then, but for those that others beat there, with all that count."""
         self.real.phase = "the best of a sketch"
         looked = self.real.look(list(dict.fromkeys(candidates)))
-        good = [*looked[: PICKED - 1], *frontier(looked)]
+        good = [*looked[: PICKED_CANDIDATES - 1], *frontier(looked)]
         self.real.measure([one.candidate for one in good], self.real.hard)
 
     def _worth_it(self) -> list[Candidate]:
         """The best in the sketch that have not been simulated, no two of them alike."""
         found: dict[tuple[float, float], Candidate] = {}
         for point in self._rough.ranked():
-            kind = alike(point.usd, ALIKE_USD), alike(point.finish_s, ALIKE_S)
+            kind = (
+                tolerance_class(point.usd, USD_TOLERANCE),
+                tolerance_class(point.finish_s, TIME_TOLERANCE),
+            )
             found.setdefault(kind, point.candidate)
-            if len(found) == 4 * PICKED:
+            if len(found) == 4 * PICKED_CANDIDATES:
                 break
-        return [one for one in found.values() if not self.real.known.get(one)][:PICKED]
+        return [one for one in found.values() if not self.real.known.get(one)][:PICKED_CANDIDATES]
 
     def _put_right(self) -> None:
         """What is asked of the sketch is to mean in the simulator what was asked for."""
@@ -205,19 +214,21 @@ class Search:
             None if budget_usd is None else budget_usd / median(dear),
         )
 
-    # --- Being sure ------------------------------------------------------------------------------
-
-    def _confirm(self, room: Room) -> None:
+    def _confirm(self, room: SizeLimits) -> None:
         """Put the best to seeds that nobody has chosen by, and where it fails there the next one to
         others."""
         while (best := self._candidate()) is not None:
             self.real.phase = f"being sure over {self.seeds} fresh seeds"
-            first = SEARCHED + len(self.attempts) * self.seeds
+            first = SEARCH_SEEDS + len(self.attempts) * self.seeds
             fresh = self.attempts[best.candidate] = list(range(first, first + self.seeds))
             self.real.limit = self.done + self.seeds
             missed = self._missed(best.candidate, fresh)
             self.real.limit = max(1, self.runs - self.seeds)
-            if missed is None or not self.real.meets(best) or len(self.attempts) == CONFIRMED:
+            if (
+                missed is None
+                or not self.real.meets(best)
+                or len(self.attempts) == MAX_CONFIRMATIONS
+            ):
                 return
             # What failed there had good luck before: all others have to pass that seed too.
             self.real.phase = "a seed that is harder"
@@ -225,7 +236,7 @@ class Search:
             if self.done + self.seeds > self.runs:
                 return
 
-    def _candidate(self) -> Point | None:
+    def _candidate(self) -> EvaluatedCandidate | None:
         """The best that was not to be confirmed before; None where nothing else meets the goal."""
         left = [one for one in self.real.ranked() if one.candidate not in self.attempts]
         if not left or (self.attempts and not self.real.meets(left[0])):
@@ -234,7 +245,7 @@ class Search:
 
     def _missed(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
         """The index of the seed that was worst, where it misses the goal once too often."""
-        for indices in (fresh[:FIRST], fresh):
+        for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
             outcomes = self.real.known[candidate]
             missed = [
@@ -242,11 +253,11 @@ class Search:
                 for i in indices
                 if not self.goal.met(outcomes[i])
             ]
-            if len(missed) > (1 - SURE) * self.seeds + 1e-9:
+            if len(missed) > (1 - REQUIRED_SHARE) * self.seeds + 1e-9:
                 return -max(missed)[2]
         return None
 
-    def _again(self, room: Room, missed: int) -> None:
+    def _again(self, room: SizeLimits, missed: int) -> None:
         """From now on that seed counts, too: one after another is put to it until one passes; and
         there may be better ones for it."""
         rivals = self.real.ranked()
@@ -258,14 +269,12 @@ class Search:
             if self.real.meets(self.real.point(one.candidate, self.real.hard)):
                 break
         if self.sketch is None:
-            self.real.refine(room, STEPS[1:])
+            self.real.refine(room, STEP_SIZES[1:])
             return
         self._rough.hard.append(missed)
-        again = [one.candidate for one in self._rough.ranked()[: 2 * PROMOTED]]
-        _as_far_as_it_goes(partial(self._rough.measure, again, [missed]))
+        again = [one.candidate for one in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]]
+        _until_run_limit(partial(self._rough.measure, again, [missed]))
         self._ask(room)
-
-    # --- What is known ---------------------------------------------------------------------------
 
     def answer(self) -> Plan | None:
         """What is known; None where not one candidate is."""
@@ -294,14 +303,16 @@ class Search:
             cut=self.cut,
         )
 
-    def _chosen(self) -> tuple[Point | None, tuple[Outcome, ...]]:
+    def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
         """Who was confirmed, else who came nearest to it; with the fresh seeds it has seen."""
         found = []
         for candidate, indices in self.attempts.items():
             outcomes = self.real.known[candidate]
             fresh = tuple(outcomes[i] for i in indices if i in outcomes)
             share = sum(map(self.goal.met, fresh)) / len(fresh) if fresh else 0.0
-            found.append((len(fresh) == self.seeds and share >= SURE, share, candidate, fresh))
+            found.append(
+                (len(fresh) == self.seeds and share >= REQUIRED_SHARE, share, candidate, fresh)
+            )
         if not found:
             return self.real.best(), ()
         _, _, candidate, fresh = max(found, key=lambda one: one[:2])
@@ -309,9 +320,9 @@ class Search:
         return self.real.point(candidate, [i for i in self.real.hard if i in outcomes]), fresh
 
 
-def _as_far_as_it_goes(call: Callable[[], None]) -> None:
+def _until_run_limit(call: Callable[[], None]) -> None:
     """A sketch that may not go on has told enough."""
     try:
         call()
-    except TooMany:
+    except RunLimitReached:
         return

@@ -15,21 +15,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batchlab.scenarios.model.values import Prewarm, Scenario
-from batchlab.scenarios.planner.candidates import Candidate, Fleet, Goal, Outcome, Point, PoolDemand
+from batchlab.scenarios.planner.candidates import (
+    Candidate,
+    EvaluatedCandidate,
+    Goal,
+    PoolConfig,
+    PoolDemand,
+    TrialResult,
+)
 from batchlab.scenarios.planner.plan import frontier
-from batchlab.scenarios.planner.trials import Trials
+from batchlab.scenarios.planner.trials import TrialRunner
 
-SIZES = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
+SIZE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
 """Multiples of what would do all work within the deadline if there were nothing else."""
-DRAINS = (0.6, 0.25, 0.08)
+DRAIN_SHARES = (0.6, 0.25, 0.08)
 """Shares of the deadline that are tried as a drain target."""
-SHORTEST_DRAIN_S = 1.0
-WARM_S = 60.0
+MIN_DRAIN_S = 1.0
+MIN_PREWARM_S = 60.0
 """Pre-warmed capacity stays so long at least; from then on the backlog speaks for itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SizeLimits:
     """What is known of the work, by pool: `needed` instances do it within the deadline if they
     never idle, more than `useful` have nothing to do. `slots` an instance."""
 
@@ -38,7 +45,7 @@ class Room:
     demand: Mapping[str, PoolDemand]
 
     @classmethod
-    def of(cls, scenario: Scenario, shown: Outcome, deadline_s: float) -> Room:
+    def of(cls, scenario: Scenario, shown: TrialResult, deadline_s: float) -> SizeLimits:
         """By the run of the scenario as it is."""
         needed, useful = {}, {}
         for plan in scenario.pools:
@@ -53,7 +60,7 @@ class Room:
         return cls(needed, useful, shown.pools)
 
 
-def rounded(number: float) -> float:
+def round_to_two_digits(number: float) -> float:
     """To two digits that count: nobody writes a drain target of 437.29 s."""
     if number <= 0:
         return 0.0
@@ -61,21 +68,21 @@ def rounded(number: float) -> float:
     return round(number, digits)
 
 
-def sized(start: Candidate, room: Room, factor: float) -> Candidate:
+def scale_pools(start: Candidate, room: SizeLimits, factor: float) -> Candidate:
     """All pools with `factor` times what they need, as far as that is of use."""
 
-    def with_size(fleet: Fleet) -> Fleet:
+    def with_size(fleet: PoolConfig) -> PoolConfig:
         most = math.ceil(factor * room.needed[fleet.pool] - 1e-9)
-        return limited(fleet, max(1, min(room.useful[fleet.pool], most)))
+        return with_max_size(fleet, max(1, min(room.useful[fleet.pool], most)))
 
-    return _fitted(start, map(with_size, start.fleets))
+    return _fit_prewarming(start, map(with_size, start.fleets))
 
 
-def limited(fleet: Fleet, most: int) -> Fleet:
+def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
     return replace(fleet, max_size=most, min_size=min(fleet.min_size, most))
 
 
-def _fitted(start: Candidate, fleets: Iterable[Fleet]) -> Candidate:
+def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate:
     """With these fleets, no more pre-warmed than they may have and no less than they always do."""
     made = tuple(fleets)
     of = {fleet.pool: fleet for fleet in made}
@@ -86,18 +93,21 @@ def _fitted(start: Candidate, fleets: Iterable[Fleet]) -> Candidate:
     return replace(start, fleets=made, prewarm=kept)
 
 
-def coarse(start: Candidate, room: Room, deadline_s: float) -> list[Candidate]:
+def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[Candidate]:
     """The grid to begin with."""
-    drains = [start.drain_s, *(max(SHORTEST_DRAIN_S, rounded(s * deadline_s)) for s in DRAINS)]
+    drains = [
+        start.drain_s,
+        *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES),
+    ]
     made = [
-        replace(sized(start, room, factor), drain_s=drain_s)
-        for factor in SIZES
+        replace(scale_pools(start, room, factor), drain_s=drain_s)
+        for factor in SIZE_FACTORS
         for drain_s in drains
     ]
     return list(dict.fromkeys([start, *made]))
 
 
-def bought(candidates: Iterable[Candidate]) -> list[Candidate]:
+def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Each with none, half and all of its instances on Spot: a larger fleet of Spot may be cheaper
     than a smaller one without, and no step from the one leads to the other."""
     return [
@@ -107,64 +117,66 @@ def bought(candidates: Iterable[Candidate]) -> list[Candidate]:
     ]
 
 
-def larger(start: Candidate, room: Room) -> Candidate | None:
+def double_size(start: Candidate, room: SizeLimits) -> Candidate | None:
     """Twice as large, where that is of use; None where it is not."""
-    fleets = [limited(f, min(room.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
-    made = _fitted(start, fleets)
+    fleets = [with_max_size(f, min(room.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
+    made = _fit_prewarming(start, fleets)
     return None if made == start else made
 
 
-def around(best: Candidate, room: Room, step: float) -> list[Candidate]:
+def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]:
     """Candidates next to `best`; `step` is the share by which numbers are changed, 0.5 for a
     first look and ever smaller then."""
     made = [
-        *_sizes(best, room, step),
-        *_drains(best, step),
-        *_spots(best, step),
-        *_traded(best, room, step),
-        *_minima(best, step),
-        *_warm(best, room, step),
+        *_size_changes(best, room, step),
+        *_drain_changes(best, step),
+        *_spot_changes(best, step),
+        *_size_and_spot_changes(best, room, step),
+        *_minimum_changes(best, step),
+        *_prewarm_changes(best, room, step),
     ]
     return [one for one in dict.fromkeys(made) if one != best]
 
 
-def _each(best: Candidate, changed: Mapping[str, Fleet]) -> Candidate:
-    return _fitted(best, (changed.get(fleet.pool, fleet) for fleet in best.fleets))
+def _replace_pools(best: Candidate, changed: Mapping[str, PoolConfig]) -> Candidate:
+    return _fit_prewarming(best, (changed.get(fleet.pool, fleet) for fleet in best.fleets))
 
 
-def _sizes(best: Candidate, room: Room, step: float) -> Iterator[Candidate]:
-    def resized(fleet: Fleet, factor: float, more: int) -> Fleet:
+def _size_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
+    def resized(fleet: PoolConfig, factor: float, more: int) -> PoolConfig:
         size = round(fleet.max_size * factor)
         size = fleet.max_size + more if size == fleet.max_size else size
-        return limited(fleet, max(1, min(room.useful[fleet.pool], size)))
+        return with_max_size(fleet, max(1, min(room.useful[fleet.pool], size)))
 
     for factor, more in ((1 - step, -1), (1 + step, 1), (1 - step / 2, -1), (1 + step / 2, 1)):
-        yield _each(best, {f.pool: resized(f, factor, more) for f in best.fleets})
+        yield _replace_pools(best, {f.pool: resized(f, factor, more) for f in best.fleets})
         if len(best.fleets) > 1:
             for fleet in best.fleets:
-                yield _each(best, {fleet.pool: resized(fleet, factor, more)})
+                yield _replace_pools(best, {fleet.pool: resized(fleet, factor, more)})
     for more in (-1, 1):
         for fleet in best.fleets:
-            yield _each(best, {fleet.pool: resized(fleet, 1.0, more)})
+            yield _replace_pools(best, {fleet.pool: resized(fleet, 1.0, more)})
 
 
-def _drains(best: Candidate, step: float) -> Iterator[Candidate]:
+def _drain_changes(best: Candidate, step: float) -> Iterator[Candidate]:
     if best.drain_s is not None:
         for factor in (1 / (1 + step), 1 + step):
-            yield replace(best, drain_s=max(SHORTEST_DRAIN_S, rounded(best.drain_s * factor)))
+            yield replace(
+                best, drain_s=max(MIN_DRAIN_S, round_to_two_digits(best.drain_s * factor))
+            )
 
 
-def _spots(best: Candidate, step: float) -> Iterator[Candidate]:
+def _spot_changes(best: Candidate, step: float) -> Iterator[Candidate]:
     shares = {0.0, 1.0} if step >= 0.5 else set()
     for fleet in best.fleets:
         for share in sorted(shares | {max(0.0, fleet.spot - step), min(1.0, fleet.spot + step)}):
-            yield _each(best, {fleet.pool: replace(fleet, spot=round(share, 3))})
+            yield _replace_pools(best, {fleet.pool: replace(fleet, spot=round(share, 3))})
     if len(best.fleets) > 1:
         for share in sorted(shares):
-            yield _each(best, {f.pool: replace(f, spot=share) for f in best.fleets})
+            yield _replace_pools(best, {f.pool: replace(f, spot=share) for f in best.fleets})
 
 
-def _traded(best: Candidate, room: Room, step: float) -> Iterator[Candidate]:
+def _size_and_spot_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
     """More instances and more of them on Spot, which makes up for what a wave takes; and the other
     way round."""
     for sign in (1, -1):
@@ -174,18 +186,18 @@ def _traded(best: Candidate, room: Room, step: float) -> Iterator[Candidate]:
                 for fleet in best.fleets:
                     most = max(1, min(room.useful[fleet.pool], fleet.max_size + sign * extra))
                     spot = max(0.0, min(1.0, fleet.spot + sign * share))
-                    fleets.append(replace(limited(fleet, most), spot=round(spot, 3)))
-                yield _fitted(best, fleets)
+                    fleets.append(replace(with_max_size(fleet, most), spot=round(spot, 3)))
+                yield _fit_prewarming(best, fleets)
 
 
-def _minima(best: Candidate, step: float) -> Iterator[Candidate]:
+def _minimum_changes(best: Candidate, step: float) -> Iterator[Candidate]:
     for fleet in best.fleets:
         less, more = fleet.min_size, fleet.min_size + max(1, round(step * fleet.max_size / 2))
         for size in (0, math.floor(less * (1 - step)), min(fleet.max_size, more)):
-            yield _each(best, {fleet.pool: replace(fleet, min_size=size)})
+            yield _replace_pools(best, {fleet.pool: replace(fleet, min_size=size)})
 
 
-def _warm(best: Candidate, room: Room, step: float) -> Iterator[Candidate]:
+def _prewarm_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
     """Without, with less and more of each that there is, and where a pool has none the first one,
     so early that it is there when the backlog rises."""
     for i, one in enumerate(best.prewarm):
@@ -196,27 +208,27 @@ def _warm(best: Candidate, room: Room, step: float) -> Iterator[Candidate]:
         for size in (one.min_size - change, min(fleet.max_size, one.min_size + change)):
             if size > fleet.min_size:
                 changed = replace(one, min_size=size)
-                yield replace(best, prewarm=_ordered(*others, changed))
+                yield replace(best, prewarm=_sorted_prewarms(*others, changed))
     for fleet in best.fleets:
         demand = room.demand[fleet.pool]
         if demand.rise_s is None or any(one.pool == fleet.pool for one in best.prewarm):
             continue
         at_s = math.floor(max(0.0, demand.rise_s - 1.1 * demand.boot_s))
-        until_s = math.ceil(demand.rise_s + max(WARM_S, demand.boot_s))
+        until_s = math.ceil(demand.rise_s + max(MIN_PREWARM_S, demand.boot_s))
         for size in sorted({fleet.max_size, math.ceil(fleet.max_size / 2), fleet.min_size} - {0}):
             warm = Prewarm(fleet.pool, size, float(at_s), float(until_s))
-            with_it = replace(best, prewarm=_ordered(*best.prewarm, warm))
+            with_it = replace(best, prewarm=_sorted_prewarms(*best.prewarm, warm))
             if size > fleet.min_size:
                 yield with_it
             if fleet.min_size:  # for a while, in place of always
-                yield _each(with_it, {fleet.pool: replace(fleet, min_size=0)})
+                yield _replace_pools(with_it, {fleet.pool: replace(fleet, min_size=0)})
 
 
-def _ordered(*warm: Prewarm) -> tuple[Prewarm, ...]:
+def _sorted_prewarms(*warm: Prewarm) -> tuple[Prewarm, ...]:
     return tuple(sorted(warm, key=lambda one: (one.at_s, one.pool)))
 
 
-def spread_out(points: Sequence[Candidate], number: int) -> list[Candidate]:
+def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
     """So many of them, evenly, with the first and the last."""
     if len(points) <= number:
         return list(points)
@@ -224,40 +236,38 @@ def spread_out(points: Sequence[Candidate], number: int) -> list[Candidate]:
     return [points[i] for i in dict.fromkeys(steps)]
 
 
-STEPS = (0.5, 0.25, 0.12, 0.06)
-PROMOTED = 8
+STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
+PROMOTED_CANDIDATES = 8
 """Candidates of the coarse look that are taken beyond the first seed; of each later round half as
 many."""
-ALIKE_USD, ALIKE_S = 1.005, 1.01
+USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
 """Costs and times that differ by less are the same to whoever has to choose."""
 
 
-class TooMany(Exception):
+class RunLimitReached(Exception):
     """The search has made as many runs as it may."""
 
 
 @dataclass(slots=True)
-class Field:
+class Evaluations:
     """The candidates that were tried in one way, and what they came to.
 
     `hard` are indices of the seeds that all serious candidates must pass; the first is for a first
     look, in which most are dropped. `limit` is how many runs may be made."""
 
-    trials: Trials
+    trials: TrialRunner
     goal: Goal
     hard: list[int]
     limit: int
     rough: bool = False
     phase: str = ""
     told: Callable[[], None] = lambda: None
-    known: dict[Candidate, dict[int, Outcome]] = field(default_factory=dict)
+    known: dict[Candidate, dict[int, TrialResult]] = field(default_factory=dict)
     """By candidate and index of the seed."""
     done: int = 0
 
-    # --- Runs ------------------------------------------------------------------------------------
-
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
-        """Run what is not known yet; TooMany."""
+        """Run what is not known yet; RunLimitReached."""
         wanted = [
             (candidate, index)
             for candidate in dict.fromkeys(candidates)
@@ -274,15 +284,13 @@ class Field:
             self.done += 1
             self.told()
         if len(may) < len(wanted):
-            raise TooMany
+            raise RunLimitReached
 
-    # --- What is known ---------------------------------------------------------------------------
-
-    def point(self, candidate: Candidate, indices: Sequence[int]) -> Point:
+    def point(self, candidate: Candidate, indices: Sequence[int]) -> EvaluatedCandidate:
         outcomes = self.known[candidate]
-        return Point(candidate, tuple(outcomes[i] for i in indices))
+        return EvaluatedCandidate(candidate, tuple(outcomes[i] for i in indices))
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[EvaluatedCandidate]:
         """All that have been through the seeds that count; while there are none, through fewer."""
         for count in range(len(self.hard), 0, -1):
             indices = self.hard[:count]
@@ -295,85 +303,88 @@ class Field:
                 return found
         return []
 
-    def in_time(self, point: Point) -> bool:
+    def in_time(self, point: EvaluatedCandidate) -> bool:
         return all(map(self.goal.in_time, point.outcomes))
 
-    def meets(self, point: Point) -> bool:
+    def meets(self, point: EvaluatedCandidate) -> bool:
         return point.met(self.goal) == len(point.outcomes)
 
-    def rank(self, point: Point) -> tuple[float, ...]:
+    def rank(self, point: EvaluatedCandidate) -> tuple[float, ...]:
         """The less the better: what meets the goal by its cost, of what costs the same the faster,
         of those the simpler one; then likewise what is in time and too dear; then by how late it
         is, and by how much is not done at all."""
-        usd, finish_s = alike(point.usd, ALIKE_USD), alike(point.finish_s, ALIKE_S)
+        usd, finish_s = (
+            tolerance_class(point.usd, USD_TOLERANCE),
+            tolerance_class(point.finish_s, TIME_TOLERANCE),
+        )
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)
         if self.in_time(point):
             return 0.0 if self.meets(point) else 1.0, usd, finish_s, *exactly
         undone = sum(one.lost + one.failed_jobs for one in point.outcomes)
         return 2.0, finish_s, float(undone) if math.isinf(finish_s) else 0.0, usd, *exactly
 
-    def ranked(self) -> list[Point]:
+    def ranked(self) -> list[EvaluatedCandidate]:
         return sorted(self.points(), key=self.rank)
 
-    def best(self) -> Point | None:
+    def best(self) -> EvaluatedCandidate | None:
         """The cheapest that meets the goal in all seeds that count, else what comes nearest."""
         return min(self.points(), key=self.rank, default=None)
 
-    # --- Rounds ----------------------------------------------------------------------------------
-
-    def explore(self, start: Candidate, room: Room) -> None:
-        """All of it, from nothing; TooMany."""
+    def explore(self, start: Candidate, room: SizeLimits) -> None:
+        """All of it, from nothing; RunLimitReached."""
         self.phase = "a coarse look"
-        grid = coarse(start, room, self.goal.deadline_s)
+        grid = coarse_grid(start, room, self.goal.deadline_s)
         looked = self.look(grid)
-        looked = self.look([*grid, *bought(one.candidate for one in self._sizes(looked))])
-        edge = spread_out([one.candidate for one in frontier(looked)], PROMOTED)
-        self.measure([*(one.candidate for one in looked[:PROMOTED]), *edge], self.hard)
+        looked = self.look(
+            [*grid, *with_spot_variants(one.candidate for one in self._best_of_each_size(looked))]
+        )
+        edge = pick_evenly([one.candidate for one in frontier(looked)], PROMOTED_CANDIDATES)
+        self.measure([*(one.candidate for one in looked[:PROMOTED_CANDIDATES]), *edge], self.hard)
         self._grow(room)
-        self.refine(room, STEPS)
+        self.refine(room, STEP_SIZES)
 
-    def look(self, candidates: Sequence[Candidate]) -> list[Point]:
+    def look(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
         """Each with the first seed, the best first."""
         self.measure(candidates, self.hard[:1])
         return sorted((self.point(one, self.hard[:1]) for one in candidates), key=self.rank)
 
-    def _sizes(self, looked: Sequence[Point]) -> list[Point]:
+    def _best_of_each_size(self, looked: Sequence[EvaluatedCandidate]) -> list[EvaluatedCandidate]:
         """The best of each size that a fleet really had, of those in time; the best of all where
         none is."""
-        found: dict[int, Point] = {}
+        found: dict[int, EvaluatedCandidate] = {}
         for point in looked:
             found.setdefault(point.peak, point)
         sizes = list(found.values())
-        return [one for one in sizes if self.in_time(one)][:PROMOTED] or sizes[:1]
+        return [one for one in sizes if self.in_time(one)][:PROMOTED_CANDIDATES] or sizes[:1]
 
-    def _grow(self, room: Room) -> None:
+    def _grow(self, room: SizeLimits) -> None:
         """Twice as large again while nothing is in time and it still gets faster."""
         while (best := self.best()) is not None and not self.in_time(best):
-            more = larger(best.candidate, room)
+            more = double_size(best.candidate, room)
             if more is None or more in self.known:
                 return
             self.measure([more], self.hard)
-            if self.point(more, self.hard).finish_s * ALIKE_S > best.finish_s:
+            if self.point(more, self.hard).finish_s * TIME_TOLERANCE > best.finish_s:
                 return
 
-    def refine(self, room: Room, steps: Sequence[float]) -> None:
-        """Steps from the best; TooMany."""
+    def refine(self, room: SizeLimits, steps: Sequence[float]) -> None:
+        """Steps from the best; RunLimitReached."""
         for step in steps:
             self.phase = f"steps of {step:.0%} from the best"
             # From a better place there may be a still better one as far away, but not for ever.
             for _ in range(2):
                 before = self.best()
                 assert before is not None
-                looked = self.look(around(before.candidate, room, step))
+                looked = self.look(neighbors(before.candidate, room, step))
                 at_first = self.rank(self.point(before.candidate, self.hard[:1]))
                 good = [one.candidate for one in looked if self.rank(one) < at_first]
-                self.measure(good[: PROMOTED // 2], self.hard)
+                self.measure(good[: PROMOTED_CANDIDATES // 2], self.hard)
                 after = self.best()
                 if after is None or after.candidate == before.candidate:
                     break
 
 
-def alike(number: float, factor: float) -> float:
+def tolerance_class(number: float, factor: float) -> float:
     """The same for numbers that are nearly the same; in their order."""
     if not 0 < number < math.inf:
         return -math.inf if number <= 0 else number

@@ -16,19 +16,19 @@ from batchlab.core.pricing.price_book import PriceBook
 from batchlab.scenarios.model.random_streams import Stream
 from batchlab.scenarios.model.values import FaultName, Scenario
 from batchlab.scenarios.planner.candidates import (
-    WINDOW,
+    BUSIEST_WINDOW,
     Candidate,
     Goal,
-    Outcome,
-    applied,
-    as_it_is,
-    failures,
-    outcome,
+    TrialResult,
+    allowed_failures,
+    apply_candidate,
+    current_candidate,
+    trial_result,
 )
 from batchlab.scenarios.verdicts.record import Record
 from batchlab.sim.process_pool import Crew, Died
 
-Run = Callable[[Scenario, int], Record]
+Forecaster = Callable[[Scenario, int], Record]
 """Forecasts a scenario with a seed; pickled where there are several processes."""
 
 
@@ -45,48 +45,48 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _TrialTask:
     """One run, in whichever process; only what it came to is sent back."""
 
     scenario: Scenario
-    run: Run
-    sketch: Run | None
+    run: Forecaster
+    sketch: Forecaster | None
     book: PriceBook
     deadline_s: float
-    failures: Mapping[str, float]
+    allowed_failures: Mapping[str, float]
 
-    def __call__(self, trial: Trial) -> Outcome | BatchlabError:
+    def __call__(self, trial: Trial) -> TrialResult | BatchlabError:
         run = self.sketch if trial.rough and self.sketch is not None else self.run
         try:
-            made = run(applied(self.scenario, trial.candidate, trial.wave_s), trial.seed)
-            return outcome(made, self.book, self.deadline_s, self.failures)
+            made = run(apply_candidate(self.scenario, trial.candidate, trial.wave_s), trial.seed)
+            return trial_result(made, self.book, self.deadline_s, self.allowed_failures)
         except BatchlabError as error:
             return error
 
 
 @dataclass(slots=True)
-class Trials:
+class TrialRunner:
     """Where runs are made. Its processes stay until it is closed."""
 
     scenario: Scenario
     goal: Goal
-    run: Run
-    sketch: Run | None = None
+    run: Forecaster
+    sketch: Forecaster | None = None
     processes: int = 1
     book: PriceBook = field(default_factory=price_book.load)
     window_s: float = 0.0
     """When the span begins in which the Spot wave comes, seconds of the run."""
-    _crew: Crew[Trial, Outcome | BatchlabError] | None = None
-    _work: _Work = field(init=False)
+    _crew: Crew[Trial, TrialResult | BatchlabError] | None = None
+    _work: _TrialTask = field(init=False)
 
     def __post_init__(self) -> None:
-        self._work = _Work(
+        self._work = _TrialTask(
             self.scenario,
             self.run,
             self.sketch,
             self.book,
             self.goal.deadline_s,
-            failures(self.scenario),
+            allowed_failures(self.scenario),
         )
 
     @property
@@ -99,28 +99,28 @@ class Trials:
         seed = self.scenario.seed + index
         wave_s = None
         if self.waves:
-            width_s = WINDOW * self.goal.deadline_s
+            width_s = BUSIEST_WINDOW * self.goal.deadline_s
             wave_s = self.window_s + width_s * Stream(seed, "plan", "spot-wave").unit()
         return Trial(candidate, index, seed, wave_s, rough)
 
-    def base(self) -> Outcome:
+    def base(self) -> TrialResult:
         """The scenario as it is, without a wave that it has not itself; in the sketch where there
         is one. BatchlabError."""
-        start, rough = as_it_is(self.scenario), self.sketch is not None
-        return _known(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
+        start, rough = current_candidate(self.scenario), self.sketch is not None
+        return _result_or_raise(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
 
-    def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+    def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialResult]]:
         """Each with what it came to, in the order in which they are done. BatchlabError where one
         cannot be run, or has taken its process with it."""
         if self.processes <= 1 or len(trials) <= 1:
             for trial in trials:
-                yield trial, _known(self._work(trial))
+                yield trial, _result_or_raise(self._work(trial))
             return
         if self._crew is None:
             self._crew = Crew(self._work, self.processes)
         with closing(self._crew.each(trials)) as each:
             for trial, found in each:
-                yield trial, _known(found)
+                yield trial, _result_or_raise(found)
 
     def close(self) -> None:
         """End the processes."""
@@ -129,7 +129,7 @@ class Trials:
             self._crew = None
 
 
-def _known(found: Outcome | BatchlabError | Died) -> Outcome:
+def _result_or_raise(found: TrialResult | BatchlabError | Died) -> TrialResult:
     if isinstance(found, Died):
         raise BatchlabError(
             f"A simulated run ended with exit code {found.exit_code} instead of an answer.",

@@ -17,7 +17,7 @@ from batchlab.core.protocol.bundle_size import TARGET_S
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import distributions, expansion
 from batchlab.scenarios.model.values import (
-    LASTING,
+    LASTING_FAULTS,
     FaultName,
     Job,
     Scenario,
@@ -26,14 +26,14 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.verdicts.record import JobRun, StageRun
 
-PIECES = 20_000
+TARGET_UNITS = 20_000
 """About so many pieces are made of all work, where there are more tasks."""
-MOST_FAILS = 0.9
+MAX_FAILURE_SHARE = 0.9
 """Of a stage whose attempts nearly all fail nobody knows how often they are made."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WorkUnit:
     """Tasks of one stage that run one after another in the same slots. `run_s` is what they take
     together, `bundles` in how many bundles the grid would run them."""
 
@@ -46,20 +46,22 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class JobWork:
     """One job; `stages` has the pieces of each of its template's stages."""
 
     job: Job
-    stages: tuple[tuple[Piece, ...], ...]
+    stages: tuple[tuple[WorkUnit, ...], ...]
 
 
-def works(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[Work, ...]:
+def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[JobWork, ...]:
     """All jobs, cut."""
     total_s = 0.0
     for job in schedule.jobs:
-        counts = distributions.of(job.template, job.tasks)
+        counts = distributions.stage_sizes(job.template, job.tasks)
         total_s += sum(_mean_s(job, stage) * counts[stage.name] for stage in job.template.stages)
-    return tuple(_work(job, seed, calibration, total_s / PIECES) for job in schedule.jobs)
+    return tuple(
+        _split_job(job, seed, calibration, total_s / TARGET_UNITS) for job in schedule.jobs
+    )
 
 
 def _mean_s(job: Job, stage: StageTemplate) -> float:
@@ -68,29 +70,29 @@ def _mean_s(job: Job, stage: StageTemplate) -> float:
     return stage.task_s.mean
 
 
-def _work(job: Job, seed: int, calibration: Calibration, grain_s: float) -> Work:
-    counts = distributions.of(job.template, job.tasks)
-    base = _bases(job.template.stages)
+def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) -> JobWork:
+    counts = distributions.stage_sizes(job.template, job.tasks)
+    base = _join_groups(job.template.stages)
     lengths = []
     for stage in job.template.stages:
-        takes = expansion.batch_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
+        takes = expansion.task_times_s(seed, job, stage, TaskSet.span(0, counts[stage.name]))
         stretch = calibration.stretch.get(f"{job.template.name}/{stage.name}", 1.0)
-        again = 1 / (1 - min(MOST_FAILS, stage.fails))
+        again = 1 / (1 - min(MAX_FAILURE_SHARE, stage.fails))
         lengths.append([one * stretch * again for one in takes])
     cuts: dict[int, list[tuple[int, int]]] = {}
     for first in dict.fromkeys(base):
         fed = [lengths[n] for n, one in enumerate(base) if one == first]
         cuts[first] = list(_cut([max(column) for column in zip(*fed, strict=True)], grain_s))
-    return Work(
+    return JobWork(
         job,
         tuple(
-            tuple(_pieces(job, number, cuts[base[number]], lengths[number]))
+            tuple(_work_units(job, number, cuts[base[number]], lengths[number]))
             for number, _ in enumerate(job.template.stages)
         ),
     )
 
 
-def _bases(stages: Sequence[StageTemplate]) -> list[int]:
+def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
     """Of each stage the first one of those that it is joined with item by item, on whatever way: a
     piece that follows several waits for the same items of each."""
     base = list(range(len(stages)))
@@ -113,46 +115,46 @@ def _cut(longest_s: list[float], grain_s: float) -> Iterator[tuple[int, int]]:
         yield begin, len(longest_s)
 
 
-def _pieces(
+def _work_units(
     job: Job, number: int, cuts: list[tuple[int, int]], takes: list[float]
-) -> Iterator[Piece]:
+) -> Iterator[WorkUnit]:
     fixed = job.template.stages[number].bundle
     for n, (begin, end) in enumerate(cuts):
         run_s, count = sum(takes[begin:end]), end - begin
         bundles = -(-count // fixed) if fixed else min(count, max(1, round(run_s / TARGET_S)))
-        yield Piece(job.index, number, n, count, run_s, bundles)
+        yield WorkUnit(job.index, number, n, count, run_s, bundles)
 
 
 @dataclass(slots=True, eq=False)
-class Instance:
+class ModelInstance:
     """An instance; so many slots of it are `free`."""
 
     name: str
-    pool: Group
+    pool: ModelPool
     free: int
     ready_s: float
     is_spot: bool
     leaving: bool = False
-    running: dict[Piece, None] = field(default_factory=dict)
+    running: dict[WorkUnit, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class ModelPool:
     """A pool's group."""
 
     pool: Pool
     desired: int
-    alive: dict[str, Instance] = field(default_factory=dict)
-    open: dict[str, Instance] = field(default_factory=dict)
+    alive: dict[str, ModelInstance] = field(default_factory=dict)
+    open: dict[str, ModelInstance] = field(default_factory=dict)
     """Those that have a slot free."""
-    ready: dict[int, dict[int, deque[Piece]]] = field(default_factory=dict)
+    ready: dict[int, dict[int, deque[WorkUnit]]] = field(default_factory=dict)
     """By priority and job, whose turn it is first: pieces that can run."""
     shrunk_s: float | None = None
     idle_since_s: float | None = None
 
 
 @dataclass(slots=True)
-class StageDone:
+class StageProgress:
     """Of one job: what of it is done."""
 
     planned: bool
@@ -166,19 +168,19 @@ class StageDone:
 
 
 @dataclass(slots=True)
-class JobDone:
+class JobProgress:
     """What of a job is done."""
 
-    work: Work
-    stages: list[StageDone]
+    work: JobWork
+    stages: list[StageProgress]
     started_s: float | None = None
     ended_s: float | None = None
 
 
-def stage_runs(scenario: Scenario, works: Sequence[Work]) -> Iterator[StageRun]:
+def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[StageRun]:
     """By template and stage."""
     sums: dict[tuple[str, int], tuple[int, int, float]] = {}
-    for work in works:
+    for work in split_jobs:
         for number, pieces in enumerate(work.stages):
             tasks, bundles, run_s = sums.get((work.job.template.name, number), (0, 0, 0.0))
             sums[work.job.template.name, number] = (
@@ -201,7 +203,7 @@ def stage_runs(scenario: Scenario, works: Sequence[Work]) -> Iterator[StageRun]:
         )
 
 
-def known(stages: Iterable[StageTemplate]) -> set[str]:
+def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
     """Those whose tasks are known from the beginning: of what gathers, and of what follows such a
     stage, nobody knows them before all that is gathered is done."""
     found: set[str] = set()
@@ -211,18 +213,18 @@ def known(stages: Iterable[StageTemplate]) -> set[str]:
     return found
 
 
-def ends_s(scenario: Scenario) -> list[float]:
+def end_times_s(scenario: Scenario) -> list[float]:
     """When each pre-warming and each fault is over: a run is not over before."""
     found = [warm.until_s for warm in scenario.prewarm]
     for fault in scenario.faults:
-        lasts_s = fault.for_s if fault.name in LASTING else 0.0
+        lasts_s = fault.for_s if fault.name in LASTING_FAULTS else 0.0
         found.append(
             fault.at_s + (fault.notice_s if fault.name is FaultName.SPOT_WAVE else lasts_s)
         )
     return found
 
 
-def job_run(job: JobDone) -> JobRun:
+def job_run(job: JobProgress) -> JobRun:
     """As a record has it."""
     of, deadline_s = job.work.job, job.work.job.template.deadline_s
     done = sum(stage.done for stage in job.stages)

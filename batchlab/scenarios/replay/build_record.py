@@ -28,36 +28,36 @@ from batchlab.core.retry import Patience
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.values import PoolPlan
-from batchlab.scenarios.replay.measurements import Measured, measure, root_tasks
-from batchlab.scenarios.replay.run_state import Course, Link, Running
-from batchlab.scenarios.replay.sampling import Sampler
+from batchlab.scenarios.replay.measurements import Measurements, measure, root_tasks
+from batchlab.scenarios.replay.run_state import ManagerConnection, RunState, SubmittedJob
+from batchlab.scenarios.replay.sampling import GridSampler
 from batchlab.scenarios.verdicts.record import JobRun, Record, StageRun
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class RunCost:
     """`usd` at list prices with its lines by what they are for."""
 
     usd: float
     items: Mapping[str, float]
 
 
-def spent(
+def compute_cost(
     before: Account,
     after: Account,
     stages: Iterable[StageRun],
     pools: Iterable[PoolPlan],
     backend: Backend,
     book: PriceBook,
-) -> Spent:
+) -> RunCost:
     """What a run came to that began with the account `before` and ended with `after`. But for AWS
     itself, where they are what was bought, instances count as the pools' types and Spot shares."""
     plans = {plan.pool.name: plan for plan in pools}
     used = _difference(before, after)
     if not backend.capabilities.billed:
-        used = replace(used, billed_s=_as_bought(used.billed_s, plans))
+        used = replace(used, billed_s=_as_planned(used.billed_s, plans))
     found = bill(
         [StageUse(s.stage, s.pool, s.run_s, s.slots) for s in stages],
         used,
@@ -65,34 +65,34 @@ def spent(
         book,
         pace=backend.pace,
     )
-    return Spent(found.usd.typical, _by_what(found))
+    return RunCost(found.usd.typical, _by_what(found))
 
 
-def again_s(before: Account, after: Account) -> float:
+def wasted_s(before: Account, after: Account) -> float:
     """Slot seconds between the two of attempts that failed, and of runs that went with their
     instance."""
-    return _again_s(after) - _again_s(before)
+    return _wasted_s(after) - _wasted_s(before)
 
 
-def _again_s(account: Account) -> float:
+def _wasted_s(account: Account) -> float:
     return sum(account.failed_s.values()) + sum(account.lost_s.values())
 
 
 def _difference(before: Account, after: Account) -> Account:
     return Account(
-        _less(before.billed_s, after.billed_s),
-        _less(before.failed_s, after.failed_s),
-        _less(before.lost_s, after.lost_s),
+        _subtract(before.billed_s, after.billed_s),
+        _subtract(before.failed_s, after.failed_s),
+        _subtract(before.lost_s, after.lost_s),
         after.requests - before.requests,
         after.bundles - before.bundles,
     )
 
 
-def _less(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, float]:
+def _subtract(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, float]:
     return {key: value - before.get(key, 0.0) for key, value in after.items()}
 
 
-def _as_bought(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
+def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
     """Instance seconds by what the scenario would buy; of what was Spot already, as it was."""
     found: dict[Kind, float] = {}
 
@@ -124,10 +124,10 @@ LAST_S = 10.0
 """So long the manager's last answer is waited for."""
 
 
-async def reckon(
-    course: Course,
-    sampler: Sampler,
-    link: Link,
+async def build_record(
+    course: RunState,
+    sampler: GridSampler,
+    link: ManagerConnection,
     backend: Backend,
     home: Home,
     before: Account,
@@ -141,7 +141,7 @@ async def reckon(
     try:
         measured = await measure(course.told(), course.seed, objects, patience)
     except BackendError as error:
-        measured = Measured()
+        measured = Measurements()
         cut = cut or f"What its tasks came to cannot be read: {error.message}"
     scenario = course.scenario
     kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
@@ -150,7 +150,7 @@ async def reckon(
         replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances()
     )
     stages = measured.runs()
-    spent = _spent(course, backend, home, before, after, stages)
+    compute_cost = _run_cost(course, backend, home, before, after, stages)
     return Record(
         scenario=scenario.name,
         digest=scenario.digest,
@@ -174,9 +174,9 @@ async def reckon(
         lost=measured.lost,
         duplicates=measured.duplicates,
         instance_s=sum(one.lived_s(course.took_s) for one in instances),
-        again_s=again_s(before, after) if after else None,
-        usd=spent.usd if spent else None,
-        usd_items=spent.items if spent else {},
+        again_s=wasted_s(before, after) if after else None,
+        usd=compute_cost.usd if compute_cost else None,
+        usd_items=compute_cost.items if compute_cost else {},
         settings={
             **{f"worker.{name}": value for name, value in asdict(backend.worker).items()},
             **(sampler.grid["settings"] if sampler.grid else {}),
@@ -187,7 +187,7 @@ async def reckon(
     )
 
 
-async def _account(link: Link, jobs: Sequence[str]) -> Account | None:
+async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | None:
     """The grid's account, and in it what attempts of these jobs came to nothing: that is in the
     jobs' own accounts only. None where the manager does not answer."""
     room = asyncio.Semaphore(AT_ONCE)
@@ -210,24 +210,24 @@ async def _account(link: Link, jobs: Sequence[str]) -> Account | None:
     return whole
 
 
-def _spent(
-    course: Course,
+def _run_cost(
+    course: RunState,
     backend: Backend,
     home: Home,
     before: Account,
     after: Account | None,
     stages: tuple[StageRun, ...],
-) -> Spent | None:
+) -> RunCost | None:
     if after is None:
         return None
     try:
         book = price_book.load(home.path)
     except UsageError:
         return None  # no price book can be read, and without one there is no cost
-    return spent(before, after, stages, course.scenario.pools, backend, book)
+    return compute_cost(before, after, stages, course.scenario.pools, backend, book)
 
 
-def job_run(one: Running, begun_s: float) -> JobRun:
+def job_run(one: SubmittedJob, begun_s: float) -> JobRun:
     """One job as a record has it."""
     view, due = one.view, one.due
     stages = {stage.name: stage.after for stage in due.template.stages}
@@ -240,8 +240,8 @@ def job_run(one: Running, begun_s: float) -> JobRun:
         tenant=due.tenant,
         due_s=due.due_s,
         submitted_s=one.at_s,
-        started_s=_of_run(view["started_s"], begun_s),
-        ended_s=_of_run(view["ended_s"], begun_s),
+        started_s=_run_time(view["started_s"], begun_s),
+        ended_s=_run_time(view["ended_s"], begun_s),
         state=view["state"],
         planned=sum(stage["planned"] or 0 for stage in view["stages"]),
         succeeded=_sum(view, "succeeded"),
@@ -251,7 +251,7 @@ def job_run(one: Running, begun_s: float) -> JobRun:
         deadline_s=None if deadline_s is None else due.due_s + deadline_s,
         label=due.label,
         tasks=root_tasks(view, stages),
-        done_s=_of_run(max(ends, default=None), begun_s),
+        done_s=_run_time(max(ends, default=None), begun_s),
     )
 
 
@@ -259,5 +259,5 @@ def _sum(view: JobView, counter: Literal["succeeded", "failed", "cancelled", "re
     return sum(stage[counter] for stage in view["stages"])
 
 
-def _of_run(at_s: float | None, begun_s: float) -> float | None:
+def _run_time(at_s: float | None, begun_s: float) -> float | None:
     return None if at_s is None else at_s - begun_s

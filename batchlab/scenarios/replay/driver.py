@@ -19,10 +19,10 @@ from batchlab.scenarios.model import distributions
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Job, Scenario
 from batchlab.scenarios.replay import grid_fit
-from batchlab.scenarios.replay.build_record import reckon
-from batchlab.scenarios.replay.jobs import Preparer
-from batchlab.scenarios.replay.run import Injector, Run
-from batchlab.scenarios.replay.run_state import Course, Link, State
+from batchlab.scenarios.replay.build_record import build_record
+from batchlab.scenarios.replay.jobs import JobPreparer
+from batchlab.scenarios.replay.run import Injector, ReplayRun
+from batchlab.scenarios.replay.run_state import ManagerConnection, ReplayProgress, RunState
 from batchlab.scenarios.verdicts.record import Record
 
 AWAY_S = 120.0
@@ -39,7 +39,7 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
     for job in jobs:
-        counts = distributions.of(job.template, job.tasks)
+        counts = distributions.stage_sizes(job.template, job.tasks)
         for stage in job.template.stages:
             known = None if stage.after else job.task_s
             mean_s = stage.task_s.mean if known is None else known
@@ -56,7 +56,7 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     return last_s + 2 * whole_s + SPARE_S
 
 
-async def _quiet(link: Link) -> None:
+async def _wait_until_idle(link: ManagerConnection) -> None:
     """Wait until the grid has nothing else to do: what an earlier run has cancelled ends as soon
     as there is a grid again. Refused where it does not."""
     loop = asyncio.get_running_loop()
@@ -77,9 +77,9 @@ async def replay(
     limit: float | None = None,
     injector: Callable[[], Injector] | None = None,
     stop: asyncio.Event | None = None,
-    progress: Callable[[State], None] = lambda _: None,
+    progress: Callable[[ReplayProgress], None] = lambda _: None,
 ) -> Record:
-    """Run the scenario, compressed already, on the grid that is up in `home`, and measure it.
+    """ReplayRun the scenario, compressed already, on the grid that is up in `home`, and measure it.
 
     `limit` ends it (seconds of the run; see `limit_s`), and so does `stop`: then `cut` of the
     record says so. `injector` is called for one where the scenario has faults. Refused where the
@@ -90,7 +90,7 @@ async def replay(
     schedule = expand(scenario, seed)
     longest_s = max((fault.for_s for fault in scenario.faults), default=0.0)
     async with AsyncExitStack() as stack:
-        link = Link(home, away_s=AWAY_S + longest_s)
+        link = ManagerConnection(home, away_s=AWAY_S + longest_s)
         stack.callback(link.close)
         objects = backend.open_objects(home)
         breaker = injector() if injector and scenario.faults else None
@@ -98,9 +98,9 @@ async def replay(
             stack.push_async_callback(breaker.close)
         grid = await link.call(Client.grid)
         grid_fit.check(grid, scenario, deployed=backend.capabilities.fixed_pools)
-        await _quiet(link)
+        await _wait_until_idle(link)
         before = account_of((await link.call(Client.use))["total"])
-        preparer = Preparer(
+        preparer = JobPreparer(
             scenario=scenario.name,
             seed=seed,
             run=backend.open_ids().fresh("run"),
@@ -108,8 +108,10 @@ async def replay(
             clock=backend.open_clock(),
             patience=patience,
         )
-        course = Course(scenario, seed, schedule.jobs)
-        run = Run(course, link, preparer, backend.open_clock(), breaker)
+        course = RunState(scenario, seed, schedule.jobs)
+        run = ReplayRun(course, link, preparer, backend.open_clock(), breaker)
         most_s = limit_s(scenario, schedule.jobs) if limit is None else limit
         await run.go(most_s, stop or asyncio.Event(), progress)
-        return await reckon(course, run.sampler, link, backend, home, before, objects, patience)
+        return await build_record(
+            course, run.sampler, link, backend, home, before, objects, patience
+        )

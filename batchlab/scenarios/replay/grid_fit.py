@@ -17,15 +17,15 @@ from contextlib import suppress
 from batchlab.core.api_types import GridView, JobView, PoolView
 from batchlab.core.errors import BackendError, Refused
 from batchlab.scenarios.model.values import Policy, Prewarm, Scenario
-from batchlab.scenarios.replay.run_state import Course, Link
-from batchlab.scenarios.replay.sampling import EVERY_S, Sampler
+from batchlab.scenarios.replay.run_state import ManagerConnection, RunState
+from batchlab.scenarios.replay.sampling import EVERY_S, GridSampler
 
 _HOW = "Take it down with `batchlab grid down`, or name another folder with --home."
 _STACK = "Let the scenario have the stack's own, or change the stack with `batchlab deploy apply`."
 _CLOSE = 1e-6
 
 
-def settings_of(policy: Policy) -> Mapping[str, float]:
+def policy_settings(policy: Policy) -> Mapping[str, float]:
     """What the scenario asks of the manager, by the manager's own names."""
     named = {
         "drain_target_s": policy.drain_target_s,
@@ -51,8 +51,8 @@ def check(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
         theirs = (found["min"], found["max"], found["slots"])
         if ours != theirs:
             raise Refused(
-                f"The pool {wanted.name!r} of the grid that is up is {_form(*theirs)}, and the "
-                f"scenario asks for {_form(*ours)}.",
+                f"The pool {wanted.name!r} of the grid that is up is {_describe_pool(*theirs)}, "
+                f"and the scenario asks for {_describe_pool(*ours)}.",
                 remedy=remedy,
             )
         if found["held_by_hand"]:
@@ -60,7 +60,7 @@ def check(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
                 f"The capacity of the pool {wanted.name!r} of the grid that is up is set by hand.",
                 remedy=f"`batchlab grid scale {wanted.name} --auto` hands it back to the policy.",
             )
-    for name, value in settings_of(scenario.policy).items():
+    for name, value in policy_settings(scenario.policy).items():
         is_so = grid["settings"].get(name)
         if is_so is None or not math.isclose(is_so, value, rel_tol=_CLOSE):
             shown = "not known" if is_so is None else f"{is_so:g}"
@@ -81,15 +81,15 @@ def check_quiet(active: Sequence[JobView]) -> None:
         )
 
 
-def _form(least: int, most: int, slots: int) -> str:
+def _describe_pool(least: int, most: int, slots: int) -> str:
     return f"{least}-{most}x{slots}"
 
 
-class Warmer:
+class Prewarmer:
     """Of one run. Another manager than the one that was told has limits of its own: it is told
     again as soon as it is seen to lead."""
 
-    def __init__(self, course: Course, link: Link, sampler: Sampler) -> None:
+    def __init__(self, course: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
         self._course = course
         self._link = link
         self._sampler = sampler

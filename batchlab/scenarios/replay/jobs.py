@@ -22,17 +22,17 @@ from batchlab.core.retry import Patience
 from batchlab.jobs import api, submission
 from batchlab.manager.jobs.stage_plans import FEW, FEW_BYTES, PartWriter
 from batchlab.scenarios.model import distributions, expansion
-from batchlab.scenarios.model.values import TENANT, Job, JobTemplate, StageTemplate
+from batchlab.scenarios.model.values import TENANT_TAG, Job, JobTemplate, StageTemplate
 from batchlab.scenarios.replay import standin
 from batchlab.worker import code_cache
 
 HANDLER = "standins:work"
-SCENARIO = "scenario"
+SCENARIO_TAG = "scenario"
 """The tag that says which scenario it is of."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class PreparedJob:
     """A job that can be submitted, and its items where they go along."""
 
     due: Job
@@ -40,7 +40,7 @@ class Ready:
     items: list[Json] | None = None
 
 
-class Preparer:
+class JobPreparer:
     """Makes the jobs of one run. `run` tells it from other runs of the same scenario: their jobs
     are others, though their times are the same."""
 
@@ -63,7 +63,7 @@ class Preparer:
         self._stored: set[str] = set()
         self._files: dict[Path, tuple[api.JobFile, tuple[bytes, str]]] = {}
 
-    async def prepare(self, due: Job) -> Ready:
+    async def prepare(self, due: Job) -> PreparedJob:
         """Everything but the submission. JobFileErrors where a template's real work has no job
         file that can be read; UsageError, BackendError."""
         if due.template.file:
@@ -71,7 +71,7 @@ class Preparer:
         template = due.template
         token = f"{due.id}@{self._run}"
         job_id = object_keys.job_id(template.name, token)
-        items = list(items_of(self._seed, due))
+        items = list(job_items(self._seed, due))
         job = JobDef(
             job_id,
             template.name,
@@ -79,22 +79,22 @@ class Preparer:
             self._clock.now_s(),
             items=due.tasks,
             code=await self._code(),
-            params=(("stages", shapes_of(self._seed, due)),),
+            params=(("stages", stage_parameters(self._seed, due)),),
             max_failures=template.max_failures,
             priority=template.priority,
             tags=self._tags(due),
             token=token,
         )
         if len(items) <= FEW and sum(map(values.roughly, items)) <= FEW_BYTES:
-            return Ready(due, job, items)
+            return PreparedJob(due, job, items)
         for stage in job.roots():
             await self._plan(job_id, stage.name, items)
-        return Ready(due, job)
+        return PreparedJob(due, job)
 
     def _tags(self, due: Job) -> tuple[tuple[str, str], ...]:
-        tags = [(SCENARIO, self._scenario)]
+        tags = [(SCENARIO_TAG, self._scenario)]
         if due.tenant:
-            tags.append((TENANT, due.tenant))
+            tags.append((TENANT_TAG, due.tenant))
         return tuple(tags)
 
     async def _plan(self, job: JobId, stage: StageName, items: list[Json]) -> None:
@@ -114,7 +114,7 @@ class Preparer:
             self._stored.add(key)
         return key
 
-    async def _real(self, due: Job, file: Path) -> Ready:
+    async def _real(self, due: Job, file: Path) -> PreparedJob:
         if file not in self._files:
             jobfile = api.load(file, {})
             self._files[file] = (jobfile, submission.code_digest(jobfile))
@@ -132,10 +132,7 @@ class Preparer:
         job = replace(job, tags=tuple(tags.items()), priority=template.priority or job.priority)
         if template.max_failures:  # else what the job file says
             job = replace(job, max_failures=template.max_failures, max_failures_percent=False)
-        return Ready(due, job)
-
-
-# --- Stand-ins -----------------------------------------------------------------------------------
+        return PreparedJob(due, job)
 
 
 def stage_def(stage: StageTemplate) -> StageDef:
@@ -143,7 +140,7 @@ def stage_def(stage: StageTemplate) -> StageDef:
     return StageDef(
         StageName(stage.name),
         tuple(StageName(name) for name in stage.after),
-        f"group_{stage.name}" if _by_key(stage) else stage.gather,
+        f"group_{stage.name}" if _gathers_by_key(stage) else stage.gather,
         handler=HANDLER,
         retry=stage.retry,
         slots=stage.slots,
@@ -153,11 +150,11 @@ def stage_def(stage: StageTemplate) -> StageDef:
     )
 
 
-def _by_key(stage: StageTemplate) -> bool:
+def _gathers_by_key(stage: StageTemplate) -> bool:
     return stage.gather not in (None, "*")
 
 
-def item_fed(template: JobTemplate, name: str) -> list[StageTemplate]:
+def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
     """The stages that follow `name` item by item, directly or not: they have as many tasks."""
     fed, found = {name}, []
     for stage in template.stages:
@@ -167,23 +164,23 @@ def item_fed(template: JobTemplate, name: str) -> list[StageTemplate]:
     return found
 
 
-def items_of(seed: int, due: Job) -> Iterator[Json]:
+def job_items(seed: int, due: Job) -> Iterator[Json]:
     """The items of the root stages, in task order."""
     template = due.template
     roots = [stage for stage in template.stages if not stage.after]
-    fed = {one.name: one for root in roots for one in (root, *item_fed(template, root.name))}
-    columns = {stage.name: _column(seed, due, stage, due.tasks) for stage in fed.values()}
+    fed = {one.name: one for root in roots for one in (root, *item_followers(template, root.name))}
+    columns = {stage.name: _task_entries(seed, due, stage, due.tasks) for stage in fed.values()}
     for task in range(due.tasks):
         yield {"t": {name: column[task] for name, column in columns.items()}}
 
 
-def shapes_of(seed: int, due: Job) -> dict[str, Any]:
+def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
     """What the stand-ins are told of each stage (see standins)."""
     template = due.template
-    counts = distributions.of(template, due.tasks)
+    counts = distributions.stage_sizes(template, due.tasks)
     shapes: dict[str, Any] = {}
     for stage in template.stages:
-        passes = item_fed(template, stage.name)
+        passes = item_followers(template, stage.name)
         shape: dict[str, Any] = {
             "kind": stage.kind.value,
             # Half of the limit: the interpreter needs its share.
@@ -192,12 +189,12 @@ def shapes_of(seed: int, due: Job) -> dict[str, Any]:
             "groups": {
                 f"group_{one.name}": one.groups
                 for one in template.stages
-                if _by_key(one) and stage.name in one.after
+                if _gathers_by_key(one) and stage.name in one.after
             },
         }
         if stage.gather is not None:
             count = counts[stage.name]
-            columns = {one.name: _column(seed, due, one, count) for one in (stage, *passes)}
+            columns = {one.name: _task_entries(seed, due, one, count) for one in (stage, *passes)}
             shape["tasks"] = [
                 {name: column[task] for name, column in columns.items()} for task in range(count)
             ]
@@ -205,15 +202,15 @@ def shapes_of(seed: int, due: Job) -> dict[str, Any]:
     return shapes
 
 
-def _column(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
+def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
     """What each task of a stage is told: seconds, the attempts that fail, whether it kills."""
-    seconds = expansion.batch_s(seed, due, stage, TaskSet.span(0, count))
+    seconds = expansion.task_times_s(seed, due, stage, TaskSet.span(0, count))
     attempts = range(1, stage.retry.attempts + 1) if stage.fails else ()
     return [
         [
             round(task_s, 6),
-            [one for one in attempts if expansion.fails(seed, due, stage, task, one)],
-            expansion.kills(due, stage, task),
+            [one for one in attempts if expansion.attempt_fails(seed, due, stage, task, one)],
+            expansion.kills_worker(due, stage, task),
         ]
         for task, task_s in enumerate(seconds)
     ]
@@ -224,5 +221,5 @@ def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, flo
     stage."""
     for one in due.template.stages:
         if one.name == stage:
-            return dict(zip(tasks, expansion.batch_s(seed, due, one, tasks), strict=True))
+            return dict(zip(tasks, expansion.task_times_s(seed, due, one, tasks), strict=True))
     return {}

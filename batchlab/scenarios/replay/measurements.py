@@ -27,12 +27,12 @@ from batchlab.scenarios.verdicts.record import StageRun
 READ_AT_ONCE = 16
 JOBS_AT_ONCE = 8
 """Jobs whose outcomes are held in memory together."""
-SAMPLE = 200
+SAMPLE_SIZE = 200
 """Task times that a record keeps of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ObservedJob:
     """A job of the run as the manager has shown it last. `due` is what the scenario says of it,
     None where it is of none."""
 
@@ -42,7 +42,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class Stage:
+class StageTotals:
     """All bundles of a stage of one template together; `slots` are those of a task."""
 
     pool: str
@@ -59,18 +59,20 @@ class Stage:
 
 
 @dataclass(slots=True)
-class Measured:
+class Measurements:
     """What the outcomes of a run's jobs say, stages by (template, name). `lost` and `duplicates`
     are as in a Record."""
 
-    stages: dict[tuple[str, str], Stage] = field(default_factory=dict)
+    stages: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
     lost: int = 0
     duplicates: int = 0
 
-    def add(self, other: Measured) -> None:
+    def add(self, other: Measurements) -> None:
         """Take in what other jobs of the same templates came to."""
         for key, one in other.stages.items():
-            mine = self.stages.setdefault(key, Stage(one.pool, one.slots, one.after, one.gather))
+            mine = self.stages.setdefault(
+                key, StageTotals(one.pool, one.slots, one.after, one.gather)
+            )
             mine.tasks += one.tasks
             mine.bundles += one.bundles
             mine.declared_s += one.declared_s
@@ -94,17 +96,17 @@ class Measured:
                 run_s=sum(one.task_s),
                 declared_s=one.declared_s,
                 span_s=one.span_s,
-                task_s=spread(one.task_s, SAMPLE),
+                task_s=even_sample(one.task_s, SAMPLE_SIZE),
                 after=one.after,
                 gather=one.gather,
-                over_s=spread(one.over_s, SAMPLE),
-                stretch=spread(one.stretch, SAMPLE),
+                over_s=even_sample(one.over_s, SAMPLE_SIZE),
+                stretch=even_sample(one.stretch, SAMPLE_SIZE),
             )
             for (template, name), one in self.stages.items()
         )
 
 
-def spread(numbers: Iterable[float], most: int) -> tuple[float, ...]:
+def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
     """At most so many of the numbers, evenly spread over the sorted ones."""
     ordered = sorted(numbers)
     if len(ordered) <= most:
@@ -113,11 +115,11 @@ def spread(numbers: Iterable[float], most: int) -> tuple[float, ...]:
 
 
 async def measure(
-    jobs: Sequence[Told], seed: int, objects: Objects, patience: Patience
-) -> Measured:
+    jobs: Sequence[ObservedJob], seed: int, objects: Objects, patience: Patience
+) -> Measurements:
     """Read the outcomes of these jobs; BackendError. `seed` is the run's, for declared times."""
-    found = Measured()
-    reader = _Reader(objects, patience)
+    found = Measurements()
+    reader = _OutcomeReader(objects, patience)
     for start in range(0, len(jobs), JOBS_AT_ONCE):
         some = jobs[start : start + JOBS_AT_ONCE]
         for one, (job, outcomes) in zip(some, await reader.jobs(some), strict=True):
@@ -127,8 +129,8 @@ async def measure(
 
 
 def _add(
-    found: Measured,
-    told: Told,
+    found: Measurements,
+    told: ObservedJob,
     job: JobDef,
     view: StageView,
     outcomes: Sequence[Outcome],
@@ -137,7 +139,7 @@ def _add(
     one = job.stage(view["name"])
     stage = found.stages.setdefault(
         (told.template, one.name),
-        Stage(one.pool, one.slots, tuple(one.after), _gather(one)),
+        StageTotals(one.pool, one.slots, tuple(one.after), _gather(one)),
     )
     times = succeeded_s(outcomes)
     stage.tasks += len(times)
@@ -193,7 +195,7 @@ def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
     return max(0, planned - ended) + max(0, stage["succeeded"] - succeeded)
 
 
-class _Reader:
+class _OutcomeReader:
     """Reads outcomes, some at a time."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -202,11 +204,13 @@ class _Reader:
         self._keys = CommitKeys(objects, patience)
         self._limit = asyncio.Semaphore(READ_AT_ONCE)
 
-    async def jobs(self, jobs: Iterable[Told]) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
+    async def jobs(
+        self, jobs: Iterable[ObservedJob]
+    ) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
         """Each job's definition, and its outcomes by stage."""
         return await asyncio.gather(*map(self._job, jobs))
 
-    async def _job(self, told: Told) -> tuple[JobDef, dict[str, list[Outcome]]]:
+    async def _job(self, told: ObservedJob) -> tuple[JobDef, dict[str, list[Outcome]]]:
         job = await definition(self._objects, JobId(told.view["id"]), self._patience)
         names = [stage["name"] for stage in told.view["stages"]]
         found = await asyncio.gather(*(self.outcomes(job, StageName(one)) for one in names))

@@ -23,15 +23,15 @@ from batchlab.core.job_definition import JobDef, RetryRule
 from batchlab.core.model import Market, Pool, TaskSet
 from batchlab.scenarios.model import distributions, expansion, loader
 from batchlab.scenarios.model.expansion import expand
-from batchlab.scenarios.model.values import TENANT, PoolPlan
-from batchlab.scenarios.replay.measurements import Measured, root_tasks
+from batchlab.scenarios.model.values import TENANT_TAG, PoolPlan
+from batchlab.scenarios.replay.measurements import Measurements, root_tasks
 from batchlab.scenarios.verdicts.record import JobRun, Record, StageRun
 
 _DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class RecordedArrival:
     """A job that ran: when it came, in seconds after the first one, with how many root tasks."""
 
     due_s: float
@@ -42,7 +42,7 @@ class Arrived:
 
 
 @dataclass(slots=True)
-class Template:
+class RecordedTemplate:
     """What the jobs of one kind have in common; `jobs` counts them."""
 
     stages: list[StageRun]
@@ -55,13 +55,13 @@ class Template:
 
 
 @dataclass(slots=True)
-class Past:
+class RecordedWorkload:
     """What has run; times as they were, in a run that was compressed by `compressed`."""
 
     name: str
     about: str
-    arrived: list[Arrived]
-    templates: dict[str, Template]
+    arrived: list[RecordedArrival]
+    templates: dict[str, RecordedTemplate]
     pools: list[PoolPlan]
     policy: Mapping[str, float] = field(default_factory=dict)
     compressed: float = 1.0
@@ -71,7 +71,7 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenScenario:
     """The files that were written, and what they hold."""
 
     scenario: Path
@@ -83,10 +83,7 @@ class Written:
     """Jobs that are not in it, since too little is known of them."""
 
 
-# --- What has run --------------------------------------------------------------------------------
-
-
-def of_record(record: Record, name: str) -> Past:
+def from_record(record: Record, name: str) -> RecordedWorkload:
     """UsageError where no job of it is complete enough."""
     stages: dict[str, list[StageRun]] = defaultdict(list)
     for stage in record.stages:
@@ -101,15 +98,17 @@ def of_record(record: Record, name: str) -> Past:
     counts: dict[str, list[JobRun]] = defaultdict(list)
     for job in jobs:
         counts[job.template].append(job)
-    return Past(
+    return RecordedWorkload(
         name,
         f"What the scenario {record.scenario} came to on {record.backend}, measured.",
         [
-            Arrived(job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label)
+            RecordedArrival(
+                job.submitted_s - begun_s, job.template, job.tasks or 0, job.tenant, job.label
+            )
             for job in sorted(jobs, key=lambda one: one.submitted_s)
         ],
         {
-            name: Template(stages[name], len(found), _deadline_s(found))
+            name: RecordedTemplate(stages[name], len(found), _deadline_s(found))
             for name, found in counts.items()
         },
         _pools(record),
@@ -139,20 +138,20 @@ def _pools(record: Record) -> list[PoolPlan]:
     return found
 
 
-def of_jobs(
+def from_jobs(
     jobs: Sequence[tuple[JobView, JobDef]],
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, Measurements],
     name: str,
     pools: Sequence[PoolPlan],
     policy: Mapping[str, float],
-) -> Past:
+) -> RecordedWorkload:
     """Of jobs that have ended, with what each of them came to (by its id). Jobs of one name and
     the same stages are one template."""
     ordered = sorted(jobs, key=lambda one: one[0]["submitted_s"])
     begun_s = ordered[0][0]["submitted_s"]
     known: dict[tuple[str, object], str] = {}
-    templates: dict[str, Template] = {}
-    stages: dict[str, Measured] = {}
+    templates: dict[str, RecordedTemplate] = {}
+    stages: dict[str, Measurements] = {}
     arrived = []
     for view, job in ordered:
         same = (job.name, tuple((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages))
@@ -162,32 +161,35 @@ def of_jobs(
         template = known[same]
         one = templates.setdefault(
             template,
-            Template([], 0, priority=job.priority, max_failures=_allowed(job), definition=job),
+            RecordedTemplate(
+                [], 0, priority=job.priority, max_failures=_allowed(job), definition=job
+            ),
         )
         one.jobs += 1
-        stages.setdefault(template, Measured()).add(measured[view["id"]])
+        stages.setdefault(template, Measurements()).add(measured[view["id"]])
         after = {str(stage.name): tuple(stage.after) for stage in job.stages}
         tasks = root_tasks(view, after)
-        tenant = dict(job.tags).get(TENANT, "")
-        arrived.append(Arrived(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"]))
+        tenant = dict(job.tags).get(TENANT_TAG, "")
+        arrived.append(
+            RecordedArrival(view["submitted_s"] - begun_s, template, tasks, tenant, view["id"])
+        )
     for template, found in stages.items():
         templates[template].stages = list(found.runs())
-    return Past(name, f"{_told(ordered)}, recorded.", arrived, templates, list(pools), policy)
+    return RecordedWorkload(
+        name, f"{_describe_jobs(ordered)}, recorded.", arrived, templates, list(pools), policy
+    )
 
 
 def _allowed(job: JobDef) -> int:
     return 0 if job.max_failures_percent else int(job.max_failures)
 
 
-def _told(jobs: Sequence[tuple[JobView, JobDef]]) -> str:
+def _describe_jobs(jobs: Sequence[tuple[JobView, JobDef]]) -> str:
     ids = [view["id"] for view, _ in jobs]
     return f"The job {ids[0]}" if len(ids) == 1 else f"{len(ids)} jobs from {ids[0]} to {ids[-1]}"
 
 
-# --- The files -----------------------------------------------------------------------------------
-
-
-def write(past: Past, path: Path) -> Written:
+def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
     """Write the scenario to `path` and its trace beside it, as JSON Lines. UsageError where they
     cannot be written, another's file is where the trace goes, or the past makes no scenario."""
     trace = path.with_suffix(".jsonl")
@@ -206,16 +208,16 @@ def write(past: Past, path: Path) -> Written:
         lines = (json.dumps(_line(one, past.compressed)) for one in past.arrived)
         trace.write_text("".join(f"{line}\n" for line in lines))
         path.write_text(_text(past, trace, {}))
-        path.write_text(_text(past, trace, _factors(past, path)))
+        path.write_text(_text(past, trace, _scale_factors(past, path)))
     except OSError as error:
         raise UsageError(
             f"The scenario {path} cannot be written: {error.strerror}.",
             remedy="Name another file with --out.",
         ) from error
     tasks, task_s = 0, 0.0
-    for count, seconds in drawn(path).values():
+    for count, seconds in drawn_times(path).values():
         tasks, task_s = tasks + count, task_s + seconds
-    return Written(path, trace, len(past.arrived), tasks, task_s, past.left_out)
+    return WrittenScenario(path, trace, len(past.arrived), tasks, task_s, past.left_out)
 
 
 def _traces(path: Path) -> set[str]:
@@ -227,26 +229,26 @@ def _traces(path: Path) -> set[str]:
         return set()
 
 
-def drawn(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
+def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
     """Tasks of a scenario file, and seconds that they take in all, by template and stage; as its
     own seed draws them."""
     scenario = loader.load(path)
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
-        counts = distributions.of(job.template, job.tasks)
+        counts = distributions.stage_sizes(job.template, job.tasks)
         for stage in job.template.stages:
             count = counts[stage.name]
-            seconds = sum(expansion.batch_s(scenario.seed, job, stage, TaskSet.span(0, count)))
+            seconds = sum(expansion.task_times_s(scenario.seed, job, stage, TaskSet.span(0, count)))
             before = found.get((job.template.name, stage.name), (0, 0.0))
             found[job.template.name, stage.name] = before[0] + count, before[1] + seconds
     return found
 
 
-def _factors(past: Past, path: Path) -> dict[tuple[str, str], float]:
+def _scale_factors(past: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
     """What the times of each stage must be multiplied by so that they add up to what was measured,
     with those that failed as long as the others."""
     found = {}
-    for (template, name), (count, seconds) in drawn(path).items():
+    for (template, name), (count, seconds) in drawn_times(path).items():
         stage = next(one for one in past.templates[template].stages if one.stage == name)
         if stage.tasks and seconds:
             mean_s = stage.run_s * past.compressed / stage.tasks
@@ -254,7 +256,7 @@ def _factors(past: Past, path: Path) -> dict[tuple[str, str], float]:
     return found
 
 
-def _line(one: Arrived, compressed: float) -> dict[str, Any]:
+def _line(one: RecordedArrival, compressed: float) -> dict[str, Any]:
     fields = {**asdict(one), "due_s": round(one.due_s * compressed, _DIGITS)}
     return {name: value for name, value in fields.items() if value != ""}
 
@@ -265,7 +267,7 @@ _HEAD = """\
 """
 
 
-def _text(past: Past, trace: Path, factors: Mapping[tuple[str, str], float]) -> str:
+def _text(past: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str], float]) -> str:
     doc: dict[str, Any] = {"name": past.name, "about": past.about, "seed": past.seed}
     if past.compressed > 1:
         doc["compress"] = past.compressed
@@ -290,8 +292,8 @@ def _text(past: Past, trace: Path, factors: Mapping[tuple[str, str], float]) -> 
     return _HEAD + yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=90)
 
 
-class _Numbers(list[float]):
-    """Written in lines, not one below the other."""
+class _FlowList(list[float]):
+    """WrittenScenario in lines, not one below the other."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -299,7 +301,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(
-    _Numbers,
+    _FlowList,
     lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True),
 )
 
@@ -319,7 +321,7 @@ def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
 
 
 def _job(
-    name: str, one: Template, compressed: float, factors: Mapping[tuple[str, str], float]
+    name: str, one: RecordedTemplate, compressed: float, factors: Mapping[tuple[str, str], float]
 ) -> dict[str, Any]:
     doc: dict[str, Any] = {}
     if one.deadline_s is not None:
@@ -335,11 +337,11 @@ def _job(
     return doc
 
 
-def _stage(stage: StageRun, template: Template, factor: float) -> dict[str, Any]:
+def _stage(stage: StageRun, template: RecordedTemplate, factor: float) -> dict[str, Any]:
     task_s: Sequence[float] = stage.task_s or (0.0,)
     shown = [round(seconds * factor, _DIGITS) for seconds in task_s]
     doc: dict[str, Any] = {"name": stage.stage}
-    doc["task"] = shown[0] if len(set(shown)) == 1 else {"empirical": _Numbers(shown)}
+    doc["task"] = shown[0] if len(set(shown)) == 1 else {"empirical": _FlowList(shown)}
     doc["after"] = list(stage.after)
     if stage.gather == "*":
         doc["gather"] = "all"

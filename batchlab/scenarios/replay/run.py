@@ -18,11 +18,17 @@ from batchlab.core.api_types import JobView
 from batchlab.core.errors import BackendError, BatchlabError, NotFound
 from batchlab.core.ports import Clock
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.replay.grid_fit import Warmer
-from batchlab.scenarios.replay.jobs import Preparer, Ready
-from batchlab.scenarios.replay.run_state import OVER, Course, Link, Running, State
-from batchlab.scenarios.replay.sampling import EVERY_S, Sampler
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.replay.grid_fit import Prewarmer
+from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
+from batchlab.scenarios.replay.run_state import (
+    RUN_ENDED,
+    ManagerConnection,
+    ReplayProgress,
+    RunState,
+    SubmittedJob,
+)
+from batchlab.scenarios.replay.sampling import EVERY_S, GridSampler
+from batchlab.scenarios.verdicts.record import InjectedFault
 
 AHEAD = 64
 """Jobs that are prepared before they are due."""
@@ -51,7 +57,7 @@ INTERRUPTED = "It was interrupted."
 class Injector(Protocol):
     """What breaks things (see replay.harm)."""
 
-    async def inject(self, fault: Fault, at_s: float) -> Injected:
+    async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
         """Break it, keep it broken for its time, mend it, and say what was seen."""
 
     async def undo(self) -> None:
@@ -61,19 +67,19 @@ class Injector(Protocol):
         """Undo, and let go of whom the harm is done by."""
 
 
-class Run:
+class ReplayRun:
     """One run; `go` once. `course` and `sampler` then have what was measured."""
 
     def __init__(
         self,
-        course: Course,
-        link: Link,
-        preparer: Preparer,
+        course: RunState,
+        link: ManagerConnection,
+        preparer: JobPreparer,
         clock: Clock,
         injector: Injector | None,
     ) -> None:
         self.course = course
-        self.sampler = Sampler(link)
+        self.sampler = GridSampler(link)
         self._link = link
         self._preparer = preparer
         self._clock = clock
@@ -82,15 +88,15 @@ class Run:
         self._prepared = asyncio.Event()
         self._breaking: set[asyncio.Task[Any]] = set()
         """Those that something is broken by now."""
-        self._warmer = Warmer(course, link, self.sampler)
-        self._flying: dict[str, tuple[Ready, asyncio.Task[None]]] = {}
+        self._warmer = Prewarmer(course, link, self.sampler)
+        self._flying: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
         """Submissions under way, by the job's id."""
 
     async def go(
-        self, limit_s: float, stop: asyncio.Event, progress: Callable[[State], None]
+        self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]
     ) -> None:
         """Run until all jobs have ended, `stop` is set, or `limit_s` of the run have passed."""
-        ready: asyncio.Queue[Ready] = asyncio.Queue(AHEAD)
+        ready: asyncio.Queue[PreparedJob] = asyncio.Queue(AHEAD)
         preparing = asyncio.create_task(self._prepare(ready))
         stopping = asyncio.create_task(stop.wait())
         # Those that are due at once shall not be late for having to be prepared.
@@ -119,16 +125,16 @@ class Run:
         """Wait until the first jobs are prepared, and the instances that are always there are."""
         await self._prepared.wait()
         least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
-        async with _at_most(READY_S):
+        async with _time_limit(READY_S):
             while not await self.sampler.has_up(least):  # noqa: ASYNC110 - somebody else's state
                 await asyncio.sleep(LOOK_S)
 
     async def _going(
         self,
-        ready: asyncio.Queue[Ready],
+        ready: asyncio.Queue[PreparedJob],
         limit_s: float,
         before: tuple[asyncio.Task[Any], asyncio.Task[Any]],
-        progress: Callable[[State], None],
+        progress: Callable[[ReplayProgress], None],
     ) -> None:
         preparing, stopped = before
         work = asyncio.create_task(self._work(ready))
@@ -168,9 +174,7 @@ class Run:
             await asyncio.gather(*everything, return_exceptions=True)
             await self._landed()
 
-    # --- Jobs ------------------------------------------------------------------------------------
-
-    async def _work(self, ready: asyncio.Queue[Ready]) -> None:
+    async def _work(self, ready: asyncio.Queue[PreparedJob]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._submit(ready))
@@ -178,7 +182,7 @@ class Run:
         except* BatchlabError as errors:
             raise _first(errors) from None
 
-    async def _prepare(self, ready: asyncio.Queue[Ready]) -> None:
+    async def _prepare(self, ready: asyncio.Queue[PreparedJob]) -> None:
         for due in self.course.jobs:
             one = await self._preparer.prepare(due)
             if ready.full():
@@ -186,7 +190,7 @@ class Run:
             await ready.put(one)
         self._prepared.set()
 
-    async def _submit(self, ready: asyncio.Queue[Ready]) -> None:
+    async def _submit(self, ready: asyncio.Queue[PreparedJob]) -> None:
         room = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
             for _ in self.course.jobs:
@@ -196,9 +200,9 @@ class Run:
                 # By itself: what is in a thread is submitted, whoever is cancelled.
                 flying = asyncio.create_task(self._submit_one(one, room))
                 self._flying[one.job.id] = one, flying
-                group.create_task(_awaited(flying))
+                group.create_task(_wait_shielded(flying))
 
-    async def _submit_one(self, one: Ready, room: asyncio.Semaphore) -> None:
+    async def _submit_one(self, one: PreparedJob, room: asyncio.Semaphore) -> None:
         try:
             job = replace(one.job, submitted_s=self._clock.now_s())
             view = await self._link.call(lambda client: client.submit(job, one.items))
@@ -206,8 +210,8 @@ class Run:
             room.release()
         self._note(one, view)
 
-    def _note(self, one: Ready, view: JobView) -> None:
-        self.course.running[one.job.id] = Running(one.due, self.course.at_s(), view)
+    def _note(self, one: PreparedJob, view: JobView) -> None:
+        self.course.running[one.job.id] = SubmittedJob(one.due, self.course.at_s(), view)
         del self._flying[one.job.id]
 
     async def _landed(self) -> None:
@@ -267,9 +271,7 @@ class Run:
                 return found
             before = page[-1]["id"]
 
-    # --- Beside them -----------------------------------------------------------------------------
-
-    def _aside(self, progress: Callable[[State], None]) -> list[Coroutine[Any, Any, None]]:
+    def _aside(self, progress: Callable[[ReplayProgress], None]) -> list[Coroutine[Any, Any, None]]:
         scenario = self.course.scenario
         found = [self._sample(), self._tell(progress)]
         found += [self._warmer.warm(one) for one in scenario.prewarm]
@@ -291,7 +293,7 @@ class Run:
         # Not by the calendar, which may jump.
         await self.sampler.look(self.course.begun_s + self.course.at_s())
 
-    async def _tell(self, progress: Callable[[State], None]) -> None:
+    async def _tell(self, progress: Callable[[ReplayProgress], None]) -> None:
         while True:
             progress(self.course.state(self.sampler.last))
             await asyncio.sleep(LOOK_S)
@@ -300,7 +302,7 @@ class Run:
         try:
             await self.course.until(fault.at_s)
         except asyncio.CancelledError:
-            seen = Injected(fault.name, fault.at_s, impossible=OVER)
+            seen = InjectedFault(fault.name, fault.at_s, impossible=RUN_ENDED)
             self.course.injected.append(seen)
             raise
         at_s = self.course.at_s()
@@ -311,19 +313,17 @@ class Run:
         try:
             seen = await injector.inject(fault, at_s)
         except BatchlabError as error:
-            seen = Injected(fault.name, at_s, trouble=error.message)
+            seen = InjectedFault(fault.name, at_s, trouble=error.message)
         finally:
             self.course.breaking.remove(fault.name)
             self._breaking.discard(task)
         self.course.injected.append(seen)
 
-    # --- The end ---------------------------------------------------------------------------------
-
     async def _rest(self, stopped: asyncio.Task[Any]) -> None:
         """Wait until the fleet is at its least size: what comes down late is paid for too."""
         settings = self.sampler.grid["settings"] if self.sampler.grid else {}
         least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
-        async with _at_most(settings.get("idle_s", 0.0) + REST_S):
+        async with _time_limit(settings.get("idle_s", 0.0) + REST_S):
             while not (self.sampler.is_down_to(least) or stopped.done()):  # noqa: ASYNC110
                 await asyncio.sleep(LOOK_S)
 
@@ -343,17 +343,17 @@ class Run:
                 with suppress(BatchlabError):
                     await self._link.call(lambda client: client.cancel(job), within_s=LAST_S)
 
-        async with _at_most(END_S):
+        async with _time_limit(END_S):
             await asyncio.gather(*map(cancel, jobs))
 
 
-async def _awaited(task: asyncio.Task[None]) -> None:
+async def _wait_shielded(task: asyncio.Task[None]) -> None:
     """Its end; it goes on where whoever waits for that is cancelled."""
     await asyncio.shield(task)
 
 
 @asynccontextmanager
-async def _at_most(seconds: float) -> AsyncIterator[None]:
+async def _time_limit(seconds: float) -> AsyncIterator[None]:
     """What is in it is given up after so long."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):

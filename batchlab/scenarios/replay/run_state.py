@@ -20,15 +20,15 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import ENDED
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.values import Job, Scenario
-from batchlab.scenarios.replay.measurements import Told
-from batchlab.scenarios.verdicts.record import Injected, Sample
+from batchlab.scenarios.replay.measurements import ObservedJob
+from batchlab.scenarios.verdicts.record import InjectedFault, Sample
 
-OVER = "the run was over before"
+RUN_ENDED = "the run was over before"
 """Why a fault was not injected."""
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ReplayProgress:
     """How far a replay is, for whoever watches. Jobs; `bad` are those that have ended otherwise
     than well. `late_s` is the longest delay of a submission, `left_s` a guess at what is left,
     `doing` says what is being broken now."""
@@ -45,7 +45,7 @@ class State:
 
 
 @dataclass(slots=True)
-class Running:
+class SubmittedJob:
     """A job that was submitted `at_s` seconds after the run's beginning."""
 
     due: Job
@@ -58,7 +58,7 @@ class Running:
 
 
 @dataclass(slots=True)
-class Course:
+class RunState:
     """`begun_s` is the run's beginning (epoch), `begun_at_s` the same by the event loop's clock;
     `running` has the jobs by the grid's id; `cut` says why it ended before they had."""
 
@@ -67,8 +67,8 @@ class Course:
     jobs: Sequence[Job]
     begun_s: float = 0.0
     begun_at_s: float = 0.0
-    running: dict[str, Running] = field(default_factory=dict)
-    injected: list[Injected] = field(default_factory=list)
+    running: dict[str, SubmittedJob] = field(default_factory=dict)
+    injected: list[InjectedFault] = field(default_factory=list)
     breaking: list[str] = field(default_factory=list)
     cut: str = ""
     took_s: float = 0.0
@@ -95,13 +95,15 @@ class Course:
         """Whether every job has ended."""
         return len(self.running) == len(self.jobs) and not self.open
 
-    def told(self) -> list[Told]:
-        return [Told(one.due.template.name, one.view, one.due) for one in self.running.values()]
+    def told(self) -> list[ObservedJob]:
+        return [
+            ObservedJob(one.due.template.name, one.view, one.due) for one in self.running.values()
+        ]
 
-    def state(self, sample: Sample | None) -> State:
+    def state(self, sample: Sample | None) -> ReplayProgress:
         """How far it is."""
         ended = [one for one in self.running.values() if one.has_ended]
-        return State(
+        return ReplayProgress(
             self.at_s(),
             len(self.jobs),
             len(self.running),
@@ -131,7 +133,7 @@ AT_ONCE = 12
 """Requests under way at the same time."""
 
 
-class Link:
+class ManagerConnection:
     """Calls of one home's manager; `close` ends it. A manager that was started anew is found by
     the home's record."""
 

@@ -14,7 +14,7 @@ from batchlab.client.http import Client
 from batchlab.core.api_types import ActivityView, GridView, InstanceView, PoolView
 from batchlab.core.model import LifecycleState, Market
 from batchlab.core.protocol import object_keys
-from batchlab.scenarios.replay.run_state import Link
+from batchlab.scenarios.replay.run_state import ManagerConnection
 from batchlab.scenarios.verdicts.record import InstanceRun, PoolSample, Sample
 
 EVERY_S = 1.0
@@ -26,7 +26,7 @@ _END = re.compile(r"Terminating (?:EC2 )?instance: (\S+)")
 
 
 @dataclass(slots=True)
-class _Life:
+class _InstanceHistory:
     """One instance as far as it is known; times are the manager's (epoch), `ready_s` and `ended_s`
     by activity where one says it."""
 
@@ -36,16 +36,16 @@ class _Life:
     ended_s: float | None = None
 
 
-class Sampler:
+class GridSampler:
     """What was seen of a grid since `begin`."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ManagerConnection) -> None:
         self.samples: list[Sample] = []
         self.grid: GridView | None = None
         """As it was seen last."""
         self._link = link
         self._begun_s = 0.0
-        self._lives: dict[str, _Life] = {}
+        self._lives: dict[str, _InstanceHistory] = {}
         self._told: dict[tuple[str, int], ActivityView] = {}
 
     @property
@@ -95,7 +95,7 @@ class Sampler:
                 life.ended_s = now_s
 
     def _see(self, pool: str, view: InstanceView, now_s: float) -> None:
-        life = self._lives.setdefault(view["id"], _Life(view, pool))
+        life = self._lives.setdefault(view["id"], _InstanceHistory(view, pool))
         life.view = view
         if view["state"] != LifecycleState.TERMINATED.value:
             # One that was missing in a look alone, as while a manager takes over.

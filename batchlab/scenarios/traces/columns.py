@@ -25,7 +25,7 @@ _DIRECTIVE = re.compile("%(.)")
 _LEAP_YEAR = 1972
 
 
-class Kind(Enum):
+class TimestampKind(Enum):
     """How a moment was written."""
 
     NUMBER = "a number"
@@ -33,11 +33,11 @@ class Kind(Enum):
     LOCAL = "a timestamp without a zone"
 
 
-class Moment(NamedTuple):
+class Timestamp(NamedTuple):
     """Seconds on one time line: since 1970, where it was no number."""
 
     at_s: float
-    kind: Kind
+    kind: TimestampKind
 
 
 def check_unit(unit: str) -> None:
@@ -48,13 +48,13 @@ def check_unit(unit: str) -> None:
         raise ValueError(f"the unit must be one of {', '.join(UNITS)} or a time format")
     try:
         # What it writes it must be able to read.
-        _parsed(_EPOCH.strftime(unit), unit)
+        _strptime(_EPOCH.strftime(unit), unit)
     except (ValueError, re.error) as error:
         why = error if isinstance(error, ValueError) else "a directive is there twice"
         raise ValueError(f"{unit!r} is no format that strptime can read: {why}") from error
 
 
-def as_number(value: object) -> float | None:
+def parse_number(value: object) -> float | None:
     """A finite number, from a number or its text; None for anything else."""
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
@@ -73,7 +73,7 @@ def all_numbers(text: str) -> bool:
     return _NUMBERS.fullmatch(text) is not None
 
 
-def as_moment(value: object, unit: str) -> Moment | None:
+def parse_timestamp(value: object, unit: str) -> Timestamp | None:
     """A timestamp without a zone is read as UTC, which may be off by its zone. None where `value`
     is no time.
 
@@ -81,22 +81,22 @@ def as_moment(value: object, unit: str) -> Moment | None:
     any digits), or what the strptime format `unit` says.
     """
     if unit in UNITS:
-        number = as_number(value)
+        number = parse_number(value)
         if number is not None:
-            return Moment(number * UNITS[unit], Kind.NUMBER)
+            return Timestamp(number * UNITS[unit], TimestampKind.NUMBER)
     if not isinstance(value, str):
         return None
     try:
         text = value.strip()
-        read = datetime.fromisoformat(text) if unit in UNITS else _parsed(text, unit)
+        read = datetime.fromisoformat(text) if unit in UNITS else _strptime(text, unit)
     except ValueError:
         return None
     if read.tzinfo is None:
-        return Moment((read.replace(tzinfo=UTC) - _EPOCH).total_seconds(), Kind.LOCAL)
-    return Moment((read - _EPOCH).total_seconds(), Kind.ZONED)
+        return Timestamp((read.replace(tzinfo=UTC) - _EPOCH).total_seconds(), TimestampKind.LOCAL)
+    return Timestamp((read - _EPOCH).total_seconds(), TimestampKind.ZONED)
 
 
-def _parsed(text: str, form: str) -> datetime:
+def _strptime(text: str, form: str) -> datetime:
     directives = set(_DIRECTIVE.findall(form))
     if "d" in directives and not directives & {"Y", "y", "G"}:
         # strptime would take 1900, which has no 29 February, and from Python 3.15 on refuse.
@@ -105,7 +105,7 @@ def _parsed(text: str, form: str) -> datetime:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
+class ColumnSum:
     """A number of a record: the sum of its `columns`, divided by `per`.
 
     `Take(("duration_ms",), per=1000)` is seconds; `Take(("input", "shuffle"), per=64 * 2**20)`
@@ -144,8 +144,8 @@ class Columns:
     count: str = ""
     every_s: float | None = None
     scale: float = 1.0
-    tasks: Take | None = None
-    task_s: Take | None = None
+    tasks: ColumnSum | None = None
+    task_s: ColumnSum | None = None
     label: str = ""
     tenant: str = ""
     template: str = ""
@@ -162,29 +162,29 @@ class Columns:
     def used(self) -> tuple[str, ...]:
         """The columns that a trace must have."""
         numbers = (name for take in self._takes() for name in take.columns)
-        return _once(*self.needed(), *numbers, self.label, self.tenant)
+        return _distinct(*self.needed(), *numbers, self.label, self.tenant)
 
     def needed(self) -> tuple[str, ...]:
         """Those without which a record is of no use."""
         found = [self.at, self.minus, self.count, self.template]
         for take in self._takes():
             found += take.columns if take.needed else ()
-        return _once(*found)
+        return _distinct(*found)
 
-    def _takes(self) -> tuple[Take, ...]:
+    def _takes(self) -> tuple[ColumnSum, ...]:
         return tuple(take for take in (self.tasks, self.task_s) if take)
 
 
-def _once(*names: str) -> tuple[str, ...]:
+def _distinct(*names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-SWF = Columns("submit", task_s=Take(("run",)), label="job")
+SWF_COLUMNS = Columns("submit", task_s=ColumnSum(("run",)), label="job")
 """A job of the log is a job of the scenario, each of its tasks as long as its run time."""
 
-RUNS = Columns(
+RECORD_COLUMNS = Columns(
     "due_s",
-    tasks=Take(("tasks",), needed=False),
+    tasks=ColumnSum(("tasks",), needed=False),
     label="label",
     tenant="tenant",
     template="template",

@@ -27,76 +27,84 @@ from typing import Any
 
 from batchlab.core.errors import UsageError
 from batchlab.core.units import shown
-from batchlab.scenarios.model.values import Odd
-from batchlab.scenarios.traces.columns import RUNS, SWF, Columns, all_numbers, as_number
-from batchlab.scenarios.traces.lines import lines, unpacked
+from batchlab.scenarios.model.values import Anomaly
+from batchlab.scenarios.traces.columns import (
+    RECORD_COLUMNS,
+    SWF_COLUMNS,
+    Columns,
+    all_numbers,
+    parse_number,
+)
+from batchlab.scenarios.traces.lines import read_lines, read_unpacked
 from batchlab.scenarios.traces.rows import (
     LEFT_OUT,
-    Fields,
-    Mapper,
-    Reading,
-    check,
-    shown_names,
-    without_blanks,
+    RawRecord,
+    RowMapper,
+    TraceContent,
+    check_columns,
+    list_names,
+    skip_blank_lines,
 )
 from batchlab.scenarios.verdicts import record
 
 _OF_A_RECORD = frozenset({"scenario", "jobs", "version"})
 
 
-def read(path: Path, columns: Columns = RUNS) -> Reading:
+def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
     """UsageError where the file cannot be read, or no record has one of the columns."""
-    odd: list[Odd] = []
-    mapper = Mapper(path, columns, odd)
-    numbered = iter(without_blanks(lines(path, odd), path, odd))
+    odd: list[Anomaly] = []
+    mapper = RowMapper(path, columns, odd)
+    numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
     first = list(islice(numbered, 1))
     if first and _is_a_record(first[0][1], path):
-        return mapper.reading(_jobs(record.parse(unpacked(path), path), columns, mapper))
-    return mapper.reading(_objects(chain(first, numbered), path, columns, mapper))
+        return mapper.reading(
+            _record_jobs(record.parse(read_unpacked(path), path), columns, mapper)
+        )
+    return mapper.reading(_json_lines(chain(first, numbered), path, columns, mapper))
 
 
 def _is_a_record(line: str, path: Path) -> bool:
     """By the first line: a record is written over many, and may have been put into one."""
     if line.strip() == "{":
-        return isinstance(_parsed(unpacked(path)), dict)
-    found = _parsed(line)
+        return isinstance(_parse_json(read_unpacked(path)), dict)
+    found = _parse_json(line)
     return isinstance(found, dict) and found.keys() >= _OF_A_RECORD
 
 
-def _jobs(run: record.Record, columns: Columns, mapper: Mapper) -> Iterator[Fields]:
+def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Iterator[RawRecord]:
     names = [field.name for field in fields(record.JobRun)]
     for number, job in enumerate(run.jobs, 1):
         found = {name: getattr(job, name) for name in names}
         for name, value in found.items():
             if name.endswith("_s") and value is not None:
                 found[name] = value * run.compressed
-        yield Fields(number, _values(found, number, columns, mapper))
+        yield RawRecord(number, _selected_values(found, number, columns, mapper))
 
 
-def _objects(
-    numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: Mapper
-) -> Iterator[Fields | None]:
+def _json_lines(
+    numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: RowMapper
+) -> Iterator[RawRecord | None]:
     # Of the columns of a record only the time has to be there.
-    missing = set(columns.used()) - set(RUNS.used())
+    missing = set(columns.used()) - set(RECORD_COLUMNS.used())
     keys: list[str] = []
     for number, line in numbered:
-        found = _parsed(line)
+        found = _parse_json(line)
         if not isinstance(found, dict):
             mapper.note(number, "no JSON object", LEFT_OUT, shown(line))
             yield None
             continue
-        values = _values(found, number, columns, mapper)
+        values = _selected_values(found, number, columns, mapper)
         keys = keys or list(found)
         missing -= values.keys()
-        yield Fields(number, values)
+        yield RawRecord(number, values)
     if missing and keys:
         raise UsageError(
             f"No record of the trace {path} has {min(missing)!r}.",
-            remedy=f"The first one has: {shown_names(keys)}.",
+            remedy=f"The first one has: {list_names(keys)}.",
         )
 
 
-def _parsed(text: str | bytes) -> Any:
+def _parse_json(text: str | bytes) -> Any:
     """The value of a text; None where it is no JSON."""
     try:
         return json.loads(text)
@@ -104,15 +112,15 @@ def _parsed(text: str | bytes) -> Any:
         return None
 
 
-def _values(
-    found: Mapping[str, Any], number: int, columns: Columns, mapper: Mapper
+def _selected_values(
+    found: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper
 ) -> dict[str, object]:
     values: dict[str, object] = {}
     for name in columns.used():
         value = _value(found, name)
         if value is not None:
             values[name] = value
-    if columns.tasks == RUNS.tasks and "tasks" not in values and "planned" in found:
+    if columns.tasks == RECORD_COLUMNS.tasks and "tasks" not in values and "planned" in found:
         values["tasks"] = found["planned"]
         mapper.note(number, "no count of its first stage's tasks", "that of all stages was taken")
     return values
@@ -129,7 +137,7 @@ def _value(found: Mapping[str, Any], name: str) -> object:
     return inner
 
 
-FIELDS = (
+SWF_FIELDS = (
     "job",
     "submit",
     "wait",
@@ -156,17 +164,17 @@ _PARTIAL = frozenset({"2", "3", "4"})
 _RECORDS = re.compile(r";\s*(MaxRecords|MaxJobs)\s*:\s*(\d+)\s*", re.IGNORECASE)
 
 
-def read_swf(path: Path, columns: Columns = SWF) -> Reading:
-    """UsageError where the file cannot be read or the columns are none of FIELDS."""
-    odd: list[Odd] = []
-    mapper = Mapper(path, columns, odd, unknown=_UNKNOWN)
-    reader = _Reader(path, columns, mapper, odd)
+def read_swf(path: Path, columns: Columns = SWF_COLUMNS) -> TraceContent:
+    """UsageError where the file cannot be read or the columns are none of SWF_FIELDS."""
+    odd: list[Anomaly] = []
+    mapper = RowMapper(path, columns, odd, unknown=_UNKNOWN)
+    reader = _SwfReader(path, columns, mapper, odd)
     return mapper.reading(reader.records())
 
 
-class _Reader:
-    def __init__(self, path: Path, columns: Columns, mapper: Mapper, odd: list[Odd]) -> None:
-        check(columns.used(), FIELDS, path)
+class _SwfReader:
+    def __init__(self, path: Path, columns: Columns, mapper: RowMapper, odd: list[Anomaly]) -> None:
+        check_columns(columns.used(), SWF_FIELDS, path)
         self._path = path
         self._mapper = mapper
         self._odd = odd
@@ -174,10 +182,12 @@ class _Reader:
         self._needed = frozenset(columns.needed())
         self._promised: dict[str, tuple[int, int]] = {}
 
-    def records(self) -> Iterator[Fields | None]:
+    def records(self) -> Iterator[RawRecord | None]:
         found = 0
         jobs: set[str] = set()
-        for number, line in without_blanks(lines(self._path, self._odd), self._path, self._odd):
+        for number, line in skip_blank_lines(
+            read_lines(self._path, self._odd), self._path, self._odd
+        ):
             if line.lstrip().startswith(";"):
                 if match := _RECORDS.fullmatch(line.strip()):
                     self._promised[match[1].lower()] = (number, int(match[2]))
@@ -194,16 +204,16 @@ class _Reader:
                 f"{promised:,}, not {found:,}",
             )
 
-    def _record(self, number: int, line: str, jobs: set[str]) -> Fields | None:
+    def _record(self, number: int, line: str, jobs: set[str]) -> RawRecord | None:
         parts = line.split()
-        values = dict(zip(FIELDS, parts, strict=False))
-        if len(parts) < len(FIELDS):
+        values = dict(zip(SWF_FIELDS, parts, strict=False))
+        if len(parts) < len(SWF_FIELDS):
             enough = self._needed <= values.keys()
             done = "those that are there were read" if enough else LEFT_OUT
             self._mapper.note(number, "fewer than 18 fields", done, str(len(parts)))
             if not enough:
                 return None
-        elif len(parts) > len(FIELDS):
+        elif len(parts) > len(SWF_FIELDS):
             self._mapper.note(
                 number, "more than 18 fields", "the first 18 were read", str(len(parts))
             )
@@ -219,9 +229,9 @@ class _Reader:
         jobs.add(parts[0])
         if not all_numbers(line):
             for name, value in values.items():
-                if name not in self._used and as_number(value) is None:
+                if name not in self._used and parse_number(value) is None:
                     self._mapper.note(number, f"{name} is no number", "not needed", shown(value))
-        return Fields(number, values)
+        return RawRecord(number, values)
 
 
 _DELIMITERS = "\t;|,"
@@ -229,35 +239,35 @@ _DELIMITERS = "\t;|,"
 
 def read_table(
     path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = ""
-) -> Reading:
+) -> TraceContent:
     """`names` are those of the columns of a table without a header. Without a `delimiter` it is
     the tab, semicolon, bar or comma that the first line has most of.
 
     UsageError where the file cannot be read or lacks a column.
     """
-    odd: list[Odd] = []
-    mapper = Mapper(path, columns, odd)
-    return mapper.reading(_records(path, columns, names, delimiter, mapper, odd))
+    odd: list[Anomaly] = []
+    mapper = RowMapper(path, columns, odd)
+    return mapper.reading(_table_records(path, columns, names, delimiter, mapper, odd))
 
 
-def _records(
+def _table_records(
     path: Path,
     columns: Columns,
     names: tuple[str, ...],
     delimiter: str,
-    mapper: Mapper,
-    odd: list[Odd],
-) -> Iterator[Fields | None]:
-    numbered = iter(without_blanks(lines(path, odd), path, odd))
+    mapper: RowMapper,
+    odd: list[Anomaly],
+) -> Iterator[RawRecord | None]:
+    numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
     header = tuple(names)
     if header:
-        check(columns.used(), header, path)
+        check_columns(columns.used(), header, path)
     for number, line in numbered:
-        delimiter = delimiter or _delimiter(line)
-        parts = _parts(line, delimiter)
+        delimiter = delimiter or _guess_delimiter(line)
+        parts = _split_line(line, delimiter)
         if not header:
             header = tuple(part.strip() for part in parts or ())
-            check(columns.used(), header, path)
+            check_columns(columns.used(), header, path)
             continue
         if parts is None:
             mapper.note(number, "a quote that is not closed", LEFT_OUT)
@@ -269,17 +279,17 @@ def _records(
         elif len(parts) < len(header):
             done = "those that are there were read"
             mapper.note(number, "fewer fields than columns", done, str(len(parts)))
-        yield Fields(number, dict(zip(header, map(str.strip, parts), strict=False)))
+        yield RawRecord(number, dict(zip(header, map(str.strip, parts), strict=False)))
     if not header:
         raise UsageError(f"The trace {path} is empty.", remedy="Name a file with records.")
 
 
-def _delimiter(line: str) -> str:
+def _guess_delimiter(line: str) -> str:
     found = max(_DELIMITERS, key=line.count)
     return found if found in line else ","
 
 
-def _parts(line: str, delimiter: str) -> list[str] | None:
+def _split_line(line: str, delimiter: str) -> list[str] | None:
     """The fields of one line; None where they cannot be told."""
     if '"' not in line:
         return line.split(delimiter)

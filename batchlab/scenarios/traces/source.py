@@ -16,10 +16,10 @@ from random import Random
 from typing import Self
 
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.model.values import Arrival, Odd
+from batchlab.scenarios.model.values import Anomaly, Arrival
 from batchlab.scenarios.traces import formats
-from batchlab.scenarios.traces.columns import RUNS, SWF, Columns, Kind
-from batchlab.scenarios.traces.rows import Reading, Row, said
+from batchlab.scenarios.traces.columns import RECORD_COLUMNS, SWF_COLUMNS, Columns, TimestampKind
+from batchlab.scenarios.traces.rows import TraceContent, TraceRow, describe
 
 
 class TraceFormat(StrEnum):
@@ -32,8 +32,8 @@ class TraceFormat(StrEnum):
 class Trace:
     """Jobs of `template` (where that is empty, of the one each record names) as `path` has them.
 
-    `columns` None is the format's own: `SWF` or `RUNS`; a table has none. `names` and `delimiter`
-    are a table's. Of the trace, what comes from `from_s` on until `until_s` after its first job,
+    `columns` None is the format's own: `SWF_COLUMNS` or `RECORD_COLUMNS`; a table has none.
+    `names` and `delimiter` are a table's. Of the trace, what comes from `from_s` on until `until_s` after its first job,
     and no more than `limit` jobs. `speed` is what the scenario has been compressed by.
     """
 
@@ -88,7 +88,7 @@ class Trace:
                 row.tenant,
             )
 
-    def odd(self) -> tuple[Odd, ...]:
+    def odd(self) -> tuple[Anomaly, ...]:
         """Of the whole trace, also where only a part of it is used."""
         return self.reading().odd
 
@@ -96,7 +96,7 @@ class Trace:
         """What time it was at second 0 of the scenario, as ISO 8601, without a zone where the trace
         has none; "" where its times are numbers."""
         reading = self.reading()
-        if not reading.rows or reading.kind not in (Kind.ZONED, Kind.LOCAL):
+        if not reading.rows or reading.kind not in (TimestampKind.ZONED, TimestampKind.LOCAL):
             return ""
         at_s = round(reading.rows[0].at_s + self.from_s - self.starts_s)
         try:
@@ -104,12 +104,12 @@ class Trace:
         except OverflowError:
             return ""
         text = moment.replace(tzinfo=None).isoformat()
-        return f"{text}Z" if reading.kind is Kind.ZONED else text
+        return f"{text}Z" if reading.kind is TimestampKind.ZONED else text
 
     def compressed(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
-    def reading(self) -> Reading:
+    def reading(self) -> TraceContent:
         """The whole trace. UsageError where it cannot be read."""
         try:
             state = self.path.stat()
@@ -118,9 +118,9 @@ class Trace:
         else:
             stamp = (state.st_mtime_ns, state.st_size)
         columns = replace(self._map(), template="") if self.template else self._map()
-        return _read(self.path, self.format, columns, self.names, self.delimiter, stamp)
+        return _read_cached(self.path, self.format, columns, self.names, self.delimiter, stamp)
 
-    def _useless(self, reading: Reading) -> UsageError:
+    def _useless(self, reading: TraceContent) -> UsageError:
         if not reading.records:
             return UsageError(
                 f"The trace {self.path} has no records.", remedy="Name a file with records."
@@ -131,16 +131,18 @@ class Trace:
                 " A date that is not written as 2026-10-31 18:05:00 needs its form, such as "
                 'unit: "%d.%m.%Y %H:%M:%S".'
             )
-        first = f" The first that is odd: {said(reading.odd[0])}." if reading.odd else ""
+        first = f" The first that is odd: {describe(reading.odd[0])}." if reading.odd else ""
         return UsageError(
             f"None of the {reading.records:,} records of the trace {self.path} can be used.{first}",
             remedy=remedy,
         )
 
     def _map(self) -> Columns:
-        return self.columns or (RUNS if self.format is TraceFormat.JSONL else SWF)
+        return self.columns or (RECORD_COLUMNS if self.format is TraceFormat.JSONL else SWF_COLUMNS)
 
-    def _placed(self, rows: tuple[Row, ...], random: Random) -> Iterator[tuple[float, Row]]:
+    def _placed(
+        self, rows: tuple[TraceRow, ...], random: Random
+    ) -> Iterator[tuple[float, TraceRow]]:
         """When each job arrives, in order, in seconds after the first."""
         begin_s = rows[0].at_s
         scale = self._map().scale
@@ -153,11 +155,11 @@ class Trace:
             counted += row.jobs * scale
             due = floor(counted + 1e-9) - sent
             sent += due
-            for moment_s in _spread(due, row.wide_s, random):
+            for moment_s in _random_times(due, row.wide_s, random):
                 yield row.at_s - begin_s + moment_s, row
 
 
-def _spread(count: int, wide_s: float, random: Random) -> Iterator[float]:
+def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
     """`count` moments, each anywhere within `wide_s`, in order and without making them all: of k
     uniform numbers the largest is distributed as the k-th root of one."""
     left = 1.0
@@ -167,17 +169,17 @@ def _spread(count: int, wide_s: float, random: Random) -> Iterator[float]:
 
 
 @lru_cache(maxsize=4)
-def _read(
+def _read_cached(
     path: Path,
     form: TraceFormat,
     columns: Columns,
     names: tuple[str, ...],
     delimiter: str,
     stamp: tuple[int, int],  # noqa: ARG001 - a file that has changed is read again
-) -> Reading:
+) -> TraceContent:
     """Kept, since arrivals and oddities are asked for separately and more than once."""
     if form is TraceFormat.SWF:
         return formats.read_swf(path, columns)
     if form is TraceFormat.JSONL:
-        return formats.read(path, columns)
+        return formats.read_jsonl(path, columns)
     return formats.read_table(path, columns, names=names, delimiter=delimiter)

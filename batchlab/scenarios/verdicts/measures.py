@@ -35,7 +35,7 @@ class Unknown:
 
 
 Measured = float | Unknown
-_NOT_ASKED = Unknown("nobody could be asked what was thrown away")
+_WASTE_UNKNOWN = Unknown("nobody could be asked what was thrown away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,6 @@ def quantile(numbers: Iterable[float], share: float) -> float:
     if not ordered:
         raise ValueError("a quantile of nothing")
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
-
-
-# --- Jobs ----------------------------------------------------------------------------------------
 
 
 def _jobs(record: Record, template: str) -> Sequence[JobRun]:
@@ -86,7 +83,7 @@ def turnarounds_s(record: Record, template: str) -> list[float]:
     ]
 
 
-def _at(
+def _quantile_measure(
     share: float, times_s: Callable[[Record, str], list[float]]
 ) -> Callable[[Record, str], Measured]:
     def of(record: Record, template: str) -> Measured:
@@ -124,9 +121,6 @@ def _failed_jobs(record: Record, template: str) -> Measured:
     return bad_ones if jobs else Unknown("there is no such job")
 
 
-# --- The fleet -----------------------------------------------------------------------------------
-
-
 def end_s(record: Record) -> float:
     """When the last thing happened that the record tells of."""
     return max(
@@ -139,7 +133,7 @@ def end_s(record: Record) -> float:
     )
 
 
-def fleet(record: Record) -> list[tuple[float, int]]:
+def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     """Instances in service, all pools together: from each of these moments on so many. By what was
     sampled; where nothing was, by each instance's own times."""
     if record.samples:
@@ -161,13 +155,13 @@ def fleet(record: Record) -> list[tuple[float, int]]:
 
 
 def _peak_fleet(record: Record, _: str) -> Measured:
-    return float(max((count for _, count in fleet(record)), default=0))
+    return float(max((count for _, count in fleet_sizes(record)), default=0))
 
 
 def _least_fleet(record: Record, _: str) -> Measured:
     ends = [job.ended_s for job in record.jobs if job.ended_s is not None]
     last_s = max(ends) if len(ends) == len(record.jobs) and ends else math.inf
-    found = fleet(record)
+    found = fleet_sizes(record)
     first = next((i for i, (_, count) in enumerate(found) if count), None)
     if first is None:
         return Unknown("no instance was ever in service")
@@ -183,17 +177,17 @@ def _flapping(record: Record, _: str) -> Measured:
     if not record.samples:
         return Unknown("the record has no samples of the fleet")
     pools = {name for sample in record.samples for name in sample.pools}
-    return float(sum(_turns(record, pool, 2 * cooldown_s) for pool in pools))
+    return float(sum(_count_turns(record, pool, 2 * cooldown_s) for pool in pools))
 
 
-def _turns(record: Record, pool: str, within_s: float) -> int:
+def _count_turns(record: Record, pool: str, within_s: float) -> int:
     """How often desired capacity went the other way within that time of its last change."""
     seen = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
     steps = [(b[0], b[1] > a[1]) for a, b in pairwise(seen) if a[1] != b[1]]
     return sum(a[1] != b[1] and b[0] - a[0] <= within_s for a, b in pairwise(steps))
 
 
-def lives_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
+def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
     """Each instance with the seconds from its launch to its end, or to the run's."""
     last_s = end_s(record)
     for one in record.instances:
@@ -203,18 +197,15 @@ def lives_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
 def _idle_share(record: Record, _: str) -> Measured:
     there_s = sum(
         life_s * record.pools[one.pool][2]
-        for one, life_s in lives_s(record)
+        for one, life_s in lifetimes_s(record)
         if one.pool in record.pools
     )
     if not there_s:
         return Unknown("no instance was ever there")
     if record.again_s is None:
-        return _NOT_ASKED
+        return _WASTE_UNKNOWN
     used_s = sum(stage.run_s * stage.slots for stage in record.stages) + record.again_s
     return min(1.0, max(0.0, 1.0 - used_s / there_s))
-
-
-# --- All of them ---------------------------------------------------------------------------------
 
 
 def _cost(record: Record, _: str) -> Measured:
@@ -230,28 +221,28 @@ _ALL = (
         "p50_wait",
         _TIME,
         "from due to the first task's start: half of all jobs wait no longer",
-        _at(0.5, waits_s),
+        _quantile_measure(0.5, waits_s),
         True,
     ),
     Measure(
         "p95_wait",
         _TIME,
         "from due to the first task's start: 95 of 100 jobs wait no longer",
-        _at(0.95, waits_s),
+        _quantile_measure(0.95, waits_s),
         True,
     ),
     Measure(
         "max_wait",
         _TIME,
         "from due to the first task's start: no job waits longer",
-        _at(1.0, waits_s),
+        _quantile_measure(1.0, waits_s),
         True,
     ),
     Measure(
         "p95_turnaround",
         _TIME,
         "from due to its end: 95 of 100 jobs take no longer",
-        _at(0.95, turnarounds_s),
+        _quantile_measure(0.95, turnarounds_s),
         True,
     ),
     Measure("late", _NUMBER, "jobs that missed their deadline", _late, True),
@@ -287,7 +278,7 @@ _ALL = (
         "again",
         _TIME,
         "slot time of runs that were thrown away or failed",
-        lambda record, _: _NOT_ASKED if record.again_s is None else record.again_s,
+        lambda record, _: _WASTE_UNKNOWN if record.again_s is None else record.again_s,
     ),
     Measure(
         "idle_share",

@@ -122,7 +122,7 @@ class InstanceRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Injected:
+class InjectedFault:
     """A fault that was injected. `evidence` is what was seen that shows that it happened; a fault
     that could not be has `impossible` set to the reason. `trouble` is what did not go as it
     should: it failed, its effect was not seen in time, or something could not be undone."""
@@ -155,7 +155,7 @@ class Record:
     stages: tuple[StageRun, ...]
     samples: tuple[Sample, ...]
     instances: tuple[InstanceRun, ...]
-    faults: tuple[Injected, ...] = ()
+    faults: tuple[InjectedFault, ...] = ()
     lost: int = 0
     duplicates: int = 0
     instance_s: float = 0.0

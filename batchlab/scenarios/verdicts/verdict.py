@@ -14,7 +14,7 @@ from enum import StrEnum
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Expectation
 from batchlab.scenarios.verdicts.measures import MEASURES, Measure, Unit, Unknown
-from batchlab.scenarios.verdicts.record import Injected, Record
+from batchlab.scenarios.verdicts.record import InjectedFault, Record
 
 ENDED = "ended"
 """The row that says whether the run came to its end."""
@@ -24,7 +24,7 @@ _SLACK = 1e-9
 """Relative: 9 h are not exceeded by the last digit of a sum."""
 
 
-class Colour(StrEnum):
+class Color(StrEnum):
     """What became of an expectation."""
 
     GREEN = "green"
@@ -33,7 +33,7 @@ class Colour(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class VerdictRow:
     """One expectation and what was measured, in `unit`; `template` "" is all jobs. `measured` is
     None where nothing could be, and infinite where something never ended. `why` says why it is
     not green."""
@@ -44,7 +44,7 @@ class Row:
     least: float | None
     most: float | None
     measured: float | None
-    colour: Colour
+    colour: Color
     why: str = ""
 
     def to_json(self) -> dict[str, object]:
@@ -62,31 +62,31 @@ class Row:
         }
 
 
-def judge(record: Record, expectations: Iterable[Expectation]) -> list[Row]:
+def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
     """One row for each expectation, and before them what hangs over all: a run that was cut is
     red, a fault that could not be injected, or not as it should, leaves it open what it would have
     done. UsageError for a measure that there is not."""
-    return [*_overall(record), *(_judged(record, one) for one in expectations)]
+    return [*_judge_run(record), *(_judge_one(record, one) for one in expectations)]
 
 
-def is_red(rows: Iterable[Row]) -> bool:
+def is_red(rows: Iterable[VerdictRow]) -> bool:
     """Whether a gate shall close."""
-    return any(row.colour is Colour.RED for row in rows)
+    return any(row.colour is Color.RED for row in rows)
 
 
-def _overall(record: Record) -> Iterator[Row]:
+def _judge_run(record: Record) -> Iterator[VerdictRow]:
     if record.cut:
-        yield Row(ENDED, "", Unit.NUMBER, None, None, None, Colour.RED, record.cut)
+        yield VerdictRow(ENDED, "", Unit.NUMBER, None, None, None, Color.RED, record.cut)
     if not record.jobs:
         why = "nothing arrived, so nothing was tried"
-        yield Row(ARRIVALS, "", Unit.NUMBER, 1, None, 0, Colour.RED, why)
+        yield VerdictRow(ARRIVALS, "", Unit.NUMBER, 1, None, 0, Color.RED, why)
     for fault in record.faults:
-        if why := unclear(fault):
+        if why := uncertainty(fault):
             name = f"fault {fault.name}"
-            yield Row(name, "", Unit.NUMBER, None, None, None, Colour.NOT_JUDGED, why)
+            yield VerdictRow(name, "", Unit.NUMBER, None, None, None, Color.NOT_JUDGED, why)
 
 
-def unclear(fault: Injected) -> str:
+def uncertainty(fault: InjectedFault) -> str:
     """Why it is not known what a fault would have done; empty where it was as it should be."""
     if fault.impossible:
         return f"it could not be injected: {fault.impossible}"
@@ -108,12 +108,12 @@ def measure_of(name: str, template: str = "") -> Measure:
     return measure
 
 
-def _judged(record: Record, wanted: Expectation) -> Row:
+def _judge_one(record: Record, wanted: Expectation) -> VerdictRow:
     measure = measure_of(wanted.measure, wanted.template)
     measured = measure.of(record, wanted.template)
     number = None if isinstance(measured, Unknown) else measured
-    colour, why = _colour(record, measure, wanted, measured)
-    return Row(
+    colour, why = _color(record, measure, wanted, measured)
+    return VerdictRow(
         wanted.measure,
         wanted.template,
         measure.unit,
@@ -125,20 +125,20 @@ def _judged(record: Record, wanted: Expectation) -> Row:
     )
 
 
-def _colour(
+def _color(
     record: Record, measure: Measure, wanted: Expectation, measured: float | Unknown
-) -> tuple[Colour, str]:
+) -> tuple[Color, str]:
     if measure.unit is Unit.USD and record.compressed != 1:
-        return Colour.NOT_JUDGED, "money is not judged in a compressed run"
+        return Color.NOT_JUDGED, "money is not judged in a compressed run"
     if isinstance(measured, Unknown):
-        return Colour.NOT_JUDGED, measured.why
+        return Color.NOT_JUDGED, measured.why
     if math.isinf(measured):
-        return Colour.RED, "it never ended"
+        return Color.RED, "it never ended"
     if wanted.most is not None and measured > wanted.most + _SLACK * abs(wanted.most):
-        return Colour.RED, "more than expected"
+        return Color.RED, "more than expected"
     if wanted.least is not None and measured < wanted.least - _SLACK * abs(wanted.least):
         # In a run that was cut it might still have grown, but then the row `ended` is red.
-        return Colour.RED, "less than expected"
+        return Color.RED, "less than expected"
     if record.cut:
-        return Colour.NOT_JUDGED, "the run was cut before it had ended"
-    return Colour.GREEN, ""
+        return Color.NOT_JUDGED, "the run was cut before it had ended"
+    return Color.GREEN, ""

@@ -16,8 +16,8 @@ from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.deployment import Deployment
 from batchlab.runtime.compose.project import LABEL
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.containers import SERVICE, Containers
-from batchlab.scenarios.faults.fault_injection import Scene
+from batchlab.scenarios.faults.containers import SERVICE, ContainerFaults
+from batchlab.scenarios.faults.fault_injection import TargetGrid
 from tests.support.scenarios.cancelled_faults import CALL_S, Manager
 
 T = TypeVar("T")
@@ -190,8 +190,8 @@ class DockerWorld:
         }
         instances = {f"c-{name}": container({INSTANCE: name}) for name in self.manager.names}
         self.docker = Docker({**services, **instances}, **docker)
-        self.scene = Scene(factory.load("localstack"), home, self.manager)
-        self.there = Containers(self.scene)
+        self.scene = TargetGrid(factory.load("localstack"), home, self.manager)
+        self.there = ContainerFaults(self.scene)
         self.there.engine = cast("Engine", FakeEngine(self.docker))
 
     def stands(self) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from batchlab.client.http import Client
-from batchlab.scenarios.faults.fault_injection import Seen
+from batchlab.scenarios.faults.fault_injection import FaultResult
 from tests.scenarios.test_fault_table import grid, instance
 
 CALL_S = 0.002
@@ -52,7 +52,7 @@ class Steps:
     waits: int = 0
     cancelled: bool = field(default=False, init=False)
 
-    async def run(self, doing: Coroutine[Any, Any, Seen]) -> Seen | None:
+    async def run(self, doing: Coroutine[Any, Any, FaultResult]) -> FaultResult | None:
         try:
             return await _Counted(doing, self)
         except asyncio.CancelledError:
@@ -67,21 +67,21 @@ class Steps:
             task.cancel()
 
 
-class _Counted(Awaitable[Seen]):
+class _Counted(Awaitable[FaultResult]):
     """The coroutine, with every moment at which it waits told of."""
 
-    def __init__(self, doing: Coroutine[Any, Any, Seen], steps: Steps) -> None:
+    def __init__(self, doing: Coroutine[Any, Any, FaultResult], steps: Steps) -> None:
         self._doing = doing
         self._steps = steps
 
-    def __await__(self) -> Generator[Any, Any, Seen]:
+    def __await__(self) -> Generator[Any, Any, FaultResult]:
         inner = self._doing.__await__()
         told: Callable[[], Any] = lambda: next(inner)  # noqa: E731 - one of two
         while True:
             try:
                 waited_for = told()
             except StopIteration as end:
-                return cast("Seen", end.value)
+                return cast("FaultResult", end.value)
             self._steps.waiting()
             try:
                 yield waited_for
@@ -96,7 +96,7 @@ def _thrown(inner: Generator[Any, Any, Any], error: BaseException) -> Callable[[
 
 
 def at_every_wait(
-    world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, Seen]]
+    world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, FaultResult]]
 ) -> int:
     """Do that harm to a fresh world again and again, cancelled at its first wait, its second and
     so on until it comes to its end; nothing may stand at any time. How often it waited."""

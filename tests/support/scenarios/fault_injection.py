@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BackendError
-from batchlab.scenarios.faults.fault_injection import Injector, injector_for
-from batchlab.scenarios.faults.proxy import Front
+from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
+from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import Injected
+from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 
@@ -40,7 +40,7 @@ stages:
 """
 
 
-def number(pattern: str, seen: Injected) -> float:
+def number(pattern: str, seen: InjectedFault) -> float:
     """The figure that the evidence has there."""
     found = re.search(pattern, seen.evidence)
     assert found, seen
@@ -57,10 +57,10 @@ class Work:
     """A job whose result is known. `hurt` does harm to the grid that it runs on."""
 
     grid: LocalGrid
-    front: Front | None
+    front: FaultProxy | None
     job: str
 
-    def injecting(self, do: Callable[[Injector], Coroutine[Any, Any, T]]) -> T:
+    def injecting(self, do: Callable[[FaultInjector], Coroutine[Any, Any, T]]) -> T:
         async def run() -> T:
             grid = self.grid
             injector = injector_for(
@@ -78,7 +78,7 @@ class Work:
 
         return asyncio.run(run())
 
-    def hurt(self, name: FaultName, **more: Any) -> Injected:
+    def hurt(self, name: FaultName, **more: Any) -> InjectedFault:
         seen = self.injecting(lambda injector: injector.inject(Fault(name, 0.0, **more), 0.0))
         print(f"{self.grid.backend.name}, {name}: {seen.impossible or seen.evidence}")
         return seen
@@ -90,7 +90,7 @@ class Bench:
 
     grid: LocalGrid
     folder: Path
-    front: Front | None = None
+    front: FaultProxy | None = None
     numbers: Iterator[int] = field(default_factory=count)
 
     @contextmanager

@@ -10,10 +10,10 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.grid import Options
+from batchlab.scenarios.forecast.grid import ForecastOptions
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import (
-    Draw,
+    Distribution,
     JobTemplate,
     PoolPlan,
     Scenario,
@@ -49,10 +49,10 @@ LIKE: Backend = replace(
     ),
 )
 NOTHING = Calibration("ideal", call_s=(0.0, 0.0))
-IN_ORDER = Options(fifo=True, max_wait_s=HOUR_S)
+IN_ORDER = ForecastOptions(fifo=True, max_wait_s=HOUR_S)
 
 
-def servers(source: Source, count: int, task_s: Draw | None = None) -> Scenario:
+def servers(source: Source, count: int, task_s: Distribution | None = None) -> Scenario:
     """Jobs of one task each for `count` slots, first come first served."""
     stage = StageTemplate("run", task_s or Constant(1.0), bundle=1)
     template = JobTemplate("job", (stage,), Constant(1))

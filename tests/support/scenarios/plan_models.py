@@ -11,10 +11,10 @@ from typing import Any
 from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
 from batchlab.scenarios.model.values import Fault, FaultName, Policy, PoolPlan, Scenario
-from batchlab.scenarios.planner.candidates import Fleet, Goal
+from batchlab.scenarios.planner.candidates import Goal, PoolConfig
 from batchlab.scenarios.planner.plan import Plan
 from batchlab.scenarios.planner.planner import Search
-from batchlab.scenarios.verdicts.record import Injected, PoolSample, Record, Sample, StageRun
+from batchlab.scenarios.verdicts.record import InjectedFault, PoolSample, Record, Sample, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
 USD_H = 0.1
@@ -96,7 +96,7 @@ class Grid:
             stages=(work,),
             samples=samples,
             instances=(launched,),
-            faults=tuple(Injected("spot-wave", one.at_s, impossible=missed) for one in waves),
+            faults=tuple(InjectedFault("spot-wave", one.at_s, impossible=missed) for one in waves),
             usd=rate * paid_s / 3600,
         )
 
@@ -137,6 +137,6 @@ def a_plan(grid: Any, goal: Goal, scenario: Scenario | None = None, **more: Any)
     return found
 
 
-def the_fleet(plan: Plan) -> Fleet:
+def the_fleet(plan: Plan) -> PoolConfig:
     (fleet,) = plan.chosen.candidate.fleets
     return fleet

@@ -12,7 +12,7 @@ from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool
 from batchlab.runtime import factory, manager_process, settings
 from batchlab.runtime.home import Home
-from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant, Lognormal
 from batchlab.scenarios.model.values import (
     JobTemplate,
@@ -59,7 +59,7 @@ def scenario(
         "small",
         "A few jobs.",
         {job.name: job for job in jobs},
-        tuple(At(template=job.name, moments=at) for job in jobs),
+        tuple(FixedTimes(template=job.name, moments=at) for job in jobs),
         **{
             "pools": (PoolPlan(Pool("default", 0, 2, 2)),),
             "policy": Policy(drain_target_s=3.0, cooldown_in_s=2.0, idle_s=1.0),
@@ -72,7 +72,7 @@ def scenario(
 def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
     """A grid on `local` with the scenario's pools and policy."""
     backend = factory.load("local")
-    with settings.said(home, grid_fit.settings_of(wanted.policy), why="For a test."):
+    with settings.said(home, grid_fit.policy_settings(wanted.policy), why="For a test."):
         pools = [plan.pool for plan in wanted.pools]
         manager_process.start_manager(home, backend, pools=pools, parent=True)
         try:

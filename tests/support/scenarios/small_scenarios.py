@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchlab.core.model import Pool
-from batchlab.scenarios.model.arrivals import At
+from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant, Lognormal
 from batchlab.scenarios.model.values import (
     Fault,
@@ -39,7 +39,7 @@ def claims(
         "claims",
         "Claims come one after the other.",
         {"claims": template},
-        (At(template="claims", moments=moments),),
+        (FixedTimes(template="claims", moments=moments),),
         (pool or PoolPlan(Pool("default", 0, 6, 2, 90.0, instance_type="m7i.large"), 0.5),),
         zones=zones,
         faults=faults,

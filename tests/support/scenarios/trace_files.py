@@ -7,11 +7,14 @@ from pathlib import Path
 from random import Random
 
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces import SWF, Columns, Take, Trace, TraceFormat
+from batchlab.scenarios.traces.columns import SWF_COLUMNS, Columns, ColumnSum
+from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 JOB = "{n} {at} -1 {run} 4 -1 -1 8 -1 -1 1 12 3 -1 0 -1 -1 -1"
-LOG = Columns("at", tasks=Take(("size",), per=10), task_s=Take(("ms",), per=1000), label="name")
-PROCESSORS = replace(SWF, tasks=Take(("processors",)))
+LOG = Columns(
+    "at", tasks=ColumnSum(("size",), per=10), task_s=ColumnSum(("ms",), per=1000), label="name"
+)
+PROCESSORS = replace(SWF_COLUMNS, tasks=ColumnSum(("processors",)))
 
 
 def job(n: int, at: float = 0, run: float = 5) -> str:
@@ -24,7 +27,7 @@ def written(folder: Path, text: str | bytes, name: str = "trace") -> Path:
     return path
 
 
-def swf(path: Path, columns: Columns = SWF) -> Trace:
+def swf(path: Path, columns: Columns = SWF_COLUMNS) -> Trace:
     return Trace(template="j", path=path, format=TraceFormat.SWF, columns=columns)
 
 
