@@ -18,8 +18,7 @@ from batchlab.cli import output
 from batchlab.core.pricing.money import shown
 from batchlab.scenarios.model.demand_curve import Curve, PoolLoad
 from batchlab.scenarios.model.values import LASTING_FAULTS, Fault, FaultName, Scenario
-from batchlab.scenarios.verdicts.measures import Unit
-from batchlab.scenarios.verdicts.verdict import Color, VerdictRow
+from batchlab.scenarios.verdicts import Color, Unit, VerdictRow
 
 _BLOCKS, _LINE, _FLOOR, _MARKS = " ▁▂▃▄▅▆▇█", "┄", "─", "123456789abcdefghijklmnopqrstuvwxyz"
 _PLAIN_BLOCKS, _PLAIN_LINE, _PLAIN_FLOOR = " ....::##", "-", "-"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from batchlab.scenarios.model.values import Scenario
     from batchlab.scenarios.planner.candidates import Goal
     from batchlab.scenarios.planner.planner import Search, SearchProgress
-    from batchlab.scenarios.verdicts.record import Record
+    from batchlab.scenarios.record import Record
 
 RECORD = "A file that `scenario simulate` or `scenario replay` has written with --out."
 
@@ -218,8 +218,8 @@ def compare(
     Example: batchlab scenario compare forecast.json fact.json
     """
     from batchlab.cli import simulate as comparing
+    from batchlab.scenarios import record
     from batchlab.scenarios.forecast import comparison
-    from batchlab.scenarios.verdicts import record
 
     found = comparison.compare(record.read(forecast), record.read(fact))
     if json:
@@ -253,8 +253,8 @@ def calibrate(
     \b
     Example: batchlab scenario calibrate monday.json tuesday.json --out local.json
     """
+    from batchlab.scenarios import record
     from batchlab.scenarios.forecast import calibration as numbers
-    from batchlab.scenarios.verdicts import record
 
     found = numbers.calibrate([record.read(path) for path in records])
     if out is not None:

@@ -122,8 +122,8 @@ def _too_dear(plan: Plan) -> str:
     costs = [one.usd for one in plan.outcomes]
     told = (
         f"No fleet was found that is in time for {budget} in {REQUIRED_SHARE:.0%} of all seeds. "
-        f"The nearest is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} on average and "
-        f"{shown(max(costs))} at most."
+        f"The nearest is both in {plan.met.met} of {plan.met.of}: it costs {shown(mean(costs))} "
+        f"on average and {shown(max(costs))} at most."
     )
     if (other := plan.affordable) is not None and other.candidate != plan.chosen.candidate:
         return f"{told} For that budget the fastest is done after {_span(other.finish_s)}."

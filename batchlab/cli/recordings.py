@@ -85,8 +85,8 @@ def _is_same(record: Path, path: Path) -> bool:
 
 
 def _of_record(request: Request) -> RecordedWorkload:
+    from batchlab.scenarios import record as records
     from batchlab.scenarios.replay import recording
-    from batchlab.scenarios.verdicts import record as records
 
     assert request.record
     found = records.read(request.record)

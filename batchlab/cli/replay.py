@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
     from batchlab.scenarios.forecast.comparison import Comparison
     from batchlab.scenarios.model.values import Scenario
-    from batchlab.scenarios.verdicts.record import Record
+    from batchlab.scenarios.record import Record
 
 FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
 """Faults that a front before the endpoint brings, where the endpoint can have one."""
@@ -79,9 +79,9 @@ def run(request: Request, *, json: bool) -> None:
     was interrupted."""
     from batchlab.cli.simulate import calibrated
     from batchlab.runtime import factory
+    from batchlab.scenarios import verdicts
     from batchlab.scenarios.model import loader
     from batchlab.scenarios.model.expansion import compress_scenario
-    from batchlab.scenarios.verdicts import verdict
 
     backend = factory.load(request.backend, request.endpoint)
     if backend.capabilities.simulated:
@@ -107,7 +107,7 @@ def run(request: Request, *, json: bool) -> None:
     path = request.out or _free(request.home.records, scenario.name)
     found = _replayed(request, backend, scenario, path)
     _tell_late(found)
-    rows = verdict.judge(found, scenario.expect)
+    rows = verdicts.judge(found, scenario.expect)
     comparison = None
     if request.forecast and not found.cut:
         comparison = _compared(request, backend, scenario, found, calibration)
@@ -115,7 +115,7 @@ def run(request: Request, *, json: bool) -> None:
         output.show_json(
             {
                 "record": str(path),
-                "red": verdict.is_red(rows),
+                "red": verdicts.is_red(rows),
                 "cut": found.cut,
                 "verdict": [row.to_json() for row in rows],
                 "comparison": comparison.to_json() if comparison else None,
@@ -133,7 +133,7 @@ def run(request: Request, *, json: bool) -> None:
         )
     if found.cut == INTERRUPTED:
         raise typer.Exit(signals.INTERRUPTED)
-    if verdict.is_red(rows):
+    if verdicts.is_red(rows):
         raise typer.Exit(1)
 
 
@@ -173,13 +173,13 @@ def _free(folder: Path, name: str) -> Path:
 
 def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path) -> Record:
     from batchlab.runtime import settings
-    from batchlab.scenarios.faults import spot_market
-    from batchlab.scenarios.replay import grid_fit
-    from batchlab.scenarios.verdicts import record as records
+    from batchlab.scenarios import record as records
+    from batchlab.scenarios.faults import autoscaling_groups
+    from batchlab.scenarios.replay import driver
 
     home = request.home
     is_fixed = backend.capabilities.fixed_pools
-    policy = {} if is_fixed else grid_fit.policy_settings(scenario.policy)
+    policy = {} if is_fixed else driver.policy_settings(scenario.policy)
     is_up = home.record() is not None
     with ExitStack() as stack:
         front = None
@@ -191,7 +191,7 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
-        stack.enter_context(spot_market.with_spot_shares(backend, home, spot))
+        stack.enter_context(autoscaling_groups.with_spot_shares(backend, home, spot))
         found = asyncio.run(_run(request, session, scenario, front))
         # Before all that was changed for it is put back, which may fail.
         records.write(found, path)

@@ -64,7 +64,7 @@ def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
 
 def meant(runs: Sequence[str]) -> Iterator[str]:
     """Each run, and in place of a replay's record those of all its jobs; UsageError."""
-    from batchlab.scenarios.verdicts import record
+    from batchlab.scenarios import record
 
     for run in runs:
         path = Path(run)

@@ -31,14 +31,14 @@ from batchlab.cli.options import (
 from batchlab.cli.signals import Stopped
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
-from batchlab.scenarios.verdicts.measures import Unit
+from batchlab.scenarios.verdicts import Unit
 
 if TYPE_CHECKING:
     from batchlab.runtime.descriptor import Calibration
     from batchlab.scenarios.forecast.simulate import SimulationProgress as Seen
     from batchlab.scenarios.model.values import Scenario
-    from batchlab.scenarios.verdicts.record import Record
-    from batchlab.scenarios.verdicts.verdict import VerdictRow
+    from batchlab.scenarios.record import Record
+    from batchlab.scenarios.verdicts import VerdictRow
 
 SOMETIMES_S = 10.0
 """Where stderr is no terminal, progress is told so often."""
@@ -100,10 +100,10 @@ def simulate(
     """
     from batchlab.core.pricing import price_book
     from batchlab.runtime import factory
+    from batchlab.scenarios import record, verdicts
     from batchlab.scenarios.forecast.simulate import simulate as run
     from batchlab.scenarios.model import loader
     from batchlab.scenarios.model.expansion import compress_scenario
-    from batchlab.scenarios.verdicts import record, verdict
     from batchlab.sim.actors import let_the_dead_rest
 
     found = compress_scenario(loader.load(loader.find(scenario)), compress)
@@ -134,13 +134,13 @@ def simulate(
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if out:
         record.write(made, out)
-    rows = verdict.judge(made, found.expect)
+    rows = verdicts.judge(made, found.expect)
     if json:
         output.show_json(_facts(made, rows))
     else:
         output.show(_text(made, rows))
         _tell_next(scenario, made, rows)
-    if verdict.is_red(rows):
+    if verdicts.is_red(rows):
         raise typer.Exit(1)
 
 
@@ -159,11 +159,10 @@ def calibrated(file: Path | None, backend: str, compressed: float) -> Calibratio
 
 def _tell_long(scenario: Scenario, seed: int | None) -> None:
     """A word before what would keep somebody waiting for long, which may be a slip in a trace."""
-    from batchlab.scenarios.model import distributions
-    from batchlab.scenarios.model.expansion import expand
+    from batchlab.scenarios.model.expansion import expand, stage_sizes
 
     jobs = expand(scenario, seed).jobs
-    tasks = sum(sum(distributions.stage_sizes(job.template, job.tasks).values()) for job in jobs)
+    tasks = sum(sum(stage_sizes(job.template, job.tasks).values()) for job in jobs)
     if tasks >= MANY_TASKS:
         output.say(
             f"{output.count(tasks, 'task')} take up to about {output.span(tasks / TASKS_A_S)} "
@@ -174,7 +173,7 @@ def _tell_long(scenario: Scenario, seed: int | None) -> None:
 def _tell_next(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
     """Who looks for a fleet that is in time, where this one is not."""
     from batchlab.cli.plan_output import duration
-    from batchlab.scenarios.verdicts.verdict import Color
+    from batchlab.scenarios.verdicts import Color
 
     late = [row for row in rows if row.colour is Color.RED and row.measure in ("makespan", "late")]
     if late:
@@ -188,14 +187,14 @@ def _tell_next(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
 
 
 def _facts(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
-    from batchlab.scenarios.verdicts import verdict
+    from batchlab.scenarios import verdicts
 
     return {
         "scenario": made.scenario,
         "seed": made.seed,
         "like": made.backend,
         "compressed": made.compressed,
-        "red": verdict.is_red(rows),
+        "red": verdicts.is_red(rows),
         "verdict": [row.to_json() for row in rows],
         "measures": _measures(made),
         "faults": [
@@ -221,7 +220,7 @@ def _measures(made: Record) -> dict[str, float | None]:
     """All measures of the whole run; None where the record does not say one, or it has no end."""
     from math import isinf
 
-    from batchlab.scenarios.verdicts.measures import MEASURES, Unknown
+    from batchlab.scenarios.verdicts import MEASURES, Unknown
 
     found: dict[str, float | None] = {}
     for name, measure in MEASURES.items():
@@ -232,7 +231,7 @@ def _measures(made: Record) -> dict[str, float | None]:
 
 def _text(made: Record, rows: list[VerdictRow]) -> str:
     from batchlab.cli import charts
-    from batchlab.scenarios.verdicts.measures import MEASURES, Unknown
+    from batchlab.scenarios.verdicts import MEASURES, Unknown
 
     tasks = sum(job.planned for job in made.jobs)
     head = (

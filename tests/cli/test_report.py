@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.verdicts import record
+from batchlab.scenarios import record
 from tests.support.cli import FakeClient, Run, a_job
 from tests.support.reports.made import Made, write_run
 from tests.support.scenarios.records import a_job as replayed

@@ -15,7 +15,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.calibration import write
 from batchlab.scenarios.model import loader
-from batchlab.scenarios.verdicts.record import read
+from batchlab.scenarios.record import read
 from tests.support.cli import Run
 
 PEAK = """\

@@ -14,7 +14,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast import calibration
 from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
-from batchlab.scenarios.verdicts.record import Record, StageRun
+from batchlab.scenarios.record import Record, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
 BOOT_S, BUNDLE_S, SUBMIT_S, END_S, STRETCH = 42.0, 0.25, 1.5, 0.75, 1.2

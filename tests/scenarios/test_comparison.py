@@ -10,7 +10,7 @@ from batchlab.cli import simulate
 from batchlab.cli.charts import Chart
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.forecast.comparison import compare, sample_curve
-from batchlab.scenarios.verdicts.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault
 from tests.support.scenarios.records import a_job, a_record, a_sample
 
 FACT = a_record(

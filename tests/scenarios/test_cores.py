@@ -14,7 +14,7 @@ from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import PoolPlan, Scenario, StageTemplate, WorkKind
 from batchlab.scenarios.planner.fast_model import FastModel
-from batchlab.scenarios.verdicts.measures import MEASURES
+from batchlab.scenarios.verdicts import MEASURES
 from tests.support.scenarios.small_scenarios import claims
 
 

@@ -17,10 +17,10 @@ from batchlab.scenarios.model.distributions import (
     Lognormal,
     Mixture,
     Pareto,
+    Stream,
     Uniform,
     Weibull,
 )
-from batchlab.scenarios.model.random_streams import Stream
 from batchlab.scenarios.model.values import Distribution
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.burstiness import cv2

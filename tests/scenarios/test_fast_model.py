@@ -25,8 +25,8 @@ from batchlab.scenarios.planner import fast_model, work_units
 from batchlab.scenarios.planner.candidates import Goal
 from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.planner import Search
-from batchlab.scenarios.verdicts.measures import MEASURES
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
+from batchlab.scenarios.verdicts import MEASURES
 from tests.support.scenarios.plan_models import Grid, a_scenario
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, SUM, claims
 

@@ -15,16 +15,12 @@ from batchlab.core.errors import BackendError
 from batchlab.runtime import factory
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.faults import fault_injection, localstack_proxy, rollback
-from batchlab.scenarios.faults.fault_injection import (
-    EffectNotSeen,
-    FaultInjector,
-    FaultResult,
-    injector_for,
-)
+from batchlab.scenarios.faults import localstack_proxy, rollback, target_grid
+from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
 from batchlab.scenarios.faults.rollback import Rollback, RollbackFailed
+from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault
 from tests.support.docker.memory_engine import AT, DockerWorld
 from tests.support.scenarios.cancelled_faults import Manager, at_every_wait
 
@@ -33,7 +29,7 @@ SHORT = 0.01
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault_injection, "LOOK_S", 0.001)
+    monkeypatch.setattr(target_grid, "POLL_S", 0.001)
     monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
     monkeypatch.setattr(localstack_proxy, "_answers", lambda *_: True)
 
@@ -202,7 +198,7 @@ def test_what_does_not_go_as_it_should_is_told_as_that(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device", "/there")
 
     async def go() -> list[InjectedFault]:
-        there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
+        there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
         one = FaultInjector(there, {FaultName.KILL: nobody_sees, FaultName.PAUSE: no_room})
         fault = Fault(FaultName.KILL, 0.0)
         found = [await one.inject(fault, 1.0), await one.inject(Fault(FaultName.PAUSE, 0.0), 1.5)]
@@ -230,7 +226,7 @@ def test_what_breaks_the_same_thing_waits_until_the_first_is_mended(tmp_path: Pa
 
     async def go(name: FaultName, *pools: str) -> list[str]:
         said.clear()
-        there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
+        there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
         one = FaultInjector(there, {name: breaks})
         faults = [Fault(name, 0.0, pool=pool) for pool in pools]
         await asyncio.gather(*(one.inject(fault, 1.0) for fault in faults))

@@ -17,7 +17,7 @@ from batchlab.scenarios.model import arrivals, distributions, loader, schema, sc
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Expectation, FaultName, Policy, Prewarm, WorkKind
 from batchlab.scenarios.traces.source import Trace
-from batchlab.scenarios.verdicts.measures import MEASURES
+from batchlab.scenarios.verdicts import MEASURES
 from docs.reference import scenario_file
 from tests.support import ROOT
 from tests.support.scenarios.files import FULL, changed, load

@@ -13,8 +13,8 @@ from batchlab.client.http import Client
 from batchlab.core.ports import Message, Outgoing, QueueSpec
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults import messages
-from batchlab.scenarios.faults.fault_injection import FaultResult, TargetGrid
+from batchlab.scenarios.faults import services
+from batchlab.scenarios.faults.target_grid import FaultResult, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.scenarios.fault_injection import numbers
@@ -63,7 +63,7 @@ async def place(tmp_path: Path) -> Any:
 
 
 def inject(place: Place, name: FaultName, **more: Any) -> Coroutine[Any, Any, FaultResult]:
-    do = messages.duplicates if name == FaultName.SQS_DUPLICATES else messages.delays
+    do = services.duplicates if name == FaultName.SQS_DUPLICATES else services.delays
     return do(place.scene, Fault(name, 0.0, pool="a", **more))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.core.errors import UsageError
+from batchlab.scenarios import record
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts import record
 from tests.support.scenarios.records import a_record
 
 

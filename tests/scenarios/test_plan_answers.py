@@ -29,7 +29,7 @@ from batchlab.scenarios.planner.candidates import (
 )
 from batchlab.scenarios.planner.plan import Plan
 from batchlab.scenarios.planner.search_steps import SizeLimits, neighbors, scale_pools
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
 from tests.support.scenarios.plan_models import BOOK, a_scenario
 from tests.support.scenarios.records import a_job, a_record
 from tests.support.scenarios.replay import stage

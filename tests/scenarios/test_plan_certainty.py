@@ -29,7 +29,7 @@ from batchlab.scenarios.planner.candidates import (
 )
 from batchlab.scenarios.planner.plan import Plan
 from batchlab.scenarios.planner.planner import Search
-from batchlab.scenarios.verdicts.record import PoolSample, Record, Sample
+from batchlab.scenarios.record import PoolSample, Record, Sample
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 from tests.support.scenarios.records import a_job, a_record, an_instance
 

@@ -18,7 +18,7 @@ from batchlab.cli.signals import INTERRUPTED
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.scenarios.model.values import PoolPlan, Scenario
-from batchlab.scenarios.planner import trials
+from batchlab.scenarios.planner import candidates
 from batchlab.scenarios.planner.candidates import (
     Candidate,
     Goal,
@@ -27,7 +27,7 @@ from batchlab.scenarios.planner.candidates import (
     trial_result,
 )
 from batchlab.scenarios.planner.planner import Search, SearchProgress
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
 from batchlab.sim.process_pool import Crew
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 
@@ -258,7 +258,7 @@ def test_one_crew_lives_through_all_rounds(
         made.append(Crew(work, processes))
         return made[-1]
 
-    monkeypatch.setattr(trials, "Crew", hired)
+    monkeypatch.setattr(candidates, "Crew", hired)
     search = Search(a_scenario(), Goal(300.0), Grid(50, 30.0), 6, 2, 60)
     seen: set[int | None] = set()
 

@@ -14,6 +14,7 @@ from batchlab.cli import plan as planning
 from batchlab.core.pricing import price_book
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
+from batchlab.scenarios import record
 from batchlab.scenarios.forecast import calibration as calibrate
 from batchlab.scenarios.forecast.comparison import Comparison, compare
 from batchlab.scenarios.forecast.simulate import simulate
@@ -29,8 +30,7 @@ from batchlab.scenarios.planner.candidates import (
 )
 from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.planner import Search
-from batchlab.scenarios.verdicts import record
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
 from tests.support.cli import Run, run
 from tests.support.scenarios.plan_models import BOOK
 

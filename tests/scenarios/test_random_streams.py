@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.scenarios.model.random_streams import Stream
+from batchlab.scenarios.model.distributions import Stream
 from tests.support.properties import PROPERTY
 
 

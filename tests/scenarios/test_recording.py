@@ -14,13 +14,13 @@ from batchlab.cli.recordings import Request
 from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
+from batchlab.scenarios import record as records
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.expansion import compress_scenario, expand
+from batchlab.scenarios.record import InstanceRun, JobRun, Record, StageRun
 from batchlab.scenarios.replay import recording
 from batchlab.scenarios.replay.measurements import even_sample
-from batchlab.scenarios.verdicts import record as records
-from batchlab.scenarios.verdicts.record import InstanceRun, JobRun, Record, StageRun
 
 JOBS = 7
 POOLS = {"default": (0, 4, 2), "closed": (0, 0, 1)}

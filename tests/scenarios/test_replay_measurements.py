@@ -26,11 +26,11 @@ from batchlab.core.pricing.usage_meter import Account, Kind
 from batchlab.core.request_counter import Requests
 from batchlab.runtime import factory
 from batchlab.scenarios.model.values import PoolPlan
-from batchlab.scenarios.replay import build_record, grid_fit
+from batchlab.scenarios.record import StageRun
+from batchlab.scenarios.replay import build_record, driver
 from batchlab.scenarios.replay.measurements import duplicates, succeeded_s
 from batchlab.scenarios.replay.run_state import ManagerConnection
 from batchlab.scenarios.replay.sampling import GridSampler
-from batchlab.scenarios.verdicts.record import StageRun
 from tests.support.cli import a_grid, a_job
 
 
@@ -176,7 +176,7 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
 
 
 def test_a_grid_that_does_something_else_is_refused() -> None:
-    grid_fit.check_quiet([])
+    driver.check_idle([])
     jobs = [cast("JobView", a_job(f"sums-{n}")) for n in range(3)]
     with pytest.raises(Refused, match="has not ended: sums-0 and 2 others"):
-        grid_fit.check_quiet(jobs)
+        driver.check_idle(jobs)

@@ -20,9 +20,8 @@ from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Job, JobTemplate, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.replay import run as running
-from batchlab.scenarios.replay.grid_fit import Prewarmer
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob, stage_def
-from batchlab.scenarios.replay.run import INTERRUPTED, ReplayRun
+from batchlab.scenarios.replay.run import INTERRUPTED, Prewarmer, ReplayRun
 from batchlab.scenarios.replay.run_state import ManagerConnection, ReplayProgress, RunState
 from tests.scenarios.test_fault_table import grid
 from tests.support.cli import a_job
@@ -217,7 +216,7 @@ def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(type(world.run), "_first", lambda _: asyncio.sleep(0))
-        patch.setattr("batchlab.scenarios.replay.grid_fit.EVERY_S", 0.02)
+        patch.setattr("batchlab.scenarios.replay.run.EVERY_S", 0.02)
         world.go(stop_when=is_over)
     return world.manager
 

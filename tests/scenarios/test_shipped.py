@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from batchlab.cli import charts
+from batchlab.scenarios import verdicts
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
-from batchlab.scenarios.verdicts import verdict
 
 NAMES = loader.names()
 
@@ -20,9 +20,9 @@ def test_there_are_scenarios_to_try() -> None:
 def test_a_shipped_scenario_passes_its_own_expectations(name: str) -> None:
     scenario = loader.load(loader.find(name))
     record = simulate(scenario)
-    rows = verdict.judge(record, scenario.expect)
+    rows = verdicts.judge(record, scenario.expect)
     assert rows, "a scenario that expects nothing teaches nothing"
-    assert not verdict.is_red(rows), charts.text_verdicts(rows)
+    assert not verdicts.is_red(rows), charts.text_verdicts(rows)
     assert (record.lost, record.duplicates) == (0, 0)
     assert len(record.faults) == len(scenario.faults)
     for fault in record.faults:

@@ -15,7 +15,7 @@ from batchlab.scenarios.forecast.grid import ForecastOptions
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Fault, FaultName, PoolPlan, StageTemplate, WorkKind
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
 from batchlab.sim import invariants
 from batchlab.sim.world import World
 from tests.support.scenarios.small_scenarios import claims

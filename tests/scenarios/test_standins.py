@@ -17,7 +17,7 @@ import pytest
 from batchlab.core.model import TaskSet
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
-from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.distributions import Constant, Lognormal
 from batchlab.scenarios.model.values import Job, JobTemplate, StageTemplate
 from batchlab.scenarios.replay.jobs import (
@@ -132,7 +132,7 @@ def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage(
         for one in (parse, price):
             seconds = expansion.task_s(7, job, one, task)
             assert item["t"][one.name] == [pytest.approx(seconds, abs=1e-6), [], False]
-    assert distributions.stage_sizes(template, 12) == {
+    assert expansion.stage_sizes(template, 12) == {
         "parse": 12,
         "price": 12,
         "by": 3,

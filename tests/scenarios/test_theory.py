@@ -25,8 +25,8 @@ from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Scenario
+from batchlab.scenarios.record import Record
 from batchlab.scenarios.traces.source import Trace, TraceFormat
-from batchlab.scenarios.verdicts.record import Record
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 from tests.support.scenarios.ideal_grid import IN_ORDER, LIKE, NOTHING, servers
 

@@ -12,9 +12,8 @@ import pytest
 from batchlab.cli import charts
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Expectation
-from batchlab.scenarios.verdicts.measures import MEASURES, Unknown, quantile
-from batchlab.scenarios.verdicts.record import InjectedFault, Record, StageRun
-from batchlab.scenarios.verdicts.verdict import Color, is_red, judge
+from batchlab.scenarios.record import InjectedFault, Record, StageRun
+from batchlab.scenarios.verdicts import MEASURES, Color, Unknown, is_red, judge, quantile
 from tests.support.scenarios.records import a_job, a_record, a_sample, an_instance
 
 

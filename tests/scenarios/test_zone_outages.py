@@ -16,14 +16,14 @@ from batchlab.runtime import factory
 from batchlab.runtime.aws import deployment
 from batchlab.runtime.aws.deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.aws_stack import StackFaults
-from batchlab.scenarios.faults.fault_injection import FaultResult, TargetGrid
-from batchlab.scenarios.faults.zone_outage import (
+from batchlab.scenarios.faults.autoscaling_groups import (
     ZoneOutage,
     _count_waiting,
     _Group,
     _launched_elsewhere,
 )
+from batchlab.scenarios.faults.aws_stack import StackFaults
+from batchlab.scenarios.faults.target_grid import FaultResult, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.aws.autoscaling_api import aws

@@ -13,8 +13,8 @@ import pytest
 from batchlab.core.model import Pool
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.deployment import ZONES
+from batchlab.scenarios.faults.autoscaling_groups import with_spot_shares
 from batchlab.scenarios.faults.fault_table import TABLE
-from batchlab.scenarios.faults.spot_market import with_spot_shares
 from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.chaos import Containers, docker

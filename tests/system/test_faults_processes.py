@@ -12,12 +12,12 @@ from batchlab.adapters.local.processes import living, stat
 from batchlab.core.model import Pool
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults import slow_disk
+from batchlab.scenarios.faults import processes
 from batchlab.scenarios.faults.fault_injection import FaultInjector
 from batchlab.scenarios.faults.fault_table import TABLE
 from batchlab.scenarios.faults.proxy import with_proxy
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault
 from tests.support.aws.emulators import ministack_python
 from tests.support.grid.local_grid import LocalGrid, processes_of
 from tests.support.scenarios.fault_injection import Bench, Work, number
@@ -169,7 +169,7 @@ def test_a_disk_is_slow(bench: Bench) -> None:
             before = number(r"took ([\d.]+) ms before", seen)
             assert number(r"and ([\d.]+) ms during", seen) >= 1.9 * before
         assert not any(
-            slow_disk.WRITER_PROGRAM in words
+            processes.WRITER_PROGRAM in words
             for words in processes_of(bench.grid.home.scratch).values()
         )
 

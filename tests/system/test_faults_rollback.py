@@ -24,18 +24,17 @@ from batchlab.runtime.aws import deployment
 from batchlab.runtime.aws.deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.scenarios.faults import (
-    fault_injection,
-    manager_and_ledger,
-    messages,
+    autoscaling_groups,
     processes,
     rollback,
-    slow_disk,
-    zone_outage,
+    services,
+    target_grid,
 )
+from batchlab.scenarios.faults import processes as slow_disk
 from batchlab.scenarios.faults.aws_stack import StackFaults
-from batchlab.scenarios.faults.fault_injection import EffectNotSeen, FaultResult
-from batchlab.scenarios.faults.manager_and_ledger import ManagerProcess
 from batchlab.scenarios.faults.proxy import FaultProxy
+from batchlab.scenarios.faults.services import ManagerProcess
+from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
 from tests.support.grid.local_grid import processes_of
@@ -46,7 +45,7 @@ SHORT = 0.01
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault_injection, "LOOK_S", 0.001)
+    monkeypatch.setattr(target_grid, "POLL_S", 0.001)
     monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
 
 
@@ -54,9 +53,7 @@ class Machine:
     """A process that stands for an instance, and a front before an endpoint."""
 
     def __init__(self, folder: Path, pid: int) -> None:
-        self.scene = fault_injection.TargetGrid(
-            factory.load("ministack"), Home(folder), Manager("w-1")
-        )
+        self.scene = target_grid.TargetGrid(factory.load("ministack"), Home(folder), Manager("w-1"))
         self.there = processes.ProcessFaults(self.scene)
         self.front = FaultProxy("http://127.0.0.1:1")
         self.pid = pid
@@ -110,7 +107,7 @@ def test_a_disk_that_is_no_slower_or_full_is_told(
 ) -> None:
     monkeypatch.setattr(slow_disk, "HOGS", (1,))
     monkeypatch.setattr(slow_disk, "fsync_s", lambda _: 0.004)
-    there = fault_injection.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
+    there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
     fault = Fault(FaultName.SLOW_DISK, 0.0, for_s=SHORT)
     with pytest.raises(
         EffectNotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"
@@ -130,7 +127,7 @@ class Books:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.client = Manager("w-1")
-        self.scene = fault_injection.TargetGrid(factory.load("local"), Home(folder), self.client)
+        self.scene = target_grid.TargetGrid(factory.load("local"), Home(folder), self.client)
         self.runs, self.number = True, 1
         self.lost_at = -1
         patch.setattr(Home, "record", lambda _: self.record())
@@ -181,9 +178,7 @@ def test_a_manager_and_a_ledger_come_back_wherever_it_is_cancelled(
         return Books(tmp_path, monkeypatch)
 
     assert at_every_wait(world, lambda there: ManagerProcess(there.scene).crash(fault)) > 3
-    assert (
-        at_every_wait(world, lambda there: manager_and_ledger.lose_ledger(there.scene, fault)) > 4
-    )
+    assert at_every_wait(world, lambda there: services.lose_ledger(there.scene, fault)) > 4
 
 
 def test_a_ledger_that_knows_no_job_is_left_alone(
@@ -194,9 +189,7 @@ def test_a_ledger_that_knows_no_job_is_left_alone(
 
     books = Books(tmp_path, monkeypatch)
     monkeypatch.setattr(books, "jobs", none)
-    seen = asyncio.run(
-        manager_and_ledger.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0))
-    )
+    seen = asyncio.run(services.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
     assert seen == FaultResult(impossible="The ledger knew of no job.")
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
@@ -220,7 +213,7 @@ def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
     deployment.write(home, at)
 
     def do(books: Books) -> Coroutine[Any, Any, FaultResult]:
-        there = StackFaults(fault_injection.TargetGrid(factory.load("aws"), home, books.client))
+        there = StackFaults(target_grid.TargetGrid(factory.load("aws"), home, books.client))
 
         async def rebooted(_: str) -> str:
             await books.forget()
@@ -242,7 +235,7 @@ class Groups:
     """EC2 Auto Scaling and its subnets: two groups, one of them in one zone alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.scene = fault_injection.TargetGrid(factory.load("aws"), Home(folder), Pools())
+        self.scene = target_grid.TargetGrid(factory.load("aws"), Home(folder), Pools())
         self.subnets = {"s-wide": "n-a,n-b", "s-narrow": "n-a"}
         self.suspended: set[str] = set()
 
@@ -302,8 +295,8 @@ def test_groups_have_their_zones_again_wherever_it_is_cancelled(
         return ["i-1: terminated"]
 
     def do(world: Groups) -> Coroutine[Any, Any, FaultResult]:
-        monkeypatch.setattr(zone_outage, "client", lambda *_, **__: world)
-        there = zone_outage.ZoneOutage(Endpoint(), prefix="s-")
+        monkeypatch.setattr(autoscaling_groups, "client", lambda *_, **__: world)
+        there = autoscaling_groups.ZoneOutage(Endpoint(), prefix="s-")
         return there.lose(world.scene, fault, inside=inside, kill=kill)
 
     assert at_every_wait(lambda: Groups(tmp_path), do) > 5
@@ -317,7 +310,7 @@ class Post:
 
     def __init__(self, folder: Path) -> None:
         Post.number += 1
-        self.scene = fault_injection.TargetGrid(
+        self.scene = target_grid.TargetGrid(
             factory.load("local"), Home(folder / str(Post.number)), Manager("w-1")
         )
         asyncio.run(self._fill())
@@ -345,7 +338,7 @@ class Post:
         return [f"{one} is kept back" for one in missing]
 
 
-@pytest.mark.parametrize("do", [messages.duplicates, messages.delays])
+@pytest.mark.parametrize("do", [services.duplicates, services.delays])
 def test_no_message_is_kept_back_wherever_it_is_cancelled(do: Any, tmp_path: Path) -> None:
     fault = Fault(FaultName.SQS_DELAYS, 0.0, pool="a", for_s=0.15, rate=0.6)
     assert at_every_wait(lambda: Post(tmp_path), lambda there: do(there.scene, fault)) > 3

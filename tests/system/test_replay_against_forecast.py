@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.scenarios.verdicts import record
+from batchlab.scenarios import record
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command
 

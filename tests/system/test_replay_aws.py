@@ -13,7 +13,7 @@ import yaml
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.runtime.aws import deployment
-from batchlab.scenarios.verdicts import record
+from batchlab.scenarios import record
 from tests.support.aws.account import POOL, account
 from tests.support.aws.ec2_stub import Machines
 from tests.support.grid.backends import command

@@ -17,8 +17,8 @@ from batchlab.cli import output, replay_progress
 from batchlab.cli.example_data import write_claims
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
+from batchlab.scenarios import record
 from batchlab.scenarios.replay.run_state import ReplayProgress
-from batchlab.scenarios.verdicts import record
 from tests.support import ROOT
 from tests.support.grid.backends import command
 from tests.support.grid.local_grid import processes_of

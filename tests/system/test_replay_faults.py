@@ -8,11 +8,11 @@ from pathlib import Path
 from batchlab.core.errors import BackendError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
+from batchlab.scenarios import record
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Fault, FaultName, JobTemplate
+from batchlab.scenarios.record import InjectedFault
 from batchlab.scenarios.replay import driver
-from batchlab.scenarios.verdicts import record
-from batchlab.scenarios.verdicts.record import InjectedFault
 from tests.support.grid.backends import command
 from tests.support.scenarios.replay import scenario, stage, up
 from tests.system.test_replay_cli import write

@@ -16,11 +16,11 @@ from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
+from batchlab.scenarios import record, verdicts
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
 from batchlab.scenarios.replay import driver
 from batchlab.scenarios.replay.run_state import ReplayProgress
-from batchlab.scenarios.verdicts import measures, record, verdict
 from tests.support.grid.local_grid import processes_of
 from tests.support.scenarios.replay import claims, replay, scenario, stage, up
 from tests.support.waiting import until
@@ -74,7 +74,7 @@ def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path
     assert run.usd is not None
     assert run.usd == pytest.approx(sum(run.usd_items.values()))
     assert run.settings["drain_target_s"] == 3.0
-    assert not verdict.is_red(verdict.judge(run, wanted.expect))
+    assert not verdicts.is_red(verdicts.judge(run, wanted.expect))
     assert (states[-1].jobs, states[-1].ended, states[-1].bad) == (3, 3, 0)
     path = tmp_path / "record.json"
     record.write(run, path)
@@ -142,7 +142,7 @@ def test_a_limit_ends_it_in_good_order(tmp_path: Path) -> None:
     assert run.jobs[0].ended_s is None
     assert run.lost == 4
     assert run.samples
-    assert verdict.is_red(verdict.judge(run, ()))
+    assert verdicts.is_red(verdicts.judge(run, ()))
     assert processes_of(tmp_path / "home") == {}
 
 
@@ -193,6 +193,6 @@ def test_prewarm_has_instances_there_before_the_job(tmp_path: Path) -> None:
     )
     run = replay(tmp_path / "home", wanted)
     assert [one.ready_s is not None and one.ready_s < 5 for one in run.instances] == [True, True]
-    wait = measures.MEASURES["max_wait"].of(run, "")
+    wait = verdicts.MEASURES["max_wait"].of(run, "")
     assert isinstance(wait, float)
     assert wait < 0.5

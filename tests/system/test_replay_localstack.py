@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.home import Home
-from batchlab.scenarios.verdicts import record
+from batchlab.scenarios import record
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command
 from tests.system.test_replay_cli import write

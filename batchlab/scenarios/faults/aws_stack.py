@@ -16,16 +16,16 @@ from batchlab.adapters.aws.group_template import is_gone
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.core.text import first_of
 from batchlab.runtime.aws import session_manager
-from batchlab.scenarios.faults import manager_and_ledger, messages
-from batchlab.scenarios.faults.fault_injection import (
+from batchlab.scenarios.faults import services
+from batchlab.scenarios.faults.autoscaling_groups import ZoneOutage
+from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
+from batchlab.scenarios.faults.target_grid import (
     NO_INSTANCE,
     FaultAction,
     FaultResult,
     TargetGrid,
     wait_for,
 )
-from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
-from batchlab.scenarios.faults.zone_outage import ZoneOutage
 from batchlab.scenarios.model.values import Fault, FaultName
 
 _BOOT_S = 900.0
@@ -175,13 +175,13 @@ class StackFaults:
     async def lose_database(self, fault: Fault) -> FaultResult:
         """As the stack's ledger lets one."""
         if self.at.domain:
-            return await manager_and_ledger.lose_ledger(self._scene, fault)
-        had = await manager_and_ledger.count_jobs(self._scene)
+            return await services.lose_ledger(self._scene, fault)
+        had = await services.count_jobs(self._scene)
         if not had:
-            return FaultResult(impossible=manager_and_ledger.NO_JOB)
+            return FaultResult(impossible=services.NO_JOB)
         found: list[int] = []
         async with Rollback(self._scene.over) as undoing:
-            manager_and_ledger.add_rebuild(self._scene, undoing, found)
+            services.add_rebuild(self._scene, undoing, found)
             if self.at.database:
                 said = await self._rebooted(self.at.database.host)
                 target = self.at.database.host
@@ -190,7 +190,7 @@ class StackFaults:
                 owner = (await self._scene.grid())["owner"]
                 said, target = await self._replaced(owner), owner
             away_s = await self._scene.hold(fault.for_s)
-            left = await manager_and_ledger.count_jobs(self._scene)
+            left = await services.count_jobs(self._scene)
         return FaultResult(
             (target,),
             f"{said}; of {had} jobs the ledger knew {left} then, and {found[-1]} once it was "
@@ -246,8 +246,8 @@ def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
         FaultName.KILL: there.kill,
         FaultName.SPOT_WAVE: there.spot_wave,
         FaultName.ZONE_LOSS: there.zone_loss,
-        FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
-        FaultName.SQS_DELAYS: partial(messages.delays, scene),
+        FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
+        FaultName.SQS_DELAYS: partial(services.delays, scene),
         FaultName.MANAGER_CRASH: there.crash_manager,
         FaultName.DATABASE_LOSS: there.lose_database,
     }

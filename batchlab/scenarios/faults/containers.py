@@ -23,8 +23,11 @@ from batchlab.core.model import Market
 from batchlab.core.text import first_of
 from batchlab.runtime.compose import deployment
 from batchlab.runtime.compose.project import LABEL
-from batchlab.scenarios.faults import manager_and_ledger, messages
-from batchlab.scenarios.faults.fault_injection import (
+from batchlab.scenarios.faults import services
+from batchlab.scenarios.faults.autoscaling_groups import ZoneOutage
+from batchlab.scenarios.faults.localstack_proxy import PYTHON, LocalStackProxy, networks
+from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
+from batchlab.scenarios.faults.target_grid import (
     EFFECT_TIMEOUT_S,
     NO_INSTANCE,
     FaultAction,
@@ -32,9 +35,6 @@ from batchlab.scenarios.faults.fault_injection import (
     TargetGrid,
     wait_for,
 )
-from batchlab.scenarios.faults.localstack_proxy import PYTHON, LocalStackProxy, networks
-from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
-from batchlab.scenarios.faults.zone_outage import ZoneOutage
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.server.autoscaling_api.metadata import give
 
@@ -278,7 +278,7 @@ class ContainerFaults:
         async def restart(undoing: Rollback) -> str:
             return f"{await self.crashed('postgres', undoing)}; "
 
-        return await manager_and_ledger.lose_ledger(self._scene, fault, before=restart)
+        return await services.lose_ledger(self._scene, fault, before=restart)
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
         zones = ZoneOutage(
@@ -337,8 +337,8 @@ def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
         FaultName.SPOT_WAVE: there.spot_wave,
         FaultName.ZONE_LOSS: there.zone_loss,
         FaultName.S3_ERRORS: there.s3_errors,
-        FaultName.SQS_DUPLICATES: partial(messages.duplicates, scene),
-        FaultName.SQS_DELAYS: partial(messages.delays, scene),
+        FaultName.SQS_DUPLICATES: partial(services.duplicates, scene),
+        FaultName.SQS_DELAYS: partial(services.delays, scene),
         FaultName.MANAGER_CRASH: there.crash_manager,
         FaultName.DATABASE_LOSS: there.lose_database,
     }

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.runtime.compose.project import HOME_LABEL, LABEL
-from batchlab.scenarios.faults.fault_injection import NOTHING_HIT, FaultResult, TargetGrid, wait_for
 from batchlab.scenarios.faults.proxy import FaultProxy, RequestCounts, server_of
 from batchlab.scenarios.faults.rollback import Rollback, complete
+from batchlab.scenarios.faults.target_grid import NOTHING_HIT, FaultResult, TargetGrid, wait_for
 from batchlab.scenarios.model.values import Fault
 
 if TYPE_CHECKING:

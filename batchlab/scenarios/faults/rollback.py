@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from batchlab.core.errors import BackendError
 from batchlab.core.text import capital
-from batchlab.scenarios.faults.fault_injection import RunEnded
+from batchlab.scenarios.faults.target_grid import RunEnded
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ class RollbackFailed(BackendError):
 
 
 class Rollback:
-    """An async context manager; when it is left, everything is undone.
+    """Async context manager that undoes all changes on exit, the latest change first.
 
-    `over` is set where nothing more is to be broken. Leaving it raises RollbackFailed for
-    what stands after all, with the sentence of the error that it is left by; where it is cancelled, that is
-    logged.
+    `over` is set when nothing more may be broken. The exit raises RollbackFailed for the changes
+    that it could not undo, with the message of the original error. On a cancellation, it logs
+    them instead.
     """
 
     def __init__(self, over: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ from batchlab.core.capabilities import backend_names
 from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
-from batchlab.scenarios.verdicts.record import JobRun, Record
+from batchlab.scenarios.record import JobRun, Record
 
 MIN_OBSERVATIONS = 3
 """Observations below which a number would be an anecdote."""

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.verdicts.measures import MEASURES, Unit, Unknown, end_s, fleet_sizes
-from batchlab.scenarios.verdicts.record import Record
-from batchlab.scenarios.verdicts.verdict import uncertainty
+from batchlab.scenarios.record import Record
+from batchlab.scenarios.verdicts import MEASURES, Unit, Unknown, end_s, fleet_sizes, uncertainty
 
 RUN_MEASURES = (
     "makespan",

@@ -22,9 +22,9 @@ from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_WAIT_S, Clock, Notic
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.jobs import ALL_WORKERS, SimulatedWork
 from batchlab.scenarios.forecast.machines import Machines
-from batchlab.scenarios.model.random_streams import Stream
+from batchlab.scenarios.model.distributions import Stream
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
-from batchlab.scenarios.verdicts.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import FaultKind, Faults, Point
 from batchlab.sim.world import SimWorker, World

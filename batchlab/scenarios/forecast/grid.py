@@ -26,7 +26,7 @@ from batchlab.scenarios.forecast.fault_timeline import (
 )
 from batchlab.scenarios.forecast.jobs import DeclaredRunner, SimulatedWork, job_def
 from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone_names
-from batchlab.scenarios.forecast.outcomes import GridSampler
+from batchlab.scenarios.forecast.results import GridSampler
 from batchlab.scenarios.model.values import FaultName, Job, Scenario
 from batchlab.sim.world import World
 from batchlab.worker.runner import Runner

@@ -144,9 +144,11 @@ ALL_WORKERS = ""
 
 @dataclass(slots=True)
 class SimulatedDisks:
-    """The instances' disks. On a slow one I/O takes SLOW_DISK_FACTOR times as long, and a bundle
-    begins `start_s` later: its scratch folder and its log are files. `slow` are workers, each as often as
-    its disk was made slow."""
+    """Disks of the instances.
+
+    On a slow disk, I/O takes SLOW_DISK_FACTOR times as long, and a bundle starts `start_s` later
+    because its scratch folder and its log are files. `slow` counts the slow-disk faults per worker.
+    """
 
     start_s: float = 0.0
     slow: Counter[str] = field(default_factory=Counter)

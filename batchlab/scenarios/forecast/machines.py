@@ -12,7 +12,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Machine, Market, Pool
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model.values import PoolPlan
-from batchlab.scenarios.verdicts.record import InstanceRun
+from batchlab.scenarios.record import InstanceRun
 
 NO_CAPACITY = "InsufficientInstanceCapacity"
 

@@ -19,13 +19,12 @@ from batchlab.manager.scaling import fleet_commands
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.costs import compute_bill
 from batchlab.scenarios.forecast.grid import ForecastGrid, ForecastOptions
 from batchlab.scenarios.forecast.jobs import job_def, store_items
-from batchlab.scenarios.forecast.outcomes import ResultCounter
+from batchlab.scenarios.forecast.results import ResultCounter, compute_bill
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Job, Prewarm, Scenario, Schedule
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
 

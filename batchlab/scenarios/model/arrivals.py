@@ -1,13 +1,11 @@
-"""Arrivals that are drawn: Poisson, on and off, by the clock and the calendar, steps and ramps.
+"""Synthetic arrival processes: Poisson, bursts, daily and monthly profiles, steps, and ramps.
 
-All but `FixedTimes` are Poisson processes whose rate changes over time, drawn exactly: gaps of a
-process of rate one are carried through the rate's integral (Cinlar 1975). Rates are jobs an hour, times
-seconds from the scenario's beginning; nothing arrives before `from_s` nor at or after `until_s`.
-`speed` is what the scenario has been compressed by: the same jobs, sooner.
+All sources but `FixedTimes` are Poisson processes with a variable rate. Event times of a process
+with rate one are mapped through the integral of the rate (Cinlar 1975), so the draw is exact.
+Rates are in jobs per hour, times in seconds from the start of the scenario. Jobs arrive from
+`from_s` until before `until_s`. `speed` is the factor by which the scenario was compressed.
 
-Hours, weekdays, and the working days around a month's end.
-
-Calendar days have 24 hours: a scenario knows no clock change.
+Calendar days have 24 hours: a scenario has no daylight-saving changes.
 """
 
 from __future__ import annotations

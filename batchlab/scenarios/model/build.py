@@ -53,7 +53,7 @@ from batchlab.scenarios.model.values import (
 )
 from batchlab.scenarios.traces.columns import RECORD_COLUMNS, SWF_COLUMNS, Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
-from batchlab.scenarios.verdicts.measures import MEASURES, Unit
+from batchlab.scenarios.verdicts import MEASURES, Unit
 
 T = TypeVar("T")
 ONE_STAGE = "work"

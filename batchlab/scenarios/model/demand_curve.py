@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from batchlab.scenarios.model import distributions
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Job, Scenario
 
@@ -130,7 +130,7 @@ def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[flo
 
 def _stage_work(job: Job) -> list[tuple[str, int, float]]:
     """(pool, tasks, slot seconds) of each stage."""
-    count = distributions.stage_sizes(job.template, job.tasks)
+    count = expansion.stage_sizes(job.template, job.tasks)
     found = []
     for stage in job.template.stages:
         draw = stage.task_s

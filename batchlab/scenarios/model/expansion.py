@@ -22,10 +22,8 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import TaskSet
 from batchlab.jobs.field_types import MOST_TASKS
-from batchlab.scenarios.model import distributions
 from batchlab.scenarios.model.arrivals import MAX_JOBS
-from batchlab.scenarios.model.distributions import Constant
-from batchlab.scenarios.model.random_streams import Stream
+from batchlab.scenarios.model.distributions import Constant, Stream
 from batchlab.scenarios.model.values import (
     Anomaly,
     Arrival,
@@ -41,7 +39,7 @@ from batchlab.scenarios.model.values import (
     Source,
     StageTemplate,
 )
-from batchlab.scenarios.verdicts.measures import MEASURES, Unit
+from batchlab.scenarios.verdicts import MEASURES, Unit
 
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
@@ -67,9 +65,7 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
             remedy="Give its arrivals an earlier until, a lower rate or a limit.",
         )
     jobs: list[Job] = []
-    joined = {
-        name for name, template in scenario.jobs.items() if distributions.item_joins(template)
-    }
+    joined = {name for name, template in scenario.jobs.items() if item_joins(template)}
     for index, (_, number, count, arrival) in enumerate(arrived):
         template = _template(scenario, arrival)
         job = Job(
@@ -82,13 +78,11 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
             arrival.task_s,
             arrival.label,
         )
-        if template.name in joined and (
-            stage := distributions.find_unequal_join(template, job.tasks)
-        ):
+        if template.name in joined and (stage := find_unequal_join(template, job.tasks)):
             what = f"A job {template.name!r} of {job.tasks:,} tasks cannot run: "
             raise UsageError(
-                f"{what}{distributions.unequal_join_message(stage)}",
-                remedy=distributions.UNEQUAL_JOIN_REMEDY,
+                f"{what}{unequal_join_message(stage)}",
+                remedy=UNEQUAL_JOIN_REMEDY,
             )
         jobs.append(job)
     odd: tuple[Anomaly, ...] = tuple(one for source in scenario.arrivals for one in source.odd())
@@ -253,3 +247,51 @@ def failing_tasks(
 def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
     """Whether a task kills its worker whenever it runs."""
     return task < stage.poison
+
+
+def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
+    """By stage; ValueError where the stages cannot be put into an order."""
+    found: dict[str, int] = {}
+    left = list(template.stages)
+    while left:
+        ready = [stage for stage in left if all(name in found for name in stage.after)]
+        for stage in ready:
+            found[stage.name] = _stage_size(stage, found, tasks)
+        left = [stage for stage in left if stage not in ready]
+        if not ready:
+            raise ValueError("the stages run in a circle")
+    return found
+
+
+def _stage_size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
+    if not stage.after:
+        return tasks
+    if stage.gather == "*":
+        return 1
+    before = max(found[name] for name in stage.after)
+    return before if stage.gather is None else min(stage.groups, before)
+
+
+def item_joins(template: JobTemplate) -> list[StageTemplate]:
+    """The stages that follow several item by item, which must have equally many tasks."""
+    return [stage for stage in template.stages if stage.gather is None and len(stage.after) > 1]
+
+
+def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
+    """The first of the joins that follows stages with unequal numbers of tasks; ValueError as
+    in `stage_sizes`."""
+    joined = item_joins(template)
+    sizes = stage_sizes(template, tasks) if joined else {}
+    return next((one for one in joined if len({sizes[name] for name in one.after}) > 1), None)
+
+
+def unequal_join_message(stage: StageTemplate) -> str:
+    """What is wrong with an unequal join."""
+    which = " and ".join(f"'{name}'" for name in stage.after)
+    return (
+        f"The stage '{stage.name}' takes the results of {which} item by item, and those have not "
+        "equally many tasks."
+    )
+
+
+UNEQUAL_JOIN_REMEDY = "Write gather: all, or let it follow stages with as many tasks."

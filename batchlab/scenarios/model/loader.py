@@ -2,23 +2,331 @@
 
 Invariant: a Scenario that was loaded has passed every check, and follows from nothing but the
 file's text and its place.
+
+The checks across keys of a scenario: what no single value of it can tell.
+
+Invariant: a scenario that passes names only jobs, pools, zones and instance types that there are,
+and expects nothing that its record could not say.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from batchlab.core import package_data
+from batchlab.core import instance_types, package_data
 from batchlab.core.errors import UsageError
+from batchlab.core.pricing import money
 from batchlab.jobs import paths, yaml_source
+from batchlab.jobs.field_types import MOST_TASKS
 from batchlab.jobs.validation import Structure, validate
-from batchlab.jobs.yaml_source import Problem, suggest
-from batchlab.scenarios.model import build, checks
-from batchlab.scenarios.model.schema import SHAPE, ScenarioSpec, is_text
-from batchlab.scenarios.model.values import JobTemplate, Scenario, Source
+from batchlab.jobs.yaml_source import Loc, Problem, suggest
+from batchlab.scenarios.model import build, expansion
+from batchlab.scenarios.model.build import FAULTS
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.schema import SHAPE, FaultSpec, ScenarioSpec, is_text
+from batchlab.scenarios.model.schema_distributions import StepSpec
+from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate, Scenario, Source
+from batchlab.scenarios.verdicts import MEASURES
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedScenario:
+    """A scenario that has its mistakes mended, and what was wrong with it."""
+
+    found: Structure[ScenarioSpec]
+    spec: ScenarioSpec
+    jobs: Mapping[str, JobTemplate]
+
+    def unknown(self, section: str, name: str) -> bool:
+        """Whether the user has nothing of that name, not even with a mistake in it."""
+        if name in getattr(self.spec, section):
+            return False
+        for loc in self.found.broken:
+            if loc[:1] == (section,) and (loc[1:2] in ((), (name,)) or loc[-1] == "[key]"):
+                return False
+        return True
+
+    def whole(self, pool: str) -> bool:
+        """Whether nothing is wrong with the pool's numbers."""
+        return self.found.sound(("pools", pool))
+
+
+ZONES = "abcdef"
+
+_HITS_INSTANCES = frozenset(
+    {
+        FaultName.KILL,
+        FaultName.PAUSE,
+        FaultName.PARTITION,
+        FaultName.SPOT_WAVE,
+        FaultName.SLOW_DISK,
+    }
+)
+_HITS_CALLS = frozenset({FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS})
+_FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
+    "for_s": LASTING_FAULTS,
+    "pool": _HITS_INSTANCES,
+    "share": _HITS_INSTANCES,
+    "count": _HITS_INSTANCES,
+    "rate": _HITS_CALLS,
+    "notice": frozenset({FaultName.SPOT_WAVE}),
+    "zone": frozenset({FaultName.ZONE_LOSS}),
+}
+"""Keys of a fault that mean something for some faults only."""
+_MAY_END_AT_ONCE = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
+"""What is mended when it is over, and may be so at once."""
+_ZERO_MESSAGES = {
+    "for_s": "It is over as soon as it has begun.",
+    "share": "A share of 0 hits no instance.",
+    "rate": "A rate of 0 hits nothing.",
+}
+"""What a key of a fault says that is 0."""
+
+
+def find_problems(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
+    """Every problem of the checks whose places are sound."""
+    if found.whole is None:
+        return []
+    subject = CheckedScenario(found, found.whole, jobs)
+    problems: list[Problem] = []
+    for check, places in _CHECKS:
+        if found.sound(*places):
+            problems.extend(check(subject))
+    return [one for one in problems if one.loc is None or found.sound(one.loc)]
+
+
+def _pools(subject: CheckedScenario) -> Iterator[Problem]:
+    types = instance_types.load()
+    for name, pool in subject.spec.pools.items():
+        loc: Loc = ("pools", name)
+        if pool.min > pool.max:
+            message = f"min ({pool.min}) is more than max ({pool.max})."
+            yield Problem((*loc, "min"), message, "Write the smaller number as min.")
+        if pool.instance_type:
+            try:
+                types.of(pool.instance_type)
+            except UsageError as error:
+                yield Problem((*loc, "instance_type"), error.message, error.remedy)
+
+
+def _stages(subject: CheckedScenario) -> Iterator[Problem]:
+    """Where each stage runs."""
+    for template in subject.jobs.values():
+        for i, stage in enumerate(template.stages):
+            pool = subject.spec.pools.get(stage.pool)
+            if subject.unknown("pools", stage.pool):
+                message = f"There is no pool '{stage.pool}' for the stage '{stage.name}'."
+                loc = _stage_location(subject, template, i, "pool")
+                yield Problem(loc, message, suggest(stage.pool, subject.spec.pools, "pools"))
+            elif pool is not None and stage.slots > pool.slots and subject.whole(stage.pool):
+                message = (
+                    f"A task of the stage '{stage.name}' takes {stage.slots} slots, and an "
+                    f"instance of the pool '{stage.pool}' has {pool.slots}: it would never run."
+                )
+                remedy = "Give the pool's instances more slots."
+                yield Problem(_stage_location(subject, template, i, "slots"), message, remedy)
+
+
+def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
+    """Where the stage says that, or else the job what its stages are."""
+    loc: Loc = ("jobs", template.name)
+    if template.file is not None:
+        return (*loc, "file")
+    return (*loc, "stages", stage, key) if subject.spec.jobs[template.name].stages else loc
+
+
+def _joins(subject: CheckedScenario) -> Iterator[Problem]:
+    """Where the records of a trace say how many tasks a job has, only they can tell."""
+    for template in subject.jobs.values():
+        if any(
+            one.trace is not None and one.job in (None, template.name)
+            for one in subject.spec.arrivals
+        ):
+            continue
+        always = isinstance(template.tasks, Constant)
+        tasks = max(1, int(template.tasks.mean + 0.5)) if always else MOST_TASKS
+        try:
+            stage = expansion.find_unequal_join(template, tasks)
+        except ValueError:
+            continue  # the order of its stages has been told
+        if stage is not None:
+            loc = _stage_location(subject, template, template.stages.index(stage), "after")
+            yield Problem(loc, expansion.unequal_join_message(stage), expansion.UNEQUAL_JOIN_REMEDY)
+
+
+def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
+    for i, arrival in enumerate(subject.spec.arrivals):
+        if arrival.step is not None and subject.found.sound(("arrivals", i, "step")):
+            yield from _steps(arrival.step, ("arrivals", i, "step", "steps"))
+        if arrival.job is not None and subject.unknown("jobs", arrival.job):
+            message = f"There is no job '{arrival.job}'."
+            yield Problem(
+                ("arrivals", i, "job"), message, suggest(arrival.job, subject.spec.jobs, "jobs")
+            )
+
+
+def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
+    """Steps from which nothing follows."""
+    for i, one in enumerate(spec.steps):
+        if one.at_s >= spec.until_s:
+            message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
+            yield Problem((*loc, i, "at"), message, "Write a later until, or delete the step.")
+        elif i and one.at_s == spec.steps[i - 1].at_s:
+            message = f"Two steps are at {one.at_s:g} s."
+            yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
+
+
+def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
+    for i, one in enumerate(subject.spec.prewarm):
+        loc: Loc = ("prewarm", i)
+        pool = subject.spec.pools.get(one.pool)
+        if subject.unknown("pools", one.pool):
+            message = f"There is no pool '{one.pool}' to warm up."
+            yield Problem((*loc, "pool"), message, suggest(one.pool, subject.spec.pools, "pools"))
+        elif pool is not None and one.min > pool.max and subject.whole(one.pool):
+            message = f"The pool '{one.pool}' has {pool.max} instances at the most."
+            yield Problem((*loc, "min"), message, f"Write {pool.max} or less, or raise its max.")
+        elif pool is not None and one.min <= pool.min <= pool.max and subject.whole(one.pool):
+            message = f"The pool '{one.pool}' always has {pool.min} instances or more."
+            yield Problem((*loc, "min"), message, f"Write {pool.min + 1} or more, or delete it.")
+        if one.until_s <= one.at_s and subject.found.sound((*loc, "at")):
+            message = "It ends before it begins."
+            yield Problem((*loc, "until"), message, "Write an until that is later than at.")
+
+
+def _faults(subject: CheckedScenario) -> Iterator[Problem]:
+    for i, one in enumerate(subject.spec.faults):
+        loc: Loc = ("faults", i)
+        yield from _unused_fault_keys(one, loc)
+        if one.pool is not None and subject.unknown("pools", one.pool):
+            message = f"There is no pool '{one.pool}' to break."
+            yield Problem((*loc, "pool"), message, suggest(one.pool, subject.spec.pools, "pools"))
+        letters = ZONES[: subject.spec.zones]
+        if one.zone is not None and (len(one.zone) != 1 or one.zone not in letters):
+            message = f"There is no zone '{one.zone}': the fleet has {subject.spec.zones}."
+            remedy = f"Write {' or '.join(letters)}, or raise zones."
+            yield Problem((*loc, "zone"), message, remedy)
+        if FAULTS[one.fault] is FaultName.SPOT_WAVE:
+            yield from _without_spot(subject, one, loc)
+
+
+def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
+    """What is broken twice at once would be mended by the end of the first."""
+    faults = [
+        (("faults", i), build.fault(one))
+        for i, one in enumerate(subject.spec.faults)
+        if subject.found.sound(("faults", i))
+    ]
+    for n, (loc, one) in enumerate(faults):
+        for _, other in faults[:n]:
+            begins_s = max(one.at_s, other.at_s)
+            ends_s = min(one.at_s + one.for_s, other.at_s + other.for_s)
+            if one.shares(other) and (begins_s < ends_s or one.at_s == other.at_s):
+                message = (
+                    f"It overlaps with another {one.name.value}, which lasts from {other.at_s:g} s "
+                    f"to {other.at_s + other.for_s:g} s."
+                )
+                remedy = "Let one be over before the other begins, or make one of the two."
+                yield Problem((*loc, "at"), message, remedy)
+                break
+
+
+def _unused_fault_keys(one: FaultSpec, loc: Loc) -> Iterator[Problem]:
+    fault = FAULTS[one.fault]
+    for key, faults in _FAULTS_BY_KEY.items():
+        if key not in one.model_fields_set:
+            continue
+        name = key.removesuffix("_s")
+        if fault not in faults:
+            message = f"'{name}' means nothing for {fault.value}."
+            remedy = f"Delete it; it goes with {', '.join(sorted(faults))}."
+            yield Problem((*loc, name), message, remedy, at_key=True)
+        elif key in _ZERO_MESSAGES and fault not in _MAY_END_AT_ONCE and not getattr(one, key):
+            yield Problem(
+                (*loc, name), _ZERO_MESSAGES[key], "Write more than 0, or delete the fault."
+            )
+    if one.share is not None and one.count is not None:
+        message = "It says both a share and a count."
+        yield Problem((*loc, "count"), message, "Delete one of the two.", at_key=True)
+
+
+def _without_spot(subject: CheckedScenario, one: FaultSpec, loc: Loc) -> Iterator[Problem]:
+    hit = [name for name in subject.spec.pools if one.pool in (None, name)]
+    if (
+        hit
+        and subject.found.sound(("pools",))
+        and not any(subject.spec.pools[name].spot for name in hit)
+    ):
+        message = "A Spot wave takes Spot instances, and there are none."
+        yield Problem((*loc, "fault"), message, "Give a pool a share of them, such as spot: 0.5.")
+
+
+def _expectations(subject: CheckedScenario) -> Iterator[Problem]:
+    whole: Any = subject.spec.expect
+    loc: Loc = ("expect",)
+    yield from _bounds(whole, loc)
+    for name, own in whole.jobs.items():
+        at = (*loc, "jobs", name)
+        if subject.unknown("jobs", name):
+            message = f"There is no job '{name}' to expect this of."
+            yield Problem(at, message, suggest(name, subject.spec.jobs, "jobs"), at_key=True)
+        yield from _bounds(own, at)
+        job = subject.jobs.get(name)
+        known = subject.found.sound(("jobs", name, "deadline"))
+        if own.late is not None and job is not None and job.deadline_s is None and known:
+            message = f"The job '{name}' has no deadline to miss."
+            yield Problem((*at, "late"), message, "Give it a deadline.", at_key=True)
+    known = subject.found.sound(("jobs",))
+    if (
+        whole.late is not None
+        and known
+        and all(job.deadline_s is None for job in subject.jobs.values())
+    ):
+        message = "No job has a deadline to miss."
+        yield Problem((*loc, "late"), message, "Give one of the jobs a deadline.", at_key=True)
+
+
+def _bounds(spec: Any, loc: Loc) -> Iterator[Problem]:
+    for name in MEASURES:
+        bound = getattr(spec, name, None)
+        if bound is None:
+            continue
+        if bound.least is None and bound.most is None:
+            yield Problem((*loc, name), "It says neither least nor most.", f"Write `{name}: 0`.")
+        elif None not in (bound.least, bound.most) and _number(bound.least) > _number(bound.most):
+            message = "least is more than most."
+            yield Problem((*loc, name), message, "Write the smaller one as least.")
+
+
+def _number(limit: float | str) -> float:
+    return money.parse(limit) if isinstance(limit, str) else limit
+
+
+def _price(subject: CheckedScenario) -> Iterator[Problem]:
+    whole: Any = subject.spec.expect
+    if whole.cost is not None:
+        for name, pool in subject.spec.pools.items():
+            if not pool.instance_type:
+                message = f"What it costs cannot be known: the pool '{name}' has no instance type."
+                yield Problem(("expect", "cost"), message, "Give it one, such as m7i.large.")
+
+
+_CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, ...]], ...] = (
+    (_pools, ()),
+    (_stages, ()),
+    (_joins, (("arrivals",),)),
+    (_arrivals, ()),
+    (_prewarm, ()),
+    (_faults, (("zones",),)),
+    (_overlaps, ()),
+    (_expectations, ()),
+    (_price, (("pools",),)),
+)
+
 
 FOLDER = "scenarios"
 SUFFIX = ".yaml"
@@ -119,4 +427,4 @@ def _build_scenario(
         digest=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
     )
-    return scenario, [*maker.problems, *checks.find_problems(structure, jobs)]
+    return scenario, [*maker.problems, *find_problems(structure, jobs)]

@@ -30,7 +30,7 @@ from batchlab.scenarios.model.schema_distributions import (
 )
 from batchlab.scenarios.model.schema_jobs import JobSpec, TraceSpec
 from batchlab.scenarios.model.values import FaultName
-from batchlab.scenarios.verdicts.measures import MEASURES, Unit
+from batchlab.scenarios.verdicts import MEASURES, Unit
 
 N = TypeVar("N")
 

@@ -21,10 +21,9 @@ from batchlab.manager.state import UNKNOWN_TASK_S
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.costs import compute_bill
 from batchlab.scenarios.forecast.fault_timeline import NO_INSTANCE
 from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone_names
-from batchlab.scenarios.forecast.outcomes import Results
+from batchlab.scenarios.forecast.results import Results, compute_bill
 from batchlab.scenarios.forecast.simulate import SHRINK_LIMIT_S
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Fault, FaultName, Scenario
@@ -41,8 +40,8 @@ from batchlab.scenarios.planner.work_units import (
     stage_runs,
     stages_known_at_start,
 )
-from batchlab.scenarios.verdicts.record import InjectedFault, PoolSample, Record
-from batchlab.scenarios.verdicts.record import Sample as Seen
+from batchlab.scenarios.record import InjectedFault, PoolSample, Record
+from batchlab.scenarios.record import Sample as Seen
 
 MAX_POLICY_CHECKS = 2000
 """The policy looks at most so often while jobs arrive, where its tick is shorter than that; at

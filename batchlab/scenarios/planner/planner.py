@@ -19,8 +19,10 @@ from batchlab.scenarios.model.values import Scenario
 from batchlab.scenarios.planner.candidates import (
     Candidate,
     EvaluatedCandidate,
+    Forecaster,
     Goal,
     TrialResult,
+    TrialRunner,
     current_candidate,
 )
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, frontier
@@ -35,7 +37,6 @@ from batchlab.scenarios.planner.search_steps import (
     pick_evenly,
     tolerance_class,
 )
-from batchlab.scenarios.planner.trials import Forecaster, TrialRunner
 
 SEARCH_SEEDS = 3
 """Seeds that every serious candidate lives through; those that confirm the best come after them."""

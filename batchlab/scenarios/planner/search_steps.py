@@ -22,9 +22,9 @@ from batchlab.scenarios.planner.candidates import (
     PoolConfig,
     PoolDemand,
     TrialResult,
+    TrialRunner,
 )
 from batchlab.scenarios.planner.plan import frontier
-from batchlab.scenarios.planner.trials import TrialRunner
 
 SIZE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
 """Multiples of what would do all work within the deadline if there were nothing else."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from batchlab.core.model import JobState, Pool, TaskSet
 from batchlab.core.protocol.bundle_size import TARGET_S
 from batchlab.runtime.descriptor import Calibration
-from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import (
     LASTING_FAULTS,
     FaultName,
@@ -24,7 +24,7 @@ from batchlab.scenarios.model.values import (
     Schedule,
     StageTemplate,
 )
-from batchlab.scenarios.verdicts.record import JobRun, StageRun
+from batchlab.scenarios.record import JobRun, StageRun
 
 TARGET_UNITS = 20_000
 """About so many pieces are made of all work, where there are more tasks."""
@@ -57,7 +57,7 @@ def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple
     """All jobs, cut."""
     total_s = 0.0
     for job in schedule.jobs:
-        counts = distributions.stage_sizes(job.template, job.tasks)
+        counts = expansion.stage_sizes(job.template, job.tasks)
         total_s += sum(_mean_s(job, stage) * counts[stage.name] for stage in job.template.stages)
     return tuple(
         _split_job(job, seed, calibration, total_s / TARGET_UNITS) for job in schedule.jobs
@@ -71,7 +71,7 @@ def _mean_s(job: Job, stage: StageTemplate) -> float:
 
 
 def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) -> JobWork:
-    counts = distributions.stage_sizes(job.template, job.tasks)
+    counts = expansion.stage_sizes(job.template, job.tasks)
     base = _join_groups(job.template.stages)
     lengths = []
     for stage in job.template.stages:

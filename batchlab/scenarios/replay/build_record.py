@@ -28,10 +28,10 @@ from batchlab.core.retry import Patience
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.values import PoolPlan
+from batchlab.scenarios.record import JobRun, Record, StageRun
 from batchlab.scenarios.replay.measurements import Measurements, measure, root_tasks
 from batchlab.scenarios.replay.run_state import ManagerConnection, RunState, SubmittedJob
 from batchlab.scenarios.replay.sampling import GridSampler
-from batchlab.scenarios.verdicts.record import JobRun, Record, StageRun
 
 T = TypeVar("T")
 

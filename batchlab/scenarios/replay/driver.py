@@ -7,23 +7,25 @@ goes on: those that have not ended are cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from batchlab.client.http import Client
+from batchlab.core.api_types import GridView, JobView
 from batchlab.core.api_usage_types import account_of
+from batchlab.core.errors import Refused
 from batchlab.core.retry import Patience
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
-from batchlab.scenarios.model import distributions
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.expansion import expand
-from batchlab.scenarios.model.values import Job, Scenario
-from batchlab.scenarios.replay import grid_fit
+from batchlab.scenarios.model.values import Job, Policy, Scenario
+from batchlab.scenarios.record import Record
 from batchlab.scenarios.replay.build_record import build_record
 from batchlab.scenarios.replay.jobs import JobPreparer
 from batchlab.scenarios.replay.run import Injector, ReplayRun
 from batchlab.scenarios.replay.run_state import ManagerConnection, ReplayProgress, RunState
-from batchlab.scenarios.verdicts.record import Record
 
 AWAY_S = 120.0
 """So long a manager may be away, beyond what the scenario does to it."""
@@ -33,13 +35,78 @@ SPARE_S = 300.0
 """What a replay may take beyond twice the time that all its work takes on the whole fleet."""
 
 
+_HOW = "Take it down with `batchlab grid down`, or name another folder with --home."
+_STACK = "Let the scenario have the stack's own, or change the stack with `batchlab deploy apply`."
+_CLOSE = 1e-6
+
+
+def policy_settings(policy: Policy) -> Mapping[str, float]:
+    """What the scenario asks of the manager, by the manager's own names."""
+    named = {
+        "drain_target_s": policy.drain_target_s,
+        "cooldown_in_s": policy.cooldown_in_s,
+        "idle_s": policy.idle_s,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
+    """Refused where the grid's pools or its policy are others than the scenario's. Pools that only
+    the grid has stand by."""
+    remedy = _STACK if deployed else _HOW
+    there = {pool["name"]: pool for pool in grid["pools"]}
+    for plan in scenario.pools:
+        wanted, found = plan.pool, there.get(plan.pool.name)
+        if found is None:
+            raise Refused(
+                f"The grid that is up has no pool {wanted.name!r}, which the scenario asks for.",
+                remedy=remedy,
+            )
+        ours = (wanted.min_size, wanted.max_size, wanted.slots)
+        theirs = (found["min"], found["max"], found["slots"])
+        if ours != theirs:
+            raise Refused(
+                f"The pool {wanted.name!r} of the grid that is up is {_describe_pool(*theirs)}, "
+                f"and the scenario asks for {_describe_pool(*ours)}.",
+                remedy=remedy,
+            )
+        if found["held_by_hand"]:
+            raise Refused(
+                f"The capacity of the pool {wanted.name!r} of the grid that is up is set by hand.",
+                remedy=f"`batchlab grid scale {wanted.name} --auto` hands it back to the policy.",
+            )
+    for name, value in policy_settings(scenario.policy).items():
+        is_so = grid["settings"].get(name)
+        if is_so is None or not math.isclose(is_so, value, rel_tol=_CLOSE):
+            shown = "not known" if is_so is None else f"{is_so:g}"
+            raise Refused(
+                f"{name} of the grid that is up is {shown}, and the scenario asks for {value:g}.",
+                remedy=remedy,
+            )
+
+
+def check_idle(active: Sequence[JobView]) -> None:
+    """Refused where the grid has other work to do: it would be measured along."""
+    if active:
+        others = f" and {len(active) - 1} others" if len(active) > 1 else ""
+        raise Refused(
+            f"The grid has a job that has not ended: {active[0]['id']}{others}.",
+            remedy="Wait for it, cancel it with `batchlab job cancel`, or name another folder "
+            "with --home.",
+        )
+
+
+def _describe_pool(least: int, most: int, slots: int) -> str:
+    return f"{least}-{most}x{slots}"
+
+
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     """When a replay ends at the latest unless told otherwise, in seconds of the run: twice what
     its work takes on the whole fleet after the last arrival, and some time to spare."""
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
     for job in jobs:
-        counts = distributions.stage_sizes(job.template, job.tasks)
+        counts = expansion.stage_sizes(job.template, job.tasks)
         for stage in job.template.stages:
             known = None if stage.after else job.task_s
             mean_s = stage.task_s.mean if known is None else known
@@ -63,7 +130,7 @@ async def _wait_until_idle(link: ManagerConnection) -> None:
     give_up_s = loop.time() + QUIET_S
     while active := await link.call(lambda client: client.jobs(active=True)):
         if loop.time() > give_up_s:
-            grid_fit.check_quiet(active)
+            check_idle(active)
         await asyncio.sleep(0.2)
 
 
@@ -97,7 +164,7 @@ async def replay(
         if breaker:
             stack.push_async_callback(breaker.close)
         grid = await link.call(Client.grid)
-        grid_fit.check(grid, scenario, deployed=backend.capabilities.fixed_pools)
+        check_grid(grid, scenario, deployed=backend.capabilities.fixed_pools)
         await _wait_until_idle(link)
         before = account_of((await link.call(Client.use))["total"])
         preparer = JobPreparer(

@@ -21,7 +21,7 @@ from batchlab.core.protocol import object_keys, values
 from batchlab.core.retry import Patience
 from batchlab.jobs import api, submission
 from batchlab.manager.jobs.stage_plans import FEW, FEW_BYTES, PartWriter
-from batchlab.scenarios.model import distributions, expansion
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import TENANT_TAG, Job, JobTemplate, StageTemplate
 from batchlab.scenarios.replay import standin
 from batchlab.worker import code_cache
@@ -177,7 +177,7 @@ def job_items(seed: int, due: Job) -> Iterator[Json]:
 def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
     """What the stand-ins are told of each stage (see standins)."""
     template = due.template
-    counts = distributions.stage_sizes(template, due.tasks)
+    counts = expansion.stage_sizes(template, due.tasks)
     shapes: dict[str, Any] = {}
     for stage in template.stages:
         passes = item_followers(template, stage.name)

@@ -21,8 +21,8 @@ from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.retry import Patience
 from batchlab.jobs.attempts import definition
 from batchlab.scenarios.model.values import Job
+from batchlab.scenarios.record import StageRun
 from batchlab.scenarios.replay.jobs import declared_s
-from batchlab.scenarios.verdicts.record import StageRun
 
 READ_AT_ONCE = 16
 JOBS_AT_ONCE = 8

@@ -21,11 +21,11 @@ from batchlab.core.api_types import JobView
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, RetryRule
 from batchlab.core.model import Market, Pool, TaskSet
-from batchlab.scenarios.model import distributions, expansion, loader
+from batchlab.scenarios.model import expansion, loader
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import TENANT_TAG, PoolPlan
+from batchlab.scenarios.record import JobRun, Record, StageRun
 from batchlab.scenarios.replay.measurements import Measurements, root_tasks
-from batchlab.scenarios.verdicts.record import JobRun, Record, StageRun
 
 _DIGITS = 6
 
@@ -235,7 +235,7 @@ def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
     scenario = loader.load(path)
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
-        counts = distributions.stage_sizes(job.template, job.tasks)
+        counts = expansion.stage_sizes(job.template, job.tasks)
         for stage in job.template.stages:
             count = counts[stage.name]
             seconds = sum(expansion.task_times_s(scenario.seed, job, stage, TaskSet.span(0, count)))

@@ -7,6 +7,7 @@ its jobs none goes on.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -14,11 +15,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from batchlab.client.http import Client
-from batchlab.core.api_types import JobView
+from batchlab.core.api_types import JobView, PoolView
 from batchlab.core.errors import BackendError, BatchlabError, NotFound
 from batchlab.core.ports import Clock
-from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.replay.grid_fit import Prewarmer
+from batchlab.scenarios.model.values import Fault, FaultName, Prewarm
+from batchlab.scenarios.record import InjectedFault
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
 from batchlab.scenarios.replay.run_state import (
     RUN_ENDED,
@@ -28,7 +29,6 @@ from batchlab.scenarios.replay.run_state import (
     SubmittedJob,
 )
 from batchlab.scenarios.replay.sampling import EVERY_S, GridSampler
-from batchlab.scenarios.verdicts.record import InjectedFault
 
 AHEAD = 64
 """Jobs that are prepared before they are due."""
@@ -52,6 +52,59 @@ END_S = 60.0
 CANCEL_AT_ONCE = 10
 """Each waits until no worker can start a task any more."""
 INTERRUPTED = "It was interrupted."
+
+
+class Prewarmer:
+    """Of one run. Another manager than the one that was told has limits of its own: it is told
+    again as soon as it is seen to lead."""
+
+    def __init__(self, course: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
+        self._course = course
+        self._link = link
+        self._sampler = sampler
+        self._own = {one.pool.name: one.pool.min_size for one in course.scenario.pools}
+        self._wanted: dict[str, list[int]] = defaultdict(list)
+        self._told: dict[str, tuple[int, str]] = {}
+        """What each pool's least size was made last, and who led then."""
+        self._telling: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._flying: set[asyncio.Task[PoolView]] = set()
+
+    async def warm(self, one: Prewarm) -> None:
+        """Wait for its time, and keep the pool warm until that is over. BackendError."""
+        await self._course.until(one.at_s)
+        self._wanted[one.pool].append(one.min_size)
+        while (left_s := one.until_s - self._course.at_s()) > 0:
+            await self._tell(one.pool)
+            await asyncio.sleep(min(EVERY_S, left_s))
+        self._wanted[one.pool].remove(one.min_size)
+        await self._tell(one.pool)
+
+    async def cool(self, *, within_s: float) -> None:
+        """All pools have their own least size, as far as the manager can be told."""
+        if self._flying:  # else what is in a thread could come after what is told now
+            _, late = await asyncio.wait(set(self._flying), timeout=within_s)
+            for one in late:
+                one.cancel()
+        for pool in list(self._told):
+            self._wanted[pool].clear()
+            # What was noted may have failed.
+            self._told.pop(pool, None)
+            with suppress(BackendError):
+                await self._tell(pool, within_s=within_s)
+
+    async def _tell(self, pool: str, *, within_s: float | None = None) -> None:
+        async with self._telling[pool]:  # what was told last must be what is wanted last
+            least = max(self._own[pool], *self._wanted[pool], 0)
+            leads = self._sampler.grid["owner"] if self._sampler.grid else ""
+            if self._told.get(pool) == (least, leads):
+                return
+            # Noted before it is so: who is cancelled meanwhile has it taken back.
+            self._told[pool] = least, leads
+            call = self._link.call(lambda there: there.scale(pool, min=least), within_s=within_s)
+            flying = asyncio.create_task(call)
+            self._flying.add(flying)
+            flying.add_done_callback(self._flying.discard)
+            await asyncio.shield(flying)
 
 
 class Injector(Protocol):

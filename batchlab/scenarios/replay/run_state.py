@@ -20,8 +20,8 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import ENDED
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.values import Job, Scenario
+from batchlab.scenarios.record import InjectedFault, Sample
 from batchlab.scenarios.replay.measurements import ObservedJob
-from batchlab.scenarios.verdicts.record import InjectedFault, Sample
 
 RUN_ENDED = "the run was over before"
 """Why a fault was not injected."""

@@ -14,8 +14,8 @@ from batchlab.client.http import Client
 from batchlab.core.api_types import ActivityView, GridView, InstanceView, PoolView
 from batchlab.core.model import LifecycleState, Market
 from batchlab.core.protocol import object_keys
+from batchlab.scenarios.record import InstanceRun, PoolSample, Sample
 from batchlab.scenarios.replay.run_state import ManagerConnection
-from batchlab.scenarios.verdicts.record import InstanceRun, PoolSample, Sample
 
 EVERY_S = 1.0
 ACTIVITIES = 1000

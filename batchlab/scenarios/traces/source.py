@@ -30,11 +30,12 @@ class TraceFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Jobs of `template` (where that is empty, of the one each record names) as `path` has them.
+    """Arrivals from the trace at `path`, as jobs of `template`.
 
-    `columns` None is the format's own: `SWF_COLUMNS` or `RECORD_COLUMNS`; a table has none.
-    `names` and `delimiter` are a table's. Of the trace, what comes from `from_s` on until `until_s` after its first job,
-    and no more than `limit` jobs. `speed` is what the scenario has been compressed by.
+    Without a template, each record names its own. Without `columns`, the format's own columns
+    apply (`SWF_COLUMNS` or `RECORD_COLUMNS`); a table has none. `names` and `delimiter` are for
+    tables. The source uses records from `from_s` until `until_s` after the trace's first job, at
+    most `limit` jobs. `speed` is the factor by which the scenario was compressed.
     """
 
     template: str

@@ -17,7 +17,7 @@ from batchlab.runtime.compose.deployment import Deployment
 from batchlab.runtime.compose.project import LABEL
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults.containers import SERVICE, ContainerFaults
-from batchlab.scenarios.faults.fault_injection import TargetGrid
+from batchlab.scenarios.faults.target_grid import TargetGrid
 from tests.support.scenarios.cancelled_faults import CALL_S, Manager
 
 T = TypeVar("T")

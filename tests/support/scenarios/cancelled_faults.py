@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from batchlab.client.http import Client
-from batchlab.scenarios.faults.fault_injection import FaultResult
+from batchlab.scenarios.faults.target_grid import FaultResult
 from tests.scenarios.test_fault_table import grid, instance
 
 CALL_S = 0.002

@@ -15,7 +15,7 @@ from batchlab.core.errors import BackendError
 from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
 from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.scenarios.verdicts.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 

@@ -14,7 +14,7 @@ from batchlab.scenarios.model.values import Fault, FaultName, Policy, PoolPlan, 
 from batchlab.scenarios.planner.candidates import Goal, PoolConfig
 from batchlab.scenarios.planner.plan import Plan
 from batchlab.scenarios.planner.planner import Search
-from batchlab.scenarios.verdicts.record import InjectedFault, PoolSample, Record, Sample, StageRun
+from batchlab.scenarios.record import InjectedFault, PoolSample, Record, Sample, StageRun
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
 USD_H = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from batchlab.scenarios.verdicts.record import InstanceRun, JobRun, PoolSample, Record, Sample
+from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample
 
 
 def a_job(index: int = 0, **more: Any) -> JobRun:

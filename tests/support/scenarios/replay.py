@@ -22,8 +22,8 @@ from batchlab.scenarios.model.values import (
     StageTemplate,
     WorkKind,
 )
-from batchlab.scenarios.replay import driver, grid_fit
-from batchlab.scenarios.verdicts.record import Record
+from batchlab.scenarios.record import Record
+from batchlab.scenarios.replay import driver
 
 QUICK = RetryRule(backoff_s=0.2)
 
@@ -72,7 +72,7 @@ def scenario(
 def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
     """A grid on `local` with the scenario's pools and policy."""
     backend = factory.load("local")
-    with settings.said(home, grid_fit.policy_settings(wanted.policy), why="For a test."):
+    with settings.said(home, driver.policy_settings(wanted.policy), why="For a test."):
         pools = [plan.pool for plan in wanted.pools]
         manager_process.start_manager(home, backend, pools=pools, parent=True)
         try:
