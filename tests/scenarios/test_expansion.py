@@ -105,7 +105,7 @@ def test_an_arrival_of_no_job_names_those_there_are() -> None:
 
 
 def test_too_many_jobs_are_a_slip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expansion, "MOST_JOBS", 1000)
+    monkeypatch.setattr(expansion, "MAX_JOBS", 1000)
     flood = replace(SCENARIO, arrivals=(FixedTimes(template="media", moments=((0.0, 1001),)),))
     some = replace(SCENARIO, arrivals=(FixedTimes(template="media", moments=((0.0, 1000),)),))
     assert len(expand(some).jobs) == 1000

@@ -158,7 +158,7 @@ def test_when_the_last_job_is_there_it_looks_at_each_tick() -> None:
 
 
 def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_units, "PIECES", 50)
+    monkeypatch.setattr(work_units, "TARGET_UNITS", 50)
     plan = claims(PARSE, PRICE, SUM, jobs=2, tasks=500)
     works = work_units.split_jobs(expand(plan, 1), 1, Calibration("aws"))
     for work in works:

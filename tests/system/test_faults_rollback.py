@@ -30,7 +30,6 @@ from batchlab.scenarios.faults import (
     services,
     target_grid,
 )
-from batchlab.scenarios.faults import processes as slow_disk
 from batchlab.scenarios.faults.aws_stack import StackFaults
 from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.faults.services import ManagerProcess
@@ -65,7 +64,7 @@ class Machine:
         return found + [
             " ".join(words)[:40]
             for words in processes_of(self.scene.home.scratch).values()
-            if slow_disk.WRITER_PROGRAM in words
+            if processes.WRITER_PROGRAM in words
         ]
 
 
@@ -85,9 +84,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_of_processes_nothing_stands_wherever_it_is_cancelled(
     name: FaultName, tmp_path: Path, worker: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slow_disk, "HOGS", (1,))
-    monkeypatch.setattr(slow_disk, "_PROBES", 2)
-    monkeypatch.setattr(slow_disk, "FELT", 0.0)
+    monkeypatch.setattr(processes, "WRITER_COUNTS", (1,))
+    monkeypatch.setattr(processes, "_PROBES", 2)
+    monkeypatch.setattr(processes, "MIN_SLOWDOWN", 0.0)
 
     def do(world: Machine) -> Coroutine[Any, Any, FaultResult]:
         fault = Fault(name, 0.0, for_s=SHORT)
@@ -97,7 +96,7 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
             return world.there.partition(world.front, fault)
         if name is FaultName.S3_ERRORS:
             return processes.s3_errors(world.scene, world.front, fault)
-        return slow_disk.slow_disk(world.scene, fault)
+        return processes.slow_disk(world.scene, fault)
 
     assert at_every_wait(lambda: Machine(tmp_path, worker), do) > 1
 
@@ -105,21 +104,21 @@ def test_of_processes_nothing_stands_wherever_it_is_cancelled(
 def test_a_disk_that_is_no_slower_or_full_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slow_disk, "HOGS", (1,))
-    monkeypatch.setattr(slow_disk, "fsync_s", lambda _: 0.004)
+    monkeypatch.setattr(processes, "WRITER_COUNTS", (1,))
+    monkeypatch.setattr(processes, "fsync_s", lambda _: 0.004)
     there = target_grid.TargetGrid(factory.load("local"), Home(tmp_path), Manager("w-1"))
     fault = Fault(FaultName.SLOW_DISK, 0.0, for_s=SHORT)
     with pytest.raises(
         EffectNotSeen, match=r"not 2 times as slow: .* 4.00 ms before and 4.00 ms during"
     ):
-        asyncio.run(slow_disk.slow_disk(there, fault))
+        asyncio.run(processes.slow_disk(there, fault))
 
     def full(_: Path) -> float:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(slow_disk, "fsync_s", full)
+    monkeypatch.setattr(processes, "fsync_s", full)
     with pytest.raises(BackendError, match="could not be kept busy: No space left on device"):
-        asyncio.run(slow_disk.slow_disk(there, fault))
+        asyncio.run(processes.slow_disk(there, fault))
 
 
 class Books:
