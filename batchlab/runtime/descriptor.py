@@ -1,13 +1,6 @@
-"""A backend as it is written down, in `backends/<name>/backend.toml`.
+"""Descriptors of backends, read from `backends/<name>/backend.toml`, and addresses of endpoints.
 
-Invariant: plain data and what follows from it; nothing is opened, and no adapter is known here.
-
-What forecasts take from runs that were measured, as plain values.
-
-Alone in its file, since every backend's descriptor has one: each worker's start reads it, and needs
-nothing else of a scenario.
-
-Endpoints that a user names, with a bucket as their path, and names of buckets.
+Invariant: a descriptor is plain data. This module imports no adapter and opens nothing.
 """
 
 from __future__ import annotations
@@ -36,16 +29,19 @@ from batchlab.worker.settings import WorkerSettings
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a simulated grid takes from runs that were measured on `backend`.
+    """Times of a simulated grid, as measured in runs on `backend`.
 
-    `boot_s` is from launch to InService by pool, `other_boot_s` that of pools which are not named
-    there; where it is None they boot as long as the scenario says. `call_s` are the least and the
-    most that a port call takes. `bundle_s` is what a bundle takes beyond its tasks and what it
-    computes (below), `submit_s` from a job's submission until its first bundle can be received,
-    `end_s` from its last task's end to its own. `stretch` is measured over declared task time, by
-    "template/stage". `manager_s` is from when a manager is started, in place of one that has died,
-    until it stands for the lead. `bundle_cpu_s` is what all processes of the grid compute for a
-    bundle, where they share `cores`; with 0 cores that is no matter.
+    - `boot_s`: time from launch to InService, by pool. `other_boot_s` is that of all other pools.
+      If it is None, those boot as long as the scenario says.
+    - `call_s`: the shortest and the longest time of a port call.
+    - `bundle_s`: the time of a bundle beyond its tasks and `bundle_cpu_s`.
+    - `submit_s`: time from a job's submission until a worker can receive its first bundle.
+    - `end_s`: time from the end of a job's last task to the end of the job.
+    - `stretch`: measured task time divided by declared task time, by "template/stage".
+    - `manager_s`: time from the start of a manager that replaces a dead one until it stands for
+      the lead.
+    - `bundle_cpu_s`: CPU time of all processes of the grid for a bundle, if they share `cores`.
+      With 0 cores it is ignored.
     """
 
     backend: str
@@ -60,19 +56,19 @@ class Calibration:
     bundle_cpu_s: float = 0.0
     cores: int = 0
     runs: int = 0
-    """How many records it was made of."""
+    """Number of records it was measured in."""
     compressed: float = 1.0
-    """What the times of those runs had been divided by."""
+    """The factor that the times of those runs were divided by."""
 
 
 VARIABLE = "BATCHLAB_ENDPOINT"
-"""Environment variable that names an endpoint where no option does."""
+"""Environment variable that names an endpoint if no option does."""
 
 _ENDPOINT = re.compile(
     r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?"
 )
-# The bucket's name begins the names of queues, of which SQS takes 80 characters without dots; that
-# of a pool's dead letters takes 51 of them.
+# The bucket's name begins the names of the queues. SQS allows 80 characters without dots, and the
+# rest of the name of a pool's dead-letter queue takes up to 51 of them.
 
 
 def place_of(endpoint: str, scheme: str = "") -> Place:
@@ -84,7 +80,7 @@ def place_of(endpoint: str, scheme: str = "") -> Place:
         return _bucket_of(endpoint, scheme)
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None:
-        # A name and password in it are for nobody's eyes.
+        # The error must not show a name and password in the URL.
         shown = re.sub(r"//[^/@]*@", "//…@", endpoint)
         raise UsageError(
             f"The endpoint {shown!r} is not a URL with a bucket's name as its path.",
@@ -105,7 +101,7 @@ def _bucket_of(address: str, scheme: str) -> Place:
 
 
 def fresh_bucket() -> str:
-    """A name that no other grid has."""
+    """Return a name for a bucket that no other grid has."""
     return f"batchlab-{secrets.token_hex(5)}"
 
 
@@ -114,7 +110,7 @@ D = TypeVar("D", bound="Descriptor")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What is put into the containers for the users' tasks: Debian's packages and PyPI's."""
+    """Packages of Debian and PyPI that the containers have for the users' tasks."""
 
     apt: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
@@ -135,12 +131,12 @@ class Descriptor:
     worker: WorkerSettings
     pools: tuple[Pool, ...]
     emulator: str | None = None
-    """What is started where no endpoint is named."""
+    """The emulator that the grid starts if no endpoint is named."""
     endpoint: str | None = None
-    """What the user has named: a URL, perhaps with a bucket as its path."""
+    """The URL that the user has named, perhaps with a bucket as its path."""
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
-    """What a forecast takes of it where nothing was calibrated."""
+    """The times of a forecast without a calibration."""
     bucket_scheme: str = ""
     """The scheme of the address by which `--endpoint` names an existing bucket, such as "gs"."""
     extra: str | None = None
@@ -149,15 +145,15 @@ class Descriptor:
 
     @property
     def pace(self) -> Pace:
-        """How often its workers ask, by which requests are derived where none are counted."""
+        """How often its workers send requests. Uncounted requests are derived from it."""
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
 
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
-    """That of this name as a `kind`, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
+    """Return the descriptor of that name as a `kind`, with `endpoint` or that of BATCHLAB_ENDPOINT.
 
-    UsageError for a name that is none, and for an endpoint where there is no use for one.
+    UsageError for an unknown name, and for an endpoint that the backend cannot use.
     """
     if name not in backend_names():
         raise UsageError(
@@ -212,13 +208,12 @@ def _usual(name: str, doc: dict[str, Any]) -> Calibration:
 
 
 def _cores() -> int:
-    """How many this process may run on, where the system says that: in a container, or under
-    taskset, not all of the machine's."""
+    """Return the number of CPUs that this process may use, which a container or taskset limits."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def with_pools(backend: D, pools: Sequence[Pool]) -> D:
-    """The backend with the user's own pools in place of its default ones."""
+    """Return the backend with `pools` in place of its default pools, unless there are none."""
     return replace(backend, pools=tuple(pools)) if pools else backend

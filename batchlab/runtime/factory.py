@@ -1,14 +1,8 @@
-"""The adapters that a backend's descriptor names, opened.
+"""Composition root: create the adapters named in a backend's descriptor.
 
-Invariant: each is imported only when it is named, so that a backend needs nothing of another one's.
-
-The launcher that `batchlab asg serve` is told to use.
-
-The one composition root: a backend's descriptor, and the adapters it names.
-
-A backend is a named choice of adapters, written down as data in `backends/<name>/backend.toml`.
-Adapters are imported in this package and nowhere else, each only when it is named: descriptor.py
-reads what is written down, placed.py finds the grid's parts, opening.py opens the adapters.
+A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py
+reads the descriptor, locations.py finds the grid's parts, and this module opens the adapters.
+Adapters are imported on first use, so a backend does not need another backend's dependencies.
 """
 
 from __future__ import annotations
@@ -65,8 +59,10 @@ def open_asg_launcher(
     clock: Clock,
     signals: Callable[[str], Signals],
 ) -> ProcessLauncher | ContainerLauncher:
-    """The launcher that `asg serve` is told to use, which tells instances their `signals` where it
-    can; UsageError where there is none of that name."""
+    """Return the launcher that `asg serve --launcher` names; UsageError for an unknown name.
+
+    The Docker launcher passes `signals` to its instances.
+    """
     if settings.launcher == "process":
         from batchlab.adapters.local.processes import ProcessLauncher
 
@@ -121,7 +117,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Backend(Placed):
-    """A named choice of adapters, each opened for a home."""
+    """A named choice of adapters. Each method opens one adapter for a home."""
 
     def open_clock(self) -> Clock:
         from batchlab.adapters.clock import WallClock
@@ -129,7 +125,7 @@ class Backend(Placed):
         return WallClock()
 
     def open_tracer(self, service: str, instance: str) -> Tracer:
-        """Where the traces of this process go, as the environment says; nowhere unless it does."""
+        """Return the tracer configured by the OTEL_* variables, or a no-op tracer."""
         if not _is_traced(os.environ):
             return NOBODY
         try:
@@ -144,7 +140,7 @@ class Backend(Placed):
         return OtelTracer(f"batchlab-{service}", instance)
 
     def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
-        """The ways to who is notified."""
+        """Return the adapters that deliver notifications."""
         from batchlab.adapters.aws.endpoint import Endpoint
         from batchlab.adapters.notifications import Deliveries
 
@@ -162,7 +158,7 @@ class Backend(Placed):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
-        """The bucket, asked as `tally` counts; Unreachable where no grid has been up yet."""
+        """Open the bucket; Unreachable if no grid has been up yet. `tally` counts requests."""
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
@@ -188,16 +184,18 @@ class Backend(Placed):
         return FilesInPlace(home.objects)
 
     def open_bucket(self, home: Home) -> Objects:
-        """The bucket for whoever asks no manager; Unreachable, at once, where it is an emulator's
-        that comes and goes with a grid which is not up."""
+        """Open the bucket for a command that needs no manager.
+
+        Unreachable if the bucket is in the grid's own emulator and the grid is not up.
+        """
         record = home.record()
         is_up = record is not None and record.backend == self.name
         if self.capabilities.takes_endpoint and not is_up:
             place = self.place(home)
             if not place.named:
                 raise Unreachable(
-                    f"The bucket of the grid on {self.name} in {home.path} is an emulator's of its "
-                    "own, which is there while the grid is up.",
+                    f"The bucket of the grid on {self.name} in {home.path} is in an emulator, "
+                    "which runs only while the grid is up.",
                     remedy=f"Bring it up with `batchlab grid up --backend {self.name}`.",
                 )
         return self.open_objects(home)
@@ -205,7 +203,7 @@ class Backend(Placed):
     def open_queue(
         self, home: Home, clock: Clock, tally: Tally | None = None
     ) -> SqliteQueue | RungQueue | SqsQueue:
-        """The queues; as `open_objects`."""
+        """Open the queues. See `open_objects`."""
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -248,7 +246,7 @@ class Backend(Placed):
         )
 
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
-        """Who launches instances in this process; None where a service of its own does."""
+        """Return the launcher of instances, or None if an Auto Scaling service launches them."""
         if self.fleet == "autoscaling":
             return None
         _only("fleet", self.fleet, "process")
@@ -277,7 +275,7 @@ class Backend(Placed):
         return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), nursery)
 
     def import_for_worker(self) -> None:
-        """What is imported where a worker opens its bucket and its queues; nothing is opened."""
+        """Import the modules with which a worker opens its bucket and its queues."""
         import_module(self.objects)
         if self.queue == "sqlite":
             import batchlab.adapters.local.sqlite_queue
@@ -312,8 +310,8 @@ class Backend(Placed):
         )
 
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
-        """The hook that a worker's instance waits in, for the worker to complete; None where the
-        end of the worker ends its instance."""
+        """Return the lifecycle hook that a worker completes when it has ended, or None if the
+        backend has no such hook."""
         if not self.capabilities.termination_hook:
             return None
         from batchlab.adapters.aws.endpoint import Endpoint
@@ -323,7 +321,7 @@ class Backend(Placed):
         return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
 
     def open_emulator(self, home: Home) -> Emulator | None:
-        """The grid's own emulator, None where an endpoint is named or none is needed."""
+        """Return the grid's own emulator, or None if an endpoint is named or none is needed."""
         if self.emulator is None or self.named_place(home):
             return None
         _only("emulator", self.emulator, "ministack")
@@ -334,15 +332,15 @@ class Backend(Placed):
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
-    """The backend of that name, with the endpoint that is named here or by BATCHLAB_ENDPOINT.
+    """Return the backend of that name, with `endpoint` or that of BATCHLAB_ENDPOINT.
 
-    UsageError for a name that is none, and for an endpoint where there is no use for one.
+    UsageError for an unknown name, and for an endpoint that the backend cannot use.
     """
     return descriptor.read(Backend, name, endpoint)
 
 
 def _is_traced(environ: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables ask for traces that we can send."""
+    """Return whether the OTEL_* variables ask for traces in a protocol that is supported."""
     endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
         "OTEL_EXPORTER_OTLP_ENDPOINT"
     )
@@ -363,7 +361,7 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
 
 
 def patience() -> Patience:
-    """For real backends: jitter that differs from process to process."""
+    """Return the retry policy of real backends. Its jitter differs between processes."""
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 

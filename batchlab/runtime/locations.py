@@ -1,7 +1,7 @@
-"""Where the parts of a grid are: its containers, its stack on AWS, its bucket and its queues.
+"""Locations of a grid's parts: its containers, its stack on AWS, its bucket, and its queues.
 
-Invariant: read from the home and written there once, by who has made them; what is not there yet
-is Unreachable, with the command that makes it.
+Invariant: the program that creates a part records its location in the home, once. A part without a
+record is Unreachable, and the error names the command that creates it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ class Placed(Descriptor):
     """A descriptor that finds its grid's parts in a home."""
 
     def check_installed(self, *modules: str) -> None:
-        """UsageError where the extra that this backend needs is not installed, or of it not
-        `modules`, where no more is needed."""
+        """Raise UsageError unless the extra that this backend needs is installed.
+
+        If the caller names `modules`, only these modules of the extra must be installed.
+        """
         if self.extra:
             optional_dependencies.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
-        """Where the containers are; Unreachable where there are none."""
+        """Return the location of the containers; Unreachable if there are none."""
         if at := deployment.read(home):
             return at
         raise Unreachable(
@@ -59,18 +61,20 @@ class Placed(Descriptor):
         )
 
     def restarts_manager(self, home: Home) -> bool:
-        """Whether a manager that has ended is started again by somebody else, within seconds."""
+        """Return whether Docker restarts a manager that has ended."""
         return self.capabilities.container_manager and deployment.read(home) is not None
 
     def manager_log(self, home: Home) -> str:
-        """Where the manager's log is, for a person."""
+        """Return the location of the manager's log, as text for a user."""
         if self.capabilities.container_manager and (at := deployment.read(home)):
             return f"what `docker logs {at.project}-manager-1` shows"
         return str(home.manager_log)
 
     def check_python(self, home: Home) -> None:
-        """UsageError unless the instances run on this process's Python: functions travel as
-        bytecode, which no other version understands."""
+        """Raise UsageError unless the instances run this process's version of Python.
+
+        Functions travel as bytecode, which other versions cannot run.
+        """
         there, remedy = "", ""
         if self.capabilities.container_manager:
             at = deployment.read(home)
@@ -92,7 +96,7 @@ class Placed(Descriptor):
     # --- The stack on AWS ------------------------------------------------------------------------
 
     def stack(self, home: Home) -> AwsDeployment:
-        """Where the stack's parts are; Unreachable where none is known in this home."""
+        """Return the locations of the stack's parts; Unreachable if this home records no stack."""
         if at := stacks.read(home):
             return at
         raise Unreachable(
@@ -102,12 +106,12 @@ class Placed(Descriptor):
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
-        """The pools of the grid: the stack's, where one is the grid."""
+        """Return the pools of the grid, which are those of the stack if there is one."""
         return self.stack(home).pools if self.capabilities.stack else self.pools
 
     def api_token(self, home: Home) -> str:
-        """The API's bearer token. That of a stack is in Secrets Manager; it is kept in the home,
-        for whoever talks to the manager from there."""
+        """Return the API's bearer token. The token of a stack is in Secrets Manager, and a copy is
+        stored in the home for clients on this machine."""
         if self.capabilities.stack:
             from batchlab.runtime.aws.session_manager import secret_text
 
@@ -118,12 +122,12 @@ class Placed(Descriptor):
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
-        """Where bucket and queues are; Unreachable where the grid has never been up."""
+        """Return where bucket and queues are; Unreachable if the grid has never been up."""
         if place := home.place(self.name):
             return place
         if self.endpoint and (named := place_of(self.endpoint, self.bucket_scheme)).bucket:
-            return named  # an instance knows them from its environment alone
-        # Of one in containers the bucket went with it.
+            return named  # An instance has no record, and its environment names the endpoint.
+        # A grid in containers loses its bucket when it goes down.
         been = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
             f"No grid on {self.name} {been} up in {home.path}, so there is no bucket.",
@@ -131,7 +135,7 @@ class Placed(Descriptor):
         )
 
     def endpoint_at(self, home: Home, place: Place) -> Endpoint:
-        """The endpoint of the place, with the keys of the grid's own emulator if it is that."""
+        """Return the endpoint of the place. The grid's own emulator has its own access keys."""
         from batchlab.adapters.aws.endpoint import Endpoint
 
         own = None
@@ -152,8 +156,10 @@ class Placed(Descriptor):
         return Services(self.endpoint_at(home, place), place.bucket, f"{place.bucket}-")
 
     def bucket(self, home: Home) -> str:
-        """What a job file calls the grid's bucket by in `s3://BUCKET/…`: its name, on files the
-        backend's. Unreachable where the grid has never been up, and has none."""
+        """Return the name of the grid's bucket in a job file's `s3://BUCKET/…`.
+
+        A local bucket has the name of the backend. Unreachable if the grid has never been up.
+        """
         if self.capabilities.local_bucket:
             return self.name
         return self.place(home).bucket if self.bucket_scheme else self.services(home).bucket
@@ -163,9 +169,11 @@ class Placed(Descriptor):
         return home.path if self.capabilities.local_bucket else home.of(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
-        """Do what takes long or may be refused before a manager is started, where the user sees
-        it: install the emulator (`say` hears of it), or look whether the named endpoint answers.
-        UsageError, BackendError."""
+        """Install the emulator, or check the named endpoint or bucket; UsageError, BackendError.
+
+        A client calls this before it starts a manager, so that the user sees the errors. `say` is
+        called with messages about the installation.
+        """
         named = self.named_place(home)
         if self.bucket_scheme:
             self._check_bucket(named)
@@ -187,13 +195,15 @@ class Placed(Descriptor):
         import_module(self.objects).check(Bucket(named.bucket))
 
     def named_place(self, home: Home) -> Place | None:
-        """The endpoint that the user has named, now or when this home was first used, or a front
-        before one; None where there is none. UsageError where it differs from where the bucket
-        is."""
+        """Return the endpoint that the user has named, now or when this home was first used.
+
+        During a replay, it is the proxy before that endpoint. None if the user has named none.
+        UsageError if the bucket of this home is at another endpoint.
+        """
         known = home.place(self.name)
         named = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if known and known.behind and not (named and named.url == known.url):
-            known = known.unfronted  # its front went with a replay that was killed
+            known = known.unfronted  # Its proxy ended with a replay that was killed.
         if named is None:
             return known if known and known.named else None
         bucket = named.bucket or (known.bucket if known else fresh_bucket())
@@ -209,8 +219,10 @@ class Placed(Descriptor):
         )
 
     def settle(self, home: Home, emulator: Emulator | None) -> None:
-        """Write down where bucket and queues are, now that the endpoint answers, and make the
-        bucket; BackendError."""
+        """Create the bucket and record where bucket and queues are; BackendError.
+
+        The manager calls this once the endpoint answers.
+        """
         place = self.named_place(home) or home.place(self.name)
         if emulator:
             known = home.place(self.name)
@@ -227,7 +239,10 @@ class Placed(Descriptor):
 
 
 def client_environment(backend: Placed, home: Home) -> dict[str, str]:
-    """What lets any client of S3 and SQS find the grid's bucket and queues; nothing on files."""
+    """Return the environment variables with which other clients find the grid's bucket and queues.
+
+    A local bucket needs none.
+    """
     if backend.capabilities.local_bucket:
         return {}
     if backend.bucket_scheme:
@@ -239,7 +254,7 @@ def client_environment(backend: Placed, home: Home) -> dict[str, str]:
         "BATCHLAB_BUCKET": there.bucket,
         "BATCHLAB_QUEUES": there.queue_prefix,
     }
-    if at.url is None:  # AWS's own, with the caller's own credentials
+    if at.url is None:  # On AWS itself, clients use their own credentials.
         return found
     return {
         "AWS_ENDPOINT_URL": at.url,

@@ -114,7 +114,7 @@ def test_a_bucket_that_went_with_its_grid_is_not_waited_for(
     home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
     code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))
     assert (code, out) == (3, "")
-    assert "is there while the grid is up" in err
+    assert "runs only while the grid is up" in err
     assert "batchlab grid up --backend ministack" in err
     code, out, err = run(*command, "--backend", "localstack", "--home", str(tmp_path))
     assert (code, out) == (3, "")

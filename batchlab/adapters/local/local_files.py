@@ -62,9 +62,10 @@ def head(root: Path, key: str) -> ObjectInfo | None:
 
 
 def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
-    """Objects under `prefix` with keys greater than `after`, in key order.
+    """Yield objects under `prefix` with keys greater than `after`, in key order.
 
-    One folder's names in memory per level. What comes or goes meanwhile may be missing.
+    The names of one folder of each level are in memory. Objects that are created or deleted
+    meanwhile may be missing.
     """
     folder = prefix.rpartition("/")[0]
     return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)

@@ -42,7 +42,7 @@ class LocalObjects:
     """The Objects port over the folder `root`.
 
     An ETag is made of inode, mtime, and size, so two contents that follow each other within a
-    clock tick may share one. The object `a` excludes `a/b`; the grid has no such keys.
+    clock tick may share one. The object `a` excludes `a/b`, and the grid uses no such pair of keys.
     """
 
     def __init__(self, root: Path, sync: Sync) -> None:

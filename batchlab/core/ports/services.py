@@ -1,6 +1,6 @@
-"""Clock, objects, queue and fleet, and the seams inside the worker and the fleet, as Protocols.
+"""Ports for the clock, ids, objects, queues, the fleet, its launcher, and notices, as Protocols.
 
-Invariant: all times are seconds unless a name says otherwise; epoch times come from the Clock.
+Invariant: all times are seconds unless a name says otherwise. Epoch times come from the Clock.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ MAX_WAIT_S = 20.0
 
 
 class Clock(Protocol):
-    """Time from outside. Waiting is `asyncio.sleep`, which the simulator's loop makes virtual."""
+    """The time. To wait, use `asyncio.sleep`, which the simulator's event loop makes virtual."""
 
     def now_s(self) -> float:
-        """Seconds since the epoch; may jump, so never subtract two of them to measure."""
+        """Return seconds since the epoch. They may jump, so do not measure with them."""
 
     def monotonic_s(self) -> float:
-        """Seconds from an arbitrary start; never goes back."""
+        """Return seconds since an arbitrary start. They never go back."""
 
 
 class Ids(Protocol):
-    """Fresh identifiers from outside, for the few things that are not derived."""
+    """New identifiers, for the few things whose ids are not derived from others."""
 
     def fresh(self, kind: str) -> str:
-        """A short id such as `w-3f9c2a`, unique within the grid. `kind` is its prefix."""
+        """Return a short id such as `w-3f9c2a`, unique in the grid. `kind` is its prefix."""
 
 
 # --- Objects (S3) --------------------------------------------------------------------------------
@@ -49,50 +49,50 @@ class ObjectInfo:
 
 
 class Objects(Protocol):
-    """A bucket. Read-after-write consistent; keys are UTF-8, `/`-separated, without `..`."""
+    """A bucket with read-after-write consistency. Keys are UTF-8, `/`-separated, without `..`."""
 
     async def put(
         self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
     ) -> str:
-        """Store `data`, return its ETag.
+        """Store `data` and return its ETag.
 
-        With `if_absent` (S3: `If-None-Match: *`) raises AlreadyExists where the key is taken. An
-        adapter that retries such a put by itself must recognise its own earlier write and not
-        raise for it; where it cannot tell, AlreadyExists is right, and the caller reads.
+        With `if_absent`, AlreadyExists if the object exists. With `if_match`, AlreadyExists if its
+        ETag is another one. An adapter that repeats such a put must recognize its own earlier
+        write. If it cannot, it raises AlreadyExists, and the caller reads the object.
         """
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:
-        """The whole object; NotFound where there is none. TooLarge, before any of it is read, if it
-        has more than `limit` bytes."""
+        """Return the object; NotFound if it does not exist. TooLarge, before the content is read,
+        if it has more than `limit` bytes."""
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` up to but not including `stop`, cut off at the end of the object."""
+        """Return the bytes from `start` up to `stop`, exclusive, or to the end of the object."""
 
     async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        """Content and ETag, None while the ETag is still `etag`; NotFound where there is none."""
+        """Return content and ETag, or None if the ETag is still `etag`; NotFound."""
 
     async def head(self, key: str) -> ObjectInfo | None:
-        """Facts about one object, None where there is none."""
+        """Return size and ETag of the object, or None if it does not exist."""
 
     def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
-        """Pages of objects under `prefix`, in key order, with keys greater than `after`."""
+        """Yield pages of objects under `prefix` with keys greater than `after`, in key order."""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Remove these; a key that is not there is no error."""
+        """Delete these objects, and ignore those that do not exist."""
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
-        """Store a local file by streaming (multipart), return its size in bytes. AlreadyExists if
-        the key is taken and `if_absent`."""
+        """Store a local file, in parts if it is large, and return its size in bytes. With
+        `if_absent`, AlreadyExists if the object exists."""
 
     async def download(self, key: str, path: Path) -> int:
-        """Fetch into a local file by streaming, return its size in bytes; NotFound as `get`."""
+        """Write the object to a local file, and return its size in bytes; NotFound."""
 
 
 class LocalFiles(Protocol):
     """Objects of a bucket that are files of this machine, so that they can be read in place."""
 
     def path(self, key: str) -> Path | None:
-        """Return the path of the object's file, or None if there is no such object."""
+        """Return the path of the object's file, or None if the object does not exist."""
 
 
 # --- Queue (SQS) ---------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class QueueSpec:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Approximate counts, as SQS gives them."""
+    """Approximate counts of messages, as SQS returns them."""
 
     visible: int
     in_flight: int
@@ -140,18 +140,18 @@ class Depth:
 
 
 class Queue(Protocol):
-    """Queues addressed by name, with the semantics of SQS standard queues: at least once, any
-    order, at most 10 entries a call and 256 KiB a call; more is TooLarge.
+    """Queues by name, with the semantics of SQS standard queues.
 
-    A receipt that is no longer ours: `delete` and `change_visibility` skip it silently or return
-    it in their answer, as the service does; a caller must not rely on either.
+    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB,
+    else TooLarge. `delete` and `change_visibility` either ignore an expired receipt or return it
+    as refused. A caller must not rely on either.
     """
 
     async def ensure(self, spec: QueueSpec) -> None:
-        """Create it, or bring its attributes to `spec`. `dead_letters` must exist already."""
+        """Create the queue, or change its attributes to `spec`. `dead_letters` must exist."""
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
-        """Send up to 10. All or an exception; after one, some may have been sent."""
+        """Send up to 10 messages. After an exception, some may have been sent."""
 
     async def receive(
         self,
@@ -161,42 +161,43 @@ class Queue(Protocol):
         wait_s: float = 20.0,
         visibility_s: float | None = None,
     ) -> Sequence[Message]:
-        """Up to `max_messages` (≤ 10), waiting up to `wait_s` (≤ 20) for the first."""
+        """Receive up to `max_messages` (≤ 10), and wait up to `wait_s` (≤ 20) for the first."""
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
-        """Delete up to 10; returns those receipts that were refused."""
+        """Delete up to 10 messages, and return the receipts that were refused."""
 
     async def change_visibility(
         self, queue: str, changes: Sequence[tuple[str, float]]
     ) -> Sequence[str]:
-        """Set (receipt, seconds from now) for up to 10; returns the receipts that were refused."""
+        """Set up to 10 visibility timeouts, as (receipt, seconds from now), and return the receipts
+        that were refused."""
 
     async def depth(self, queue: str) -> Depth:
-        """Approximate counts."""
+        """Return approximate counts of the queue's messages."""
 
     async def purge(self, queue: str) -> None:
-        """Drop every message."""
+        """Delete every message."""
 
     async def remove(self, queue: str) -> None:
-        """Delete the queue with its messages; no error where there is none."""
+        """Delete the queue with its messages, if it exists."""
 
 
 # --- Fleet (Auto Scaling group) ------------------------------------------------------------------
 
 
 KEEP_TERMINATED_S = 60.0
-"""How long a fleet still tells of an instance that is Terminated."""
+"""Time for which a fleet still lists an instance that is Terminated."""
 
 
 class Fleet(Protocol):
-    """Auto Scaling groups, one per pool. I5 is kept here: never outside [min, max]."""
+    """Auto Scaling groups, one for each pool. Desired capacity stays within [min, max] (I5)."""
 
     async def ensure(self, pool: Pool) -> None:
         """Create the pool's group, or change its limits."""
 
     async def describe(self) -> Sequence[GroupView]:
-        """Every group with its instances, those included that became Terminated less than
-        `KEEP_TERMINATED_S` ago."""
+        """Return every group with its instances. They include those that became Terminated less
+        than `KEEP_TERMINATED_S` ago."""
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
         """Set desired capacity; Refused outside [min, max]."""
@@ -204,61 +205,60 @@ class Fleet(Protocol):
     async def terminate(
         self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
     ) -> None:
-        """Terminate named instances gracefully, with `decrement` lowering desired capacity."""
+        """Terminate the instances gracefully. With `decrement`, desired capacity falls as well."""
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
         """Set scale-in protection."""
 
     async def ready(self, instance: str) -> None:
-        """The instance's worker has given its first sign of life: Pending becomes InService."""
+        """Report the first heartbeat of the instance's worker: Pending becomes InService."""
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """Report an instance's health; an unhealthy one is replaced."""
+        """Report an instance's health. The group replaces an unhealthy instance."""
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """Scaling activities with their causes, newest first."""
+        """Return scaling activities with their causes, newest first."""
 
     async def tick(self) -> Sequence[Instance]:
-        """Converge one step; returns the instances found dead since the last call.
+        """Converge one step, and return the instances found dead since the last call.
 
-        A managed service converges by itself; its adapter only compares. `Instance.note` says how
-        one died ("exit -9"), and begins with "terminated" where the group itself ended it.
+        A managed service converges by itself, and its adapter only compares. `Instance.note` is the
+        cause of the end ("exit -9"). It begins with "terminated" if the group ended the instance.
         """
 
 
 ANY_MACHINE = Machine()
 
 KEEP_ENDED_S = 600.0
-"""How long a launcher still knows the end of an instance; a fleet looks every few seconds."""
+"""Time for which a launcher reports the end of an instance. A fleet asks every few seconds."""
 
 
 class Launcher(Protocol):
-    """How an instance comes to be: a process, a container, a coroutine in the simulator."""
+    """Launcher of instances: processes, containers, or coroutines of the simulator."""
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
-        """Start a worker that knows itself as `instance`; where machines differ, on such a one."""
+        """Start a worker with the instance id `instance`, on such a machine if they differ."""
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask it to drain (SIGTERM), kill it after `grace_s`; returns at once."""
+        """Ask the instance to drain (SIGTERM), and kill it after `grace_s`. Return at once."""
 
     async def running(self) -> Mapping[str, str | None]:
-        """Every instance known, for `KEEP_ENDED_S` beyond its end: None while it lives, else how it
-        ended ("exit -9")."""
+        """Return every instance until `KEEP_ENDED_S` after its end, with None while it runs, else
+        the cause of its end ("exit -9")."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """That this instance will be taken away: `why` in words, at the latest `by_s` (seconds of the
-    epoch; None where nobody says when)."""
+    """Notice that the platform will terminate this instance: the reason in words, and the latest
+    time in epoch seconds, None if it is unknown."""
 
     why: str
     by_s: float | None = None
 
 
 class Notices(Protocol):
-    """What the platform tells an instance about its own end: a Spot interruption, a lifecycle
-    state that is Terminated."""
+    """Notices of the platform to an instance: a Spot interruption, or Terminated as the target
+    lifecycle state."""
 
     async def notice(self) -> Notice | None:
-        """The notice that stands, None while the instance may go on; BackendError where nobody
-        can be asked."""
+        """Return the current notice, or None if there is none; BackendError."""
