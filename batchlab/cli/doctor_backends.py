@@ -55,7 +55,8 @@ def _manager(home: Home, backend: Backend) -> Finding:
 def stack(home: Home, backend: Backend) -> Iterator[Finding]:
     """A finding for each."""
     from batchlab.client.aws_connection import VARIABLE
-    from batchlab.runtime.aws import deployment, session_manager
+    from batchlab.runtime.aws import deployment as deployment
+    from batchlab.runtime.aws import session_manager
 
     try:
         known = deployment.read(home)

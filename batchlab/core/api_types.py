@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic refuses the standard one bef
 
 if TYPE_CHECKING:
     from batchlab.core.notifications import Notification, Target
-    from batchlab.manager.notifications.notifier import Notifying
+    from batchlab.manager.notifier import Notifier
 
 
 class StageView(TypedDict):
@@ -423,7 +423,7 @@ def notification_view(one: Notification) -> NotificationView:
     }
 
 
-def log_view(notifying: Notifying, limit: int) -> NotificationsView:
+def log_view(notifying: Notifier, limit: int) -> NotificationsView:
     """The log as it is, of so many at the most."""
     every = [*notifying.book.pending.values(), *reversed(notifying.book.log)]
     return {"notifications": [notification_view(one) for one in every[:limit]]}

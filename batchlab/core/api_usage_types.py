@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from batchlab.core.model import Pool
     from batchlab.core.pricing.usage_meter import Account
     from batchlab.core.schedules.model import Run, Schedule
-    from batchlab.manager.usage.spending import Spending
+    from batchlab.manager.spending import Spending
 
 
 class BilledView(TypedDict):

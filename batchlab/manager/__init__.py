@@ -1,1 +1,2 @@
-"""The Job Manager: accepts, plans, collects, repairs, scales and completes; the only leader."""
+"""The job manager: accepts jobs, plans and cuts stages, collects results, repairs losses, and
+scales."""

@@ -1,7 +1,7 @@
-"""What a manager has counted since its process was started, for whoever watches it (see metrics).
+"""Counters and histograms of one manager process, for the metrics endpoint.
 
-Invariant: a count never goes down, and adding to it is all that is done on the way of a bundle. No
-label is a user's text, but for names of pools, of which a grid has few.
+Invariant: a count never decreases, and a bundle's path only increments counts. Labels contain no
+user text except pool names, and a grid has few pools.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from batchlab.core.model import Completion, JobState
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Told
 
-HEARD_KEPT = 20_000
-"""Workers that may still tell what they have done; the longest silent is forgotten first."""
+WORKERS_KEPT = 20_000
+"""Workers whose last counts are kept. The worker that has been silent longest is forgotten first.
+"""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
-DEEDS = frozenset(
+WORKER_COUNTERS = frozenset(
     {
         DUPLICATE,
         *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS),
     }
 )
-"""Names of what workers tell of (see worker.deeds); they may be other programs than we think."""
+"""Names of the counts that workers report (see worker/worker_counters.py). Other names are ignored,
+because a worker may run another program."""
 BEAT = "heartbeat"
 UNREADABLE_KINDS = ("event", "unproven event", BEAT, "dead letter", "outcome", "object")
 STAGE_KINDS = ("input", "chain", "join", "gather")
 
 
 def stage_kind(stage: StageDef) -> str:
-    """What feeds the stage: the job's input, another stage item by item, several, or all of one."""
+    """Return the kind of a stage: fed by the job's input, by one stage item by item, by several
+    stages, or by all results of one stage."""
     if stage.gather is not None:
         return "gather"
     if stage.chained:
@@ -43,7 +46,8 @@ def stage_kind(stage: StageDef) -> str:
 
 @dataclass(slots=True)
 class Histogram:
-    """Observations by upper bound, in seconds; the last count is of what is beyond all."""
+    """Observations by upper bound, in seconds. The last count is for observations above all
+    bounds."""
 
     bounds_s: tuple[float, ...] = TICK_BOUNDS_S
     counts: list[int] = field(default_factory=list)
@@ -58,39 +62,41 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Counts:
-    """Since the process was started, whichever manager in it led. All are numbers of things."""
+class Counters:
+    """Counts since the process started, whichever manager in it led."""
 
     bundles: int = 0
-    """Outcomes that the ledger has taken."""
+    """Outcomes that the ledger accepted."""
     repeated: int = 0
-    """Outcomes that it had taken before."""
+    """Outcomes that the ledger already had."""
     tasks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """That have come to their end, by kind of stage and state."""
+    """Ended tasks by kind of stage and state."""
     jobs: Counter[str] = field(default_factory=Counter)
-    """That have ended, by state."""
+    """Ended jobs by state."""
     submitted: int = 0
     attempts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """That failed, by kind of failure and what followed ("retried", "failed"), as workers tell."""
+    """Failed attempts by kind of failure and result ("retried" or "failed"), as reported by
+    workers."""
     duplicates: int = 0
-    """Bundles that a worker ran for nothing, since another's outcome came first, as they tell."""
+    """Bundles that a worker ran in vain, because another worker's outcome was committed first."""
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """To change desired capacity, by pool and "out" or "in"."""
+    """Changes of desired capacity, by pool and direction ("out" or "in")."""
     events: int = 0
-    """Messages from the events queue."""
+    """Messages received from the events queue."""
     lag_s: float = 0.0
-    """Age of the oldest one that was received last, 0 where the last receive brought none."""
+    """Age of the oldest message of the last receive, 0 if it was empty."""
     ticks: Histogram = field(default_factory=Histogram)
     skipped: int = 0
-    """Ticks that the backend did not let come to their end."""
+    """Ticks that a backend error cut short."""
     deliveries: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Tries to deliver a notification, by kind of target and "delivered", "failed", "given_up"."""
+    """Attempts to deliver a notification, by kind of target and result ("delivered", "failed",
+    "given_up")."""
     unreadable: Counter[str] = field(default_factory=Counter)
-    """Messages and objects that could not be read, by kind (see UNREADABLE_KINDS)."""
+    """Unreadable messages and objects by kind (see UNREADABLE_KINDS)."""
     _heard: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
     def folded(self, stage: StageDef, done: Completion) -> None:
-        """The ledger has taken an outcome."""
+        """Count an outcome that the ledger accepted."""
         self.bundles += 1
         kind = stage_kind(stage)
         for state, tasks in (
@@ -109,10 +115,10 @@ class Counts:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
     def told(self, told: Told) -> None:
-        """A worker says what it has done since its start; older news changes nothing."""
+        """Add what a worker has counted since its start. An older report changes nothing."""
         before = self._heard.get(told.worker, {})
         known = dict(before)
-        for name in DEEDS & told.counts.keys():
+        for name in WORKER_COUNTERS & told.counts.keys():
             more = told.counts[name] - before.get(name, 0)
             if more <= 0:
                 continue
@@ -122,7 +128,8 @@ class Counts:
                 self.duplicates += more
             else:
                 self.attempts[kind, what] += more
-        self._heard.pop(told.worker, None)  # to the end: one that still tells must not be forgotten
+        # Move the worker to the end, because a worker that still reports must not be forgotten.
+        self._heard.pop(told.worker, None)
         self._heard[told.worker] = known
-        while len(self._heard) > HEARD_KEPT:
+        while len(self._heard) > WORKERS_KEPT:
             del self._heard[next(iter(self._heard))]

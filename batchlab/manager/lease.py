@@ -1,7 +1,8 @@
-"""The lease on the lead: who has it decides, and whoever stands by takes it once it has run out.
+"""The leader's lease. A standby takes the lease after it has expired.
 
-Invariant: no two clocks have to agree. A standby takes it only when its holder's beat has not grown
-for as long as the lease lasts by the standby's own watch; a holder gives up before that.
+Invariant: clocks need not agree. A standby takes the lease only after the holder's beat has not
+changed for the lease's duration, measured by the standby's monotonic clock. The holder gives up
+earlier.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from batchlab.core.ports import Clock, Ledger
 LEASE = "leader"
 
 
-class Leadership:
-    """One manager's side of the lease; `ttl_s` is how long it lasts without being renewed."""
+class LeaderLease:
+    """One manager's side of the lease. `ttl_s` is the time until an unrenewed lease expires."""
 
     def __init__(self, ledger: Ledger, clock: Clock, owner: str, ttl_s: float) -> None:
         self._ledger = ledger
@@ -25,13 +26,13 @@ class Leadership:
         self._owner = owner
         self._ttl_s = ttl_s
         self._beat = 0
-        """When it was last taken or renewed."""
+        """Beat of the last renewal."""
         self._asked_s = 0.0
-        """Monotonic time of the request by which it was last taken or renewed."""
+        """Monotonic time of the request that renewed the lease last."""
 
     async def take(self) -> None:
-        """Wait until nobody has the lease, or its holder has not renewed it for as long as it
-        lasts by our own clock."""
+        """Wait until the lease is free, or until its holder has not renewed it for `ttl_s`, and
+        take it."""
         seen, since_s = None, self._clock.monotonic_s()
         while True:
             asked_s = self._clock.monotonic_s()
@@ -45,28 +46,29 @@ class Leadership:
             await asyncio.sleep(self._ttl_s / 3)
 
     async def keep(self, on_gap: Callable[[], None]) -> None:
-        """Renew it until it is lost; `on_gap` is called where others may have led meanwhile."""
+        """Renew the lease until it is lost. `on_gap` is called if another manager may have led in
+        between."""
         while True:
             now_s = self._clock.monotonic_s()
             await asyncio.sleep(max(0.0, self._asked_s + self._ttl_s / 3 - now_s))
             asked_s = self._clock.monotonic_s()
-            # It counts from the last request, since the answer may have come much later. A process
-            # that stood still for longer than that asks once.
+            # The lease counts from the last request, because the response may have arrived much
+            # later. A process that was paused for longer than that asks once.
             left_s = self._asked_s + self._ttl_s - asked_s
             try:
                 async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
                     stands = await self._ledger.lease(LEASE, self._owner)
             except TimeoutError:
-                return  # it has run out; a standby may have taken it
+                return  # the lease has expired, and a standby may have taken it
             if stands.owner != self._owner:
                 return
             if stands.beat != self._beat + 1:
-                # We stood still, and found the lease free again. Or an answer was lost, and we
-                # asked twice: then what follows was not needed.
+                # This process was paused, and the lease was free again. Or a response was lost, and
+                # the request was sent twice. Then `on_gap` is not needed, but harmless.
                 on_gap()
             self._beat, self._asked_s = stands.beat, asked_s
 
     async def release(self) -> None:
-        """Let others take it at once."""
-        with suppress(BackendError):  # it runs out by itself
+        """Release the lease, so that another manager can take it at once."""
+        with suppress(BackendError):  # the lease expires by itself
             await self._ledger.release(LEASE, self._owner)

@@ -1,8 +1,8 @@
-"""The heart of the manager process: takes the lease, adopts live jobs, runs the loops.
+"""The manager process: takes the lease, adopts live jobs, and runs the loops.
 
-Invariant: only the holder of the lease collects, plans and scales; and even two at once would do
-no harm, since every decision is a conditional PUT and every fold counts once. It is long by what it
-puts together, in one place and in one order.
+Invariant: only the holder of the lease collects, plans, and scales. Two managers at once would do
+no harm, because every decision is a conditional PUT and every fold counts once. This module is long
+because it connects all parts in one place and in one order.
 """
 
 from __future__ import annotations
@@ -23,47 +23,44 @@ from batchlab.core.pricing.usage_meter import Accounting
 from batchlab.core.protocol import object_keys
 from batchlab.core.retry import heed_cancellation, patiently, set_within
 from batchlab.core.tracing import NOBODY, Tracer
-from batchlab.manager.counters import Counts
-from batchlab.manager.events.collector import Collector, events_queue
-from batchlab.manager.events.folding import Folder
+from batchlab.manager.counters import Counters
+from batchlab.manager.events.collector import Collector, PendingSubmissions, events_queue
+from batchlab.manager.events.ledger_writer import LedgerWriter
 from batchlab.manager.events.quarantine import Quarantine
 from batchlab.manager.jobs import admission
-from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.bundling import Cutter
-from batchlab.manager.jobs.delayed_jobs import Starts
-from batchlab.manager.jobs.early_events import Arrivals
-from batchlab.manager.jobs.job_coordinator import Conductor
-from batchlab.manager.jobs.live_logs import Tails
-from batchlab.manager.jobs.requests import Requests
-from batchlab.manager.lease import Leadership
-from batchlab.manager.notifications.notifier import Notifying, Outlets
+from batchlab.manager.jobs.adoption import Adoption, DelayedJobs
+from batchlab.manager.jobs.bundling import Bundler
+from batchlab.manager.jobs.commands import JobCommands
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
+from batchlab.manager.jobs.ledger_rebuild import RebuildResult, rebuild
+from batchlab.manager.jobs.live_logs import LiveLogs
+from batchlab.manager.jobs.reconciler import Reconciler
+from batchlab.manager.lease import LeaderLease
+from batchlab.manager.notifier import NotificationChannels, Notifier
 from batchlab.manager.recording.recorder import Recorder
-from batchlab.manager.recording.report_requests import Reports
-from batchlab.manager.repair.rebuild import Rebuilt, rebuild
-from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.manager.scaling.autoscaler import Autoscaler
 from batchlab.manager.scaling.prewarm import Prewarm
-from batchlab.manager.scaling.unresponsive_workers import Silence
-from batchlab.manager.scaling.work_evidence import Evidence
-from batchlab.manager.scaling.worker_registry import Registry
-from batchlab.manager.schedules.requests import Schedules
+from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
+from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports, in_pool, move
-from batchlab.manager.usage.spending import Spending
+from batchlab.manager.spending import Spending
+from batchlab.manager.state import LiveJob, Ports, outstanding_in_pool, set_job_state
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-IDLE_LOOK_S = 60.0
-"""The queues are looked at so often only, the second while there is no job: each look is billed."""
+QUEUE_CHECK_S = 1.0
+IDLE_QUEUE_CHECK_S = 60.0
+"""Interval between reads of the queue depths, with and without live jobs. Each read is billed."""
 
-LOST = (
-    "the bucket has lost the job's objects: it was emptied, or what serves it came back without "
-    "what it had kept, as LocalStack does after a restart; submit the job again"
+LOST_OBJECTS = (
+    "the bucket has lost the job's objects: it was emptied, or its server restarted without its "
+    "data, as LocalStack does; submit the job again"
 )
 
-SOON = 8
-"""Instances a pool is expected to have soon when it has none: sizes the first wave."""
+EMPTY_POOL_SIZE = 8
+"""Assumed number of instances of an empty pool, used to size the first wave of bundles."""
 
 _LIVING = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
@@ -78,20 +75,23 @@ class Manager:
         pools: Sequence[Pool],
         owner: str,
         accounting: Accounting | None = None,
-        reports: Reports | None = None,
-        counts: Counts | None = None,
+        reports: ReportQueue | None = None,
+        counts: Counters | None = None,
         tracer: Tracer = NOBODY,
-        outlets: Outlets | None = None,
+        outlets: NotificationChannels | None = None,
         recent: logs.Recent | None = None,
         *,
         schedules: bool = False,
     ) -> None:
-        """With `accounting` it counts what the grid uses, and keeps caps on the cost of that; with
-        `reports` too it records what those need, and has them written. `counts` goes on from an
-        earlier manager of the same process; with `outlets` it notifies. `recent` hears what is
-        logged, for who asks why. With `schedules` it runs jobs when they are due."""
+        """Connect the parts of a manager.
+
+        With `accounting` it counts usage and enforces cost caps. With `reports` as well it records
+        data for reports and has them written. `counts` continues the counters of an earlier manager
+        of the same process. With `outlets` it sends notifications. `recent` keeps recent log lines.
+        With `schedules` it runs jobs when they are due.
+        """
         self.recent = recent
-        self.counts = counts = counts or Counts()
+        self.counts = counts = counts or Counters()
         self.quarantine = quarantine = Quarantine(counts)
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         self.ports = ports
@@ -100,22 +100,22 @@ class Manager:
         self.owner = owner
         self.lives: dict[JobId, LiveJob] = {}
         self.depths: dict[str, Depth] = {}
-        """Counts of each pool's tasks queue, as of the last look at it."""
+        """Most recent depth of each pool's task queue."""
         self.groups: dict[str, GroupView] = {}
         self.is_leader = asyncio.Event()
         self.has_led = False
         self.trouble = ""
         """Why the last tick was skipped."""
-        self._slots: dict[str, int] = {p.name: _soon(p) for p in pools}
+        self._slots: dict[str, int] = {p.name: _assumed_slots(p) for p in pools}
         self._hurry = asyncio.Event()
-        self.registry = Registry(ports, self.lives, quarantine)
-        evidence = Evidence(ports, self.registry, self.lives, self.depths, self.known)
-        self._silence = Silence(ports, settings, self.registry, evidence)
-        self.reports = reports or Reports()
+        self.registry = WorkerRegistry(ports, self.lives, quarantine)
+        evidence = WorkEvidence(ports, self.registry, self.lives, self.depths, self.known)
+        self._silence = UnresponsiveWorkers(ports, settings, self.registry, evidence)
+        self.reports = reports or ReportQueue()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
         self.recorder = recorder
-        repeated = recorder.repeated if recorder else _unheard
-        folder = Folder(
+        repeated = recorder.repeated if recorder else _ignore
+        folder = LedgerWriter(
             ports,
             self.lives,
             lambda job: self._adoption.restored(job),
@@ -125,13 +125,13 @@ class Manager:
             evidence.authors.add,
         )
         self.notifying = (
-            Notifying(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
+            Notifier(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
             if outlets
             else None
         )
         on_end = self.notifying.ended if self.notifying else None
-        cutter = Cutter(ports.clock, self.lives, self._slots, settings.window)
-        self.conductor = Conductor(
+        cutter = Bundler(ports.clock, self.lives, self._slots, settings.window)
+        self.conductor = JobCoordinator(
             ports=ports,
             settings=settings,
             folder=folder,
@@ -143,7 +143,7 @@ class Manager:
             on_missing=lambda live: self._adoption.begin_anew(live),
             quarantine=quarantine,
         )
-        self.tails = Tails(ports, settings)
+        self.tails = LiveLogs(ports, settings)
         self.spending = (
             Spending(
                 ports=ports,
@@ -159,7 +159,7 @@ class Manager:
             else None
         )
         caps = self.spending.caps if self.spending else None
-        self._starts = Starts(ports)
+        self._starts = DelayedJobs(ports)
         self._adoption = Adoption(
             ports=ports,
             settings=settings,
@@ -171,8 +171,8 @@ class Manager:
             admit=self.admit,
             quarantine=quarantine,
         )
-        arrivals = Arrivals()
-        self.requests = Requests(
+        arrivals = PendingSubmissions()
+        self.requests = JobCommands(
             ports=ports,
             conductor=self.conductor,
             cutter=cutter,
@@ -189,22 +189,22 @@ class Manager:
             lives=self.lives,
             registry=self.registry,
             caps=caps,
-            on_decision=recorder.decided if recorder else _unheard,
+            on_decision=recorder.decided if recorder else _ignore,
             counts=counts,
         )
-        self.scheduler: Schedules | None = None
+        self.scheduler: ScheduleCommands | None = None
         if schedules:
             shared = ports, settings, self.lives, self.admit, self.requests, self.registry
-            self.scheduler = Schedules(*shared)
+            self.scheduler = ScheduleCommands(*shared)
             prewarm = Prewarm(ports.clock, settings, self.scheduler, caps)
             self.autoscaler.warmth = prewarm
-        self._looked_s = -IDLE_LOOK_S
-        """Monotonic; when the queues were last looked at."""
-        self._lease = Leadership(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
+        self._looked_s = -IDLE_QUEUE_CHECK_S
+        """Monotonic time of the last read of the queue depths."""
+        self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
-        """Somebody else has led since we began to, and is gone: what we know of jobs is old."""
+        """Another manager held the lease in between, so the cached job state is stale."""
         self._looked_back = False
-        """For retries that an earlier leader did not finish."""
+        """Whether jobs with an unfinished retry of an earlier leader were searched."""
         self._quiet = asyncio.Lock()
         self._collector = Collector(
             ports=ports,
@@ -214,7 +214,7 @@ class Manager:
             registry=self.registry,
             quiet=self._quiet,
             arrivals=arrivals,
-            met_twice=recorder.told if recorder else _unheard,
+            met_twice=recorder.told if recorder else _ignore,
             counts=counts,
             quarantine=quarantine,
         )
@@ -223,8 +223,8 @@ class Manager:
         )
 
     async def known(self, job: JobId) -> JobRecord:
-        """The job, also where only the bucket has it: its submission was told of an error, or of
-        nothing, though its work has begun. NotFound where there is none."""
+        """Return the job from the ledger, restored from the bucket if the ledger does not have it.
+        A submission may have failed after it had written the job to the bucket. Raises NotFound."""
         try:
             return await self.ports.ledger.job(job)
         except NotFound:
@@ -233,16 +233,17 @@ class Manager:
             return await self.ports.ledger.job(job)
 
     def admit(self, job: JobDef) -> None:
-        """UsageError where this grid does not take the job."""
+        """Raise UsageError if this grid cannot run the job."""
         slots = {name: pool.slots for name, pool in self.pools.items()}
         admission.admit(job, slots, self.notifying.directory() if self.notifying else None)
 
     async def run(self) -> None:
-        """Lead until cancelled; returns when the lease is lost. Waits for it first."""
+        """Wait for the lease, then lead until cancelled. Returns when the lease is lost."""
         await self._lease.take()
         try:
             async with asyncio.TaskGroup() as group:
-                # First: what precedes the lead may take longer than the lease lasts.
+                # The lease is renewed first, because the preparation may take longer than the lease
+                # lasts.
                 keeping = group.create_task(self._keep_lease(), name="lease")
                 await self._prepare()
                 await self.registry.instances.load()
@@ -307,16 +308,19 @@ class Manager:
         self.hurry()
 
     async def _catch_up(self) -> None:
-        """Learn from the ledger what others who led have planned, begun and ended."""
+        """Read from the ledger what other leaders have planned, started, and ended."""
         if not self._others_led:
             return
-        log.warning("%s stood still while another one led: it adopts every job anew", self.owner)
-        self._others_led = self._looked_back = False  # first: it may be so again meanwhile
+        log.warning(
+            "another manager led while %s was paused: all jobs are adopted again", self.owner
+        )
+        # first, because another manager may lead meanwhile
+        self._others_led = self._looked_back = False
         if self.scheduler:
             self.scheduler.reread()
         await self._adoption.drop_all()
         try:
-            # What they have counted and seen, before any job is adopted with less.
+            # Usage and records come first, because adopted jobs use them.
             if self.spending:
                 await self.spending.reread()
             if self.recorder:
@@ -330,12 +334,12 @@ class Manager:
         while True:
             try:
                 if not self._looked_back:
-                    self._looked_back = True  # first: others may have led meanwhile
+                    self._looked_back = True  # first, because others may lead meanwhile
                     await self.requests.look_back()
                 await self.requests.finish_retries()
             except BackendError as error:
                 self._looked_back = False
-                log.warning("a retry waits for the backend: %s", error)
+                log.warning("an unfinished retry waits for the backend: %s", error)
             heed_cancellation()
             await asyncio.sleep(self.settings.silence_s)
 
@@ -351,11 +355,9 @@ class Manager:
                 self.trouble = ""
                 self.counts.ticks.observe(self.ports.clock.monotonic_s() - begun_s)
             except NotFound as error:
-                log.warning(
-                    "something is not there, so queues and groups are made again: %s", error
-                )
+                log.warning("a queue or a group is missing, so all are created again: %s", error)
                 self.trouble = str(error)
-                with suppress(BackendError, Refused):  # the next tick comes here again
+                with suppress(BackendError, Refused):  # the next tick tries again
                     await self._prepare()
                     await self._end_the_lost()
             except Refused as error:
@@ -369,28 +371,27 @@ class Manager:
             self._hurry.clear()
 
     async def _end_the_lost(self) -> None:
-        """End the jobs whose objects are gone with the queues: nothing will ever come of them."""
+        """End the jobs whose definition has vanished from the bucket. They cannot make progress."""
         for live in list(self.lives.values()):
             spec = partial(self.ports.objects.head, object_keys.spec(live.id))
             if await self.ports.patience(spec) is None:
-                await self.conductor.abandon(live, LOST)
+                await self.conductor.abandon(live, LOST_OBJECTS)
 
     def hurry(self) -> None:
-        """Something has happened that the next tick must not wait for, such as the death of an
-        instance."""
+        """Start the next tick at once, for example after the death of an instance."""
         self._hurry.set()
 
     def _on_plan(self, pool: str) -> None:
-        """A stage has been planned: new capacity, where it takes any, must not wait."""
-        if in_pool(self.lives, pool) > self._in_service(pool):
+        """Start the next tick at once if a planned stage needs more capacity."""
+        if outstanding_in_pool(self.lives, pool) > self._in_service(pool):
             self.hurry()
 
     def _in_service(self, pool: str) -> int:
-        """Slots of its instances that were in service at the last tick."""
-        return _alive(self.groups[pool]) if pool in self.groups else 0
+        """Return the slots of the pool's instances that were in service at the last tick."""
+        return _slots_in_service(self.groups[pool]) if pool in self.groups else 0
 
     async def tick(self) -> None:
-        """One round of everything periodic."""
+        """Do one round of all periodic work."""
         await self.registry.bury(await self.ports.fleet.tick())
         await self._starts.look(self.lives)
         described = await self.ports.fleet.describe()
@@ -405,7 +406,7 @@ class Manager:
         for view in views:
             await self.autoscaler.scale(view)
         await self._silence.look(views)
-        # What has just been decided is carried out in this tick, not in the next.
+        # The decisions of this tick take effect in this tick.
         await self.registry.bury(await self.ports.fleet.tick())
         described = await self.ports.fleet.describe()
         await self.registry.see(described)
@@ -415,10 +416,10 @@ class Manager:
         for name, view in self.groups.items():
             if name not in self.pools:
                 continue
-            self._slots[name] = _alive(view) or _soon(view.pool)
+            self._slots[name] = _slots_in_service(view) or _assumed_slots(view.pool)
         await self._look_at_queues()
-        # The leader before us may have begun, re-opened or resumed a job after we looked, before
-        # it knew that it no longer leads.
+        # The previous leader may have started, reopened, or resumed a job after this manager read
+        # the ledger, before it noticed that it had lost the lease.
         if self.ports.clock.monotonic_s() - self._adoption.asked_s >= self.settings.silence_s:
             await self._adoption.adopt_active()
             for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
@@ -427,7 +428,7 @@ class Manager:
             await self._show_start(live)
             live.poke.set()
         if self.spending:
-            # Before the recorder forgets those that have ended meanwhile.
+            # Before the recorder forgets the jobs that have ended.
             self.spending.notice_ends()
         if self.recorder:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
@@ -442,10 +443,10 @@ class Manager:
         return f"{books.cap_of(live)}/{books.caps.max_cost_usd}" if books else ""
 
     async def _look_at_queues(self) -> None:
-        """What waits in each pool, what has become a dead letter, and which bundles are silent."""
+        """Read queue depths, handle dead letters, and recover silent bundles."""
         now_s = self.ports.clock.monotonic_s()
-        # A tick is due a moment early or late.
-        if now_s - self._looked_s < (LOOK_S if self.lives else IDLE_LOOK_S) - 0.001:
+        # The tolerance covers a tick that is slightly early.
+        if now_s - self._looked_s < (QUEUE_CHECK_S if self.lives else IDLE_QUEUE_CHECK_S) - 0.001:
             return
         self._looked_s = now_s
         try:
@@ -455,44 +456,45 @@ class Manager:
             await self._reconciler.look_for_the_silent(self.depths)
         except BackendError:
             if self.lives:
-                self._looked_s = -IDLE_LOOK_S  # the next tick meets the outage too, and says so
+                self._looked_s = (
+                    -IDLE_QUEUE_CHECK_S
+                )  # the next tick checks again and reports the outage
             raise
 
     async def _show_start(self, live: LiveJob) -> None:
-        """RUNNABLE waits for capacity, STARTING sees it come: what AWS Batch's words mean."""
+        """Move a RUNNABLE job to STARTING once its pools have instances, as AWS Batch does."""
         if live.record.state is not JobState.RUNNABLE:
             return
         pools = {stage.pool for stage in live.job.stages}
         if any(self.groups[p].instances for p in sorted(pools) if p in self.groups):
-            await move(self.ports, live, JobState.STARTING)
+            await set_job_state(self.ports, live, JobState.STARTING)
 
     # --- Repairs ---------------------------------------------------------------------------------
 
-    async def rebuild_ledger(self) -> Rebuilt:
-        """Make the ledger anew from the bucket; return what was found there."""
+    async def rebuild_ledger(self) -> RebuildResult:
+        """Rebuild the ledger from the bucket, and return what was found."""
         async with self._quiet:
             await self._adoption.drop_all()
             rebuilt = await rebuild(self.ports)
-            # Somebody may have asked for a job meanwhile, and knows of it what the ledger knew.
+            # A request may have adopted a job meanwhile, from the old content of the ledger.
             await self._adoption.drop_all()
-            # Still in quiet: adopting writes, and a second rebuild may be waiting.
+            # Still under the lock, because adopting writes and a second rebuild may be waiting.
             await self._adoption.adopt_active()
         return rebuilt
 
 
-def _unheard(*_: object) -> None:
-    """Where nobody records."""
+def _ignore(*_: object) -> None:
+    """Accept and discard any arguments."""
 
 
 class _LeaseLostError(Exception):
-    """Ends the leader's task group."""
+    """Ends the task group of the leader."""
 
 
-def _alive(view: GroupView) -> int:
-    """Slots of the instances that are in service."""
+def _slots_in_service(view: GroupView) -> int:
     alive = sum(i.state is LifecycleState.IN_SERVICE for i in view.instances)
     return alive * view.pool.slots
 
 
-def _soon(pool: Pool) -> int:
-    return max(1, min(pool.max_size, SOON)) * pool.slots
+def _assumed_slots(pool: Pool) -> int:
+    return max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots

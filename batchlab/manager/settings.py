@@ -1,6 +1,6 @@
-"""The manager's time constants; a backend names them in its descriptor.
+"""The manager's time constants. A backend names them in its descriptor.
 
-Invariant: importing them imports nothing else of the manager, since workers read descriptors too.
+Invariant: this module imports nothing else of the manager, because workers read descriptors too.
 """
 
 from __future__ import annotations
@@ -8,22 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WINDOW = 3
-"""Bundles per slot kept outstanding: one runs, one is prefetched, one covers the manager's own
-latency. A shallow queue lets sizes follow measurements and priorities take effect."""
+"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency.
+A shallow queue lets bundle sizes follow measurements and lets priorities take effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """Seconds throughout.
-
-    `control_lease_s` is the workers' (see WorkerSettings). A bundle that is planned, uncommitted
-    and silent for `silence_s` is looked for and sent again. `lease_ttl_s` is the leader's.
-    `tick_s` paces the autoscaler, the reconciler and the fleet. `drain_target_s`, `cooldown_in_s`
-    and `idle_s` belong to the scaling policy (see autoscaler). After `boot_tries` instances of a
-    pool in a row that did not come up, the next is tried after `boot_pause_s`, 0 where the fleet
-    slows itself down (see boots). `boot_tries`, `max_receives` and `window` (bundles per slot) are
-    numbers.
-    """
+    """All durations are seconds. `control_lease_s` belongs to the workers (see WorkerSettings). The
+    reconciler looks for a planned, uncommitted bundle that was silent for `silence_s`, and sends it
+    again. `lease_ttl_s` is the leader's lease. `tick_s` paces the autoscaler, the reconciler, and
+    the fleet. `drain_target_s`, `cooldown_in_s`, and `idle_s` belong to the scaling policy. After
+    `boot_tries` consecutive failed launches in a pool, the next launch waits for `boot_pause_s` (0
+    if the fleet slows down by itself; see LaunchBreaker). `boot_tries`, `max_receives`, and
+    `window` (bundles per slot) are numbers."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0

@@ -1,6 +1,8 @@
-"""What the manager keeps in memory: its ports and settings, and each job that has not ended.
+"""In-memory state of the manager: its ports, and each job that has not ended.
 
-Invariant: everything here can be thrown away at any moment; a new leader reads it from the ledger.
+Invariant: all of it can be discarded at any moment. A new leader reads it from the ledger. Retained
+outcomes take at most MOST_BYTES, whatever workers send. The oldest outcome is released first, and
+clients read a released outcome from the bucket.
 """
 
 from __future__ import annotations
@@ -43,20 +45,57 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.core.retry import Patience
 from batchlab.core.tracing import LINKS
-from batchlab.manager.events.retained_outcomes import Retained
+
+MOST_BYTES = 16 * 1024**2
+"""Limit of retained outcomes of all jobs together, in bytes of JSON."""
+LEAST_BYTES = 1024
+"""Minimum size counted for an outcome, which bounds the number of outcomes."""
+
+
+@dataclass(slots=True)
+class RetainedOutcome:
+    """An outcome that stays in memory for clients, or None after its release."""
+
+    outcome: Outcome | None
+    size_bytes: int
+
+    def release(self) -> None:
+        """Remove the outcome from memory."""
+        self.outcome = None
+
+
+class RetainedOutcomes:
+    """The retained outcomes of all jobs of a grid, oldest first."""
+
+    def __init__(self) -> None:
+        self._order: deque[RetainedOutcome] = deque()
+        self.size_bytes = 0
+
+    def add(self, outcome: Outcome, size_bytes: int) -> RetainedOutcome:
+        """Retain an outcome with JSON of about `size_bytes`, and release the oldest outcomes above
+        the limit."""
+        made = RetainedOutcome(outcome, max(size_bytes, LEAST_BYTES))
+        self._order.append(made)
+        self.size_bytes += made.size_bytes
+        while self.size_bytes > MOST_BYTES:
+            oldest = self._order.popleft()
+            oldest.release()
+            self.size_bytes -= oldest.size_bytes
+        return made
+
 
 EARLY = 256
 UNKNOWN_TASK_S = 1.0
-"""Assumed for a task before any has been measured, or as long as the first has run for."""
+"""Assumed duration of a task before the first measurement, unless the first task has run longer."""
 PAGE = 1000
-"""Jobs that are read from the ledger at once."""
+"""Jobs per page read from the ledger."""
 RECENT = 32
-"""Outcomes of a job kept in memory for those who wait for them."""
+"""Recent outcomes of a job that stay in memory for waiting clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Everything the manager may touch outside itself."""
+    """External systems that the manager uses."""
 
     objects: Objects
     queue: Queue
@@ -73,15 +112,15 @@ class Ports:
 
 @dataclass(slots=True)
 class Outstanding:
-    """A planned bundle without an outcome. `heard_s` (monotonic) is when it was last sent or
-    named in a beat, or will be due where it was sent with a delay."""
+    """A planned bundle without an outcome. `heard_s` (monotonic) is when the bundle was last sent
+    or named in a beat, or the due time of a delayed message."""
 
     bundle: Bundle
     heard_s: float
     since_s: float = 0.0
-    """Monotonic; when this manager has sent it, heard of it, or found it."""
+    """Monotonic time when this manager sent or found the bundle."""
     copies: int = 0
-    """How often it was sent again because nothing was heard of it."""
+    """How often the bundle was sent again because of silence."""
 
 
 @dataclass(slots=True)
@@ -91,62 +130,66 @@ class LiveJob:
     record: JobRecord
     stages: dict[StageName, StageRecord]
     began_s: dict[StageName, float] = field(default_factory=dict)
-    """Monotonic time when a worker was first heard to run something of the stage."""
+    """Monotonic time of the first beat in which a worker ran a bundle of the stage."""
     outstanding: dict[StageName, dict[BundleId, Outstanding]] = field(default_factory=dict)
     poke: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held from reading the control word to having written the next: a slow "run" must not come
-    after a "cancel" that has been acknowledged."""
+    """Held from reading the control word to writing the next one. A slow "run" must not follow a
+    "cancel" that was acknowledged."""
     conducting: asyncio.Task[None] | None = None
     allowed: bool = False
-    """Its control object is there."""
+    """Whether the job's control object exists."""
     forbidden: bool = False
-    """The cancellation is acknowledged: no worker can start a task of it any more."""
+    """Whether the cancellation is acknowledged, so that no worker can start a task of the job."""
     doubtful: bool = False
-    """Its control object is to be read: somebody else has conducted the job before, or workers
-    cancel tasks of it though nobody has asked us to."""
+    """Whether the control object must be read again: another manager has conducted the job, or
+    workers cancel tasks although this manager received no request."""
     trouble: str = ""
-    """What the backend answered when the job was last conducted, where that failed."""
+    """The error of the backend when the job was last advanced, or ""."""
     unreadable: Malformed | None = None
-    """The error of an object without which the job cannot go on."""
+    """The error of an object that the job needs to continue."""
     retried_s: float | None = None
-    """When its round was asked for (seconds of the epoch), where it is a retry that says so."""
+    """When the retry of this round was requested (seconds since the epoch), if known.
+    """
     version: int = 0
-    """Grows with everything a watcher could see, and never is what an earlier manager has shown."""
+    """Grows with each visible change. An earlier manager never showed the same version."""
     folds: int = 0
-    """Grows with every outcome that is folded here."""
+    """Grows with every outcome that this manager folds."""
     known_after: int | None = None
-    """`recent` has every outcome folded after this seq; None where nothing is known of them."""
-    recent: deque[tuple[BundleRecord, Retained | None]] = field(default_factory=deque)
-    """The last outcomes folded: those who wait for results need not ask the ledger for them, nor
-    the bucket for those that are small."""
+    """`recent` has every outcome folded after this sequence number. None if `recent` may have gaps.
+    """
+    recent: deque[tuple[BundleRecord, RetainedOutcome | None]] = field(default_factory=deque)
+    """The last outcomes that were folded. Clients get these without a read from the ledger, and the
+    small ones without a read from the bucket."""
     listeners: int = 0
-    """How many wait for its first outcomes, who need not be counted for that."""
-    told: list[Retained] = field(default_factory=list)
-    """Those first ones, up to RECENT, while somebody waits and none has been folded."""
+    """Number of clients that wait for the job's first outcomes. These outcomes may be sent before
+    they are folded."""
+    told: list[RetainedOutcome] = field(default_factory=list)
+    """The first outcomes, up to RECENT, while a client waits and no outcome was folded."""
     early: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
-    """The last bundles of which an outcome came before anybody had said that they were planned:
-    short ones that follow from a bundle are quicker than its own event."""
+    """The last bundles whose outcome arrived before the bundle was known to be planned. A short
+    bundle may finish before the event of the bundle that it follows."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
-    """(tasks, seconds) of what was folded here; see `pace_s`."""
+    """(tasks, seconds) of the outcomes that this manager folded; see `pace_s`."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
-    """What tasks took, of what was folded here."""
+    """Task durations of the outcomes that this manager folded."""
     spans: dict[StageName, str] = field(default_factory=dict)
-    """Where the trace of each stage goes on that was planned here, a traceparent."""
+    """Traceparent of each stage that this manager planned."""
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
-    """The last outcomes of each stage in the job's trace, for a gather to be linked to."""
+    """Traceparents of the last outcomes of each stage, to which a gather is linked."""
     account: Account = field(default_factory=Account)
-    """What it has used, as AWS would bill it."""
+    """Usage of the job, as AWS would bill it."""
     budget: Budget | None = None
-    """What a cap on cost leaves for more work of it; None where there is no cap."""
+    """Remaining budget under a cost cap. None without a cap."""
     is_held: bool = False
-    """A cap does not even pay for its next task: nothing more is launched or cut for it."""
+    """Whether a cost cap does not even pay for the next task. No instance is launched and no bundle
+    is cut for such a job."""
     capped: str = ""
-    """Which cap that is, and how far it is spent: said until it pays for all that is not cut yet,
-    since one that is nearly spent holds the job back again and again."""
+    """The cap that holds the job back, and how much of it is spent. The text stays until the cap
+    pays for all uncut tasks, because a cap that is nearly spent holds the job back repeatedly."""
     round: int = field(init=False)
-    """The only one that is conducted here; the record may already show a later one."""
+    """The only round that is conducted here. The record may already show a later one."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def __post_init__(self) -> None:
@@ -162,35 +205,35 @@ class LiveJob:
 
     @property
     def is_through(self) -> bool:
-        """Whether every task is terminal, as far as the ledger has heard."""
+        """Return whether every task has ended according to the ledger."""
         return all(stage.counts.ended for stage in self.stages.values())
 
     def end(self) -> None:
-        """Conduct it no more: this round is over."""
+        """Stop conducting this round of the job."""
         self.ended.set()
         self.poke.set()
 
     def take(self, rows: JobRows) -> None:
-        """What the ledger says now."""
-        # Together: somebody who looks in between must not see an ended job with old counters.
+        """Replace the rows of the job with those of the ledger."""
+        # Both together, so that no reader sees an ended job with old counters.
         self.record = rows.job
         self.stages = {s.counts.stage: s for s in rows.stages}
         self.changed()
 
     def changed(self) -> None:
-        """A watcher could see something new: everybody who waits for news wakes."""
+        """Wake everyone who waits for a visible change."""
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()
 
     async def news(self, version: int) -> None:
-        """Wait until `version` is not the latest."""
+        """Wait until `version` is out of date."""
         while self.version == version:
             await self._news.wait()
 
-    def tell(self, outcome: Retained) -> bool:
-        """Tell who waits for the first outcomes of one that is committed and not yet folded;
-        whether anybody does."""
+    def tell(self, outcome: RetainedOutcome) -> bool:
+        """Pass an outcome that is committed but not folded to clients that wait for first outcomes.
+        Return whether a client waits."""
         if not self.listeners or self.folds or len(self.told) >= RECENT:
             return False
         self.told.append(outcome)
@@ -199,16 +242,16 @@ class LiveJob:
 
     @property
     def first_outcomes(self) -> list[Outcome]:
-        """The outcomes that were told and are still in memory."""
+        """Return the unfolded outcomes passed to `tell` that are still in memory."""
         return [one.outcome for one in self.told if one.outcome]
 
     @property
     def has_news_of_outcomes(self) -> bool:
-        """Whether outcomes were told or folded, or none will be."""
+        """Return whether there are outcomes, or there will be none."""
         return bool(self.first_outcomes or self.folds) or self.record.state.ended
 
     def forget_outcomes(self, seq: int) -> None:
-        """Somebody else may have folded outcomes up to this seq."""
+        """Forget recent outcomes, because another manager may have folded outcomes up to `seq`."""
         self.release_outcomes()
         self.recent.clear()
         self.known_after = seq
@@ -220,7 +263,7 @@ class LiveJob:
                 one.release()
 
     def timed(self, done: Completion) -> None:
-        """Note how long the tasks of a completion took, and its attempts that failed."""
+        """Record how long the tasks of a completion took, and its failed attempts."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
         seconds += bundle_size.weight_s(count, done.run_s)
@@ -235,16 +278,17 @@ class LiveJob:
             self.account.fail(stage.pool, failed_s * stage.slots)
 
     def pace_s(self, stage: StageName) -> float | None:
-        """Seconds per task of a stage, as they count for a bundle's size; None where unknown."""
+        """Return the seconds per task of a stage that bundle sizes are based on, or None if
+        unknown."""
         tasks, seconds = self.paces.get(stage, (0, 0.0))
         return seconds / tasks if tasks else self.stages[stage].counts.mean_s
 
     def trace(self, stage: StageName, context: str) -> None:
-        """Note where in the trace an outcome of the stage was folded."""
+        """Record the trace context in which an outcome of the stage was folded."""
         self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
 
-    def remember(self, record: BundleRecord, outcome: Retained | None) -> None:
-        """What was folded just now, and the outcome itself where that is small."""
+    def remember(self, record: BundleRecord, outcome: RetainedOutcome | None) -> None:
+        """Keep a record that was just folded, and its outcome if that is small."""
         self.recent.append((record, outcome))
         if len(self.recent) > RECENT:
             oldest, its = self.recent.popleft()
@@ -253,7 +297,7 @@ class LiveJob:
                 its.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
-        """What was folded after `seq`, None where only the ledger knows."""
+        """Return the outcomes folded after `seq`, or None if only the ledger has all of them."""
         if self.known_after is None or (seq or 0) < self.known_after:
             return None
         return [
@@ -263,7 +307,7 @@ class LiveJob:
         ]
 
     def expect(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
-        """Note (bundle, monotonic time it is due) as outstanding."""
+        """Record pairs of bundle and due time (monotonic) as outstanding."""
         for bundle, heard_s in bundles:
             waiting = self.outstanding.setdefault(bundle.stage, {})
             waiting[bundle.id] = Outstanding(bundle, heard_s, heard_s)
@@ -278,16 +322,18 @@ class LiveJob:
         return [one for stage in self.outstanding.values() for one in stage.values()]
 
     def task_s(self, stage: StageDef, now_s: float) -> float:
-        """Slot seconds that one task takes, or the first has run for (monotonic)."""
-        # Not `pace_s`, in which a long task counts for less.
+        """Return the slot seconds of one task: the mean, or the time that the first task has run so
+        far."""
+        # Not `pace_s`, because long tasks have less weight in it.
         mean_s = self.stages[stage.name].counts.mean_s
         if mean_s is None:
-            # While instances boot nothing is out, and they must not call for more of them.
+            # While instances boot, no task runs, and the boot time must not ask for more instances.
             mean_s = max(UNKNOWN_TASK_S, now_s - self.began_s.get(stage.name, now_s))
         return mean_s * stage.slots
 
     def has_work(self, pool: str) -> bool:
-        """Whether instances of the pool wait for it: not for what a cap holds back."""
+        """Return whether instances of the pool wait for work of this job. Work that a cap holds
+        back does not count."""
         if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
             return False
         for stage in self.job.stages:
@@ -303,7 +349,8 @@ class LiveJob:
 
     @property
     def lacks_bundles(self) -> bool:
-        """Whether no bundle is outstanding or left to cut, though planned tasks have not ended."""
+        """Return whether planned tasks have not ended, although no bundle is outstanding or left to
+        cut."""
         if any(self.outstanding.values()):
             return False
         stages = (self.stages[stage.name] for stage in self.job.stages)
@@ -311,30 +358,30 @@ class LiveJob:
         return first is not None and first.counts.planned is not None and not first.left
 
     def cut_tasks(self, stage: StageName) -> int:
-        """Tasks of a stage that are in outstanding bundles."""
+        """Return the number of the stage's tasks in outstanding bundles."""
         return sum(len(one.bundle.tasks) for one in self.outstanding.get(stage, {}).values())
 
     def is_left(self, pool: str) -> bool:
-        """Whether tasks of stages in `pool` are planned but not yet cut into bundles."""
-        for stage in self.record.job.stages:  # asked of every job, whenever one is to be cut
+        """Return whether planned tasks of stages in `pool` are not yet cut into bundles."""
+        for stage in self.record.job.stages:  # called for every job whenever a job is to be cut
             if stage.pool == pool and self.stages[stage.name].left.ranges:
                 return True
         return False
 
 
 class Superseded(Refused):
-    """The round that is conducted here is over, and a retry has begun the next one."""
+    """The round that is conducted here has ended, and a retry began the next round."""
 
     def __init__(self, live: LiveJob) -> None:
         super().__init__(
             f"Round {live.round} of job {live.id} has ended, and the job was retried since.",
-            remedy="`batchlab job show` tells how it is now.",
+            remedy="`batchlab job show` shows its current state.",
         )
 
 
-async def all_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
-    """The jobs of the ledger, newest first, read in pages; `active` leaves out those that ended.
-    Where the last job of a page ends or is forgotten meanwhile, the reading begins anew."""
+async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
+    """Yield the jobs of the ledger, newest first, read in pages. With `active`, skip ended jobs. If
+    the last job of a page ends or is forgotten meanwhile, reading starts again."""
     last: JobId | None = None
     while True:
         try:
@@ -349,10 +396,10 @@ async def all_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRe
         last = page[-1].job.id
 
 
-async def move(ports: Ports, live: LiveJob, state: JobState) -> None:
-    """Move the job to `state`, where it may; memory then says what the ledger says.
+async def set_job_state(ports: Ports, live: LiveJob, state: JobState) -> None:
+    """Move the job to `state` if the transition is allowed, and copy the ledger's state to memory.
 
-    "No" may be the answer to a second try, after the first one's answer was lost.
+    The ledger may refuse the second attempt of a call whose first response was lost.
     """
     if not (await ports.ledger.apply(MoveJob(live.id, state, live.round))).is_new:
         record = await ports.ledger.job(live.id)
@@ -365,8 +412,8 @@ async def move(ports: Ports, live: LiveJob, state: JobState) -> None:
         live.changed()
 
 
-def in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
-    """Outstanding bundles of all jobs in one pool."""
+def outstanding_in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
+    """Return the number of outstanding bundles of all jobs in one pool."""
     return sum(
         len(live.outstanding.get(stage.name, {}))
         for live in lives.values()
@@ -376,11 +423,11 @@ def in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
 
 
 @dataclass(slots=True)
-class Seen:
-    """A worker as its last beat told it."""
+class WorkerStatus:
+    """The last beat of a worker."""
 
     beat: Beat
     heard_s: float
-    """Monotonic."""
+    """Monotonic time of the beat."""
     since_s: Mapping[Held, float]
-    """Of what it runs, when that was first heard (monotonic)."""
+    """Monotonic time when each running bundle was first reported."""

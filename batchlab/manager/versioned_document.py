@@ -1,9 +1,8 @@
-"""An object of the bucket that the leader keeps for itself and writes again and again.
+"""An object in the bucket that only the leader writes.
 
-Invariant: it is written over nothing but what was read. A leader that was killed between two
-writes, or stood still while another one led, finds what is there by then, and takes that in first.
-On S3 equal contents have equal ETags. That does no harm: the content is the whole state, so a write
-over an equal content takes in all that is there.
+Invariant: a write replaces only the version that was read. After a crash or a pause, another leader
+may have written the object. The manager merges that version before it writes. On S3, equal contents
+have equal ETags. This is safe, because the content is the whole state.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from batchlab.core.errors import AlreadyExists, BackendError, NotFound
 from batchlab.manager.state import Ports
 
 UNREADABLE = (BackendError, AttributeError, KeyError, TypeError, ValueError)
-"""What is raised for what a later release has written, or nobody."""
+"""Errors raised for a document of a later release, or for a damaged document."""
 REWRITES = 8
-"""Others write only while a lead changes, so a few tries are plenty."""
+"""Other managers write only during a change of leader, so few attempts are enough."""
 
 
-class Kept:
-    """The object of one key, by the version that was read or written last."""
+class VersionedDocument:
+    """One object key, with the version that was read or written last."""
 
     def __init__(self, ports: Ports, key: str) -> None:
         self._ports = ports
@@ -29,7 +28,7 @@ class Kept:
         self._etag: str | None = None
 
     async def read(self) -> bytes | None:
-        """What is there, None where nothing is; BackendError."""
+        """Return the content, or None if the object does not exist. Raises BackendError."""
         get = partial(self._ports.objects.get_if_changed, self._key, None)
         try:
             found = await self._ports.patience(get)
@@ -39,10 +38,10 @@ class Kept:
         return found[0] if found else None
 
     async def write(self, made: Callable[[], bytes], take_in: Callable[[bytes], bool]) -> None:
-        """Put what `made()` gives in the place of what was read; BackendError.
+        """Replace the version that was read with the result of `made()`. Raises BackendError.
 
-        Where it is another one by now, `take_in` gets that, and `made` is asked again; nothing is
-        written where `take_in` answers False.
+        If the object has changed, `take_in` receives the new content, and `made` is called again.
+        Nothing is written if `take_in` returns False.
         """
         for left in reversed(range(REWRITES)):
             data = made()
@@ -62,6 +61,6 @@ class Kept:
                 return
             there = await self.read()
             if there == data:
-                return  # ours, whose answer was lost
+                return  # the write succeeded, but its response was lost
             if there is not None and not take_in(there):
                 return

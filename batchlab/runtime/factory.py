@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
     from batchlab.core.ports import Fleet
-    from batchlab.manager.notifications.notifier import Deliver
+    from batchlab.manager.notifier import Deliver
     from batchlab.server.autoscaling_api.engine_loop import AsgSettings
     from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 

@@ -101,12 +101,12 @@ async def _lead(
     hosts: Sequence[str],
     stop: asyncio.Event,
 ) -> None:
-    from batchlab.manager.counters import Counts
+    from batchlab.manager.counters import Counters
     from batchlab.manager.events.collector import events_queue
     from batchlab.manager.lease import LEASE
     from batchlab.manager.manager import Manager
-    from batchlab.manager.notifications.notifier import Outlets
-    from batchlab.manager.recording.report_requests import Reports
+    from batchlab.manager.notifier import NotificationChannels
+    from batchlab.manager.recording.report_queue import ReportQueue
     from batchlab.manager.state import Ports
     from batchlab.runtime import notification_settings
     from batchlab.runtime.listening import leave, listen, listen_locally
@@ -136,8 +136,8 @@ async def _lead(
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
-    counts = Counts()
-    reports = Reports(open_reporter(backend, home, ports.objects, pools), counts)
+    counts = Counters()
+    reports = ReportQueue(open_reporter(backend, home, ports.objects, pools), counts)
     tracer = backend.open_tracer("manager", owner)
     recent = logs.Recent()
     logging.getLogger("batchlab").addHandler(recent)
@@ -151,7 +151,7 @@ async def _lead(
         reports=reports,
         counts=counts,
         tracer=tracer,
-        outlets=Outlets(
+        outlets=NotificationChannels(
             notification_settings.watched(
                 home, in_container=backend.capabilities.container_manager
             ),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from batchlab.core.model import Control, JobId
 from batchlab.core.ports import Clock
 from batchlab.core.protocol.json_format import Word
-from batchlab.manager.jobs.retries import Chosen
+from batchlab.manager.jobs.retries import TaskSelection
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class JobControls:
     """Jobs of which some round has ended."""
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     """The number of retries that users asked for, and the number that were answered."""
-    choices: dict[JobId, list[Chosen | None]] = field(default_factory=dict)
+    choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
     """The failures that users asked to retry; None for all of them."""
 
     # --- Control words ---------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class JobControls:
 
         return acknowledged
 
-    def chosen(self, job: JobId, choice: Chosen | None) -> None:
+    def chosen(self, job: JobId, choice: TaskSelection | None) -> None:
         """Record which failures a user asks to retry; None for all of them."""
         self.choices.setdefault(job, []).append(choice)
 

@@ -16,7 +16,7 @@ from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.fleet.group_state import ActivityLog, Group
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError
 from batchlab.sim.runtime_checks import Violated
@@ -71,7 +71,7 @@ class SimFleet:
         fail: Fail,
         on_replace: OnReplace = lambda *_: None,
     ) -> None:
-        self.registry: Registry | None = None
+        self.registry: WorkerRegistry | None = None
         """Who the manager believes to be busy; it is made after its fleet."""
         self._made: _Watched | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids

@@ -28,8 +28,8 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.retry import Patience
 from batchlab.core.task_names import task_name
 from batchlab.fleet.group_state import COUNTED
+from batchlab.manager.jobs.ledger_rebuild import RebuildResult, rebuild
 from batchlab.manager.jobs.retries import Retry
-from batchlab.manager.repair.rebuild import Rebuilt, rebuild
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimIds
 from batchlab.sim.job_checks import check_account, check_damaged, check_rounds, is_lost
@@ -216,7 +216,7 @@ async def check_counts(ledger: Ledger, job: JobId) -> None:
         )
 
 
-async def check_rebuild(world: World) -> Rebuilt:
+async def check_rebuild(world: World) -> RebuildResult:
     """I3: a ledger rebuilt from the bucket equals the one that grew."""
     again = open_memory()
     rng = world.rng("rebuild")

@@ -31,10 +31,10 @@ from batchlab.core.ports import JobRecord
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.task_names import task_name
-from batchlab.manager.jobs.retries import Chosen, Retry
-from batchlab.manager.manager import LOST
-from batchlab.manager.repair.rebuild import Rebuilt
-from batchlab.manager.usage.usage_records import Used
+from batchlab.manager.jobs.ledger_rebuild import RebuildResult
+from batchlab.manager.jobs.retries import Retry, TaskSelection
+from batchlab.manager.manager import LOST_OBJECTS
+from batchlab.manager.spending import JobUsage
 from batchlab.sim.faults import FaultKind
 from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.storage_faults import group_of, job_of
@@ -52,7 +52,7 @@ def _require(holds: bool, name: str, facts: str) -> None:
         raise Violated(f"{name} is violated: {facts}")
 
 
-async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: Rebuilt) -> None:
+async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildResult) -> None:
     """Check the jobs that have a damaged object, once the world has come to rest."""
     _check_named(world, rebuilt)
     for job in jobs:
@@ -87,7 +87,7 @@ def _is_rotted(world: World, job: JobId) -> bool:
     return any(kind is FaultKind.ROTTED and job_of(key) == job for key, (kind, _) in hit)
 
 
-def _check_named(world: World, rebuilt: Rebuilt) -> None:
+def _check_named(world: World, rebuilt: RebuildResult) -> None:
     lost = {job_of(key) for key in rebuilt.unreadable if group_of(key) != "outcomes"}
     # If a retry is unreadable, a rebuild reads no object of its round.
     lost |= {job_of(key) for key in world.damage.hit if group_of(key) == "retries"}
@@ -124,7 +124,7 @@ async def _check_end(world: World, record: JobRecord) -> None:
 
 
 def _names_damage(world: World, job: JobId, reason: str) -> bool:
-    if reason == LOST:
+    if reason == LOST_OBJECTS:
         return world.objects.content(object_keys.spec(job)) is None
     return any(key in reason for key in world.damage.hit if job_of(key) == job)
 
@@ -179,7 +179,7 @@ async def check_account(
     _require_accounts(data is not None or not undisturbed, f"{job.id} has no account")
     if data is None:
         return
-    account = Used.from_bytes(data).account
+    account = JobUsage.from_bytes(data).account
     failed_s = sum(
         max(0.0, one.ended_s - one.started_s - sum(one.run_s)) * job.stage(one.bundle.stage).slots
         for one in outcomes
@@ -201,7 +201,7 @@ def check_rounds(
     job: str,
     retries: Sequence[Retry],
     outcomes: Sequence[Outcome],
-    choices: Sequence[Chosen | None],
+    choices: Sequence[TaskSelection | None],
 ) -> None:
     """Check that each retry runs the choice of one request. A choice of None is all failures."""
     for round_, retry in enumerate(retries, start=1):
@@ -233,7 +233,7 @@ def _standing(
 
 
 def _is_choice(
-    choice: Chosen | None,
+    choice: TaskSelection | None,
     standing: Mapping[StageName, TaskSet],
     again: Mapping[StageName, TaskSet],
     replanned: set[StageName],

@@ -24,7 +24,7 @@ from batchlab.jobs import submission
 from batchlab.jobs.job_file import JobFile
 from batchlab.jobs.results import Fetched, Listed, fetch
 from batchlab.manager.jobs.admission import admit
-from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.reports.tables.build import Setting
 from batchlab.reports.tables.write import Writer
 from batchlab.server.views.jobs import job_view, outcome_view
@@ -79,7 +79,7 @@ async def _main(
         make_runner=partial(_real_handlers, children),
         logged=False,
         accounting=Accounting(),
-        reports=Reports(),
+        reports=ReportQueue(),
     )
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     patience = Patience(world.rng("client"))

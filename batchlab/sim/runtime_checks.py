@@ -20,7 +20,7 @@ from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import json_format, object_keys, spec_object
 from batchlab.core.task_names import task_name
-from batchlab.manager.scaling.work_evidence import BUSY
+from batchlab.manager.scaling.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, SimulationError
 from batchlab.sim.controls import JobControls
 from batchlab.sim.deadline_checks import Leads, Silences, StartTimes
@@ -550,7 +550,7 @@ class Watch:
         self._require(
             self.trust.is_liar(actor)
             or "silent" in cause
-            or (cause.startswith(BUSY) and not is_needed)
+            or (cause.startswith(UNKNOWN_WORK) and not is_needed)
             or self._excused(actor, recent_s),
             "I8",
             f"the instance of {actor.name}, which tells the truth, is replaced: {cause}",

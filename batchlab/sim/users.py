@@ -36,7 +36,7 @@ from batchlab.core.schedules.model import (
 from batchlab.manager.jobs.retries import failed_tasks
 from batchlab.manager.jobs.stage_plans import PartWriter
 from batchlab.manager.manager import Manager
-from batchlab.manager.schedules.requests import Schedules
+from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.sim.actors import SimulationError
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.plans import Plan
@@ -287,7 +287,7 @@ class Keeper:
         await self._check(first, last.through_s)
 
     async def _keep(self, definition: Definition, *, replacing: bool) -> Schedule:
-        async def ask(schedules: Schedules) -> Schedule:
+        async def ask(schedules: ScheduleCommands) -> Schedule:
             return (await schedules.add(definition, self._job, replacing=replacing))[0]
 
         return await self._ask(ask)

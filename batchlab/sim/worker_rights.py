@@ -21,7 +21,7 @@ from batchlab.core.errors import BackendError
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.sim.actors import Actor
 
 READS = (
@@ -227,7 +227,7 @@ class Trust:
 
     # --- What a manager believes -----------------------------------------------------------------
 
-    def check_registry(self, registry: Registry) -> None:
+    def check_registry(self, registry: WorkerRegistry) -> None:
         """A manager may believe of an honest worker only the heartbeats that this worker sent, and
         of a lying one only that it holds bundles of jobs that were touched."""
         self.heard |= registry.workers.keys()

@@ -29,8 +29,8 @@ from batchlab.core.pricing.usage_meter import Accounting
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.retry import Patience
 from batchlab.manager.manager import Manager
-from batchlab.manager.notifications.notifier import Outlets
-from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.notifier import NotificationChannels
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
@@ -100,7 +100,7 @@ class World:
     skew_s: float = 0.0
     watched: bool = True
     accounting: Accounting | None = None
-    reports: Reports | None = None
+    reports: ReportQueue | None = None
     sql: bool = True
     schedules: bool = False
     notifies: bool = False
@@ -223,7 +223,9 @@ class World:
             owner=owner,
             accounting=self.accounting,
             reports=self.reports,
-            outlets=Outlets(lambda: DIRECTORY, self._notified) if self.notifies else None,
+            outlets=NotificationChannels(lambda: DIRECTORY, self._notified)
+            if self.notifies
+            else None,
             schedules=self.schedules,
         )
         fleet.registry = manager.registry

@@ -13,7 +13,7 @@ from batchlab.core.ports import Depth, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import with_proofs
 from batchlab.core.protocol.messages import Beat, Events, Held, events_message
-from batchlab.manager.scaling.work_evidence import BUSY, IDLE
+from batchlab.manager.scaling.unresponsive_workers import NO_WORK_TAKEN, UNKNOWN_WORK
 from batchlab.sim.world import SimWorker, World
 from tests.support.sim import scenes
 
@@ -86,7 +86,7 @@ def test_a_worker_that_says_that_it_is_idle_holds_up_no_job() -> None:
         await scenes.ended_well(world, made)
         return await causes(world)
 
-    assert IDLE in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
+    assert NO_WORK_TAKEN in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
 
 
 @pytest.mark.parametrize("of_a_job", [False, True])
@@ -105,7 +105,7 @@ def test_a_worker_that_says_that_it_is_busy_keeps_no_instance(of_a_job: bool) ->
         lying.cancel()
         return await causes(world)
 
-    assert BUSY in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
+    assert UNKNOWN_WORK in scenes.in_world(act, script=scenes.takes(1.0), pools=ONE)
 
 
 @pytest.mark.parametrize("of_the_manager", [False, True])
@@ -124,14 +124,14 @@ def test_the_name_of_a_worker_that_works_is_no_evidence(of_the_manager: bool) ->
         name = "manager" if of_the_manager else honest.who.worker
         lying = liar.actor.spawn(claim_for_ever(world, liar, [], name), name="lies")
         async with asyncio.timeout(LONG_S):
-            while BUSY not in await causes(world):
+            while UNKNOWN_WORK not in await causes(world):
                 await asyncio.sleep(5.0)
         lying.cancel()
         return await causes(world)
 
     pools = (Pool("default", 2, 2, 1),)
     found = scenes.in_world(act, script=scenes.takes(20.0), pools=pools)
-    assert found.count(BUSY) == 1
+    assert found.count(UNKNOWN_WORK) == 1
 
 
 def test_a_worker_that_runs_one_task_for_long_keeps_its_instance() -> None:

@@ -25,8 +25,8 @@ from batchlab.core.protocol.messages import Beat, Duplicate, Events, Held, Told,
 from batchlab.core.protocol.seals import UNSEALED, CommitKey
 from batchlab.core.request_counter import Asked, Requests
 from batchlab.manager.counters import BEAT
-from batchlab.manager.scaling.instances import Instances
-from batchlab.manager.versioned_document import Kept
+from batchlab.manager.scaling.worker_registry import InstanceKeys
+from batchlab.manager.versioned_document import VersionedDocument
 from tests.support.attacks.victim import Victim
 from tests.support.attacks.worker_rights import WorkerRights, actions, worker_of
 from tests.support.grid.fixtures import Bring
@@ -176,8 +176,9 @@ def test_only_the_first_key_of_an_instance_is_believed(
     assert registry.workers[instance].beat == again
     assert b"own" not in rig.run(rig.objects.get(object_keys.INSTANCES))
     refused: list[tuple[str, str]] = []
-    later = Instances(
-        Kept(rig.manager.ports, object_keys.INSTANCES), lambda *one: refused.append(one)
+    later = InstanceKeys(
+        VersionedDocument(rig.manager.ports, object_keys.INSTANCES),
+        lambda *one: refused.append(one),
     )
     rig.run(later.load())
     later.see({one.id: one for view in rig.manager.groups.values() for one in view.instances})

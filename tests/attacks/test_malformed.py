@@ -55,13 +55,12 @@ from batchlab.core.protocol.seals import UNSEALED
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 from batchlab.core.request_counter import Asked, Requests
 from batchlab.core.retry import Patience
-from batchlab.manager.counters import Counts
-from batchlab.manager.events.collector import Collector
-from batchlab.manager.events.folding import Folder
-from batchlab.manager.events.quarantine import Outcomes, Quarantine
-from batchlab.manager.jobs.early_events import Arrivals
-from batchlab.manager.repair.rebuild import rebuild
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.counters import Counters
+from batchlab.manager.events.collector import Collector, PendingSubmissions
+from batchlab.manager.events.ledger_writer import LedgerWriter
+from batchlab.manager.events.quarantine import OutcomeStore, Quarantine
+from batchlab.manager.jobs.ledger_rebuild import rebuild
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Ports
 from batchlab.worker import handlers, task_executor
@@ -262,8 +261,8 @@ class Desk:
         self.judge_anew()
         self.lives: dict[JobId, LiveJob] = {}
         self.duplicates: set[Duplicate] = set()
-        self.folder = Folder(self.ports, self.lives, self._nobody, counts=self.counts)
-        self.registry = Registry(self.ports, self.lives)
+        self.folder = LedgerWriter(self.ports, self.lives, self._nobody, counts=self.counts)
+        self.registry = WorkerRegistry(self.ports, self.lives)
         self.collector = Collector(
             ports=self.ports,
             settings=ManagerSettings(),
@@ -271,7 +270,7 @@ class Desk:
             folder=self.folder,
             registry=self.registry,
             quiet=asyncio.Lock(),
-            arrivals=Arrivals(),
+            arrivals=PendingSubmissions(),
             met_twice=self.duplicates.update,
             counts=self.counts,
             quarantine=self.quarantine,
@@ -279,9 +278,9 @@ class Desk:
 
     def judge_anew(self) -> None:
         """Forget what could not be read so far."""
-        self.counts = Counts()
+        self.counts = Counters()
         self.quarantine = Quarantine(self.counts)
-        self.outcomes = Outcomes(self.ports, self.quarantine)
+        self.outcomes = OutcomeStore(self.ports, self.quarantine)
 
     async def _nobody(self, job: JobId) -> JobDef | None:
         return None

@@ -11,9 +11,8 @@ import pytest
 from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Events
-from batchlab.manager.events import retained_outcomes
-from batchlab.manager.events.retained_outcomes import RetainedOutcomes
-from batchlab.manager.state import LiveJob
+from batchlab.manager import state
+from batchlab.manager.state import LiveJob, RetainedOutcomes
 from batchlab.server.http.common import MOST_CAUSES, OTHERS, Groups
 from tests.server.test_api_first_outcomes import outcomes_of
 from tests.support.server.api import Rig, job
@@ -24,7 +23,7 @@ MOST_BYTES = 200_000
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(retained_outcomes, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MOST_BYTES", MOST_BYTES)
     with Rig() as made:
         yield made
 
@@ -73,13 +72,13 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
 
 def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 18: each of them takes more memory than its JSON has bytes."""
-    monkeypatch.setattr(retained_outcomes, "MOST_BYTES", MOST_BYTES)
+    monkeypatch.setattr(state, "MOST_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
     bundle = Bundle(JobId("j"), StageName("s"), TaskSet.of({0}), 1)
     outcome = Outcome(bundle, "x", "w", 0.0, 1.0)
     every = [memory.add(outcome, 1) for _ in range(1000)]
     held = [one for one in every if one.outcome]
-    assert len(held) == MOST_BYTES // retained_outcomes.LEAST_BYTES
+    assert len(held) == MOST_BYTES // state.LEAST_BYTES
     assert held == every[-len(held) :]
 
 

@@ -25,11 +25,11 @@ from batchlab.core.protocol.seals import UNSEALED, CommitKey
 from batchlab.core.retry import Patience
 from batchlab.core.schedules import model
 from batchlab.core.schedules.model import Definition, Run, RunState, Schedule, When
-from batchlab.manager.counters import Counts
+from batchlab.manager.counters import Counters
 from batchlab.manager.events.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.jobs import ledger_rebuild
+from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.manager.jobs.retries import Retry
-from batchlab.manager.repair import rebuild
-from batchlab.manager.repair.reconciler import Reconciler
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Superseded
 from batchlab.worker import environment, poison_detection
@@ -281,7 +281,7 @@ def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
         await objects.put(object_keys.spec(JOB.id), spec_object.to_bytes(JOB))
         await objects.put(key, json_format.to_bytes(json_format.cut_to_json(CUT)))
         with pytest.raises(UnreadableObject, match="another cut") as caught:
-            await rebuild.restore(ports, JOB.id)
+            await ledger_rebuild.restore(ports, JOB.id)
         assert caught.value.key == key
 
     asyncio.run(main())
@@ -296,7 +296,7 @@ def reconciler_of(*lives: LiveJob) -> Reconciler:
     ports: Any = SimpleNamespace(clock=clock, objects=SimObjects(), patience=PATIENCE)
     other: Any = None
     found = {live.id: live for live in lives}
-    return Reconciler(ports, ManagerSettings(), found, other, other, Quarantine(Counts()))
+    return Reconciler(ports, ManagerSettings(), found, other, other, Quarantine(Counters()))
 
 
 def silent(name: str) -> LiveJob:

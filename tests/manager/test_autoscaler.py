@@ -14,10 +14,10 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.core.retry import Patience
-from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog, wanted
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog, desired_capacity
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports, Seen
+from batchlab.manager.state import Ports, WorkerStatus
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 
@@ -39,7 +39,7 @@ def group(*ids: str, desired: int | None = None, pool: Pool = POOL) -> GroupView
     ],
 )
 def test_desired_capacity_follows_seconds_of_backlog(backlog: Backlog, desired: int) -> None:
-    found, why = wanted(backlog, group("a"), drain_target_s=10.0)
+    found, why = desired_capacity(backlog, group("a"), drain_target_s=10.0)
     assert found == desired
     assert "backlog" in why
 
@@ -75,12 +75,12 @@ def scaler(recorder: Recorder, busy: Sequence[str], idle: Sequence[str]) -> Auto
     anything = cast(Any, recorder)
     patience = Patience(random.Random(1))
     ports = Ports(SimObjects(), anything, anything, anything, anything, anything, patience)
-    registry = Registry(ports, {})
+    registry = WorkerRegistry(ports, {})
     held = (Held("q", "r", JobId("j"), StageName("s"), cast(Any, "b"), True),)
     for name in [*busy, *idle]:
         holds = held if name in busy else ()
         beat = Beat(f"w-{name}", name, "default", 0.0, 2, len(holds), holds, 1)
-        registry.workers[name] = Seen(beat, 0.0, {})
+        registry.workers[name] = WorkerStatus(beat, 0.0, {})
     return Autoscaler(ports, ManagerSettings(idle_s=5.0), {}, registry)
 
 

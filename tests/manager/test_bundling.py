@@ -8,7 +8,7 @@ from dataclasses import replace
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.manager.jobs.bundling import Cutter
+from batchlab.manager.jobs.bundling import Bundler
 from batchlab.manager.state import LiveJob
 from tests.support.contract.queue_worlds import LoopClock
 
@@ -39,7 +39,7 @@ def _live(n: int) -> LiveJob:
 def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
     """Thousands of jobs that run are poked at every tick; each would look at all."""
     lives = _Lives({one.id: one for one in map(_live, range(100))})
-    cutter = Cutter(LoopClock(), lives, {"default": 4})
+    cutter = Bundler(LoopClock(), lives, {"default": 4})
     first = lives[JobId("j0")]
     assert cutter.wave(first, STAGE, TaskSet(), 0) == ((), TaskSet())
     assert lives.looks == 0
@@ -52,7 +52,7 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
 def test_a_paused_job_does_not_keep_the_window_from_others() -> None:
     """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
     lives = {one.id: one for one in map(_live, range(2))}
-    cutter = Cutter(LoopClock(), lives, {"default": 2})
+    cutter = Bundler(LoopClock(), lives, {"default": 2})
     first, second = lives.values()
     tasks = TaskSet.span(0, 5)
     one = replace(STAGE, bundle=1)

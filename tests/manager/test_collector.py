@@ -35,10 +35,9 @@ from batchlab.core.ports import (
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
 from batchlab.core.retry import Patience
-from batchlab.manager.events.collector import Collector, events_queue
-from batchlab.manager.events.folding import Folder
-from batchlab.manager.jobs.early_events import Arrivals
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.events.collector import Collector, PendingSubmissions, events_queue
+from batchlab.manager.events.ledger_writer import LedgerWriter
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Ports
 from tests.support.no_fleet import NoFleet
@@ -114,8 +113,10 @@ async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
         await queue.send(object_keys.EVENTS, bodies)
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
     lives = {JOB.id: live}
-    folder_, registry = Folder(ports, lives, nobody), Registry(ports, lives)
-    collector = Collector(ports, settings, lives, folder_, registry, asyncio.Lock(), Arrivals())
+    folder_, registry = LedgerWriter(ports, lives, nobody), WorkerRegistry(ports, lives)
+    collector = Collector(
+        ports, settings, lives, folder_, registry, asyncio.Lock(), PendingSubmissions()
+    )
     collecting = asyncio.create_task(collector.collect())
     while sum(counting.sizes) < EVENTS or await queue.depth(object_keys.EVENTS) != Depth(0, 0, 0):
         assert not collecting.done()
@@ -148,9 +149,11 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         patience = Patience(Random(1))
         ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
         settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
-        registry = Registry(ports, lives)
-        folder = Folder(ports, lives, nobody)
-        collector = Collector(ports, settings, lives, folder, registry, asyncio.Lock(), Arrivals())
+        registry = WorkerRegistry(ports, lives)
+        folder = LedgerWriter(ports, lives, nobody)
+        collector = Collector(
+            ports, settings, lives, folder, registry, asyncio.Lock(), PendingSubmissions()
+        )
         await queue.ensure(events_queue(settings))
         some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
         await queue.send(object_keys.EVENTS, some)
@@ -200,10 +203,10 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
             ports=ports,
             settings=ManagerSettings(),
             lives=lives,
-            folder=Folder(ports, lives, nobody),
-            registry=Registry(ports, lives),
+            folder=LedgerWriter(ports, lives, nobody),
+            registry=WorkerRegistry(ports, lives),
             quiet=asyncio.Lock(),
-            arrivals=Arrivals(),
+            arrivals=PendingSubmissions(),
             met_twice=told.extend,
         )
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))

@@ -222,7 +222,7 @@ def test_an_empty_prefix_is_an_error_that_names_it() -> None:
 @pytest.mark.parametrize("by", list(SplitBy))
 def test_a_vanished_object_is_an_error_that_names_it(by: SplitBy) -> None:
     """I7: a vanished input ends the job with a reason, it never hangs."""
-    with pytest.raises(UsageError, match="raw/a is gone"):
+    with pytest.raises(UsageError, match="raw/a does not exist"):
         tasks({}, by, 10, keys=("raw/a",))
 
 
@@ -240,7 +240,7 @@ def test_an_object_that_shrinks_or_vanishes_while_it_is_read_is_an_error(
                 self.content[key] = left
             return info
 
-    with pytest.raises(UsageError, match="is gone, or became shorter"):
+    with pytest.raises(UsageError, match="does not exist, or became shorter"):
         tasks(Shrinking({"a": b"1\n" * 9}), by, 4)
 
 

@@ -16,7 +16,7 @@ from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, T
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.ports import StageRecord
 from batchlab.core.protocol.messages import Beat, Held
-from batchlab.manager.state import Outstanding, Seen
+from batchlab.manager.state import Outstanding, WorkerStatus
 from tests.support.manager.notifier import ENDING, MAP, OPS, Scene, a_job, a_notification, play
 
 # --- What is written -----------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_job_that_is_not_meant_to_move_is_not_stuck(why: str) -> None:
         else:
             held = Held("q", "r", live.id, MAP, bundle.id, True)
             beat = Beat("w-1", "i-1", "default", 1.0, 1, 1, (held,), 1)
-            scene.workers["i-1"] = Seen(beat, 0.0, {held: 0.0})
+            scene.workers["i-1"] = WorkerStatus(beat, 0.0, {held: 0.0})
         await scene.led(scene.manager(), 300.0)
         assert scene.told() == []
 

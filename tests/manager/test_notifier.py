@@ -13,7 +13,7 @@ from batchlab.core.errors import NotFound, Unreachable
 from batchlab.core.job_definition import NotifyDef
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.protocol import object_keys
-from batchlab.manager.notifications.notifier import GIVE_UP_S, MOST_PENDING
+from batchlab.manager.notifier import GIVE_UP_S, MOST_PENDING
 from tests.support.manager.notifier import ENDING, EPOCH_S, OPS, Scene, a_job, a_notification, play
 
 # --- Ends ----------------------------------------------------------------------------------------

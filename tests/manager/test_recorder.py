@@ -24,13 +24,18 @@ from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.pricing.usage_meter import Account
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Duplicate, Events, events_message, read_events_message
-from batchlab.manager.counters import Counts
+from batchlab.manager.counters import Counters
 from batchlab.manager.recording import recorded_data
-from batchlab.manager.recording.downsampling import FINE, Series, latest, of_pool
-from batchlab.manager.recording.recorder import FEW, SHORT_S, Recorder, _Seen
-from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.recording.recorded_data import (
+    FINE,
+    TimeSeries,
+    latest_point,
+    merge_pool_points,
+)
+from batchlab.manager.recording.recorder import FEW, SHORT_S, Recorder, _LiveRecording
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.manager.scaling.autoscaler import Backlog
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.state import LiveJob, Ports
 
 
@@ -39,7 +44,7 @@ def pool_point(at_s: float, step_s: float = 1.0, visible: int = 0, busy: float =
 
 
 def test_a_day_takes_few_points_and_the_last_minutes_keep_theirs() -> None:
-    series = Series(of_pool)
+    series = TimeSeries(merge_pool_points)
     for second in range(20_000):
         series.add(pool_point(float(second), visible=second % 7, busy=second % 4))
     series.thin()
@@ -59,7 +64,7 @@ def test_a_day_takes_few_points_and_the_last_minutes_keep_theirs() -> None:
 
 
 def test_counts_that_grow_keep_the_last() -> None:
-    series = Series(latest)
+    series = TimeSeries(latest_point)
     for n in range(2_000):
         series.add([float(n), 1.0, 2 * n])
     series.thin()
@@ -100,21 +105,21 @@ def whole() -> dict[str, Any]:
 
 
 def test_a_job_has_its_own_part_of_what_was_seen() -> None:
-    part = recorded_data.part_of(whole(), JobId("a"))
+    part = recorded_data.job_part(whole(), JobId("a"))
     assert list(part["pools"]) == ["default"]
     assert [point[0] for point in part["pools"]["default"]["series"]] == [5.0, 6.0, 7.0, 8.0, 9.0]
     assert [one[7] for one in part["scaling"]] == ["a backlog"]
     assert list(part["instances"]) == ["i-here"]
     assert list(part["workers"]) == ["w-1"]
-    assert recorded_data.part_of(whole(), JobId("unknown")) == recorded_data.empty()
+    assert recorded_data.job_part(whole(), JobId("unknown")) == recorded_data.empty_part()
 
 
 def test_rounds_are_put_together() -> None:
-    first = recorded_data.part_of(whole(), JobId("a"))
+    first = recorded_data.job_part(whole(), JobId("a"))
     doc = whole()
     doc["earlier"] = {"a": first}
     doc["jobs"]["a"] |= {"since_s": 7.0, "duplicates": {"s": {"message": [2, 0.5]}}}
-    both = recorded_data.part_of(doc, JobId("a"))
+    both = recorded_data.job_part(doc, JobId("a"))
     times = [point[0] for point in both["pools"]["default"]["series"]]
     assert times == [5.0, 6.0, 7.0, 8.0, 9.0, 8.0, 9.0]
     assert both["duplicates"] == {"s": {"message": [3, 0.5]}}
@@ -155,18 +160,18 @@ class Moody:
 def test_what_cannot_be_written_is_tried_again_and_then_told(
     failures: int, tries: int, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchlab.manager.recording import report_requests
+    from batchlab.manager.recording import report_queue
 
-    monkeypatch.setattr(report_requests, "AGAIN_S", 0.0)
-    monkeypatch.setattr(report_requests, "CALM_S", 0.0)
+    monkeypatch.setattr(report_queue, "RETRY_S", 0.0)
+    monkeypatch.setattr(report_queue, "QUIET_S", 0.0)
     moody = Moody(failures)
-    reports = Reports(moody)
+    reports = ReportQueue(moody)
 
     async def act() -> None:
         keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("short"), report_requests.SHORT_S - 1)
-        reports.ended(JobId("a"), report_requests.SHORT_S)
-        reports.ended(JobId("a"), report_requests.SHORT_S)
+        reports.ended(JobId("short"), report_queue.SHORT_S - 1)
+        reports.ended(JobId("a"), report_queue.SHORT_S)
+        reports.ended(JobId("a"), report_queue.SHORT_S)
         for _ in range(100):
             await asyncio.sleep(0)
             if len(moody.asked) == tries:
@@ -191,7 +196,7 @@ def test_a_writer_that_fails_when_it_is_to_end_is_not_asked_again() -> None:
             except asyncio.CancelledError:
                 raise OSError(f"{job}: it has just been closed") from None
 
-    reports = Reports(Clumsy())
+    reports = ReportQueue(Clumsy())
 
     async def act() -> None:
         writing = asyncio.create_task(reports._write(JobId("a")))
@@ -208,16 +213,16 @@ def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
     latest_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
-    from batchlab.manager.recording import report_requests
+    from batchlab.manager.recording import report_queue
 
-    monkeypatch.setattr(report_requests, "CALM_S", 0.05)
-    monkeypatch.setattr(report_requests, "LATEST_S", latest_s)
-    moody, counts = Moody(0), Counts()
-    reports = Reports(moody, counts)
+    monkeypatch.setattr(report_queue, "QUIET_S", 0.05)
+    monkeypatch.setattr(report_queue, "LATEST_S", latest_s)
+    moody, counts = Moody(0), Counters()
+    reports = ReportQueue(moody, counts)
 
     async def act() -> None:
         keeping = asyncio.create_task(reports.keep())
-        reports.ended(JobId("a"), report_requests.SHORT_S)
+        reports.ended(JobId("a"), report_queue.SHORT_S)
         for _ in range(20):
             counts.submitted += 1
             await asyncio.sleep(0.01)
@@ -231,7 +236,7 @@ def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
 
 
 def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
-    recorder = Recorder(cast(Ports, FakePorts()), {}, cast(Registry, FakeRegistry()))
+    recorder = Recorder(cast(Ports, FakePorts()), {}, cast(WorkerRegistry, FakeRegistry()))
     old = Instance("i-old", "default", LifecycleState.TERMINATED, 100.0)
     new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
     view = GroupView(Pool("default"), 1, (old, new))
@@ -261,7 +266,7 @@ def test_a_job_took_the_time_before_this_manager_too(
     record = JobRecord(definition, JobState.RUNNING, round=round_)
     live = LiveJob(record, {stage.stage: StageRecord(stage)}, retried_s=retried_s)
     lives = {live.id: live}
-    recorder = Recorder(cast(Ports, FakePorts()), lives, cast(Registry, FakeRegistry()))
+    recorder = Recorder(cast(Ports, FakePorts()), lives, cast(WorkerRegistry, FakeRegistry()))
     recorder.adopt(live)
     closed = recorder.close({live.id: Account(), JobId("unknown"): Account()})
     assert {job: seen_s for job, (seen_s, _) in closed.items()} == {live.id: took_s, "unknown": 0.0}
@@ -302,11 +307,11 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     """What a job tells that was there for so long, after so much has been on the fleet before it
     while a long job went on; and how many looks at that it took."""
     ports = FakePorts()
-    recorder = Recorder(cast(Ports, ports), {}, cast(Registry, FakeRegistry()))
+    recorder = Recorder(cast(Ports, ports), {}, cast(WorkerRegistry, FakeRegistry()))
     roster = recorder._roster
     recorder._slots["default"] = 2, ""
-    recorder._pools["default"] = Series(
-        of_pool, [pool_point(n * 900 / history) for n in range(history)]
+    recorder._pools["default"] = TimeSeries(
+        merge_pool_points, [pool_point(n * 900 / history) for n in range(history)]
     )
     for n in range(history):
         name, since_s = f"{n}", n / 1000
@@ -316,9 +321,9 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     for n in range(FEW + 6):
         roster.living[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
     for n in range(500):
-        recorder._jobs[JobId(f"other-{n}")] = _Seen(0.0, ["default"])
+        recorder._jobs[JobId(f"other-{n}")] = _LiveRecording(0.0, ["default"])
     roster.ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
-    recorder._jobs[JobId("a")] = _Seen(1000.0 - seconds, ["default"])
+    recorder._jobs[JobId("a")] = _LiveRecording(1000.0 - seconds, ["default"])
     Row.looks = 0
     ((_, part),) = recorder.close({JobId("a"): Account()}).values()
     return part, Row.looks

@@ -10,7 +10,7 @@ from typing import Any, cast
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.retry import Patience
 from batchlab.core.schedules.model import Definition, Schedule, When
-from batchlab.manager.schedules.schedule_store import Shelf
+from batchlab.manager.scheduler import ScheduleStore
 from batchlab.manager.state import Ports
 
 SCHEDULE = Schedule(
@@ -25,7 +25,7 @@ def test_a_late_change_is_refused_although_the_schedule_is_as_it_was_again() -> 
     ports = Ports(SimObjects(), nothing, nothing, nothing, nothing, nothing, patience)
 
     async def main() -> None:
-        late, other = Shelf(ports), Shelf(ports)
+        late, other = ScheduleStore(ports), ScheduleStore(ports)
         assert await other.put(SCHEDULE)
         await late.load()
         for paused in (True, False):

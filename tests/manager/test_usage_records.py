@@ -21,11 +21,11 @@ from batchlab.core.request_counter import Requests, Tally
 from batchlab.core.retry import Patience
 from batchlab.manager.recording import recorded_data
 from batchlab.manager.recording.recorder import Recorder
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.spending import Spending
 from batchlab.manager.state import LiveJob, Ports
-from batchlab.manager.usage.spending import Spending
-from batchlab.manager.versioned_document import Kept
+from batchlab.manager.versioned_document import VersionedDocument
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
@@ -90,7 +90,7 @@ class Leader:
     def __init__(self, scene: Scene) -> None:
         self.lives: dict[JobId, LiveJob] = {}
         self.written: list[JobId] = []
-        registry = Registry(scene.ports, self.lives)
+        registry = WorkerRegistry(scene.ports, self.lives)
         self.recorder = Recorder(scene.ports, self.lives, registry)
         pools = {"default": Pool("default")}
         self.tally = Tally()
@@ -276,7 +276,7 @@ def test_books_that_cannot_be_read_keep_nobody_from_leading(there: bytes) -> Non
 def test_a_bucket_that_is_gone_is_not_tried_for_ever() -> None:
     async def main() -> None:
         scene = Scene()
-        kept = Kept(scene.ports, object_keys.USE)
+        kept = VersionedDocument(scene.ports, object_keys.USE)
         tries = 0
 
         async def gone(*_: Any, **__: Any) -> str:
@@ -299,7 +299,7 @@ def part(*points: tuple[float, float], **more: Any) -> dict[str, Any]:
     """A job's part whose pool was looked at so: when, for how long."""
     series = [[at_s, step_s, 0, 0, 0, 0, 1, 0, 1, 0, 1, 4, 0.5] for at_s, step_s in points]
     pool = {"slots": 4, "type": "", "series": series}
-    return {**recorded_data.empty(), "pools": {"default": pool}, **more}
+    return {**recorded_data.empty_part(), "pools": {"default": pool}, **more}
 
 
 def times(doc: dict[str, Any]) -> list[float]:
@@ -317,26 +317,29 @@ def test_of_two_who_have_seen_the_same_nothing_is_lost_and_nothing_counts_twice(
     other["duplicates"] = {"map": {"event": [1, 0.7], "message": [1, 0.0]}}
     other["workers"] = {"w-1": ["i-1", "default", 4, 2.0, 7.0]}
     other["instances"] = {"i-1": ["default", "", "", "", 0.0, 1.0, 7.0, "Terminated", "", 4]}
-    both = recorded_data.united(one, other)
+    both = recorded_data.merge_parts(one, other)
     assert times(both) == [1, 2, 3, 4, 6, 7]
     assert both["duplicates"] == {"map": {"event": [2, 0.7], "message": [1, 0.0]}}
     assert both["workers"] == {"w-1": ["i-1", "default", 4, 1.0, 7.0]}
     assert both["instances"]["i-1"][6] == 7.0
     assert both["requests"] == [[4.0, 1.0, 9, 0, 0, 0, 0], [7.0, 1.0, 9, 3, 0, 0, 0]]
     for again in (one, other, both):
-        assert recorded_data.united(both, again) == both
-    assert times(recorded_data.united(other, one)) == [1, 2, 3, 4, 6, 7]
+        assert recorded_data.merge_parts(both, again) == both
+    assert times(recorded_data.merge_parts(other, one)) == [1, 2, 3, 4, 6, 7]
 
 
 def test_what_the_other_leader_has_thinned_is_not_told_in_full_once_more() -> None:
-    assert times(recorded_data.united(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [4, 5]
+    assert times(recorded_data.merge_parts(part((4, 4), (5, 1)), part((1, 1), (2, 1), (3, 1)))) == [
+        4,
+        5,
+    ]
 
 
 def test_whole_documents_are_joined_with_our_live_jobs() -> None:
     job = {"since_s": 3.0, "pools": ["default"], "requests": [], "duplicates": {}}
     ours = {**part((3, 1)), "jobs": {"a": job}, "earlier": {}}
     theirs = {**part((1, 1)), "jobs": {"a": {**job, "since_s": 1.0}}, "earlier": {"a": part()}}
-    both = recorded_data.joined(theirs, ours)
+    both = recorded_data.merge_documents(theirs, ours)
     assert both["jobs"] == {"a": {**job, "since_s": 1.0}}
     assert times(both) == [1, 3]
     assert list(both["earlier"]) == ["a"]

@@ -16,8 +16,8 @@ from batchlab.core.model import BundleId, Instance, JobId, LifecycleState, Stage
 from batchlab.core.ports import Fleet, Queue
 from batchlab.core.protocol.messages import Beat, Held, Told
 from batchlab.core.retry import Patience
-from batchlab.manager.counters import DUPLICATE, Counts
-from batchlab.manager.scaling.worker_registry import LOST_S, Registry
+from batchlab.manager.counters import DUPLICATE, Counters
+from batchlab.manager.scaling.worker_registry import LOST_S, WorkerRegistry
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
@@ -32,8 +32,8 @@ JOBS = frozenset({JobId("j-1")})
 """Jobs whose commit keys every worker here has."""
 
 
-def registry_of(ports: Ports) -> Registry:
-    registry = Registry(ports, {})
+def registry_of(ports: Ports) -> WorkerRegistry:
+    registry = WorkerRegistry(ports, {})
     names = ("i-1", "i-2", "i-gone", "i-here", "i-beats")
     there = {one: Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in names}
     registry.instances.see(there)
@@ -177,8 +177,8 @@ def test_a_group_that_cannot_be_told_is_told_with_the_next_beat(error: BatchlabE
 def test_a_worker_that_still_tells_what_it_has_done_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("batchlab.manager.counters.HEARD_KEPT", 3)
-    counts = Counts()
+    monkeypatch.setattr("batchlab.manager.counters.WORKERS_KEPT", 3)
+    counts = Counters()
     for n in range(1, 10):
         counts.told(Told("w-first", {DUPLICATE: n}))
         counts.told(Told(f"w-{n}", {DUPLICATE: 1}))

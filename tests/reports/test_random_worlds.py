@@ -10,7 +10,7 @@ import pytest
 from batchlab.core.ports import JobRows
 from batchlab.core.pricing.usage_meter import Accounting
 from batchlab.core.retry import Patience
-from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.sim import trial
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.plans import draw
@@ -33,7 +33,7 @@ async def lived(seed: int, folder: Path) -> list[JobRows]:
         skew_s=plan.skew_s,
         logged=False,
         accounting=Accounting(),
-        reports=Reports(),
+        reports=ReportQueue(),
         sql=False,
     )
     supervisor = asyncio.create_task(world.supervise())

@@ -18,7 +18,7 @@ from batchlab.core.pricing.usage_meter import Accounting
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.retry import Patience
-from batchlab.manager.recording.report_requests import Reports
+from batchlab.manager.recording.report_queue import ReportQueue
 from batchlab.reports.queries import store
 from batchlab.reports.tables.build import Building
 from batchlab.reports.tables.gather import Gatherer
@@ -46,7 +46,7 @@ AGAIN = RetryRule(attempts=3, backoff_s=1.0, jitter=0.0)
 
 
 def recorded(**more: Any) -> dict[str, Any]:
-    return {"pools": POOLS, "accounting": Accounting(), "reports": Reports(), **more}
+    return {"pools": POOLS, "accounting": Accounting(), "reports": ReportQueue(), **more}
 
 
 def patience(world: World) -> Patience:
@@ -319,7 +319,7 @@ def test_the_manager_writes_it_at_the_end_of_a_job(tmp_path: Path) -> None:
                 await asyncio.sleep(1.0)
         await fetch(world.objects, patient, made.id, index, tmp_path)
 
-    in_world(act, script=moody, **recorded(reports=Reports(reporter)))
+    in_world(act, script=moody, **recorded(reports=ReportQueue(reporter)))
     with answers(tmp_path) as ask:
         assert one(ask, "SELECT succeeded FROM jobs") == 12
 

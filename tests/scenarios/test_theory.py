@@ -19,7 +19,7 @@ import pytest
 
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.fleet.api_types import ScalingPolicy, TargetTracking
-from batchlab.manager.scaling.autoscaler import Backlog, wanted
+from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential
@@ -274,7 +274,7 @@ def test_the_grids_own_policy_adds_what_aws_adds(shared_data: Path) -> None:
     )
     view = GroupView(Pool("default", 0, 100, 1), example.instances, alive)
     backlog = Backlog(example.messages * example.message_s, example.messages)
-    desired, why = wanted(backlog, view, example.latency_s)
+    desired, why = desired_capacity(backlog, view, example.latency_s)
     assert desired - example.instances == told["instances added"], why
 
 

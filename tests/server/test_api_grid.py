@@ -50,7 +50,7 @@ def test_capacity_outside_of_the_limits_is_refused_and_changes_nothing(rig: Rig)
         rig.client.scale("default", min=5)
     with pytest.raises(UsageError, match="either"):
         rig.client.scale("default", desired=1, auto=True)
-    with pytest.raises(NotFound, match="Its pools are default"):
+    with pytest.raises(NotFound, match="The pools are default"):
         rig.client.scale("gpu", desired=1)
     assert post(rig, "/v1/grid/pools/default", {"desird": 1}).status_code == 422
     (pool,) = rig.client.grid()["pools"]

@@ -75,11 +75,11 @@ def test_one_time_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"timezone": "Mars"}, "no time zone"),
         ({"name": "../x"}, "body.schedule.name"),
         ({"missed": "never"}, "body.schedule.missed"),
-        ({"missed": "run-all", "overlap": "replace"}, "each is to replace the one before it"),
+        ({"missed": "run-all", "overlap": "replace"}, "replaces each by the next one"),
         ({"capacity": 0}, "body.schedule.capacity"),
         ({"due_param": "month"}, "no parameter 'month'"),
         ({"surprise": 1}, "body.schedule.surprise"),
-        ({"cron": "", "at_s": 1.0}, "That time is past."),
+        ({"cron": "", "at_s": 1.0}, "The time is in the past."),
     ],
 )
 def test_what_is_no_schedule_is_refused_in_a_sentence(

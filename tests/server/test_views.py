@@ -18,7 +18,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.core.protocol.seals import UNSEALED
 from batchlab.manager.jobs.admission import admit
-from batchlab.manager.state import LiveJob, Seen
+from batchlab.manager.state import LiveJob, WorkerStatus
 from batchlab.server.views.jobs import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
@@ -39,12 +39,12 @@ def live_job(*bundles: Bundle) -> LiveJob:
     return live
 
 
-def seen(*held: tuple[Bundle, bool]) -> Seen:
+def seen(*held: tuple[Bundle, bool]) -> WorkerStatus:
     told = tuple(Held("q", b.id, b.job, b.stage, b.id, running) for b, running in held)
-    return Seen(Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
+    return WorkerStatus(Beat("w", "i", "default", 0.0, 2, 1, told, 1), 0.0, {})
 
 
-def view(live: LiveJob, *workers: Seen) -> dict[str, Any]:
+def view(live: LiveJob, *workers: WorkerStatus) -> dict[str, Any]:
     return dict(job_view(live.record, list(live.stages.values()), live, workers))
 
 

@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters.memory.launcher import SimInstance
 from batchlab.core.model import Instance, JobState, LifecycleState, Pool
 from batchlab.manager.scaling import fleet_commands
-from batchlab.manager.scaling.launch_breaker import LONGEST_PAUSE_S
+from batchlab.manager.scaling.autoscaler import LONGEST_PAUSE_S
 from batchlab.server.views import job_facts
 from batchlab.server.views.wait_reasons import why
 from batchlab.sim.world import World

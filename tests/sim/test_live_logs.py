@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from batchlab.core.model import JobId
-from batchlab.manager.jobs.live_logs import Tails
+from batchlab.manager.jobs.live_logs import LiveLogs
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.sim import fuzz
@@ -31,7 +31,7 @@ async def _follow(world: World, job: JobId) -> None:
 
 def test_following_breaks_no_promise() -> None:
     """Above all no cancellation is undone by the word that asks for output (I4)."""
-    use, say = User.use, Tails._say
+    use, say = User.use, LiveLogs._say
     said: list[bool] = []
 
     async def use_and_follow(user: User) -> None:
@@ -42,13 +42,13 @@ def test_following_breaks_no_promise() -> None:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
 
-    async def counted(tails: Tails, live: LiveJob) -> bool:
+    async def counted(tails: LiveLogs, live: LiveJob) -> bool:
         said.append(await say(tails, live))
         return said[-1]
 
     with (
         patch.object(User, "use", use_and_follow),
-        patch.object(Tails, "_say", counted),
+        patch.object(LiveLogs, "_say", counted),
         fuzz.silence(),
     ):
         for seed in SEEDS:

@@ -17,7 +17,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import Control, Failure, FailureKind, JobId, JobState
 from batchlab.core.ports import AddCut, Finish, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.repair import rebuild
+from batchlab.manager.jobs import ledger_rebuild
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.users import bring_items
@@ -318,7 +318,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(
             return answer
 
         around_change(monkeypatch, world.ledger, AddCut, add_cut)
-        around(monkeypatch, rebuild, "_rows", read_rows)
+        around(monkeypatch, ledger_rebuild, "_rows", read_rows)
         made = job(stage(A, bundle=2), stage(B, A), stage(C, B, gather="key"), items=120)
         await submitted(world, made)
         for at_s in (3.0, 9.0, 17.3, 24.1, 31.7):

@@ -16,7 +16,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState, Pool
 from batchlab.core.ports import AddJob, Finish, MoveJob, SetControl
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.repair import rebuild
+from batchlab.manager.jobs import ledger_rebuild
 from batchlab.manager.scaling import fleet_commands
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene, value_of
@@ -218,7 +218,7 @@ def test_rebuilds_that_are_asked_for_at_once_come_one_after_the_other(
             seen.append(begun == before)
             return await original(*args, **kwargs)
 
-        around(monkeypatch, rebuild, "_rows", read_rows)
+        around(monkeypatch, ledger_rebuild, "_rows", read_rows)
         around(monkeypatch, world.ledger, "bundles", read)  # a part of adopting
         made = job(stage(A, bundle=1), items=30)
         await submitted(world, made)

@@ -91,7 +91,7 @@ def test_what_follows_from_the_first_bundle_may_come_before_the_control_object(
 def test_a_job_that_ends_at_once_needs_no_control_object(
     monkeypatch: pytest.MonkeyPatch, begun_s: float, is_there: bool
 ) -> None:
-    monkeypatch.setattr(job_coordinator, "BEGUN_S", begun_s)
+    monkeypatch.setattr(job_coordinator, "CONTROL_OBJECT_DELAY_S", begun_s)
 
     async def act(world: World) -> None:
         manager = await leader(world)

@@ -18,9 +18,8 @@ from batchlab.core.errors import BackendError, BatchlabError, Refused
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.core.protocol.messages import Beat
 from batchlab.core.retry import Patience
-from batchlab.manager.scaling.unresponsive_workers import Silence
-from batchlab.manager.scaling.work_evidence import Evidence
-from batchlab.manager.scaling.worker_registry import LOST_S, Registry
+from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
+from batchlab.manager.scaling.worker_registry import LOST_S, WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimClock, SimIds
@@ -106,10 +105,10 @@ class Scene:
         self._number = 0
 
     def _listen(self) -> None:
-        self.registry = Registry(self._ports, {})
-        evidence = Evidence(self._ports, self.registry, {}, {}, AsyncMock())
+        self.registry = WorkerRegistry(self._ports, {})
+        evidence = WorkEvidence(self._ports, self.registry, {}, {}, AsyncMock())
         settings = ManagerSettings(silence_s=30.0)
-        self.silence = Silence(self._ports, settings, self.registry, evidence)
+        self.silence = UnresponsiveWorkers(self._ports, settings, self.registry, evidence)
 
     async def restart(self) -> None:
         """Another manager takes the lead."""

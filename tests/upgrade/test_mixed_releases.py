@@ -31,7 +31,7 @@ from batchlab.core.protocol.messages import (
 )
 from batchlab.core.protocol.seals import UNSEALED
 from batchlab.core.retry import Patience
-from batchlab.manager.notifications.outbox import Book
+from batchlab.manager.notifier import Outbox
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import OTHERS_S
@@ -135,8 +135,8 @@ def test_what_a_later_release_has_added_is_passed_over() -> None:
 def test_what_is_to_be_told_and_what_tasks_print_are_read_as_well() -> None:
     own = NotifyDef("sns", "arn:x")
     one = Notification("id-1", "failed", JOB.id, f"{JOB.id}#1", own, "{}", 1.5)
-    book = later(json.loads(Book({one.id: one}, [replace(one, id="id-0")]).to_bytes()))
-    assert Book.from_bytes(json.dumps(book).encode()).pending == {one.id: one}
+    book = later(json.loads(Outbox({one.id: one}, [replace(one, id="id-0")]).to_bytes()))
+    assert Outbox.from_bytes(json.dumps(book).encode()).pending == {one.id: one}
     tail = Tail(A, 0, 1, 0, BUNDLE.id, "w-1-1", 0, 6, "hello\n")
     tails = later(json.loads(to_bytes([tail])))
     assert from_bytes(json.dumps(tails).encode()) == [tail]

@@ -264,7 +264,7 @@ class Followed:
             SimIds(rng),
             Patience(rng, limit_s=0.0),
         )
-        self.tails = live_logs.Tails(ports, ManagerSettings())
+        self.tails = live_logs.LiveLogs(ports, ManagerSettings())
         self.live = self.job(JOB)
 
     def job(self, name: JobId) -> LiveJob:

@@ -1,4 +1,9 @@
-"""Receives events: completions go to the ledger, beats to the registry of workers."""
+"""Consumer of the events queue: completions go to the ledger, beats to the worker registry.
+
+Invariants: a fact about a sealed job counts only with the proof that the sender has the job's
+commit key. A job of release 0.1.0 has no commit key, and its facts count without proof. No fact of
+a job counts while the job's submission is still writing the job to the ledger.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +11,157 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 from batchlab.core.commit import read_outcome
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
-from batchlab.core.model import Completion, JobId, Outcome
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, Completion, Follow, JobId, Outcome
 from batchlab.core.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.core.protocol import object_keys, settlement
-from batchlab.core.protocol.commit_keys import split
+from batchlab.core.protocol.commit_keys import jobs_in, split
 from batchlab.core.protocol.field_checks import UNREADABLE
 from batchlab.core.protocol.json_format import brief
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, read_events_message
+from batchlab.core.protocol.seals import UNSEALED, proves, summary
 from batchlab.core.retry import STEP_BACK_S, heed_cancellation, set_within
-from batchlab.manager.counters import Counts
-from batchlab.manager.events.folding import Folder, Key
+from batchlab.manager.counters import Counters
+from batchlab.manager.events.ledger_writer import BundleKey, LedgerWriter
 from batchlab.manager.events.quarantine import Quarantine
-from batchlab.manager.events.retained_outcomes import Retained, RetainedOutcomes
-from batchlab.manager.events.trust import Trust
-from batchlab.manager.jobs.early_events import Arrivals
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.state import LiveJob, Ports, RetainedOutcome, RetainedOutcomes
+
+
+class PendingSubmissions:
+    """Jobs whose first bundles are sent before the ledger has the job."""
+
+    def __init__(self) -> None:
+        self._arriving: dict[JobId, asyncio.Event] = {}
+
+    @contextmanager
+    def of(self, job: JobId) -> Iterator[None]:
+        """Mark `job` as being submitted until the end of the block."""
+        arrived = self._arriving[job] = asyncio.Event()
+        try:
+            yield
+        finally:
+            arrived.set()
+            # A bucket that lost objects may have let another request create the same job meanwhile.
+            if self._arriving.get(job) is arrived:
+                del self._arriving[job]
+
+    async def ended(self, jobs: Iterable[JobId]) -> None:
+        """Wait until none of these jobs is being submitted."""
+        if not self._arriving:
+            return
+        for job in jobs:
+            if arrived := self._arriving.get(job):
+                await arrived.wait()
+
+
+class EventVerifier:
+    """Check of the proofs in event messages. `job_of` returns the definition of a job that the
+    message does not prove."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        arrivals: PendingSubmissions,
+        job_of: Callable[[JobId], Awaitable[JobDef | None]],
+        quarantine: Quarantine,
+    ) -> None:
+        self._ports = ports
+        self._arrivals = arrivals
+        self._job_of = job_of
+        self._quarantine = quarantine
+
+    async def sift(
+        self, events: Events, text: str, proofs: Mapping[str, str], id_: str
+    ) -> tuple[Events, set[JobId]]:
+        """Return the facts in message `id_` that its sender may assert, and the trusted jobs."""
+        jobs = jobs_in(events)
+        if not jobs:
+            return events, jobs
+        trusted = await self._proven(jobs, text, proofs)
+        if trusted == jobs and not events.committed:
+            return events, trusted  # the parser rejects follow-ups of another job
+        genuine = set(trusted)  # an outcome key is checked by its seal
+        untrue: set[JobId] = set()
+        for job in sorted(jobs - trusted):
+            await self._arrivals.ended({job})
+            known = await self._job_of(job)
+            if known and not known.commit_hash:
+                trusted.add(job)
+            elif known:
+                untrue.add(job)
+        sifted = replace(
+            events,
+            completions=tuple(
+                one for one in events.completions if _is_one_job(trusted, one.bundle, one.follows)
+            ),
+            outcomes=tuple(
+                one for one in events.outcomes if _is_one_job(trusted, one.bundle, one.follows)
+            ),
+            committed=tuple(
+                [one for one in events.committed if await self._is_genuine(one, trusted, genuine)]
+            ),
+            duplicates=tuple(one for one in events.duplicates if one.job in trusted),
+            traces=tuple(one for one in events.traces if one[0] in trusted),
+        )
+        if dropped := _count(events) - _count(sifted):
+            self._quarantine.unproven(id_, dropped, untrue)
+        return sifted, trusted
+
+    async def _proven(self, jobs: set[JobId], text: str, proofs: Mapping[str, str]) -> set[JobId]:
+        if not proofs:
+            return set()
+        of_text = summary(text)
+        return {
+            job
+            for job in sorted(jobs)
+            if (given := proofs.get(job))
+            and proves(await self._ports.keys.new(job), of_text, given)
+        }
+
+    async def _is_genuine(self, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
+        found = object_keys.outcome_key(name)
+        if found is None or found.job not in trusted:
+            return False
+        key = await self._ports.keys.new(found.job) if found.job in proven else UNSEALED
+        return object_keys.is_genuine(name, key)
+
+
+def _is_one_job(trusted: set[JobId], bundle: Bundle, follows: tuple[Follow, ...]) -> bool:
+    return bundle.job in trusted and all(one.bundle.job == bundle.job for one in follows)
+
+
+def _count(events: Events) -> int:
+    parts = (events.completions, events.outcomes, events.committed, events.duplicates)
+    return sum(map(len, parts)) + len(events.traces)
+
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.5
-"""So long the messages of events that have been folded wait to be deleted together, unless they
-fill a request."""
+DELETE_DELAY_S = 0.5
+"""How long messages of folded events wait to be deleted in one request, unless they fill a request.
+"""
 
 FOLD_BYTES = 32 * 1024
-"""Where messages lie in wait, a fold takes so much at once, about 100 completions: a transaction
-for each receive costs three times as much for each completion."""
+"""Messages of a backlog are folded in batches of this size, about 100 completions. A transaction
+per receive costs three times as much per completion."""
 
-MOST_NAMED = 3
-"""Names of jobs in an unreadable event that are looked at, to say whose it is."""
+MAX_NAMES = 3
+"""Job names in an unreadable event that are looked up to find the job of the event."""
 _JOB = re.compile(r'"(?:j|job)" ?: ?"([A-Za-z0-9][A-Za-z0-9_.-]{0,99})"')
 
 
 def events_queue(settings: ManagerSettings) -> QueueSpec:
-    """The queue of completions and beats, as it is to be."""
+    """Return the specification of the queue of completions and beats."""
     return QueueSpec(object_keys.EVENTS, visibility_s=settings.visibility_s)
 
 
@@ -60,23 +175,23 @@ def _read(body: str) -> tuple[Events, str, Mapping[str, str]]:
 
 
 class Collector:
-    """The events queue's only consumer."""
+    """The only consumer of the events queue."""
 
     def __init__(
         self,
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        folder: Folder,
-        registry: Registry,
+        folder: LedgerWriter,
+        registry: WorkerRegistry,
         quiet: asyncio.Lock,
-        arrivals: Arrivals,
+        arrivals: PendingSubmissions,
         met_twice: Callable[[Sequence[Duplicate]], None] = lambda _: None,
-        counts: Counts | None = None,
+        counts: Counters | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        """`quiet` is held while the ledger must not change under somebody's hands; `met_twice`
-        hears of what workers have met twice."""
+        """`quiet` is held while the ledger must not change. `met_twice` is called for each message
+        that a worker received twice."""
         self._met_twice = met_twice
         self._ports = ports
         self._settings = settings
@@ -85,18 +200,18 @@ class Collector:
         self._registry = registry
         self._quiet = quiet
         self._arrivals = arrivals
-        self._counts = counts or Counts()
+        self._counts = counts or Counters()
         self._memory = RetainedOutcomes()
         self._quarantine = quarantine or Quarantine(self._counts)
-        self._trust = Trust(ports, arrivals, folder.job, self._quarantine)
+        self._trust = EventVerifier(ports, arrivals, folder.job, self._quarantine)
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
         self._fills_a_request = asyncio.Event()
 
     async def collect(self) -> None:
-        """Receive, fold, delete, for ever. Deleted only once folded: a crash repeats the fold,
-        which counts nothing twice."""
+        """Receive, fold, and delete messages forever. A message is deleted after its fold. A crash
+        repeats the fold, which counts nothing twice."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._delete(), name="delete events")
             await self._collect()
@@ -110,18 +225,18 @@ class Collector:
                 self._registry.deaf_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
-                # What was received comes again when its visibility runs out.
+                # Received messages return after their visibility timeout.
                 log.warning("events wait for the backend: %s", error)
                 await asyncio.sleep(self._settings.tick_s)
                 if isinstance(error, NotFound):
                     await self._make_queue()
 
     async def _make_queue(self) -> None:
-        """Nobody else would notice that the events queue is gone."""
+        """Create the events queue again after it was deleted."""
         try:
             await self._ports.queue.ensure(events_queue(self._settings))
         except BackendError as error:
-            log.warning("the events queue is not there and cannot be made yet: %s", error)
+            log.warning("the events queue does not exist and cannot be created yet: %s", error)
 
     async def _collect_once(self) -> None:
         messages = await self._received()
@@ -135,13 +250,14 @@ class Collector:
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._fills_a_request.set()
-            if len(messages) < MAX_BATCH:  # a backlog waits for nobody
+            if len(messages) < MAX_BATCH:  # with a backlog, there is no pause
                 await asyncio.sleep(STEP_BACK_S)
         if self._registry.deaf_s == math.inf:
             self._registry.deaf_s = self._ports.clock.monotonic_s()
 
     async def _received(self) -> list[Message]:
-        """What one fold is to take: a receive, and while there is a backlog, further ones."""
+        """Return the messages of one fold: one receive, and more receives while there is a
+        backlog."""
         messages = list(await self._ports.patience(partial(self._receive, self._settings.wait_s)))
         size = sum(len(one.body) for one in messages)
         last = len(messages)
@@ -150,13 +266,13 @@ class Collector:
                 more = await self._receive(0.0)
             except BackendError:
                 heed_cancellation()
-                break  # the next receive meets it too, and these must not wait for that
+                break  # the next receive reports the error, and these messages must not wait for it
             messages += more
             size += sum(len(one.body) for one in more)
             last = len(more)
         oldest_s = min((one.sent_s for one in messages), default=math.inf)
         if last == MAX_BATCH and self._ports.clock.now_s() - oldest_s > self._settings.tick_s:
-            # There is a backlog still: what workers say now is behind it.
+            # There is still a backlog, so the latest beats are not received yet.
             self._registry.deaf_s = self._ports.clock.monotonic_s()
         return messages
 
@@ -169,15 +285,15 @@ class Collector:
                 visibility_s=self._settings.visibility_s,
             )
         except BackendError:
-            # At once: patience may wait for minutes before anybody else hears of it.
+            # Set at once, because the retries of `patience` may take minutes.
             self._registry.deaf_s = math.inf
             raise
 
     async def _delete(self) -> None:
-        """Delete what has been folded, several messages with one request."""
+        """Delete messages of folded events, several in one request."""
         while True:
             await self._is_folded.wait()
-            await set_within(self._fills_a_request, GATHER_S)
+            await set_within(self._fills_a_request, DELETE_DELAY_S)
             self._is_folded.clear()
             self._fills_a_request.clear()
             while receipts := self._folded[:MAX_BATCH]:
@@ -186,13 +302,13 @@ class Collector:
                 try:
                     await self._ports.patience(delete)
                 except BackendError as error:
-                    # They come again, are folded for nothing, and are deleted then.
+                    # The messages return, are folded without effect, and are deleted then.
                     log.warning("events are not deleted: %s", error)
 
     async def _take(self, messages: Sequence[Message]) -> None:
         taken: list[tuple[Events, set[JobId]]] = []
         completions: list[Completion] = []
-        whole: dict[Key, Retained] = {}
+        whole: dict[BundleKey, RetainedOutcome] = {}
         for message in messages:
             try:
                 events, text, proofs = _read(message.body)
@@ -210,18 +326,18 @@ class Collector:
             whole |= self._retained(events.outcomes, len(message.body))
         await self._arrivals.ended({one.bundle.job for one in completions})
         if self._tell(whole.values()):
-            # A fold takes as long as all the rest here.
+            # A fold takes as long as all other steps together.
             await asyncio.sleep(STEP_BACK_S)
         await self._registry.instances.bind(beat for events, _ in taken for beat in events.beats)
-        traces: dict[Key, str] = {}
+        traces: dict[BundleKey, str] = {}
         for events, trusted in taken:
             traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
             await self._hear(events, trusted)
         await self._folder.fold(completions, whole, traces)
 
     async def _hear(self, events: Events, trusted: Collection[JobId]) -> None:
-        """What workers say besides what has ended. Their counts are believed by the key of the
-        beat that they come with."""
+        """Process beats, worker counts, and duplicates. Counts are trusted by the key of the beat
+        in the same message."""
         if events.duplicates:
             self._met_twice(events.duplicates)
         heard: dict[str, str] = {}
@@ -236,17 +352,20 @@ class Collector:
             if heard.get(asked.worker) == asked.instance:
                 self._registry.told(asked)
 
-    def _retained(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[Key, Retained]:
-        """Keep in memory the outcomes of a message of that size, for clients that wait for them."""
+    def _retained(
+        self, outcomes: Sequence[Outcome], size_bytes: int
+    ) -> dict[BundleKey, RetainedOutcome]:
+        """Retain the outcomes of a message in memory for waiting clients."""
         share_bytes = size_bytes // max(1, len(outcomes))
         return {
             (one.bundle.job, one.bundle.stage, one.bundle.id): self._memory.add(one, share_bytes)
             for one in outcomes
         }
 
-    def _tell(self, outcomes: Iterable[Retained]) -> bool:
-        """Tell who waits for the first outcomes of a job, whether anybody does: they are committed,
-        and what is counted later is only how far the job has come."""
+    def _tell(self, outcomes: Iterable[RetainedOutcome]) -> bool:
+        """Pass outcomes to clients that wait for the first outcomes of a job, and return whether a
+        client waits. The outcomes are committed. The fold that follows updates only the counters.
+        """
         heard = False
         for one in outcomes:
             live = self._lives.get(one.outcome.bundle.job) if one.outcome else None
@@ -254,35 +373,37 @@ class Collector:
         return heard
 
     def _subject(self, body: str) -> JobId | None:
-        """Return the first live job that the text of a message names, None if it names none."""
-        named = islice(_JOB.finditer(body), MOST_NAMED)
+        """Return the first live job named in the text of a message, or None."""
+        named = islice(_JOB.finditer(body), MAX_NAMES)
         return next((job for one in named if (job := JobId(one[1])) in self._lives), None)
 
     async def _fetched(self, name: str) -> list[Completion]:
-        """The completion of a committed outcome, none if it is not one of a known job."""
+        """Return the completion of a committed outcome, or nothing if it does not belong to a known
+        job."""
         named = object_keys.outcome_key(name)
         job = await self._folder.job(named.job) if named else None
         if job is None or not object_keys.is_genuine(name, await self._ports.keys.of(job)):
-            return []  # its job has been removed meanwhile, or it is forged
+            return []  # its job was removed, or the key is forged
         try:
             outcome = await read_outcome(self._ports.objects, name, self._ports.patience)
             return [settlement.completion(outcome)]
         except NotFound:
             return []
         except Malformed as error:
-            # The reconciler replaces the outcome once its bundle has been silent for long enough.
+            # The reconciler replaces the outcome after its bundle has been silent for long enough.
             self._quarantine.object(name, error, job.id)
             return []
 
     def _excuse_all(self) -> None:
-        """While nobody can be heard, nobody is silent: what runs is not to be sent again."""
+        """Reset the silence of all bundles during an outage of the events queue, so that running
+        bundles are not sent again."""
         now_s = self._ports.clock.monotonic_s()
         for live in self._lives.values():
             for one in live.all_outstanding():
                 one.heard_s = max(one.heard_s, now_s)
 
     def _named(self, beat: Beat, trusted: Collection[JobId]) -> None:
-        """What a worker holds is not silent."""
+        """Reset the silence of the bundles that a worker holds."""
         now_s = self._ports.clock.monotonic_s()
         for held in beat.held:
             live = self._lives.get(held.job) if held.job in trusted else None

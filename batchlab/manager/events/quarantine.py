@@ -1,8 +1,8 @@
-"""Messages and objects that the manager cannot read, and how it goes on without them.
+"""Handling of messages and objects that the manager cannot read.
 
-Invariant: each is counted and logged once, and none keeps the manager or another job from going on.
-An outcome object that cannot be read is replaced, not overwritten: its key stays taken, and a
-bucket policy may forbid overwriting it. A conditional PUT of the replacement decides what counts.
+Invariant: each one is counted and logged once, and none of them blocks the manager or another job.
+An unreadable outcome object is replaced and not overwritten: its key stays taken, and a bucket
+policy may forbid overwriting. A conditional PUT of the replacement decides which outcome counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchlab.core.model import Bundle, JobId, Outcome
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.seals import CommitKey
-from batchlab.manager.counters import BEAT, Counts
+from batchlab.manager.counters import BEAT, Counters
 from batchlab.manager.state import Ports
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 KEPT = 20_000
-"""Messages and objects that are remembered, so a second delivery is not reported again."""
+"""Messages and objects that are remembered, so that a second delivery is not reported again."""
 KEPT_JOBS = 1_000
 KEPT_OF_A_JOB = 20
 
@@ -36,7 +36,7 @@ KEPT_OF_A_JOB = 20
 class Quarantine:
     """Messages and objects that one manager process could not read."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counters) -> None:
         self._counts = counts
         self._known: OrderedDict[str, None] = OrderedDict()
         self._jobs: OrderedDict[JobId, dict[str, str]] = OrderedDict()
@@ -44,8 +44,9 @@ class Quarantine:
     def message(
         self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None
     ) -> None:
-        """Report a dropped message: an "event" or a "dead letter" of so many characters."""
-        # Not its content, which may be a user's.
+        """Report a dropped message of the kind "event" or "dead letter" with `length`
+        characters."""
+        # The content is not logged, because it may be a user's.
         told = f"{kind} of {length} characters"
         if self._is_new(kind, f"{kind} {id_}"):
             article = "an" if kind[0] in "aeiou" else "a"
@@ -56,7 +57,7 @@ class Quarantine:
             self._note(job, f"{kind} {id_}", f"a {told}: {json_format.brief(error)}")
 
     def unproven(self, id_: str, facts: int, jobs: Collection[JobId]) -> None:
-        """Report an event with so many facts about these jobs without the proof of their keys."""
+        """Report an event with unproven facts about these jobs."""
         why = f"its sender has not proved {facts} facts with the job's key"
         if self._is_new("unproven event", f"unproven {id_}"):
             about = {"job": min(jobs)} if jobs else {}
@@ -65,15 +66,15 @@ class Quarantine:
             self._note(job, f"unproven {id_}", f"an event: {why}")
 
     def beat(self, instance: str, why: str) -> None:
-        """Report a beat that does not count, by the instance that it names. Each is counted, and
-        the first with this reason is logged."""
+        """Report a rejected beat of `instance`. Each is counted, and the first with this reason is
+        logged."""
         if not self._is_new(BEAT, f"beat {instance} {why}"):
             self._counts.unreadable[BEAT] += 1
             return
         log.error("dropped a heartbeat: %s", why, extra={"instance": instance})
 
     def object(self, key: str, error: BackendError, job: JobId, kind: str = "outcome") -> None:
-        """Report an object that cannot be read; `kind` is its label in the metrics."""
+        """Report an unreadable object. `kind` is its label in the metrics."""
         if self._is_new(kind, key):
             log.error("went on without %s: %s", key, error.message, extra={"job": job})
         self._note(job, key, error.message.rstrip("."))
@@ -97,11 +98,11 @@ class Quarantine:
             self._jobs.popitem(last=False)
 
     def of(self, job: JobId) -> Mapping[str, str]:
-        """Return why each message or object of the job could not be read, by its name."""
+        """Return the reason for each unreadable message or object of the job, by its name."""
         return self._jobs.get(job, {})
 
     def trouble(self, job: JobId) -> str:
-        """Return a clause on what could not be read of the job, "" if all could be."""
+        """Return a clause about unreadable messages and objects of the job, or ""."""
         found = self.of(job)
         if not found:
             return ""
@@ -111,7 +112,7 @@ class Quarantine:
 
 
 class UnreadableObject(Malformed):
-    """An object of a job cannot be read that commits a decision, such as a plan or a cut."""
+    """An unreadable object that commits a decision about a job, such as a plan or a cut."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -119,7 +120,7 @@ class UnreadableObject(Malformed):
 
 
 async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
-    """Return what `read` makes of an object; NotFound, or UnreadableObject with its key."""
+    """Return the result of `read` for an object. Raises NotFound or UnreadableObject."""
     data = await ports.patience(partial(ports.objects.get, key))
     try:
         return read(data)
@@ -128,7 +129,8 @@ async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
 
 
 async def read_cut(ports: Ports, key: str) -> Cut:
-    """Return the cut with this key; NotFound, or UnreadableObject, also if it is another cut."""
+    """Return the cut with this key. Raises NotFound, or UnreadableObject also if it is another
+    cut."""
     cut = await read_stored(
         ports, key, lambda data: json_format.cut_from_json(json_format.loads(data))
     )
@@ -137,20 +139,20 @@ async def read_cut(ports: Ports, key: str) -> Cut:
     return cut
 
 
-class Outcomes:
-    """Committed outcomes, as the manager reads them."""
+class OutcomeStore:
+    """Access of the manager to committed outcomes."""
 
     def __init__(self, ports: Ports, quarantine: Quarantine) -> None:
         self._ports = ports
         self._quarantine = quarantine
 
     async def of(self, job: JobDef, bundle: Bundle) -> Outcome | None:
-        """Return the committed outcome of `bundle`, None while there is none. If its object cannot
-        be read, commit a replacement, by which its tasks fail or are tried again."""
+        """Return the committed outcome of `bundle`, or None. If its object is unreadable, commit a
+        replacement in which its tasks fail or are retried."""
         try:
             key = await self._ports.keys.of(job)
             found = await committed(self._ports.objects, bundle, self._ports.patience, key)
-            return _fitting(job, found, key) if found else None
+            return _check_fit(job, found, key) if found else None
         except Malformed as error:
             draft = settlement.unreadable(
                 job, bundle, error.message, now_s=self._ports.clock.now_s()
@@ -158,12 +160,12 @@ class Outcomes:
             return await self._replaced(job, draft, error)
 
     async def commit(self, job: JobDef, draft: Outcome) -> Outcome:
-        """Commit `draft`, and return the outcome that counts. An object that is in its place and
-        cannot be read is replaced by `draft`."""
+        """Commit `draft` and return the outcome that counts. An unreadable object in its place is
+        replaced by `draft`."""
         try:
             key = await self._ports.keys.of(job)
             found = await commit(self._ports.objects, draft, self._ports.patience, key)
-            return _fitting(job, found, key)
+            return _check_fit(job, found, key)
         except Malformed as error:
             return await self._replaced(job, draft, error)
 
@@ -176,13 +178,13 @@ class Outcomes:
             await patience(lambda: objects.put(name, data, if_absent=True))
         except AlreadyExists:
             draft = await read_outcome(objects, name, patience)
-        # Nobody else sends what follows from it: its worker knows of another outcome.
+        # The worker does not send these follow-ups, because it knows another outcome.
         messages = follow_ups(job, draft, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, patience)
         return draft
 
 
-def _fitting(job: JobDef, outcome: Outcome, key: CommitKey) -> Outcome:
+def _check_fit(job: JobDef, outcome: Outcome, key: CommitKey) -> Outcome:
     if settlement.fits(job, outcome.bundle, outcome.follows):
         return outcome
     name = object_keys.outcome(outcome.bundle, key)

@@ -1,12 +1,9 @@
-"""Whether a grid can run a job at all: told before it is accepted, not found out by waiting.
+"""Checks whether a grid can run a job, and storage of the job's webhook addresses.
 
-Invariant: a job that is admitted names only pools that there are, with slots for its tasks.
-
-Webhook addresses of jobs, stored where workers may not read.
-
-Invariant: an address often contains a secret, and workers may read `jobs/*`. So the spec object of
-a job has a reference in place of each address, and the addresses are in one object below `grid/`. A
-spec of release 0.1.0 has the addresses themselves, and is read as before.
+Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A
+webhook address often contains a secret, and workers may read `jobs/*`. So the spec object has a
+reference in place of each address, and one object below `grid/` has the addresses. A spec of
+release 0.1.0 contains the addresses and stays readable.
 """
 
 from __future__ import annotations
@@ -29,20 +26,20 @@ from batchlab.manager.state import Ports
 LONGEST_NAME = 200
 LONGEST_TAG = 1000
 LATEST_S = 1e11
-"""Bound of every time and duration in seconds: in the epoch that is the year 5138."""
+"""Limit of times and durations in seconds. As a time, it is in the year 5138."""
 LARGEST = 2**31 - 1
-"""Bound of every count and priority: a column of the ledger holds no more."""
+"""Limit of counts and priorities: the ledger's columns store no larger number."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def is_name(text: str) -> bool:
-    """Whether the text can name a job or a stage; a name becomes part of object keys."""
+    """Return whether the text can name a job or a stage. A name is part of object keys."""
     return _NAME.fullmatch(text) is not None
 
 
 def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
-    """UsageError where the job could never run in a grid whose `pools` have so many slots, or
-    names somebody to tell whom its `directory` does not let it name."""
+    """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if
+    `directory` does not allow one of its notification targets."""
     if not job.stages:
         raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
     for text in (job.id, *(stage.name for stage in job.stages)):
@@ -73,8 +70,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = N
 
 
 def _admit_texts(job: JobDef) -> None:
-    """What people read in listings, logs and messages, where a control character could make it look
-    like something else."""
+    """Check texts shown in listings, logs, and messages. Control characters could disguise them."""
     for what, text, most in (
         ("The job's name", job.name, LONGEST_NAME),
         *(("A tag", text, LONGEST_TAG) for pair in job.tags for text in pair),
@@ -91,9 +87,9 @@ def _admit_texts(job: JobDef) -> None:
 
 
 def _admit_numbers(job: JobDef) -> None:
-    """UsageError for a number that no clock, column or page could show."""
+    """Raise UsageError for a number that no clock, column, or page can represent."""
     for what, number, least, most in _numbers(job):
-        if number is not None and not least <= number <= most:  # nor is NaN
+        if number is not None and not least <= number <= most:  # also rejects NaN
             raise UsageError(
                 f"{what} is {number!r:.40}.",
                 remedy=f"Write {least:g} to {most:g}, or leave it out.",
@@ -101,7 +97,7 @@ def _admit_numbers(job: JobDef) -> None:
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
-    """Each number with what it is and its bounds."""
+    """Yield each number with its name and its bounds."""
     yield "The time of submission", job.submitted_s, 0, LATEST_S
     yield "The time of the start", job.start_at_s, 0, LATEST_S
     yield "`max_failures`", job.max_failures, 0, LARGEST
@@ -122,8 +118,8 @@ def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
 
 
 def _admit_key(key: str) -> None:
-    """UsageError for input that no bucket could hold, and for what is the manager's alone: a task
-    must not read that by way of its input."""
+    """Raise UsageError for an impossible key, and for keys of the manager, which a task must not
+    read through its input."""
     try:
         check_key(key.removesuffix("/"))
     except ValueError as error:
@@ -136,7 +132,7 @@ def _admit_key(key: str) -> None:
 
 
 def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
-    # Stages are folders of the job, and some file systems take "Map" and "map" for one.
+    # Stages are folders, and some file systems do not distinguish "Map" from "map".
     if stage.name.casefold() in {name.casefold() for name in earlier}:
         raise UsageError(
             f"Two stages are named {stage.name!r}.",
@@ -186,9 +182,9 @@ _KIND = "webhook"
 _REFERENCE = re.compile(r"grid:([0-9a-f]{64})#(\d{1,3})")
 
 
-def hidden(job: JobDef) -> JobDef:
+def hide_addresses(job: JobDef) -> JobDef:
     """Return the job with a reference in place of each webhook address."""
-    digest = hashlib.sha256(_content(job)).hexdigest()
+    digest = hashlib.sha256(_address_document(job)).hexdigest()
     return replace(
         job,
         notify=tuple(
@@ -200,18 +196,18 @@ def hidden(job: JobDef) -> JobDef:
     )
 
 
-async def store(ports: Ports, job: JobDef) -> None:
-    """Store the addresses that `hidden` refers to. The key names the content, so a second manager
-    writes the same object."""
-    if hidden(job).notify != job.notify:
-        content = _content(job)
+async def store_addresses(ports: Ports, job: JobDef) -> None:
+    """Store the addresses that `hide_addresses` removed. The key names the content, so a second
+    manager writes the same object."""
+    if hide_addresses(job).notify != job.notify:
+        content = _address_document(job)
         key = object_keys.addresses(job.id, hashlib.sha256(content).hexdigest())
         await ports.patience(partial(ports.objects.put, key, content))
 
 
-async def restored(ports: Ports, job: JobDef) -> JobDef:
-    """Return the job with its webhook addresses. A reference stays if its object does not exist:
-    nothing is sent to it."""
+async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
+    """Return the job with its webhook addresses. A reference without an object stays, and nothing
+    is sent to it."""
     found = []
     for one in job.notify:
         if one.kind == _KIND and (reference := _REFERENCE.fullmatch(one.to)):
@@ -225,7 +221,7 @@ async def restored(ports: Ports, job: JobDef) -> JobDef:
     return replace(job, notify=tuple(found))
 
 
-def _content(job: JobDef) -> bytes:
+def _address_document(job: JobDef) -> bytes:
     return json_format.to_bytes(
         {"v": json_format.VERSION, "job": job.id, "to": [one.to for one in job.notify]}
     )

@@ -1,14 +1,15 @@
-"""Which jobs a manager conducts: those that are new, taken over from a leader, or re-opened.
+"""Adoption of new, taken-over, and reopened jobs, and the start of delayed jobs.
 
-Invariant: every job that has not ended is conducted once, by one task; neither an outage nor a bug
-that one job meets takes it, or another job, out of that.
+Invariants: one task conducts each job that has not ended. An outage or a bug that affects one job
+does not end that task or another job. No job starts before its time by the current wall clock. If
+the clock was set back by more than `SET_BACK_S`, a job starts that much after its original wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from batchlab.core import logs
@@ -29,34 +30,68 @@ from batchlab.core.retry import heed_cancellation
 from batchlab.core.tracing import trace_of
 from batchlab.manager.events.quarantine import Quarantine, UnreadableObject
 from batchlab.manager.jobs import admission
-from batchlab.manager.jobs.delayed_jobs import Starts
-from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
+from batchlab.manager.jobs.ledger_rebuild import restore
 from batchlab.manager.jobs.retries import cuts_of_round
 from batchlab.manager.recording.recorder import Recorder
-from batchlab.manager.repair.rebuild import restore
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports, Superseded, all_jobs
-from batchlab.manager.usage.spending import Spending
+from batchlab.manager.spending import Spending
+from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
+
+SET_BACK_S = 60.0
+"""Tolerance for wall clock changes. A larger set-back does not delay scheduled jobs further."""
+
+
+class DelayedJobs:
+    """Jobs in SCHEDULED that one manager conducts."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+        self._due_s: dict[JobId, float] = {}
+        """Monotonic start time of each job, computed when the job was first seen SCHEDULED."""
+
+    def see(self, job: JobDef) -> None:
+        """Record the start time of a job when it is first seen."""
+        self._due_s.setdefault(job.id, self._starts_s(job))
+
+    def forget(self, job: JobId) -> None:
+        self._due_s.pop(job, None)
+
+    async def look(self, lives: Mapping[JobId, LiveJob]) -> None:
+        """Start the jobs that are due."""
+        now_s = self._ports.clock.monotonic_s()
+        for live in list(lives.values()):
+            if live.record.state is JobState.SCHEDULED:
+                late_s = now_s - self._due_s.get(live.id, now_s)
+                if late_s > SET_BACK_S or self._starts_s(live.job) <= now_s:
+                    await set_job_state(self._ports, live, JobState.SUBMITTED)
+                    live.poke.set()
+
+    def _starts_s(self, job: JobDef) -> float:
+        """Return the job's start time on the monotonic clock, from the current wall clock."""
+        clock = self._ports.clock
+        return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
+
 
 log = logging.getLogger(__name__)
 
 
 class Adoption:
-    """One manager's; what it conducts is in `lives`."""
+    """Adopts jobs into `lives` and runs a task for each of them."""
 
     def __init__(
         self,
         ports: Ports,
         settings: ManagerSettings,
         lives: dict[JobId, LiveJob],
-        conductor: Conductor,
-        starts: Starts,
+        conductor: JobCoordinator,
+        starts: DelayedJobs,
         spending: Spending | None,
         recorder: Recorder | None,
         admit: Callable[[JobDef], None],
         quarantine: Quarantine,
     ) -> None:
-        """`admit` raises UsageError for a job that this grid does not take."""
+        """`admit` raises UsageError for a job that this grid cannot run."""
         self._admit = admit
         self._quarantine = quarantine
         self._ports = ports
@@ -67,30 +102,30 @@ class Adoption:
         self._spending = spending
         self._recorder = recorder
         self.group: asyncio.TaskGroup | None = None
-        """In which jobs are conducted, None while this manager does not lead."""
+        """Task group of the conducted jobs. None while this manager does not lead."""
         self.asked_s = 0.0
-        """Monotonic; when the ledger was last asked for jobs that nobody conducts."""
+        """Monotonic time of the last search of the ledger for jobs that are not conducted."""
 
     async def adopt_active(self) -> None:
         """Conduct every job that has not ended."""
         self.asked_s = self._ports.clock.monotonic_s()
-        async for record in all_jobs(self._ports, active=True):
+        async for record in list_jobs(self._ports, active=True):
             if record.job.id in self._lives:
                 continue
             rows = await self._ports.ledger.rows(record.job.id)
             try:
                 await self.adopt(Written(rows, is_new=False))
             except (Malformed, TooNew, NotFound) as error:
-                # The other jobs must not wait for this one, which is tried again later.
+                # The other jobs must not wait for this one. The next search tries it again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, found: Written, *, beside: bool = False) -> LiveJob:
-        """Conduct a job: new, taken over from the leader before us, or re-opened; `beside` folds,
-        where these are not held up meanwhile."""
+        """Conduct a new, taken-over, or reopened job. `beside` means that folds may run at the same
+        time."""
         ledger, rows = self._ports.ledger, found.rows
         job = rows.job.job
-        # A retry is two steps in the ledger; the leader before us may have died between them.
+        # A retry is two steps in the ledger. The previous leader may have died between them.
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
@@ -98,12 +133,14 @@ class Adoption:
         if not found.is_new:
             planned = await ledger.bundles(job.id, done=False)
             if beside:
-                # After these: what is folded in between is then waited for in vain, and looked for;
-                # the other way round the counters would miss it, and nobody would wait for it.
+                # The rows are read after the bundles. A bundle folded in between stays outstanding
+                # until the reconciler finds its outcome. In the other order, the counters would
+                # miss the bundle, and nothing would look for it.
                 rows = await ledger.rows(job.id)
         if rows.job.state is JobState.SCHEDULED:
             self._starts.see(job)
-        # From the clock, or a watcher of the manager before us would take our news for old.
+        # The version comes from the clock. Otherwise a client of the previous manager would ignore
+        # the updates of this one.
         live = LiveJob(
             rows.job,
             {s.counts.stage: s for s in rows.stages},
@@ -114,9 +151,10 @@ class Adoption:
             known_after=0 if found.is_new else None,
         )
         if not found.is_new:
-            # What a crashed leader planned but did not send is looked for well before `silence_s`.
+            # Bundles that a crashed leader planned but did not send are recovered well before
+            # `silence_s`.
             heard_s = self._ports.clock.monotonic_s() - 0.75 * self._settings.silence_s
-            # A retry is not silent while it waits for the end of its backoff.
+            # The silence of a retry begins at the end of its backoff.
             now_s = self._ports.clock.now_s()
             live.expect(
                 (r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned
@@ -126,8 +164,8 @@ class Adoption:
         if self._recorder:
             self._recorder.adopt(live)
         known = self._lives.get(job.id)
-        # Two submissions with one token came at once; or a retry came so soon after the job's end
-        # that the round before has not been taken off yet: then the new one takes its place.
+        # Two submissions may have used one token. A retry may also have come before the task of the
+        # previous round has removed its job; then the new round replaces it.
         if known and not known.ended.is_set() and known.round >= live.round:
             return known
         self._lives[job.id] = live
@@ -148,9 +186,9 @@ class Adoption:
             return (), UnreadableObject(key, error.message)
 
     async def restored(self, job: JobId, *, beside: bool = False) -> JobDef | None:
-        """The job from the bucket, of which the ledger has nothing: who accepted it died on the
-        way there, or somebody has taken the ledger away. None where the bucket has none that could
-        be read, or one that this grid does not admit: a worker may name any job in an event."""
+        """Restore from the bucket a job that the ledger does not have, because its submission
+        crashed or the ledger was lost. Return None if the bucket has no readable job of that name,
+        or if this grid does not admit it: a worker may name any job in an event."""
         if not admission.is_name(job):
             log.error("an event names a job that cannot exist")
             return None
@@ -163,7 +201,7 @@ class Adoption:
         except NotFound:
             return None
         except UnreadableObject as error:
-            # It must not keep the completions of other jobs from being folded.
+            # It must not block the completions of other jobs.
             self._quarantine.object(error.key, error, job, "object")
             return None
         except (Malformed, TooNew) as error:
@@ -184,15 +222,15 @@ class Adoption:
         return rows.job.job
 
     async def begin_anew(self, live: LiveJob) -> None:
-        """Restore a job from the bucket, since the ledger has counted what is not committed, and
-        conduct it again."""
+        """Restore a job from the bucket and conduct it again, because the ledger has counted an
+        outcome that is not committed."""
         await restore(self._ports, live.id)
-        live.ended.set()  # what was conducted here
+        live.ended.set()
         rows = await self._ports.ledger.rows(live.id)
         await self.adopt(Written(rows, is_new=False), beside=True)
 
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job that can never go on; try again later if the backend does not answer."""
+        """End a job that can never continue. Try again later if the backend does not answer."""
         try:
             await self._conductor.give_up(live, error)
         except Superseded:
@@ -218,13 +256,13 @@ class Adoption:
                 await self._give_up(live, error)
             except BackendError as error:
                 heed_cancellation()
-                # Patience ran out. The job is not lost, only late: its state is in the bucket.
+                # The retries are used up. The job is only late, because its state is in the bucket.
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self._settings.tick_s)
             except Exception as error:
                 heed_cancellation()
-                # A bug, met by one job's data: it must not take the other jobs with it.
+                # A bug that concerns one job must not end the other jobs.
                 log.exception("job %s met a bug", live.id)
                 live.trouble = f"an error inside the manager: {error!r}; see its log"
                 await asyncio.sleep(self._settings.lease_ttl_s)
@@ -234,7 +272,7 @@ class Adoption:
             self._starts.forget(live.id)
 
     async def drop_all(self) -> None:
-        """Conduct no job any more."""
+        """Stop conducting all jobs."""
         conducting = [live.conducting for live in self._lives.values() if live.conducting]
         self._lives.clear()
         for task in conducting:

@@ -1,6 +1,6 @@
-"""How much of a stage is cut into bundles now, and of what sizes.
+"""Number and sizes of the bundles that are cut from a stage now.
 
-Invariant: a function of what is in memory. What it decides counts only once it is committed.
+Invariant: the result depends only on data in memory, and takes effect only when it is committed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from batchlab.core.ports import Clock, Cut, JobRecord, StageRecord
 from batchlab.core.pricing.cap import Budget
 from batchlab.core.protocol import bundle_size, spec_object
 from batchlab.manager.settings import WINDOW
-from batchlab.manager.state import LiveJob, in_pool
+from batchlab.manager.state import LiveJob, outstanding_in_pool
 
 
-class Cutter:
-    """Cuts for every job; `slots_of` gives the slots that a pool has or can soon have."""
+class Bundler:
+    """Cuts bundles for every job. `slots_of` maps a pool to the slots that it has or can soon
+    have."""
 
     def __init__(
         self,
@@ -27,16 +28,17 @@ class Cutter:
         slots_of: Mapping[str, int],
         window: int = WINDOW,
     ) -> None:
-        """`window` is how many bundles per slot are kept outstanding."""
+        """`window` is the number of outstanding bundles per slot."""
         self._clock = clock
         self._lives = lives
         self._slots_of = slots_of
         self._window = window
 
     def opening(self, job: JobDef, items: Sequence[Json]) -> spec_object.Opening:
-        """What a job with these items begins with, put in one object with its definition."""
+        """Return the items and first bundles that are stored in one object with the job's
+        definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
-        # Under a cap it is first to be known what is left of that.
+        # A capped job is cut only after the remaining budget is known.
         if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
             return spec_object.Opening(items)
         (stage,) = job.roots()
@@ -48,9 +50,10 @@ class Cutter:
     def wave(
         self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
     ) -> tuple[tuple[Bundle, ...], TaskSet]:
-        """The bundles of the next cut, as far as there is room, and the tasks left after it."""
+        """Return the bundles of the next cut that there is room for, and the tasks left after
+        it."""
         if not left:
-            return (), left  # whether there is room takes a look at every other job
+            return (), left  # the check for room iterates over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = bundle_size.wave(
             len(left),
@@ -60,7 +63,7 @@ class Cutter:
             self._room(live, stage),
         )
         if live.budget:
-            sizes = _paid(live, stage, live.budget, sizes)
+            sizes = _affordable_sizes(live, stage, live.budget, sizes)
         bundles: list[Bundle] = []
         for size in sizes:
             tasks, left = left.take(size)
@@ -68,22 +71,22 @@ class Cutter:
         return tuple(bundles), left
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Bundles of this stage that may be sent now.
+        """Return how many bundles of this stage may be sent now.
 
-        Jobs of the highest priority with something to cut share the window evenly; others wait.
+        Jobs of the highest priority with uncut tasks share the window evenly. Other jobs wait.
         """
         if live.is_held:
             return 0
         pool = stage.pool
-        slots, mine = self._slots_of.get(pool, 1), in_pool({live.id: live}, pool)
+        slots, mine = self._slots_of.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
         window = self._window * slots + 1
 
         def worth(room: int) -> int:
-            # A cut costs the same however many bundles it has; one for every slot, unless there is
-            # nothing left behind those that run.
+            # A cut costs the same for any number of bundles. Cut one for every slot, unless no
+            # other bundle waits behind the running ones.
             return room if room >= slots or mine <= slots else 0
 
-        # There may be very many others, and they only make the room smaller.
+        # There may be many other jobs, and each of them only reduces the room.
         room, peers = window - mine, 1
         if worth(room) <= 0:
             return 0
@@ -95,19 +98,24 @@ class Cutter:
             if worth(room) <= 0:
                 return 0
         if peers == 1:
-            room = min(room, window - in_pool(self._unpaused(), pool))
+            room = min(room, window - outstanding_in_pool(self._unpaused(), pool))
         return worth(room)
 
     def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
-        """Other jobs with something to cut in the pool, of no lower priority."""
+        """Yield other jobs of at least this priority with uncut tasks in the pool."""
         least = live.job.priority
         for one in self._lives.values():
-            if one.job.priority >= least and one is not live and one.is_left(pool) and _runs(one):
+            if (
+                one.job.priority >= least
+                and one is not live
+                and one.is_left(pool)
+                and _may_cut(one)
+            ):
                 yield one
 
     def _unpaused(self) -> Mapping[JobId, LiveJob]:
-        """Jobs whose outstanding bundles are with workers, or on their way: workers drop those of
-        a paused one, which would take up the window for as long as it is paused."""
+        """Return the jobs whose bundles workers have or will receive. Workers drop bundles of
+        paused jobs, so these must not fill the window."""
         return {
             job: live
             for job, live in self._lives.items()
@@ -115,8 +123,10 @@ class Cutter:
         }
 
 
-def _paid(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:
-    """Those of the bundles that a cap on cost leaves room for."""
+def _affordable_sizes(
+    live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]
+) -> list[int]:
+    """Return the sizes of the bundles that a cost cap allows."""
     mean_s = live.stages[stage.name].counts.mean_s
     if mean_s is not None:
         return budget.afford(sizes, stage.pool, mean_s * stage.slots)
@@ -124,7 +134,8 @@ def _paid(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> l
     return budget.probe(sizes, stage.pool, longest_s * stage.slots, live.cut_tasks(stage.name))
 
 
-def _runs(live: LiveJob) -> bool:
-    """Whether it may cut now: what a cap holds back keeps nobody else waiting."""
+def _may_cut(live: LiveJob) -> bool:
+    """Return whether the job may cut now. A job held back by a cap must not make other jobs
+    wait."""
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
     return runs and not live.is_held

@@ -1,9 +1,9 @@
-"""The last checks of a job: what was counted is what is committed, and is all that was planned.
+"""Final checks of a job: every counted bundle is committed, and every planned task has ended.
 
-Invariants: a sealed job ends only when each bundle that the ledger has counted has its outcome in
-the bucket, under its sealed name. A worker with the job's commit key can prove events of outcomes
-that it never committed. A job whose bundles have all ended before its tasks ends too (I7): such a
-worker can commit outcomes without the bundles that follow from them.
+Invariants: a sealed job ends only when each counted bundle has its outcome in the bucket, under its
+sealed name. A worker with the job's commit key can prove events of outcomes that it never
+committed. A job ends even if its bundles have ended before its tasks (I7), because such a worker
+can commit outcomes without the follow-up bundles.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from batchlab.core.protocol import object_keys
 from batchlab.manager.state import LiveJob, Ports
 
 FEW = 8
-"""So many bundles are asked for one by one, which is faster than a listing."""
+"""Up to this number of bundles, single requests are faster than a listing."""
 _PAGE = 2_000
 KEPT_JOBS = 1_000
 
 
-async def uncommitted(ports: Ports, live: LiveJob) -> list[Bundle]:
-    """Return bundles that were counted and have no outcome object, none for an unsealed job."""
+async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
+    """Return counted bundles without an outcome object. Always empty for an unsealed job."""
     key = await ports.keys.of(live.job)
     if not key:
         return []
@@ -46,42 +46,42 @@ async def uncommitted(ports: Ports, live: LiveJob) -> list[Bundle]:
     return list(named.values())
 
 
-class Step(Enum):
-    """The answer to a job whose bundles have all ended before its tasks."""
+class Recovery(Enum):
+    """Action for a job whose bundles have all ended before its tasks."""
 
     NONE = auto()
     RESTORE = auto()
-    """From the bucket, where only what is committed counts."""
+    """Restore the job from the bucket, where only committed outcomes count."""
     FAIL = auto()
-    """The bucket says the same."""
+    """End the job, because the bucket has the same state."""
 
 
-class Lost:
+class LostTasks:
     """Jobs with tasks that are in no bundle and never will be."""
 
     def __init__(self, ports: Ports, wait_s: float) -> None:
-        """A job must stay so for `wait_s`: its counters and its bundles change one by one."""
+        """The state must last for `wait_s`, because counters and bundles change one by one."""
         self._clock = ports.clock
         self._wait_s = wait_s
         self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()
         self._restored: OrderedDict[tuple[JobId, int], None] = OrderedDict()
 
-    def step(self, live: LiveJob) -> Step:
-        """Return what has to be done about the job now."""
+    def step(self, live: LiveJob) -> Recovery:
+        """Return the action for the job now."""
         name = live.id, live.round
         if not live.lacks_bundles:
             self._since_s.pop(name, None)
-            return Step.NONE
+            return Recovery.NONE
         now_s = self._clock.monotonic_s()
         since_s = self._since_s.setdefault(name, now_s)
         if len(self._since_s) > KEPT_JOBS:
             self._since_s.popitem(last=False)
         if now_s - since_s < self._wait_s:
-            return Step.NONE
+            return Recovery.NONE
         del self._since_s[name]
         if name in self._restored:
-            return Step.FAIL
+            return Recovery.FAIL
         self._restored[name] = None
         if len(self._restored) > KEPT_JOBS:
             self._restored.popitem(last=False)
-        return Step.RESTORE
+        return Recovery.RESTORE

@@ -1,7 +1,7 @@
-"""Raw input objects become task items, one after the other in constant memory.
+"""Splitting of raw input objects into task items, in constant memory.
 
-Invariant: items come in the order of the keys and of their bytes; every byte beyond the header is
-in exactly one part, and no record is cut. So a plan that is made again is the same plan.
+Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one
+part, and no record is split. So a repeated plan is the same plan.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import values
 
 READ_BYTES = 8 * 1024 * 1024
-"""Range that is read at once where everything is read."""
+"""Range per read if the whole object is read."""
 ITEMS_BYTES = 1024 * 1024
-"""Range that is read at once for items: reading a line as JSON takes longer than fetching it."""
+"""Range per read for items, because parsing JSON takes longer than reading."""
 PEEK_BYTES = 64 * 1024
-"""First range that is read around a boundary where the rest is not looked at."""
+"""First range read around a boundary if the rest is not read."""
 _PEEK_FROM = 16 * PEEK_BYTES
-"""Parts smaller than this are cheaper to read through: requests cost more than bytes."""
+"""Smaller parts are read completely, because requests cost more than bytes."""
 _HEADS = 32
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = b"\n"
 
 
 async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
-    """The encoded input of one task after the other.
+    """Yield the encoded input of each task.
 
-    FILE gives `{"$file": key, "name", "size"}`; LINES and BYTES `{"$part": key, "start", "stop",
-    "header": [0, end] or None, "name"}` (byte offsets), never of an empty part; ITEMS the values
-    of JSON Lines. UsageError where an object is gone or a line is no JSON; BackendError as the
-    port raises it.
+    FILE yields `{"$file": key, "name", "size"}`. LINES and BYTES yield `{"$part": key, "start",
+    "stop", "header": [0, end] or None, "name"}` with byte offsets, and never an empty part. ITEMS
+    yields the values of JSON Lines. Raises UsageError if an object does not exist or a line is not
+    JSON, and BackendError like the port.
     """
     async for info in _objects(objects, raw.keys):
         name = info.key.rsplit("/", 1)[-1]
@@ -52,7 +52,7 @@ async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
 
 
 async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[ObjectInfo]:
-    """Every input object in order; a key that ends in "/" stands for all objects under it."""
+    """Yield every input object in order. A key that ends in "/" stands for all objects below it."""
     for first in range(0, len(keys), _HEADS):
         window = keys[first : first + _HEADS]
         known = iter(
@@ -65,7 +65,7 @@ async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[Objec
                 continue
             found = next(known)
             if found is None:
-                raise _gone(key)
+                raise _missing_object(key)
             yield found
 
 
@@ -73,7 +73,7 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
     empty = True
     async for page in objects.list(prefix):
         for info in page:
-            # The S3 console marks a folder by an empty object of that name.
+            # The S3 console marks a folder with an empty object of that name.
             if not info.key.endswith("/"):
                 empty = False
                 yield info
@@ -83,9 +83,9 @@ async def _under(objects: Objects, prefix: str) -> AsyncIterator[ObjectInfo]:
         )
 
 
-def _gone(key: str) -> UsageError:
+def _missing_object(key: str) -> UsageError:
     return UsageError(
-        f"The input object {key} is gone, or became shorter while it was read.",
+        f"The input object {key} does not exist, or became shorter while it was read.",
         remedy="Submit the job again: files are then uploaded again.",
     )
 
@@ -96,7 +96,7 @@ def _gone(key: str) -> UsageError:
 async def _parts(
     objects: Objects, info: ObjectInfo, how: InputDef
 ) -> AsyncIterator[tuple[int, int, int]]:
-    """(start, stop, end of the header or 0) of each part."""
+    """Yield (start, stop, end of the header or 0) of each part."""
     peek = how.split is SplitBy.BYTES and how.size >= _PEEK_FROM
     text = _Text(objects, info, PEEK_BYTES if peek else READ_BYTES)
     header = await text.skip(0, 1) if how.header else 0
@@ -113,9 +113,9 @@ async def _parts(
 
 
 class _Text:
-    """An object seen through the range of it that was read last.
+    """An object, read through one cached range.
 
-    `read_bytes` is the range to read at first; a search that finds nothing doubles it.
+    `read_bytes` is the size of the first range. A search without a result doubles it.
     """
 
     def __init__(self, objects: Objects, info: ObjectInfo, read_bytes: int) -> None:
@@ -126,23 +126,23 @@ class _Text:
         self._data = b""
 
     async def skip(self, at: int, count: int) -> int:
-        """Where the `count` records from `at` on end, or the end of the object."""
+        """Return the end of `count` records from `at`, or the end of the object."""
         length = self._read_bytes
         while count and at < self._info.size:
             if not self._at <= at < self._at + len(self._data):
                 await self._load(at, length)
                 length = min(2 * length, READ_BYTES)
-            position, count = _skip(self._data, at - self._at, count)
+            position, count = _skip_lines(self._data, at - self._at, count)
             at = self._at + position
         return at
 
     async def end_before(self, start: int, limit: int) -> int:
-        """The last end of a record in (start, limit], the first after it if there is none."""
+        """Return the last record end in (start, limit], or the first one after `limit`."""
         length = self._read_bytes
         stop = limit
         while stop > start:
             if not self._at < stop <= self._at + len(self._data):
-                # A range longer than the part reaches beyond it, and serves the parts after it.
+                # A range that is longer than the part also serves the parts after it.
                 await self._load(max(start, stop - length), length)
                 length = min(2 * length, READ_BYTES)
             newline = self._data.rfind(_NEWLINE, max(start - self._at, 0), stop - self._at)
@@ -157,17 +157,17 @@ class _Text:
                 self._info.key, at, min(at + length, self._info.size)
             )
         except NotFound as error:
-            raise _gone(self._info.key) from error
+            raise _missing_object(self._info.key) from error
         if not data:
-            raise _gone(self._info.key)
+            raise _missing_object(self._info.key)
         self._at, self._data = at, data
 
 
-def _skip(data: bytes, at: int, count: int) -> tuple[int, int]:
-    """(position after `count` newlines from `at`, 0), or (end of data, how many are missing).
+def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
+    """Return (position after `count` newlines from `at`, 0), or (end of data, missing newlines).
 
-    Counting a range is an order of magnitude faster than finding each newline, so all but the
-    last few are counted, in ranges that are guessed from the length of the lines before.
+    Counting newlines in a range is ten times faster than finding each of them. So all but the last
+    few are counted, in ranges estimated from the length of the previous lines.
     """
     end = len(data)
     span = 32 * count
@@ -194,7 +194,8 @@ async def _items(objects: Objects, info: ObjectInfo, size: int) -> AsyncIterator
     group: list[Json] = []
     number = 0
     async for block in _blocks(objects, info):
-        # One after the other: a block may hold millions, each with an object's overhead.
+        # One line at a time: a block may have millions of lines, each with the overhead of an
+        # object.
         for line in BytesIO(block):
             number += 1
             text = line.removesuffix(_NEWLINE)
@@ -215,7 +216,7 @@ async def _items(objects: Objects, info: ObjectInfo, size: int) -> AsyncIterator
 
 
 async def _blocks(objects: Objects, info: ObjectInfo) -> AsyncIterator[bytes]:
-    """The object in blocks of whole lines."""
+    """Yield the object in blocks of whole lines."""
     carried: list[bytes] = []
     at = 0
     length = min(READ_BYTES, ITEMS_BYTES)
@@ -223,9 +224,9 @@ async def _blocks(objects: Objects, info: ObjectInfo) -> AsyncIterator[bytes]:
         try:
             data = await objects.get_range(info.key, at, min(at + length, info.size))
         except NotFound as error:
-            raise _gone(info.key) from error
+            raise _missing_object(info.key) from error
         if not data:
-            raise _gone(info.key)
+            raise _missing_object(info.key)
         at += len(data)
         cut = data.rfind(_NEWLINE) + 1
         if cut:

@@ -1,9 +1,9 @@
-"""Moves a job on: plans its stages, cuts them into bundles, sends those, and ends the job.
+"""The steps of a job: plan its stages, cut them into bundles, send the bundles, and end the job.
 
-Invariants: a decision is committed by a conditional PUT before it is acted on (plan, cut, final),
-so it is taken once whoever takes it; a gather is planned only when the ledger shows every task
-upstream terminal (never by counting messages); a job always ends (I7). The steps are in one file,
-since their order is what there is to see; how each is done is in its neighbours.
+Invariants: a conditional PUT commits each decision (plan, cut, final) before it takes effect, so
+each decision is made once. A gather is planned only when the ledger shows that every upstream task
+has ended, never by counting messages. A job always ends (I7). The steps are in one file to show
+their order. Other modules of this package implement them.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from batchlab.core.protocol.settlement import Verdict, judge
 from batchlab.core.retry import set_within
 from batchlab.core.task_names import with_task
 from batchlab.core.tracing import NOBODY, Subject, Tracer, span
-from batchlab.manager.counters import Counts
-from batchlab.manager.events.folding import Folder
-from batchlab.manager.events.quarantine import Outcomes, Quarantine, UnreadableObject, read_cut
+from batchlab.manager.counters import Counters
+from batchlab.manager.events.ledger_writer import LedgerWriter
+from batchlab.manager.events.quarantine import OutcomeStore, Quarantine, UnreadableObject, read_cut
 from batchlab.manager.jobs import completion_checks
-from batchlab.manager.jobs.bundling import Cutter
-from batchlab.manager.jobs.stage_plans import Plans
+from batchlab.manager.jobs.bundling import Bundler
+from batchlab.manager.jobs.stage_plans import StagePlans
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports, Superseded, move
+from batchlab.manager.state import LiveJob, Ports, Superseded, set_job_state
 
 log = logging.getLogger(__name__)
 
 SEALED_AT_ONCE = 16
 
-BEGUN_S = 0.05
-"""A job that ends sooner gets no control object: where none is, a worker asks for the spec."""
-MOMENT_S = 0.001
-"""From news of a job to what follows from it."""
+CONTROL_OBJECT_DELAY_S = 0.05
+"""A job that ends sooner gets no control object. Without one, workers read the spec."""
+ADVANCE_DELAY_S = 0.001
+"""Delay between a change of a job and the next step."""
 
 
-class Conductor:
-    """The steps of one job's life after its submission."""
+class JobCoordinator:
+    """The steps of a job after its submission."""
 
     def __init__(
         self,
         ports: Ports,
         settings: ManagerSettings,
-        folder: Folder,
-        cutter: Cutter,
+        folder: LedgerWriter,
+        cutter: Bundler,
         on_plan: Callable[[str], None],
-        counts: Counts | None = None,
+        counts: Counters | None = None,
         tracer: Tracer = NOBODY,
         on_end: Callable[[LiveJob, Ending], Awaitable[None]] | None = None,
         on_missing: Callable[[LiveJob], Awaitable[None]] | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        """`on_plan` is called with the pool of a stage whose number of tasks has become known, so
-        that capacity can be had for it; `on_end` with the end of a job that is committed and not in
-        the ledger yet; `on_missing` with a job that has counted bundles without an outcome."""
+        """`on_plan` is called with the pool of a stage whose number of tasks is known now, so that
+        the pool can grow. `on_end` is called with the committed end of a job before the ledger has
+        it. `on_missing` is called with a job that has counted bundles without an outcome."""
         self._on_end = on_end
-        self._on_missing = on_missing or _keep
-        self._counts = counts or Counts()
+        self._on_missing = on_missing or _leave_unchanged
+        self._counts = counts or Counters()
         self._tracer = tracer
         self._ports = ports
         self._settings = settings
@@ -73,17 +73,17 @@ class Conductor:
         self._cutter = cutter
         self._on_plan = on_plan
         self._quarantine = quarantine or Quarantine(self._counts)
-        self._outcomes = Outcomes(ports, self._quarantine)
-        self._lost = completion_checks.Lost(ports, settings.silence_s)
-        self.plans = Plans(ports)
+        self._outcomes = OutcomeStore(ports, self._quarantine)
+        self._lost = completion_checks.LostTasks(ports, settings.silence_s)
+        self.plans = StagePlans(ports)
         self._inputs = Inputs(ports.objects, ports.patience)
 
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job whenever it is poked, until it has ended."""
         if live.all_outstanding() and not live.allowed:
-            # It has begun, and nothing is as urgent as its first bundles, on their way and back.
-            await set_within(live.poke, BEGUN_S)
-            await asyncio.sleep(MOMENT_S)
+            # The job's first bundles are under way, and their latency matters most.
+            await set_within(live.poke, CONTROL_OBJECT_DELAY_S)
+            await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
             live.poke.clear()
             if live.unreadable:
@@ -92,8 +92,8 @@ class Conductor:
             live.trouble = ""
             if not live.ended.is_set():
                 await live.poke.wait()
-                # Those who wait for results go first; and events come in swarms.
-                await asyncio.sleep(MOMENT_S)
+                # Waiting clients go first, and events arrive in bursts.
+                await asyncio.sleep(ADVANCE_DELAY_S)
 
     async def advance(self, live: LiveJob) -> None:
         """Do everything that can be done for the job now."""
@@ -119,8 +119,8 @@ class Conductor:
             await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, reason))
         elif live.is_through and await self._accounted(live):
             if live.doubtful:
-                return  # until the next time, which heeds the word
-            if missing := await completion_checks.uncommitted(self._ports, live):
+                return  # the next step reads the control word
+            if missing := await completion_checks.uncommitted_bundles(self._ports, live):
                 about = {"job": live.id}
                 log.error("%d bundles were counted and not committed", len(missing), extra=about)
                 await self._on_missing(live)
@@ -131,15 +131,15 @@ class Conductor:
             await self._end_lost(live)
 
     async def _end_lost(self, live: LiveJob) -> None:
-        """End a job some tasks of which are in no bundle, unless the bucket knows of more (I7)."""
+        """End a job with tasks in no bundle, unless the bucket has more (I7)."""
         step = self._lost.step(live)
-        if step is completion_checks.Step.RESTORE:
+        if step is completion_checks.Recovery.RESTORE:
             about = {"job": live.id}
             log.error("its bundles have ended, but not all of its tasks", extra=about)
             await self._on_missing(live)
-        elif step is completion_checks.Step.FAIL:
-            lost = sum(_never_cut(live).values())
-            reason = f"{lost} tasks are in no bundle: an outcome lacks what follows from it"
+        elif step is completion_checks.Recovery.FAIL:
+            lost = sum(_uncut_tasks(live).values())
+            reason = f"{lost} tasks are in no bundle: an outcome lacks its follow-up bundles"
             await self.stop(live, json_format.Word(Control.CANCEL, JobState.FAILED, reason))
 
     # --- Planning --------------------------------------------------------------------------------
@@ -149,20 +149,20 @@ class Conductor:
         if record.counts.planned is not None:
             return
         if stage.chained:
-            # Asked again at every advance, not done along with the upstream plan: a manager that
-            # dies in between would leave a stage that never ends.
+            # Checked at every step and not together with the upstream plan. If the manager died in
+            # between, the stage would never end.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
                 await self._folder.write(
                     live, SetPlanned(live.id, stage.name, upstream, live.round)
                 )
             return
-        # The raw input does not change from round to round; what is gathered may.
+        # The raw input is the same in each round. Gathered results may change.
         round_ = live.round if stage.after else 0
         if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and self._doomed(live):
-            # Totals over a part of the input would look like totals over all of it.
+            # A total over a part of the input would look like a total over all of it.
             await self._first_cut(live, stage, TaskSet())
             return
         links = [context for upstream in stage.after for context in live.traced.get(upstream, ())]
@@ -174,10 +174,10 @@ class Conductor:
         await self._first_cut(live, stage, tasks)
 
     async def _planned(self, live: LiveJob, stage: StageDef, round_: int) -> TaskSet:
-        """The tasks of the stage, as its plan has them, which is made where there is none."""
+        """Return the tasks of the stage from its plan. Make the plan if it does not exist."""
         manifest = await self.plans.existing(live.job, stage.name, round_)
         if manifest is None and not stage.after and live.job.input is not None:
-            await move(self._ports, live, JobState.PENDING)
+            await set_job_state(self._ports, live, JobState.PENDING)
             manifest = await self.plans.of_input(live.job, stage)
         elif manifest is None and stage.after:
             counts = {u: live.stages[u].counts for u in stage.after}
@@ -188,8 +188,7 @@ class Conductor:
                 object_keys.spec(live.id),
             )
             raise UsageError(
-                f"Job {live.id} says it brings its own items, but neither {plan} nor {spec} has "
-                f"them.",
+                f"Job {live.id} has items of its own, but neither {plan} nor {spec} contains them.",
                 remedy="Submit it through the Python API, or give it an input.",
             )
         return TaskSet.span(0, manifest.count) - manifest.skipped
@@ -212,7 +211,8 @@ class Conductor:
     async def send_opening(
         self, job: JobDef, opening: spec_object.Opening, *, again: bool = False
     ) -> None:
-        """Send what the opening has cut; `again`: as copies, which look for an outcome first."""
+        """Send the bundles of the opening. With `again` send copies, for which workers first look
+        for an outcome."""
         assert opening.cut
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
@@ -220,7 +220,7 @@ class Conductor:
         await self.send(job, copies)
 
     def begin(self, live: LiveJob, cut: Cut) -> None:
-        """From now on expect what the opening has cut."""
+        """Add the bundles of the opening to the outstanding ones."""
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         self._on_plan(live.job.stage(cut.stage).pool)
@@ -228,7 +228,7 @@ class Conductor:
     # --- Cutting ---------------------------------------------------------------------------------
 
     async def _cut(self, live: LiveJob, stage: StageDef) -> None:
-        """Commit and send bundles while there is room for them in the pool's queue."""
+        """Commit and send bundles while the pool's queue has room."""
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
             round_ = live.round
@@ -240,7 +240,7 @@ class Conductor:
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
-        """Commit a cut; returns the one that counts, which a manager before us may have made."""
+        """Commit a cut and return the one that counts, possibly one of an earlier manager."""
         cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
         await self._folder.write(live, AddCut(cut))
         now_s = self._ports.clock.monotonic_s()
@@ -267,8 +267,8 @@ class Conductor:
             counts = await self._commit_cut(live, cut)
         bundles = counts.bundles
         if counts is not cut:
-            # A manager before us may have sent them, and the ledger has lost that in a power cut.
-            # As copies, which look for an outcome first.
+            # An earlier manager may have sent the bundles, and the ledger lost that in a power
+            # failure. So they are sent as copies, for which workers first look for an outcome.
             bundles = tuple(replace(one, losses=1) for one in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
@@ -279,7 +279,7 @@ class Conductor:
         *,
         trace: str = "",
     ) -> None:
-        """Put bundles on their pool's queue, with their inputs where these are small."""
+        """Put bundles on their pool's queue, with their inputs if these are small."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
             await self._send(job, bundles, sending.context)
@@ -294,7 +294,7 @@ class Conductor:
                 try:
                     items = await self._inputs.resolve(job, bundle, key)
                 except NotFound:
-                    items = None  # the worker finds the same, and says so in an outcome
+                    items = None  # the worker finds the same and reports it in an outcome
             wait_s = settlement.wait_s(job, bundle, now_s)
             messages.append(
                 address(job, bundle, key, items=items, delay_s=wait_s, now_s=now_s, trace=trace)
@@ -304,13 +304,13 @@ class Conductor:
     # --- Ending ----------------------------------------------------------------------------------
 
     async def stop(self, live: LiveJob, word: json_format.Word) -> None:
-        """End the job before its time: no task starts any more, what is outstanding is sealed.
+        """End the job early: no further task starts, and outstanding bundles are sealed.
 
-        `word` says what it ends as, unless an earlier one has been written.
+        `word` sets the job's final state, unless an earlier word was written.
         """
         await self.forbid(live, word)
         closed = await self._seal(live)
-        # It is written again if the store has lost it meanwhile.
+        # The word is written again if the store has lost it meanwhile.
         objects, patience = self._ports.objects, self._ports.patience
         written = await control_object.insist(
             objects, live.id, replace(word, round=live.round), patience
@@ -320,8 +320,8 @@ class Conductor:
         await self._finish(live, written.state, written.reason, closed)
 
     async def give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job of which an object cannot be read that commits a decision, such as a plan or a
-        cut. If the bucket does not let it end, end it in the ledger alone."""
+        """End a job whose plan, cut, or other decision cannot be read. If the bucket refuses, end
+        it only in the ledger."""
         key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(live.id)
         self._quarantine.object(key, error, live.id, "object")
         reason = f"the stored object {key} cannot be read: {error.message}"
@@ -331,15 +331,15 @@ class Conductor:
             await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
-        """End a job of which the bucket has nothing left, in the ledger alone."""
+        """End a job without objects in the bucket, only in the ledger."""
         now_s = self._ports.clock.now_s()
-        await self._record(live, Ending(JobState.FAILED, reason, now_s, _never_cut(live)))
+        await self._record(live, Ending(JobState.FAILED, reason, now_s, _uncut_tasks(live)))
 
     async def forbid(self, live: LiveJob, word: json_format.Word) -> None:
-        """Write "cancel" where the workers look, and wait until none can start a task (I4).
+        """Write "cancel" to the control object, and wait until no worker can start a task (I4).
 
-        The first such word stays: a leader that takes over must not end the job as something else.
-        Superseded where the job is in a later round by now.
+        The first such word stays, so that a new leader ends the job in the same state. Raises
+        Superseded if the job is in a later round.
         """
         if live.forbidden:
             return
@@ -354,17 +354,17 @@ class Conductor:
         live.forbidden = True
 
     async def _allow(self, live: LiveJob) -> None:
-        """Write the control object that allows tasks to start, where there is none. Those who got
+        """Write the control object that allows tasks to start, if it does not exist. Workers with
         the job's first bundles do not wait for it."""
         objects, patience = self._ports.objects, self._ports.patience
-        # There is one where the job was conducted before, and a cancellation must not be undone.
+        # A job that was conducted before has one, and a cancellation must not be undone.
         run = json_format.Word(Control.RUN, round=live.round)
         with atomic_write.repeated():
             await control_object.say(objects, live.id, run, patience, over=None)
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
-        """Let the ledger and memory have the word that was written; Superseded."""
+        """Record the written control word in the ledger and in memory. Raises Superseded."""
         change = SetControl(live.id, word, live.round)
         if (await self._ports.ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
@@ -373,7 +373,7 @@ class Conductor:
             await self._folder.refresh(live)
 
     async def _make_sure(self, live: LiveJob) -> None:
-        live.doubtful = False  # first: a doubt that comes meanwhile stays
+        live.doubtful = False  # first, because a new doubt may arise meanwhile
         try:
             await self.heed(live)
         except BackendError:
@@ -381,9 +381,9 @@ class Conductor:
             raise
 
     async def heed(self, live: LiveJob) -> None:
-        """Take note of the word that the workers follow.
+        """Read the control word that workers follow, and act on it.
 
-        A manager that died, or is leader no longer, may have written it and told nobody else.
+        Another manager may have written the word without recording it in the ledger.
         """
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
@@ -392,28 +392,31 @@ class Conductor:
             if word is None:
                 return
             if word.control is Control.CANCEL and word.round < live.round:
-                # Only a manager of release 0.1.0, which wrote without a condition, leaves that.
+                # Only a manager of release 0.1.0 leaves such a word, because it wrote without a
+                # condition.
                 objects, patience = self._ports.objects, self._ports.patience
                 await control_object.permit(objects, live.id, live.round, patience)
                 word = json_format.Word(Control.RUN, round=live.round)
             if word.control is live.record.control or word.round > live.round:
                 return
             about = {"job": live.id}
-            log.warning("the word is %s, which the ledger did not know", word.control, extra=about)
+            log.warning(
+                "the control word is %s, and the ledger did not have it", word.control, extra=about
+            )
             await self.record_control(live, word.control)
         if word.control is not Control.CANCEL:
             paused = word.control is Control.PAUSE
-            await move(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
+            await set_job_state(self._ports, live, JobState.PAUSED if paused else JobState.RUNNABLE)
         live.poke.set()
 
     async def _word(self, live: LiveJob) -> json_format.Word | None:
-        """Return the word that the workers follow, None if there is none. If the store has lost or
-        damaged its object, write the word of the ledger again."""
+        """Return the control word that workers follow, or None. If its object is lost or damaged,
+        write the ledger's word again."""
         objects, patience = self._ports.objects, self._ports.patience
         try:
             return await control_object.word_of(objects, live.id, patience)
         except NotFound:
-            # Without an object the workers run the job.
+            # Without the object, workers run the job.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
@@ -422,15 +425,16 @@ class Conductor:
         return None
 
     async def _seal(self, live: LiveJob) -> Mapping[StageName, int]:
-        """Commit CANCELLED for every outstanding bundle; whoever committed before us counts.
+        """Commit CANCELLED for every outstanding bundle without an outcome.
 
-        Answers how many tasks of each stage never came into a bundle.
+        Return the number of tasks of each stage that never came into a bundle.
         """
         for stage in live.job.stages:
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
-        # A first cut may have been found there: what it feeds has as many tasks.
+        # The refresh finds a first cut of another manager, which sets the number of tasks of later
+        # stages.
         await self._folder.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
@@ -446,11 +450,11 @@ class Conductor:
                 *(self._outcomes.commit(live.job, draft) for draft in drafts)
             )
             await self._folder.fold([settlement.completion(outcome) for outcome in outcomes])
-        return _never_cut(live)
+        return _uncut_tasks(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
-        """Take the place of the next cut, so that a manager that was leader before us and has
-        not noticed cannot cut any more; if it has just done so, its bundles are ours to seal."""
+        """Commit an empty next cut, so that an earlier leader cannot cut any more. If it has
+        already committed that cut, its bundles are sealed too."""
         round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
@@ -488,19 +492,19 @@ class Conductor:
         await self._record(live, ending)
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
-        """Let the ledger know of the job's end, and those who wait for it."""
+        """Record the end of the job in the ledger, and wake those who wait for it."""
         if self._on_end:
             await self._on_end(live, ending)
         is_new = await self._folder.write(live, Finish(live.id, ending, live.round))
         if is_new:
             self._counts.ended(ending.state)
-            # Not the reason: it may be in a user's own words.
+            # The reason is not logged, because it may contain a user's text.
             log.info("ended %s in round %d", ending.state, live.round, extra={"job": live.id})
         live.ended.set()
         live.poke.set()
 
     async def _explained(self, live: LiveJob, verdict: Verdict) -> str:
-        """The verdict's reason with the first failure's own words, for a person."""
+        """Return the verdict's reason, with the message of the first failure."""
         if not verdict.reason:
             return ""
         records = await self._ports.ledger.bundles(live.id, failed=True, limit=1)
@@ -510,7 +514,7 @@ class Conductor:
             try:
                 outcome = await committed(objects, record.bundle, patience, key)
             except Malformed:
-                break  # it was read when it was counted
+                break  # the outcome was readable when it was counted
             for failure in outcome.failed if outcome else ():
                 if failure.final:
                     return with_task(
@@ -519,10 +523,11 @@ class Conductor:
         return verdict.reason
 
     async def _accounted(self, live: LiveJob) -> bool:
-        """Whether every bundle's outcome is in the ledger; fetches those whose event was lost.
+        """Return whether every bundle's outcome is in the ledger. Fetch outcomes whose event was
+        lost.
 
-        All tasks can be terminal without that: the halves of a split bundle may be heard of
-        before it is, and the event of the split itself may never come (I3).
+        All tasks can have ended before that. The event of a split bundle may arrive after the
+        events of its halves, or never (I3).
         """
         while outstanding := live.all_outstanding()[:SEALED_AT_ONCE]:
             found = await asyncio.gather(
@@ -535,13 +540,13 @@ class Conductor:
         return True
 
 
-async def _keep(_: LiveJob) -> None:
-    """Leave a job as it is where nothing can restore it."""
+async def _leave_unchanged(_: LiveJob) -> None:
+    """Leave the job as it is if nothing can restore it."""
 
 
-def _never_cut(live: LiveJob) -> Mapping[StageName, int]:
-    """How many tasks of each stage have come to no end, once no bundle is outstanding. Forged
-    outcomes of a worker that has the job's commit key may count more tasks than were planned."""
+def _uncut_tasks(live: LiveJob) -> Mapping[StageName, int]:
+    """Return the number of tasks of each stage without an end, once no bundle is outstanding.
+    Forged outcomes may count more tasks than were planned."""
     return {
         name: max(0, (record.counts.planned or 0) - record.counts.terminal)
         for name, record in live.stages.items()

@@ -1,7 +1,7 @@
-"""What `job retry` takes back and runs again: all that did not succeed, or a choice of failures.
+"""Retries: the tasks that run again, and the results that are taken back.
 
-Invariant: a retry is one object in the bucket, and a function of what the ledger said when it was
-planned; whoever finds it there carries out that one, whatever had been asked of them.
+Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that
+finds it carries out that retry, whatever its own request was.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from batchlab.core.protocol.field_checks import UNREADABLE, listed
 from batchlab.core.protocol.settlement import judge
 from batchlab.core.task_names import task_name
 from batchlab.manager.events.quarantine import UnreadableObject, read_stored
-from batchlab.manager.jobs.stage_plans import Plans, successes
+from batchlab.manager.jobs.stage_plans import StagePlans, successful_bundles
 from batchlab.manager.state import Ports
 
-Chosen = Mapping[StageName, TaskSet]
+TaskSelection = Mapping[StageName, TaskSet]
 """Failed tasks by stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The content of a retry object: what is taken back, and what runs again."""
+    """Content of a retry object: results that are taken back, and cuts that run again."""
 
     reopened: tuple[Reopening, ...]
     cuts: tuple[Cut, ...]
@@ -48,7 +48,7 @@ class Retry:
 
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Retry:
-        """Return the retry in a document; Malformed if it is not one."""
+        """Return the retry in a document. Raises Malformed."""
         try:
             return cls(
                 tuple([json_format.reopening_from_json(r) for r in listed(doc["reopened"])]),
@@ -58,7 +58,7 @@ class Retry:
             raise Malformed(f"A retry cannot be read: {json_format.brief(error)}.") from error
 
     def redone(self, stage: StageName) -> TaskSet:
-        """Tasks of the stage that it runs again, or plans anew with the stage itself."""
+        """Return the tasks of the stage that this retry runs again or plans again."""
         mine = [cut for cut in self.cuts if cut.stage == stage]
         return TaskSet.union(
             [*(cut.left for cut in mine), *(b.tasks for cut in mine for b in cut.bundles)]
@@ -66,15 +66,15 @@ class Retry:
 
 
 async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
-    """The cuts that the retry which began the job's present round committed to."""
+    """Return the cuts of the retry that began the job's current round."""
     if not record.round:
         return ()
     return (await read_retry(ports, record.job, record.round)).cuts
 
 
 async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
-    """Return the retry that began the round of the job. NotFound; UnreadableObject if it cannot be
-    read, or cuts or takes back what is not of that job and round."""
+    """Return the retry that began a round. Raises NotFound, or UnreadableObject if it is unreadable
+    or belongs to another job or round."""
     key = object_keys.retry(job.id, round_)
     retry = await read_stored(ports, key, Retry.from_bytes)
     stages = {stage.name for stage in job.stages}
@@ -87,29 +87,29 @@ async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
 
 
 @dataclass(frozen=True, slots=True)
-class TakenBack:
-    """What the retries of a job have run again, by round from 1."""
+class RetriedTasks:
+    """Tasks that the retries of a job have run again, by round from 1."""
 
     by_round: tuple[Retry, ...]
 
     @classmethod
-    async def of(cls, ports: Ports, record: JobRecord) -> TakenBack:
-        """Those of the rounds that the record knows of."""
+    async def of(cls, ports: Ports, record: JobRecord) -> RetriedTasks:
+        """Read the retries of the rounds in the record."""
         rounds = range(1, record.round + 1)
         return cls(tuple([await read_retry(ports, record.job, number) for number in rounds]))
 
     def after(self, round_: int, stage: StageName) -> TaskSet:
-        """Tasks of the stage that have run, or are to run, again since `round_`."""
+        """Return the tasks of the stage that later rounds than `round_` run again."""
         return TaskSet.union(retry.redone(stage) for retry in self.by_round[round_:])
 
     def standing(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
-        """Of the tasks that failed in the bundle, those that no later retry has taken back."""
+        """Return the failed tasks of the bundle that no later retry has taken back."""
         return failed - self.after(bundle.round, bundle.stage) if self.by_round else failed
 
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
-    """The tasks that stand as failed, by stage."""
-    taken = await TakenBack.of(ports, record)
+    """Return the tasks whose failure stands, by stage."""
+    taken = await RetriedTasks.of(ports, record)
     found: dict[StageName, list[TaskSet]] = {}
     for row in await ports.ledger.bundles(record.job.id, failed=True):
         if row.completion:
@@ -119,45 +119,45 @@ async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskS
 
 
 @dataclass(slots=True)
-class _Walk:
-    """What has been decided of the stages so far, in the order of the list."""
+class _PlanState:
+    """Decisions about the stages so far, in the order of the list."""
 
-    kept: Chosen
-    """Failures that stay as they are."""
+    kept: TaskSelection
+    """Failures that stay."""
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
-    """Tasks without a result after the retry, as far as that is known: what stays failed, and
-    what follows from that item by item."""
+    """Tasks without a result after the retry: failures that stay, and tasks that follow them item
+    by item."""
 
 
 class RetryPlanner:
     """Plans retries."""
 
-    def __init__(self, ports: Ports, plans: Plans) -> None:
+    def __init__(self, ports: Ports, plans: StagePlans) -> None:
         self._ports = ports
         self._plans = plans
 
-    async def plan(self, record: JobRecord, chosen: Chosen | None) -> Retry:
-        """What the job's next round takes back and runs: with `chosen` only those of its failures,
-        and in any case what was cancelled. Refused where that would be nothing."""
+    async def plan(self, record: JobRecord, chosen: TaskSelection | None) -> Retry:
+        """Return the retry of the job's next round. It includes cancelled tasks and, with `chosen`,
+        only these of the failed tasks. Refused if there is nothing to run."""
         round_ = record.round + 1
         rows = await self._ports.ledger.rows(record.job.id)
         stages = {s.counts.stage: s for s in rows.stages}
-        walk = _Walk({} if chosen is None else await self._kept(record, stages, chosen))
+        walk = _PlanState({} if chosen is None else await self._kept(record, stages, chosen))
         reopened: list[Reopening] = []
         cuts: list[Cut] = []
         for stage in record.job.stages:
             before = stages[stage.name]
-            if _is_void(stage, before, walk):
+            if _needs_replan(stage, before, walk):
                 walk.void.add(stage.name)
-                reopened.append(_voided(before))
+                reopened.append(_replanned(before))
                 continue
             upstream = walk.out.get(stage.after[0], TaskSet()) if stage.chained else TaskSet()
             kept = walk.kept.get(stage.name, TaskSet())
             walk.out[stage.name] = TaskSet.union((upstream, kept))
             counts = before.counts
-            # Forged outcomes may have counted more tasks than there are.
+            # Forged outcomes may have counted more tasks than exist.
             failed = max(0, counts.failed - len(kept))
             cancelled = max(0, counts.cancelled - len(upstream))
             if counts.planned is not None and not failed and not cancelled:
@@ -168,13 +168,13 @@ class RetryPlanner:
             if cut:
                 cuts.append(cut)
         if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
-            raise Unreachable(f"The ledger changes while job {record.job.id} is read from it.")
+            raise Unreachable(f"The ledger changed while job {record.job.id} was read from it.")
         return Retry(tuple(reopened), tuple(cuts))
 
     async def _kept(
-        self, record: JobRecord, stages: Mapping[StageName, StageRecord], chosen: Chosen
-    ) -> Chosen:
-        """The failures that are not chosen."""
+        self, record: JobRecord, stages: Mapping[StageName, StageRecord], chosen: TaskSelection
+    ) -> TaskSelection:
+        """Return the failures that are not chosen."""
         failed = await failed_tasks(self._ports, record)
         for name, before in stages.items():
             if len(failed.get(name, TaskSet())) != before.counts.failed:
@@ -186,12 +186,12 @@ class RetryPlanner:
             if others := tasks - failed.get(name, TaskSet()):
                 raise Refused(
                     f"Task {task_name(name, others.first)} of job {record.job.id} has not failed.",
-                    remedy="`batchlab job failures` lists those that have.",
+                    remedy="`batchlab job failures` lists the failed ones.",
                 )
         if not any(chosen.values()):
             raise Refused(
-                f"No failed task of job {record.job.id} is what was asked for.",
-                remedy="`batchlab job failures` lists those that there are.",
+                f"Job {record.job.id} has no failed task that matches.",
+                remedy="`batchlab job failures` lists the failed tasks.",
             )
         kept = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
         left = [
@@ -200,7 +200,7 @@ class RetryPlanner:
         ]
         if (verdict := judge(record.job, left)).stop:
             raise Refused(
-                f"The failures that would stay stop job {record.job.id} at once, by its own "
+                f"The remaining failures would stop job {record.job.id} at once, by its own "
                 f"policy: {verdict.reason}.",
                 remedy="Retry all of them together.",
             )
@@ -219,9 +219,10 @@ class RetryPlanner:
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
             return Cut(job.id, stage.name, round_, 0, (), planned - mine - out, at_s=now_s)
-        # Tasks whose input is there but whose own result is not; the others come by the chain.
+        # Tasks with an input and without a result. The upstream bundles that run again start the
+        # others.
         bundles = []
-        for row in await successes(self._ports, job.id, stages[stage.after[0]].counts):
+        for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine - out
             if tasks:
                 source = row.bundle.id
@@ -231,7 +232,7 @@ class RetryPlanner:
         return Cut(job.id, stage.name, round_, 0, tuple(bundles), TaskSet(), at_s=now_s)
 
     async def _succeeded(self, job: JobId, counts: StageCounts) -> TaskSet:
-        rows = await successes(self._ports, job, counts)
+        rows = await successful_bundles(self._ports, job, counts)
         return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
 
     async def _planned_tasks(
@@ -244,8 +245,8 @@ class RetryPlanner:
         return TaskSet.span(0, counts.planned or 0)
 
 
-def _is_void(stage: StageDef, before: StageRecord, walk: _Walk) -> bool:
-    """Whether the stage's plan stands on results that change: then it is planned anew."""
+def _needs_replan(stage: StageDef, before: StageRecord, walk: _PlanState) -> bool:
+    """Return whether the stage's plan depends on results that change."""
     changed = bool(walk.void.intersection(stage.after))
     if stage.gather is not None or len(stage.after) > 1:
         changed = changed or bool(walk.redone.intersection(stage.after))
@@ -254,6 +255,6 @@ def _is_void(stage: StageDef, before: StageRecord, walk: _Walk) -> bool:
     return changed
 
 
-def _voided(before: StageRecord) -> Reopening:
+def _replanned(before: StageRecord) -> Reopening:
     counts = before.counts
     return Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True)

@@ -1,8 +1,8 @@
-"""A stage's plan: its inputs written in parts, committed by one conditional PUT of the manifest.
+"""Plans of stages: input parts, committed by one conditional PUT of the manifest.
 
 Invariant: parts and large items are named by their content, and the manifest names its parts. So
-two managers that plan the same stage replace nothing of each other's plans, even where their inputs
-differ, and the first manifest counts for both.
+two managers that plan the same stage do not overwrite each other's parts, even if their inputs
+differ. The first manifest counts for both.
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ from batchlab.manager.state import Ports
 PART_ITEMS = 4096
 PART_BYTES = 1_000_000
 BREATHE = 4
-"""Parts written without a break for others, about 50 ms of work."""
+"""Parts written before other tasks of the event loop run, about 50 ms of work."""
 FEW = 10_000
 FEW_BYTES = 100_000
-"""Items that go along with their job's submission, roughly. What the manager writes in one object,
-it reads again should a worker be lost."""
+"""Limits of the items that are stored with the job's definition. The manager reads this object
+again after the loss of a worker."""
 
 ITEM_BYTES = 100_000
-"""A larger item (a record of 100 MB, a gathered group) is an object of its own, so that a part
-stays small, and only the worker that needs it holds it in memory."""
+"""A larger item (for example a gathered group) is a separate object, so that parts stay small and
+only its worker loads it."""
 
 RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
-"""Bound of the weight of one large result that the manager reads to gather by a field or to join.
+"""Limit of the weight of one large result that the manager reads for a gather by field or a join.
 """
 
 
-async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
-    """A stage's bundles with results, by task. Unreachable where the ledger does not have all that
-    `counts` tells of: it is being rebuilt, and a plan made from a part would be wrong for ever."""
+async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
+    """Return a stage's bundles with results, by task. Raises Unreachable if the ledger has fewer
+    results than `counts`: during a rebuild, an incomplete plan would stay incomplete."""
     records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
     found = [r for r in records if r.completion and r.completion.succeeded]
     if sum(len(r.completion.succeeded) for r in found if r.completion) != counts.succeeded:
         raise Unreachable(
             f"The ledger lacks results of stage {counts.stage} of job {job}.",
-            remedy="If nobody is rebuilding it, `batchlab ledger rebuild` does.",
+            remedy="If no rebuild is running, start one with `batchlab ledger rebuild`.",
         )
-    # By task, not by arrival: the plan must not depend on who was faster.
+    # By task, because the plan must not depend on the order of arrival.
     return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
 
 
-class Plans:
-    """Makes plans, and reads those that are there."""
+class StagePlans:
+    """Reads and makes plans of stages."""
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
 
     async def existing(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
-        """The committed plan of that round, None while there is none."""
+        """Return the committed plan of a round, or None."""
         key = object_keys.manifest(job.id, stage, round)
         try:
             return await read_stored(self._ports, key, Manifest.from_bytes)
         except NotFound:
-            # A few items come with the job's definition.
+            # A few items are stored with the job's definition.
             came = job.items is not None and round == 0 and not job.stage(stage).after
             return await self._brought(job) if came else None
 
@@ -87,8 +87,8 @@ class Plans:
         return Manifest.of(opening.items) if opening else None
 
     async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
-        """The cut that was committed in the place of this one along with the job's definition;
-        None where there is none."""
+        """Return the cut that was committed with the job's definition in place of this one, or
+        None."""
         if cut.seq or cut.round or job.items is None:
             return None
         opening = await self._opening(job)
@@ -105,7 +105,8 @@ class Plans:
             return None
 
     async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
-        """Plan a root stage from the job's raw input; UsageError where that is malformed."""
+        """Plan a root stage from the job's raw input. Raises UsageError if the input is
+        malformed."""
         assert job.input is not None
         return await self._write(
             job, stage.name, 0, input_split.items(self._ports.objects, job.input)
@@ -114,7 +115,7 @@ class Plans:
     async def of_stages(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
     ) -> Manifest:
-        """Plan a stage that waits for all of `stage.after`, which have ended with these counts."""
+        """Plan a stage after all upstream stages have ended with these counts."""
         if stage.gather == "*":
             items: AsyncIterator[Json] = self._gather_all(job, stage, counts)
         elif stage.gather is not None:
@@ -129,7 +130,7 @@ class Plans:
         bundles = {
             upstream: [
                 [r.bundle.id, json_format.tasks_to_json(r.completion.succeeded)]
-                for r in await successes(self._ports, job.id, counts[upstream])
+                for r in await successful_bundles(self._ports, job.id, counts[upstream])
                 if r.completion
             ]
             for upstream in stage.after
@@ -146,7 +147,7 @@ class Plans:
         groups: dict[str, list[Json]] = {}
         for upstream in stage.after:
             found = [one async for one in self._values(job, counts[upstream])]
-            # A bundle has tasks of several ranges, and a retried task is in a bundle of its own.
+            # A bundle may have several task ranges, and a retried task is in a separate bundle.
             for task, value in sorted(found, key=itemgetter(0)):
                 for element in value if isinstance(value, list) else [value]:
                     if not isinstance(element, dict) or field not in element:
@@ -166,7 +167,7 @@ class Plans:
         if len(set(planned.values())) > 1:
             told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
             raise UsageError(
-                f"Stage {stage.name} follows several stages item by item, but they differ in "
+                f"Stage {stage.name} follows several stages item by item, but these differ in "
                 f"their number of tasks: {told}.",
                 remedy="Gather them, or let them have one common input.",
             )
@@ -179,10 +180,10 @@ class Plans:
         return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
 
     async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
-        """(task, encoded result) of every success of a stage, large results fetched."""
+        """Yield (task, encoded result) of each success of a stage. Large results are fetched."""
         stage = counts.stage
         key, own = await self._ports.keys.of(job), Own.of(job)
-        for record in await successes(self._ports, job.id, counts):
+        for record in await successful_bundles(self._ports, job.id, counts):
             outcome = await self._outcome(stage, object_keys.outcome(record.bundle, key))
             for task, value in zip(outcome.succeeded, outcome.values, strict=True):
                 if values.kind(value) == "$value":
@@ -194,11 +195,11 @@ class Plans:
         try:
             return await read_outcome(self._ports.objects, key, self._ports.patience)
         except (NotFound, Malformed) as error:
-            raise _no_results(stage, error) from error
+            raise _missing_results(stage, error) from error
 
     async def _result(self, stage: StageName, own: Own, reference: Json) -> Json:
-        """Return the value in the object of a reference. A worker wrote it, so it may be of any
-        size and anything at all."""
+        """Return the value in the object of a reference. A worker wrote the object, so it may have
+        any size and content."""
         key = own.key(reference)
         get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
         try:
@@ -207,9 +208,9 @@ class Plans:
                 raise TooLarge(f"its {len(data)} bytes need too much memory")
             return own.value(reference, data)
         except NotFound as error:
-            raise _no_results(stage, error) from error
+            raise _missing_results(stage, error) from error
         except (TooLarge, *UNREADABLE) as error:
-            raise _no_results(stage, json_format.unreadable(key, error)) from error
+            raise _missing_results(stage, json_format.unreadable(key, error)) from error
 
     async def _write(
         self,
@@ -227,7 +228,7 @@ class Plans:
 
 
 class PartWriter:
-    """Writes a plan's parts as items come, in constant memory, and its manifest at the end."""
+    """Writes a plan's parts in constant memory, and its manifest at the end."""
 
     def __init__(
         self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int
@@ -244,7 +245,7 @@ class PartWriter:
         self._bytes = 0
 
     async def add(self, *items: Json) -> None:
-        """Append the next tasks' inputs."""
+        """Append the inputs of the next tasks."""
         for item, size in zip(items, map(values.roughly, items), strict=True):
             if size > ITEM_BYTES and not is_gather(item):
                 item, size = await self._apart(item)
@@ -257,7 +258,7 @@ class PartWriter:
                 await self._flush()
 
     async def _apart(self, item: Json) -> tuple[Json, int]:
-        """The item, or what refers to it where it is too large after all; and its size."""
+        """Return the item, or a reference to its own object if it is too large, and its size."""
         data = json_format.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
@@ -266,7 +267,7 @@ class PartWriter:
         return values.value_ref(key), 0
 
     async def commit(self, skipped: TaskSet) -> Manifest:
-        """The plan that counts: this one, or the one that was committed before it."""
+        """Commit the manifest, and return the one that counts."""
         await self._flush()
         parts = tuple(self._parts)
         made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
@@ -287,11 +288,11 @@ class PartWriter:
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
         if len(self._parts) % BREATHE == 0:
-            # Neither reading nor writing may have waited for anything, and others have work too.
+            # Reads and writes may not have suspended this task, so let others run.
             await asyncio.sleep(0)
 
 
-def _no_results(stage: StageName, error: Exception) -> UsageError:
+def _missing_results(stage: StageName, error: Exception) -> UsageError:
     how = "have vanished from" if isinstance(error, NotFound) else "cannot be read from"
     return UsageError(
         f"The results of stage {stage} {how} the bucket: {error}",

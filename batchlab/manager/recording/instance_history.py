@@ -1,7 +1,7 @@
-"""Which instances and workers there were while jobs ran, and when: rows for reports.
+"""History of instances and workers while jobs ran, as rows for reports.
 
-Invariant: bounded, and what is dropped first is what no live job can have had. What a job had can
-be told without looking at what was before it.
+Invariant: the history is bounded. Rows that no live job needs are dropped first. The rows of a job
+are found without reading older rows.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from itertools import chain, islice, takewhile
 from typing import Any
 
 from batchlab.core.model import GroupView, Instance, LifecycleState
-from batchlab.manager.recording.recorded_data import Doc
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.recording.recorded_data import RecordedData
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 
 MOST_INSTANCES = 20_000
-"""And as many workers."""
+"""Limit for instances, and the same limit for workers."""
 _GONE = LifecycleState.TERMINATED
 
 
-class Roster:
-    """As the groups and the workers' beats have told it."""
+class InstanceHistory:
+    """Instances from the groups, and workers from their beats."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: WorkerRegistry) -> None:
         self._registry = registry
         self.living: dict[str, list[Any]] = {}
         """Instances that have not ended."""
         self.ended: dict[str, list[Any]] = {}
-        """Those that have, the last one last."""
+        """Ended instances, the latest last."""
         self.workers: dict[str, list[Any]] = {}
-        """The one that was seen last is the last one."""
+        """Workers, the most recently seen last."""
 
     def note_instances(
         self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]
     ) -> None:
-        """See who is there; nobody has looked before `since_s()`."""
+        """Record the instances of the groups. `since_s()` is when recording began."""
         there: set[str] = set()
         for view in views:
             for instance in view.instances:
@@ -50,7 +50,8 @@ class Roster:
         known = self.living.get(instance.id) or self.ended.get(instance.id)
         if known is None:
             if instance.state is _GONE and instance.launched_s < since_s():
-                return  # of a time when nobody looked: a group tells of its dead for a while
+                # the instance ended before the recording; a group lists ended instances for a while
+                return
             launched_s = round(instance.launched_s, 3)
             known = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
             self.living[instance.id] = known
@@ -70,7 +71,7 @@ class Roster:
         known[6] = round(now_s, 3)
 
     def note_workers(self, now_s: float) -> None:
-        """See whose beats have come."""
+        """Record the workers with beats."""
         for seen in self._registry.workers.values():
             beat = seen.beat
             known = self.workers.pop(beat.worker, None)
@@ -79,18 +80,18 @@ class Roster:
             known[4] = round(now_s, 3)
             self.workers[beat.worker] = known
 
-    def of(self, pools: Collection[str], since_s: float, most: int | None) -> Doc:
-        """Who was in these pools since then, so many of each at the most."""
+    def of(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
+        """Return the rows of these pools since `since_s`, at most `most` of each kind."""
         ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self.ended.items()))
         lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self.workers.items()))
         there = chain(self.living.items(), ended)
         return {
-            "instances": dict(islice(_of(there, pools, 0), most)),
-            "workers": dict(islice(_of(lately, pools, 1), most)),
+            "instances": dict(islice(_in_pools(there, pools, 0), most)),
+            "workers": dict(islice(_in_pools(lately, pools, 1), most)),
         }
 
     def forget(self, since_s: float) -> None:
-        """Drop who had gone before, and beyond the most the oldest."""
+        """Drop rows that ended before `since_s`, and the oldest rows above the limit."""
         too_many = len(self.living) + len(self.ended) - MOST_INSTANCES
         for name, instance in list(self.ended.items()):
             if instance[6] < since_s or too_many > 0:
@@ -104,13 +105,13 @@ class Roster:
                 del self.workers[name]
                 too_many -= 1
 
-    def to_doc(self) -> Doc:
-        """All of it, as `recorded.Doc` has it."""
+    def to_doc(self) -> RecordedData:
+        """Return all rows in the form of RecordedData."""
         return {"instances": {**self.ended, **self.living}, "workers": self.workers}
 
     @classmethod
-    def from_doc(cls, doc: Mapping[str, Any], registry: Registry) -> Roster:
-        """What `to_doc` gave, or another leader's."""
+    def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
+        """Read rows written by `to_doc`, possibly of another leader."""
         found = cls(registry)
         found.living = {name: list(one) for name, one in doc["instances"].items()}
         ended = sorted((one[6], name) for name, one in found.living.items() if one[6] is not None)
@@ -120,8 +121,8 @@ class Roster:
         return found
 
 
-def _of(
+def _in_pools(
     rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
 ) -> Iterator[tuple[str, list[Any]]]:
-    """The rows whose pool, in that column, is among these."""
+    """Return the rows whose pool, in that column, is among these."""
     return (one for one in rows if one[1][column] in pools)

@@ -1,31 +1,34 @@
-"""What was recorded, as a document in the bucket: a job's part of it, and two parts together.
+"""Recorded data as a document in the bucket: the part of one job, merges, and time series.
 
-Invariant: pure; what is made of a document does not depend on who makes it, or when.
+Invariants: functions on documents are pure. The steps of a series follow one another without added
+gaps. No step is longer than its age divided by `FINE`, unless it was measured so.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from batchlab.core.model import JobId
+from batchlab.core.model import JobId, Json
+from batchlab.core.pricing.usage_meter import Account
 
-Doc = dict[str, Any]
-"""As `Recorder` keeps it: `pools` by name with `slots`, `type` and the points of their `series`;
-`scaling`, `instances` and `workers` as rows; in a job's part `requests` and `duplicates` too."""
+RecordedData = dict[str, Any]
+"""The document of `Recorder`: `pools` by name with `slots`, `type`, and the points of their
+`series`; `scaling`, `instances`, and `workers` as rows; in a job's part also `requests` and
+`duplicates`."""
 
 BEFORE_S = 5.0
-"""A decision may come before the first look at the job that it was made for."""
+"""A scaling decision may come before the first observation of the job that caused it."""
 
 
-def part_of(doc: Doc, job: JobId) -> Doc:
-    """What of the whole document belongs to a job; an empty part where nothing does."""
+def job_part(doc: RecordedData, job: JobId) -> RecordedData:
+    """Return the part of the whole document that belongs to a job, possibly empty."""
     own: Mapping[str, Any] | None = doc["jobs"].get(job)
-    earlier: Doc | None = doc["earlier"].get(job)
+    earlier: RecordedData | None = doc["earlier"].get(job)
     if own is None:
-        return earlier or empty()
+        return earlier or empty_part()
     since_s = own["since_s"]
     mine = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
     part = {
@@ -53,7 +56,7 @@ def part_of(doc: Doc, job: JobId) -> Doc:
             for stage, kinds in own["duplicates"].items()
         },
     }
-    return together(earlier, part) if earlier else part
+    return join_rounds(earlier, part) if earlier else part
 
 
 def _at(point: Sequence[Any]) -> float:
@@ -67,8 +70,8 @@ def _decisions(
     return [list(one) for one in recent if one[0] in pools][::-1]
 
 
-def empty() -> Doc:
-    """Of a job while which nobody looked."""
+def empty_part() -> RecordedData:
+    """Return the part of a job that was not recorded."""
     return {
         "pools": {},
         "scaling": [],
@@ -79,8 +82,8 @@ def empty() -> Doc:
     }
 
 
-def together(a: Doc, b: Doc) -> Doc:
-    """Two parts of one job, of which `b` is of a later round."""
+def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Join two parts of one job, of which `b` is of a later round."""
     pools = dict(a["pools"])
     for name, pool in b["pools"].items():
         series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]
@@ -106,34 +109,34 @@ def together(a: Doc, b: Doc) -> Doc:
     }
 
 
-def united(a: Doc, b: Doc) -> Doc:
-    """Two parts of one job, of two leaders that may have seen the same: nothing of either is lost,
-    and nothing counts twice."""
-    return {**united_fleets(a, b), **_own(a, b)}
+def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge two parts of one job by two leaders that may have observed the same events. Nothing is
+    lost, and nothing counts twice."""
+    return {**merge_fleets(a, b), **_merge_own(a, b)}
 
 
-def _own(a: Doc, b: Doc) -> Doc:
-    """The same of what is a job's own: requests, duplicates."""
+def _merge_own(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge the data of the job itself: requests and duplicates."""
     duplicates = {stage: dict(kinds) for stage, kinds in a["duplicates"].items()}
     for stage, kinds in b["duplicates"].items():
         known = duplicates.setdefault(stage, {})
         for kind, counted in kinds.items():
             before = known.get(kind, [0, 0.0])
             known[kind] = [max(x, y) for x, y in zip(counted, before, strict=True)]
-    requests = _growing(_interleaved(a["requests"], b["requests"]))
+    requests = _cumulative(_interleave(a["requests"], b["requests"]))
     return {"requests": requests, "duplicates": duplicates}
 
 
-def united_fleets(a: Doc, b: Doc) -> Doc:
-    """The same of what is no job's own: pools, decisions, instances, workers."""
+def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge the data of the fleet: pools, decisions, instances, and workers."""
     pools = dict(a["pools"])
     for name, pool in b["pools"].items():
         seen = pools[name]["series"] if name in pools else []
-        pools[name] = {**pool, "series": _interleaved(seen, pool["series"])}
+        pools[name] = {**pool, "series": _interleave(seen, pool["series"])}
     scaling = [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])]
     instances = dict(a["instances"])
     for name, instance in b["instances"].items():
-        instances[name] = max(instances.get(name, instance), instance, key=_how_far)
+        instances[name] = max(instances.get(name, instance), instance, key=_completeness)
     workers = dict(a["workers"])
     for name, worker in b["workers"].items():
         other = workers.get(name, worker)
@@ -146,13 +149,13 @@ def united_fleets(a: Doc, b: Doc) -> Doc:
     }
 
 
-def _how_far(instance: Sequence[Any]) -> tuple[bool, bool]:
-    """How much of an instance's life was seen: its end, that it was in service."""
+def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
+    """Return how much of an instance's life was observed: its end, and that it was in service."""
     return instance[6] is not None, instance[5] is not None
 
 
-def _interleaved(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """The points of `a`, and those of `b` that stand for a time for which `a` has none."""
+def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Return the points of `a`, and those of `b` for times without points in `a`."""
     found = sorted((list(point) for point in a), key=_at)
     ends = [_at(point) for point in found]
     for point in b:
@@ -165,8 +168,8 @@ def _interleaved(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list
     return found
 
 
-def _growing(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Counts that only grow, by two who had not heard of quite the same."""
+def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Make the counts of two observers grow from point to point."""
     found: list[list[Any]] = []
     for point in points:
         most = found[-1][2:] if found else point[2:]
@@ -174,12 +177,92 @@ def _growing(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return found
 
 
-def joined(a: Doc, b: Doc) -> Doc:
-    """Two whole documents, of two leaders: `a` is the other's, `b` ours, whose live jobs count."""
+def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge two whole documents, `a` of another leader and `b` of this one, whose live jobs
+    count."""
     jobs = {**a["jobs"], **b["jobs"]}
     for job in a["jobs"].keys() & b["jobs"].keys():
         one, other = a["jobs"][job], b["jobs"][job]
         since_s = min(one["since_s"], other["since_s"])
-        jobs[job] = {**other, **_own(one, other), "since_s": since_s}
+        jobs[job] = {**other, **_merge_own(one, other), "since_s": since_s}
     earlier = {**a["earlier"], **b["earlier"]}
-    return {**united_fleets(a, b), "jobs": jobs, "earlier": earlier}
+    return {**merge_fleets(a, b), "jobs": jobs, "earlier": earlier}
+
+
+FINE = 256
+"""Resolution of a series. A job that has just ended has at least this many steps of similar length.
+A month has fewer than five thousand."""
+EVERY = 64
+"""Points between two attempts to merge."""
+
+Point = list[Json]
+"""Time (seconds since the epoch), duration (seconds), and values."""
+
+
+class TimeSeries:
+    """Points in order of time. Older points are merged into longer steps. `merge` makes one point
+    of two neighbors, and need not handle their times."""
+
+    def __init__(
+        self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()
+    ) -> None:
+        self._merge = merge
+        self.points: list[Point] = [list(point) for point in points]
+        self._new = 0
+
+    def add(self, point: Point) -> None:
+        """Append a point."""
+        self.points.append(point)
+        self._new += 1
+        if self._new >= EVERY:
+            self.thin()
+
+    def thin(self) -> None:
+        """Merge points that are old enough."""
+        self._new = 0
+        if not self.points:
+            return
+        now_s = self.points[-1][0]
+        kept: list[Point] = []
+        for point in self.points:
+            if kept and kept[-1][1] + point[1] <= (now_s - point[0]) / FINE:
+                merged = self._merge(kept[-1], point)
+                kept[-1] = [point[0], kept[-1][1] + point[1], *merged[2:]]
+            else:
+                kept.append(point)
+        self.points = kept
+
+    def since(self, moment_s: float) -> list[Point]:
+        """Return the points after a time."""
+        return [point for point in self.points if point[0] > moment_s]
+
+    def forget(self, moment_s: float) -> None:
+        """Drop the points up to a time."""
+        self.points = self.since(moment_s)
+
+
+def merge_pool_points(a: Point, b: Point) -> Point:
+    """Merge two points of a pool: maximum of queue and backlog, last state of the fleet, and mean
+    of busy slots."""
+    all_s = a[1] + b[1]
+    mean = (a[-1] * a[1] + b[-1] * b[1]) / all_s if all_s else b[-1]
+    return [*b[:2], *(max(x, y) for x, y in zip(a[2:6], b[2:6], strict=True)), *b[6:-1], mean]
+
+
+def latest_point(_a: Point, b: Point) -> Point:
+    """Return the later of two points of growing counts."""
+    return b
+
+
+def request_point(account: Account, now_s: float, step_s: float) -> Point:
+    """Return a point of a job's request counts."""
+    made = account.requests
+    return [
+        round(now_s, 3),
+        round(step_s, 3),
+        made.sqs,
+        made.sqs_empty,
+        made.s3_puts,
+        made.s3_gets,
+        made.s3_deletes,
+    ]

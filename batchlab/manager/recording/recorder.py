@@ -1,9 +1,8 @@
-"""What reports need of the time while jobs ran: queues, fleet, scaling, instances, requests.
+"""Recording of queues, fleet, scaling, instances, and requests while jobs run, for reports.
 
-Invariants: a sample is taken from what the manager has in memory anyway, at most once a second, and
-asks nobody. What is kept is bounded, and coarser the older it is. It is in the bucket once a minute
-while there are jobs, and of a job that has ended along with its account, so that the next leader
-goes on with it.
+Invariants: a sample uses only data in memory, and is taken at most once a second. The data is
+bounded, and coarser with age. It is written to the bucket once a minute while there are jobs, and
+with the account of each ended job, so that the next leader continues it.
 """
 
 from __future__ import annotations
@@ -22,29 +21,37 @@ from batchlab.core.ports import Depth
 from batchlab.core.pricing.usage_meter import Account
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import Duplicate
-from batchlab.manager.recording.downsampling import Point, Series, asked, latest, of_pool
-from batchlab.manager.recording.instance_history import Roster
-from batchlab.manager.recording.recorded_data import Doc, joined, part_of
+from batchlab.manager.recording.instance_history import InstanceHistory
+from batchlab.manager.recording.recorded_data import (
+    Point,
+    RecordedData,
+    TimeSeries,
+    job_part,
+    latest_point,
+    merge_documents,
+    merge_pool_points,
+    request_point,
+)
 from batchlab.manager.scaling.autoscaler import Backlog
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.state import LiveJob, Ports
-from batchlab.manager.versioned_document import UNREADABLE, Kept
+from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
 
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
 REQUESTS_S = 10.0
-"""How often a job's requests are noted."""
+"""Interval between samples of a job's requests."""
 SAVE_S = 60.0
 CLOSE_S = 1.0
 SHORT_S = 5.0
 FEW = 64
-"""Instances, and workers, that a job shorter than `SHORT_S` tells of."""
+"""Instances and workers recorded for a job shorter than `SHORT_S`."""
 MOST_DECISIONS = 2_000
 MOST_JOBS = 200
-"""So many jobs have their requests noted over time; of others only the total is known."""
+"""Jobs whose requests are sampled. For other jobs, only the total is recorded."""
 HEARD = 4_096
-"""Duplicates that are told apart from those heard before."""
+"""Duplicates that are remembered, so that each is counted once."""
 _BOOTING = {
     LifecycleState.PENDING,
     LifecycleState.PENDING_WAIT,
@@ -57,33 +64,34 @@ _LEAVING = {
 }
 
 
-class _Seen:
-    """A live job: since when it is there (seconds of the epoch), and what is its own."""
+class _LiveRecording:
+    """Recording of a live job: its start (seconds since the epoch), and the data of the job
+    itself."""
 
     def __init__(self, since_s: float, pools: Iterable[str]) -> None:
         self.since_s = since_s
         self.begun_s = float("inf")
-        """Monotonic; when this process began to look at it."""
+        """Monotonic time when this process first saw the job."""
         self.pools = sorted(set(pools))
-        self.requests = Series(latest)
+        self.requests = TimeSeries(latest_point)
         self.duplicates: dict[str, dict[str, list[float]]] = {}
-        """By stage and kind: how often, slot seconds."""
+        """By stage and kind: count and slot seconds."""
         self.live: LiveJob | None = None
-        """Itself, once this manager has met it."""
+        """The job, once this manager conducts it."""
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
-        """For how long this round of it has been there: by the watch of this process, and where it
-        was there before, by the calendar, which may have been set back. An earlier manager may have
-        conducted it before we have seen it, and then its tasks tell, or the retry."""
+        """Return the duration of this round: by the monotonic clock, or by the wall clock if the
+        round is older than this process. If an earlier manager conducted it, the start of its tasks
+        or its retry counts."""
         starts: list[float | None] = []
         if self.live and self.live.round:
-            starts = [self.live.retried_s]  # the tasks tell of the rounds before too
+            starts = [self.live.retried_s]  # the tasks include those of earlier rounds
         elif self.live:
             starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
         began_s = min([self.since_s, *(one for one in starts if one is not None)])
         return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
 
-    def to_doc(self) -> Doc:
+    def to_doc(self) -> RecordedData:
         return {
             "since_s": self.since_s,
             "requests": self.requests.points,
@@ -93,28 +101,30 @@ class _Seen:
 
 
 class Recorder:
-    """The leader's."""
+    """The leader's recorder."""
 
-    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: Registry) -> None:
+    def __init__(
+        self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry
+    ) -> None:
         self._ports = ports
         self._lives = lives
         self._registry = registry
-        self._pools: dict[str, Series] = {}
+        self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
-        """By pool: slots of an instance, its type."""
+        """Slots and type of an instance, by pool."""
         self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
-        self._roster = Roster(registry)
-        self._jobs: dict[JobId, _Seen] = {}
-        self._earlier: dict[JobId, Doc] = {}
-        """Of jobs that are run again, what was recorded in the rounds before."""
+        self._roster = InstanceHistory(registry)
+        self._jobs: dict[JobId, _LiveRecording] = {}
+        self._earlier: dict[JobId, RecordedData] = {}
+        """Data of earlier rounds of jobs that run again."""
         self._heard: dict[str, None] = {}
         self._sampled_s: float | None = None
-        """Monotonic."""
+        """Monotonic time of the last sample."""
         self._asked_s: float | None = None
         self._is_due = False
-        self._kept = Kept(ports, object_keys.RECORD)
+        self._kept = VersionedDocument(ports, object_keys.RECORD)
 
-    # --- What is seen ----------------------------------------------------------------------------
+    # --- Samples ----------------------------------------------------------------------------------
 
     def observe(
         self,
@@ -122,7 +132,7 @@ class Recorder:
         depths: Mapping[str, Depth],
         backlog_of: Callable[[str], Backlog],
     ) -> None:
-        """Take a sample, where it is time for one."""
+        """Take a sample if one is due."""
         now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
         self._note_jobs()
         for name, view in views.items():
@@ -141,14 +151,14 @@ class Recorder:
         for name, view in views.items():
             depth = depths.get(name, Depth(0, 0, 0))
             point = self._point(view, depth, backlog_of(name), now_s, step_s)
-            self._pools.setdefault(name, Series(of_pool)).add(point)
+            self._pools.setdefault(name, TimeSeries(merge_pool_points)).add(point)
         if self._asked_s is None or monotonic_s - self._asked_s >= REQUESTS_S:
             step_s = monotonic_s - self._asked_s if self._asked_s is not None else 0.0
             self._asked_s = monotonic_s
             self._note_requests(now_s, step_s)
 
     def _note_jobs(self) -> None:
-        """Begin with jobs that have come, and forget those that have ended."""
+        """Add new jobs, and forget ended jobs."""
         for live in self._lives.values():
             self.adopt(live)
         for job in [one for one in self._jobs if one not in self._lives]:
@@ -156,44 +166,45 @@ class Recorder:
             self._earlier.pop(job, None)
 
     def adopt(self, live: LiveJob) -> None:
-        """A job is conducted from now on: it may have ended before the next look."""
+        """Record a job from now on. It may end before the next sample."""
         if live.id in self._jobs:
             self._jobs[live.id].live = live
         elif live.record.state is not JobState.SCHEDULED:
             self._begin(live)
 
-    def _begin(self, live: LiveJob) -> _Seen:
+    def _begin(self, live: LiveJob) -> _LiveRecording:
         now_s = round(self._ports.clock.now_s(), 3)
-        seen = self._jobs[live.id] = _Seen(now_s, (stage.pool for stage in live.job.stages))
+        seen = self._jobs[live.id] = _LiveRecording(
+            now_s, (stage.pool for stage in live.job.stages)
+        )
         seen.begun_s = self._ports.clock.monotonic_s()
         seen.live = live
         return seen
 
-    def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, Doc]]:
-        """Of jobs that have ended, for how many seconds the last round of each was there (0 where
-        nobody saw it) and what was recorded of it, to be kept along with its account."""
+    def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
+        """Return the duration of the last round (0 if not observed) and the recorded data of each
+        ended job."""
         now_s = self._ports.clock.now_s()
         self._roster.note_workers(now_s)
-        found: dict[JobId, tuple[float, Doc]] = {}
+        found: dict[JobId, tuple[float, RecordedData]] = {}
         for job, account in ended.items():
             if seen := self._jobs.get(job):
-                seen.requests.add(asked(account, now_s, 0.0))
+                seen.requests.add(request_point(account, now_s, 0.0))
             took_s = seen.took_s(now_s, self._ports.clock.monotonic_s()) if seen else 0.0
             found[job] = took_s, self._part(job, seen, took_s)
-            # Now, and not at the next look: a retry may come before that, and begins anew.
+            # Now and not at the next sample, because a retry may begin before that.
             self._jobs.pop(job, None)
             self._earlier.pop(job, None)
         return found
 
-    def _part(self, job: JobId, seen: _Seen | None, took_s: float) -> Doc:
-        """What belongs to the job; what was before it is not looked at, since there may be very
-        many jobs."""
-        doc: Doc = {
+    def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
+        """Return the data of the job. Older data is not read, because there may be many jobs."""
+        doc: RecordedData = {
             "jobs": {},
             "earlier": {job: self._earlier[job]} if job in self._earlier else {},
         }
         if seen:
-            # Of the short ones there are most, and each would tell of the whole fleet.
+            # Most jobs are short, and each would include the whole fleet.
             most = FEW if took_s < SHORT_S else None
             doc |= {
                 "pools": self._pools_doc(seen.pools),
@@ -201,7 +212,7 @@ class Recorder:
                 **self._roster.of(seen.pools, seen.since_s, most),
                 "jobs": {job: seen.to_doc()},
             }
-        return part_of(doc, job)
+        return job_part(doc, job)
 
     def _point(
         self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float
@@ -226,7 +237,8 @@ class Recorder:
         ]
 
     def _busy(self, pool: str) -> tuple[int, float]:
-        """Instances that hold a bundle, and slots that run one, as their last beats say."""
+        """Return the number of instances that hold a bundle, and of slots that run one, by their
+        last beats."""
         holding, slots = 0, 0.0
         for seen in self._registry.workers.values():
             if seen.beat.pool != pool or not seen.beat.held:
@@ -241,16 +253,16 @@ class Recorder:
     def _note_requests(self, now_s: float, step_s: float) -> None:
         for n, (job, seen) in enumerate(self._jobs.items()):
             if n < MOST_JOBS and (live := self._lives.get(job)):
-                seen.requests.add(asked(live.account, now_s, step_s))
+                seen.requests.add(request_point(live.account, now_s, step_s))
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:
-        """Each pool's points after that moment, as `_point` makes them."""
+        """Return each pool's points after a time, as `_point` makes them."""
         return {name: series.since(since_s) for name, series in self._pools.items()}
 
-    # --- What is told ----------------------------------------------------------------------------
+    # --- Events -----------------------------------------------------------------------------------
 
     def decided(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
-        """A pool's desired capacity is to be another."""
+        """Record a change of a pool's desired capacity."""
         now_s = round(self._ports.clock.now_s(), 3)
         in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
         self._decisions.append(
@@ -268,11 +280,11 @@ class Recorder:
         self._is_due = True
 
     def repeated(self, job: JobId, stage: StageName) -> None:
-        """An outcome was heard of that had been counted."""
+        """Count an outcome that was already counted."""
         self._count(job, stage, "event", 0.0)
 
     def told(self, duplicates: Iterable[Duplicate]) -> None:
-        """Workers have met something twice."""
+        """Count duplicates that workers have met."""
         for one in duplicates:
             if one.execution not in self._heard:
                 self._heard[one.execution] = None
@@ -285,24 +297,24 @@ class Recorder:
         if seen is None:
             live = self._lives.get(job)
             if live is None:
-                return  # its end has been recorded
+                return  # the job's end is recorded
             seen = self._begin(live)
         counted = seen.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
         counted[0] += 1
         counted[1] = round(counted[1] + slot_s, 6)
 
-    def reopened(self, job: JobId, earlier: Doc) -> None:
-        """A job runs again, of which that was recorded before."""
+    def reopened(self, job: JobId, earlier: RecordedData) -> None:
+        """Keep the data of earlier rounds of a job that runs again."""
         self._earlier[job] = earlier
 
     # --- The bucket ------------------------------------------------------------------------------
 
     def _since_s(self, now_s: float) -> float:
-        """Since when there is a live job (seconds of the epoch); now, where there is none."""
+        """Return the start of the oldest live job (seconds since the epoch), or `now_s`."""
         return min((seen.since_s for seen in self._jobs.values()), default=now_s)
 
     def _forget(self, now_s: float) -> None:
-        """Drop what no live job needs."""
+        """Drop data that no live job needs."""
         since_s = self._since_s(now_s)
         for series in self._pools.values():
             series.forget(since_s)
@@ -310,7 +322,7 @@ class Recorder:
             self._decisions.popleft()
         self._roster.forget(since_s)
 
-    def _to_doc(self) -> Doc:
+    def _to_doc(self) -> RecordedData:
         return {
             "pools": self._pools_doc(self._slots),
             "scaling": list(self._decisions),
@@ -319,7 +331,7 @@ class Recorder:
             "earlier": self._earlier,
         }
 
-    def _pools_doc(self, names: Iterable[str]) -> Doc:
+    def _pools_doc(self, names: Iterable[str]) -> RecordedData:
         return {
             name: {
                 "slots": self._slots[name][0],
@@ -331,59 +343,62 @@ class Recorder:
         }
 
     async def load(self) -> None:
-        """Take over what the leader before us has written down."""
+        """Take over the data of the previous leader."""
         try:
             data = await self._kept.read()
             if data is not None:
                 self._take_over(json_format.loads(data))
         except UNREADABLE as error:
-            # One that a later release has written must not keep anybody from leading.
+            # Data of a later release must not keep a manager from leading.
             log.warning("what was recorded of queues and fleet cannot be read: %r", error)
 
     async def reread(self) -> None:
-        """Others have led meanwhile: what they have seen is recorded too."""
+        """Merge the data of leaders in between."""
         data = await self._kept.read()
         if data is not None:
             self._meet(data)
 
     def _meet(self, there: bytes) -> bool:
         try:
-            self._take_over(joined(json_format.loads(there), self._to_doc()))
+            self._take_over(merge_documents(json_format.loads(there), self._to_doc()))
         except UNREADABLE as error:
             log.warning("what was recorded of queues and fleet cannot be read: %r", error)
         return True
 
-    def _take_over(self, doc: Doc) -> None:
-        pools = {name: Series(of_pool, pool["series"]) for name, pool in doc["pools"].items()}
+    def _take_over(self, doc: RecordedData) -> None:
+        pools = {
+            name: TimeSeries(merge_pool_points, pool["series"])
+            for name, pool in doc["pools"].items()
+        }
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
-        roster = Roster.from_doc(doc, self._registry)
-        jobs: dict[JobId, _Seen] = {}
+        roster = InstanceHistory.from_doc(doc, self._registry)
+        jobs: dict[JobId, _LiveRecording] = {}
         for job, one in doc["jobs"].items():
-            seen = jobs[JobId(job)] = _Seen(one["since_s"], one["pools"])
+            seen = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
             if ours := self._jobs.get(JobId(job)):
                 seen.begun_s, seen.live = ours.begun_s, ours.live
-            seen.requests = Series(latest, one["requests"])
+            seen.requests = TimeSeries(latest_point, one["requests"])
             seen.duplicates = one["duplicates"]
         earlier = {JobId(job): one for job, one in doc["earlier"].items()}
-        # Only now, when all of it could be read.
+        # Only now, after all of the document could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
         self._roster = roster
         self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
 
     async def leave(self) -> None:
-        """Write down what there is, if the bucket takes it soon; the next leader goes on."""
+        """Store the data within `CLOSE_S`, for the next leader."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.save()
 
     async def keep(self) -> None:
-        """Write it down now and then, for ever; no tick waits for that."""
+        """Store the data regularly, forever, without delaying a tick."""
         while True:
             await asyncio.sleep(SAVE_S)
             await self.save()
 
     async def save(self) -> None:
-        """Write it down, where there is something new."""
+        """Store the data if it has changed."""
         if not self._is_due:
             return
         self._is_due = False
@@ -391,7 +406,7 @@ class Recorder:
         try:
             await self._kept.write(self._to_bytes, self._meet)
         except BackendError as error:
-            log.warning("what was recorded of queues and fleet is not written down yet: %s", error)
+            log.warning("the recorded data is not stored yet: %s", error)
             self._is_due = True
 
     def _to_bytes(self) -> bytes:

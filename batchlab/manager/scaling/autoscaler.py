@@ -1,44 +1,172 @@
-"""The scaling policy: desired capacity from seconds of backlog, the same on every backend.
+"""Scaling policy: desired capacity from seconds of backlog, the same on every backend.
 
-desired = backlog seconds ÷ (drain target × slots), clamped. Out at once; in only after a cooldown,
-one decision at a time, naming idle instances; to min after an idle time. Each decision says why.
+Desired capacity is backlog seconds ÷ (drain target × slots), within the pool's limits. Scale-out is
+immediate. Scale-in waits for a cooldown, decides once at a time, and names idle instances. An idle
+pool shrinks to its minimum size. Each decision has a reason.
+
+The launch breaker stops launches in a pool whose instances do not start. An Auto Scaling group
+replaces failed instances forever, and every launch is billed. After consecutive launches that ended
+before their worker reported, the pool keeps its running and booting instances. One more instance is
+tried after a pause, and each pause is twice as long as the one before. The first instance that
+starts ends the stop.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from batchlab.core.model import Control, GroupView, JobId, JobState, LifecycleState
+from batchlab.core.model import Control, GroupView, Instance, JobId, JobState, LifecycleState
+from batchlab.core.ports import Clock
+from batchlab.core.retry import doubled_s
 from batchlab.core.text import count
-from batchlab.manager.counters import Counts
-from batchlab.manager.scaling.launch_breaker import Boots
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.cost_caps import CostCaps
+from batchlab.manager.counters import Counters
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Ports
-from batchlab.manager.usage.caps import Caps
 
 log = logging.getLogger(__name__)
+
+LONGEST_PAUSE_S = 1800.0
+_ENDED = (LifecycleState.TERMINATING, LifecycleState.TERMINATED)
+
+
+@dataclass(slots=True)
+class _PoolLaunches:
+    """Launches of one pool."""
+
+    booting: dict[str, float] = field(default_factory=dict)
+    """Pending instances without a report, with the monotonic time when they were first seen."""
+    failures: int = 0
+    """Consecutive failures."""
+    last: str = ""
+    """The last failed instance and the note about its end."""
+    pause_s: float = 0.0
+    """Pause before the next attempt, 0 while launches are not stopped."""
+    stopped_s: float = 0.0
+    """Monotonic time when launches were stopped."""
+    retry_s: float = 0.0
+    """Monotonic time of the next attempt."""
+
+
+class LaunchBreaker:
+    """Counts failed launches, and limits further launches."""
+
+    def __init__(
+        self, clock: Clock, settings: ManagerSettings, has_reported: Callable[[str], bool]
+    ) -> None:
+        """`has_reported` returns whether an instance's worker has ever sent a beat."""
+        self._clock = clock
+        self._tries = settings.boot_tries
+        self._pause_s = settings.boot_pause_s
+        self._has_reported = has_reported
+        self._pools: dict[str, _PoolLaunches] = {}
+
+    def observe(self, views: Sequence[GroupView]) -> None:
+        """Update which instances have started or failed."""
+        for view in views:
+            pool = self._pools.setdefault(view.pool.name, _PoolLaunches())
+            for instance in view.instances:
+                self._look_at(view.pool.name, pool, instance)
+            there = {instance.id for instance in view.instances}
+            for gone in pool.booting.keys() - there:
+                del pool.booting[gone]
+
+    def _look_at(self, name: str, pool: _PoolLaunches, instance: Instance) -> None:
+        if instance.state is LifecycleState.PENDING and not self._has_reported(instance.id):
+            pool.booting.setdefault(instance.id, self._clock.monotonic_s())
+        elif instance.state not in _ENDED or self._has_reported(instance.id):
+            if pool.booting.pop(instance.id, None) is not None:
+                self._came_up(name, pool)
+        elif instance.id in pool.booting and not _was_requested(instance):
+            self._failed(name, pool, instance, pool.booting.pop(instance.id))
+
+    def _came_up(self, name: str, pool: _PoolLaunches) -> None:
+        if pool.pause_s:
+            log.warning(
+                "pool %s starts instances again, and scaling continues", name, extra={"pool": name}
+            )
+        pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
+
+    def _failed(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
+        now_s = self._clock.monotonic_s()
+        pool.failures += 1
+        pool.last = f"{instance.id}: {instance.note.rstrip('.')}"
+        if pool.failures < self._tries or not self._pause_s:
+            return
+        if not pool.pause_s:
+            pool.pause_s, pool.stopped_s = self._pause_s, now_s
+        elif since_s >= pool.retry_s:
+            pool.pause_s = doubled_s(pool.pause_s, LONGEST_PAUSE_S)
+        else:
+            return  # launched before the stop, so it was not an attempt
+        pool.retry_s = now_s + pool.pause_s
+        log.warning("%s", self.trouble(name), extra={"pool": name})
+
+    def most(self, view: GroupView) -> int | None:
+        """Return the limit of desired capacity, or None if launches are not stopped."""
+        pool = self._pools.get(view.pool.name)
+        if pool is None or not pool.pause_s:
+            return None
+        # Instances launched together with the failed ones may be healthy: a Spot interruption may
+        # take only some instances that boot.
+        kept = sum(
+            one.state is LifecycleState.IN_SERVICE
+            or pool.booting.get(one.id, pool.stopped_s) < pool.stopped_s
+            for one in view.instances
+        )
+        trial = int(self._clock.monotonic_s() >= pool.retry_s)
+        return max(view.pool.min_size, min(view.pool.max_size, kept + trial))
+
+    def try_now(self, name: str) -> None:
+        """End the pause, because a user says that the problem is fixed."""
+        if pool := self._pools.get(name):
+            pool.retry_s = min(pool.retry_s, self._clock.monotonic_s())
+
+    def trouble(self, name: str) -> str:
+        """Return a clause about failed launches of the pool, or ""."""
+        pool = self._pools.get(name)
+        if pool is None or pool.failures < self._tries:
+            return ""
+        text = (
+            f"the last {pool.failures} instances of pool {name} ended before their worker had "
+            f"reported, the last was {pool.last}"
+        )
+        if not pool.pause_s:
+            return f"{text}; its group keeps trying"
+        left_s = pool.retry_s - self._clock.monotonic_s()
+        when = f"the next is tried in {left_s:.0f} s" if left_s > 0 else "another is being tried"
+        return f"{text}; launching is stopped, {when}"
+
+    def stopped(self) -> dict[str, str]:
+        """Return why launches are stopped, by pool."""
+        return {name: self.trouble(name) for name, pool in self._pools.items() if pool.pause_s}
+
+
+def _was_requested(instance: Instance) -> bool:
+    """Return whether the end of the instance was requested."""
+    return instance.healthy and instance.note.startswith("terminated")
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Work that a pool still has to do: `seconds` of task time × slots, over `tasks` tasks that
-    could run in parallel."""
+    """Remaining work of a pool: `seconds` of task time × slots, in `tasks` tasks that can run in
+    parallel."""
 
     seconds: float = 0.0
     tasks: int = 0
 
 
-def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
-    """Desired capacity for a backlog, with the reason in words."""
+def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
+    """Return the desired capacity for a backlog, and the reason."""
     pool = view.pool
     if not backlog.tasks:
         return pool.min_size, "there is no backlog"
     needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
-    # More instances than tasks would only idle; one task needs one instance however short it is.
+    # More instances than tasks would idle. One task needs one instance, however short it is.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
@@ -50,8 +178,8 @@ def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[in
 
 
 @dataclass(frozen=True, slots=True)
-class Warmth:
-    """The least capacity that a pool is to have before its work is there, and why."""
+class MinimumCapacity:
+    """Minimum capacity of a pool before its work arrives, and the reason."""
 
     count: int
     why: str
@@ -65,14 +193,14 @@ class Autoscaler:
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        registry: Registry,
-        caps: Caps | None = None,
+        registry: WorkerRegistry,
+        caps: CostCaps | None = None,
         on_decision: Callable[[GroupView, int, str, Backlog], None] = lambda *_: None,
-        counts: Counts | None = None,
+        counts: Counters | None = None,
     ) -> None:
-        """`caps` on cost are asked before anything is launched. `on_decision` hears of each
-        change of desired capacity: the group before it, capacity after it, why, the backlog."""
-        self._counts = counts or Counts()
+        """`caps` limit launches by cost. `on_decision` is called for each change of desired
+        capacity with the group before it, the new capacity, the reason, and the backlog."""
+        self._counts = counts or Counters()
         self._ports = ports
         self._settings = settings
         self._lives = lives
@@ -81,16 +209,16 @@ class Autoscaler:
         self._on_decision = on_decision
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
-        self.boots = Boots(ports.clock, settings, registry.has_reported)
+        self.boots = LaunchBreaker(ports.clock, settings, registry.has_reported)
         self.held: dict[str, int] = {}
-        """Pools whose capacity a person has set by hand; the policy leaves them alone."""
+        """Capacity set by a user, by pool. The policy does not change it."""
         self._short: set[str] = set()
-        """Those of them that have less now, because their instances do not come up."""
-        self.warmth: Callable[[GroupView], Warmth | None] = lambda _: None
-        """Asked what a pool is to have for what is due soon."""
+        """Pools with a user's capacity that have fewer instances now, because launches fail."""
+        self.warmth: Callable[[GroupView], MinimumCapacity | None] = lambda _: None
+        """Returns the minimum capacity for work that is due soon."""
 
     def backlog(self, pool: str) -> Backlog:
-        """What all running jobs still have to do in a pool."""
+        """Return the remaining work of all running jobs in a pool."""
         seconds, tasks = 0.0, 0
         now_s = self._ports.clock.monotonic_s()
         for live in self._lives.values():
@@ -102,22 +230,22 @@ class Autoscaler:
                     continue
                 left = max(0, counts.planned - counts.terminal)
                 if live.is_held or (live.budget and counts.mean_s is None):
-                    # Under a cap what is cut is finished, and while nobody knows how long a task
-                    # takes, capacity is had for nothing else.
+                    # A capped job finishes only the bundles that are cut. While its task duration
+                    # is unknown, it gets no capacity for more.
                     left = min(left, live.cut_tasks(stage.name))
                 seconds += left * live.task_s(stage, now_s)
                 tasks += left * stage.slots
         return Backlog(seconds, tasks)
 
     async def scale(self, view: GroupView) -> None:
-        """Bring one pool's group to what its backlog asks for."""
+        """Adjust a pool's group to its backlog."""
         pool = view.pool.name
         await self.protect_the_busy(view)
         if pool in self.held:
             await self._keep(view, self.held[pool])
             return
         backlog = self.backlog(pool)
-        desired, why = wanted(backlog, view, self._settings.drain_target_s)
+        desired, why = desired_capacity(backlog, view, self._settings.drain_target_s)
         if (warmth := self.warmth(view)) and warmth.count > desired:
             desired, why = warmth.count, warmth.why
         now_s = self._ports.clock.monotonic_s()
@@ -127,7 +255,7 @@ class Autoscaler:
             desired, why = self._caps.launches(view, desired, why)
         most = self.boots.most(view)
         if most is not None and (view.desired > most or desired > most):
-            # At once: what is Pending will not come up, and would be replaced.
+            # At once, because Pending instances will fail and be replaced.
             await self.decide(view, most, self.boots.trouble(pool))
             return
         if desired > view.desired:
@@ -137,7 +265,7 @@ class Autoscaler:
             self._shrunk_s[pool] = now_s
 
     async def decide(self, view: GroupView, desired: int, why: str) -> None:
-        """Set desired capacity, and say so."""
+        """Set desired capacity, and report a change."""
         await self._ports.fleet.set_desired(view.pool.name, desired, cause=why)
         if desired != view.desired:
             self._decided(view, desired, why)
@@ -149,16 +277,16 @@ class Autoscaler:
         log.info("desired capacity %d, before %d: %s", desired, before, why, extra={"pool": pool})
 
     async def _keep(self, view: GroupView, by_hand: int) -> None:
-        """Leave the pool as it was set by hand, but for instances that do not come up."""
+        """Keep a user's capacity, but limit it while launches fail."""
         pool = view.pool.name
         limits, most = view.pool, self.boots.most(view)
-        wanted = max(limits.min_size, min(limits.max_size, by_hand))
-        if most is not None and min(most, wanted) != view.desired:
+        target = max(limits.min_size, min(limits.max_size, by_hand))
+        if most is not None and min(most, target) != view.desired:
             self._short.add(pool)
-            await self.decide(view, min(most, wanted), self.boots.trouble(pool))
+            await self.decide(view, min(most, target), self.boots.trouble(pool))
         elif most is None and pool in self._short:
             self._short.discard(pool)
-            await self.decide(view, wanted, "instances come up again")
+            await self.decide(view, target, "instances start again")
 
     def _may_shrink(self, pool: str, backlog: Backlog, now_s: float) -> bool:
         if not backlog.tasks:
@@ -168,8 +296,8 @@ class Autoscaler:
         return now_s - last_s >= self._settings.cooldown_in_s
 
     async def _shrink(self, view: GroupView, desired: int, why: str) -> None:
-        """Name idle instances; a busy one is never chosen (I5). What has not even come up yet
-        goes by lowering desired capacity, which the group takes from the Pending."""
+        """Terminate idle instances, never a busy one (I5). A lower desired capacity
+        removes Pending instances."""
         alive = {i.id for i in view.instances if i.state is LifecycleState.IN_SERVICE}
         before, surplus = view, view.desired - desired
         pool = view.pool.name
@@ -184,11 +312,11 @@ class Autoscaler:
             await self.decide(view, view.desired - rest, why)
 
     async def protect_the_busy(self, view: GroupView) -> None:
-        """Tell the group who is busy by now; to be done before it is asked to shrink (I5)."""
+        """Set scale-in protection for busy instances. Must run before a group shrinks (I5)."""
         pool = view.pool.name
         alive = [i for i in view.instances if i.state is LifecycleState.IN_SERVICE]
         busy = frozenset(self._registry.busy(pool))
-        # By what the group says and not by what we told it: another manager may have led meanwhile.
+        # The group's state counts, because another manager may have led in between.
         if on := sorted(i.id for i in alive if i.id in busy and not i.protected):
             await self._ports.fleet.protect(pool, on, on=True)
         if off := sorted(i.id for i in alive if i.id not in busy and i.protected):

@@ -1,7 +1,7 @@
-"""What a person may do to the fleet: set limits and capacity, hand them back, drain.
+"""User commands for the fleet: set limits and capacity, return to the policy, and drain.
 
-Invariant: a capacity set by hand stays until a person hands the pool back to the policy, or the
-manager restarts; the limits hold for both.
+Invariant: a capacity set by a user stays until the user returns the pool to the policy, or the
+manager restarts. The limits apply to both.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _COUNTED = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
 async def groups(manager: Manager) -> dict[str, GroupView]:
-    """The groups of the manager's own pools, as they are now."""
+    """Return the current groups of the manager's pools."""
     views = await manager.ports.fleet.describe()
     return {view.pool.name: view for view in views if view.pool.name in manager.pools}
 
 
 async def group(manager: Manager, pool: str) -> GroupView:
-    """One of them; NotFound."""
+    """Return the group of a pool. Raises NotFound."""
     found = await groups(manager)
     if pool not in found:
         raise NotFound(
-            f"There is no pool {pool!r}.", remedy=f"Its pools are {', '.join(sorted(found))}."
+            f"There is no pool {pool!r}.", remedy=f"The pools are {', '.join(sorted(found))}."
         )
     return found[pool]
 
@@ -44,8 +44,9 @@ async def scale(
     desired: int | None = None,
     auto: bool | None = None,
 ) -> GroupView:
-    """Change a pool's limits, then hold its capacity at `desired` or hand it back with `auto`
-    (False holds it where it is). Refused where the numbers contradict each other."""
+    """Change a pool's limits, then hold its capacity at `desired`, or return it to the policy with
+    `auto`. `auto=False` holds the current capacity. Refused if the numbers contradict each other.
+    """
     if auto and desired is not None:
         raise UsageError(
             "A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out."
@@ -80,7 +81,7 @@ async def _limit(
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
     held, pool = manager.autoscaler.held, view.pool.name
     before = held.get(pool)
-    # First, or a tick between the two would set it back to what the policy wants.
+    # First, because a tick in between would restore the policy's capacity.
     held[pool] = desired
     try:
         await manager.autoscaler.decide(view, desired, CAUSE)
@@ -93,12 +94,13 @@ async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
 
 
 async def drain(manager: Manager, pool: str | None = None) -> None:
-    """Take one pool, or every pool, to no instances and hold it there. What runs is finished or
-    given back within the worker's drain time."""
+    """Hold one pool, or every pool, at no instances. Running tasks finish or are handed back within
+    the worker's drain time."""
     names = [pool] if pool is not None else sorted(manager.pools)
     for name in names:
         await scale(manager, name, min_size=0, desired=0)
-        # Desired capacity takes the unprotected; the busy are protected and have to be named.
+        # A lower desired capacity ends only unprotected instances. Busy instances are protected, so
+        # they are named.
         instances = (await group(manager, name)).instances
         left = [i.id for i in instances if i.state in _COUNTED]
         if left:

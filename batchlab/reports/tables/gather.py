@@ -41,7 +41,7 @@ class Gathered:
     ending: Ending | None
     planned: dict[StageName, TaskSet]
     account: Account | None
-    record: recorded_data.Doc
+    record: recorded_data.RecordedData
     stored_bytes: int
     results_twice: dict[StageName, int]
     began_s: float
@@ -144,19 +144,21 @@ class Gatherer:
             size_bytes += sum(info.size for info in page)
         return size_bytes
 
-    async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.Doc]:
+    async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
         """What the job has used, and what was recorded while it ran."""
         try:
             doc = await self._doc(object_keys.used(job))
-            return Account.from_json(doc["account"]), doc.get("record") or recorded_data.empty()
+            return Account.from_json(doc["account"]), doc.get(
+                "record"
+            ) or recorded_data.empty_part()
         except NotFound:
             pass  # it has not ended, or the manager before it could say what it used
-        account, record = None, recorded_data.empty()
+        account, record = None, recorded_data.empty_part()
         try:
             doc = await self._doc(object_keys.USE)
             if job in doc["jobs"]:
                 account = Account.from_json(doc["jobs"][job])
-            record = recorded_data.part_of(await self._doc(object_keys.RECORD), job)
+            record = recorded_data.job_part(await self._doc(object_keys.RECORD), job)
         except NotFound:
             pass  # on a grid where nobody counts
         return account, record

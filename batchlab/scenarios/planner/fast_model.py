@@ -15,7 +15,7 @@ from functools import partial
 from batchlab.core.model import GroupView, Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.manager.scaling.autoscaler import Backlog, wanted
+from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import UNKNOWN_TASK_S
 from batchlab.runtime import factory
@@ -282,7 +282,7 @@ class _FastRun:
         name = pool.pool.name
         backlog = self._backlog(name)
         limits = replace(pool.pool, min_size=self._least(pool))
-        desired, _ = wanted(
+        desired, _ = desired_capacity(
             backlog, GroupView(limits, pool.desired, ()), self._manager.drain_target_s
         )
         if backlog.tasks:

@@ -40,8 +40,8 @@ from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format
 from batchlab.core.retry import set_within
 from batchlab.manager.manager import Manager
-from batchlab.manager.schedules.requests import Schedules
-from batchlab.manager.usage.spending import Spending
+from batchlab.manager.schedule_commands import ScheduleCommands
+from batchlab.manager.spending import Spending
 from batchlab.server.http.history import History
 from batchlab.server.http.sessions import Sessions
 
@@ -169,7 +169,7 @@ async def _spending(manager: Annotated[Manager, Depends(_leader)]) -> Spending:
     return manager.spending
 
 
-async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> Schedules:
+async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> ScheduleCommands:
     if manager.scheduler is None:
         raise Refused(
             "This manager keeps no schedules.", remedy="One that `batchlab grid up` starts does."
@@ -179,7 +179,7 @@ async def _scheduler(manager: Annotated[Manager, Depends(_leader)]) -> Schedules
 
 Books = Annotated[Spending, Depends(_spending)]
 Leader = Annotated[Manager, Depends(_leader)]
-Timetable = Annotated[Schedules, Depends(_scheduler)]
+Timetable = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
 

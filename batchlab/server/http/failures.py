@@ -15,7 +15,7 @@ from batchlab.core import api_types
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import JobId, StageName, TaskSet
 from batchlab.core.ports import BundleRecord, JobRecord
-from batchlab.manager.jobs.retries import Chosen, TakenBack
+from batchlab.manager.jobs.retries import RetriedTasks, TaskSelection
 from batchlab.manager.manager import Manager
 from batchlab.server.http.common import (
     OTHERS,
@@ -104,8 +104,8 @@ async def chosen_tasks(
     served: Served,
     job: JobId,
     fingerprints: Collection[str],
-    tasks: Chosen,
-) -> Chosen:
+    tasks: TaskSelection,
+) -> TaskSelection:
     """The failed tasks with these fingerprints, and `tasks`; Refused for a fingerprint that no
     failure has."""
     chosen: dict[StageName, list[TaskSet]] = {name: [some] for name, some in tasks.items()}
@@ -154,7 +154,7 @@ async def _standing(
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
     """The failures in these that no retry has taken back, each with its place: the seq of its
     outcome, and which of that."""
-    taken = await TakenBack.of(manager.ports, record)
+    taken = await RetriedTasks.of(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()
         standing = set(taken.standing(row.bundle, failed))

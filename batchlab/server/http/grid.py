@@ -20,7 +20,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView
 from batchlab.core.protocol import object_keys
 from batchlab.manager.manager import Manager
-from batchlab.manager.notifications.notifier import Notifying
+from batchlab.manager.notifier import Notifier
 from batchlab.manager.scaling import fleet_commands
 from batchlab.server.http.authentication import PAGE
 from batchlab.server.http.common import Given, Leader, Limit, guarded
@@ -179,7 +179,7 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
     )
 
 
-async def _notifying(manager: Leader) -> Notifying:
+async def _notifying(manager: Leader) -> Notifier:
     if manager.notifying is None:
         raise Refused(
             "This manager notifies nobody.", remedy="One that `batchlab grid up` starts does."
@@ -187,7 +187,7 @@ async def _notifying(manager: Leader) -> Notifying:
     return manager.notifying
 
 
-Telling = Annotated[Notifying, Depends(_notifying)]
+Telling = Annotated[Notifier, Depends(_notifying)]
 
 
 @router.get("/notifications")
@@ -202,7 +202,7 @@ async def targets(telling: Telling, manager: Leader) -> api_types.TargetsView:
     return {"targets": [api_types.target_view(one) for one in _all(telling, manager)]}
 
 
-def _all(telling: Notifying, manager: Manager) -> list[notifications.Target]:
+def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
     known = telling.directory()
     own = [
         known.own(live.id, number, one)

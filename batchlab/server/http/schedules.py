@@ -14,7 +14,7 @@ from batchlab.core import api_usage_types
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.schedules.model import Definition, Missed, Overlap, Schedule, When
-from batchlab.manager.schedules.requests import Schedules
+from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.server.http.common import Leader, Timetable, guarded, of_our_version
 
 router = guarded()
@@ -149,6 +149,6 @@ def _definition(timed: Timed, job: JobDef) -> Definition:
     )
 
 
-async def _view(schedules: Schedules, schedule: Schedule) -> api_usage_types.ScheduleView:
+async def _view(schedules: ScheduleCommands, schedule: Schedule) -> api_usage_types.ScheduleView:
     prefixes = await schedules.prefixes(schedule)
     return api_usage_types.schedule_view(schedule, runs=len(schedule.runs) or 1, input=prefixes)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from batchlab.core import api_usage_types
 from batchlab.core.model import JobId
 from batchlab.manager.manager import Manager
-from batchlab.manager.usage.spending import Spending
+from batchlab.manager.spending import Spending
 from batchlab.server.http.common import Books, Leader, guarded
 
 router = guarded()

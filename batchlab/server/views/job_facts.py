@@ -25,7 +25,7 @@ from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.manager.manager import Manager
 from batchlab.manager.scaling import fleet_commands
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Outstanding, Seen
+from batchlab.manager.state import LiveJob, Outstanding, WorkerStatus
 
 ACTIVITIES = 20
 """Looked at per pool: enough to see past the pauses of a crash loop."""
@@ -49,7 +49,7 @@ class Facts:
     live: LiveJob | None = None
     lives: Mapping[JobId, LiveJob] = field(default_factory=dict)
     groups: Mapping[str, GroupView] = field(default_factory=dict)
-    workers: Mapping[str, Seen] = field(default_factory=dict)
+    workers: Mapping[str, WorkerStatus] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     activities: Mapping[str, Sequence[Activity]] = field(default_factory=dict)
     capped: Mapping[str, str] = field(default_factory=dict)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from batchlab.core.protocol.seals import CommitKey
     from batchlab.jobs.attempts import Attempt
     from batchlab.manager.scaling.autoscaler import Backlog
-    from batchlab.manager.state import LiveJob, Seen
+    from batchlab.manager.state import LiveJob, WorkerStatus
 
 
 # --- Jobs ----------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def job_view(
     record: JobRecord,
     stages: Sequence[StageRecord],
     live: LiveJob | None = None,
-    workers: Iterable[Seen] = (),
+    workers: Iterable[WorkerStatus] = (),
     report: str = "",
 ) -> JobView:
     """A job, with its version and running tasks where it is `live`."""
@@ -85,7 +85,7 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
     }
 
 
-def running_tasks(live: LiveJob, workers: Iterable[Seen]) -> Mapping[str, int]:
+def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
     """Tasks by stage of those bundles that beats say are running, each bundle once."""
     bundles = {
         (one.stage, one.bundle)
@@ -168,7 +168,7 @@ def tail_view(tail: Tail) -> TailView:
 def pool_view(
     view: GroupView,
     backlog: Backlog,
-    workers: Mapping[str, Seen],
+    workers: Mapping[str, WorkerStatus],
     *,
     held: bool,
     trouble: str = "",
@@ -189,7 +189,7 @@ def pool_view(
     }
 
 
-def _instance_view(instance: Instance, seen: Seen | None) -> InstanceView:
+def _instance_view(instance: Instance, seen: WorkerStatus | None) -> InstanceView:
     return {
         "id": instance.id,
         "state": instance.state.value,

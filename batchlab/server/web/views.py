@@ -20,7 +20,7 @@ from batchlab.core.pricing.bill import burn_usd_h, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.usage_meter import Account, Kind
 from batchlab.manager.manager import Manager
-from batchlab.manager.usage.spending import Spending
+from batchlab.manager.spending import Spending
 from batchlab.server.http import archive, spending, tasks
 from batchlab.server.http import failures as api_failures
 from batchlab.server.http import grid as api_fleet

@@ -95,7 +95,7 @@ def scale_in_takes_a_busy_one(plant: Plant) -> None:
 @planted("I5")
 def desired_without_a_maximum(plant: Plant) -> None:
     """The desired capacity follows the backlog without a limit (I5)."""
-    original = autoscaler.wanted
+    original = autoscaler.desired_capacity
 
     @plant.everywhere(original)
     def wanted(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:

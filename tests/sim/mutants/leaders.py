@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 from batchlab.core.ports import Depth, Written
 from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.bundling import Cutter
-from batchlab.manager.lease import Leadership
-from batchlab.manager.repair.reconciler import Reconciler
-from batchlab.manager.scaling.unresponsive_workers import Silence
+from batchlab.manager.jobs.bundling import Bundler
+from batchlab.manager.jobs.reconciler import Reconciler
+from batchlab.manager.lease import LeaderLease
+from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers
 from batchlab.manager.state import LiveJob
 from tests.sim.mutants.kit import Plant, planted
 
@@ -23,10 +23,10 @@ from tests.sim.mutants.kit import Plant, planted
 def lost_lease_noticed_late(plant: Plant) -> None:
     """A manager that reads another manager's name in the lease asks twice more before it stops.
     Both managers lead meanwhile (lead)."""
-    original = Leadership.keep
+    original = LeaderLease.keep
 
-    @plant.method(Leadership, "keep")
-    async def keep(self: Leadership, on_gap: Callable[[], None]) -> None:
+    @plant.method(LeaderLease, "keep")
+    async def keep(self: LeaderLease, on_gap: Callable[[], None]) -> None:
         for _ in range(3):
             await original(self, on_gap)
             await asyncio.sleep(self._ttl_s / 3)
@@ -62,10 +62,10 @@ def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
 def silence_of_an_instance_forgiven(plant: Plant) -> None:
     """Silence counts only while the manager conducts no job. An instance whose worker has stopped
     is not replaced (silence)."""
-    original = Silence._heard
+    original = UnresponsiveWorkers._heard
 
-    @plant.method(Silence, "_heard")
-    def _heard(self: Silence, instance: str, since_s: float) -> bool:
+    @plant.method(UnresponsiveWorkers, "_heard")
+    def _heard(self: UnresponsiveWorkers, instance: str, since_s: float) -> bool:
         return original(self, instance, since_s) or bool(self._registry._lives)
 
 
@@ -74,8 +74,8 @@ def priority_ignored(plant: Plant) -> None:
     """All jobs with remaining tasks share the window of a pool. A job with a high priority waits
     for others (priority)."""
 
-    @plant.method(Cutter, "_rivals")
-    def _rivals(self: Cutter, live: LiveJob, pool: str) -> Iterator[LiveJob]:
+    @plant.method(Bundler, "_rivals")
+    def _rivals(self: Bundler, live: LiveJob, pool: str) -> Iterator[LiveJob]:
         for one in self._lives.values():
             if one is not live and one.job.priority == live.job.priority and one.is_left(pool):
                 yield one

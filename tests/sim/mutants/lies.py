@@ -27,12 +27,10 @@ from batchlab.core.protocol.messages import Beat, Events, Held
 from batchlab.core.protocol.references import Own
 from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.retry import Patience
-from batchlab.manager.events.collector import Collector
-from batchlab.manager.events.trust import Trust
+from batchlab.manager.events.collector import Collector, EventVerifier
 from batchlab.manager.jobs import admission
-from batchlab.manager.scaling.instances import Instances
-from batchlab.manager.scaling.work_evidence import Evidence
-from batchlab.manager.scaling.worker_registry import Registry
+from batchlab.manager.scaling.unresponsive_workers import WorkEvidence
+from batchlab.manager.scaling.worker_registry import InstanceKeys, WorkerRegistry
 from batchlab.worker.job_cache import Jobs
 from tests.sim.mutants.kit import Plant, planted
 
@@ -42,8 +40,8 @@ def heartbeats_without_a_key(plant: Plant) -> None:
     """A heartbeat counts for the instance that it names. Any worker can report that another worker
     leaves, or which bundles it holds (I8)."""
 
-    @plant.method(Instances, "admits")
-    def admits(self: Instances, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
+    @plant.method(InstanceKeys, "admits")
+    def admits(self: InstanceKeys, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
         return True
 
 
@@ -51,9 +49,9 @@ def heartbeats_without_a_key(plant: Plant) -> None:
 def completions_without_a_proof(plant: Plant) -> None:
     """An event counts for every job that it names. Any worker can end the tasks of any job (I2)."""
 
-    @plant.method(Trust, "_proven")
+    @plant.method(EventVerifier, "_proven")
     async def _proven(
-        self: Trust, jobs: set[JobId], text: str, proofs: Mapping[str, str]
+        self: EventVerifier, jobs: set[JobId], text: str, proofs: Mapping[str, str]
     ) -> set[JobId]:
         return jobs
 
@@ -67,8 +65,10 @@ def keys_of_events_unchecked(plant: Plant) -> None:
     def _key_from_json(value: Any) -> str:
         return str(value)
 
-    @plant.method(Trust, "_is_genuine")
-    async def _is_genuine(self: Trust, name: str, trusted: set[JobId], proven: set[JobId]) -> bool:
+    @plant.method(EventVerifier, "_is_genuine")
+    async def _is_genuine(
+        self: EventVerifier, name: str, trusted: set[JobId], proven: set[JobId]
+    ) -> bool:
         return True
 
     @plant.method(Collector, "_fetched")
@@ -153,8 +153,8 @@ def held_without_a_proof(plant: Plant) -> None:
     """A worker counts as the holder of each bundle that it names. The manager then does not search
     for bundles of any job, and deletes their messages with the worker's instance (I8)."""
 
-    @plant.method(Registry, "_believed")
-    def _believed(self: Registry, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
+    @plant.method(WorkerRegistry, "_believed")
+    def _believed(self: WorkerRegistry, beat: Beat, trusted: Collection[JobId]) -> tuple[Held, ...]:
         return beat.held
 
 
@@ -163,8 +163,8 @@ def claims_are_evidence(plant: Plant) -> None:
     """A worker that sends heartbeats counts as working. A worker that always claims to be idle or
     busy blocks its pool (I7), or keeps its instance (I5)."""
 
-    @plant.method(Evidence, "missing")
-    def missing(self: Evidence, pools: Mapping[str, str]) -> dict[str, str]:
+    @plant.method(WorkEvidence, "missing")
+    def missing(self: WorkEvidence, pools: Mapping[str, str]) -> dict[str, str]:
         return {}
 
 
@@ -173,10 +173,10 @@ def next_leader_binds_anew(plant: Plant) -> None:
     """A leader binds each instance to the key of the first heartbeat that it receives. After a
     change of leaders, another worker can be first (I8)."""
 
-    @plant.method(Instances, "load")
-    async def load(self: Instances) -> None:
+    @plant.method(InstanceKeys, "load")
+    async def load(self: InstanceKeys) -> None:
         self._digests = {}
 
-    @plant.method(Instances, "_take_in")
-    def _take_in(self: Instances, there: bytes) -> bool:
+    @plant.method(InstanceKeys, "_take_in")
+    def _take_in(self: InstanceKeys, there: bytes) -> bool:
         return True

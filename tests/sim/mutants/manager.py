@@ -15,14 +15,13 @@ from batchlab.core.model import Completion, Control, JobId, StageCounts, StageNa
 from batchlab.core.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Manifest
-from batchlab.manager.events.folding import NOTHING, Folder, Traces, Whole
-from batchlab.manager.jobs import retries
+from batchlab.manager.events.ledger_writer import EMPTY, LedgerWriter, OutcomesByBundle, Traces
+from batchlab.manager.jobs import ledger_rebuild, retries
 from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
+from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.manager.jobs.retries import RetryPlanner
 from batchlab.manager.jobs.stage_plans import PartWriter
-from batchlab.manager.repair import rebuild
-from batchlab.manager.repair.reconciler import Reconciler
 from batchlab.manager.state import LiveJob, Outstanding, Ports
 from tests.sim.mutants.kit import Plant, planted
 
@@ -34,14 +33,14 @@ def gather_on_message_count(plant: Plant) -> None:
     """A counter grows with every received completion, and the gather starts when it reaches the
     number of tasks. An event that arrives twice starts it early (I1: results are left out)."""
     heard: Counter[tuple[JobId, StageName]] = Counter()
-    fold, plan = Folder.fold, Conductor._plan
+    fold, plan = LedgerWriter.fold, JobCoordinator._plan
 
-    @plant.method(Folder, "fold")
+    @plant.method(LedgerWriter, "fold")
     async def _fold(
-        self: Folder,
+        self: LedgerWriter,
         completions: Sequence[Completion],
-        whole: Whole = NOTHING,
-        traces: Traces = NOTHING,
+        whole: OutcomesByBundle = EMPTY,
+        traces: Traces = EMPTY,
     ) -> None:
         for one in completions:
             if not one.bundle.round:
@@ -49,8 +48,8 @@ def gather_on_message_count(plant: Plant) -> None:
                 heard[one.bundle.job, one.bundle.stage] += ended
         await fold(self, completions, whole, traces)
 
-    @plant.method(Conductor, "_plan")
-    async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
+    @plant.method(JobCoordinator, "_plan")
+    async def _plan(self: JobCoordinator, live: LiveJob, stage: StageDef) -> None:
         if not stage.chained and live.stages[stage.name].counts.planned is None:
             for name in stage.after:
                 counts = live.stages[name].counts
@@ -74,8 +73,8 @@ def plan_without_conditional_put(plant: Plant) -> None:
         await self._patience(lambda: self._objects.put(key, made.to_bytes()))
         return made
 
-    @plant.method(Conductor, "_put_cut")
-    async def _put_cut(self: Conductor, cut: Cut) -> Cut:
+    @plant.method(JobCoordinator, "_put_cut")
+    async def _put_cut(self: JobCoordinator, cut: Cut) -> Cut:
         key = object_keys.cut(cut.job, cut.stage, cut.round, cut.seq)
         data = json_format.to_bytes(json_format.cut_to_json(cut))
         await self._ports.patience(lambda: self._ports.objects.put(key, data))
@@ -86,10 +85,10 @@ def plan_without_conditional_put(plant: Plant) -> None:
 def cut_sent_before_committed(plant: Plant) -> None:
     """Bundles are sent as soon as they are cut, and the cut is committed afterwards. The next
     leader cuts the same tasks into other bundles (I1, I2)."""
-    original = Conductor._commit_cut
+    original = JobCoordinator._commit_cut
 
-    @plant.method(Conductor, "_commit_cut")
-    async def _commit_cut(self: Conductor, live: LiveJob, cut: Cut) -> Cut:
+    @plant.method(JobCoordinator, "_commit_cut")
+    async def _commit_cut(self: JobCoordinator, live: LiveJob, cut: Cut) -> Cut:
         await self.send(live.job, cut.bundles)
         return await original(self, live, cut)
 
@@ -99,8 +98,8 @@ def cut_only_in_memory_and_ledger(plant: Plant) -> None:
     """The cut is written to the ledger only. A ledger rebuilt from the bucket does not contain its
     bundles (I3)."""
 
-    @plant.method(Conductor, "_put_cut")
-    async def _put_cut(self: Conductor, cut: Cut) -> Cut:
+    @plant.method(JobCoordinator, "_put_cut")
+    async def _put_cut(self: JobCoordinator, cut: Cut) -> Cut:
         return cut
 
 
@@ -109,15 +108,17 @@ def chained_stage_planned_once(plant: Plant) -> None:
     """The number of tasks of a chained stage is set right after the first stage's plan is
     committed. If the manager ends in between, the number is missing for ever (I7), or becomes
     negative through failures (I2)."""
-    plan, first_cut = Conductor._plan, Conductor._first_cut
+    plan, first_cut = JobCoordinator._plan, JobCoordinator._first_cut
 
-    @plant.method(Conductor, "_plan")
-    async def _plan(self: Conductor, live: LiveJob, stage: StageDef) -> None:
+    @plant.method(JobCoordinator, "_plan")
+    async def _plan(self: JobCoordinator, live: LiveJob, stage: StageDef) -> None:
         if not stage.chained:
             await plan(self, live, stage)
 
-    @plant.method(Conductor, "_first_cut")
-    async def _first_cut(self: Conductor, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
+    @plant.method(JobCoordinator, "_first_cut")
+    async def _first_cut(
+        self: JobCoordinator, live: LiveJob, stage: StageDef, tasks: TaskSet
+    ) -> None:
         await first_cut(self, live, stage, tasks)
         for fed in live.job.fed_by(stage.name):
             await self._ports.ledger.apply(SetPlanned(live.id, fed.name, len(tasks), live.round))
@@ -132,8 +133,8 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
     """A cancellation is only written to the ledger. Workers do not read the ledger, so they
     continue to start tasks (I4)."""
 
-    @plant.method(Conductor, "forbid")
-    async def forbid(self: Conductor, live: LiveJob, word: json_format.Word) -> None:
+    @plant.method(JobCoordinator, "forbid")
+    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.Word) -> None:
         await self._ports.ledger.apply(SetControl(live.id, Control.CANCEL, live.round))
         live.record = replace(live.record, control=Control.CANCEL)
 
@@ -142,10 +143,10 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
 def cancel_acknowledged_at_once(plant: Plant) -> None:
     """A cancellation is acknowledged as soon as the control object is written. Workers that have
     read it just before continue to start tasks until they read it again (I4)."""
-    original = Conductor.forbid
+    original = JobCoordinator.forbid
 
-    @plant.method(Conductor, "forbid")
-    async def forbid(self: Conductor, live: LiveJob, word: json_format.Word) -> None:
+    @plant.method(JobCoordinator, "forbid")
+    async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.Word) -> None:
         settings, self._settings = self._settings, replace(self._settings, control_lease_s=0.0)
         try:
             await original(self, live, word)
@@ -158,8 +159,8 @@ def seal_that_believes_itself(plant: Plant) -> None:
     """The outstanding bundles of a cancelled job are counted as CANCELLED, even if workers have
     committed them in the meantime (I3)."""
 
-    @plant.method(Conductor, "_seal")
-    async def _seal(self: Conductor, live: LiveJob) -> Mapping[StageName, int]:
+    @plant.method(JobCoordinator, "_seal")
+    async def _seal(self: JobCoordinator, live: LiveJob) -> Mapping[StageName, int]:
         await self._folder.refresh(live)
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
@@ -258,11 +259,15 @@ def new_leader_expects_nothing(plant: Plant) -> None:
 def rebuild_forgets_casualties(plant: Plant) -> None:
     """A rebuild folds the tasks in the outcomes, but not the later tasks that became impossible
     because of them (I3)."""
-    original = rebuild._round
+    original = ledger_rebuild._round
 
     @plant.everywhere(original)
     async def _round(
-        ports: Ports, job: JobDef, number: int, retry: retries.Retry, found: rebuild._Found
+        ports: Ports,
+        job: JobDef,
+        number: int,
+        retry: retries.Retry,
+        found: ledger_rebuild._JobObjects,
     ) -> Round:
         whole = await original(ports, job, number, retry, found)
         return replace(whole, casualties=[{} for _ in whole.casualties])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from batchlab.core.ports import Cut, JobRecord, Written
 from batchlab.manager.events.quarantine import UnreadableObject
+from batchlab.manager.jobs import ledger_rebuild
 from batchlab.manager.jobs.adoption import Adoption
+from batchlab.manager.jobs.ledger_rebuild import RebuildResult, restore
+from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.manager.jobs.retries import cuts_of_round
-from batchlab.manager.repair import rebuild as rebuilding
-from batchlab.manager.repair.rebuild import Rebuilt, restore
-from batchlab.manager.repair.reconciler import Reconciler
-from batchlab.manager.state import LiveJob, Ports, all_jobs
+from batchlab.manager.state import LiveJob, Ports, list_jobs
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -21,13 +21,13 @@ def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
     """A rebuild raises the error of an object that it cannot read. The jobs after it are not
     restored (I3), and the rebuild never ends (I7)."""
 
-    @plant.everywhere(rebuilding.rebuild)
-    async def rebuild(ports: Ports) -> Rebuilt:
-        known = await rebuilding._in_ledger(ports)
-        found = await rebuilding._in_bucket(ports)
+    @plant.everywhere(ledger_rebuild.rebuild)
+    async def rebuild(ports: Ports) -> RebuildResult:
+        known = await ledger_rebuild._in_ledger(ports)
+        found = await ledger_rebuild._in_bucket(ports)
         if gone := sorted(known - found):
             await ports.ledger.forget(gone)
-        rebuilt = Rebuilt(0)
+        rebuilt = RebuildResult(0)
         for job in sorted(found):
             rebuilt.unreadable |= await restore(ports, job)
             rebuilt.jobs += 1
@@ -58,7 +58,7 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
     @plant.method(Adoption, "adopt_active")
     async def adopt_active(self: Adoption) -> None:
         self.asked_s = self._ports.clock.monotonic_s()
-        async for record in all_jobs(self._ports, active=True):
+        async for record in list_jobs(self._ports, active=True):
             if record.job.id not in self._lives:
                 rows = await self._ports.ledger.rows(record.job.id)
                 await self.adopt(Written(rows, is_new=False))

@@ -18,8 +18,8 @@ from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.protocol.settlement import Verdict
 from batchlab.manager.jobs import stage_plans
 from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.job_coordinator import Conductor
-from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
+from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.manager.state import LiveJob, Ports
 from batchlab.worker.commit_and_forward import Closing
 from batchlab.worker.inflight_message import Hand
@@ -40,7 +40,7 @@ def dead_letters_dropped(plant: Plant) -> None:
 def results_gathered_as_they_come(plant: Plant) -> None:
     """A gather uses results in the order in which they were committed. A handler that relies on the
     order of tasks gets another order (I1: a wrong result is committed)."""
-    original = stage_plans.successes
+    original = stage_plans.successful_bundles
 
     @plant.everywhere(original)
     async def successes(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
@@ -114,11 +114,11 @@ def percentage_of_the_whole_job(plant: Plant) -> None:
 def notification_before_the_commit(plant: Plant) -> None:
     """The end of a job is notified before its final object is written. If another manager has
     written another final object, the notification is wrong (notifications)."""
-    original = Conductor._end
+    original = JobCoordinator._end
 
-    @plant.method(Conductor, "_end")
+    @plant.method(JobCoordinator, "_end")
     async def _end(
-        self: Conductor,
+        self: JobCoordinator,
         live: LiveJob,
         state: JobState,
         reason: str,

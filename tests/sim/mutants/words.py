@@ -14,8 +14,8 @@ from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
 from batchlab.core.ports import JobRecord, Reopen, Written
 from batchlab.core.protocol import object_keys, settlement
-from batchlab.manager.jobs.requests import Requests
-from batchlab.manager.jobs.retries import Chosen, Retry, RetryPlanner, failed_tasks
+from batchlab.manager.jobs.commands import JobCommands
+from batchlab.manager.jobs.retries import Retry, RetryPlanner, TaskSelection, failed_tasks
 from batchlab.worker.job_cache import Controls
 from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
@@ -53,8 +53,8 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
     """A resume sends the outstanding bundles as they were cut. If the event of a committed bundle
     was lost, the bundle runs again (waste)."""
 
-    @plant.method(Requests, "resume")
-    async def resume(self: Requests, job: JobId) -> None:
+    @plant.method(JobCommands, "resume")
+    async def resume(self: JobCommands, job: JobId) -> None:
         live = self.running(job, "resumed")
         await self._control(live, Control.RUN)
         again = [replace(one.bundle, losses=0) for one in live.all_outstanding()]
@@ -79,10 +79,12 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
     """If the object of its round exists, a retry continues with its own choice. The ledger re-opens
     other tasks than the bucket contains (I3)."""
 
-    original = Requests.retry
+    original = JobCommands.retry
 
-    @plant.method(Requests, "retry")
-    async def retry(self: Requests, job: JobId, chosen: Chosen | None = None) -> JobRecord:
+    @plant.method(JobCommands, "retry")
+    async def retry(
+        self: JobCommands, job: JobId, chosen: TaskSelection | None = None
+    ) -> JobRecord:
         objects, patience = self._ports.objects, self._ports.patience
         record = await self._ports.ledger.job(job)
         if not record.state.ended or record.state is JobState.SUCCEEDED:
@@ -108,7 +110,7 @@ def retry_that_keeps_failures(plant: Plant) -> None:
     original = RetryPlanner.plan
 
     @plant.method(RetryPlanner, "plan")
-    async def plan(self: RetryPlanner, record: JobRecord, chosen: Chosen | None) -> Retry:
+    async def plan(self: RetryPlanner, record: JobRecord, chosen: TaskSelection | None) -> Retry:
         failed = await failed_tasks(self._ports, record)
         if chosen is None and failed:
             chosen = dict([next(iter(failed.items()))])

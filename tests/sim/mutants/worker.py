@@ -19,7 +19,7 @@ from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.retry import Patience
-from batchlab.manager.repair.reconciler import Reconciler
+from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.worker.commit_and_forward import Closing
 from batchlab.worker.inflight_message import Hand
 from batchlab.worker.job_cache import Controls

@@ -20,7 +20,7 @@ from batchlab.core.retry import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import load
 from batchlab.manager.jobs.admission import admit
-from batchlab.manager.scaling.autoscaler import Backlog, wanted
+from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
 from batchlab.runtime.factory import Backend
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.tasks import TimedRunner
@@ -129,7 +129,7 @@ class Timeline:
         view = GroupView(self.pool, 0, ())
         target_s = backend.manager.drain_target_s
         return max(
-            wanted(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0]
+            desired_capacity(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0]
             for one in self.looks
         )
 

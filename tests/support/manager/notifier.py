@@ -16,9 +16,9 @@ from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.ports import Ending, JobRecord, StageRecord
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.retry import Patience
-from batchlab.manager.counters import Counts
-from batchlab.manager.notifications.notifier import Notifying, Outlets
-from batchlab.manager.state import LiveJob, Ports, Seen
+from batchlab.manager.counters import Counters
+from batchlab.manager.notifier import NotificationChannels, Notifier
+from batchlab.manager.state import LiveJob, Ports, WorkerStatus
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
@@ -52,8 +52,8 @@ class Scene:
             Patience(rng, limit_s=0.0),
         )
         self.lives: dict[JobId, LiveJob] = {}
-        self.workers: dict[str, Seen] = {}
-        self.counts = Counts()
+        self.workers: dict[str, WorkerStatus] = {}
+        self.counts = Counters()
 
     async def deliver(self, target: Target, one: Notification) -> None:
         self.tried.append((self.clock.now_s() - EPOCH_S, one))
@@ -64,12 +64,12 @@ class Scene:
     def directory(self) -> Directory:
         return Directory(tuple(self.targets), secrets=self.secrets)
 
-    def manager(self) -> Notifying:
-        made = Notifying(
+    def manager(self) -> Notifier:
+        made = Notifier(
             self.ports,
             self.lives,
             self.workers,
-            Outlets(self.directory, self.deliver),
+            NotificationChannels(self.directory, self.deliver),
             self.counts,
             lambda _: "5.0/None",
         )
@@ -79,7 +79,7 @@ class Scene:
     async def explain(self, job: JobId) -> str:
         return f"{job} waits for capacity."
 
-    async def led(self, manager: Notifying, seconds: float) -> None:
+    async def led(self, manager: Notifier, seconds: float) -> None:
         """Let it lead for so long."""
         await manager.load()
         running = asyncio.create_task(manager.run())
@@ -89,7 +89,7 @@ class Scene:
             one.cancel()
         await asyncio.gather(running, ticks, return_exceptions=True)
 
-    async def _tick(self, manager: Notifying) -> None:
+    async def _tick(self, manager: Notifier) -> None:
         while True:
             await manager.observe()
             await asyncio.sleep(1.0)

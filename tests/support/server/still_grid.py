@@ -43,11 +43,11 @@ from batchlab.core.protocol.seals import UNSEALED
 from batchlab.core.request_counter import Requests, Tally
 from batchlab.core.retry import Patience
 from batchlab.core.schedules.model import Definition, Run, RunState, When
-from batchlab.manager.jobs.stage_plans import Plans
+from batchlab.manager.jobs.stage_plans import StagePlans
 from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports, Seen
-from batchlab.manager.usage.usage_records import Used
+from batchlab.manager.spending import JobUsage
+from batchlab.manager.state import Ports, WorkerStatus
 from batchlab.runtime.home import Home
 from batchlab.runtime.listening import listen, listen_locally
 from batchlab.server import web
@@ -191,7 +191,7 @@ class StillGrid:
         for number, key in enumerate(job.input.keys):
             await ports.objects.put(key, f"row {number}\nSKU-{number:05}\n".encode())
         if tasks <= 100:
-            await Plans(ports).of_input(job, job.stages[0])
+            await StagePlans(ports).of_input(job, job.stages[0])
         size = max(1, tasks // 100)
         edges = [*range(0, tasks, size), tasks]
         bundles = tuple(Bundle(job.id, PRICES, TaskSet.span(a, b)) for a, b in pairwise(edges))
@@ -267,7 +267,7 @@ class StillGrid:
                 number=7,
             )
             since_s = manager.ports.clock.monotonic_s() - 8 * (number + 1)
-            manager.registry.workers[instance.id] = Seen(
+            manager.registry.workers[instance.id] = WorkerStatus(
                 beat, since_s, {one: since_s for one in held if one.running}
             )
 
@@ -286,7 +286,7 @@ class StillGrid:
         for instance in GROUPS[0].instances[:4]:
             kind = Kind("default", "c7g.large", instance.machine.market)
             spending.meter.lives[instance.id] = Life(kind)
-        spending._closed[FAILED.id] = Used(Account({Kind("default", "c7g.large"): 360.0}))
+        spending._closed[FAILED.id] = JobUsage(Account({Kind("default", "c7g.large"): 360.0}))
         spending.caps.max_cost_usd = 20.0
 
     async def _schedule(self) -> None:

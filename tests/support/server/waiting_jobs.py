@@ -23,7 +23,7 @@ from batchlab.core.model import (
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Seen
+from batchlab.manager.state import LiveJob, WorkerStatus
 from batchlab.server.views.job_facts import Facts
 
 NOW_S = 1_700_000_000.0
@@ -48,10 +48,10 @@ def instance(
     return Instance(name, "default", state, NOW_S - age_s, healthy=healthy, note=note)
 
 
-def worker(name: str, *runs: Bundle, since_s: float = MONO_S - 14.0) -> Seen:
+def worker(name: str, *runs: Bundle, since_s: float = MONO_S - 14.0) -> WorkerStatus:
     held = tuple(Held("tasks-default", b.id, b.job, b.stage, b.id, True) for b in runs)
     beat = Beat(f"w-{name}", name, "default", NOW_S, CPU.slots, len(runs), held, 1)
-    return Seen(beat, MONO_S, dict.fromkeys(held, since_s))
+    return WorkerStatus(beat, MONO_S, dict.fromkeys(held, since_s))
 
 
 def failed_launch(number: int, description: str, cause: str) -> Activity:
@@ -74,7 +74,7 @@ class Situation:
     pool: Pool = CPU
     desired: int = 0
     instances: Sequence[Instance] = ()
-    workers: Mapping[str, Seen] = field(default_factory=dict)
+    workers: Mapping[str, WorkerStatus] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     activities: Sequence[Activity] = ()
     stopped: Mapping[str, str] = field(default_factory=dict)

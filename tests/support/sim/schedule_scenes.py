@@ -13,7 +13,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import object_keys
 from batchlab.core.schedules.model import Definition, Schedule, When
 from batchlab.manager.manager import Manager
-from batchlab.manager.schedules.requests import Schedules
+from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.sim.tasks import Play
 from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, in_world, leader, stage
@@ -49,7 +49,7 @@ def begins(world: World, at: str) -> None:
     )
 
 
-async def ask(world: World, call: Callable[[Schedules], Coroutine[Any, Any, Any]]) -> Any:
+async def ask(world: World, call: Callable[[ScheduleCommands], Coroutine[Any, Any, Any]]) -> Any:
     def of(manager: Manager) -> Coroutine[Any, Any, Any]:
         assert manager.scheduler
         return call(manager.scheduler)

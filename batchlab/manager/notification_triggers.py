@@ -1,8 +1,7 @@
-"""The moments of a job that somebody may want to hear of while it goes on.
+"""Triggers for notifications about live jobs: failures, a cost cap, and a standstill.
 
-Invariant: read off what the manager has in memory anyway. A job stands still only while it could
-move: not while it runs somewhere, nor while it waits for what its user, its retry rule or a cap
-has asked for.
+Invariant: triggers read only data in memory. A job stands still only if it could make progress: not
+while a worker runs it, and not while it waits for its user, its retry delay, or a cap.
 """
 
 from __future__ import annotations
@@ -13,44 +12,43 @@ from dataclasses import dataclass
 from batchlab.core.model import Control, JobId, JobState
 from batchlab.core.notifications import Target
 from batchlab.core.ports import Clock
-from batchlab.manager.state import LiveJob, Seen
+from batchlab.manager.state import LiveJob, WorkerStatus
 
 
 @dataclass(slots=True)
-class _Stand:
-    """How far a job was when it was last seen to move."""
+class _LastProgress:
+    """Position of a job when its last progress was seen."""
 
     marker: tuple[int, ...]
     since_s: float
 
 
-class Moments:
-    """Of the jobs that one manager conducts."""
+class NotificationTriggers:
+    """Triggers of the jobs that one manager conducts."""
 
     def __init__(
         self,
         clock: Clock,
-        workers: Mapping[str, Seen],
+        workers: Mapping[str, WorkerStatus],
         cap_of: Callable[[LiveJob], str] = lambda _: "",
     ) -> None:
-        """`cap_of` names the caps that hold for a job: another one is another moment."""
+        """`cap_of` names the caps of a job. A change of the name triggers again."""
         self._clock = clock
         self._workers = workers
         self._cap_of = cap_of
-        self._stands: dict[JobId, _Stand] = {}
+        self._stands: dict[JobId, _LastProgress] = {}
 
     def keep(self, jobs: Collection[JobId]) -> None:
-        """Forget all others."""
+        """Forget all other jobs."""
         for gone in self._stands.keys() - jobs:
             del self._stands[gone]
 
     def forget(self, job: JobId) -> None:
-        """It has ended."""
         self._stands.pop(job, None)
 
     def of(self, live: LiveJob, target: Target, stood_s: float) -> Iterator[tuple[str, str]]:
-        """What `target` wants to hear of the job as it is: a moment, and what makes it another one
-        than the last of its kind. `stood_s` is the job's, where the target asks for that."""
+        """Yield what has triggered for `target`: the moment, and a key that distinguishes it from
+        earlier ones of its kind. `stood_s` is the job's standstill, if the target wants it."""
         failed = sum(one.counts.failed for one in live.stages.values())
         if target.wants("failures") and failed >= target.failures:
             yield "failures", str(target.failures)
@@ -60,7 +58,7 @@ class Moments:
             yield "stuck", ".".join(map(str, self._stands[live.id].marker))
 
     def stood_s(self, live: LiveJob) -> float:
-        """For how long nothing of the job has moved that should."""
+        """Return the seconds since the job's last progress."""
         now_s = self._clock.monotonic_s()
         counts = [one.counts for one in live.stages.values()]
         marker = (
@@ -68,13 +66,14 @@ class Moments:
             sum(one.planned is not None for one in counts),
             sum(one.terminal + one.retried for one in counts),
         )
-        stand = self._stands.setdefault(live.id, _Stand(marker, now_s))
+        stand = self._stands.setdefault(live.id, _LastProgress(marker, now_s))
         if stand.marker != marker or self._moves(live, now_s):
             stand.marker, stand.since_s = marker, now_s
         return now_s - stand.since_s
 
     def _moves(self, live: LiveJob, now_s: float) -> bool:
-        """Whether it runs somewhere, or waits for what its user or its retry rule has asked for."""
+        """Return whether a worker runs the job, or the job waits for its user or its retry
+        delay."""
         if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
             return True
         if live.is_held or any(one.heard_s > now_s for one in live.all_outstanding()):

@@ -1,8 +1,9 @@
-"""Tells whoever wants to know of a job's end, its failures, its standing still and its cap.
+"""Notifications about a job's end, failures, standstill, and cost cap.
 
-Invariants: at least once. What is to be told is in the bucket before the ledger says that the job
-has ended, and stays there until it is delivered or given up, whichever manager leads meanwhile. A
-target that is away costs nobody but itself anything.
+Invariants: delivery is at least once. A notification is in the bucket before the ledger shows the
+job's end, and stays there until it is delivered or given up, whichever manager leads. An
+unreachable target delays only its own notifications. An id is in the outbox once, either pending or
+done, and a done notification never becomes pending again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from batchlab.core import notifications
 from batchlab.core.errors import BackendError, NotFound
@@ -21,88 +22,146 @@ from batchlab.core.notifications import NotDelivered, Notification, Target
 from batchlab.core.ports import Ending
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.retry import doubled_s, set_within
-from batchlab.manager.counters import Counts
-from batchlab.manager.notifications.outbox import Book
-from batchlab.manager.notifications.triggers import Moments
-from batchlab.manager.state import LiveJob, Ports, Seen
-from batchlab.manager.versioned_document import UNREADABLE, Kept
+from batchlab.manager.counters import Counters
+from batchlab.manager.notification_triggers import NotificationTriggers
+from batchlab.manager.state import LiveJob, Ports, WorkerStatus
+from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
+
+LOGGED = 200
+REMEMBERED = 1000
+"""Ids of done notifications, so that a new manager does not send them again."""
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Pending notifications and the results of the others, newest last, as one object in the
+    bucket."""
+
+    pending: dict[str, Notification] = field(default_factory=dict)
+    log: list[Notification] = field(default_factory=list)
+    done: dict[str, None] = field(default_factory=dict)
+
+    def close(self, one: Notification) -> None:
+        self.pending.pop(one.id, None)
+        self.log.append(replace(one, body=""))
+        del self.log[:-LOGGED]
+        self.done[one.id] = None
+        while len(self.done) > REMEMBERED:
+            del self.done[next(iter(self.done))]
+
+    def knows(self, id_: str) -> bool:
+        return id_ in self.pending or id_ in self.done
+
+    def merge(self, other: Outbox) -> None:
+        """Take over what another manager has written."""
+        for one in other.log:
+            if one.id not in self.done:
+                self.close(one)
+        for id_ in other.done:
+            self.pending.pop(id_, None)
+            self.done[id_] = None
+        for id_, one in other.pending.items():
+            if not self.knows(id_):
+                self.pending[id_] = one
+
+    def to_bytes(self) -> bytes:
+        return json_format.to_bytes(
+            {
+                "v": json_format.VERSION,
+                "pending": [notifications.to_json(one) for one in self.pending.values()],
+                "log": [notifications.to_json(one) for one in self.log],
+                "done": list(self.done),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Outbox:
+        doc = json_format.loads(data)
+        pending = [notifications.from_json(one) for one in doc["pending"]]
+        return cls(
+            {one.id: one for one in pending},
+            [notifications.from_json(one) for one in doc["log"]],
+            dict.fromkeys(doc["done"]),
+        )
+
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8
 AT_ONCE_TO_ONE = 2
-"""So one target that hangs takes few of the others' places, however much waits for it."""
+"""Deliveries to one target at once, so that a slow target leaves room for the others."""
 FIRST_WAIT_S = 2.0
 LONGEST_WAIT_S = 900.0
-"""Between two tries; each wait is twice as long as the one before."""
+"""Waits between two attempts. Each wait is twice as long as the one before."""
 GIVE_UP_S = 86_400.0
 SOON_S = 1.0
-"""A large book is written so seldom for what was delivered, given up or has failed for the first
-time, one of fewer than `SMALL` sooner,"""
+"""Minimum interval between writes of a large outbox after a delivery or a first failure. The
+interval is shorter for an outbox of fewer than `SMALL` notifications."""
 SMALL = 100
 LATER_S = 60.0
-"""and so seldom, in the end, for what has only failed once more."""
+"""Longest interval between writes after repeated failures."""
 CLOSE_S = 1.0
 EXPLAINED_AT_ONCE = 5
-"""Of jobs that stand still, in one tick: each asks the fleet and the ledger."""
+"""Stuck jobs explained per tick. Each explanation reads the fleet and the ledger."""
 MOST_PENDING = 2000
-"""Beyond so many the oldest is given up."""
+"""If more notifications are pending, the oldest is given up."""
 
 Deliver = Callable[[Target, Notification], Awaitable[None]]
-"""Returns once it has been delivered; NotDelivered."""
+"""Function that delivers a notification, or raises NotDelivered."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outlets:
-    """What a manager notifies by: the grid's directory as it is now, and the way to any target."""
+class NotificationChannels:
+    """The grid's current target directory, and the delivery function."""
 
     directory: Callable[[], Directory]
     deliver: Deliver
 
 
-class Notifying:
-    """One manager's. `explain` says why a job does not go on."""
+class Notifier:
+    """Notifications of one manager. `explain` returns why a job makes no progress."""
 
     def __init__(
         self,
         ports: Ports,
         lives: Mapping[JobId, LiveJob],
-        workers: Mapping[str, Seen],
-        outlets: Outlets,
-        counts: Counts,
+        workers: Mapping[str, WorkerStatus],
+        outlets: NotificationChannels,
+        counts: Counters,
         cap_of: Callable[[LiveJob], str] = lambda _: "",
     ) -> None:
-        """`cap_of`: see Moments."""
+        """`cap_of`: see NotificationTriggers."""
         self._ports = ports
         self._lives = lives
         self._outlets = outlets
         self._counts = counts
         self.explain: Callable[[JobId], Awaitable[str]] | None = None
-        self.book = Book()
-        self._kept = Kept(ports, object_keys.NOTIFICATIONS)
+        self.book = Outbox()
+        self._kept = VersionedDocument(ports, object_keys.NOTIFICATIONS)
         self._changes = 0
         self._saved = 0
         self._lock = asyncio.Lock()
         self._write_s: float | None = None
-        """Monotonic; when what has come of tries is to be written down, None where it is."""
+        """Monotonic time when the results of attempts are to be written, or None."""
         self._written_s = float("-inf")
-        """Monotonic; when it was."""
+        """Monotonic time of the last write."""
         self._unwritten = asyncio.Event()
         self._due = asyncio.Event()
         self._sending: dict[str, str] = {}
-        """Where to, by id."""
-        self._moments = Moments(ports.clock, workers, cap_of)
+        """Destination of each notification in delivery, by id."""
+        self._moments = NotificationTriggers(ports.clock, workers, cap_of)
         self._told_of: dict[JobId, set[str]] = {}
-        """Moments of live jobs that are in the book, or were: it forgets, and they last."""
+        """Notifications of live jobs that were ever in the outbox. The outbox forgets old ids."""
 
     def directory(self) -> Directory:
-        """Whom the grid tells, and what it lets the targets of jobs do, as it is now."""
+        """Return the grid's targets, and the rules for targets of jobs."""
         return self._outlets.directory()
 
-    # --- Moments ---------------------------------------------------------------------------------
+    # --- Triggers ---------------------------------------------------------------------------------
 
     async def ended(self, live: LiveJob, ending: Ending) -> None:
-        """The job's end is committed. BackendError where that cannot be told of yet."""
+        """Add notifications about the committed end of a job. Raises BackendError if they cannot be
+        stored yet."""
         moment = ending.state.value.lower()
         every = [*self.directory().targets, *notifications.targets_of(live.job)]
         wanted = [one for one in every if one.wants(moment)]
@@ -120,7 +179,7 @@ class Notifying:
         )
 
     async def observe(self) -> None:
-        """See which jobs have come to a moment that somebody waits for."""
+        """Add notifications for live jobs whose triggers have fired."""
         self._moments.keep(self._lives.keys())
         for gone in self._told_of.keys() - self._lives.keys():
             del self._told_of[gone]
@@ -131,7 +190,7 @@ class Notifying:
             targets = [*everybodys, *notifications.targets_of(live.job)]
             if not targets or live.ended.is_set():
                 continue
-            # It looks at all that runs anywhere: only for somebody.
+            # The check reads all workers, so it runs only for targets that want it.
             waits = any(target.wants("stuck") for target in targets)
             stood_s = self._moments.stood_s(live) if waits else 0.0
             told_of = self._told_of.setdefault(live.id, set())
@@ -142,7 +201,8 @@ class Notifying:
                         continue
                     explained += moment == "stuck"
                     if moment == "stuck" and explained > EXPLAINED_AT_ONCE:
-                        continue  # the tick waits for each, and the next one comes soon
+                        # the tick waits for each explanation, and the next tick comes soon
+                        continue
                     told_of.add(id_)
                     found.append(await self._told(live, target, moment, key))
         try:
@@ -158,8 +218,8 @@ class Notifying:
             except BackendError as error:
                 why = f"The backend does not answer: {error}"
             except Exception:
-                # A bug, met by one job's facts: it must not end the manager's tick.
-                log.exception("why job %s stands still could not be told", live.id)
+                # A bug that concerns one job must not end the tick.
+                log.exception("the standstill of job %s could not be explained", live.id)
         body = notifications.body_of(live.record, list(live.stages.values()), why=why)
         at_s = self._ports.clock.now_s()
         return notifications.made(target, live.job, live.round, moment, body, at_s=at_s, key=key)
@@ -167,8 +227,8 @@ class Notifying:
     # --- The bucket ------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Take over what the manager before us has not delivered. It is left where it is while the
-        bucket does not answer: writing meets what is there anyway."""
+        """Take over the pending notifications of the previous manager. If the bucket does not
+        answer, the first write merges them."""
         try:
             data = await self._kept.read()
         except BackendError as error:
@@ -178,11 +238,11 @@ class Notifying:
             self._meet(data)
 
     def _meet(self, there: bytes) -> bool:
-        """Take over what another manager has written."""
+        """Merge the outbox that another manager has written."""
         try:
-            self.book.merge(Book.from_bytes(there))
+            self.book.merge(Outbox.from_bytes(there))
         except UNREADABLE as error:
-            # One that a later release has written must not keep anybody from leading.
+            # An outbox of a later release must not keep a manager from leading.
             log.error("what is to be notified cannot be read, and begins anew: %r", error)
         self._due.set()
         return True
@@ -190,7 +250,7 @@ class Notifying:
     async def _add(self, some: Sequence[Notification]) -> None:
         fresh = [one for one in some if not self.book.knows(one.id)]
         if not fresh and self._saved >= self._changes:
-            return  # else one who was here before has not got it into the bucket
+            return  # otherwise an earlier change is not in the bucket yet
         for one in fresh:
             self.book.pending[one.id] = one
         while len(self.book.pending) > MOST_PENDING:
@@ -201,14 +261,14 @@ class Notifying:
             self._due.set()
 
     async def _save(self) -> None:
-        """Write the book down; those who come together share one write."""
+        """Write the outbox. Concurrent callers share one write."""
         self._changes += 1
         mine = self._changes
         async with self._lock:
             if self._saved >= mine:
                 return
             writing, due_s = self._changes, self._write_s
-            self._write_s = None  # what comes of tries meanwhile is written the next time
+            self._write_s = None  # results that arrive meanwhile are written next time
             try:
                 await self._kept.write(self.book.to_bytes, self._meet)
                 self._saved, due_s = writing, None
@@ -220,12 +280,13 @@ class Notifying:
     # --- Delivery --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Deliver for ever what is due."""
+        """Deliver due notifications forever."""
         try:
             await self._run()
         finally:
             if self._write_s is not None:
-                with suppress(TimeoutError, BackendError):  # then the next manager tries it sooner
+                # then the next manager tries them sooner
+                with suppress(TimeoutError, BackendError):
                     async with asyncio.timeout(CLOSE_S):
                         await self._save()
 
@@ -251,7 +312,8 @@ class Notifying:
         return len(busy) < AT_ONCE and busy.count(place) < AT_ONCE_TO_ONE
 
     async def tried(self, within_s: float) -> None:
-        """Return once everything has been tried, or after so long: for who is about to end."""
+        """Return when every notification was tried, or after `within_s`. For a manager that is
+        about to exit."""
         until_s = self._ports.clock.monotonic_s() + within_s
         while any(not one.attempts for one in self.book.pending.values()):
             if self._ports.clock.monotonic_s() >= until_s:
@@ -259,18 +321,19 @@ class Notifying:
             await asyncio.sleep(0.02)
 
     async def _write_down(self) -> None:
-        """Write down, for ever, what has come of tries: the whole book each time, so seldom."""
+        """Write the results of attempts, forever. Each write has the whole outbox, so writes are
+        rare."""
         pause_s = SOON_S
         while True:
             await self._unwritten.wait()
             self._unwritten.clear()
             if self._write_s is None:
-                continue  # somebody else has, along with something new
+                continue  # another call has written them
             wait_s = self._write_s - self._ports.clock.monotonic_s()
             if wait_s > 0:
                 await set_within(self._unwritten, wait_s)
                 self._unwritten.set()
-                continue  # it may be another time by now, or none
+                continue  # the time may have changed, or the write may be done
             try:
                 await self._save()
                 pause_s = SOON_S
@@ -281,7 +344,7 @@ class Notifying:
             self._unwritten.set()
 
     def _wants_writing(self, within_s: float) -> None:
-        """Something has come of a try: write it down so long after the last time."""
+        """Schedule a write of results for `within_s` after the last write."""
         due_s = max(self._ports.clock.monotonic_s(), self._written_s + within_s)
         if self._write_s is None or due_s < self._write_s:
             self._write_s = due_s
@@ -291,7 +354,8 @@ class Notifying:
         try:
             await self._try(one)
         finally:
-            # Who dies before it is written tells it twice, or tries it sooner.
+            # If the manager dies before the write, the next one sends the notification twice or
+            # sooner.
             left = self.book.pending.get(one.id)
             within_s = min(SOON_S, len(self.book.pending) / SMALL)
             if left and left.attempts > 1:
@@ -307,14 +371,15 @@ class Notifying:
             if target is None:
                 self._close(one, "given up", f"the grid has no target {one.target!r} any more")
                 return
-            # Again: the operator may have changed it since, and others may write the bucket.
+            # Checked again, because the operator may have changed the directory, and others may
+            # write the bucket.
             if one.own and (wrong := self.directory().refusal(one.own)):
                 raise NotDelivered(wrong, final=True)
             await self._outlets.deliver(target, one)
         except NotDelivered as error:
             self._failed(one, target, error)
         except Exception as error:
-            # A bug, met by one notification: it must not take the manager with it.
+            # A bug that concerns one notification must not end the manager.
             log.exception("a notification met a bug", extra={"job": one.job})
             self._failed(one, target, NotDelivered(f"There is an error in the manager: {error!r}."))
         else:
@@ -333,7 +398,7 @@ class Notifying:
             return
         self._counts.deliveries[kind, "failed"] += 1
         wait_s = _pause_s(tried)
-        if one.id in self.book.pending:  # else another leader has told them meanwhile
+        if one.id in self.book.pending:  # otherwise another leader has delivered it
             self.book.pending[one.id] = replace(tried, due_s=now_s + wait_s)
         log.warning(
             "a notification to %s is tried again in %.0f s: %s",
@@ -354,7 +419,7 @@ class Notifying:
         return self.directory().named(one.target)
 
     async def test(self, name: str) -> str:
-        """Tell one of the grid's targets that this is a test, once; what went wrong, or ""."""
+        """Send a test notification to one target, once. Return the error, or ""."""
         target = self.directory().named(name)
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
@@ -372,11 +437,11 @@ class Notifying:
             self._close(replace(one, attempts=1), "delivered", "")
             return ""
         finally:
-            with suppress(BackendError):  # it is in the log of this manager at least
+            with suppress(BackendError):  # the result is at least in this manager's log
                 await self._save()
 
     def trouble(self, job: str) -> str:
-        """What keeps the job's notifications, as a clause; "" where nothing does."""
+        """Return a clause about undelivered notifications of the job, or ""."""
         waiting = [one for one in self.book.pending.values() if one.job == job and one.attempts]
         if not waiting:
             return ""
@@ -390,10 +455,10 @@ class Notifying:
 
 
 def _pause_s(tried: Notification) -> float:
-    """From its last try to the next."""
+    """Return the wait after the last attempt."""
     return doubled_s(FIRST_WAIT_S, LONGEST_WAIT_S, tried.attempts - 1)
 
 
 def _place(one: Notification) -> str:
-    """Where it goes, whichever job names that."""
+    """Return the destination, whichever job names it."""
     return one.own.to if one.own else one.target

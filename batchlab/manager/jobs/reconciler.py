@@ -1,8 +1,8 @@
-"""Finds what was lost: bundles planned, uncommitted and silent, and messages among the dead.
+"""Recovery of lost work: silent bundles without an outcome, and dead letters.
 
-Invariant (I7): a lost message, a purged queue or an event that never came costs `silence_s`, not a
-task, so that a job always ends. Sending again is always safe, since ids are derived and the commit
-is conditional.
+Invariant (I7): a lost message, a purged queue, or a missing event costs `silence_s` but no task, so
+a job always ends. Sending a bundle again is safe, because ids are derived and the commit is
+conditional.
 """
 
 from __future__ import annotations
@@ -21,49 +21,55 @@ from batchlab.core.ports import MAX_BATCH, Depth, Message
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import read_task_message
 from batchlab.core.retry import heed_cancellation
-from batchlab.manager.events.folding import Folder
-from batchlab.manager.events.quarantine import Outcomes, Quarantine, UnreadableObject, read_stored
-from batchlab.manager.jobs.job_coordinator import Conductor
+from batchlab.manager.events.ledger_writer import LedgerWriter
+from batchlab.manager.events.quarantine import (
+    OutcomeStore,
+    Quarantine,
+    UnreadableObject,
+    read_stored,
+)
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
 from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Outstanding, Ports, Superseded, in_pool
+from batchlab.manager.state import LiveJob, Outstanding, Ports, Superseded, outstanding_in_pool
 
 log = logging.getLogger(__name__)
 
-PATIENCE_WITH_A_FULL_QUEUE = 10
-"""A silent bundle most likely still waits in a pool's queue that has visible messages."""
+FULL_QUEUE_FACTOR = 10
+"""Longer limit for silent bundles while the pool's queue has visible messages, because most of them
+still wait there."""
 
-LOOKED_FOR_AT_ONCE = 50
+RECOVERED_AT_ONCE = 50
 
 DEAD_LETTER_BATCHES = 5
 
 DELIVERY_LIMIT = 50
-"""Deliveries of a task alone without an outcome before it is given up on for that alone."""
+"""Deliveries of a single task without an outcome before the manager gives it up."""
 
 
 class Reconciler:
-    """Runs at every look at the queues; does nothing while nothing is silent."""
+    """Runs at each read of the queue depths. Does nothing while no bundle is silent."""
 
     def __init__(
         self,
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        folder: Folder,
-        conductor: Conductor,
+        folder: LedgerWriter,
+        conductor: JobCoordinator,
         quarantine: Quarantine,
     ) -> None:
         self._quarantine = quarantine
-        self._outcomes = Outcomes(ports, quarantine)
+        self._outcomes = OutcomeStore(ports, quarantine)
         self._ports = ports
         self._settings = settings
         self._lives = lives
         self._folder = folder
         self._conductor = conductor
         self._looked_s: float | None = None
-        """Monotonic; when silent bundles were last looked for."""
+        """Monotonic time of the last search for silent bundles."""
 
     async def look_for_the_silent(self, depths: Mapping[str, Depth]) -> None:
-        """`depths` gives each pool's counts."""
+        """Recover silent bundles. `depths` has each pool's queue depth."""
         limits_s = {pool: self._limit_s(pool, depth) for pool, depth in depths.items()}
         now_s = self._ports.clock.monotonic_s()
         step_s, self._looked_s = now_s - (self._looked_s or now_s), now_s
@@ -72,32 +78,33 @@ class Reconciler:
                 continue
             silent: list[Outstanding] = []
             for stage, waiting in live.outstanding.items():
-                # A pool that this manager does not have has no queue to look into.
+                # A pool that this manager does not have has no queue to read.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
-                    # Silence does not grow, since the worker that takes it next needs time for a
-                    # beat. What there was of it stays: follow-ups are sent before the manager hears
-                    # of their bundle, and would end the silence of lost bundles again and again.
+                    # The silence does not grow, because the next worker needs time for its first
+                    # beat. The silence so far stays: the manager may send follow-ups before it
+                    # learns of their bundle, which would reset the silence of lost bundles
+                    # repeatedly.
                     for one in waiting.values():
                         one.heard_s = max(one.heard_s, min(now_s, one.heard_s + step_s))
                 elif limit_s is not None:
                     silent += [one for one in waiting.values() if now_s - one.heard_s > limit_s]
             if silent:
-                await self._recover_alone(live, silent[:LOOKED_FOR_AT_ONCE])
+                await self._recover_alone(live, silent[:RECOVERED_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
-        """How long a bundle of this pool may be silent. For ever, while its queue has as many
-        messages as there are bundles: then none is missing, they only wait for workers."""
+        """Return how long a bundle of this pool may be silent. The limit is infinite while the
+        queue has at least as many messages as there are bundles: then none is lost."""
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
-        if messages >= in_pool(self._lives, pool):
+        if messages >= outstanding_in_pool(self._lives, pool):
             return math.inf
-        return self._settings.silence_s * PATIENCE_WITH_A_FULL_QUEUE
+        return self._settings.silence_s * FULL_QUEUE_FACTOR
 
     async def _recover_alone(self, live: LiveJob, silent: list[Outstanding]) -> None:
-        """Recover a job's silent bundles. An error that only this job meets is its trouble, and the
-        tick goes on for all others."""
+        """Recover a job's silent bundles. An error of this job does not end the tick of the
+        others."""
         try:
             await self._recover(live, silent)
             return
@@ -113,7 +120,7 @@ class Reconciler:
             live.trouble = str(error)
         except Exception as error:
             heed_cancellation()
-            # A bug, met by one job's data: it must not keep the tick from the other jobs.
+            # A bug that concerns one job must not end the tick of the others.
             log.exception("silent bundles of job %s met a bug", live.id, extra={"job": live.id})
             live.trouble = f"an error inside the manager: {error!r}; see its log"
         now_s = self._ports.clock.monotonic_s()
@@ -123,7 +130,7 @@ class Reconciler:
     async def _recover(self, live: LiveJob, silent: list[Outstanding]) -> None:
         await self.heed(live)
         if live.record.control is not Control.RUN:
-            return  # workers drop its messages, so of course they are silent
+            return  # workers drop the messages of such a job, so its bundles are silent
         if any(one.copies for one in silent) and not await self._is_defined(live):
             return
         again: list[Bundle] = []
@@ -132,7 +139,7 @@ class Reconciler:
             if outcome:
                 await self.forward(live.job, outcome)
             else:
-                # A copy: its worker looks for an outcome before it runs it.
+                # As a copy, for which the worker looks for an outcome before it runs it.
                 again.append(replace(one.bundle, losses=max(1, one.bundle.losses)))
                 one.heard_s = self._ports.clock.monotonic_s()
                 one.copies += 1
@@ -141,8 +148,8 @@ class Reconciler:
             await self._conductor.send(live.job, again)
 
     async def _is_defined(self, live: LiveJob) -> bool:
-        """Whether the bucket has the job's definition. Workers drop the messages of a job without
-        one, so its own task ends such a job: that takes longer than a tick may."""
+        """Return whether the bucket has the job's definition. Workers drop messages of a job
+        without one, so the job's own task ends the job. That takes longer than a tick may."""
         key = object_keys.spec(live.id)
 
         def defined(data: bytes) -> None:
@@ -162,13 +169,14 @@ class Reconciler:
         return False
 
     async def heed(self, live: LiveJob) -> None:
-        """As the conductor's, but never waiting for a user's word that is being written."""
+        """Like JobCoordinator.heed, but without waiting for a control word that is being
+        written."""
         if not live.control_lock.locked():
             await self._conductor.heed(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
-        """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Follow-ups
-        that are committed are not sent again."""
+        """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Committed
+        follow-ups are not sent again."""
         key = await self._ports.keys.of(job)
         objects, patience = self._ports.objects, self._ports.patience
         follows = await uncommitted(objects, outcome.follows, patience, key)
@@ -180,9 +188,9 @@ class Reconciler:
     # --- Dead letters ----------------------------------------------------------------------------
 
     async def drain_dead_letters(self, pool: str) -> None:
-        """Turn what the queue gave up on into outcomes; nothing rots there.
+        """Turn dead letters of the pool into outcomes or new messages.
 
-        A few batches a look, so that a flood of them does not keep the tick from its other work.
+        Each call handles a few batches, so that many dead letters do not delay the tick.
         """
         name = object_keys.dead_letters(pool)
         queue, patience = self._ports.queue, self._ports.patience
@@ -197,13 +205,14 @@ class Reconciler:
                 await patience(partial(queue.delete, name, [message.receipt]))
 
     async def _judge(self, message: Message) -> None:
-        """What becomes of a dead letter. Receives alone condemn nothing: an outage of the bucket
-        uses them up too. So a task alone goes back to the workers, who know what killed them."""
+        """Handle one dead letter. A high receive count alone proves nothing, because outages of the
+        bucket raise it too. So a single task goes back to the workers, which record the cause of a
+        death."""
         try:
             task = read_task_message(message.body)
             bundle = task.bundle
             job = await self._job(bundle.job)
-            job.stage(bundle.stage)  # KeyError where it has no such stage
+            job.stage(bundle.stage)  # KeyError if the job has no such stage
             key = await self._ports.keys.of(job)
         except (Malformed, TooNew, NotFound, KeyError) as error:
             size = len(message.body)
@@ -224,7 +233,7 @@ class Reconciler:
             await self._conductor.send(live.job, [again])
 
     async def _job(self, name: JobId) -> JobDef:
-        """Return the job, restored from the bucket if the ledger has lost it; NotFound."""
+        """Return the job, restored from the bucket if the ledger has lost it. Raises NotFound."""
         try:
             return (await self._ports.ledger.job(name)).job
         except NotFound:

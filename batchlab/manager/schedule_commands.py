@@ -1,7 +1,7 @@
-"""What a user may ask of schedules: add, pause, resume, remove, run now.
+"""User commands for schedules: add, pause, resume, remove, and run now.
 
-Invariant: what is due is decided on first, as it was meant then; a request is in the bucket when it
-is answered, and may be repeated.
+Invariant: due runs are decided before a command changes the schedule. A command is in the bucket
+when it is answered, and may be repeated.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.schedules import decisions, due_times
 from batchlab.core.schedules.model import Definition, Missed, Overlap, Run, Schedule
 from batchlab.core.text import listed
-from batchlab.manager.schedules.scheduler import Scheduler
+from batchlab.manager.scheduler import Scheduler
 
 READY_S = 10.0
-"""A request waits so long for the schedules to be read."""
+"""Maximum time that a command waits until the schedules are read."""
 TRIES = 20
 
 
-class Schedules(Scheduler):
-    """A scheduler with its users' verbs, which wait for its schedules to have been read."""
+class ScheduleCommands(Scheduler):
+    """A scheduler with user commands, which wait until its schedules are read."""
 
     async def _ready(self) -> None:
-        """Wait until the schedules have been read; BackendError where that takes too long."""
+        """Wait until the schedules are read. Raises BackendError after `READY_S`."""
         try:
             async with asyncio.timeout(READY_S):
                 while True:
@@ -41,18 +41,18 @@ class Schedules(Scheduler):
             ) from None
 
     async def all(self) -> list[Schedule]:
-        """Those that are not removed, by name."""
+        """Return the schedules that are not removed, by name."""
         await self._ready()
         found = self.shelf.schedules
         return [found[name] for name in sorted(found) if not found[name].removed]
 
     async def one(self, name: str) -> Schedule:
-        """NotFound."""
+        """Return a schedule. Raises NotFound."""
         await self._ready()
         return self._known(name)
 
     async def prefixes(self, schedule: Schedule) -> list[str]:
-        """Prefixes of the bucket whose objects are each run's input."""
+        """Return the bucket prefixes whose objects are each run's input."""
         try:
             job = await self.shelf.template(schedule.definition.template)
         except NotFound:
@@ -65,23 +65,23 @@ class Schedules(Scheduler):
         if found is None or found.removed:
             raise NotFound(
                 f"There is no schedule {name!r}.",
-                remedy="`batchlab schedule list` shows those there are.",
+                remedy="`batchlab schedule list` shows the schedules.",
             )
         return found
 
     async def add(
         self, definition: Definition, job: JobDef, *, replacing: bool
     ) -> tuple[Schedule, bool]:
-        """Keep a schedule, and say whether anything has changed; Refused where there is another
-        one of that name, unless it is `replacing` that."""
+        """Store a schedule, and return whether it has changed. Refused if another schedule has the
+        name, unless `replacing`."""
         when = definition.when
         if when.at_s is None:
             due_times.check(when.cron, when.zone)
         due_times.zone_of(when.zone)
         if definition.missed is Missed.RUN_ALL and definition.overlap is Overlap.REPLACE:
             raise UsageError(
-                "All missed runs are to be made up for, and each is to replace the one before it.",
-                remedy="Say --overlap queue, or --missed run-once.",
+                "The policy runs all missed runs, and also replaces each by the next one.",
+                remedy="Use --overlap queue or --missed run-once.",
             )
         if definition.due_param and definition.due_param not in dict(job.params):
             raise UsageError(
@@ -92,7 +92,7 @@ class Schedules(Scheduler):
         await self._ready()
         if definition.name in self.shelf.unreadable:
             raise Refused(
-                f"There is a schedule {definition.name!r} that this batchlab cannot read.",
+                f"The schedule {definition.name!r} exists, and this batchlab cannot read it.",
                 remedy="Was it written by a newer version? Give this one a --name of its own.",
             )
         timeless = replace(job, token="", submitted_s=0.0, start_at_s=None)
@@ -102,7 +102,7 @@ class Schedules(Scheduler):
         if before and not before.removed and before.definition == definition:
             return before, False
         if when.at_s is not None and when.at_s <= now_s:
-            raise UsageError("That time is past.", remedy="Name one that is to come.")
+            raise UsageError("The time is in the past.", remedy="Give a time in the future.")
         if before is None or before.removed:
             generation = before.generation + 1 if before else 1
             made = Schedule(definition, generation, added_s=now_s, through_s=now_s)
@@ -113,9 +113,9 @@ class Schedules(Scheduler):
             return await self.add(definition, job, replacing=replacing)
         if not replacing:
             raise Refused(
-                f"There is a schedule {definition.name!r} already, and it is another one: "
-                f"{difference(before.definition, definition)}.",
-                remedy="Say --replace to change it, or give this one a --name of its own.",
+                f"A schedule {definition.name!r} exists already, and it differs: "
+                f"{describe_difference(before.definition, definition)}.",
+                remedy="Use --replace to change it, or give this one a --name of its own.",
             )
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
@@ -124,37 +124,37 @@ class Schedules(Scheduler):
         return await self._change(definition.name, change), True
 
     async def pause(self, name: str) -> Schedule:
-        """Nothing is started until `resume`; what runs is finished."""
+        """Start no run until `resume`. A running job finishes."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if schedule.paused:
                 raise Refused(
                     f"Schedule {name} is paused already.",
-                    remedy="`batchlab schedule resume` lets it go on.",
+                    remedy="`batchlab schedule resume` resumes it.",
                 )
             return replace(decisions.settled(schedule, now_s), paused=True)
 
         return await self._change(name, change)
 
     async def resume(self, name: str) -> Schedule:
-        """Go on with what falls due from now on."""
+        """Continue with runs that fall due from now on."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if not schedule.paused:
                 raise Refused(
                     f"Schedule {name} is not paused.",
-                    remedy="`batchlab schedule show` says when it is due.",
+                    remedy="`batchlab schedule show` shows when it is due.",
                 )
             return replace(decisions.settled(schedule, now_s), paused=False)
 
         return await self._change(name, change)
 
     async def remove(self, name: str) -> Schedule:
-        """Nothing is due any more; a job that runs is finished."""
+        """Remove the schedule. A running job finishes."""
         return await self._change(name, decisions.removed)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
-        """Run it now, whenever it is due; the same request again is the same run."""
+        """Run the schedule now. A repeated request returns the same run."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             return decisions.by_hand(schedule, asked, now_s)
@@ -163,7 +163,7 @@ class Schedules(Scheduler):
         return after, next(run for run in after.runs if run.asked == asked)
 
     async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
-        """What is due is decided on first, as it was meant then."""
+        """Decide due runs, then apply `change` and store the schedule."""
         await self._ready()
         async with self._lock:
             for _ in range(TRIES):
@@ -178,8 +178,8 @@ class Schedules(Scheduler):
         raise BackendError(f"Schedule {name} changes faster than it is read.", remedy="Try again.")
 
 
-def difference(old: Definition, new: Definition) -> str:
-    """What of a definition is another, in words."""
+def describe_difference(old: Definition, new: Definition) -> str:
+    """Describe what differs between two definitions."""
     words = {
         "when": "when it is due",
         "template": "the job, its code or its input",

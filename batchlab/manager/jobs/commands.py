@@ -1,8 +1,8 @@
-"""What a user may ask of a job: submit, cancel, pause, resume, retry.
+"""User commands for jobs: submit, cancel, pause, resume, and retry.
 
-Invariant: each is committed in the bucket first (spec, control object, retry object) and is in the
-ledger second, so that a rebuild knows of it; each may be repeated, and is answered when both have
-it.
+Invariant: each command is committed in the bucket first (spec, control object, or retry object) and
+in the ledger second, so that a rebuild finds it. It is answered when both have it, and may be
+repeated.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from batchlab.core.ports import MAX_BATCH, AddJob, JobRecord, Reopen, Written
 from batchlab.core.protocol import json_format, object_keys, spec_object
 from batchlab.core.retry import STEP_BACK_S
 from batchlab.core.tracing import NOBODY, Subject, Tracer, ending
-from batchlab.manager.counters import Counts
+from batchlab.manager.counters import Counters
+from batchlab.manager.events.collector import PendingSubmissions
 from batchlab.manager.events.quarantine import UnreadableObject, read_stored
 from batchlab.manager.jobs import admission
-from batchlab.manager.jobs.bundling import Cutter
-from batchlab.manager.jobs.early_events import Arrivals
-from batchlab.manager.jobs.job_coordinator import Conductor
-from batchlab.manager.jobs.retries import Chosen, Retry, RetryPlanner
-from batchlab.manager.state import LiveJob, Ports, Superseded, all_jobs, move
+from batchlab.manager.jobs.bundling import Bundler
+from batchlab.manager.jobs.job_coordinator import JobCoordinator
+from batchlab.manager.jobs.retries import Retry, RetryPlanner, TaskSelection
+from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
 
 log = logging.getLogger(__name__)
 
 
-class Requests:
-    """The user's verbs. `adopt` makes the manager conduct a job that has (re)started; a pool
-    `is_staffed` where instances are in service."""
+class JobCommands:
+    """User commands for jobs. `adopt` makes the manager conduct a new or reopened job. `is_staffed`
+    returns whether a pool has instances in service."""
 
     def __init__(
         self,
         ports: Ports,
-        conductor: Conductor,
-        cutter: Cutter,
+        conductor: JobCoordinator,
+        cutter: Bundler,
         lives: dict[JobId, LiveJob],
         adopt: Callable[[Written], Awaitable[LiveJob]],
-        arrivals: Arrivals,
+        arrivals: PendingSubmissions,
         is_staffed: Callable[[str], bool],
-        counts: Counts | None = None,
+        counts: Counters | None = None,
         tracer: Tracer = NOBODY,
     ) -> None:
         self._ports = ports
@@ -59,16 +59,16 @@ class Requests:
         self._arrivals = arrivals
         self._is_staffed = is_staffed
         self._retries = RetryPlanner(ports, conductor.plans)
-        self._counts = counts or Counts()
+        self._counts = counts or Counters()
         self._tracer = tracer
         self._begun: set[JobId] = set()
-        """Jobs of which a retry may be in the bucket and not in the ledger."""
+        """Jobs whose retry may be in the bucket and not in the ledger."""
 
     async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
-        """Accept a job, with its encoded items where it brings some and they are few.
+        """Accept a job, with its encoded items if there are few.
 
-        The same client token again answers with the job it made, and is Refused for a job that
-        is another. The trace that the job says it belongs to is gone on with, where it is traced.
+        A repeated client token returns the job that it made, and is Refused for a different job.
+        The job continues the trace in its definition, if there is one.
         """
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
             sealed = await self._ports.keys.sealed(job)
@@ -83,9 +83,9 @@ class Requests:
             return await self._accept(job, opening, is_sent=await self._sent(job, opening))
 
     def _may_begin(self, job: JobDef, opening: spec_object.Opening) -> bool:
-        """Whether the work of a job that the bucket did not have before may begin while the
-        ledger's row is written: no token could name another one, its bundles are few, and somebody
-        waits for them."""
+        """Return whether the first bundles may be sent while the ledger's row is written. The job
+        must be new to the bucket and without a token, its bundles must be few, and instances must
+        be in service."""
         cut = opening.cut
         if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
             return False
@@ -97,7 +97,7 @@ class Requests:
         try:
             await self._conductor.send_opening(job, opening)
         except BackendError as error:
-            # It is tried again once the ledger has the job, and nothing can be lost any more.
+            # The bundles are sent again when the ledger has the job, so nothing is lost.
             log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
             return False
         await asyncio.sleep(STEP_BACK_S)
@@ -111,9 +111,9 @@ class Requests:
         is_ours: bool = True,
         is_sent: bool | None = None,
     ) -> Written:
-        """Have the ledger know the job, conduct it, and send what its opening has cut, unless that
-        `is_sent` (None: nobody has tried). Where that failed, or somebody else made the job, some
-        may be under way."""
+        """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent`
+        (None: not tried). If sending failed, or another request made the job, some bundles may be
+        under way."""
         now_s = self._ports.clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -129,7 +129,7 @@ class Requests:
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
-            # If another manager made the job, completions of it may already be in the queue.
+            # If another manager created the job, its completions may already be in the queue.
             live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
             if opening and cut and written.is_new:
                 self._conductor.begin(live, cut)
@@ -141,69 +141,71 @@ class Requests:
     async def _define(
         self, job: JobDef, opening: spec_object.Opening | None
     ) -> tuple[JobDef, spec_object.Opening | None, bool]:
-        """Commit the definition; answers with the one that counts, and whether it is this one."""
+        """Commit the definition. Return the job and opening that count, and whether they are
+        these."""
         objects, patience = self._ports.objects, self._ports.patience
-        hidden = admission.hidden(job)
+        hidden = admission.hide_addresses(job)
         key = object_keys.spec(job.id)
         try:
             data = spec_object.to_bytes(hidden, opening)
         except ValueError as error:
             raise UsageError(
-                f"Job {job.name} holds a value that JSON does not know: {error}.",
+                f"Job {job.name} contains a value that JSON cannot represent: {error}.",
                 remedy="Leave out NaN, infinity and halves of UTF-16 pairs.",
             ) from error
-        await admission.store(self._ports, job)
+        await admission.store_addresses(self._ports, job)
         try:
             with of_single_call(job.is_single_call):
                 await patience(lambda: objects.put(key, data, if_absent=True))
         except AlreadyExists:
             try:
-                known, its = await read_stored(self._ports, key, _defined)
+                known, its = await read_stored(self._ports, key, _read_definition)
             except UnreadableObject as error:
                 raise Refused(
                     f"A job with the id {job.id} is in the bucket, and its definition cannot be "
                     f"read: {error.message}",
                     remedy=f"Remove the object {key}, or submit the job under another name.",
                 ) from error
-            if _content(admission.hidden(known), its) != _content(hidden, opening):
+            if _comparable(admission.hide_addresses(known), its) != _comparable(hidden, opening):
                 by = "client token" if job.token else "id"
                 raise Refused(
                     f"Job {job.id} is another one, submitted with the same {by}.",
                     remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
                 ) from None
-            return await admission.restored(self._ports, known), its, False
+            return await admission.restore_addresses(self._ports, known), its, False
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
-        """Returns once no task of the job can start any more (I4); Refused where it has ended."""
+        """Cancel the job, and return when none of its tasks can start any more (I4). Refused if it
+        has ended."""
         live = self.running(job, "cancelled")
         word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
         await self._conductor.forbid(live, word)
         live.poke.set()
 
     async def pause(self, job: JobId) -> None:
-        """Running tasks end, no further one starts, until `resume`."""
+        """Let running tasks finish, and start no further task until `resume`."""
         live = self.running(job, "paused")
         await self._control(live, Control.PAUSE)
-        await move(self._ports, live, JobState.PAUSED)
+        await set_job_state(self._ports, live, JobState.PAUSED)
 
     async def resume(self, job: JobId) -> None:
-        """Go on. Workers dropped the messages of a paused job, so all outstanding are sent."""
+        """Continue the job. Workers dropped the messages of the paused job, so all outstanding
+        bundles are sent."""
         live = self.running(job, "resumed")
         if live.record.control is Control.RUN:
-            raise Refused(
-                f"Job {job} is not paused.", remedy="`batchlab job why` says what it does."
-            )
+            raise Refused(f"Job {job} is not paused.", remedy="`batchlab job why` shows its state.")
         await self._control(live, Control.RUN)
-        await move(self._ports, live, JobState.RUNNABLE)
-        # Copies, which a worker checks for an outcome: some may not have been dropped yet.
+        await set_job_state(self._ports, live, JobState.RUNNABLE)
+        # As copies, for which workers look for an outcome, because some messages may not be dropped
+        # yet.
         again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
         await self._conductor.send(live.job, again)
         live.poke.set()
 
-    async def retry(self, job: JobId, chosen: Chosen | None = None) -> JobRecord:
-        """Run again what did not succeed, in a new round; of what has failed only the `chosen`
-        tasks. Refused while the job runs, or where that is nothing."""
+    async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
+        """Run unsuccessful tasks again in a new round, with `chosen` only these of the failed
+        tasks. Refused while the job runs, or if there is nothing to run."""
         objects, patience = self._ports.objects, self._ports.patience
         record = await self._ports.ledger.job(job)
         if not record.state.ended:
@@ -215,7 +217,7 @@ class Requests:
             )
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
-        # Before the round: who finds that one in the bucket must not find it forbidden.
+        # Before the round, because a manager that finds the round must not find it forbidden.
         await control_object.permit(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._begun.add(job)
@@ -230,17 +232,18 @@ class Requests:
         return live.record
 
     async def look_back(self) -> None:
-        """Note the jobs of which the leader before us may have begun a retry: those that have ended
-        and did not succeed."""
-        async for one in all_jobs(self._ports):
+        """Find jobs whose retry an earlier leader may have begun: those that ended without
+        success."""
+        async for one in list_jobs(self._ports):
             if one.state.ended and one.state is not JobState.SUCCEEDED:
                 self._begun.add(one.job.id)
 
     async def finish_retries(self) -> None:
-        """Go on with retries that are in the bucket and not in the ledger, since whoever began one
-        has died or been told of an error, and nobody may ask again."""
+        """Complete retries that are in the bucket and not in the ledger. The manager that began one
+        has crashed or returned an error, and the user may not ask again."""
         for job in sorted(self._begun):
-            with suppress(NotFound, Refused):  # forgotten, or somebody else was faster
+            # the job was forgotten, or another manager was faster
+            with suppress(NotFound, Refused):
                 round_ = (await self._ports.ledger.job(job)).round + 1
                 head = partial(self._ports.objects.head, object_keys.retry(job, round_))
                 if await self._ports.patience(head):
@@ -249,12 +252,12 @@ class Requests:
             self._begun.discard(job)
 
     def running(self, job: JobId, verb: str) -> LiveJob:
-        """A job that has not ended; Refused, since it cannot be what the `verb` says."""
+        """Return a job that has not ended. Refused if it has, with `verb` in the message."""
         live = self._lives.get(job)
         if live is None or live.ended.is_set():
             raise Refused(
                 f"Job {job} is not running, so it cannot be {verb}.",
-                remedy="`batchlab job list` shows the jobs there are.",
+                remedy="`batchlab job list` shows the jobs.",
             )
         return live
 
@@ -266,12 +269,12 @@ class Requests:
                 if found and found.word.round > live.round:
                     raise Superseded(live)
                 if found and found.word.control is Control.CANCEL:
-                    live.doubtful = True  # another leader's, perhaps
+                    live.doubtful = True  # another leader may have written it
                     live.poke.set()
                 if Control.CANCEL in (live.record.control, found and found.word.control):
                     raise Refused(
                         f"Job {live.id} is being cancelled.",
-                        remedy="Once it has ended, `batchlab job retry` runs what is left of it.",
+                        remedy="Once it has ended, `batchlab job retry` runs the remaining tasks.",
                     )
                 word = json_format.Word(wanted, round=live.round)
                 if await control_object.say(objects, live.id, word, patience, over=found):
@@ -279,13 +282,13 @@ class Requests:
             await self._conductor.record_control(live, wanted)
 
 
-def _defined(data: bytes) -> tuple[JobDef, spec_object.Opening | None]:
+def _read_definition(data: bytes) -> tuple[JobDef, spec_object.Opening | None]:
     doc = json_format.loads(data)
     return json_format.job_from_json(doc), spec_object.opening_in(doc)
 
 
-def _content(job: JobDef, opening: spec_object.Opening | None) -> bytes:
-    """What a job is, but for when it was submitted and is to start, in which trace, and whether it
-    is sealed: a job of an earlier release is not."""
+def _comparable(job: JobDef, opening: spec_object.Opening | None) -> bytes:
+    """Return the job's content without times, trace, and seal. A job of an earlier release is not
+    sealed."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
     return spec_object.to_bytes(timeless, spec_object.Opening(opening.items) if opening else None)

@@ -1,45 +1,149 @@
-"""Schedules in the manager: looks what is due, decides, and sees to it that the jobs come and end.
+"""Scheduler: decides due runs, submits their jobs, records their ends, and stores the schedules.
 
-Invariant: a due time is decided on by a conditional PUT of its schedule before its job is
-submitted, and the job's name follows from schedule and due time. Whatever dies in between, the next
-leader submits the same job, once. Nothing is asked of any port while nothing is due.
+Invariants: a conditional PUT of the schedule decides a due time before its job is submitted, and
+the job's name follows from schedule and due time. So after a crash, the next leader submits the
+same job, once. A schedule is written only over the version that was read: of two managers that
+decide the same due time, one is refused and reads the other's decision. No port is used while
+nothing is due.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
-from batchlab.core.errors import BackendError, BatchlabError, NotFound, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
+from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.retry import set_within
-from batchlab.core.schedules import decisions
+from batchlab.core.schedules import decisions, model
 from batchlab.core.schedules.decisions import named
 from batchlab.core.schedules.model import Run, RunState, Schedule, job_of
-from batchlab.manager.jobs.requests import Requests
-from batchlab.manager.scaling.worker_registry import Registry
-from batchlab.manager.schedules.schedule_store import Shelf
+from batchlab.manager.jobs.commands import JobCommands
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Ports
 
 log = logging.getLogger(__name__)
 
+_TEMPLATES_KEPT = 200
+
+
+class ScheduleStore:
+    """Schedules by name, including removed ones, and the jobs that they run."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+        self.schedules: dict[str, Schedule] = {}
+        self.unreadable: set[str] = set()
+        """Schedules with an unknown format or time zone. They are not changed."""
+        self._etags: dict[str, str] = {}
+        self._templates: dict[str, JobDef] = {}
+
+    async def load(self) -> None:
+        """Read all schedules."""
+        self.schedules, self._etags, self.unreadable = {}, {}, set()
+        async for page in self._ports.objects.list(object_keys.SCHEDULES):
+            for info in page:
+                await self.read(info.key.removeprefix(object_keys.SCHEDULES).removesuffix(".json"))
+
+    async def read(self, name: str) -> None:
+        """Read one schedule again."""
+        objects, key = self._ports.objects, object_keys.schedule(name)
+        try:
+            found = await self._ports.patience(partial(objects.get_if_changed, key, None))
+        except NotFound:
+            found = None
+        self.schedules.pop(name, None)
+        self._etags.pop(name, None)
+        self.unreadable.discard(name)
+        if found:
+            try:
+                schedule = model.from_bytes(found[0])
+                schedule.next_s()
+                self.schedules[name] = schedule
+                self._etags[name] = found[1]
+            except (BackendError, UsageError, KeyError, TypeError, ValueError) as error:
+                # A schedule of a later release, a damaged one, or an unknown time zone must not
+                # block the others.
+                log.error("schedule %s cannot be read and is ignored: %r", name, error)
+                self.unreadable.add(name)
+
+    async def put(self, schedule: Schedule) -> bool:
+        """Write the schedule over the version that was read. Return False if it has changed, after
+        reading the new version."""
+        name, objects = schedule.name, self._ports.objects
+        etag, before = self._etags.get(name), self.schedules.get(name)
+        schedule = replace(schedule, number=before.number + 1 if before else 0)
+        put = partial(
+            objects.put,
+            object_keys.schedule(name),
+            model.to_bytes(schedule),
+            if_absent=etag is None,
+            if_match=etag,
+        )
+        try:
+            self._etags[name] = await self._ports.patience(put)
+        except (AlreadyExists, NotFound):
+            # Or the write succeeded, but its response was lost.
+            await self.read(name)
+            return self.schedules.get(name) == schedule
+        self.schedules[name] = schedule
+        return True
+
+    async def keep_template(self, job: JobDef) -> str:
+        """Store a schedule's job, and return its key, which is the same for the same job."""
+        data = json_format.to_bytes(json_format.job_to_json(job))
+        key = object_keys.template(hashlib.sha256(data).hexdigest())
+        with suppress(AlreadyExists):
+            put = partial(self._ports.objects.put, key, data, if_absent=True)
+            await self._ports.patience(put)
+        return key
+
+    async def template(self, key: str) -> JobDef:
+        """Return the job of that key. Raises NotFound."""
+        if key not in self._templates:
+            data = await self._ports.patience(partial(self._ports.objects.get, key))
+            while len(self._templates) >= _TEMPLATES_KEPT:
+                del self._templates[next(iter(self._templates))]
+            self._templates[key] = json_format.job_from_json(json_format.loads(data))
+        return self._templates[key]
+
+    def known_template(self, key: str) -> JobDef | None:
+        """Return the job of that key if it is in memory."""
+        return self._templates.get(key)
+
+    async def is_empty(self, job: JobDef) -> bool:
+        """Return whether the job's input consists only of prefixes without objects."""
+        keys = job.input.keys if job.input else ()
+        if not keys or not all(key.endswith("/") for key in keys):
+            return False
+        for key in keys:
+            async for page in self._ports.objects.list(key):
+                # The S3 console marks a folder with an empty object of that name.
+                if any(not info.key.endswith("/") for info in page):
+                    return False
+        return True
+
+
 NOTES_KEPT = 100
 LATE_BY_S = 60.0
-"""A schedule with one due time waits no longer than it had to when it was first seen, and this: a
-clock that is set back does not hold it up (docs/decisions/0019)."""
+"""A schedule with one due time starts at most this much after its original wait, even if the clock
+is set back (docs/decisions/0019)."""
 
 _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 
 
 class Scheduler:
-    """The leader's; `run` until cancelled. `admit` raises UsageError for a job that the grid cannot
-    run."""
+    """The leader's scheduler. `run` runs until cancelled. `admit` raises UsageError for a job that
+    the grid cannot run."""
 
     def __init__(
         self,
@@ -47,8 +151,8 @@ class Scheduler:
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
         admit: Callable[[JobDef], None],
-        requests: Requests,
-        registry: Registry,
+        requests: JobCommands,
+        registry: WorkerRegistry,
     ) -> None:
         self._ports = ports
         self._settings = settings
@@ -56,18 +160,18 @@ class Scheduler:
         self._admit = admit
         self._requests = requests
         self._registry = registry
-        self.shelf = Shelf(ports)
+        self.shelf = ScheduleStore(ports)
         self.notes: list[str] = []
-        """What was missed when this manager began to lead, and what it has done about that."""
+        """Missed runs at the start of this manager, and the decisions about them."""
         self._is_read = asyncio.Event()
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
         self._met: set[str] = set()
-        """Schedules that this manager has looked at."""
+        """Schedules that this manager has processed."""
         self._submitted: set[JobId] = set()
-        """Jobs of unfinished runs that the grid is known to have."""
+        """Jobs of unfinished runs that the grid has."""
         self._waits_s: dict[str, tuple[float, float]] = {}
-        """For schedules with one due time: that, and when it is, by the monotonic clock."""
+        """For schedules with one due time: the due time, and its time on the monotonic clock."""
         self._next: dict[str, tuple[Schedule, float | None]] = {}
         self._peaks: dict[JobId, dict[str, int]] = {}
         self._cancelling: dict[JobId, asyncio.Task[None]] = {}
@@ -75,7 +179,7 @@ class Scheduler:
     # --- The loop --------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Decide on what falls due, as long as this manager leads."""
+        """Decide due runs, as long as this manager leads."""
         try:
             while True:
                 await self._round()
@@ -86,7 +190,7 @@ class Scheduler:
                 task.cancel()
 
     def reread(self) -> None:
-        """Others may have led: forget what we know, and read the schedules anew."""
+        """Read the schedules again, because another manager may have led."""
         self._is_read.clear()
         self._submitted.clear()
         self._wake.set()
@@ -95,7 +199,7 @@ class Scheduler:
         try:
             async with self._lock:
                 if not self._is_read.is_set():
-                    self._is_read.set()  # first: others may lead meanwhile
+                    self._is_read.set()  # first, because another manager may lead meanwhile
                     await self._load()
                 for name in sorted(self.shelf.schedules):
                     await self._advance_safely(name)
@@ -116,18 +220,18 @@ class Scheduler:
         except BackendError as error:
             log.warning("schedule %s waits for the backend: %s", name, error)
         except Exception:
-            # A bug, met by one schedule's data: it must not take the manager with it.
+            # A bug that concerns one schedule must not end the manager.
             log.exception("schedule %s met a bug", name)
 
     def _pause_s(self) -> float:
-        """Until the next look: at a due time, and as often as the manager looks at anything."""
+        """Return the wait until the next due time, at most one tick."""
         now_s = self._ports.clock.now_s()
         soon = (self.next_s(one) for one in self.shelf.schedules.values())
         first_s = min((one - now_s for one in soon if one is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
     def next_s(self, schedule: Schedule) -> float | None:
-        """The schedule's next due time, worked out once."""
+        """Return the schedule's next due time, computed once."""
         known = self._next.get(schedule.name)
         if known is None or known[0] is not schedule:
             known = self._next[schedule.name] = schedule, schedule.next_s()
@@ -136,7 +240,7 @@ class Scheduler:
     # --- One schedule ----------------------------------------------------------------------------
 
     async def _advance(self, name: str) -> None:
-        """All that is to be done for a schedule now."""
+        """Do everything that is due for a schedule."""
         before = self.shelf.schedules[name]
         if before.removed and not before.unfinished:
             return
@@ -146,7 +250,7 @@ class Scheduler:
         if after is not before:
             if not await self.shelf.put(after):
                 self._wake.set()
-                return  # somebody else has decided; look again
+                return  # another manager has decided; try again
             self._tell(before, after)
         run = after.running
         if run and run.job and run.job not in self._submitted:
@@ -156,12 +260,12 @@ class Scheduler:
         await self._get_ready(after)
 
     async def _get_ready(self, schedule: Schedule) -> None:
-        """Have its job at hand for those who want the fleet warm for it."""
+        """Load the job of a schedule that is to be prewarmed."""
         definition, due_s = schedule.definition, self.next_s(schedule)
         if definition.prewarm_s and due_s is not None:
             soon = due_s - self._ports.clock.now_s() <= definition.prewarm_s
             if soon and self.shelf.known_template(definition.template) is None:
-                with suppress(NotFound):  # told when it is due
+                with suppress(NotFound):  # reported when it is due
                     await self.shelf.template(definition.template)
 
     def _lapsed(self, schedule: Schedule) -> Schedule:
@@ -172,7 +276,7 @@ class Scheduler:
         if at_s is not None and self._has_waited(schedule, at_s, now_s):
             now_s = max(now_s, at_s)
         due_s = self.next_s(schedule)
-        # Where nothing is due, nothing but a clock that was set back is to be looked for.
+        # If nothing is due, only a clock that was set back needs a decision.
         if (due_s is None or due_s > now_s) and schedule.through_s - now_s <= decisions.SET_BACK_S:
             return schedule
         return decisions.lapse(schedule, now_s)
@@ -185,7 +289,7 @@ class Scheduler:
         return monotonic_s - known[1] > LATE_BY_S and schedule.next_s() is not None
 
     async def _started(self, schedule: Schedule) -> Schedule:
-        """With the run that may start as one that has its job."""
+        """Return the schedule with a job for the run that may start."""
         while run := decisions.startable(schedule):
             now_s = self._ports.clock.now_s()
             try:
@@ -204,7 +308,7 @@ class Scheduler:
         return schedule
 
     async def _submit(self, schedule: Schedule, run: Run) -> None:
-        """See to it that the run's job is there, whoever may have submitted it before."""
+        """Submit the run's job, unless the ledger has it."""
         assert run.job
         try:
             await self._ports.ledger.job(run.job)
@@ -216,7 +320,7 @@ class Scheduler:
         self._submitted.add(run.job)
 
     async def _made(self, schedule: Schedule, run: Run) -> JobDef | None:
-        """The run's job; None where this grid cannot run it, which is then how the run ended."""
+        """Return the run's job, or None if this grid cannot run it. Then the run has ended."""
         assert run.job
         try:
             template = await self.shelf.template(schedule.definition.template)
@@ -230,7 +334,7 @@ class Scheduler:
         return replace(made, id=run.job)
 
     async def _ended(self, schedule: Schedule) -> Schedule:
-        """With the run whose job has ended as one that is over."""
+        """Return the schedule with an ended run if the run's job has ended."""
         run = schedule.running
         if run is None or run.job is None or run.job not in self._submitted:
             return schedule
@@ -241,7 +345,7 @@ class Scheduler:
         try:
             record = await ledger.job(run.job)
         except NotFound:
-            self._submitted.discard(run.job)  # the ledger was lost
+            self._submitted.discard(run.job)
             return schedule
         if not record.state.ended:
             return schedule
@@ -264,7 +368,7 @@ class Scheduler:
         )
 
     def _observe(self, live: LiveJob) -> None:
-        """Note how many instances work for it."""
+        """Record how many instances work for the job."""
         count: dict[str, int] = {}
         for seen in self._registry.workers.values():
             if any(held.job == live.id for held in seen.beat.held):
@@ -274,15 +378,14 @@ class Scheduler:
             peak[pool] = max(peak.get(pool, 0), number)
 
     def has_begun(self, run: Run) -> bool:
-        """Whether the scaling policy knows how much the run's job has to do."""
+        """Return whether the scaling policy knows the work of the run's job."""
         live = self._lives.get(run.job) if run.job else None
         if live:
             return live.record.state not in _BEFORE_PLANNED
         return run.job in self._submitted
 
     def _cancel(self, schedule: Schedule, run: Run) -> None:
-        """Cancel the job of the run that is to be replaced; it takes a while, and may be asked for
-        again."""
+        """Cancel the job of a replaced run. This takes a while, and may be repeated."""
         job = run.job
         if job is None or job not in self._lives or job in self._cancelling:
             return
@@ -291,30 +394,31 @@ class Scheduler:
         async def cancel() -> None:
             try:
                 await self._requests.cancel(job)
-            except BatchlabError as error:  # it has ended by itself, or the backend is away
+            except BatchlabError as error:  # the job has ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
-                self._cancelling.pop(job, None)  # and asked for again, if it still runs
+                self._cancelling.pop(job, None)  # tried again if the job still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(
             cancel(), name=f"replace {job}"
         )
 
     def _tell(self, before: Schedule, after: Schedule) -> None:
-        """Say what has been decided, in the log, and where it was missed to whoever starts us."""
+        """Log the decisions, and keep notes about missed runs for the command that started this
+        manager."""
         known = {run.token: run for run in before.runs}
         for run in after.runs:
             was = known.get(run.token)
             if was and was.state is run.state:
                 continue
-            text = sentence(after, run)
+            text = describe_run(after, run)
             log.info("%s", text)
             is_new = was is None and not run.asked and after.name not in self._met
             if is_new and (run.reason or run.decided_s - run.due_s > decisions.ON_TIME_S):
                 self.notes = [*self.notes, text][-NOTES_KEPT:]
 
 
-def sentence(schedule: Schedule, run: Run) -> str:
-    """What became of a run, for a log or a person."""
+def describe_run(schedule: Schedule, run: Run) -> str:
+    """Describe the state of a run."""
     did = {
         RunState.WAITING: "waits for the one before it",
         RunState.RUNNING: f"starts as job {run.job}",

@@ -1,8 +1,8 @@
-"""Caps on cost: what they leave, and that nothing is launched or cut beyond it.
+"""Cost caps of the grid and of jobs, and attribution of instances to jobs.
 
-Invariants: without a cap nothing is decided here. With one, what has been spent, what is committed
-and one launch more never pass it: before anything is launched or cut, the purse must hold what it
-will cost. What runs is finished.
+Invariants: without a cap, nothing is decided here. With a cap, the sum of spent cost, committed
+cost, and one more launch never exceeds it: before a launch or a cut, the budget must cover its
+cost. Running work finishes. The shares of an instance sum to 1, or it has no shares.
 """
 
 from __future__ import annotations
@@ -16,18 +16,50 @@ from batchlab.core.ports import Clock
 from batchlab.core.pricing.cap import Budget, Purse, launch_usd, launches
 from batchlab.core.pricing.money import shown
 from batchlab.core.pricing.usage_meter import Account, Accounting, Kind, Meter, Rates
+from batchlab.manager.scaling.worker_registry import WorkerRegistry
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob
-from batchlab.manager.usage.usage_attribution import Shares
+
+
+class UsageAttribution:
+    """Attribution of instances to jobs, by conducted jobs and the last beats of workers."""
+
+    def __init__(self, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
+        self._lives = lives
+        self._registry = registry
+
+    def waiting(self, view: GroupView) -> dict[JobId, float]:
+        """Return equal shares of the jobs that an idle instance of the pool waits for. If there are
+        none, and the pool is above its minimum size, the jobs that a cap holds back."""
+        pool = view.pool
+        found = [live.id for live in self._lives.values() if live.has_work(pool.name)]
+        if not found and len(view.instances) > pool.min_size:
+            stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
+            found = list({one.id: 0 for one, s in stages if one.is_held and s.pool == pool.name})
+        return dict.fromkeys(found, 1 / len(found)) if found else {}
+
+    def of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
+        """Return the shares of the jobs whose bundles the instance runs or holds."""
+        seen = self._registry.workers.get(instance)
+        held = seen.beat.held if seen else ()
+        jobs = [h.job for h in held if h.running] or [h.job for h in held]
+        jobs = [job for job in jobs if job in self._lives]
+        if not jobs:
+            return waiting
+        found: dict[JobId, float] = {}
+        for job in jobs:
+            found[job] = found.get(job, 0.0) + 1 / len(jobs)
+        return found
+
 
 log = logging.getLogger(__name__)
 
 USED_SHARE = 0.8
-"""Of a slot's time a task gets so much at the least, where bundles follow one another."""
+"""Minimum share of a slot's time that tasks use when bundles follow one another."""
 
 
-class Caps:
-    """Those of the grid and of its jobs."""
+class CostCaps:
+    """Cost caps of the grid and its jobs."""
 
     def __init__(
         self,
@@ -36,7 +68,7 @@ class Caps:
         lives: Mapping[JobId, LiveJob],
         pools: Mapping[str, Pool],
         accounting: Accounting,
-        shares: Shares,
+        shares: UsageAttribution,
     ) -> None:
         self._clock = clock
         self._settings = settings
@@ -47,23 +79,24 @@ class Caps:
         self._shares = shares
         self._meter = Meter()
         self.max_cost_usd = accounting.max_cost_usd
-        """Of the whole grid, since its account was opened."""
+        """Cap of the whole grid since its account began."""
         self.by_hand: dict[JobId, float | None] = {}
-        """Set for a job in place of what it says itself."""
+        """Caps set by users, which replace the caps of job definitions."""
         self.capped: dict[str, str] = {}
-        """By pool, why no more is launched in it, where a cap says so."""
+        """Why a cap stops launches, by pool."""
         self._grid: Purse | None = None
 
     def of(self, live: LiveJob) -> float | None:
-        """The job's own cap in USD, None where it has none."""
+        """Return the job's cap in USD, or None."""
         return self.by_hand.get(live.id, live.job.max_cost_usd)
 
     def set(self, job: JobId | None, usd: float | None) -> None:
-        """Cap a job's cost, or with None for it the grid's; Refused where nothing has a price."""
+        """Set the cap of a job, or of the grid with None as `job`. Refused if the grid has no
+        prices."""
         if usd is not None and self._rates is None:
             raise Refused(
-                "This grid knows no prices, so no cost can be capped.",
-                remedy="`batchlab prices show` says what is wrong with the price book.",
+                "This grid has no prices, so no cost can be capped.",
+                remedy="`batchlab prices show` shows the problem with the price book.",
             )
         if job is None:
             self.max_cost_usd = usd
@@ -71,11 +104,11 @@ class Caps:
             self.by_hand[job] = usd
         for live in self._lives.values():
             if live.capped and job in (None, live.id):
-                live.capped = ""  # by the cap before this one
+                live.capped = ""
                 live.changed()
 
     def refill(self, meter: Meter, views: Sequence[GroupView]) -> None:
-        """See anew what the caps leave, of what `meter` has counted by now."""
+        """Recompute the budgets from the usage in `meter`."""
         self._meter = meter
         caps = (self.of(live) for live in self._lives.values())
         if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
@@ -99,8 +132,8 @@ class Caps:
             tail_s = self._tail_s(view.pool.name)
             for instance in view.instances:
                 if life := self._meter.lives.get(instance.id):
-                    # Until it is let go once nothing is left to do; what is billed already pays for
-                    # work too, unless it boots meanwhile.
+                    # The time until the instance is terminated after its work. Time that is billed
+                    # already also pays for work, unless the instance still boots.
                     still_s = tail_s - life.prepaid_s
                     if instance.state is not LifecycleState.IN_SERVICE:
                         still_s = max(0.0, still_s + view.pool.boot_s)
@@ -121,15 +154,15 @@ class Caps:
             self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
-        """What that has cost, None where nothing has a price."""
+        """Return the cost of an account, or None without prices."""
         return self._spent_usd(account, self._rates) if self._rates else None
 
     def _spent_usd(self, account: Account, rates: Rates) -> float:
         return account.usd(rates) + self._request_usd(account.requests)
 
     def _hold(self, live: LiveJob, next_usd: float, uncut_usd: float) -> None:
-        """Hold the job back where a purse does not even hold what its next task costs; from then on
-        it is called capped until they hold what all costs that is not cut."""
+        """Hold the job back if a budget does not cover its next task. It counts as capped until the
+        budgets cover all uncut tasks."""
         purses = live.budget.purses if live.budget else ()
         empty = next((p for p in purses if p.left_usd <= 0 or p.left_usd < next_usd), None)
         if live.is_held != bool(empty):
@@ -137,7 +170,7 @@ class Caps:
             live.poke.set()
         told = empty
         if live.capped and not empty:
-            # Each bundle that was cheaper than reckoned pays for a bit more.
+            # Each bundle that cost less than estimated frees a part of the budget.
             told = next((p for p in purses if p.left_usd < uncut_usd), None)
         text = f"its cost is capped: {told.text()}" if told else ""
         if empty and empty.left_usd > 0:
@@ -149,14 +182,15 @@ class Caps:
         live.capped = text
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """The least that the next task of the job costs, with an instance where there is none."""
+        """Return the minimum cost of the job's next task, including an instance if the pool has
+        none."""
         now_s, found = self._clock.monotonic_s(), []
         for stage in live.job.stages:
             record = live.stages[stage.name]
             is_next = record.left or (record.counts.planned is None and not stage.after)
             if stage.pool not in self._pools or not is_next:
                 continue
-            # Before one is measured, a task costs nothing that is known.
+            # Before a measurement, the cost of a task is unknown and counts as 0.
             known = record.counts.mean_s is not None
             usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * known
             if not any(life.kind.pool == stage.pool for life in self._meter.lives.values()):
@@ -165,7 +199,7 @@ class Caps:
         return min(found, default=0.0)
 
     def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """What the bundles cost that are cut and not done."""
+        """Return the cost of outstanding bundles."""
         now_s = self._clock.monotonic_s()
         return sum(
             live.cut_tasks(stage.name) * live.task_s(stage, now_s) * slot_usd_s.get(stage.pool, 0.0)
@@ -173,7 +207,7 @@ class Caps:
         )
 
     def _uncut_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """What the tasks cost that are planned and in no bundle yet."""
+        """Return the cost of planned tasks that are in no bundle yet."""
         now_s = self._clock.monotonic_s()
         return sum(
             len(live.stages[stage.name].left)
@@ -183,8 +217,8 @@ class Caps:
         )
 
     def _tail_s(self, pool: str) -> float:
-        """How long an instance may be there beyond its work: until others have finished their last
-        task, and the policy lets it go."""
+        """Return how long an instance may stay after its work, until other tasks end and the policy
+        terminates it."""
         settings, now_s = self._settings, self._clock.monotonic_s()
         longest_s = max(
             (
@@ -198,12 +232,12 @@ class Caps:
         return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
 
     def _launch_usd(self, pool: Pool) -> float:
-        """What one more instance of the pool costs at the least."""
+        """Return the minimum cost of one more instance of the pool."""
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))
 
     def warm_usd(self, pool: Pool, hold_s: float) -> tuple[float, float]:
-        """What it costs to have an instance of the pool `hold_s` early: one that is launched for
-        that, and one that is there. Nothing has a price where there are none."""
+        """Return the cost of having an instance `hold_s` early: a launched one, and an existing
+        one. 0 without prices."""
         if self._rates is None:
             return 0.0, 0.0
         usd_h = self._pool_usd_h(pool)
@@ -211,18 +245,19 @@ class Caps:
         return launch_usd(usd_h, tail_s), usd_h * hold_s / 3600
 
     def left_usd(self) -> float | None:
-        """What the grid's cap leaves, None where there is none."""
+        """Return what the grid's cap leaves, or None without a cap."""
         return self._grid.left_usd if self._grid else None
 
     def _pool_usd_h(self, pool: Pool) -> float:
-        """The dearest instance that the pool has, or would launch."""
+        """Return the hourly price of the most expensive instance that the pool has or would
+        launch."""
         assert self._rates is not None
         kinds = {Kind(pool.name, pool.instance_type)}
         kinds |= {one.kind for one in self._meter.lives.values() if one.kind.pool == pool.name}
         return max(self._rates(kind) for kind in kinds)
 
     def launches(self, view: GroupView, desired: int, why: str) -> tuple[int, str]:
-        """How far desired capacity may be raised to `desired`, and why."""
+        """Return the desired capacity that the caps allow, up to `desired`, and the reason."""
         pool = view.pool
         was = self.capped.pop(pool.name, "")
         wanted = desired - max(view.desired, pool.min_size)
@@ -244,8 +279,8 @@ class Caps:
         return desired - wanted + count, told
 
     def _purses(self, pool: str) -> list[Purse]:
-        """Those that pay for a launch in the pool: the grid's, and where all jobs with work for it
-        have caps, theirs."""
+        """Return the budgets that pay for a launch in the pool: the grid's, and those of its jobs
+        if all jobs with work for it are capped."""
         found = [self._grid] if self._grid else []
         working = [live for live in self._lives.values() if live.has_work(pool)]
         own = [p for live in working if live.budget for p in live.budget.purses]

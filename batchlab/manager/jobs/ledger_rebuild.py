@@ -1,8 +1,8 @@
-"""`ledger rebuild`: an equal ledger from the bucket alone (I3).
+"""Rebuild of the ledger from the bucket alone (`ledger rebuild`, I3).
 
-Invariant: each job is restored in one transaction, and only where nobody has changed what the
-ledger has of it since the bucket was asked. So users, and a manager that does not know yet that
-another one leads, may do anything meanwhile: they see a job whole, as it was or as it is.
+Invariant: one transaction restores each job, only if the ledger's rows of it have not changed since
+the bucket was read. So users, and a manager that has just lost the lease, may do anything
+meanwhile. They see a job in its old or its new state.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ _TRIES = 10
 
 
 @dataclass(slots=True)
-class Rebuilt:
-    """A ledger made anew."""
+class RebuildResult:
+    """Result of a rebuild."""
 
     jobs: int
-    """Jobs that were restored."""
+    """Number of restored jobs."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Why an object could not be read, by its key. A job with an unreadable outcome or end is
-    restored without it, and a job with an unreadable control word as paused. A job with another
-    unreadable object stays as the ledger had it."""
+    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is
+    restored without it. A job with an unreadable control word is restored as paused. A job with
+    another unreadable object keeps the ledger's rows."""
 
 
-async def rebuild(ports: Ports) -> Rebuilt:
-    """Read every job from the bucket again, and forget the jobs that are not there. Unreachable if
-    somebody changes one of them all the time."""
-    known = await _in_ledger(ports)  # first: a job that comes meanwhile must not be forgotten
+async def rebuild(ports: Ports) -> RebuildResult:
+    """Restore every job from the bucket, and forget jobs that are not there. Raises Unreachable if
+    a job changes all the time."""
+    # first, because a job submitted meanwhile must not be forgotten
+    known = await _in_ledger(ports)
     found = await _in_bucket(ports)
     gone = sorted(known - found)
     if gone:
         await ports.ledger.forget(gone)
-    rebuilt = Rebuilt(0)
+    rebuilt = RebuildResult(0)
     for job in sorted(found):
         try:
             rebuilt.unreadable |= await restore(ports, job)
@@ -66,7 +67,7 @@ async def rebuild(ports: Ports) -> Rebuilt:
             key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)
             rebuilt.unreadable[key] = error.message
     for key, why in rebuilt.unreadable.items():
-        log.error("the rebuild went on without %s: %s", key, why)
+        log.error("the rebuild continued without %s: %s", key, why)
     return rebuilt
 
 
@@ -90,17 +91,17 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
-    """Read one job from the bucket again; return why an outcome object could not be read, by its
-    key. NotFound if the job is not there, UnreadableObject if another object of it cannot be read,
-    Unreachable if somebody changes it all the time."""
+    """Restore one job from the bucket, and return why an outcome object is unreadable, by key.
+    Raises NotFound, UnreadableObject for another unreadable object, or Unreachable if the job
+    changes all the time."""
     for _ in range(_TRIES):
         before = await _rows(ports, job)
-        past, unreadable = await _past(ports, job)
+        past, unreadable = await _read_history(ports, job)
         if await ports.ledger.restore(past, over=before):
             return unreadable
     raise Unreachable(
-        f"Job {job} changes faster than it is read from the bucket.",
-        remedy="Ask for the rebuild again.",
+        f"Job {job} changes faster than the bucket can be read.",
+        remedy="Start the rebuild again.",
     )
 
 
@@ -112,14 +113,14 @@ async def _rows(ports: Ports, job: JobId) -> JobRows | None:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What there is of one job, of any round. Of outcomes only what they come to: a job's values
-    may be more than memory holds."""
+class _JobObjects:
+    """Objects of one job, of all rounds. Only completions of outcomes are kept, because a job's
+    values may exceed the memory."""
 
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """The errors of objects without which the job is restored, by their keys."""
+    """Errors of objects without which the job is restored, by key."""
 
     async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
         """Read one object, if it is a cut or an outcome."""
@@ -137,13 +138,13 @@ class _Found:
             log.error("an outcome with a wrong seal is ignored: %s", name)
 
     async def replace(self, ports: Ports, name: str, key: CommitKey) -> None:
-        """Read the outcome that replaces one that cannot be read, if it does."""
+        """Read a replacement of an unreadable outcome."""
         outcome = await _read_replacement(ports, name)
         if self.unreadable.pop(object_keys.outcome(outcome.bundle, key), None) is not None:
             self.completions.append(settlement.completion(outcome))
 
     def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
-        """Drop the completions that cannot be of the job."""
+        """Drop completions that do not fit the job."""
         fits = partial(settlement.fits, job)
         strangers = [one for one in self.completions if not fits(one.bundle, one.follows)]
         for one in strangers:
@@ -152,12 +153,12 @@ class _Found:
             self.unreadable[name] = "It does not fit the stages of its job."
 
 
-async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
-    found = _Found()
+async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
+    found = _JobObjects()
     spec, opening = await _read(ports, object_keys.spec(job), spec_object.from_json)
     if spec.id != job:
         raise UnreadableObject(object_keys.spec(job), f"It defines the job {spec.id}.")
-    spec = await admission.restored(ports, spec)
+    spec = await admission.restore_addresses(ports, spec)
     if opening and opening.cut:
         found.cuts.append(opening.cut)
     key = await _key_of(ports, spec)
@@ -171,7 +172,7 @@ async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
     found.drop_strangers(spec, key)
     for name in replacements:
         await found.replace(ports, name, key)
-    # What has been cut has started, though the clock may have been set back since.
+    # A job with a cut has started, even if the clock was set back since.
     later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
     state = JobState.SCHEDULED if later else JobState.SUBMITTED
     past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job, found))
@@ -179,8 +180,8 @@ async def _past(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
 
 
 async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
-    """Return the commit key of a job; UnreadableObject if its definition has the hash of another
-    key, as a damaged one may."""
+    """Return the job's commit key. Raises UnreadableObject if the definition has the hash of
+    another key, as a damaged one may."""
     try:
         return await ports.keys.of(job)
     except (Throttled, Unreachable, NotFound):
@@ -189,7 +190,7 @@ async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
         raise UnreadableObject(object_keys.spec(job.id), error.message) from error
 
 
-async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
+async def _rounds(ports: Ports, job: JobDef, found: _JobObjects) -> Sequence[Round]:
     rounds: list[Round] = []
     retry = Retry((), ())
     while True:
@@ -200,11 +201,11 @@ async def _rounds(ports: Ports, job: JobDef, found: _Found) -> Sequence[Round]:
             return rounds
         if rounds[-1].ending is None:
             final = object_keys.final(job.id, len(rounds) - 1)
-            why = found.unreadable.get(final, "It is gone, and a retry follows it.")
+            why = found.unreadable.get(final, "It does not exist, and a retry follows it.")
             raise UnreadableObject(final, why)
 
 
-async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _Found) -> Round:
+async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _JobObjects) -> Round:
     cuts = sorted(
         (cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq)
     )
@@ -228,24 +229,24 @@ async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _F
     )
 
 
-async def _ending(ports: Ports, job: JobId, round_: int, found: _Found) -> Ending | None:
+async def _ending(ports: Ports, job: JobId, round_: int, found: _JobObjects) -> Ending | None:
     try:
         return await _read(ports, object_keys.final(job, round_), json_format.ending_from_json)
     except NotFound:
         return None
     except UnreadableObject as error:
-        # The manager comes to an end again from the counters.
+        # The manager computes the end again from the counters.
         found.unreadable[error.key] = error.message
         return None
 
 
-async def _control(ports: Ports, job: JobId, found: _Found) -> Control:
+async def _control(ports: Ports, job: JobId, found: _JobObjects) -> Control:
     try:
         return (await word_of(ports.objects, job, ports.patience)).control
     except NotFound:
         return Control.RUN
     except Malformed as error:
-        # It may have been a cancellation. The user can resume the job.
+        # The word may have been a cancellation. The user can resume the job.
         found.unreadable[object_keys.control(job)] = error.message
         return Control.PAUSE
     except TooNew as error:

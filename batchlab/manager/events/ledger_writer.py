@@ -1,7 +1,7 @@
-"""Folds completions into the ledger and brings the live jobs up to date with it.
+"""Writes completions and job changes to the ledger, and updates live jobs from it.
 
-Invariant: the ledger decides which completions are new, once, in one transaction; memory only
-follows it. Events may come twice, late, in any order, or not at all (see the reconciler).
+Invariant: the ledger decides once, in one transaction, which completions are new. Memory follows
+the ledger. Events may arrive twice, late, in any order, or never (see the reconciler).
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from batchlab.core.model import BundleId, Completion, Control, JobId, StageName
 from batchlab.core.ports import BundleRecord, Fold, Folded, JobChange, JobRecord, JobRows
 from batchlab.core.protocol import settlement
 from batchlab.core.tracing import NOBODY, Tracer
-from batchlab.manager.counters import Counts
-from batchlab.manager.events.retained_outcomes import Retained
-from batchlab.manager.state import LiveJob, Ports, Superseded
+from batchlab.manager.counters import Counters
+from batchlab.manager.state import LiveJob, Ports, RetainedOutcome, Superseded
 
 log = logging.getLogger(__name__)
 
-Key = tuple[JobId, StageName, BundleId]
-Whole = Mapping[Key, Retained]
-"""Outcomes that came whole, by their bundles."""
-Traces = Mapping[Key, str]
-"""Where the traces of bundles go on, as traceparents."""
-NOTHING: Mapping[Key, Any] = MappingProxyType({})
+BundleKey = tuple[JobId, StageName, BundleId]
+OutcomesByBundle = Mapping[BundleKey, RetainedOutcome]
+"""Outcomes that arrived completely, by bundle."""
+Traces = Mapping[BundleKey, str]
+"""Traceparents by bundle."""
+EMPTY: Mapping[BundleKey, Any] = MappingProxyType({})
 
 
-class Folder:
-    """Completions in, ledger and live jobs out."""
+class LedgerWriter:
+    """Folds completions into the ledger and keeps live jobs up to date."""
 
     def __init__(
         self,
@@ -40,29 +39,30 @@ class Folder:
         lives: Mapping[JobId, LiveJob],
         restored: Callable[[JobId], Awaitable[JobDef | None]],
         repeated: Callable[[JobId, StageName], None] = lambda *_: None,
-        counts: Counts | None = None,
+        counts: Counters | None = None,
         tracer: Tracer = NOBODY,
         on_author: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`restored` brings a job back that the ledger does not know; `repeated` hears of outcomes
-        that had been counted before. `on_author` is called with the worker of each new outcome."""
+        """`restored` restores a job that the ledger does not have. `repeated` is called for each
+        outcome that was already counted. `on_author` is called with the worker of each new outcome.
+        """
         self._on_author = on_author
         self._restored = restored
         self._repeated = repeated
         self._tracer = tracer
-        self._counts = counts or Counts()
+        self._counts = counts or Counters()
         self._ports = ports
         self._lives = lives
         self._next_seq = 0
-        """The seq of the next completion, if nobody else folds."""
+        """Sequence number of the next completion, unless another manager folds."""
 
     async def fold(
         self,
         completions: Sequence[Completion],
-        whole: Whole = NOTHING,
-        traces: Traces = NOTHING,
+        whole: OutcomesByBundle = EMPTY,
+        traces: Traces = EMPTY,
     ) -> None:
-        """Fold these, of which some have come `whole`; the jobs they belong to are poked."""
+        """Fold completions, some with outcomes in `whole`, and poke their jobs."""
         known = await self._known(completions)
         if not known:
             return
@@ -95,7 +95,7 @@ class Folder:
                     live.trace(bundle.stage, at)
 
     async def _known(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
-        """Those that the ledger can take, with their jobs."""
+        """Return the completions that the ledger accepts, with their jobs."""
         known: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(one.bundle.job for one in completions)
         jobs = {name: await self.job(name) for name in names}
@@ -104,13 +104,13 @@ class Folder:
             if job is None:
                 continue
             if not settlement.fits(job, one.bundle, one.follows):
-                # The ledger would refuse it, and with it all that came in the same batch.
+                # The ledger would refuse it together with the rest of its batch.
                 about = {"job": job.id, "bundle": one.bundle.id}
                 log.error("dropped a completion of a stage that the job does not have", extra=about)
                 continue
             known.append((one, job))
             live = self._lives.get(job.id)
-            # Before it is counted: a stage must not seem to have come to its end by this.
+            # Before the fold, so that the stage does not seem to have ended by this completion.
             if live is not None and one.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
         return known
@@ -119,11 +119,11 @@ class Folder:
         self,
         completions: Sequence[Completion],
         folded: Folded,
-        whole: Whole,
+        whole: OutcomesByBundle,
     ) -> list[LiveJob]:
-        """Bring outstanding bundles and recent outcomes up to date; the live jobs concerned."""
+        """Update outstanding bundles and recent outcomes, and return the live jobs concerned."""
         if folded.first_seq != self._next_seq:
-            # Another leader folds too, or we have not heard what came of a fold of ours.
+            # Another leader folds too, or the response of an earlier fold was lost.
             for every in self._lives.values():
                 every.forget_outcomes(folded.first_seq - 1)
         self._next_seq = folded.first_seq + len(completions)
@@ -141,14 +141,15 @@ class Folder:
                     live.remember(record, whole.get(key))
                 else:
                     self._repeated(live.id, one.bundle.stage)
-                # Or not new, but to us: the ledger's first answer was lost, and we asked again.
+                # A completion may be new to this manager only: the response of the first attempt
+                # was lost.
                 if folded.new[n] or one.bundle.id in live.outstanding.get(one.bundle.stage, {}):
                     live.expect(
                         (f.bundle, now_s + settlement.delay_s(live.job, f))
                         for f in one.follows
                         if (f.bundle.stage, f.bundle.id) not in live.early
                     )
-        # In a second pass: a follow's own completion may have come in the same batch.
+        # In a second pass, because a follow-up's completion may be in the same batch.
         for one in completions:
             live = self._lives.get(one.bundle.job)
             if live is not None:
@@ -156,8 +157,8 @@ class Folder:
         return list(touched.values())
 
     async def write(self, live: LiveJob, change: JobChange) -> bool:
-        """Apply the change to the ledger, and take over the rows that it leaves. Return whether it
-        was new; Superseded if the job is in a later round."""
+        """Apply the change to the ledger, copy its rows to memory, and return whether it was new.
+        Raises Superseded if the job is in a later round."""
         before = live.record
         written = await self._ports.ledger.apply(change)
         await self._follow(live, before, written.rows)
@@ -166,26 +167,26 @@ class Folder:
         return written.is_new
 
     async def refresh(self, live: LiveJob) -> None:
-        """Read the job and its stages from the ledger again; Superseded as from `write`."""
+        """Read the job and its stages from the ledger again. Raises Superseded like `write`."""
         before = live.record
         await self._follow(live, before, await self._ports.ledger.rows(live.id))
         if live.record.round > live.round:
             raise Superseded(live)
 
     async def _follow(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
-        """Take these rows, for which the ledger was asked when the record was `before`."""
-        # Who has changed the record meanwhile knows more than what was read: a cancellation would
-        # be forgotten.
+        """Take rows that were requested when the job's record was `before`."""
+        # If the record has changed meanwhile, these rows are old: a cancellation would be
+        # forgotten.
         while live.record is not before:
             before = live.record
             rows = await self._ports.ledger.rows(live.id)
         if rows.job.round > live.round:
-            live.end()  # what was conducted here has ended, and a retry has begun the next
+            live.end()  # this round has ended, and a retry began the next one
         live.take(rows)
 
     async def job(self, job: JobId) -> JobDef | None:
-        """Return the job of that id, restored from the bucket if the ledger does not have it; None
-        if the bucket does not have it either."""
+        """Return the job, restored from the bucket if the ledger does not have it, or None if it
+        does not exist."""
         live = self._lives.get(job)
         if live:
             return live.job
