@@ -1,4 +1,4 @@
-"""Fixtures every suite may use."""
+"""Fixtures of all tests, and the options of a test run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "simpledb_url",
 ]
 
-# How long an example takes says how busy the machine is.
+# The duration of an example depends on the load of the machine.
 settings.register_profile("batchlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("batchlab")
 
@@ -74,10 +74,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Of several processes that compute, each asks Linux for a tenth of a second at a time: taking
-    turns every millisecond, as they otherwise do, costs simulations a fifth more of a core. What
-    they start is as ever, and goes before them. Where there is no `chrt`, or an old one, nothing
-    is lost but that."""
+    """Request time slices of 0.1 s from Linux in each process of a parallel run.
+
+    With the usual slices of a few milliseconds, simulations need 20% more CPU time. Processes that
+    a test starts keep the usual slices, and run first. Without a recent `chrt` nothing changes.
+    """
     if hasattr(config, "workerinput"):
         longer = ["chrt", "--reset-on-fork", "--other", "--sched-runtime", "100000000"]
         with suppress(FileNotFoundError):
@@ -110,8 +111,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is collected stays until the end: no use in looking through it for garbage, neither now
-    nor later."""
+    """Exclude the collected tests from garbage collection, since they remain until the end."""
     gc.disable()
     try:
         return (yield)
@@ -122,7 +122,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def ffmpeg() -> None:
-    """Needed by the media job; absent on a laptop, promised in CI."""
+    """Skip the test without ffmpeg, which the media job needs; fail in CI."""
     if shutil.which("ffmpeg") is None:
         if os.environ.get("CI"):
             pytest.fail("CI promises ffmpeg, but it is not installed")
@@ -131,7 +131,7 @@ def ffmpeg() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real traces and claims; absent on a laptop, promised in CI."""
+    """Return the folder of real traces and claims. Skip the test without it; fail in CI."""
     folder = Path(os.environ.get("BATCHLAB_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():
         if os.environ.get("CI"):

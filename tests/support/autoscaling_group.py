@@ -1,5 +1,5 @@
-"""What the tests of AWS's Auto Scaling semantics share: a group over a launcher that is a table, by
-hand-set time.
+"""An Auto Scaling group with a launcher in memory and a clock that a test sets, for the tests of
+AWS's Auto Scaling rules.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A real browser for the tests of pages: Debian's Chromium, driven by playwright.
+"""Chromium from Debian, driven by playwright, for the tests of pages.
 
-Invariant: no test finds a browser that another one has changed; each page has a context of its own.
+Invariant: each page has its own browser context, so no test sees the changes of another test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Certificates for tests: an authority, and what it signs for a server.
+"""A certificate authority for tests, and server certificates that it signs.
 
-Invariant: they have what RFC 5280 asks for, since Python 3.13 takes no others.
+Invariant: the certificates have the fields that RFC 5280 requires, since Python 3.13 accepts no
+others.
 """
 
 from __future__ import annotations

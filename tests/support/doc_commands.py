@@ -1,8 +1,8 @@
-"""Every command that the docs tell a reader to give, and a shell that gives them in this process.
+"""Every command that the docs show, and a shell that runs commands in this process.
 
-Invariant: a command is what stands on a line of a block of `sh`, without its comment, or indented
-by itself where it is a program of the tree's; what goes on over several lines (a `\\` at the end, a
-function, a text for the command to read) is one command, known by its first line.
+Invariant: a command is one line of an `sh` block without its comment, or an indented line that
+starts a program of the project. A command of several lines (a `\\` at the end, a function, a
+here-document) is identified by its first line.
 """
 
 from __future__ import annotations

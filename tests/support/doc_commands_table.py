@@ -1,5 +1,6 @@
-"""Who gives which command of the docs: scripts for system/test_doc_commands.py, in the form of
-commands.lines, and the tests that give the others."""
+"""Scripts of the commands in the docs, in the format of `doc_commands.lines`, and the tests that
+run the other commands.
+"""
 
 # ruff: noqa: E501
 from __future__ import annotations

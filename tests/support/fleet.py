@@ -1,5 +1,5 @@
-"""What the fleet and launcher suites share: a launcher that is a table, hand-set time, workers that
-behave in named ways, and the worlds in which one suite runs.
+"""Launchers, clocks, and workers for the contract suites of the Fleet and Launcher ports, and
+the adapters that the suites run on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An HTTP server of a test's own that stands in front of another one, on 127.0.0.1."""
+"""HTTP servers on 127.0.0.1 that answer themselves or forward requests to another server."""
 
 from __future__ import annotations
 

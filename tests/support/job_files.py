@@ -1,4 +1,4 @@
-"""Job files for the tests: a folder to load them in, and what is asked of every refusal."""
+"""Job files for tests, and checks of every error message about a job file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A ManagedFleet in a world of hand-set time: its launcher is a table, its store may be full."""
+"""A ManagedFleet with a launcher in memory, a clock that a test sets, and a store that can be
+full.
+"""
 
 from __future__ import annotations
 

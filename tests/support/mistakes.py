@@ -1,4 +1,4 @@
-"""What is asked of every refusal of a file that a person wrote, and ways to spoil such a file."""
+"""Checks of every error message about a file that a user wrote, and ways to damage such a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Fleet for who brings workers, or answers, of his own."""
+"""A Fleet without instances, for tests that run their own workers or answer themselves."""
 
 from __future__ import annotations
 

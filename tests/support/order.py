@@ -1,7 +1,7 @@
-"""In which order the processes of a run take the tests, so that no core idles and none is last.
+"""The order in which the processes of a test run take the tests, so that no core is idle.
 
-Tests that mostly wait (for containers, leases, real time) leave their core to others; left to the
-end, as the alphabet has it, they are waited for alone.
+Tests that mostly wait (for containers, leases, real time) leave their core to other tests. In
+alphabetical order they would run last, and every core would wait for them.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ WAITS_S: Mapping[str, float] = {
     "tests/system/bad_input/test_bad_places.py": 25,
     "tests/system/test_follow_logs.py": 15,
 }
-"""Files whose tests mostly wait, and about how long in all, in CI on two cores."""
+"""Files whose tests mostly wait, and the total seconds of each file in CI on two cores."""
 
 
 def dealt(names: Sequence[str], processes: int) -> list[int]:
-    """The positions of `names` (ids of tests, file by file) in the order to run them.
+    """Return the positions of `names` (ids of tests, file by file) in the order to run them.
 
-    xdist's worksteal gives each process an equal and contiguous part of them, and whoever is done
-    steals from another's end. So the files that wait stand at the beginnings of half of the parts,
-    while the other processes compute. A file stays together, with its fixtures.
+    xdist's worksteal gives each process an equal and contiguous part. A process that has finished
+    its part takes tests from the end of another part. So half of the parts begin with the files
+    that wait, while the other processes compute. The tests of a file stay together, with its
+    fixtures.
     """
     files: dict[str, list[int]] = {}
     for position, name in enumerate(names):
@@ -63,12 +64,12 @@ def dealt(names: Sequence[str], processes: int) -> list[int]:
 
 
 def waiting(processes: int) -> int:
-    """How many of them begin with what waits."""
+    """Return the number of processes that begin with files that wait."""
     return (processes + 1) // 2
 
 
 def _parts(total: int, processes: int) -> Iterator[int]:
-    """As worksteal cuts them."""
+    """Yield the sizes of the parts that worksteal creates."""
     for left in range(processes, 0, -1):
         size = total // left
         total -= size

@@ -1,8 +1,8 @@
-"""How a page looks, measured: boxes of what is written, colours of what is drawn, and the whole as
-a small grey picture beside the one that was committed.
+"""Measurements of how a page looks: boxes of text, colors, and a small gray picture of the whole
+page.
 
-Invariant: the measures of boxes and colours hold with any font. The small pictures are of one font,
-and are compared where the page is set in that.
+Invariant: the measurements of boxes and colors are valid with any font. A test compares the small
+picture with a stored one only if the page is set in the font of the stored picture.
 """
 
 from __future__ import annotations

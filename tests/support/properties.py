@@ -1,4 +1,4 @@
-"""How a property is tried: the same examples on every machine, however slow it is."""
+"""Settings of property tests: the same examples on every machine, without a deadline."""
 
 from __future__ import annotations
 

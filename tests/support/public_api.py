@@ -1,9 +1,9 @@
-"""The published Python API as text: what stands in docs/python-api.txt.
+"""The published Python API as text, as in docs/python-api.txt.
 
     python -m tests.support.public_api --accept
 
-writes it anew. Invariant: a name or a signature that a user's program may rely on is a line of it,
-and the text is the same on every Python that batchlab runs on.
+writes that file. Invariant: each public name and each signature is one line, and the text is the
+same on every Python that batchlab supports.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What an installation of batchlab brings along, and under which licences.
+"""The packages that an installation of batchlab contains, and their licenses.
 
     python -m tests.support.supply FILE
 
-writes a bill of materials (CycloneDX, JSON): the packages of uv.lock with their licences, and the
-files of other projects that lie in batchlab itself. Invariant: a licence is what the package says
-of itself; one that is in none of our words for it is left as it is said, and allowed by nobody.
+writes a bill of materials (CycloneDX, JSON) with the packages of uv.lock, the vendored files of
+other projects, and their licenses. Invariant: a license is the one that the package declares. A
+license without a known name is written as declared, and no test allows it.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ import pytest
 from tests.support import ROOT
 from tests.support.order import WAITS_S, dealt, waiting
 
-FILES = [*(f"tests/unit/test_{n:02}.py" for n in range(40)), *WAITS_S]
+FILES = [*(f"tests/core/test_{n:02}.py" for n in range(40)), *WAITS_S]
 NAMES = [f"{file}::test_{n}" for file in sorted(FILES) for n in range(7)]
 
 
 def cut(processes: int) -> list[list[str]]:
-    """What each process begins with."""
+    """Return the first part of each process."""
     order = [NAMES[position] for position in dealt(NAMES, processes)]
     parts = []
     for left in range(processes, 0, -1):

@@ -1,4 +1,4 @@
-"""The tests' own SimpleDB, against the examples of the Developer Guide: it must not be lenient.
+"""The SimpleDB of the tests, compared with the examples of the Developer Guide.
 
 The data set and the queries are those of "Using Select to Create Amazon SimpleDB Queries".
 """

@@ -1,4 +1,4 @@
-"""The tests' own SimpleDB, as boto3 finds it: conditions, limits, pages, errors and weather."""
+"""The SimpleDB of the tests, called by boto3: conditions, limits, pages, errors, and faults."""
 
 from __future__ import annotations
 

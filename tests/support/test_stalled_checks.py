@@ -1,4 +1,4 @@
-"""When a check that has failed at a real service counts."""
+"""Retries of checks that fail at a service that was slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A receiver of traces: OTLP over HTTP on this machine, which keeps what it is sent."""
+"""A receiver of traces (OTLP over HTTP) that stores the spans."""
 
 from __future__ import annotations
 

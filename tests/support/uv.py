@@ -1,4 +1,4 @@
-"""uv, for the tests that build and install what users install."""
+"""uv, for the tests that build and install the package."""
 
 from __future__ import annotations
 

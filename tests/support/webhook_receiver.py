@@ -1,4 +1,4 @@
-"""A receiver of webhooks on this machine, which answers as a test tells it to."""
+"""A receiver of webhooks that answers as a test chooses."""
 
 from __future__ import annotations
 

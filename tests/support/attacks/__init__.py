@@ -1,1 +1,1 @@
-"""What an attacker has and attacks."""
+"""Tools of an attacker for the tests in `tests/attacks`."""

@@ -1,6 +1,6 @@
-"""A file system in an image file, whose power can be cut: the copy holds what had reached it.
+"""A file system in an image file, for tests of power cuts.
 
-It needs root and a loop device.
+A copy of the image has the data that had reached the disk. The tests need root and a loop device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A job to attack: its tasks wait for a gate, and note each time that they start."""
+"""A job to attack. Its tasks wait for a gate, and record each start."""
 
 from __future__ import annotations
 

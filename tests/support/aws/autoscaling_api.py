@@ -1,4 +1,4 @@
-"""Auto Scaling's API in worlds of the tests: our endpoint over a launcher, moto's server."""
+"""The API of Auto Scaling for tests: batchlab's endpoint over a launcher, and moto's server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""CloudFormation's templates as values: loaded, sent, and with their parameters and conditions put
-in, so that a test sees what AWS would see.
+"""CloudFormation templates as values.
 
-Independent of `batchlab.deploy`, which it judges.
+The functions load a template, send it, and resolve its parameters and conditions, so that a test
+sees the resources that AWS would create. They do not use `batchlab.deploy`, which they check.
 """
 
 from __future__ import annotations

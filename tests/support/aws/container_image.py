@@ -1,7 +1,8 @@
-"""A container image for instances, as the stack's ContainerImage names one: in a registry on their
-network that has the name of an account's ECR, and asks for the password that ECR gives.
+"""An image registry for instances whose stack has a ContainerImage.
 
-The instances have an Engine of their own, and pull from the registry by what user data tells them.
+The registry is on the network of the instances, has the name of an account's ECR, and requires the
+password that ECR returns. Each instance has its own Docker Engine, and pulls the image as its user
+data says.
 """
 
 from __future__ import annotations

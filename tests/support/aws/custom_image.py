@@ -1,4 +1,4 @@
-"""An instance image that has the release already, as an AMI of one's own has."""
+"""An image for instances that already contains the release, as a custom AMI does."""
 
 from __future__ import annotations
 

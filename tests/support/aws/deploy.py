@@ -1,4 +1,4 @@
-"""What tests of `batchlab deploy` share: an account on an emulator, a release, a small stack."""
+"""An account on an emulator, a release, and a small stack, for the tests of `batchlab deploy`."""
 
 from __future__ import annotations
 

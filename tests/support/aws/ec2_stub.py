@@ -1,6 +1,7 @@
-"""EC2's TerminateInstances and DescribeInstances for instances that are processes of `asg serve`.
+"""EC2's TerminateInstances and DescribeInstances for the process instances of `asg serve`.
 
-No emulator's EC2 knows of those. A termination is SIGKILL to all of an instance's processes.
+The EC2 of an emulator does not have these instances. A termination kills all processes of an
+instance with SIGKILL.
 """
 
 from __future__ import annotations

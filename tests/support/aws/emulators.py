@@ -1,7 +1,7 @@
-"""Emulators of S3 and SQS: fixtures that give the Endpoint of a server of the test run's own.
+"""Fixtures that start emulators of S3 and SQS, and return their endpoints.
 
-Each pytest worker starts its own, once, and ends it. One that is not installed skips its tests on
-a laptop and fails them in CI.
+Each pytest worker starts its own emulator once, and ends it. If an emulator is not installed, its
+tests are skipped on a laptop and fail in CI.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What stands between a client and an endpoint of AWS's query protocol, and makes it as trying as
-the real one: some requests are throttled, and what is described is described as it was a while ago.
+"""A proxy for endpoints of AWS's query protocol. It throttles some requests, and returns some
+outdated descriptions.
 """
 
 from __future__ import annotations

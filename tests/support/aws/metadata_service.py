@@ -1,4 +1,4 @@
-"""A metadata service on loopback whose instances a test decides on."""
+"""An instance metadata service on 127.0.0.1, with the instances that a test chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniStack with all the services that a stack needs; the one a grid runs for itself has three."""
+"""MiniStack with all services that a stack needs. The MiniStack of a grid has three services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before AWS's services and writes down who has called what."""
+"""A proxy for AWS services that records each call and its caller."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""An image registry with one image, as `docker save` has written it: what a pull asks, over TLS,
-for whoever knows the password of the user AWS.
+"""An image registry with one image in the format of `docker save`. It serves pulls over TLS to
+clients that have the password of the user AWS.
 
-Run as a script, in a container: it knows the standard library alone. /registry/image.tar is the
-image, server.crt and server.key beside it are its certificate, REGISTRY_PASSWORD is what is asked
-for; each request is a line on stdout.
+This file is a script for a container, and imports only the standard library. The image is
+/registry/image.tar, and the certificate is server.crt and server.key beside it. REGISTRY_PASSWORD
+is the password. The script prints each request as a line on stdout.
 """
 
 from __future__ import annotations

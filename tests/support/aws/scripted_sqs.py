@@ -1,4 +1,6 @@
-"""A service that speaks SQS's protocol and says what a test wants: answers no emulator gives."""
+"""A server of SQS's protocol that returns the answers that a test chooses, also ones that no
+emulator returns.
+"""
 
 from __future__ import annotations
 

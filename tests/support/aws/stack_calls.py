@@ -1,4 +1,6 @@
-"""What a worker, the manager and a user of a stack call, and what they must not: by boto3."""
+"""The AWS calls that a worker, the manager, and a user of a stack need, and calls that their
+roles must deny.
+"""
 
 from __future__ import annotations
 

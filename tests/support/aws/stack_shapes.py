@@ -1,4 +1,4 @@
-"""The shapes that the stack is judged in: sets of its parameters that make each resource once."""
+"""Sets of stack parameters that together create each resource of the template at least once."""
 
 from __future__ import annotations
 

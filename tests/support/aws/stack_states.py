@@ -1,7 +1,7 @@
-"""CloudFormation as it documents itself, for one stack: which operation is taken in which state.
+"""A model of CloudFormation for one stack, with the operations that AWS documents for each state.
 
-No emulator comes into most of these states, and none refuses what AWS refuses there. What is on
-trial is what `batchlab deploy` does in each, so the stack has hardly anything in it.
+Emulators reach few of these states, and refuse no operation in them. The tests check what `batchlab
+deploy` does in each state, so the stack has few resources.
 """
 
 from __future__ import annotations

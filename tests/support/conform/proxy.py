@@ -1,4 +1,4 @@
-"""A proxy that spoils what S3 and SQS do, to see whether anybody notices."""
+"""A proxy that changes the answers of S3 and SQS, to test that the conformance checks notice it."""
 
 from __future__ import annotations
 

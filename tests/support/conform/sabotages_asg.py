@@ -1,4 +1,6 @@
-"""Ways to spoil what Auto Scaling does, one thing at a time, and the checks that must notice."""
+"""Changes of the behavior of Auto Scaling, one rule each, and the checks that must notice each
+change.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to spoil what S3 does, one thing at a time, and the checks that must notice each."""
+"""Changes of the behavior of S3, one rule each, and the checks that must notice each change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conform's own tests: an endpoint that nobody asks, and no AWS configuration."""
+"""An endpoint that does not exist, and an environment without AWS configuration."""
 
 from __future__ import annotations
 

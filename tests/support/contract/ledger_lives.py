@@ -1,4 +1,4 @@
-"""Random lives of jobs, for comparing a ledger with that on SQLite."""
+"""Random lives of jobs, to compare a ledger with the ledger on SQLite."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the ledger's tests share: the worlds a ledger lives in, a job, and what becomes of it.
+"""The ledgers of the contract suite, an example job, and changes of it.
 
-Run as a program it is the other process of the tests that need one.
+Run as a program, this module is the second process of the tests that need one.
 """
 
 from __future__ import annotations

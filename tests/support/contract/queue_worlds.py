@@ -1,6 +1,7 @@
-"""The worlds in which the one suite for the Queue port runs; a new adapter adds its own here.
+"""The queues of the contract suite of the Queue port. A new adapter is one more entry.
 
-Where a service is known to break SQS's rules, the check must fail: `DIFFERENCES` names the rule.
+`DIFFERENCES` names the rules of SQS that an emulator breaks. The check of such a rule must fail
+there.
 """
 
 from __future__ import annotations

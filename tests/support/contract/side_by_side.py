@@ -1,6 +1,7 @@
-"""Checks that mostly wait for time to pass, run side by side before their tests ask for them.
+"""Concurrent runs of checks that mostly wait. The checks start before their tests ask for the
+results.
 
-Invariant: a test reports its own check and no other.
+Invariant: a test reports the result of its own check only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A grid in real containers that may be mistreated: who is there, and what can be done to them."""
+"""A grid in containers that a test may damage."""
 
 from __future__ import annotations
 

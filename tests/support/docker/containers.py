@@ -1,6 +1,6 @@
-"""Docker for tests: an image to run, containers whose labels are a test's own, all of them swept.
+"""A Docker image for tests, and containers with the labels of a test, which the test run removes.
 
-A machine without Docker, or without the image, skips these tests on a laptop and fails them in CI.
+Without Docker or without the image, the tests are skipped on a laptop and fail in CI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Grids in containers, for tests that Docker is there for."""
+"""A check that Docker can run a grid in containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of a launcher of containers do over and over: run, wait, hear how an instance ends."""
+"""Functions to run and wait for containers, for the tests of the container launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Docker in memory that harm is done to; what stands in it can be asked at any moment."""
+"""A Docker Engine in memory, for the tests of fault injection."""
 
 from __future__ import annotations
 

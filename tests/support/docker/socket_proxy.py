@@ -1,4 +1,4 @@
-"""Docker's socket as a test may cut it off."""
+"""A proxy for Docker's socket that a test can cut off."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""How a pool's size follows a burst of work: watched on a grid in containers, foretold by `sim`.
+"""The size of a pool during a burst of work, measured on a grid in containers and simulated by
+`sim`.
 
-Invariant: both run the same job file under the same policy, and are looked at in the same way; the
-simulator is told how long a boot and a task take, and nothing of what was measured otherwise.
+Invariant: both run the same job file under the same policy, and are sampled in the same way. The
+simulator gets the duration of a boot and of a task, and no other measurement.
 """
 
 from __future__ import annotations

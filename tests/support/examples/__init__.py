@@ -1,6 +1,6 @@
-"""What the tests of the examples compare against: computed in another way than the examples do.
+"""Independent computations of the examples' results.
 
-Also what it takes to call handlers without a grid: contexts, and the cutting of input into parts.
+The module also has what a handler needs without a grid: contexts, and functions that split input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Claims without a parser: segments by `str.split` at fixed columns, the rules as one SQL query."""
+"""The claims example without a parser: segments by `str.split` at fixed columns, and the rules
+as one SQL query.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The backends as one user meets them: a home, an environment, and the commands.
+"""The backends as a user sees them: a home, an environment, and the commands.
 
-A stack on AWS itself is made only for `pytest --all -m aws`, with a budget in dollars in
-BATCHLAB_AWS_BUDGET_USD, and is taken down whatever happens. Everything that is tried on it is
-tried on an emulated control plane too, in every run.
+`pytest --all -m aws` creates a stack on AWS with a budget of BATCHLAB_AWS_BUDGET_USD dollars, and
+always deletes it. Every other run tests the same on an emulated control plane.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of executors send to the workers."""
+"""Functions that the tests of executors send to workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job whose tasks fail in every way that a task can be brought home for, on a real grid."""
+"""A job on a real grid whose tasks fail in every way that `job replay-task` can replay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids that tests may break."""
+"""A fixture that starts grids which a test may break."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real grid for tests, on any backend: manager and workers are real processes."""
+"""A grid of real processes for tests, on any backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the Python API share."""
+"""Functions for the tests of the Python API."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What a user asks of a run and of its grid, on any backend, by commands and by the page.
+"""Questions that a user asks about a job and its grid, on any backend, by commands and on the page.
 
-Invariant: nothing here knows where the grid lives; what is asked, and what must be answered, is the
-same on a laptop, in containers and on AWS.
+Invariant: the questions and the answers are the same on a laptop, in containers, and on AWS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bucket, a clock and targets that several managers share, and jobs for them to tell of."""
+"""A bucket, a clock, and notification targets that several managers share, and jobs for them."""
 
 from __future__ import annotations
 

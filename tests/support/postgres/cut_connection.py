@@ -1,4 +1,4 @@
-"""What the tests of PostgreSQL's troubles share: a wire that can be cut at the worst moment."""
+"""A proxy for PostgreSQL that cuts a connection before or after the next COMMIT."""
 
 from __future__ import annotations
 

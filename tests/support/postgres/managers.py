@@ -1,6 +1,6 @@
-"""Managers that share one ledger, each a process of its own, and the workers they share.
+"""Managers that share one ledger, each in its own process, and the workers that they share.
 
-Run as a program it is one manager, which leads or stands by until it is killed.
+Run as a program, this module is one manager, which leads or waits until it is killed.
 """
 
 from __future__ import annotations

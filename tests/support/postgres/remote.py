@@ -1,4 +1,6 @@
-"""A PostgreSQL as on another machine: TLS only, with a certificate of an authority of its own."""
+"""A PostgreSQL server that accepts only TLS, with a certificate of its own authority, as on
+another machine.
+"""
 
 from __future__ import annotations
 

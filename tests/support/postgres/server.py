@@ -1,7 +1,7 @@
-"""PostgreSQL for tests: a server of the test run's own, with its data in a temporary folder.
+"""A PostgreSQL server for tests, with its data in a temporary folder.
 
-Each pytest worker starts its own, once, and ends it; each test has a schema of its own. Where it
-is not installed, its tests are skipped on a laptop and fail in CI.
+Each pytest worker starts its own server once, and ends it. Each test has its own schema. If
+PostgreSQL is not installed, its tests are skipped on a laptop and fail in CI.
 """
 
 from __future__ import annotations

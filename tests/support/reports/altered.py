@@ -1,4 +1,4 @@
-"""A run's files with other things in them: what a test changes is SQL of the test's."""
+"""Copies of a run's files, changed by SQL of a test."""
 
 from __future__ import annotations
 

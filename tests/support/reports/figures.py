@@ -1,4 +1,4 @@
-"""A run's rows as Python reads them, and figures reckoned from them without any SQL."""
+"""Rows of a run as Python values, and figures computed from them without SQL."""
 
 from __future__ import annotations
 

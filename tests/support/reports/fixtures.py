@@ -1,4 +1,4 @@
-"""Runs that never were, made once."""
+"""A fixture with the files of a generated run."""
 
 from __future__ import annotations
 

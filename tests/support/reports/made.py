@@ -1,8 +1,8 @@
-"""A run that never was, of any size, as Parquet: what the tests and the benchmark of reports read.
+"""A generated run of any size as Parquet files, for the tests and the benchmark of reports.
 
-Three stages: `read`, then `score` task by task, then `merge` of all. Attempts fail and are tried
-again, some tasks straggle, one pool grows and shrinks. Everything follows from the seed, and the
-parts add up as those of a real run do.
+It has three stages: `read`, then `score` for each task, then one `merge`. Attempts fail and are
+retried, some tasks are slow, and one pool grows and shrinks. The seed determines every value, and
+the parts have the same sums as in a real run.
 """
 
 from __future__ import annotations

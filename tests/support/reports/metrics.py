@@ -1,4 +1,4 @@
-"""Signs of a run in which nothing is to be changed, for tests to change one at a time."""
+"""Metrics of a run without problems. A test changes one of them at a time."""
 
 from __future__ import annotations
 

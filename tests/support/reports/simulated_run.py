@@ -1,4 +1,4 @@
-"""A simulated job's data written and read back, beside what the ledger and the bill say of it."""
+"""The data of a simulated job, written and read again, beside its ledger and its bill."""
 
 from __future__ import annotations
 

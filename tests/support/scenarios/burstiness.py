@@ -1,4 +1,4 @@
-"""How bursty arrivals are, and how spread out times: the measures that others state of traces."""
+"""Measures of the burstiness of arrivals and of the spread of durations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Harm that is cancelled wherever it waits, and a manager for it."""
+"""Faults that a test cancels at each wait, and a manager for them."""
 
 from __future__ import annotations
 

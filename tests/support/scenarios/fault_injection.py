@@ -1,4 +1,4 @@
-"""A grid with work in it, harm that is done to it, and whether its results are right after all."""
+"""A grid with work, faults that a test injects, and a check that the results are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scenario file to change in tests, and how its mistakes are read."""
+"""A scenario file that tests change, and a function that returns its errors."""
 
 from __future__ import annotations
 

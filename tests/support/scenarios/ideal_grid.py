@@ -1,5 +1,6 @@
-"""A grid without overhead, to be compared with theory: no latency, strict order, a fixed fleet,
-and nothing that anybody does by the clock comes between."""
+"""A simulated grid without overhead, to compare with queueing theory: no latency, strict order,
+a fixed fleet, and no periodic work.
+"""
 
 from __future__ import annotations
 

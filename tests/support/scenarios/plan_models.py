@@ -1,4 +1,6 @@
-"""Grids whose finish and cost are plain arithmetic, in place of the simulator; plans for them."""
+"""Grids whose duration and cost follow from plain arithmetic, instead of the simulator, and
+plans for them.
+"""
 
 from __future__ import annotations
 

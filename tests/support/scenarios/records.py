@@ -1,4 +1,4 @@
-"""Records made by hand, of which the answer is plain."""
+"""Records of runs with known results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small scenarios, and a real grid on `local` that they are replayed on."""
+"""Small scenarios, and a real grid on `local` to replay them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small scenarios for the tests of the forecast, made by hand."""
+"""Small scenarios for the tests of the forecast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces made by hand, and what comes of them in a form that is easy to compare."""
+"""Small trace files, and their jobs in a form that is easy to compare."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A manager with its API on a real server, over services in memory, in a thread of its own.
+"""A manager with its HTTP API on a real server, over services in memory, in its own thread.
 
-There are no workers: a test does a worker's work itself, when it wants to.
+The grid has no workers. A test does a worker's work itself.
 """
 
 from __future__ import annotations

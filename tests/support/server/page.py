@@ -1,4 +1,6 @@
-"""The page over HTTP, to visitors with and without a session; jobs fail with hostile words."""
+"""The web page over HTTP, for visitors with and without a session. Jobs fail with hostile
+messages.
+"""
 
 from __future__ import annotations
 

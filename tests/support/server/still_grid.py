@@ -1,7 +1,7 @@
-"""A grid that stands still: the page over a manager that does nothing, with all there is to show.
+"""The web page of a grid that does not change.
 
-Invariant: what it shows is always the same. Its clock stands, its fleet and its queues are tables,
-nobody works, and what is in its ledger and bucket was put there once.
+Invariant: the page always shows the same. The clock does not move, the fleet and the queues are
+tables, no worker runs, and the content of the ledger and the bucket is fixed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a grid that stands still has to show: its clock, fleet, queues, jobs and past."""
+"""The clock, fleet, queues, jobs, and history of `still_grid`."""
 
 from __future__ import annotations
 

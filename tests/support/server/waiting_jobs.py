@@ -1,4 +1,4 @@
-"""Situations that a job can be in, put together from what why() looks at."""
+"""Situations of jobs for the tests of `why()`."""
 
 from __future__ import annotations
 

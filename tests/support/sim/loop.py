@@ -1,4 +1,4 @@
-"""What the tests of the simulator's own parts share."""
+"""Functions for the tests of the simulator's event loop, actors, and faults."""
 
 from __future__ import annotations
 

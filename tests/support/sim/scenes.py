@@ -1,6 +1,6 @@
-"""What set scenes of the grid share: a small world, jobs for it, and ways to get in between.
+"""A small simulated grid, jobs for it, and ways to interrupt it.
 
-Invariant: a scene is a function of its code, since every world here has the same seed.
+Invariant: a scene depends only on its code, since every world here has the same seed.
 """
 
 from __future__ import annotations

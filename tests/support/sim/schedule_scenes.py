@@ -1,4 +1,4 @@
-"""Schedules in virtual time: how scenes with them are set."""
+"""Schedules in virtual time for tests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A toy grid for the tests of the simulator itself: workers that commit what a queue hands them.
+"""A toy grid for the tests of the simulator. Its workers commit the messages of a queue.
 
-Run as a program it prints the event log of one seed, so that processes can be compared.
+Run as a program, this module prints the event log of one seed, so that a test can compare
+processes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A SimpleDB for tests, which speaks its protocol over HTTP: no emulator has one (docs/ledger.md).
+"""A SimpleDB for tests, which serves the service's protocol over HTTP. No emulator has one
+(docs/ledger.md).
 
-`expressions` reads Select, `domain` keeps items and their limits, `server` is the process, `rig`
-starts it. What each refuses is what the Developer Guide of API version 2009-04-15 says; where the
-guide leaves a choice, the stricter one is taken.
+`expressions` parses Select, `domain` stores items and enforces limits, `server` is the process, and
+`fixtures` starts it. Each part refuses what the Developer Guide of API version 2009-04-15 forbids.
+Where the guide leaves a choice, the server takes the stricter one.
 """

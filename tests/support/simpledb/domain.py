@@ -1,5 +1,6 @@
-"""One domain: its items as last written, as an eventually consistent read may see them, and the
-limits that the service keeps."""
+"""One domain: its current items, the items that an eventually consistent read may return, and
+the limits of the service.
+"""
 
 from __future__ import annotations
 

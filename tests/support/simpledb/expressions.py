@@ -1,7 +1,8 @@
-"""Select expressions: from their text to what they find.
+"""Parser and evaluation of Select expressions.
 
-A predicate over one attribute is held against each of its values by itself, so `k = 'a' and
-k = 'b'` finds nothing where `k = 'a' intersection k = 'b'` does. All comparisons are of bytes.
+A predicate over one attribute is compared with each value of the attribute separately. So `k = 'a'
+and k = 'b'` matches no item, and `k = 'a' intersection k = 'b'` matches an item that has both
+values. All comparisons are of bytes.
 """
 
 from __future__ import annotations

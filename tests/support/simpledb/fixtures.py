@@ -1,4 +1,4 @@
-"""Fixtures: a SimpleDB of the test run's own, and a domain in it for each test."""
+"""Fixtures that start a SimpleDB server for the test run, and create a domain for each test."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The process: SimpleDB's query protocol of 2009-04-15 over HTTP, for boto3 to talk to.
+"""The server process: SimpleDB's query protocol of 2009-04-15 over HTTP.
 
-Run as `python -m tests.support.simpledb.server PORT`. Everything is in memory and gone with it.
-Beside the service's own paths it has `/_fake`: a POST of `Weather`'s fields sets the faults, and a
-GET returns the number of calls of each action.
+Run it as `python -m tests.support.simpledb.server PORT`. It keeps all data in memory. Beside the
+service's own paths it has `/_fake`: a POST of `Weather`'s fields sets the faults, and a GET returns
+the number of calls of each action.
 """
 
 from __future__ import annotations

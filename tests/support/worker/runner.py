@@ -1,4 +1,4 @@
-"""A ProcessRunner with a bucket in memory, and short ways to ask it for something."""
+"""A ProcessRunner with a bucket in memory, and functions to run tasks on it."""
 
 from __future__ import annotations
 

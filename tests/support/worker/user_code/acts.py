@@ -1,4 +1,4 @@
-"""Handlers that behave, misbehave and crash: the user's code in the tests of ProcessRunner."""
+"""Handlers for the tests of ProcessRunner: some return, some raise, and some crash."""
 
 from __future__ import annotations
 
