@@ -1,4 +1,4 @@
-"""What every adapter refuses before it asks its service: bad keys, and calls over SQS's limits.
+"""Checks of every adapter before a request: object keys, and the limits of SQS.
 
 Invariant: a call that one backend refuses here is refused by all, with the same error.
 """

@@ -1,4 +1,4 @@
-"""What every Objects adapter does: the commit of a bundle stands on these."""
+"""The contract of every Objects adapter, on which the commit of a bundle depends."""
 
 from __future__ import annotations
 

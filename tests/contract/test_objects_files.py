@@ -222,7 +222,7 @@ def test_objects_on_files_may_be_read_in_place(tmp_path: Path) -> None:
 def test_two_calls_that_fetch_to_one_place_do_not_write_into_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose caller was cancelled goes on in its thread, beside the next one."""
+    """A call whose caller was cancelled continues in its thread, beside the next call."""
     both, copy, staged = threading.Barrier(2, timeout=10.0), local_files.copy_out, set[Path]()
 
     def copy_out(source: Path, target: Path) -> None:
@@ -304,7 +304,7 @@ def s3() -> Iterator[ObstoreObjects]:
     ("status", "kind"),
     [
         (412, AlreadyExists),
-        # S3's ConditionalRequestConflict: nobody has won yet, so try again.
+        # S3's ConditionalRequestConflict: no writer has won yet, so try again.
         (409, Throttled),
         (503, Throttled),
         (429, Throttled),

@@ -22,7 +22,7 @@ _FEW = 64
 
 
 class SimObjects:
-    """The Objects port over one dict; keys are sorted when somebody lists."""
+    """The Objects port over one dict; keys are sorted when a caller lists."""
 
     def __init__(self) -> None:
         # None marks a deleted key that the sorted keys still hold.
@@ -33,7 +33,7 @@ class SimObjects:
         self.writes = 0
         """Puts that have taken effect."""
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
-        """Told (key, what was there before, data, if_absent) of each write."""
+        """Called with (key, earlier content or None, data, if_absent) for each write."""
 
     async def put(
         self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
@@ -57,7 +57,7 @@ class SimObjects:
     def _stored(self, key: str) -> tuple[bytes, str]:
         stored = self._objects.get(key)
         if stored is None:
-            check_key(key)  # what is there has been checked
+            check_key(key)  # The keys of stored objects have been checked.
             raise NotFound(f"No object {key!r}.")
         return stored
 

@@ -83,7 +83,7 @@ def _files(check: Check, tmp_path: Path) -> None:
 
 
 def _remote(check: Check, tmp_path: Path) -> None:
-    """What a remote store goes through, short of the network."""
+    """The code of a remote store, without a network."""
     asyncio.run(_done(check, _world(ObstoreObjects(MemoryStore()), tmp_path)))
 
 
