@@ -74,11 +74,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Request time slices of 0.1 s from Linux in each process of a parallel run.
+    """Register the marker of slow tests, and request long time slices in a parallel run.
 
-    With the usual slices of a few milliseconds, simulations need 20% more CPU time. Processes that
-    a test starts keep the usual slices, and run first. Without a recent `chrt` nothing changes.
+    With Linux's usual slices of a few milliseconds instead of 0.1 s, simulations need 20% more CPU
+    time. Processes that a test starts keep the usual slices, and run first. Without a recent
+    `chrt` nothing changes.
     """
+    # Here, since CI also runs tests without pyproject.toml, against the installed package.
+    config.addinivalue_line("markers", "slow: runs only with --all, or if its file is named")
     if hasattr(config, "workerinput"):
         longer = ["chrt", "--reset-on-fork", "--other", "--sched-runtime", "100000000"]
         with suppress(FileNotFoundError):
