@@ -107,15 +107,15 @@ class Manager:
         self.trouble = ""
         """Why the last tick was skipped."""
         self._slots: dict[str, int] = {p.name: _assumed_slots(p) for p in pools}
-        self._hurry = asyncio.Event()
+        self._wake = asyncio.Event()
         self.registry = WorkerRegistry(ports, self.lives, quarantine)
         evidence = WorkEvidence(ports, self.registry, self.lives, self.depths, self.known)
-        self._silence = UnresponsiveWorkers(ports, settings, self.registry, evidence)
+        self._unresponsive = UnresponsiveWorkers(ports, settings, self.registry, evidence)
         self.reports = reports or ReportQueue()
         recorder = Recorder(ports, self.lives, self.registry) if reports and accounting else None
         self.recorder = recorder
         repeated = recorder.repeated if recorder else _ignore
-        folder = LedgerWriter(
+        ledger_writer = LedgerWriter(
             ports,
             self.lives,
             lambda job: self._adoption.restored(job),
@@ -124,18 +124,18 @@ class Manager:
             tracer,
             evidence.authors.add,
         )
-        self.notifying = (
+        self.notifier = (
             Notifier(ports, self.lives, self.registry.workers, outlets, counts, self._caps_of)
             if outlets
             else None
         )
-        on_end = self.notifying.ended if self.notifying else None
-        cutter = Bundler(ports.clock, self.lives, self._slots, settings.window)
-        self.conductor = JobCoordinator(
+        on_end = self.notifier.ended if self.notifier else None
+        bundler = Bundler(ports.clock, self.lives, self._slots, settings.window)
+        self.coordinator = JobCoordinator(
             ports=ports,
             settings=settings,
-            folder=folder,
-            cutter=cutter,
+            ledger_writer=ledger_writer,
+            bundler=bundler,
             on_plan=self._on_plan,
             counts=counts,
             tracer=tracer,
@@ -159,26 +159,26 @@ class Manager:
             else None
         )
         caps = self.spending.caps if self.spending else None
-        self._starts = DelayedJobs(ports)
+        self._delayed_jobs = DelayedJobs(ports)
         self._adoption = Adoption(
             ports=ports,
             settings=settings,
             lives=self.lives,
-            conductor=self.conductor,
-            starts=self._starts,
+            coordinator=self.coordinator,
+            delayed_jobs=self._delayed_jobs,
             spending=self.spending,
             recorder=recorder,
             admit=self.admit,
             quarantine=quarantine,
         )
-        arrivals = PendingSubmissions()
+        pending_submissions = PendingSubmissions()
         self.requests = JobCommands(
             ports=ports,
-            conductor=self.conductor,
-            cutter=cutter,
+            coordinator=self.coordinator,
+            bundler=bundler,
             lives=self.lives,
             adopt=partial(self._adoption.adopt, beside=True),
-            arrivals=arrivals,
+            pending_submissions=pending_submissions,
             is_staffed=lambda pool: self._in_service(pool) > 0,
             counts=counts,
             tracer=tracer,
@@ -197,29 +197,29 @@ class Manager:
             shared = ports, settings, self.lives, self.admit, self.requests, self.registry
             self.scheduler = ScheduleCommands(*shared)
             prewarm = Prewarm(ports.clock, settings, self.scheduler, caps)
-            self.autoscaler.warmth = prewarm
+            self.autoscaler.minimum_capacity = prewarm
         self._looked_s = -IDLE_QUEUE_CHECK_S
         """Monotonic time of the last read of the queue depths."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
         """Another manager held the lease in between, so the cached job state is stale."""
-        self._looked_back = False
+        self._retries_searched = False
         """Whether jobs with an unfinished retry of an earlier leader were searched."""
-        self._quiet = asyncio.Lock()
+        self._ledger_lock = asyncio.Lock()
         self._collector = Collector(
             ports=ports,
             settings=settings,
             lives=self.lives,
-            folder=folder,
+            ledger_writer=ledger_writer,
             registry=self.registry,
-            quiet=self._quiet,
-            arrivals=arrivals,
-            met_twice=recorder.told if recorder else _ignore,
+            ledger_lock=self._ledger_lock,
+            pending_submissions=pending_submissions,
+            on_duplicates=recorder.told if recorder else _ignore,
             counts=counts,
             quarantine=quarantine,
         )
         self._reconciler = Reconciler(
-            ports, settings, self.lives, folder, self.conductor, quarantine
+            ports, settings, self.lives, ledger_writer, self.coordinator, quarantine
         )
 
     async def known(self, job: JobId) -> JobRecord:
@@ -235,7 +235,7 @@ class Manager:
     def admit(self, job: JobDef) -> None:
         """Raise UsageError if this grid cannot run the job."""
         slots = {name: pool.slots for name, pool in self.pools.items()}
-        admission.admit(job, slots, self.notifying.directory() if self.notifying else None)
+        admission.admit(job, slots, self.notifier.directory() if self.notifier else None)
 
     async def run(self) -> None:
         """Wait for the lease, then lead until cancelled. Returns when the lease is lost."""
@@ -251,16 +251,16 @@ class Manager:
                     await self.recorder.load()
                 if self.spending:
                     await self.spending.load()
-                if self.notifying:
-                    await self.notifying.load()
+                if self.notifier:
+                    await self.notifier.load()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._tick_for_ever(), name="tick")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.keep(), name="reports")
-                if self.notifying:
-                    group.create_task(self.notifying.run(), name="notify")
+                if self.notifier:
+                    group.create_task(self.notifier.run(), name="notify")
                 if self.scheduler:
                     group.create_task(self.scheduler.run(), name="schedules")
                 if self.recorder:
@@ -305,7 +305,7 @@ class Manager:
 
     def _others_have_led(self) -> None:
         self._others_led = True
-        self.hurry()
+        self.wake()
 
     async def _catch_up(self) -> None:
         """Read from the ledger what other leaders have planned, started, and ended."""
@@ -315,7 +315,7 @@ class Manager:
             "another manager led while %s was paused: all jobs are adopted again", self.owner
         )
         # first, because another manager may lead meanwhile
-        self._others_led = self._looked_back = False
+        self._others_led = self._retries_searched = False
         if self.scheduler:
             self.scheduler.reread()
         await self._adoption.drop_all()
@@ -333,12 +333,12 @@ class Manager:
     async def _finish_retries(self) -> None:
         while True:
             try:
-                if not self._looked_back:
-                    self._looked_back = True  # first, because others may lead meanwhile
+                if not self._retries_searched:
+                    self._retries_searched = True  # first, because others may lead meanwhile
                     await self.requests.look_back()
                 await self.requests.finish_retries()
             except BackendError as error:
-                self._looked_back = False
+                self._retries_searched = False
                 log.warning("an unfinished retry waits for the backend: %s", error)
             heed_cancellation()
             await asyncio.sleep(self.settings.silence_s)
@@ -349,7 +349,7 @@ class Manager:
         while True:
             begun_s = self.ports.clock.monotonic_s()
             try:
-                async with self._quiet:
+                async with self._ledger_lock:
                     await self._catch_up()
                     await self.tick()
                 self.trouble = ""
@@ -367,24 +367,24 @@ class Manager:
                 self.trouble = str(error)
                 self.counts.skipped += 1
             heed_cancellation()
-            await set_within(self._hurry, self.settings.tick_s)
-            self._hurry.clear()
+            await set_within(self._wake, self.settings.tick_s)
+            self._wake.clear()
 
     async def _end_the_lost(self) -> None:
         """End the jobs whose definition has vanished from the bucket. They cannot make progress."""
         for live in list(self.lives.values()):
             spec = partial(self.ports.objects.head, object_keys.spec(live.id))
             if await self.ports.patience(spec) is None:
-                await self.conductor.abandon(live, LOST_OBJECTS)
+                await self.coordinator.abandon(live, LOST_OBJECTS)
 
-    def hurry(self) -> None:
+    def wake(self) -> None:
         """Start the next tick at once, for example after the death of an instance."""
-        self._hurry.set()
+        self._wake.set()
 
     def _on_plan(self, pool: str) -> None:
         """Start the next tick at once if a planned stage needs more capacity."""
         if outstanding_in_pool(self.lives, pool) > self._in_service(pool):
-            self.hurry()
+            self.wake()
 
     def _in_service(self, pool: str) -> int:
         """Return the slots of the pool's instances that were in service at the last tick."""
@@ -393,26 +393,26 @@ class Manager:
     async def tick(self) -> None:
         """Do one round of all periodic work."""
         await self.registry.bury(await self.ports.fleet.tick())
-        await self._starts.look(self.lives)
+        await self._delayed_jobs.look(self.lives)
         described = await self.ports.fleet.describe()
         await self.registry.see(described)
         there = [one for view in described for one in view.instances]
         self.registry.keep({one.id for one in there})
         self.registry.back({one.id for one in there if one.state in _LIVING})
         views = [view for view in described if view.pool.name in self.pools]
-        self.autoscaler.boots.observe(views)
+        self.autoscaler.launch_breaker.observe(views)
         if self.spending:
             self.spending.observe(views)
         for view in views:
             await self.autoscaler.scale(view)
-        await self._silence.look(views)
+        await self._unresponsive.look(views)
         # The decisions of this tick take effect in this tick.
         await self.registry.bury(await self.ports.fleet.tick())
         described = await self.ports.fleet.describe()
         await self.registry.see(described)
         await self.registry.instances.save()
         self.groups = {view.pool.name: view for view in described}
-        self.autoscaler.boots.observe(list(self.groups.values()))
+        self.autoscaler.launch_breaker.observe(list(self.groups.values()))
         for name, view in self.groups.items():
             if name not in self.pools:
                 continue
@@ -434,8 +434,8 @@ class Manager:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
         if self.spending:
             await self.spending.save()
-        if self.notifying:
-            await self.notifying.observe()
+        if self.notifier:
+            await self.notifier.observe()
         self.tails.forget()
 
     def _caps_of(self, live: LiveJob) -> str:
@@ -473,7 +473,7 @@ class Manager:
 
     async def rebuild_ledger(self) -> RebuildResult:
         """Rebuild the ledger from the bucket, and return what was found."""
-        async with self._quiet:
+        async with self._ledger_lock:
             await self._adoption.drop_all()
             rebuilt = await rebuild(self.ports)
             # A request may have adopted a job meanwhile, from the old content of the ledger.

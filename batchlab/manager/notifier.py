@@ -149,7 +149,7 @@ class Notifier:
         self._due = asyncio.Event()
         self._sending: dict[str, str] = {}
         """Destination of each notification in delivery, by id."""
-        self._moments = NotificationTriggers(ports.clock, workers, cap_of)
+        self._triggers = NotificationTriggers(ports.clock, workers, cap_of)
         self._told_of: dict[JobId, set[str]] = {}
         """Notifications of live jobs that were ever in the outbox. The outbox forgets old ids."""
 
@@ -165,7 +165,7 @@ class Notifier:
         moment = ending.state.value.lower()
         every = [*self.directory().targets, *notifications.targets_of(live.job)]
         wanted = [one for one in every if one.wants(moment)]
-        self._moments.forget(live.id)
+        self._triggers.forget(live.id)
         if not wanted:
             return
         state, reason, at_s = ending.state, ending.reason, ending.ended_s
@@ -180,7 +180,7 @@ class Notifier:
 
     async def observe(self) -> None:
         """Add notifications for live jobs whose triggers have fired."""
-        self._moments.keep(self._lives.keys())
+        self._triggers.keep(self._lives.keys())
         for gone in self._told_of.keys() - self._lives.keys():
             del self._told_of[gone]
         explained = 0
@@ -192,10 +192,10 @@ class Notifier:
                 continue
             # The check reads all workers, so it runs only for targets that want it.
             waits = any(target.wants("stuck") for target in targets)
-            stood_s = self._moments.stood_s(live) if waits else 0.0
+            stood_s = self._triggers.stood_s(live) if waits else 0.0
             told_of = self._told_of.setdefault(live.id, set())
             for target in targets:
-                for moment, key in self._moments.of(live, target, stood_s):
+                for moment, key in self._triggers.of(live, target, stood_s):
                     id_ = notifications.derived_id(target, live.id, live.round, moment, key)
                     if id_ in told_of or self.book.knows(id_):
                         continue

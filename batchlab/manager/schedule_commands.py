@@ -43,7 +43,7 @@ class ScheduleCommands(Scheduler):
     async def all(self) -> list[Schedule]:
         """Return the schedules that are not removed, by name."""
         await self._ready()
-        found = self.shelf.schedules
+        found = self.store.schedules
         return [found[name] for name in sorted(found) if not found[name].removed]
 
     async def one(self, name: str) -> Schedule:
@@ -54,14 +54,14 @@ class ScheduleCommands(Scheduler):
     async def prefixes(self, schedule: Schedule) -> list[str]:
         """Return the bucket prefixes whose objects are each run's input."""
         try:
-            job = await self.shelf.template(schedule.definition.template)
+            job = await self.store.template(schedule.definition.template)
         except NotFound:
             return []
         keys, uploaded = job.input.keys if job.input else (), object_keys.raw(job.id)
         return [key for key in keys if key.endswith("/") and not key.startswith(uploaded)]
 
     def _known(self, name: str) -> Schedule:
-        found = self.shelf.schedules.get(name)
+        found = self.store.schedules.get(name)
         if found is None or found.removed:
             raise NotFound(
                 f"There is no schedule {name!r}.",
@@ -90,15 +90,15 @@ class ScheduleCommands(Scheduler):
             )
         self._admit(job)
         await self._ready()
-        if definition.name in self.shelf.unreadable:
+        if definition.name in self.store.unreadable:
             raise Refused(
                 f"The schedule {definition.name!r} exists, and this batchlab cannot read it.",
                 remedy="Was it written by a newer version? Give this one a --name of its own.",
             )
         timeless = replace(job, token="", submitted_s=0.0, start_at_s=None)
-        definition = replace(definition, template=await self.shelf.keep_template(timeless))
+        definition = replace(definition, template=await self.store.keep_template(timeless))
         now_s = self._ports.clock.now_s()
-        before = self.shelf.schedules.get(definition.name)
+        before = self.store.schedules.get(definition.name)
         if before and not before.removed and before.definition == definition:
             return before, False
         if when.at_s is not None and when.at_s <= now_s:
@@ -107,7 +107,7 @@ class ScheduleCommands(Scheduler):
             generation = before.generation + 1 if before else 1
             made = Schedule(definition, generation, added_s=now_s, through_s=now_s)
             async with self._lock:
-                if await self.shelf.put(made):
+                if await self.store.put(made):
                     self._wake.set()
                     return made, True
             return await self.add(definition, job, replacing=replacing)
@@ -171,10 +171,10 @@ class ScheduleCommands(Scheduler):
                 await self._advance(name)
                 before = self._known(name)
                 after = change(before, self._ports.clock.now_s())
-                if after is before or await self.shelf.put(after):
+                if after is before or await self.store.put(after):
                     await self._advance(name)
                     self._wake.set()
-                    return self.shelf.schedules[name]
+                    return self.store.schedules[name]
         raise BackendError(f"Schedule {name} changes faster than it is read.", remedy="Try again.")
 
 

@@ -160,7 +160,7 @@ class Scheduler:
         self._admit = admit
         self._requests = requests
         self._registry = registry
-        self.shelf = ScheduleStore(ports)
+        self.store = ScheduleStore(ports)
         self.notes: list[str] = []
         """Missed runs at the start of this manager, and the decisions about them."""
         self._is_read = asyncio.Event()
@@ -201,14 +201,14 @@ class Scheduler:
                 if not self._is_read.is_set():
                     self._is_read.set()  # first, because another manager may lead meanwhile
                     await self._load()
-                for name in sorted(self.shelf.schedules):
+                for name in sorted(self.store.schedules):
                     await self._advance_safely(name)
         except BackendError as error:
             log.warning("the schedules wait for the backend: %s", error)
 
     async def _load(self) -> None:
         try:
-            await self.shelf.load()
+            await self.store.load()
         except BaseException:
             self._is_read.clear()
             raise
@@ -226,7 +226,7 @@ class Scheduler:
     def _pause_s(self) -> float:
         """Return the wait until the next due time, at most one tick."""
         now_s = self._ports.clock.now_s()
-        soon = (self.next_s(one) for one in self.shelf.schedules.values())
+        soon = (self.next_s(one) for one in self.store.schedules.values())
         first_s = min((one - now_s for one in soon if one is not None), default=math.inf)
         return max(0.001, min(self._settings.tick_s, first_s))
 
@@ -241,14 +241,14 @@ class Scheduler:
 
     async def _advance(self, name: str) -> None:
         """Do everything that is due for a schedule."""
-        before = self.shelf.schedules[name]
+        before = self.store.schedules[name]
         if before.removed and not before.unfinished:
             return
         after = await self._ended(before)
         after = self._lapsed(after)
         after = await self._started(after)
         if after is not before:
-            if not await self.shelf.put(after):
+            if not await self.store.put(after):
                 self._wake.set()
                 return  # another manager has decided; try again
             self._tell(before, after)
@@ -264,9 +264,9 @@ class Scheduler:
         definition, due_s = schedule.definition, self.next_s(schedule)
         if definition.prewarm_s and due_s is not None:
             soon = due_s - self._ports.clock.now_s() <= definition.prewarm_s
-            if soon and self.shelf.known_template(definition.template) is None:
+            if soon and self.store.known_template(definition.template) is None:
                 with suppress(NotFound):  # reported when it is due
-                    await self.shelf.template(definition.template)
+                    await self.store.template(definition.template)
 
     def _lapsed(self, schedule: Schedule) -> Schedule:
         if schedule.paused or schedule.removed:
@@ -293,12 +293,12 @@ class Scheduler:
         while run := decisions.startable(schedule):
             now_s = self._ports.clock.now_s()
             try:
-                template = await self.shelf.template(schedule.definition.template)
+                template = await self.store.template(schedule.definition.template)
             except NotFound:
                 why = "the bucket has lost its job's definition; add the schedule again"
                 schedule = decisions.skipped(schedule, run, now_s, why)
                 continue
-            if await self.shelf.is_empty(template):
+            if await self.store.is_empty(template):
                 where = ", ".join(template.input.keys if template.input else ())
                 schedule = decisions.skipped(
                     schedule, run, now_s, f"there was no object in {where}"
@@ -323,12 +323,12 @@ class Scheduler:
         """Return the run's job, or None if this grid cannot run it. Then the run has ended."""
         assert run.job
         try:
-            template = await self.shelf.template(schedule.definition.template)
+            template = await self.store.template(schedule.definition.template)
             made = job_of(schedule, run, template, self._ports.clock.now_s())
             self._admit(made)
         except (UsageError, NotFound) as error:
             ended = self._over(run, "REFUSED", str(error))
-            if await self.shelf.put(schedule.with_run(ended)):
+            if await self.store.put(schedule.with_run(ended)):
                 log.warning("schedule %s: its job is refused: %s", schedule.name, error)
             return None
         return replace(made, id=run.job)

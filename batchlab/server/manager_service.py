@@ -200,7 +200,7 @@ async def _lead(
     stopping = loop.create_task(stop.wait())
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
-    if (telling := lead.manager.notifying) and lead.manager.is_leader.is_set():
+    if (telling := lead.manager.notifier) and lead.manager.is_leader.is_set():
         # A grid that is there for one job only ends with it, and somebody waits to hear of that.
         await telling.tried(TRIED_S)
     server.should_exit = True
@@ -313,8 +313,8 @@ def _explaining(manager: Manager) -> Manager:
     async def explain(job: JobId) -> str:
         return why(await job_facts.gather(manager, job))
 
-    if manager.notifying:
-        manager.notifying.explain = explain
+    if manager.notifier:
+        manager.notifier.explain = explain
     return manager
 
 
@@ -322,7 +322,7 @@ async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
     while True:
         await changed.wait()
         changed.clear()
-        lead.manager.hurry()
+        lead.manager.wake()
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting:

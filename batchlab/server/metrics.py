@@ -192,7 +192,7 @@ def _pools(manager: Manager) -> Iterator[Metric]:
         {(n, way): manager.counts.decisions[n, way] for n in manager.pools for way in DECISIONS},
         ("pool", "direction"),
     )
-    stopped = manager.autoscaler.boots.stopped()
+    stopped = manager.autoscaler.launch_breaker.stopped()
     yield _by(
         "pool_launching_stopped",
         "Whether nothing more is launched in the pool, because its instances do not come up.",

@@ -250,6 +250,6 @@ class Trust:
                     "I8",
                     f"{instance} never sent the heartbeat that a manager believes: {seen.beat}",
                 )
-            elif registry.said_goodbye(instance):
+            elif registry.has_left(instance):
                 left = any(gone for gone, _ in said.values())
                 self.require(left, "I8", f"a manager believes that {instance} has left")

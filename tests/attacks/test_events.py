@@ -203,7 +203,7 @@ def test_a_first_beat_counts_once_its_key_is_stored(
         take(rig, events_message(Events(beats=(own,))))
         take(rig, events_message(Events(beats=(replace(own, gone=True, key="other"),))))
         assert instance not in registry.workers
-        assert not registry.said_goodbye(instance)
+        assert not registry.has_left(instance)
     rig.until(lambda: instance in registry.workers, "the first beat")
     assert registry.workers[instance].beat == own
 

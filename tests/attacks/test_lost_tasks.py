@@ -29,7 +29,7 @@ def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
 def test_a_job_whose_outcomes_lack_what_follows_ends_as_failed(rig: Rig) -> None:
     """Finding 5: nothing hands the results on to the next stage. The manager looks into the bucket
     once, and then the job fails."""
-    rig.manager.conductor._lost._wait_s = 0.0
+    rig.manager.coordinator._lost._wait_s = 0.0
     follower = StageDef(StageName("next"), (MAP,), handler="m:f")
     name = JobId(rig.submit(job(tasks=2, after=[follower])))
     bundles = [one.bundle for one in rig.outstanding(name, 2)]

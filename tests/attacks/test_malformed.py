@@ -261,17 +261,17 @@ class Desk:
         self.judge_anew()
         self.lives: dict[JobId, LiveJob] = {}
         self.duplicates: set[Duplicate] = set()
-        self.folder = LedgerWriter(self.ports, self.lives, self._nobody, counts=self.counts)
+        self.ledger_writer = LedgerWriter(self.ports, self.lives, self._nobody, counts=self.counts)
         self.registry = WorkerRegistry(self.ports, self.lives)
         self.collector = Collector(
             ports=self.ports,
             settings=ManagerSettings(),
             lives=self.lives,
-            folder=self.folder,
+            ledger_writer=self.ledger_writer,
             registry=self.registry,
-            quiet=asyncio.Lock(),
-            arrivals=PendingSubmissions(),
-            met_twice=self.duplicates.update,
+            ledger_lock=asyncio.Lock(),
+            pending_submissions=PendingSubmissions(),
+            on_duplicates=self.duplicates.update,
             counts=self.counts,
             quarantine=self.quarantine,
         )
@@ -398,7 +398,7 @@ def test_an_unreadable_outcome_is_replaced_and_a_rebuild_goes_on(
             assert key in outcome.failed[0].reason
             assert [f.bundle.attempt for f in outcome.follows] == [2]
             assert key in desk.quarantine.trouble(JOB.id)
-        await desk.folder.fold([settlement.completion(outcome)])
+        await desk.ledger_writer.fold([settlement.completion(outcome)])
         before = await desk.ledger.rows(JOB.id)
         rebuilt = await rebuild(desk.ports)
         assert (rebuilt.jobs, rebuilt.unreadable) == (1, {})

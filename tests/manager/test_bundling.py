@@ -39,11 +39,11 @@ def _live(n: int) -> LiveJob:
 def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
     """Thousands of jobs that run are poked at every tick; each would look at all."""
     lives = _Lives({one.id: one for one in map(_live, range(100))})
-    cutter = Bundler(LoopClock(), lives, {"default": 4})
+    bundler = Bundler(LoopClock(), lives, {"default": 4})
     first = lives[JobId("j0")]
-    assert cutter.wave(first, STAGE, TaskSet(), 0) == ((), TaskSet())
+    assert bundler.wave(first, STAGE, TaskSet(), 0) == ((), TaskSet())
     assert lives.looks == 0
-    bundles, left = cutter.wave(first, STAGE, TaskSet.span(0, 5), 0)
+    bundles, left = bundler.wave(first, STAGE, TaskSet.span(0, 5), 0)
     assert sum(len(one.tasks) for one in bundles) + len(left) == 5
     assert bundles
     assert lives.looks > 0
@@ -52,12 +52,12 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
 def test_a_paused_job_does_not_keep_the_window_from_others() -> None:
     """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
     lives = {one.id: one for one in map(_live, range(2))}
-    cutter = Bundler(LoopClock(), lives, {"default": 2})
+    bundler = Bundler(LoopClock(), lives, {"default": 2})
     first, second = lives.values()
     tasks = TaskSet.span(0, 5)
     one = replace(STAGE, bundle=1)
     out = [Bundle(first.id, STAGE.name, TaskSet.span(n, n + 1)) for n in range(50)]
     first.expect((bundle, 0.0) for bundle in out)
-    assert cutter.wave(second, one, tasks, 0) == ((), tasks)
+    assert bundler.wave(second, one, tasks, 0) == ((), tasks)
     first.record = replace(first.record, control=Control.PAUSE)
-    assert cutter.wave(second, one, tasks, 0)[0]
+    assert bundler.wave(second, one, tasks, 0)[0]

@@ -93,10 +93,10 @@ def completion(number: int) -> Completion:
     return Completion(Bundle(JOB.id, STAGE, tasks), "w", 1.0, 2.0, tasks, nothing, nothing, 1.0)
 
 
-async def collected(folder: Path, fails: Sequence[int]) -> list[int]:
+async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
     """The sizes of the folds that a backlog of one completion a message comes to."""
     clock, ledger = WallClock(), open_memory()
-    queue = Failing(folder / "queues.db", clock)
+    queue = Failing(ledger_writer / "queues.db", clock)
     queue.fails = fails
     counting = Counting(ledger)
     ledger.apply = counting  # type: ignore[assignment, method-assign]
@@ -150,20 +150,20 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         ports = Ports(SimObjects(), queue, NoFleet(), open_memory(), clock, RandomIds(), patience)
         settings = replace(ManagerSettings(), wait_s=0.0, tick_s=0.1)
         registry = WorkerRegistry(ports, lives)
-        folder = LedgerWriter(ports, lives, nobody)
+        ledger_writer = LedgerWriter(ports, lives, nobody)
         collector = Collector(
-            ports, settings, lives, folder, registry, asyncio.Lock(), PendingSubmissions()
+            ports, settings, lives, ledger_writer, registry, asyncio.Lock(), PendingSubmissions()
         )
         await queue.ensure(events_queue(settings))
         some = [Outgoing(events_message(Events())) for _ in range(MAX_BATCH)]
         await queue.send(object_keys.EVENTS, some)
         assert len(await collector._received()) == MAX_BATCH
-        assert registry.deaf_s is None, "it has heard them all"
+        assert registry.outage_s is None, "it has heard them all"
         monkeypatch.setattr("batchlab.manager.events.collector.FOLD_BYTES", 1)
         await queue.send(object_keys.EVENTS, some)
         await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
         await collector._received()
-        backlog_s = registry.deaf_s
+        backlog_s = registry.outage_s
         assert backlog_s is not None
 
         async def denied(*_: object, **__: object) -> Sequence[Message]:
@@ -173,15 +173,15 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
             patch.setattr(queue, "receive", denied)
             with pytest.raises(BackendError):
                 await collector._collect_once()
-        assert registry.deaf_s == math.inf, "as long as it lasts"
+        assert registry.outage_s == math.inf, "as long as it lasts"
         await queue.send(object_keys.EVENTS, some[:1])
         await collector._collect_once()
-        assert backlog_s < registry.deaf_s < math.inf
+        assert backlog_s < registry.outage_s < math.inf
         # What was received and could not be taken was not heard either.
         monkeypatch.setattr(collector, "_collect_once", denied)
         collecting = asyncio.create_task(collector._collect())
         async with asyncio.timeout(10):
-            while registry.deaf_s != math.inf:
+            while registry.outage_s != math.inf:
                 await asyncio.sleep(0.001)
         collecting.cancel()
         await queue.close()
@@ -203,11 +203,11 @@ def test_what_is_no_event_is_dropped_and_what_came_with_it_is_not(
             ports=ports,
             settings=ManagerSettings(),
             lives=lives,
-            folder=LedgerWriter(ports, lives, nobody),
+            ledger_writer=LedgerWriter(ports, lives, nobody),
             registry=WorkerRegistry(ports, lives),
-            quiet=asyncio.Lock(),
-            arrivals=PendingSubmissions(),
-            met_twice=told.extend,
+            ledger_lock=asyncio.Lock(),
+            pending_submissions=PendingSubmissions(),
+            on_duplicates=told.extend,
         )
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         good = Duplicate(JOB.id, STAGE, "message", "w-1-1", 0.5)

@@ -241,8 +241,8 @@ def test_an_instance_that_was_gone_before_is_no_job_s() -> None:
     new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
     view = GroupView(Pool("default"), 1, (old, new))
     recorder.observe({"default": view}, {}, lambda _: Backlog())
-    assert list(recorder._roster.living) == ["i-new"]
-    assert recorder._roster.living["i-new"][5] == 1000.0
+    assert list(recorder._history.living) == ["i-new"]
+    assert recorder._history.living["i-new"][5] == 1000.0
 
 
 @pytest.mark.parametrize(
@@ -308,21 +308,21 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     while a long job went on; and how many looks at that it took."""
     ports = FakePorts()
     recorder = Recorder(cast(Ports, ports), {}, cast(WorkerRegistry, FakeRegistry()))
-    roster = recorder._roster
+    instances = recorder._history
     recorder._slots["default"] = 2, ""
     recorder._pools["default"] = TimeSeries(
         merge_pool_points, [pool_point(n * 900 / history) for n in range(history)]
     )
     for n in range(history):
         name, since_s = f"{n}", n / 1000
-        roster.ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
-        roster.workers[name] = Row([name, "default", 2, since_s, since_s])
+        instances.ended[name] = Row(["default", "", "", "", since_s, since_s, since_s, "", "", 2])
+        instances.workers[name] = Row([name, "default", 2, since_s, since_s])
         recorder._decisions.append(Row(["default", since_s, 0, 1, 0, 1, 1.0, "a backlog"]))
     for n in range(FEW + 6):
-        roster.living[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
+        instances.living[f"i-{n}"] = ["default", "", "", "", 900.0, 900.0, None, "", "", 2]
     for n in range(500):
         recorder._jobs[JobId(f"other-{n}")] = _LiveRecording(0.0, ["default"])
-    roster.ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
+    instances.ended["last"] = Row(["default", "", "", "", 0.0, 0.0, 999.99, "", "", 2])
     recorder._jobs[JobId("a")] = _LiveRecording(1000.0 - seconds, ["default"])
     Row.looks = 0
     ((_, part),) = recorder.close({JobId("a"): Account()}).values()

@@ -21,7 +21,7 @@ class Leading:
     short: bool = False
     errors: bool = True
     has_led: bool = True
-    notifying: Any = None
+    notifier: Any = None
     runs: int = 0
 
     async def run(self) -> None:

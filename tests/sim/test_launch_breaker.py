@@ -99,7 +99,7 @@ def test_what_never_comes_up_is_tried_more_and_more_rarely_and_goes_on_once_mend
         machines.mend()
         record = await ended(world, made, within_s=LONGEST_PAUSE_S + 600)
         assert record.state is JobState.SUCCEEDED
-        assert not manager.autoscaler.boots.trouble("default")
+        assert not manager.autoscaler.launch_breaker.trouble("default")
         assert len(machines.launched) <= first + len(tries) + POOL.max_size
 
     scene(act)
@@ -144,7 +144,7 @@ def test_what_works_in_a_pool_goes_on_while_the_rest_does_not_come_up() -> None:
         machines = Machines(world)
         await fleet_commands.scale(manager, "default", max_size=12)
         await asyncio.sleep(900.0)
-        assert manager.autoscaler.boots.trouble("default")
+        assert manager.autoscaler.launch_breaker.trouble("default")
         assert len(machines.launched) < 14
         there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
         assert working <= there, "nobody who works is sent off"
@@ -159,7 +159,7 @@ def test_a_least_size_cannot_be_held_back_and_is_told_all_the_same() -> None:
         await asyncio.sleep(1800.0)
         manager = await leader(world)
         assert (await fleet_commands.group(manager, "default")).desired == 1
-        assert "launching is stopped" in manager.autoscaler.boots.trouble("default")
+        assert "launching is stopped" in manager.autoscaler.launch_breaker.trouble("default")
 
     scene(act, replace(POOL, min_size=1))
 
@@ -179,12 +179,12 @@ def test_those_that_boot_beside_the_ones_that_fail_are_waited_for() -> None:
         for name in booting[:3]:
             world.launcher.crash(name, "taken by the market")
         await asyncio.sleep(30.0)
-        assert manager.autoscaler.boots.trouble("default")
+        assert manager.autoscaler.launch_breaker.trouble("default")
         there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
         assert set(booting[3:]) <= there
         await asyncio.sleep(300.0)
         assert set(booting[3:]) <= manager.registry.workers.keys()
-        assert not manager.autoscaler.boots.trouble("default")
+        assert not manager.autoscaler.launch_breaker.trouble("default")
 
     scene(act, pool)
 
@@ -203,7 +203,7 @@ def test_a_worker_that_has_reported_and_died_since_did_come_up() -> None:
             await asyncio.sleep(60.0)
             await fleet_commands.scale(manager, "default", desired=0)
             await asyncio.sleep(60.0)
-        assert not manager.autoscaler.boots.trouble("default")
+        assert not manager.autoscaler.launch_breaker.trouble("default")
 
     scene(act)
 
@@ -218,7 +218,7 @@ def test_instances_that_nobody_wants_any_more_are_no_failures() -> None:
             await asyncio.sleep(10.0)
             await fleet_commands.scale(manager, "default", desired=0)
             await asyncio.sleep(10.0)
-        assert not manager.autoscaler.boots.trouble("default")
+        assert not manager.autoscaler.launch_breaker.trouble("default")
 
     scene(act)
 

@@ -53,7 +53,7 @@ def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
         live = (await leader(world)).lives[made.id]
         (one,) = live.all_outstanding()
         copies = [replace(one.bundle, losses=1)] * 6
-        await (await leader(world)).conductor.send(live.job, copies)
+        await (await leader(world)).coordinator.send(live.job, copies)
         await ended_well(world, made)
         assert len(world.starts) >= 4
 

@@ -184,10 +184,10 @@ def test_time_in_which_nobody_could_be_heard_adds_nothing_and_takes_nothing() ->
     async def main() -> None:
         scene = Scene("i-beats", "i-1")
         assert await scene.looks(int(LOST_S / 2), "i-beats") == []
-        scene.registry.deaf_s = math.inf
+        scene.registry.outage_s = math.inf
         assert await scene.looks(int(10 * LOST_S)) == []
         for _ in range(4):
-            scene.registry.deaf_s = scene.clock.monotonic_s()
+            scene.registry.outage_s = scene.clock.monotonic_s()
             assert await scene.looks(int(LOST_S / 10), "i-beats") == []
         assert await scene.looks(int(LOST_S / 10) - 10, "i-beats") == []
         assert await scene.looks(20, "i-beats") == ["i-1"]

@@ -71,12 +71,12 @@ class EventVerifier:
     def __init__(
         self,
         ports: Ports,
-        arrivals: PendingSubmissions,
+        pending_submissions: PendingSubmissions,
         job_of: Callable[[JobId], Awaitable[JobDef | None]],
         quarantine: Quarantine,
     ) -> None:
         self._ports = ports
-        self._arrivals = arrivals
+        self._pending_submissions = pending_submissions
         self._job_of = job_of
         self._quarantine = quarantine
 
@@ -93,7 +93,7 @@ class EventVerifier:
         genuine = set(trusted)  # an outcome key is checked by its seal
         untrue: set[JobId] = set()
         for job in sorted(jobs - trusted):
-            await self._arrivals.ended({job})
+            await self._pending_submissions.ended({job})
             known = await self._job_of(job)
             if known and not known.commit_hash:
                 trusted.add(job)
@@ -182,28 +182,28 @@ class Collector:
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        folder: LedgerWriter,
+        ledger_writer: LedgerWriter,
         registry: WorkerRegistry,
-        quiet: asyncio.Lock,
-        arrivals: PendingSubmissions,
-        met_twice: Callable[[Sequence[Duplicate]], None] = lambda _: None,
+        ledger_lock: asyncio.Lock,
+        pending_submissions: PendingSubmissions,
+        on_duplicates: Callable[[Sequence[Duplicate]], None] = lambda _: None,
         counts: Counters | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        """`quiet` is held while the ledger must not change. `met_twice` is called for each message
-        that a worker received twice."""
-        self._met_twice = met_twice
+        """`ledger_lock` is held while the ledger must not change. `on_duplicates` is called with
+        the messages that workers received twice."""
+        self._on_duplicates = on_duplicates
         self._ports = ports
         self._settings = settings
         self._lives = lives
-        self._folder = folder
+        self._ledger_writer = ledger_writer
         self._registry = registry
-        self._quiet = quiet
-        self._arrivals = arrivals
+        self._ledger_lock = ledger_lock
+        self._pending_submissions = pending_submissions
         self._counts = counts or Counters()
         self._memory = RetainedOutcomes()
         self._quarantine = quarantine or Quarantine(self._counts)
-        self._trust = EventVerifier(ports, arrivals, folder.job, self._quarantine)
+        self._trust = EventVerifier(ports, pending_submissions, ledger_writer.job, self._quarantine)
         self._folded: list[str] = []
         """Receipts of messages to delete."""
         self._is_folded = asyncio.Event()
@@ -222,7 +222,7 @@ class Collector:
                 await self._collect_once()
             except BackendError as error:
                 heed_cancellation()
-                self._registry.deaf_s = math.inf
+                self._registry.outage_s = math.inf
                 if isinstance(error, (Throttled, Unreachable)):
                     self._excuse_all()
                 # Received messages return after their visibility timeout.
@@ -244,16 +244,16 @@ class Collector:
         self._counts.events += len(messages)
         self._counts.lag_s = max([0.0, *(now_s - one.sent_s for one in messages)])
         if messages:
-            async with self._quiet:
+            async with self._ledger_lock:
                 await self._take(messages)
             self._folded += [m.receipt for m in messages]
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._fills_a_request.set()
-            if len(messages) < MAX_BATCH:  # with a backlog, there is no pause
+            if len(messages) < MAX_BATCH:  # a backlog is folded without a pause
                 await asyncio.sleep(STEP_BACK_S)
-        if self._registry.deaf_s == math.inf:
-            self._registry.deaf_s = self._ports.clock.monotonic_s()
+        if self._registry.outage_s == math.inf:
+            self._registry.outage_s = self._ports.clock.monotonic_s()
 
     async def _received(self) -> list[Message]:
         """Return the messages of one fold: one receive, and more receives while there is a
@@ -273,7 +273,7 @@ class Collector:
         oldest_s = min((one.sent_s for one in messages), default=math.inf)
         if last == MAX_BATCH and self._ports.clock.now_s() - oldest_s > self._settings.tick_s:
             # There is still a backlog, so the latest beats are not received yet.
-            self._registry.deaf_s = self._ports.clock.monotonic_s()
+            self._registry.outage_s = self._ports.clock.monotonic_s()
         return messages
 
     async def _receive(self, wait_s: float) -> Sequence[Message]:
@@ -286,7 +286,7 @@ class Collector:
             )
         except BackendError:
             # Set at once, because the retries of `patience` may take minutes.
-            self._registry.deaf_s = math.inf
+            self._registry.outage_s = math.inf
             raise
 
     async def _delete(self) -> None:
@@ -324,7 +324,7 @@ class Collector:
             completions += events.completions
             completions += done
             whole |= self._retained(events.outcomes, len(message.body))
-        await self._arrivals.ended({one.bundle.job for one in completions})
+        await self._pending_submissions.ended({one.bundle.job for one in completions})
         if self._tell(whole.values()):
             # A fold takes as long as all other steps together.
             await asyncio.sleep(STEP_BACK_S)
@@ -333,13 +333,13 @@ class Collector:
         for events, trusted in taken:
             traces |= {(job, stage, bundle): t for job, stage, bundle, t in events.traces}
             await self._hear(events, trusted)
-        await self._folder.fold(completions, whole, traces)
+        await self._ledger_writer.fold(completions, whole, traces)
 
     async def _hear(self, events: Events, trusted: Collection[JobId]) -> None:
         """Process beats, worker counts, and duplicates. Counts are trusted by the key of the beat
         in the same message."""
         if events.duplicates:
-            self._met_twice(events.duplicates)
+            self._on_duplicates(events.duplicates)
         heard: dict[str, str] = {}
         for beat in events.beats:
             if await self._registry.hear(beat, trusted):
@@ -381,7 +381,7 @@ class Collector:
         """Return the completion of a committed outcome, or nothing if it does not belong to a known
         job."""
         named = object_keys.outcome_key(name)
-        job = await self._folder.job(named.job) if named else None
+        job = await self._ledger_writer.job(named.job) if named else None
         if job is None or not object_keys.is_genuine(name, await self._ports.keys.of(job)):
             return []  # its job was removed, or the key is forged
         try:

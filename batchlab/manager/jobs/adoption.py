@@ -84,8 +84,8 @@ class Adoption:
         ports: Ports,
         settings: ManagerSettings,
         lives: dict[JobId, LiveJob],
-        conductor: JobCoordinator,
-        starts: DelayedJobs,
+        coordinator: JobCoordinator,
+        delayed_jobs: DelayedJobs,
         spending: Spending | None,
         recorder: Recorder | None,
         admit: Callable[[JobDef], None],
@@ -97,8 +97,8 @@ class Adoption:
         self._ports = ports
         self._settings = settings
         self._lives = lives
-        self._conductor = conductor
-        self._starts = starts
+        self._coordinator = coordinator
+        self._delayed_jobs = delayed_jobs
         self._spending = spending
         self._recorder = recorder
         self.group: asyncio.TaskGroup | None = None
@@ -121,7 +121,7 @@ class Adoption:
                 self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, found: Written, *, beside: bool = False) -> LiveJob:
-        """Conduct a new, taken-over, or reopened job. `beside` means that folds may run at the same
+        """Conduct a new, taken-over, or reopened job. With `beside`, folds may run at the same
         time."""
         ledger, rows = self._ports.ledger, found.rows
         job = rows.job.job
@@ -138,7 +138,7 @@ class Adoption:
                 # miss the bundle, and nothing would look for it.
                 rows = await ledger.rows(job.id)
         if rows.job.state is JobState.SCHEDULED:
-            self._starts.see(job)
+            self._delayed_jobs.see(job)
         # The version comes from the clock. Otherwise a client of the previous manager would ignore
         # the updates of this one.
         live = LiveJob(
@@ -232,7 +232,7 @@ class Adoption:
     async def _give_up(self, live: LiveJob, error: Malformed) -> None:
         """End a job that can never continue. Try again later if the backend does not answer."""
         try:
-            await self._conductor.give_up(live, error)
+            await self._coordinator.give_up(live, error)
         except Superseded:
             live.end()
         except BackendError as later:
@@ -244,7 +244,7 @@ class Adoption:
         logs.note(job=live.id, trace=trace_of(live.job.trace))
         while not live.ended.is_set():
             try:
-                await self._conductor.conduct(live)
+                await self._coordinator.conduct(live)
             except Superseded as error:
                 heed_cancellation()
                 log.info("%s", error, extra={"job": live.id})
@@ -269,7 +269,7 @@ class Adoption:
         if self._lives.get(live.id) is live:
             del self._lives[live.id]
             live.release_outcomes()
-            self._starts.forget(live.id)
+            self._delayed_jobs.forget(live.id)
 
     async def drop_all(self) -> None:
         """Stop conducting all jobs."""

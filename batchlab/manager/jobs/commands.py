@@ -42,23 +42,23 @@ class JobCommands:
     def __init__(
         self,
         ports: Ports,
-        conductor: JobCoordinator,
-        cutter: Bundler,
+        coordinator: JobCoordinator,
+        bundler: Bundler,
         lives: dict[JobId, LiveJob],
         adopt: Callable[[Written], Awaitable[LiveJob]],
-        arrivals: PendingSubmissions,
+        pending_submissions: PendingSubmissions,
         is_staffed: Callable[[str], bool],
         counts: Counters | None = None,
         tracer: Tracer = NOBODY,
     ) -> None:
         self._ports = ports
-        self._conductor = conductor
-        self._cutter = cutter
+        self._coordinator = coordinator
+        self._bundler = bundler
         self._lives = lives
         self._adopt = adopt
-        self._arrivals = arrivals
+        self._pending_submissions = pending_submissions
         self._is_staffed = is_staffed
-        self._retries = RetryPlanner(ports, conductor.plans)
+        self._retries = RetryPlanner(ports, coordinator.plans)
         self._counts = counts or Counters()
         self._tracer = tracer
         self._begun: set[JobId] = set()
@@ -75,11 +75,11 @@ class JobCommands:
             return await self._submit(replace(sealed, trace=submitting.context), items)
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
-        opening = self._cutter.opening(job, items) if items is not None else None
+        opening = self._bundler.opening(job, items) if items is not None else None
         job, opening, is_ours = await self._define(job, opening)
         if not is_ours or not opening or not self._may_begin(job, opening):
             return await self._accept(job, opening, is_ours=is_ours)
-        with self._arrivals.of(job.id):
+        with self._pending_submissions.of(job.id):
             return await self._accept(job, opening, is_sent=await self._sent(job, opening))
 
     def _may_begin(self, job: JobDef, opening: spec_object.Opening) -> bool:
@@ -95,7 +95,7 @@ class JobCommands:
 
     async def _sent(self, job: JobDef, opening: spec_object.Opening) -> bool:
         try:
-            await self._conductor.send_opening(job, opening)
+            await self._coordinator.send_opening(job, opening)
         except BackendError as error:
             # The bundles are sent again when the ledger has the job, so nothing is lost.
             log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
@@ -132,10 +132,10 @@ class JobCommands:
             # If another manager created the job, its completions may already be in the queue.
             live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
             if opening and cut and written.is_new:
-                self._conductor.begin(live, cut)
+                self._coordinator.begin(live, cut)
                 if not is_sent:
                     again = is_sent is False or not is_ours
-                    await self._conductor.send_opening(job, opening, again=again)
+                    await self._coordinator.send_opening(job, opening, again=again)
         return written
 
     async def _define(
@@ -180,7 +180,7 @@ class JobCommands:
         has ended."""
         live = self.running(job, "cancelled")
         word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
-        await self._conductor.forbid(live, word)
+        await self._coordinator.forbid(live, word)
         live.poke.set()
 
     async def pause(self, job: JobId) -> None:
@@ -200,7 +200,7 @@ class JobCommands:
         # As copies, for which workers look for an outcome, because some messages may not be dropped
         # yet.
         again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
-        await self._conductor.send(live.job, again)
+        await self._coordinator.send(live.job, again)
         live.poke.set()
 
     async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
@@ -228,7 +228,7 @@ class JobCommands:
         await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
-        await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record
 
     async def look_back(self) -> None:
@@ -279,7 +279,7 @@ class JobCommands:
                 word = json_format.Word(wanted, round=live.round)
                 if await control_object.say(objects, live.id, word, patience, over=found):
                     break
-            await self._conductor.record_control(live, wanted)
+            await self._coordinator.record_control(live, wanted)
 
 
 def _read_definition(data: bytes) -> tuple[JobDef, spec_object.Opening | None]:

@@ -51,8 +51,8 @@ class JobCoordinator:
         self,
         ports: Ports,
         settings: ManagerSettings,
-        folder: LedgerWriter,
-        cutter: Bundler,
+        ledger_writer: LedgerWriter,
+        bundler: Bundler,
         on_plan: Callable[[str], None],
         counts: Counters | None = None,
         tracer: Tracer = NOBODY,
@@ -69,8 +69,8 @@ class JobCoordinator:
         self._tracer = tracer
         self._ports = ports
         self._settings = settings
-        self._folder = folder
-        self._cutter = cutter
+        self._ledger_writer = ledger_writer
+        self._bundler = bundler
         self._on_plan = on_plan
         self._quarantine = quarantine or Quarantine(self._counts)
         self._outcomes = OutcomeStore(ports, self._quarantine)
@@ -153,7 +153,7 @@ class JobCoordinator:
             # between, the stage would never end.
             upstream = live.stages[stage.after[0]].counts.planned
             if upstream is not None:
-                await self._folder.write(
+                await self._ledger_writer.write(
                     live, SetPlanned(live.id, stage.name, upstream, live.round)
                 )
             return
@@ -195,7 +195,7 @@ class JobCoordinator:
 
     async def _first_cut(self, live: LiveJob, stage: StageDef, tasks: TaskSet) -> None:
         round_ = live.round
-        bundles, left = self._cutter.wave(live, stage, tasks, round_)
+        bundles, left = self._bundler.wave(live, stage, tasks, round_)
         now_s = self._ports.clock.now_s()
         cut = Cut(live.id, stage.name, round_, 0, bundles, left, len(tasks), now_s)
         await self._commit_and_send(live, cut)
@@ -232,7 +232,7 @@ class JobCoordinator:
         while live.record.control is Control.RUN:
             record = live.stages[stage.name]
             round_ = live.round
-            bundles, left = self._cutter.wave(live, stage, record.left, round_)
+            bundles, left = self._bundler.wave(live, stage, record.left, round_)
             if not bundles:
                 return
             seq, now_s = record.cut_seq + 1, self._ports.clock.now_s()
@@ -242,7 +242,7 @@ class JobCoordinator:
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut and return the one that counts, possibly one of an earlier manager."""
         cut = await self.plans.opened(live.job, cut) or await self._put_cut(cut)
-        await self._folder.write(live, AddCut(cut))
+        await self._ledger_writer.write(live, AddCut(cut))
         now_s = self._ports.clock.monotonic_s()
         live.expect((bundle, now_s) for bundle in cut.bundles)
         return cut
@@ -370,7 +370,7 @@ class JobCoordinator:
             live.record = replace(live.record, control=word)
             live.changed()
         else:
-            await self._folder.refresh(live)
+            await self._ledger_writer.refresh(live)
 
     async def _make_sure(self, live: LiveJob) -> None:
         live.doubtful = False  # first, because a new doubt may arise meanwhile
@@ -435,7 +435,7 @@ class JobCoordinator:
                 await self._close_cuts(live, stage.name, record)
         # The refresh finds a first cut of another manager, which sets the number of tasks of later
         # stages.
-        await self._folder.refresh(live)
+        await self._ledger_writer.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
@@ -449,7 +449,7 @@ class JobCoordinator:
             outcomes = await asyncio.gather(
                 *(self._outcomes.commit(live.job, draft) for draft in drafts)
             )
-            await self._folder.fold([settlement.completion(outcome) for outcome in outcomes])
+            await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
         return _uncut_tasks(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
@@ -495,7 +495,7 @@ class JobCoordinator:
         """Record the end of the job in the ledger, and wake those who wait for it."""
         if self._on_end:
             await self._on_end(live, ending)
-        is_new = await self._folder.write(live, Finish(live.id, ending, live.round))
+        is_new = await self._ledger_writer.write(live, Finish(live.id, ending, live.round))
         if is_new:
             self._counts.ended(ending.state)
             # The reason is not logged, because it may contain a user's text.
@@ -534,7 +534,7 @@ class JobCoordinator:
                 *(self._outcomes.of(live.job, one.bundle) for one in outstanding)
             )
             outcomes = [outcome for outcome in found if outcome]
-            await self._folder.fold([settlement.completion(outcome) for outcome in outcomes])
+            await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
             if len(outcomes) < len(outstanding):
                 return False
         return True

@@ -54,8 +54,8 @@ class Reconciler:
         ports: Ports,
         settings: ManagerSettings,
         lives: Mapping[JobId, LiveJob],
-        folder: LedgerWriter,
-        conductor: JobCoordinator,
+        ledger_writer: LedgerWriter,
+        coordinator: JobCoordinator,
         quarantine: Quarantine,
     ) -> None:
         self._quarantine = quarantine
@@ -63,8 +63,8 @@ class Reconciler:
         self._ports = ports
         self._settings = settings
         self._lives = lives
-        self._folder = folder
-        self._conductor = conductor
+        self._ledger_writer = ledger_writer
+        self._coordinator = coordinator
         self._looked_s: float | None = None
         """Monotonic time of the last search for silent bundles."""
 
@@ -78,7 +78,7 @@ class Reconciler:
                 continue
             silent: list[Outstanding] = []
             for stage, waiting in live.outstanding.items():
-                # A pool that this manager does not have has no queue to read.
+                # Other pools have queues that this manager does not read.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
                     # The silence does not grow, because the next worker needs time for its first
@@ -145,7 +145,7 @@ class Reconciler:
                 one.copies += 1
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
-            await self._conductor.send(live.job, again)
+            await self._coordinator.send(live.job, again)
 
     async def _is_defined(self, live: LiveJob) -> bool:
         """Return whether the bucket has the job's definition. Workers drop messages of a job
@@ -169,10 +169,10 @@ class Reconciler:
         return False
 
     async def heed(self, live: LiveJob) -> None:
-        """Like JobCoordinator.heed, but without waiting for a control word that is being
-        written."""
+        """Act on the control word like JobCoordinator.heed, unless a control word is being written
+        now."""
         if not live.control_lock.locked():
-            await self._conductor.heed(live)
+            await self._coordinator.heed(live)
 
     async def forward(self, job: JobDef, outcome: Outcome) -> None:
         """Repeat steps 3 and 4 for an outcome whose worker may have died before them. Committed
@@ -183,7 +183,7 @@ class Reconciler:
         left = replace(outcome, follows=follows)
         messages = follow_ups(job, left, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, self._ports.patience)
-        await self._folder.fold([settlement.completion(outcome)])
+        await self._ledger_writer.fold([settlement.completion(outcome)])
 
     # --- Dead letters ----------------------------------------------------------------------------
 
@@ -230,14 +230,14 @@ class Reconciler:
         again = replace(bundle, losses=bundle.losses + message.receive_count)
         live = self._lives.get(bundle.job)
         if live:
-            await self._conductor.send(live.job, [again])
+            await self._coordinator.send(live.job, [again])
 
     async def _job(self, name: JobId) -> JobDef:
         """Return the job, restored from the bucket if the ledger has lost it. Raises NotFound."""
         try:
             return (await self._ports.ledger.job(name)).job
         except NotFound:
-            job = await self._folder.job(name)
+            job = await self._ledger_writer.job(name)
             if job is None:
                 raise
             return job

@@ -113,7 +113,7 @@ class Recorder:
         self._slots: dict[str, tuple[int, str]] = {}
         """Slots and type of an instance, by pool."""
         self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
-        self._roster = InstanceHistory(registry)
+        self._history = InstanceHistory(registry)
         self._jobs: dict[JobId, _LiveRecording] = {}
         self._earlier: dict[JobId, RecordedData] = {}
         """Data of earlier rounds of jobs that run again."""
@@ -137,7 +137,7 @@ class Recorder:
         self._note_jobs()
         for name, view in views.items():
             self._slots[name] = view.pool.slots, view.pool.instance_type
-        self._roster.note_instances(views.values(), now_s, partial(self._since_s, now_s))
+        self._history.note_instances(views.values(), now_s, partial(self._since_s, now_s))
         if not self._jobs:
             self._sampled_s = None
             self._forget(now_s)
@@ -147,7 +147,7 @@ class Recorder:
         step_s = monotonic_s - self._sampled_s if self._sampled_s is not None else 0.0
         self._sampled_s = monotonic_s
         self._is_due = True
-        self._roster.note_workers(now_s)
+        self._history.note_workers(now_s)
         for name, view in views.items():
             depth = depths.get(name, Depth(0, 0, 0))
             point = self._point(view, depth, backlog_of(name), now_s, step_s)
@@ -183,9 +183,9 @@ class Recorder:
 
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
         """Return the duration of the last round (0 if not observed) and the recorded data of each
-        ended job."""
+        ended job, and forget these jobs."""
         now_s = self._ports.clock.now_s()
-        self._roster.note_workers(now_s)
+        self._history.note_workers(now_s)
         found: dict[JobId, tuple[float, RecordedData]] = {}
         for job, account in ended.items():
             if seen := self._jobs.get(job):
@@ -209,7 +209,7 @@ class Recorder:
             doc |= {
                 "pools": self._pools_doc(seen.pools),
                 "scaling": self._decisions,
-                **self._roster.of(seen.pools, seen.since_s, most),
+                **self._history.of(seen.pools, seen.since_s, most),
                 "jobs": {job: seen.to_doc()},
             }
         return job_part(doc, job)
@@ -320,13 +320,13 @@ class Recorder:
             series.forget(since_s)
         while self._decisions and self._decisions[0][1] < since_s - SAVE_S:
             self._decisions.popleft()
-        self._roster.forget(since_s)
+        self._history.forget(since_s)
 
     def _to_doc(self) -> RecordedData:
         return {
             "pools": self._pools_doc(self._slots),
             "scaling": list(self._decisions),
-            **self._roster.to_doc(),
+            **self._history.to_doc(),
             "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
             "earlier": self._earlier,
         }
@@ -371,7 +371,7 @@ class Recorder:
             for name, pool in doc["pools"].items()
         }
         slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
-        roster = InstanceHistory.from_doc(doc, self._registry)
+        history = InstanceHistory.from_doc(doc, self._registry)
         jobs: dict[JobId, _LiveRecording] = {}
         for job, one in doc["jobs"].items():
             seen = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
@@ -382,7 +382,7 @@ class Recorder:
         earlier = {JobId(job): one for job, one in doc["earlier"].items()}
         # Only now, after all of the document could be read.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
-        self._roster = roster
+        self._history = history
         self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
 
     async def leave(self) -> None:

@@ -209,12 +209,12 @@ class Autoscaler:
         self._on_decision = on_decision
         self._shrunk_s: dict[str, float] = {}
         self._idle_since_s: dict[str, float] = {}
-        self.boots = LaunchBreaker(ports.clock, settings, registry.has_reported)
+        self.launch_breaker = LaunchBreaker(ports.clock, settings, registry.has_reported)
         self.held: dict[str, int] = {}
         """Capacity set by a user, by pool. The policy does not change it."""
         self._short: set[str] = set()
         """Pools with a user's capacity that have fewer instances now, because launches fail."""
-        self.warmth: Callable[[GroupView], MinimumCapacity | None] = lambda _: None
+        self.minimum_capacity: Callable[[GroupView], MinimumCapacity | None] = lambda _: None
         """Returns the minimum capacity for work that is due soon."""
 
     def backlog(self, pool: str) -> Backlog:
@@ -246,17 +246,17 @@ class Autoscaler:
             return
         backlog = self.backlog(pool)
         desired, why = desired_capacity(backlog, view, self._settings.drain_target_s)
-        if (warmth := self.warmth(view)) and warmth.count > desired:
-            desired, why = warmth.count, warmth.why
+        if (minimum_capacity := self.minimum_capacity(view)) and minimum_capacity.count > desired:
+            desired, why = minimum_capacity.count, minimum_capacity.why
         now_s = self._ports.clock.monotonic_s()
         if backlog.tasks:
             self._idle_since_s.pop(pool, None)
         if self._caps:
             desired, why = self._caps.launches(view, desired, why)
-        most = self.boots.most(view)
+        most = self.launch_breaker.most(view)
         if most is not None and (view.desired > most or desired > most):
             # At once, because Pending instances will fail and be replaced.
-            await self.decide(view, most, self.boots.trouble(pool))
+            await self.decide(view, most, self.launch_breaker.trouble(pool))
             return
         if desired > view.desired:
             await self.decide(view, desired, why)
@@ -279,11 +279,11 @@ class Autoscaler:
     async def _keep(self, view: GroupView, by_hand: int) -> None:
         """Keep a user's capacity, but limit it while launches fail."""
         pool = view.pool.name
-        limits, most = view.pool, self.boots.most(view)
+        limits, most = view.pool, self.launch_breaker.most(view)
         target = max(limits.min_size, min(limits.max_size, by_hand))
         if most is not None and min(most, target) != view.desired:
             self._short.add(pool)
-            await self.decide(view, min(most, target), self.boots.trouble(pool))
+            await self.decide(view, min(most, target), self.launch_breaker.trouble(pool))
         elif most is None and pool in self._short:
             self._short.discard(pool)
             await self.decide(view, target, "instances start again")

@@ -55,14 +55,14 @@ async def scale(
     await manager.autoscaler.protect_the_busy(view)
     if min_size is not None or max_size is not None:
         await _limit(manager, view, min_size, max_size)
-    manager.autoscaler.boots.try_now(pool)
+    manager.autoscaler.launch_breaker.try_now(pool)
     if auto:
         manager.autoscaler.held.pop(pool, None)
     elif desired is not None:
         await _hold(manager, await group(manager, pool), desired)
     elif auto is False:
         manager.autoscaler.held[pool] = (await group(manager, pool)).desired
-    manager.hurry()
+    manager.wake()
     return await group(manager, pool)
 
 
@@ -105,4 +105,4 @@ async def drain(manager: Manager, pool: str | None = None) -> None:
         left = [i.id for i in instances if i.state in _COUNTED]
         if left:
             await manager.ports.fleet.terminate(name, left, decrement=False, cause=CAUSE)
-    manager.hurry()
+    manager.wake()

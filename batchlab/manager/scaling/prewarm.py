@@ -42,7 +42,7 @@ class Prewarm:
 
     def __call__(self, view: GroupView) -> MinimumCapacity | None:
         """Return the pool's minimum capacity now, or None if nothing is due soon."""
-        found = [self._of(view, one) for one in self._scheduler.shelf.schedules.values()]
+        found = [self._of(view, one) for one in self._scheduler.store.schedules.values()]
         return max((one for one in found if one), key=lambda one: one.count, default=None)
 
     def _of(self, view: GroupView, schedule: Schedule) -> MinimumCapacity | None:
@@ -50,7 +50,7 @@ class Prewarm:
         if not definition.prewarm_s:
             return None
         due_s = self._due_s(schedule)
-        template = self._scheduler.shelf.known_template(definition.template)
+        template = self._scheduler.store.known_template(definition.template)
         if due_s is None or template is None:
             return None
         if all(stage.pool != view.pool.name for stage in template.roots()):

@@ -155,7 +155,7 @@ class UnresponsiveWorkers:
             self._quiet_s = dict(self._registry.instances.quiet_s)
         since_s = now_s if self._looked_s is None else self._looked_s
         self._looked_s = now_s
-        is_deaf = self._registry.deaf_s is not None and self._registry.deaf_s >= since_s
+        is_deaf = self._registry.outage_s is not None and self._registry.outage_s >= since_s
         # The silence so far stays. A reset would prevent replacement under steady load.
         step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
         pools = {

@@ -219,7 +219,7 @@ class WorkerRegistry:
         self.named: dict[str, str] = {}
         """Instance whose worker reported a name first. Outcomes contain names, and every worker may
         read them, so a later claim of a name is not evidence."""
-        self.deaf_s: float | None = None
+        self.outage_s: float | None = None
         """Monotonic time when current beats could last not be received, because of an outage or a
         backlog. inf during an outage."""
         self._ready: set[str] = set()
@@ -354,7 +354,7 @@ class WorkerRegistry:
         gone = self._gone.get(instance)
         return instance in self.workers or bool(gone and gone.worker)
 
-    def said_goodbye(self, instance: str) -> bool:
+    def has_left(self, instance: str) -> bool:
         """Return whether the last worker of the instance has reported that it leaves."""
         gone = self._gone.get(instance)
         return bool(gone and gone.told)

@@ -175,16 +175,16 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
         scaler.backlog(name),
         workers,
         held=name in scaler.held,
-        trouble=scaler.boots.trouble(name),
+        trouble=scaler.launch_breaker.trouble(name),
     )
 
 
 async def _notifying(manager: Leader) -> Notifier:
-    if manager.notifying is None:
+    if manager.notifier is None:
         raise Refused(
             "This manager notifies nobody.", remedy="One that `batchlab grid up` starts does."
         )
-    return manager.notifying
+    return manager.notifier
 
 
 Telling = Annotated[Notifier, Depends(_notifying)]

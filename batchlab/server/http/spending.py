@@ -33,7 +33,7 @@ async def use(books: Books) -> api_usage_types.UseView:
 async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.UseView:
     """Cap what the grid costs since its account was opened."""
     books.set_cap(None, cap.max_cost_usd)
-    manager.hurry()
+    manager.wake()
     return api_usage_types.use_view(books)
 
 
@@ -50,7 +50,7 @@ async def cap_job(
     """Cap what a job costs that has not ended."""
     manager.requests.running(job, "capped")
     books.set_cap(job, cap.max_cost_usd)
-    manager.hurry()
+    manager.wake()
     return await _job_use(books, manager, job)
 
 

@@ -154,10 +154,10 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         held=manager.autoscaler.held,
         activities=activities,
         capped=manager.spending.caps.capped if manager.spending else {},
-        stopped=manager.autoscaler.boots.stopped(),
+        stopped=manager.autoscaler.launch_breaker.stopped(),
         trouble=manager.trouble,
         lag_s=manager.counts.lag_s,
         said=manager.recent.of(job) if manager.recent else None,
         unreadable=manager.quarantine.trouble(job),
-        undelivered=manager.notifying.trouble(job) if manager.notifying else "",
+        undelivered=manager.notifier.trouble(job) if manager.notifier else "",
     )

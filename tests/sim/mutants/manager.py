@@ -122,7 +122,7 @@ def chained_stage_planned_once(plant: Plant) -> None:
         await first_cut(self, live, stage, tasks)
         for fed in live.job.fed_by(stage.name):
             await self._ports.ledger.apply(SetPlanned(live.id, fed.name, len(tasks), live.round))
-        await self._folder.refresh(live)
+        await self._ledger_writer.refresh(live)
 
 
 # --- Ending --------------------------------------------------------------------------------------
@@ -161,13 +161,13 @@ def seal_that_believes_itself(plant: Plant) -> None:
 
     @plant.method(JobCoordinator, "_seal")
     async def _seal(self: JobCoordinator, live: LiveJob) -> Mapping[StageName, int]:
-        await self._folder.refresh(live)
+        await self._ledger_writer.refresh(live)
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
             draft = settlement.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
             key = await self._ports.keys.of(live.job)
             await commit(self._ports.objects, draft, self._ports.patience, key)
-            await self._folder.fold([settlement.completion(draft)])
+            await self._ledger_writer.fold([settlement.completion(draft)])
         return {
             name: (record.counts.planned or 0) - record.counts.terminal
             for name, record in live.stages.items()
@@ -220,7 +220,7 @@ def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
         for one in silent:
             one.heard_s = self._ports.clock.monotonic_s()
         again = [replace(one.bundle, attempt=one.bundle.attempt + 1) for one in silent]
-        await self._conductor.send(live.job, again)
+        await self._coordinator.send(live.job, again)
 
 
 @planted("I7")

@@ -91,7 +91,7 @@ def new_leader_sends_all_again(plant: Plant) -> None:
         live = await original(self, found, beside=beside)
         if not found.is_new:
             bundles = [one.bundle for one in live.all_outstanding()]
-            await self._conductor.send(live.job, bundles)
+            await self._coordinator.send(live.job, bundles)
         return live
 
 

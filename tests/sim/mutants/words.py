@@ -58,7 +58,7 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
         live = self.running(job, "resumed")
         await self._control(live, Control.RUN)
         again = [replace(one.bundle, losses=0) for one in live.all_outstanding()]
-        await self._conductor.send(live.job, again)
+        await self._coordinator.send(live.job, again)
         live.poke.set()
 
 
@@ -99,7 +99,7 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
         await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
         live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
         self._begun.discard(job)
-        await self._conductor.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
         return live.record
 
 

@@ -352,8 +352,8 @@ class StillGrid:
                 asked="somebody",
             ),
         )
-        kept = scheduler.shelf.schedules["nightly-prices"]
-        assert await scheduler.shelf.put(replace(kept, runs=runs))
+        kept = scheduler.store.schedules["nightly-prices"]
+        assert await scheduler.store.put(replace(kept, runs=runs))
         scheduler.notes = [
             "schedule nightly-prices: the run due at 2026-03-26 02:00:00 CET is skipped: the run "
             "due at 2026-03-25 02:00:00 CET had not ended"
