@@ -1,20 +1,22 @@
-"""`ledger`, `doctor`, `schema`, and the services."""
+"""`batchlab ledger`, `schema`, `gc`, and the help of the services."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from batchlab.cli import SERVICES, output
+from batchlab.cli import output
 from batchlab.cli.deploy_options import RegionOption
-from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
+from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.startup import SERVICES
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
-    "manager": "Run a manager (`grid up` and `run` do so).",
-    "worker": "Run a worker (the manager does so).",
-    "connect": "Keep a way to a manager on AWS open (`run` does so).",
+    "manager": "Run a manager (`grid up` and `run` do this).",
+    "worker": "Run a worker (the manager does this).",
+    "connect": "Keep a connection to a manager on AWS open (`run` does this).",
 }
 
 ledger = typer.Typer(no_args_is_help=True)
@@ -24,7 +26,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(ledger, name="ledger")
     app.command()(schema)
-    app.command()(doctor)
     app.command()(gc)
     for name in SERVICES:
         app.command(name, help=_ABOUT[name], context_settings=_PASSED_ON)(service)
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 @ledger.callback()
 def ledger_() -> None:
-    """Repair the database that people and the planner read.
+    """Repair the ledger's database.
 
     \b
     Example: batchlab ledger rebuild
@@ -41,9 +42,9 @@ def ledger_() -> None:
 
 @ledger.command()
 def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
-    """Make the ledger anew from the bucket alone, which holds all that counts.
+    """Rebuild the ledger from the bucket, which contains all durable state.
 
-    The rebuild goes on past objects that cannot be read, and lists them at its end.
+    Unreadable objects do not stop the rebuild. They are listed at its end.
 
     \b
     Example: batchlab ledger rebuild
@@ -57,7 +58,7 @@ def rebuild(home: HomeOption = None, json: JsonOption = False) -> None:
     if json:
         output.show_json({"jobs": view["jobs"], "unreadable": unreadable})
         return
-    output.show(f"The ledger is made anew: {output.count(view['jobs'], 'job')}.")
+    output.show(f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}.")
     for one in unreadable:
         output.show(f"Not read: {one['key']}: {one['reason']}")
 
@@ -73,52 +74,23 @@ def schema() -> None:
     output.show_json(json_schema())
 
 
-def doctor(
-    home: HomeOption = None,
-    backend: BackendOption = "local",
-    endpoint: EndpointOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Move damaged objects of `local` away.")
-    ] = False,
-    json: JsonOption = False,
-) -> None:
-    """Check that a grid can run here.
-
-    Each line is ok, warn or fail, with what to do; exit code 1 where anything fails.
-    Empty and torn objects in the grid's folder are named, and moved away with --repair.
-
-    \b
-    Example: batchlab doctor
-    """
-    from batchlab.cli.doctor import Level, examine
-
-    findings = examine(home_of(home), backend, endpoint, repair=repair)
-    if json:
-        output.show_json([one.to_json() for one in findings])
-    else:
-        for one in findings:
-            output.show(f"{one.level:<5} {one.about:<12} {output.clean(one.text)}")
-            if one.remedy:
-                output.show(f"{'':<18} {output.clean(one.remedy)}")
-    if any(one.level is Level.FAIL for one in findings):
-        raise typer.Exit(1)
-
-
 def gc(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+        bool, typer.Option("--dry-run", help="Only list what would be removed.")
     ] = False,
     aws: Annotated[
         bool,
-        typer.Option("--aws", help="What stacks have left behind on AWS; removed only with --yes."),
+        typer.Option(
+            "--aws", help="List leftovers of stacks on AWS. They are removed only with --yes."
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove what is left.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --aws: remove the leftovers.")] = False,
     name: Annotated[
         list[str] | None,
         typer.Option(
             "--name",
-            help="With --aws: also this one, which only its name says to be a stack's; may be "
-            "repeated.",
+            help="With --aws --yes: also remove this resource, which only its name assigns to a "
+            "stack. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -126,13 +98,13 @@ def gc(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove what grids that are gone have left, in Docker or on AWS.
+    """Remove leftovers of deleted grids in Docker or on AWS.
 
-    Grids whose folder still knows of them are left alone: `batchlab grid down` ends those. With
-    --aws Docker is not looked at: everything in the region that has a stack's tag is listed, and
-    what no stack has any more is removed where --yes says so, buckets with all objects. What can
-    have no tag, as SimpleDB's domains, is listed by its name, and removed where --name says so too.
-    Without --region it is that of the stack that the grid's folder knows.
+    Grids with an existing folder are kept: `batchlab grid down` stops those. With --aws the command
+    skips Docker, and lists all resources in the region with the tag of a stack. --yes removes those
+    of deleted stacks, including buckets with all objects. Resources without tags, such as SimpleDB
+    domains, are listed by name, and removed only if --name names them. The default of --region is
+    that of the stack in the grid's folder.
 
     \b
     Example: batchlab gc --dry-run
@@ -140,16 +112,15 @@ def gc(
     from batchlab.core.errors import UsageError
 
     if aws:
-        from batchlab.cli.deploy_options import sweep_aws
-        from batchlab.cli.deploy_output import Given, place
+        from batchlab.cli.deploy_options import DeployArguments, stack_and_region
 
-        where = region or place(Given(), home_of(home))[1]
-        sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
+        where = region or stack_and_region(DeployArguments(), home_of(home))[1]
+        _sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
     if yes or region or name or home:
         raise UsageError(
-            "--yes, --name, --region and --home are for what is on AWS.",
-            remedy="Say --aws, or leave them out.",
+            "--yes, --name, --region, and --home need --aws.",
+            remedy="Add --aws, or leave them out.",
         )
     _sweep_docker(dry_run=dry_run, json=json)
 
@@ -193,3 +164,75 @@ def service(context: typer.Context) -> None:
     from batchlab.cli.services import serve
 
     serve([str(context.info_name), *context.args])
+
+
+_AWS_COLUMNS = ("stack", "kind", "name", "is")
+
+
+def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
+    """List resources of stacks, and with `removing` remove those of deleted stacks.
+
+    Resources without a tag are removed only if `names` contains them. Raise BackendError if a
+    removal fails.
+    """
+    from batchlab.cli.deploy_options import retry_notes
+    from batchlab.core.errors import BackendError
+    from batchlab.deploy.account import Account
+    from batchlab.deploy.leftovers import Leftovers, chosen, remove_left
+
+    with Account.open(region, notes=retry_notes) as account:
+        there = Leftovers(account)
+        tagged = list(there.tagged())
+        named = list(there.named({one.thing.name for one in tagged}, output.say))
+        found = sorted([*tagged, *named], key=lambda one: (one.thing.stack, one.thing.arn))
+        going = chosen(found, names)
+        rows, shown, stays = [], [], 0
+        for one in found:
+            thing = one.thing
+            goes = removing and one in going
+            why = remove_left(account, one, output.say) if goes else ""
+            stays += bool(why)
+            fate = "in use" if one.is_used else "left, by its name" if one.is_guessed else "left"
+            if goes:
+                fate = f"left: {why}" if why else "removed"
+            rows.append((thing.stack, thing.kind, thing.name, fate))
+            shown.append(
+                {
+                    "stack": thing.stack,
+                    "kind": thing.kind,
+                    "name": thing.name,
+                    "arn": thing.arn,
+                    "known_by": "name" if one.is_guessed else "tag",
+                    "left": not one.is_used,
+                    "removed": goes and not why,
+                    "why": why or None,
+                }
+            )
+        where = f"account {account.id}, {account.region}"
+    if json:
+        output.show_json(shown)
+    elif rows:
+        output.show(output.table(_AWS_COLUMNS, rows))
+    else:
+        output.say(f"Nothing in {where} has the tag of a stack, or a name as a stack gives them.")
+    if not json:
+        _say_how(
+            0 if removing else sum(1 for one in tagged if not one.is_used),
+            sum(1 for one in named if not (one.is_used or (removing and one in going))),
+        )
+    if stays:
+        raise BackendError(
+            f"{output.count(stays, 'thing')} could not be removed.",
+            remedy="The list has the reasons. Remove other kinds of resources in the console.",
+        )
+
+
+def _say_how(by_tag: int, by_name: int) -> None:
+    """Print the commands that remove the leftovers."""
+    if by_tag:
+        output.say(f"{output.count(by_tag, 'thing')} left; `batchlab gc --aws --yes` removes it.")
+    if by_name:
+        output.say(
+            f"{output.count(by_name, 'thing')} left that only the name says to be a stack's: look "
+            "whose it is; `batchlab gc --aws --yes --name NAME` removes it."
+        )

@@ -1,6 +1,6 @@
-"""`batchlab asg serve`: Auto Scaling groups on this machine, for whoever speaks AWS's protocol.
+"""`batchlab asg`: Auto Scaling groups on this machine for clients of AWS's API.
 
-Invariant: what listens beyond this machine without checking signatures says so.
+Invariant: a server that other machines can reach without signatures prints a warning.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ _HERE = ("127.0.0.1", "::1", "localhost")
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `asg` to the root command."""
+    root.add_typer(app, name="asg")
+
+
 @app.callback()
 def asg_() -> None:
-    """Auto Scaling groups here, by AWS's own API.
+    """Serve Auto Scaling groups on this machine with AWS's API.
 
     \b
     Example: batchlab asg serve --templates templates.toml
@@ -42,36 +47,37 @@ def serve(
         typer.Option(
             "--templates",
             metavar="FILE",
-            help="Launch templates, as TOML; read again when it changes.",
+            help="Launch templates as TOML. A changed file is read again.",
             show_default=False,
         ),
     ],
     state: Annotated[
-        Path, typer.Option("--state", metavar="DIR", help="Folder that the groups are kept in.")
+        Path, typer.Option("--state", metavar="DIR", help="Folder for the state of the groups.")
     ] = Path(".batchlab/asg"),
     launcher: Annotated[
         str,
-        typer.Option("--launcher", metavar="NAME", help="What an instance is: process, docker."),
+        typer.Option("--launcher", metavar="NAME", help="Kind of instances: process or docker."),
     ] = "process",
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0: any free one.")
+        int,
+        typer.Option("--port", metavar="N", min=0, help="Port to listen on; 0 for any free one."),
     ] = 0,
     drain: Annotated[
         str,
-        typer.Option("--drain", metavar="DURATION", help="How long an instance may take to end."),
+        typer.Option("--drain", metavar="DURATION", help="Time that an instance may take to end."),
     ] = "30s",
     grid: Annotated[
-        str, typer.Option("--grid", metavar="NAME", help="What containers are labelled with.")
+        str, typer.Option("--grid", metavar="NAME", help="Name of the grid in container labels.")
     ] = "asg",
     label: Annotated[
         list[str] | None,
         typer.Option(
             "--label",
             metavar="KEY=VALUE",
-            help="One more label for containers; may be repeated.",
+            help="Another label for containers. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -80,7 +86,7 @@ def serve(
         typer.Option(
             "--image",
             metavar="NAME",
-            help="Launch only containers of this image, and none as root; may be repeated.",
+            help="Launch only containers of this image, and none as root. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -91,7 +97,7 @@ def serve(
             metavar="SHARE",
             min=0.01,
             max=1,
-            help="A container's share of its instance type's processors and memory.",
+            help="Share of its instance type's CPUs and memory that a container gets.",
         ),
     ] = 1.0,
     metadata_port: Annotated[
@@ -100,7 +106,7 @@ def serve(
             "--metadata-port",
             metavar="N",
             min=0,
-            help="Port of the containers' instance metadata service; none unless said.",
+            help="Port of the containers' instance metadata service. Default: no service.",
             show_default=False,
         ),
     ] = None,
@@ -109,7 +115,7 @@ def serve(
         bool,
         typer.Option(
             "--signed",
-            help="Answer only what is signed with the keys in AWS_ACCESS_KEY_ID and "
+            help="Accept only requests signed with the keys in AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY.",
         ),
     ] = False,
@@ -118,15 +124,15 @@ def serve(
         typer.Option(
             "--keys",
             metavar="FILE",
-            help="Answer only what is signed with the keys in this file, in JSON.",
+            help="Accept only requests signed with the keys in this JSON file.",
             show_default=False,
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Serve EC2 Auto Scaling's own API until Ctrl-C; instances end with it.
+    """Serve the API of EC2 Auto Scaling until Ctrl-C. Its instances end with it.
 
-    The first line on stdout is the URL to give to a client, such as --endpoint-url of the AWS CLI.
+    The first line on stdout is the URL for clients, such as --endpoint-url of the AWS CLI.
 
     \b
     Example: batchlab asg serve --templates templates.toml --port 4580
@@ -134,7 +140,7 @@ def serve(
     """
     from batchlab.core import logs, optional_dependencies
 
-    # Its protocol is read from what botocore knows of it.
+    # The protocol is read from the service model in botocore.
     optional_dependencies.need("aws", "`batchlab asg serve`", "botocore")
     if launcher == "docker":
         optional_dependencies.need("docker", "The launcher docker", "docker")
@@ -149,7 +155,7 @@ def serve(
         launcher=launcher,
         host=host,
         port=port,
-        key=_in(keys) if keys else _key() if signed else None,
+        key=_keys_in(keys) if keys else _keys_of_environment() if signed else None,
         drain_s=seconds_of("--drain", drain),
         grid=grid,
         labels=_labels(label or ()),
@@ -158,7 +164,9 @@ def serve(
         metadata_port=metadata_port,
     )
     if host not in _HERE and settings.key is None:
-        output.say(f"Whoever reaches {host} can start and end instances: --signed asks for keys.")
+        output.say(
+            f"Every client that reaches {host} can start and end instances: --signed requires keys."
+        )
 
     def up(url: str) -> None:
         if json:
@@ -186,26 +194,24 @@ def interrupt(
     instance: Annotated[str, typer.Argument(metavar="INSTANCE", help="The instance's id.")],
     notice: Annotated[
         str,
-        typer.Option("--notice", metavar="DURATION", help="How long it has to leave."),
+        typer.Option("--notice", metavar="DURATION", help="Time until the interruption."),
     ] = "2m",
     rebalance: Annotated[
         bool,
-        typer.Option(
-            "--rebalance", help="Only recommend to rebalance: an interruption has become likelier."
-        ),
+        typer.Option("--rebalance", help="Send a rebalance recommendation instead."),
     ] = False,
     endpoint: Annotated[
         str | None,
         typer.Option(
             "--endpoint",
             metavar="URL",
-            help="Where Auto Scaling is served; that of the grid that is up unless said.",
+            help="URL of the Auto Scaling API. Default: that of the running grid.",
             show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
 ) -> None:
-    """Give a Spot instance its interruption notice, as EC2 does when it needs the capacity.
+    """Send an interruption notice to a Spot instance, like EC2 when it needs the capacity.
 
     \b
     Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30
@@ -237,7 +243,7 @@ def _endpoint_of(home: Path | None) -> Endpoint:
     )
 
 
-def _in(file: Path) -> Keys:
+def _keys_in(file: Path) -> Keys:
     from batchlab.adapters.local import access_keys
 
     if found := access_keys.read(file):
@@ -248,13 +254,13 @@ def _in(file: Path) -> Keys:
     )
 
 
-def _key() -> Keys:
+def _keys_of_environment() -> Keys:
     from batchlab.adapters.local.access_keys import Keys
 
     access_key, secret_key = (os.environ.get(name, "") for name in KEYS)
     if not access_key or not secret_key:
         raise UsageError(
-            "There are no keys that requests could be signed with.",
+            "--signed needs the keys of an account, and they are not set.",
             remedy=f"Set {' and '.join(KEYS)}, or leave out --signed.",
         )
     return Keys(access_key, secret_key)

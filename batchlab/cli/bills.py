@@ -1,6 +1,6 @@
-"""What a job has cost, and what a grid costs now: facts found, prices put to them.
+"""Bill of a job, and the present cost of a grid.
 
-Invariant: a job's bill can be had whether or not its grid is up, where its bucket is a folder here.
+Invariant: if the bucket is a local folder, the bill of a job does not need a running grid.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a job and what it used."""
+    """A job and its usage."""
 
     job: JobView
     use: JobUseView
@@ -45,15 +45,17 @@ class Facts:
 
 
 def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bill]:
-    """A job and its bill; UsageError where there is no such job, or no price. `types` are the
-    instance types of pools, in place of what they say themselves."""
+    """Return a job and its bill; raise UsageError if the job or a price does not exist.
+
+    `types` replaces the instance types of pools.
+    """
     from batchlab.runtime import factory
 
     facts = facts_of(home, job)
     backend = factory.load(facts.backend)
     book = load_prices(home.path)
     for name in types.values():
-        book.instance_usd_h(name)  # says so where there is none
+        book.instance_usd_h(name)  # raises UsageError for an unknown type
     pools = {
         name: PoolFacts(slots, types.get(name) or facts.use["types"].get(name, ""))
         for name, slots in facts.use["pools"].items()
@@ -65,7 +67,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     ]
     shown = facts.use["account"]
     account = _retyped(account_of(shown), types) if shown else None
-    size = asyncio.run(_stored(backend.open_objects(home), facts.job["id"]))
+    size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
     moved = Moved(fetches.total_bytes(home, facts.job["id"]), _egress(home, facts.backend))
     return facts.job, bill(
         stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved
@@ -73,7 +75,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
 
 def _egress(home: Home, backend: str) -> str:
-    """How the stack's instances reach AWS, "" where there is no stack."""
+    """Return how the stack's instances reach AWS, or "" without a stack."""
     from batchlab.runtime.aws import deployment
 
     known = deployment.read(home) if capabilities_of(backend).stack else None
@@ -89,13 +91,13 @@ def _retyped(account: Account, types: Mapping[str, str]) -> Account:
 
 
 def facts_of(home: Home, job: str) -> Facts:
-    """What is known of a job, whether or not its grid is up; UsageError where there is no such
-    job."""
-    return _asked(home, job) if home.record() else asyncio.run(_found(home, job))
+    """Return a job and its usage; raise UsageError if it does not exist. The grid may be down."""
+    return (
+        _facts_of_manager(home, job) if home.record() else asyncio.run(_facts_in_folder(home, job))
+    )
 
 
-def _asked(home: Home, job: str) -> Facts:
-    """Of the grid that is up."""
+def _facts_of_manager(home: Home, job: str) -> Facts:
     from batchlab.cli.session import connect, resolve
 
     record = home.record()
@@ -105,8 +107,8 @@ def _asked(home: Home, job: str) -> Facts:
         return Facts(view, client.job_use(view["id"]), record.backend)
 
 
-async def _found(home: Home, text: str) -> Facts:
-    """Of a grid that is not up: from its folder."""
+async def _facts_in_folder(home: Home, text: str) -> Facts:
+    """Return the facts of a job of a grid that is down, from the ledger in its folder."""
     from batchlab.core.api_usage_types import job_use_view
     from batchlab.runtime import factory
     from batchlab.server.views.jobs import job_view
@@ -129,15 +131,15 @@ async def _found(home: Home, text: str) -> Facts:
             raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {known}.")
         record = (exact or matching)[0]
         rows = await ledger.rows(record.job.id)
-        account = await _kept(objects, record.job.id)
+        account = await _stored_account(objects, record.job.id)
         use = job_use_view(record.job, account, backend.pools, max_cost_usd=record.job.max_cost_usd)
         return Facts(job_view(record, rows.stages), use, backend.name)
     finally:
         await ledger.close()
 
 
-async def _kept(objects: Objects, job: str) -> Account | None:
-    """The account that the last manager has left of a job."""
+async def _stored_account(objects: Objects, job: str) -> Account | None:
+    """Return the account of a job that its last manager stored, if any."""
     from batchlab.core.model import JobId
     from batchlab.core.protocol import json_format, object_keys
 
@@ -152,8 +154,8 @@ async def _kept(objects: Objects, job: str) -> Account | None:
     return None
 
 
-async def _stored(objects: Objects, job: str) -> int:
-    """Bytes that the bucket holds of a job: a request of S3 for every thousand objects."""
+async def _stored_bytes(objects: Objects, job: str) -> int:
+    """Return the size of a job's objects in the bucket. S3 lists 1,000 objects per request."""
     from batchlab.core.model import JobId
     from batchlab.core.protocol import object_keys
 
@@ -165,7 +167,7 @@ async def _stored(objects: Objects, job: str) -> int:
 
 
 def bill_text(job: JobView, found: Bill) -> str:
-    """The bill for a person."""
+    """Return the bill as text."""
     rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in found.items]
     usd = found.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
@@ -187,9 +189,8 @@ def bill_text(job: JobView, found: Bill) -> str:
 # --- While it runs -------------------------------------------------------------------------------
 
 
-class Burn:
-    """What a grid costs now and has cost so far. On another backend than `aws` only where somebody
-    asks what it would cost there."""
+class LiveCost:
+    """Cost of a grid or job per hour and so far, for billed backends or with --as-if-aws."""
 
     def __init__(self, home: Home, *, as_if_aws: bool) -> None:
         self._home = home
@@ -206,7 +207,7 @@ class Burn:
         return self._book
 
     def grid(self, client: Client) -> dict[str, object]:
-        """For a program: USD per hour now, USD spent, the cap."""
+        """Return the cost per hour, the cost so far, and the cap of the grid, in USD."""
         view = client.use()
         living = {
             Kind(one["pool"], one["type"], Market(one["market"])): one["instances"]
@@ -225,7 +226,7 @@ class Burn:
         }
 
     def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:
-        """The same of one job: USD spent, and per hour by the instances of its pools."""
+        """Return the same for one job. The cost per hour is that of the instances of its pools."""
         view = client.job_use(job)
         account = account_of(view["account"]) if view["account"] else Account()
         spent = spent_usd(account, view["types"], self._prices())
@@ -245,7 +246,7 @@ class Burn:
         }
 
     def line(self, client: Client, job: str, grid: GridView | None) -> str:
-        """A word on the job's cost for whoever watches it; "" where nothing can be said."""
+        """Return a sentence on the job's cost, or on why it is unknown."""
         try:
             return str(self.job(client, job, grid)["text"])
         except BatchlabError as error:

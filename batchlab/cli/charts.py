@@ -1,10 +1,6 @@
-"""A scenario's arrivals as a chart of characters: the peak, the fleet's size and the faults.
+"""Charts of characters for scenarios, and tables of verdicts.
 
-Plain text, so that it is the same in a terminal, a pipe and a ticket.
-
-A chart in plain characters: the same in a terminal, a pipe and a ticket.
-
-A verdict for a person: what was expected of a run, what it came to, green or red.
+The output is plain text, so that it looks the same in a terminal, a pipe, and a ticket.
 """
 
 from __future__ import annotations
@@ -29,9 +25,9 @@ _LOW = 4
 
 
 def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
-    """The charts of work, one for each pool that gets any, of jobs, and the list of faults.
+    """Return a chart of the work for each pool, a chart of the jobs, and the list of faults.
 
-    `fancy` False uses nothing but ASCII.
+    Without `fancy` the text is ASCII.
     """
     width = len(curve.columns)
     column = span(curve.width_s)
@@ -58,7 +54,7 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
         + _axis(curve.span_s, width)
     )
     if scenario.faults:
-        told = [f"  {_mark(i)}  {fault_said(one)}" for i, one in enumerate(scenario.faults)]
+        told = [f"  {_mark(i)}  {fault_text(one)}" for i, one in enumerate(scenario.faults)]
         parts.append("\n".join(["What breaks", *told]))
     return "\n\n".join(parts)
 
@@ -66,9 +62,9 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
 def chart(
     values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = ""
 ) -> str:
-    """Columns as high as `values`, at most `rows` lines, and at `line` a line across them."""
+    """Return a chart of columns, `rows` lines high, with a horizontal line at `line`."""
     peak = max(*values, 0.0, 1e-9)
-    # A line far above all columns would press them flat.
+    # A line far above all columns would make them too low to read.
     shown = line is not None and line <= 4 * peak
     top = _round(max(peak, line if shown and line else 0.0))
     step = top / rows
@@ -99,7 +95,7 @@ def _cell(value: float, row: int, step: float, fancy: bool) -> str:
 
 
 def _round(top: float) -> float:
-    """The next number that is easy to read."""
+    """Return the next larger number that is easy to read."""
     scale = 10.0 ** (ceil(log10(top)) - 1)
     return next(one * scale for one in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if one * scale >= top)
 
@@ -109,7 +105,7 @@ def _number(value: float) -> str:
 
 
 def _feet(scenario: Scenario, curve: Curve) -> str:
-    """The axis of time, and above it where faults and pre-warmed spans are."""
+    """Return the time axis, and above it a row that marks the faults."""
     width = len(curve.columns)
     feet = []
     if scenario.faults:
@@ -134,12 +130,12 @@ def _mark(number: int) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration without parts that are nothing: 3 h, 90 s, 1 h 30 min."""
+    """Return a duration without zero parts: 3 h, 90 s, 1 h 30 min."""
     return re.sub(r" 0?0 (h|min|s)$|\.0(?= )", "", output.span(seconds))
 
 
 def _axis(span_s: float, width: int) -> str:
-    """Times below the columns, as many as there is room for."""
+    """Return the labels of the time axis, as many as fit."""
     line = [" "] * (width + 12)
     parts = max(1, min(4, width // 14))
     for part in range(parts + 1):
@@ -150,7 +146,7 @@ def _axis(span_s: float, width: int) -> str:
 
 
 def _fits(ask: PoolLoad) -> str:
-    """What the fleet can make of it, in one sentence."""
+    """Return a sentence that compares the peak with the largest fleet."""
     peak, slots = _number(ask.peak), output.count(ask.slots, "slot")
     if ask.peak <= ask.slots:
         return (
@@ -164,8 +160,8 @@ def _fits(ask: PoolLoad) -> str:
     )
 
 
-def fault_said(fault: Fault) -> str:
-    """One fault in a sentence."""
+def fault_text(fault: Fault) -> str:
+    """Return a line about a fault."""
     told = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
     if fault.name in (FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS):
         told += f" ({fault.rate:.0%})"
@@ -191,8 +187,9 @@ Label = Callable[[float], str]
 
 
 class Chart:
-    """A field of `width` × `height` characters over [0, most_x] and [0, most_y]; where a span is
-    empty it counts as 1. What is drawn later covers the former.
+    """Field of `width` × `height` characters over [0, most_x] and [0, most_y].
+
+    A maximum of 0 counts as 1. A later mark replaces an earlier one.
     """
 
     def __init__(
@@ -203,34 +200,34 @@ class Chart:
         self._most_x = most_x if most_x > 0.0 else 1.0
         self._most_y = most_y if most_y > 0.0 else 1.0
         self._rows = [[" "] * width for _ in range(height)]
-        """From the top down."""
+        """Rows of cells, the top row first."""
 
     def area(self, levels: Sequence[float], mark: str = AREA) -> None:
-        """One level for each column, filled down to the axis; what is not 0 is seen."""
+        """Fill each column from its level down to the axis. Each level above 0 is visible."""
         for column, level in enumerate(levels[: self.width]):
             if level > 0.0:
                 for row in range(self._row(level), self._height):
                     self._rows[row][column] = mark
 
     def line(self, levels: Sequence[float], mark: str = LINE) -> None:
-        """One level for each column."""
+        """Mark the level of each column."""
         for column, level in enumerate(levels[: self.width]):
             self._rows[self._row(level)][column] = mark
 
     def dot(self, x: float, y: float, mark: str = LINE) -> None:
-        """A point, at the edge where it lies beyond."""
+        """Mark a point. A point outside the field is marked at the edge."""
         column = round(x / self._most_x * (self.width - 1))
         self._rows[self._row(y)][min(self.width - 1, max(0, column))] = mark
 
     def wall(self, x: float, mark: str = "┊") -> None:
-        """A line from top to bottom, where nothing is drawn yet; none where it lies beyond."""
+        """Draw a vertical line in the empty cells of a column, if `x` is inside the field."""
         if 0.0 <= x <= self._most_x:
             column = round(x / self._most_x * (self.width - 1))
             for row in self._rows:
                 row[column] = mark if row[column] == " " else row[column]
 
     def text(self, x: Label, y: Label) -> str:
-        """The chart with its axes; `x` and `y` write their numbers."""
+        """Return the chart with its axes. `x` and `y` format the numbers."""
         top, bottom = y(self._most_y), y(0.0)
         margin = max(len(top), len(bottom))
         names = [top, *[""] * (self._height - 2), bottom]
@@ -253,7 +250,7 @@ NOTHING = "-"
 
 
 def text_verdicts(rows: Sequence[VerdictRow]) -> str:
-    """The table, and below it one sentence on all of it."""
+    """Return the table of verdicts and a sentence that counts them."""
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [
@@ -272,7 +269,7 @@ def text_verdicts(rows: Sequence[VerdictRow]) -> str:
 
 
 def number(value: float | None, unit: Unit) -> str:
-    """A measure's number as a person reads it."""
+    """Return a measured value with its unit."""
     if value is None:
         return NOTHING
     if math.isinf(value):
@@ -301,3 +298,11 @@ def _sum(rows: Sequence[VerdictRow]) -> str:
     if counts[Color.RED]:
         return f"Red: {told}."
     return f"Green: {told}." if counts[Color.GREEN] else f"Nothing was judged: {told}."
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a scenario file writes it, in the largest unit with a whole number."""
+    for unit, size_s in (("h", 3600), ("m", 60)):
+        if seconds and seconds % size_s == 0:
+            return f"{seconds / size_s:.0f}{unit}"
+    return f"{seconds:.10g}s"

@@ -1,13 +1,12 @@
-"""`conform`: does an endpoint behave as AWS's services do, where batchlab relies on it?
+"""`batchlab conform`: checks whether an endpoint behaves like the AWS services batchlab uses.
 
-Invariant: a real account is touched only where --aws says so, and what was made is removed, and
-nothing else, however the command ends.
+Invariant: without --aws the command does not use an AWS account. At its end, or on Ctrl-C, it
+removes what it created and nothing else.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import typer
 
 from batchlab.cli import output, signals
 from batchlab.cli.options import JsonOption
+from batchlab.cli.progress import bar
 from batchlab.core import optional_dependencies
 from batchlab.core.errors import UsageError
 
@@ -44,9 +44,8 @@ def conform(
         typer.Option(
             "--endpoint",
             metavar="URL",
-            help="Where the services answer, such as http://127.0.0.1:4566. It is spoken to "
-            "with the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else with test and "
-            "test.",
+            help="URL of the services, such as http://127.0.0.1:4566. The keys are those in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else test and test.",
             show_default=False,
         ),
     ] = None,
@@ -54,8 +53,8 @@ def conform(
         bool,
         typer.Option(
             "--aws",
-            help="Try AWS itself: makes and removes a bucket and some 100 queues in your account, "
-            "for about a cent.",
+            help="Check AWS itself. This creates and removes a bucket and about 100 queues in your "
+            "account, for about one cent.",
         ),
     ] = False,
     service: Annotated[
@@ -63,7 +62,7 @@ def conform(
         typer.Option(
             "--service",
             metavar="NAME",
-            help="Try this service alone: s3, sqs or autoscaling. Without it S3 and SQS are tried.",
+            help="Check only this service: s3, sqs, or autoscaling. Default: S3 and SQS.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +75,7 @@ def conform(
         typer.Option(
             "--bucket",
             metavar="NAME",
-            help="Use this bucket and keep it, in place of one that is made and removed.",
+            help="Use this bucket and keep it, instead of a temporary one.",
             show_default=False,
         ),
     ] = None,
@@ -85,25 +84,25 @@ def conform(
         typer.Option(
             "--template",
             metavar="NAME",
-            help="With --service autoscaling: launch from this template, which is there, in place "
-            "of one that is made by way of EC2 and removed.",
+            help="With --service autoscaling: use this existing launch template instead of a "
+            "temporary one.",
             show_default=False,
         ),
     ] = None,
     only: Annotated[
         str,
-        typer.Option("--only", metavar="PATTERN", help="Only checks of such names: 's3-*'."),
+        typer.Option("--only", metavar="PATTERN", help="Only checks with these names: 's3-*'."),
     ] = "*",
     needed: Annotated[
         bool, typer.Option("--needed", help="Only checks that batchlab needs.")
     ] = False,
-    every: Annotated[bool, typer.Option("--all", help="List the rules that hold, too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List passed checks too.")] = False,
     name: Annotated[
         str | None,
         typer.Option(
             "--name",
             metavar="TEXT",
-            help="What the report calls it, such as 'MiniStack 1.5.33'.",
+            help="Name of the endpoint in the report, such as 'MiniStack 1.5.33'.",
             show_default=False,
         ),
     ] = None,
@@ -113,25 +112,25 @@ def conform(
         typer.Option(
             "--markdown",
             metavar="FILE",
-            help="Write the report into this page, in place of its section of that name.",
+            help="Write the report into this page. It replaces the section of the same name.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Check that an endpoint behaves as AWS's services do.
+    """Check that an endpoint behaves like AWS's services.
 
-    Each check stands for a rule of AWS's: 'needed' where batchlab would break a promise without
-    it, else 'noted'. What it makes there is named batchlab-conform-*, and removed at the end.
+    Each check tests a rule of AWS: 'needed' if batchlab would break a promise without it, else
+    'noted'. Created resources are named batchlab-conform-*, and removed at the end.
 
-    Exit code 0 where all rules hold, 1 where any does not (with --needed: any needed one), 2 for
-    wrong usage, 3 where nothing answers.
+    Exit code 0 if all rules hold, 1 if any does not (with --needed: any needed one), 2 for wrong
+    usage, 3 if nothing answers.
 
     \b
     Example: batchlab conform --endpoint http://127.0.0.1:4566
     """
-    _see_where(endpoint, aws=aws, service=service)
+    _check_target(endpoint, aws=aws, service=service)
     optional_dependencies.need("aws", "`batchlab conform`", "boto3")
-    checks = _wanted(service, only=only, needed=needed, markdown=markdown)
+    checks = _selected(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
     with _interruptible(), _target(endpoint, region, bucket, template) as target:
@@ -142,7 +141,7 @@ def conform(
         results = _run(target, checks)
         took_s = time.monotonic() - begun_s
         name = name or target.place
-    _tell(name, results, took_s, json=json, every=every)
+    _show(name, results, took_s, json=json, every=every)
     if markdown:
         _write(markdown, name, results)
 
@@ -152,7 +151,7 @@ def conform(
         raise typer.Exit(1)
 
 
-def _see_where(endpoint: str | None, *, aws: bool, service: str | None) -> None:
+def _check_target(endpoint: str | None, *, aws: bool, service: str | None) -> None:
     if endpoint is None and not aws:
         raise UsageError(
             "Without --endpoint this would make a bucket and some 100 queues in an AWS account.",
@@ -167,7 +166,7 @@ def _see_where(endpoint: str | None, *, aws: bool, service: str | None) -> None:
         )
 
 
-def _wanted(
+def _selected(
     service: str | None, *, only: str, needed: bool, markdown: Path | None
 ) -> Sequence[Check]:
     from batchlab.conform.check import Severity
@@ -175,7 +174,7 @@ def _wanted(
 
     if service is not None and service not in SERVICES:
         raise UsageError(
-            f"There are no checks of a service {service}.",
+            f"The service {service!r} has no checks.",
             remedy=f"Write one of {', '.join(SERVICES)}, or leave --service out for S3 and SQS.",
         )
     checks = matching(only, of_service(service))
@@ -189,20 +188,20 @@ def _wanted(
         )
     if markdown and tuple(checks) not in (CHECKS, ASG_CHECKS):
         raise UsageError(
-            "A page on some of the checks would say too little.",
+            "A page needs the results of all checks of a service.",
             remedy="Leave out --only and --needed, and --service unless it is autoscaling.",
         )
     if markdown and (not markdown.parent.is_dir() or markdown.is_dir()):
         raise UsageError(
-            f"{markdown} cannot be written: there is no such folder, or it is one.",
-            remedy="Name a file in a folder that is there.",
+            f"{markdown} cannot be written: its folder does not exist, or it is a folder itself.",
+            remedy="Name a file in an existing folder.",
         )
     return checks
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Stopped, until whoever catches it ignores them."""
+    """Let Ctrl-C and SIGTERM raise Stopped inside the block."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise signals.Stopped(signals.INTERRUPTED)
@@ -234,7 +233,7 @@ def _target(
     try:
         yield target
     except signals.Stopped:
-        # Not before: Python may drop one that was raised, and the next must still be heard.
+        # The signals stay active until here: Python may drop a raised exception in a finalizer.
         for number in _BOTH:
             signal.signal(number, signal.SIG_IGN)
         output.say("Interrupted. Removing what was made ...")
@@ -247,35 +246,25 @@ def _target(
 def _run(target: Target, checks: Sequence[Check]) -> Sequence[Result]:
     from batchlab.conform.run import run
 
-    with _progress(len(checks)) as tell:
-        return run(target, checks, tell=tell)
+    with _progress(len(checks)) as report:
+        return run(target, checks, tell=report)
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Result], None]]:
-    """A bar where stderr is a terminal, else a line now and then."""
     differing = done = 0
+    with bar() as show:
 
-    def count(result: Result) -> str:
-        nonlocal differing, done
-        done += 1
-        differing += result.verdict == "differs"
-        return f"{done} of {total} checks, {differing} differ"
+        def count(result: Result) -> None:
+            nonlocal differing, done
+            done += 1
+            differing += result.verdict == "differs"
+            show(done, total, f"{done} of {total} checks, {differing} differ")
 
-    if not sys.stderr.isatty():
-        sometimes = output.Sometimes()
-        yield lambda result: sometimes.say(count(result))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"0 of {total} checks", total=total)
-        yield lambda result: bar.update(task, advance=1, description=count(result))
+        yield count
 
 
-def _tell(name: str, results: Sequence[Result], took_s: float, *, json: bool, every: bool) -> None:
+def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, every: bool) -> None:
     from batchlab.conform import report
     from batchlab.conform.check import Severity, Verdict
 

@@ -1,8 +1,16 @@
-"""`batchlab cost …`: what a run will cost on AWS, and what it has."""
+"""`batchlab cost`: estimates and bills of the cost on AWS.
+
+Invariant: an estimate lists each value that it assumes.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,16 +24,31 @@ from batchlab.cli.options import (
     SetOption,
     home_of,
 )
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
+from batchlab.core.pricing.estimate import estimate as compute_estimate
+from batchlab.core.pricing.price_book import load as load_prices
+from batchlab.runtime.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.core.model import Pool
+    from batchlab.jobs.job_file import JobFile
+    from batchlab.runtime.factory import Backend
 
 app = typer.Typer(no_args_is_help=True)
+
+
+def register(root: typer.Typer) -> None:
+    """Add the group `cost` to the root command."""
+    root.add_typer(app, name="cost")
+
 
 TypesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--instance-type",
         metavar="[POOL=]TYPE",
-        help="What the instances would be on AWS, where a pool does not say; may be repeated.",
+        help="Instance type on AWS of pools without one. May be repeated.",
         show_default=False,
     ),
 ]
@@ -33,9 +56,9 @@ TypesOption = Annotated[
 
 @app.callback()
 def cost() -> None:
-    """Reckon what a run costs on AWS, in USD.
+    """Compute what a run costs on AWS, in USD.
 
-    At list prices, before the run and after it.
+    The commands use list prices, before the run or after it.
 
     \b
     Example: batchlab cost estimate job.yaml --seconds 2.5
@@ -51,8 +74,7 @@ def estimate(
         typer.Option(
             "--seconds",
             metavar="[STAGE=]S[-S]",
-            help="How long a task takes, or from how long to how long; without it as in an earlier "
-            "run of the job. May be repeated.",
+            help="Seconds per task, or a range. May be repeated. Default: as in an earlier run.",
             show_default=False,
         ),
     ] = None,
@@ -61,43 +83,42 @@ def estimate(
         typer.Option(
             "--tasks",
             metavar="[STAGE=]N",
-            help="Tasks of the first stage, or of one, where they cannot be counted from the "
-            "input. May be repeated.",
+            help="Number of tasks of the first stages, or of one stage, if the input cannot be "
+            "counted. May be repeated.",
             show_default=False,
         ),
     ] = None,
     pool: PoolOption = None,
     instance_type: TypesOption = None,
     spot: Annotated[
-        float, typer.Option("--spot", min=0, max=100, help="Per cent of instances on Spot.")
+        float, typer.Option("--spot", min=0, max=100, help="Percentage of Spot instances.")
     ] = 0.0,
     results: Annotated[
         str,
         typer.Option(
             "--results",
             metavar="SIZE",
-            help="How large the results will be that are fetched home, as in 500MB; without it as "
-            "large as when they were fetched last.",
+            help="Size of the results that will be fetched, such as 500MB. Default: as at the last "
+            "fetch.",
             show_default=False,
         ),
     ] = "",
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a run of a job file will cost, as a range with every line.
+    """Estimate the cost of a run of a job file, as a range for each item.
 
     \b
     Example: batchlab cost estimate job.yaml --seconds 2-5 --pool default:0-20x2 --spot 80
     """
-    from batchlab.cli import estimates
     from batchlab.cli.submission import overrides
 
     if 0 < spot < 1:
         raise UsageError(
-            f"--spot counts in per cent, and {spot:g} is less than one in a hundred.",
+            f"--spot is a percentage, and {spot:g} is less than 1%.",
             remedy=f"Write --spot {spot * 100:g}.",
         )
-    request = estimates.Request(
+    request = EstimateRequest(
         file,
         home_of(home),
         overrides(set_ or ()),
@@ -108,11 +129,11 @@ def estimate(
         spot / 100,
         results,
     )
-    found = estimates.run(request)
+    found = estimate_job(request)
     if json:
         output.show_json(found.to_json())
     else:
-        output.show(estimates.text(found))
+        output.show(text(found))
 
 
 @app.command()
@@ -122,15 +143,14 @@ def bill(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what a job has cost on AWS, or would have.
+    """Show the bill of a job on AWS, or what it would have cost there.
 
-    Compute, wasted work, idle time, requests, storage, and data that has left AWS.
+    The items are compute, wasted work, idle time, requests, storage, and data out of AWS.
 
     \b
     Example: batchlab cost bill last --instance-type c7g.large
     """
     from batchlab.cli.bills import bill_of, bill_text
-    from batchlab.cli.estimates import by_name
     from batchlab.runtime import factory
 
     place = home_of(home)
@@ -142,3 +162,262 @@ def bill(
         output.show_json({"job": view["id"], "state": view["state"], **found.to_json()})
     else:
         output.show(bill_text(view, found))
+
+
+DEFAULT_TYPE = "m7i.large"
+"""Instance type of a pool without one."""
+LOOKED_BACK = 200
+"""Most recent jobs that are searched for an earlier run."""
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateRequest:
+    """Arguments of an estimate. `spot` is a share from 0 to 1."""
+
+    file: Path
+    home: Home
+    overrides: Mapping[str, str]
+    seconds: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    pools: Sequence[str] = ()
+    types: Sequence[str] = ()
+    spot: float = 0.0
+    results: str = ""
+    """Size of the fetched results; empty if unknown."""
+
+
+def estimate_job(request: EstimateRequest) -> Estimate:
+    """Return the estimate; raise UsageError or JobFileErrors."""
+    from batchlab.core.model import JobId
+    from batchlab.jobs import api
+    from batchlab.jobs.job_file import compile_job
+    from batchlab.runtime import factory
+
+    jobfile = api.load(request.file, request.overrides, needs_input=not request.tasks)
+    job = compile_job(
+        jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0
+    )
+    names = [str(stage.name) for stage in job.stages]
+    roots = [str(stage.name) for stage in job.roots()]
+    given = {n: _whole(text) for n, text in by_name(request.tasks, names, all_=roots).items()}
+    told = {name: _seconds(text) for name, text in by_name(request.seconds, names).items()}
+    assumed: list[str] = []
+    if len(told) < len(names):
+        measured, whence = _measured(request.home, jobfile.job.name)
+        told = {**{n: s for n, s in measured.items() if n in names}, **told}
+        assumed += [whence] if whence else []
+    root_tasks, size_bytes, files = 0, 0, 0
+    if not set(roots) <= given.keys():
+        jobfile = api.load(request.file, request.overrides)
+        root_tasks, files, size_bytes = asyncio.run(count(jobfile))
+    stages, more = loads(job.stages, root_tasks, told, given)
+    backend = factory.load("aws")
+    pools = plan_pools(request, backend, sorted({stage.pool for stage in stages}), assumed)
+    return compute_estimate(
+        stages,
+        pools,
+        load_prices(request.home.path),
+        Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
+        input_files=files,
+        input_bytes=size_bytes,
+        result_bytes=_results(request, jobfile.job.name, assumed),
+        assumed=[*assumed, *more],
+    )
+
+
+def by_name(
+    texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Parse `NAME=VALUE` for one name and `VALUE` for all others (or for `all_`).
+
+    Raise UsageError for an unknown name.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if equals and name not in names:
+            raise UsageError(
+                f"{text!r} names {name!r}, which does not exist.",
+                remedy=f"Name one of {', '.join(names)}.",
+            )
+        if equals:
+            found[name] = value
+        else:
+            found = {**dict.fromkeys(names if all_ is None else all_, value), **found}
+    return found
+
+
+def _results(request: EstimateRequest, name: str, assumed: list[str]) -> int | None:
+    """Return the size of fetched results as given, or as in an earlier run, or None.
+
+    An earlier run is noted in `assumed`.
+    """
+    from batchlab.core import units
+    from batchlab.runtime import home as fetches
+
+    if request.results:
+        try:
+            return units.size_bytes(request.results)
+        except ValueError as error:
+            raise UsageError(f"{error}.", remedy="Write for example --results 500MB.") from error
+    if (known := fetches.last_of(request.home, name)) is None:
+        return None
+    job, size_bytes = known
+    assumed.append(f"results are as large as those of {job} that were fetched to here")
+    return size_bytes
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**10:
+        raise UsageError(f"{text!r} is not a number of tasks.", remedy="Write for example 1000.")
+    return int(text)
+
+
+def _seconds(text: str) -> Three:
+    """Parse `2.5`, or a range such as `1-4`."""
+    try:
+        low, _, high = text.partition("-")
+        span = (float(low), float(high or low))
+    except ValueError:
+        span = (0.0, 0.0)
+    if not 0 < span[0] <= span[1] < 1e8:
+        raise UsageError(
+            f"{text!r} is not a number of seconds.",
+            remedy="Write for example 2.5, or a range: 1-4.",
+        )
+    return (span[0], (span[0] * span[1]) ** 0.5, span[1])
+
+
+async def count(jobfile: JobFile) -> tuple[int, int, int]:
+    """Return tasks, files, and bytes of a job's input, split like the planner splits it.
+
+    Raise UsageError if the input is not on this machine.
+    """
+    from batchlab.adapters.local.objects import open_local
+    from batchlab.core.job_definition import InputDef, SplitBy
+    from batchlab.jobs.job_file import task_size
+    from batchlab.manager.jobs.input_split import items
+
+    tasks = size_bytes = 0
+    how = SplitBy(jobfile.job.input.split)
+    for file in jobfile.files:
+        if not isinstance(file, Path):
+            raise UsageError(
+                f"The tasks of {file} cannot be counted from here.",
+                remedy="Say how many there are with --tasks N.",
+            )
+        size_bytes += file.stat().st_size
+        if how is SplitBy.FILE:
+            tasks += 1
+            continue
+        raw = InputDef((file.name,), how, task_size(jobfile.job), jobfile.job.input.header)
+        async for _ in items(open_local(file.parent), raw):
+            tasks += 1
+    return tasks, len(jobfile.files), size_bytes
+
+
+# --- Earlier runs --------------------------------------------------------------------------------
+
+
+def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
+    """Return seconds per task by stage of the last run of a job, and a sentence on that run."""
+    for job, means in _earlier(home, name):
+        found: dict[str, Three] = {}
+        for stage, mean_s in means.items():
+            low, typical, high = (mean_s * factor for factor in MEASURED)
+            found[stage] = (low, typical, high)
+        if found:
+            return found, f"a task takes as long as in {job} on the machine that ran it"
+    return {}, ""
+
+
+def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
+    if home.record() is not None:
+        from batchlab.cli.session import connect
+
+        with connect(home) as client, suppress(BackendError):
+            views = client.jobs(limit=LOOKED_BACK)
+            return [
+                (v["id"], {s["name"]: s["mean_s"] for s in v["stages"] if s["mean_s"]})
+                for v in views
+                if v["name"] == name
+            ]
+    if home.ledger_file.exists():
+        return asyncio.run(_in_ledger(home, name))
+    return []
+
+
+async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
+    """Return earlier runs from the ledger of a grid that is down."""
+    from batchlab.runtime import factory
+
+    ledger = factory.load("local").open_ledger(home)
+    try:
+        records = await ledger.jobs(limit=LOOKED_BACK)
+        found = []
+        for record in records:
+            if record.job.name == name:
+                rows = await ledger.rows(record.job.id)
+                means = {str(s.counts.stage): s.counts.mean_s or 0.0 for s in rows.stages}
+                found.append((str(record.job.id), {k: v for k, v in means.items() if v}))
+        return found
+    finally:
+        await ledger.close()
+
+
+# --- Pools ---------------------------------------------------------------------------------------
+
+
+def plan_pools(
+    request: EstimateRequest, backend: Backend, names: Sequence[str], assumed: list[str]
+) -> list[PoolPlan]:
+    """Return the job's pools as they would be on AWS. Note assumptions in `assumed`."""
+    from batchlab.cli.options import parse_pools
+    from batchlab.core import instance_types
+
+    types = by_name(request.types, names)
+    known: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
+    own = {pool.name: pool for pool in parse_pools(request.pools)}
+    found: list[PoolPlan] = []
+    for name in names:
+        base = own.get(name) or known.get(name)
+        kind = types.get(name) or (known[name].instance_type if name in known else "")
+        if not kind:
+            kind = DEFAULT_TYPE
+            assumed.append(f"pool {name} is of {kind}, unless --instance-type says otherwise")
+        row = instance_types.load().types.get(kind)
+        if base is None:
+            slots = row.vcpu if row else 2
+            plan = PoolPlan(name, kind, slots, 0, 10)
+            assumed.append(
+                f"pool {name} has up to 10 instances of {slots} slots, unless --pool says otherwise"
+            )
+        else:
+            plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
+        found.append(replace(plan, spot_share=request.spot))
+    return found
+
+
+def text(found: Estimate) -> str:
+    """Return the estimate as text."""
+    rows = [
+        (
+            item.what,
+            *(f"{usd:.4f}" for usd in (item.usd.low, item.usd.typical, item.usd.high)),
+            item.how,
+        )
+        for item in found.items
+    ]
+    usd = found.usd
+    rows.append(("all", f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", ""))
+    low, typical, high = (output.span(span_s) for span_s in found.span_s)
+    return "\n".join(
+        [
+            f"It will cost {usd}, and take {typical} ({low} to {high}).",
+            "",
+            output.table(("USD", "from", "typical", "to", "how"), rows),
+            "",
+            f"Prices: {found.prices}, before tax, free tiers and discounts.",
+            *(f"Assumed: {one}." for one in found.assumed),
+        ]
+    )

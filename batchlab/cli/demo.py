@@ -1,11 +1,7 @@
-"""The demo's claims, and whether its totals agree with what the generator says of them.
+"""Files of first jobs (starter and shipped examples), and the check of the demo's totals.
 
-Invariant: the facts are counted while the claims are drawn, before any of the job's code sees
-them; a folder of claims is used again only if it was finished.
-
-Jobs to begin with: the starter, and the shipped examples with data that is made up for them.
-
-Invariant: no file that is there is ever replaced.
+Invariant: the generator counts the facts of its claims before the job's code reads them. The demo
+reuses only a complete folder of claims. `init` replaces no existing file.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.cli import output
-from batchlab.cli.summary import Summary
+from batchlab.cli.run_job import Summary
 from batchlab.core import package_data
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
@@ -27,23 +23,25 @@ from batchlab.runtime.home import Home
 DATA = "data"
 _LEFT_OUT = {DATA, "out", "__pycache__"}
 _RECORDS_BYTES = 32 * 2**20
-"""Of the sort: a few seconds. The example's README makes more than its workers may hold."""
+"""Input size of the example `sort`, which takes a few seconds. Its README uses more."""
 _VIDEO_S = 20
 
 
 def starter_files() -> dict[str, bytes]:
-    """The starter job: content by name."""
+    """Return the files of the starter job, content by name."""
     from batchlab.jobs.starter import starter
 
     return {name: text.encode() for name, text in starter().items()}
 
 
 def example_files(name: str) -> dict[str, bytes]:
-    """A shipped example without data or results; UsageError naming those there are."""
+    """Return the files of a shipped example without data and results; raise UsageError."""
     root = package_data.folder("examples")
     names = sorted(path.parent.name for path in root.glob("*/job.yaml"))
     if name not in names:
-        raise UsageError(f"There is no example {name!r}.", remedy=f"There are {', '.join(names)}.")
+        raise UsageError(
+            f"The example {name!r} does not exist.", remedy=f"Name one of {', '.join(names)}."
+        )
     return {
         path.relative_to(root / name).as_posix(): path.read_bytes()
         for path in sorted((root / name).rglob("*"))
@@ -52,8 +50,10 @@ def example_files(name: str) -> dict[str, bytes]:
 
 
 def make_data(name: str, folder: Path) -> str:
-    """Make up an example's input below `folder`; what it is, in a few words. UsageError where it
-    cannot be made or written."""
+    """Generate an example's input in `folder` and return its description.
+
+    Raise UsageError if the input cannot be generated or written.
+    """
     try:
         return _MAKERS[name](folder)
     except OSError as error:
@@ -114,9 +114,9 @@ def _video(folder: Path) -> str:
         check=False,
     )
     if made.returncode:
-        told = (made.stderr.strip().splitlines() or ["it says nothing"])[-1].rstrip(".")
+        reason = (made.stderr.strip().splitlines() or ["no error text"])[-1].rstrip(".")
         raise UsageError(
-            f"ffmpeg cannot make a video: {told}.",
+            f"ffmpeg cannot make a video: {reason}.",
             remedy=f"Put an .mp4 of your own into {folder}.",
         )
     return f"a video of {_VIDEO_S} s"
@@ -126,16 +126,16 @@ _MAKERS = {"claims": _claims, "transform": _rides, "media": _video, "sort": _rec
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
-    """UsageError where one of the names is there already."""
-    there = [name for name in names if (folder / name).exists()]
-    if there:
+    """Raise UsageError if one of the names exists in the folder."""
+    existing = [name for name in names if (folder / name).exists()]
+    if existing:
         raise UsageError(
-            f"{folder / there[0]} is there already.", remedy="Name another folder, or remove it."
+            f"{folder / existing[0]} already exists.", remedy="Name another folder, or remove it."
         )
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> list[str]:
-    """Write `files` below `folder`, all or none; UsageError where one is there already."""
+    """Write `files` into `folder`; raise UsageError before the first one if any exists."""
     check_free(folder, files)
     try:
         for name, content in files.items():
@@ -155,37 +155,39 @@ STAGE = "totals"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A demo ready to run; `facts` by payer."""
+    """A demo that is ready to run, with the generator's facts by payer."""
 
     job_file: Path
     facts: Mapping[str, Mapping[str, Any]]
 
 
 def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepared:
-    """The example with its claims, in a folder of the grid's. The same again is the same files,
-    so that --resume finds the run of an earlier demo."""
+    """Write the example and its claims into the grid's folder.
+
+    The same arguments give the same files, so that --resume finds the run of an earlier demo.
+    """
     home.make()
     folder = home.path / "demo" / f"{EXAMPLE}-seed{seed}-{files}x{claims_per_file}"
-    noted = folder.with_suffix(".json")
+    facts_file = folder.with_suffix(".json")
     try:
         for name, content in example_files(EXAMPLE).items():
             _write_changed(folder / name, content)
-        if not noted.exists():
+        if not facts_file.exists():
             from batchlab.cli.example_data import write_claims
 
             made = write_claims(
                 folder / "data", seed=seed, files=files, claims_per_file=claims_per_file
             )
             facts = {payer: asdict(one) for payer, one in made.payers.items()}
-            staged = noted.with_suffix(".part")
+            staged = facts_file.with_suffix(".part")
             staged.write_text(json.dumps(facts))
-            staged.replace(noted)
+            staged.replace(facts_file)
     except OSError as error:
         raise UsageError(
             f"The demo's claims cannot be written to {folder}: {error.strerror}.",
             remedy="Name another folder with --home.",
         ) from error
-    return Prepared(folder / "job.yaml", json.loads(noted.read_text()))
+    return Prepared(folder / "job.yaml", json.loads(facts_file.read_text()))
 
 
 def _write_changed(path: Path, content: bytes) -> None:
@@ -195,8 +197,8 @@ def _write_changed(path: Path, content: bytes) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """The totals per payer, and where they differ from the facts."""
+class TotalsCheck:
+    """Totals by payer, and their differences from the facts."""
 
     totals: list[dict[str, Any]]
     differences: list[str]
@@ -226,8 +228,8 @@ class Verdict:
         return "\n".join([output.table(columns, rows), "", answer, *self.differences])
 
 
-def check(prepared: Prepared, summary: Summary) -> Verdict:
-    """Compare the totals that were fetched with the facts."""
+def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
+    """Compare the fetched totals with the facts."""
     assert summary.fetched is not None
     with (summary.fetched.folder / f"{STAGE}.jsonl").open(encoding="utf-8") as file:
         totals = [json.loads(line)["value"] for line in file]
@@ -245,11 +247,11 @@ def check(prepared: Prepared, summary: Summary) -> Verdict:
             for key, value in expected(fact).items()
             if one[key] != value
         ]
-    return Verdict(totals, differences)
+    return TotalsCheck(totals, differences)
 
 
 def expected(fact: Mapping[str, Any]) -> dict[str, int]:
-    """What a payer's totals must say, as far as the generator knows."""
+    """Return the totals of a payer that follow from the generator's facts."""
     denied = fact["duplicates"] + fact["zero_charge"] + fact["undiagnosed"]
     return {
         "claims": fact["claims"],

@@ -1,6 +1,6 @@
-"""`batchlab deploy …`: the stack on AWS, shown before it is changed.
+"""`batchlab deploy`: the stack on AWS.
 
-Invariant: a command that only looks changes nothing on AWS.
+Invariant: `plan`, `template`, and `status` change nothing on AWS.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from batchlab.cli.deploy_options import (
 from batchlab.cli.options import HomeOption, JsonOption, home_of
 
 if TYPE_CHECKING:
-    from batchlab.cli.deploy_output import Given
+    from batchlab.cli.deploy_options import DeployArguments
     from batchlab.deploy.stack import Stack
     from batchlab.deploy.status import Status
     from batchlab.runtime.home import Home
@@ -41,9 +41,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `deploy` to the root command."""
+    root.add_typer(app, name="deploy")
+
+
 @app.callback()
 def deploy_() -> None:
-    """Make, look at, change and end the stack on AWS.
+    """Create, inspect, update, and delete the stack on AWS.
 
     \b
     Example: batchlab deploy plan --region eu-west-1 --pool default:0-10x2@m7i.large
@@ -68,15 +73,16 @@ def plan(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what would be made or changed, and what it costs. Nothing is.
+    """Show planned changes of the stack and their cost without applying them.
 
-    What was said is kept in the grid's folder, so `apply` and the next plan need not be told again.
-    The release stays the one that is deployed: `apply` brings this version's.
+    The options are stored in the grid's folder for `apply` and the next plan. The plan keeps the
+    deployed release. `apply` deploys the release of this version.
 
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.cli.deploy_output import Person, check, chosen
+    from batchlab.cli.deploy_options import check_settings, settings_for
+    from batchlab.cli.deploy_output import Person
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
     from batchlab.deploy.plan import planned
@@ -99,12 +105,12 @@ def plan(
         database_ca,
     )
     where, source = home_of(home), template.load(template.shipped())
-    check(given, where, source)
+    check_settings(given, where, source)
     with _stack(given, where) as there:
         state = there.state()
         if state:
             refuse_unchangeable(state)
-        wanted = chosen(given, where, there)
+        wanted = settings_for(given, where, there)
         with planned(there, wanted, source, state, home=where) as found:
             if json:
                 output.show_json(found.to_json())
@@ -124,21 +130,22 @@ def template_(
     parameter: ParameterOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Print the template of a stack, what you say as its defaults. AWS is not asked.
+    """Print the template of a stack, with the options as its defaults, without a call of AWS.
 
-    For whoever reads, lints or scans it before there are credentials: JSON on stdout, and on stderr
-    what the stack would cost while nothing runs.
+    Use it to read, lint, or scan the template without credentials. The JSON goes to stdout, and the
+    cost of the idle stack to stderr.
 
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
     """
-    from batchlab.cli.deploy_output import cost_lines, on_paper
+    from batchlab.cli.deploy_options import settings_without_aws
+    from batchlab.cli.deploy_output import cost_lines
     from batchlab.deploy import plan, template
 
     named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
     given = _given(pool, settings, stack, region, parameter, named, {}, None, None)
     where = home_of(home)
-    wanted = on_paper(given, where)
+    wanted = settings_without_aws(given, where)
     made, costs = plan.on_paper(wanted, template.load(template.shipped()), where)
     output.show_json(made, indent=1)
     output.say("\n".join(cost_lines(costs)))
@@ -164,7 +171,7 @@ def apply(
         typer.Option(
             "--release",
             metavar="FILE.tar.gz",
-            help="A release archive that is there already, in place of one made now.",
+            help="Existing release archive to use instead of a new one.",
             show_default=False,
         ),
     ] = None,
@@ -172,15 +179,16 @@ def apply(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the stack, or change it, after showing the plan.
+    """Create or update the stack after showing the plan.
 
-    Made anew it takes some minutes, with RDS a quarter of an hour. Ctrl-C leaves AWS to go on; the
-    next `apply` follows what is going on and does what is left.
+    A new stack takes some minutes, with RDS 15 minutes. After Ctrl-C, AWS continues the operation.
+    The next `apply` follows it and does the rest.
 
     \b
     Example: batchlab deploy apply
     """
-    from batchlab.cli.deploy_output import Person, check, chosen, release_for
+    from batchlab.cli.deploy_options import check_settings, release_archive, settings_for
+    from batchlab.cli.deploy_output import Person
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
@@ -202,10 +210,10 @@ def apply(
     )
     where, person = home_of(home), Person(yes, json)
     source = template.load(template.shipped())
-    check(given, where, source)
+    check_settings(given, where, source)
     with _stack(given, where) as there:
-        wanted = chosen(given, where, there)
-        archive = cache(partial(release_for, wanted, release, where))
+        wanted = settings_for(given, where, there)
+        archive = cache(partial(release_archive, wanted, release, where))
         done = Apply(there, wanted, source, where, person, archive).run()
     if done is None:
         raise typer.Exit(1)
@@ -226,26 +234,25 @@ def status(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the stack, its groups, queues and alarms.
+    """Show the stack with its groups, queues, and alarms.
 
-    Where the grid's folder does not know where the stack's parts are, or says it otherwise, it is
-    told anew.
+    The command updates the locations of the stack's resources in the grid's folder if they differ.
 
     \b
     Example: batchlab deploy status --stack batchlab --region eu-west-1
     """
-    from batchlab.cli.deploy_output import Given
+    from batchlab.cli.deploy_options import DeployArguments
     from batchlab.core.errors import NotFound
     from batchlab.deploy.status import look
     from batchlab.runtime.aws import deployment
 
     where = home_of(home)
-    with _stack(Given(stack=stack, region=region), where) as there:
+    with _stack(DeployArguments(stack=stack, region=region), where) as there:
         state = there.state()
         if state is None:
             raise NotFound(
-                f"There is no stack {there.name} in {there.account.region}.",
-                remedy="`batchlab deploy apply` makes one; --stack and --region name another.",
+                f"The stack {there.name} does not exist in {there.account.region}.",
+                remedy="`batchlab deploy apply` creates it; --stack and --region name another.",
             )
         found = look(there, state, where)
     if json:
@@ -299,7 +306,8 @@ def destroy(
     delete_data: Annotated[
         bool,
         typer.Option(
-            "--delete-data", help="Also the bucket with all objects, and the ledger's database."
+            "--delete-data",
+            help="Also delete the bucket with all objects, and the ledger's database.",
         ),
     ] = False,
     stack: StackOption = None,
@@ -308,21 +316,22 @@ def destroy(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """End the stack, and everything on AWS that it has made.
+    """Delete the stack and all its resources on AWS.
 
-    Data stays unless --delete-data says otherwise: a bucket that has objects, a last snapshot of
-    the database, a SimpleDB domain; what stays is listed. Refused where a template would have data
-    deleted.
+    Without --delete-data the data stays: a bucket with objects, a last snapshot of the database, or
+    a SimpleDB domain. The command lists the remaining resources. It refuses to run if the template
+    itself would delete data.
 
     \b
     Example: batchlab deploy destroy --delete-data
     """
-    from batchlab.cli.deploy_output import Given, Person
+    from batchlab.cli.deploy_options import DeployArguments
+    from batchlab.cli.deploy_output import Person
     from batchlab.deploy.destroy import Destroy
     from batchlab.runtime.aws import deployment
 
     where = home_of(home)
-    with _stack(Given(stack=stack, region=region), where) as there:
+    with _stack(DeployArguments(stack=stack, region=region), where) as there:
         person = Person(yes, json, typed=there.name if delete_data else "")
         stays = Destroy(there, person, delete_data).run()
         name = there.name
@@ -345,14 +354,14 @@ def destroy(
 
 
 @contextmanager
-def _stack(given: Given, home: Home) -> Iterator[Stack]:
-    """The stack that is meant; a failure of it is told as any other error."""
-    from batchlab.cli.deploy_output import place, tries
+def _stack(given: DeployArguments, home: Home) -> Iterator[Stack]:
+    """Yield the stack that the arguments or the grid's folder name."""
+    from batchlab.cli.deploy_options import retry_notes, stack_and_region
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 
-    name, region = place(given, home)
-    with Account.open(region, notes=tries) as account:
+    name, region = stack_and_region(given, home)
+    with Account.open(region, notes=retry_notes) as account:
         yield Stack(account, name)
 
 
@@ -366,16 +375,16 @@ def _given(
     per_pool: dict[str, int | None],
     packages: list[str] | None,
     database_ca: Path | None,
-) -> Given:
-    from batchlab.cli.deploy_output import Given, assignments
+) -> DeployArguments:
+    from batchlab.cli.deploy_options import DeployArguments, parse_assignments
 
     said = {name: _text(value) for name, value in named.items() if value is not None}
-    return Given(
+    return DeployArguments(
         pools or (),
         file,
         stack,
         region,
-        {**said, **assignments(parameters or ())},
+        {**said, **parse_assignments(parameters or ())},
         {name: str(value) for name, value in per_pool.items() if value is not None},
         packages or (),
         database_ca,

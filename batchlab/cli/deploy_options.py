@@ -1,22 +1,27 @@
-"""Options of `batchlab deploy`, of which plan and apply have the same.
-
-`batchlab gc --aws`: what stacks have had on AWS, and what of it is left behind.
-"""
+"""Options of `batchlab deploy`, and the stack settings that result from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from batchlab.cli import output
+from batchlab.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchlab.deploy.settings import PoolSettings, Settings
+    from batchlab.deploy.stack import Stack
+    from batchlab.deploy.template import Template
+    from batchlab.runtime.home import Home
 
 StackOption = Annotated[
     str | None,
     typer.Option(
-        "--stack", metavar="NAME", help="The stack; batchlab unless said.", show_default=False
+        "--stack", metavar="NAME", help="Name of the stack. Default: batchlab.", show_default=False
     ),
 ]
 RegionOption = Annotated[
@@ -24,7 +29,7 @@ RegionOption = Annotated[
     typer.Option(
         "--region",
         metavar="REGION",
-        help="Such as eu-west-1; without it the one that AWS's own configuration says.",
+        help="AWS region, such as eu-west-1. Default: that of the AWS configuration.",
         show_default=False,
     ),
 ]
@@ -33,8 +38,8 @@ PoolsOption = Annotated[
     typer.Option(
         "--pool",
         metavar="NAME:MIN-MAXxSLOTS@TYPE,TYPE",
-        help="A pool of workers and the instance types it may use, such as "
-        "default:0-10x2@m7i.large,m6i.large; may be repeated, and then these are all there are.",
+        help="A pool of workers and its instance types, such as "
+        "default:0-10x2@m7i.large,m6i.large. May be repeated. The stack has no other pools.",
         show_default=False,
     ),
 ]
@@ -43,7 +48,7 @@ SettingsOption = Annotated[
     typer.Option(
         "--settings",
         metavar="FILE.yaml",
-        help="Stack, pools and parameters in a file, in place of what was said last.",
+        help="File with stack, pools, and parameters, instead of the stored settings.",
         show_default=False,
     ),
 ]
@@ -52,7 +57,7 @@ LedgerOption = Annotated[
     typer.Option(
         "--ledger",
         metavar="KIND",
-        help="Where people and the planner read: sqlite on the manager's disk, postgres, simpledb.",
+        help="Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.",
         show_default=False,
     ),
 ]
@@ -61,7 +66,7 @@ EgressOption = Annotated[
     typer.Option(
         "--egress",
         metavar="KIND",
-        help="How instances reach AWS: endpoints in the VPC, or a nat gateway.",
+        help="Route of instances to AWS: endpoints in the VPC, or a nat gateway.",
         show_default=False,
     ),
 ]
@@ -71,7 +76,7 @@ BudgetOption = Annotated[
         "--budget",
         metavar="USD",
         min=0,
-        help="Alarm where a month would cost more; AWS counts once the tag batchlab.stack is "
+        help="Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be "
         "activated in the account's billing.",
         show_default=False,
     ),
@@ -81,7 +86,7 @@ EmailOption = Annotated[
     typer.Option(
         "--alarm-email",
         metavar="ADDRESS",
-        help="Who hears of alarms, once the address has confirmed it; unless said, nobody.",
+        help="E-mail address for alarms, which must be confirmed. Default: none.",
         show_default=False,
     ),
 ]
@@ -91,7 +96,7 @@ BaseOption = Annotated[
         "--on-demand-base",
         metavar="N",
         min=0,
-        help="So many workers of each pool are never Spot.",
+        help="Number of workers of each pool that are never Spot.",
         show_default=False,
     ),
 ]
@@ -102,7 +107,7 @@ PercentOption = Annotated[
         metavar="N",
         min=0,
         max=100,
-        help="Of the workers above that, so many in a hundred are not Spot.",
+        help="Percentage of the other workers that are not Spot.",
         show_default=False,
     ),
 ]
@@ -111,7 +116,7 @@ ParameterOption = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Any other parameter of the stack's template; may be repeated.",
+        help="Any other parameter of the stack's template. May be repeated.",
         show_default=False,
     ),
 ]
@@ -120,7 +125,7 @@ PackageOption = Annotated[
     typer.Option(
         "--package",
         metavar="NAME",
-        help="A package of PyPI that tasks need, such as pandas>=2,<3; may be repeated.",
+        help="PyPI package that tasks need, such as pandas>=2,<3. May be repeated.",
         show_default=False,
     ),
 ]
@@ -129,77 +134,185 @@ CertificatesOption = Annotated[
     typer.Option(
         "--database-ca",
         metavar="FILE.pem",
-        help="Certificates that PostgreSQL's is checked against: AWS's bundle for the region.",
+        help="Certificates to verify PostgreSQL: AWS's bundle for the region.",
         show_default=False,
     ),
 ]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Agree without a question.")]
 
 
-_COLUMNS = ("stack", "kind", "name", "is")
+# --- Settings ------------------------------------------------------------------------------------
 
 
-def sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
-    """List it, and remove what no stack has any more where that is wanted; what is known by its
-    name alone only where it is one of `names`. BackendError where something could not be."""
-    from batchlab.cli.deploy_output import tries
-    from batchlab.core.errors import BackendError
-    from batchlab.deploy.account import Account
-    from batchlab.deploy.leftovers import Leftovers, chosen, remove_left
+@dataclass(frozen=True, slots=True)
+class DeployArguments:
+    """Arguments of a `deploy` command. None and empty values are unset."""
 
-    with Account.open(region, notes=tries) as account:
-        there = Leftovers(account)
-        tagged = list(there.tagged())
-        named = list(there.named({one.thing.name for one in tagged}, output.say))
-        found = sorted([*tagged, *named], key=lambda one: (one.thing.stack, one.thing.arn))
-        going = chosen(found, names)
-        rows, shown, stays = [], [], 0
-        for one in found:
-            thing = one.thing
-            goes = removing and one in going
-            why = remove_left(account, one, output.say) if goes else ""
-            stays += bool(why)
-            fate = "in use" if one.is_used else "left, by its name" if one.is_guessed else "left"
-            if goes:
-                fate = f"left: {why}" if why else "removed"
-            rows.append((thing.stack, thing.kind, thing.name, fate))
-            shown.append(
-                {
-                    "stack": thing.stack,
-                    "kind": thing.kind,
-                    "name": thing.name,
-                    "arn": thing.arn,
-                    "known_by": "name" if one.is_guessed else "tag",
-                    "left": not one.is_used,
-                    "removed": goes and not why,
-                    "why": why or None,
-                }
-            )
-        where = f"account {account.id}, {account.region}"
-    if json:
-        output.show_json(shown)
-    elif rows:
-        output.show(output.table(_COLUMNS, rows))
+    pools: Sequence[str] = ()
+    file: Path | None = None
+    stack: str | None = None
+    region: str | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    pool_parameters: Mapping[str, str] = field(default_factory=dict)
+    packages: Sequence[str] = ()
+    database_ca: Path | None = None
+
+
+def parse_assignments(arguments: Sequence[str]) -> dict[str, str]:
+    """Parse NAME=VALUE arguments; raise UsageError."""
+    found = {}
+    for one in arguments:
+        name, equals, value = one.partition("=")
+        if not name or not equals:
+            raise UsageError(f"{one!r} is not NAME=VALUE.", remedy="Say --set AttemptDays=14.")
+        found[name] = value
+    return found
+
+
+def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str | None]:
+    """Return the stack's name and region from the arguments, the settings file, or the folder."""
+    from batchlab.deploy import settings
+    from batchlab.runtime.aws import deployment
+
+    said = settings.load(arguments.file) if arguments.file else None
+    kept = settings.read(home)
+    name = arguments.stack or (said.stack if said else None) or (kept.stack if kept else None)
+    region = arguments.region or (said.region if said else None)
+    if not region and kept and kept.stack == (name or kept.stack):
+        region = kept.region
+    there = deployment.read(home) if name is None else None
+    if there:
+        return there.stack, region or there.region
+    return name or settings.STACK, region or None
+
+
+def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settings:
+    """Return the settings that the stack is to have.
+
+    They come from the named file, else from the grid's folder, else from the stack itself. Options
+    replace single values.
+    """
+    from batchlab.deploy import settings
+
+    kept = settings.read(home)
+    if arguments.file:
+        found = settings.load(arguments.file)
+    elif kept and kept.stack == stack.name:
+        found = kept
+    elif (state := stack.state()) and state.parameters:
+        found = settings.from_stack(stack.name, stack.account.region, state.parameters)[0]
     else:
-        output.say(f"Nothing in {where} has the tag of a stack, or a name as a stack gives them.")
-    if not json:
-        _say_how(
-            0 if removing else sum(1 for one in tagged if not one.is_used),
-            sum(1 for one in named if not (one.is_used or (removing and one in going))),
-        )
-    if stays:
-        raise BackendError(
-            f"{output.count(stays, 'thing')} could not be removed.",
-            remedy="The list says why; what is of another kind is removed in the console.",
-        )
+        found = settings.Settings()
+    return _with_arguments(replace(found, stack=stack.name, region=stack.account.region), arguments)
 
 
-def _say_how(by_tag: int, by_name: int) -> None:
-    """How what is left would be removed."""
-    if by_tag:
-        output.say(f"{output.count(by_tag, 'thing')} left; `batchlab gc --aws --yes` removes it.")
-    if by_name:
-        output.say(
-            f"{output.count(by_name, 'thing')} left that only the name says to be a stack's: look "
-            "whose it is; `batchlab gc --aws --yes --name NAME` removes it."
+def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
+    """Return the settings without a call of AWS. The region may be empty.
+
+    They come from the named file, else from the grid's folder, else from the template. Options
+    replace single values.
+    """
+    from batchlab.deploy import settings
+
+    name, region = stack_and_region(arguments, home)
+    kept = settings.read(home)
+    found = settings.Settings()
+    if arguments.file:
+        found = settings.load(arguments.file)
+    elif kept and kept.stack == name:
+        found = kept
+    return _with_arguments(replace(found, stack=name, region=region or ""), arguments)
+
+
+def check_settings(arguments: DeployArguments, home: Home, source: Template) -> None:
+    """Raise UsageError for settings that are wrong whatever the stack on AWS has."""
+    from batchlab.deploy import settings
+
+    wanted = settings_without_aws(arguments, home)
+    kept = settings.read(home)
+    if arguments.file or (kept and kept.stack == wanted.stack):
+        settings.parameters(wanted, source)
+    else:
+        # The stack itself may have the other parameters.
+        settings.values(wanted, source)
+
+
+def _with_arguments(found: Settings, arguments: DeployArguments) -> Settings:
+    """Return the settings with the values of the command line."""
+    if arguments.pools:
+        found = replace(found, pools=_pools(arguments.pools, found))
+    if arguments.pool_parameters:
+        found = replace(
+            found,
+            pools=tuple(
+                replace(
+                    one,
+                    parameters=tuple(
+                        sorted({**dict(one.parameters), **arguments.pool_parameters}.items())
+                    ),
+                )
+                for one in found.pools
+            ),
         )
+    if arguments.packages:
+        found = replace(found, packages=tuple(arguments.packages))
+    if arguments.database_ca:
+        found = replace(found, database_ca=str(arguments.database_ca.absolute()))
+    return found.with_parameters(arguments.parameters)
+
+
+def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
+    from batchlab.cli.options import parse_typed_pool
+    from batchlab.deploy.settings import PoolSettings
+
+    known = {one.name: one for one in before.pools}
+    found = []
+    for text in texts:
+        pool, types = parse_typed_pool(text)
+        old = known.get(pool.name, PoolSettings(pool.name))
+        found.append(
+            replace(
+                old,
+                min_size=pool.min_size,
+                max_size=pool.max_size,
+                slots=pool.slots,
+                types=types or old.types,
+            )
+        )
+    return tuple(found)
+
+
+def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
+    """Return the release archive: the given one, or a new one; raise UsageError, BackendError."""
+    import hashlib
+
+    from batchlab.deploy import release
+
+    if archive is None:
+        certificates = Path(wanted.database_ca) if wanted.database_ca else None
+        return release.build_release(
+            home.of("aws") / "releases",
+            architecture=wanted.machine,
+            packages=wanted.packages,
+            database_ca=certificates,
+            variables=dict(wanted.environment),
+            say=output.say,
+        )
+    try:
+        content = archive.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{archive} cannot be read: {error.strerror}.",
+            remedy="Name an existing file that can be read.",
+        ) from error
+    if hashlib.sha256(content).hexdigest() != release.release_of(archive):
+        raise UsageError(
+            f"The name of {archive} is not the SHA-256 of its content, as that of a release is.",
+            remedy="The file is damaged or renamed. Without --release a new archive is made.",
+        )
+    return archive
+
+
+def retry_notes() -> output.Sometimes:
+    """Return the printer of notes on a call that is retried, at most one note a second."""
+    return output.Sometimes(1.0)

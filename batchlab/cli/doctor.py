@@ -1,16 +1,14 @@
-"""What `doctor` looks at. Every check is tried for real: a version number promises little.
+"""`batchlab doctor`: checks of this machine and of the grid's folder.
 
-Invariant: nothing is left behind, and no check can make another one fail.
+Each check tries the feature itself, because a version number is not a proof.
 
-The lines of `doctor`.
+Invariant: checks leave nothing behind, and a check cannot make another one fail.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
-import secrets
 import shutil
 import socket
 import sqlite3
@@ -18,67 +16,72 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from enum import StrEnum
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
+import typer
+
+from batchlab.cli import output
+from batchlab.cli.doctor_backends import Finding, Level, backend_findings
+from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
 from batchlab.core import optional_dependencies
-from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError
-from batchlab.core.ports import Outgoing, QueueSpec
+from batchlab.core.errors import BatchlabError
 from batchlab.runtime.home import Home
-
-if TYPE_CHECKING:
-    from batchlab.adapters.aws.endpoint import Endpoint
-    from batchlab.runtime.factory import Backend
-
-
-class Level(StrEnum):
-    """How a check came out."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report; `remedy` says what to do about it."""
-
-    about: str
-    level: Level
-    text: str
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "check": self.about,
-            "level": self.level.value,
-            "text": self.text,
-            "remedy": self.remedy,
-        }
-
 
 PYTHON = (3, 11)
 SQLITE = (3, 35)
-"""The first with RETURNING, by which a fold knows what was new."""
+"""First SQLite version with RETURNING, which a fold of the ledger uses."""
 FAIL_BELOW_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
 MOST_NAMED = 20
-"""Damaged objects that are named one by one."""
+"""Most damaged objects that are listed."""
+
+
+def register(root: typer.Typer) -> None:
+    """Add the command `doctor` to the root command."""
+    root.command()(doctor)
+
+
+def doctor(
+    home: HomeOption = None,
+    backend: BackendOption = "local",
+    endpoint: EndpointOption = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move damaged objects of the backend local away.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check that a grid can run on this machine.
+
+    Each line is ok, warn, or fail, with a remedy. The exit code is 1 if a check fails. The command
+    lists empty and torn objects in the grid's folder, and moves them away with --repair.
+
+    \b
+    Example: batchlab doctor
+    """
+    findings = examine(home_of(home), backend, endpoint, repair=repair)
+    if json:
+        output.show_json([one.to_json() for one in findings])
+    else:
+        for one in findings:
+            output.show(f"{one.level:<5} {one.about:<12} {output.clean(one.text)}")
+            if one.remedy:
+                output.show(f"{'':<18} {output.clean(one.remedy)}")
+    if any(one.level is Level.FAIL for one in findings):
+        raise typer.Exit(1)
 
 
 def examine(
     home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False
 ) -> list[Finding]:
-    """Every check, in order. With `repair`, damaged objects are moved away."""
+    """Run all checks in order. With `repair`, move damaged objects away."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("extras", _extras),
-        ("backend", lambda: _backend(home, backend, endpoint)),
+        ("backend", lambda: backend_findings(home, backend, endpoint)),
         ("folder", lambda: _folder(home)),
         ("objects", lambda: _objects(home, repair=repair)),
         ("sqlite", lambda: _sqlite(home)),
@@ -115,122 +118,13 @@ def _extras() -> Iterator[Finding]:
         yield Finding("extras", Level.OK, text, optional_dependencies.remedy(*lacking))
 
 
-def _backend(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
-    from batchlab.runtime import factory
-
-    backend = factory.load(name, endpoint)
-    yield Finding("backend", Level.OK, f"{name}: {backend.description}")
-    if backend.extra and (module := optional_dependencies.missing(backend.extra)):
-        said = optional_dependencies.sentence(backend.extra, f"The backend {name}", module)
-        yield Finding("extra", Level.FAIL, said, optional_dependencies.remedy(backend.extra))
-    elif backend.capabilities.container_manager:
-        from batchlab.cli.doctor_backends import containers
-
-        yield from containers(home, backend)
-        if named := backend.named_place(home):
-            yield from _tried(backend.endpoint_at(home, named), "named")
-    elif backend.capabilities.stack:
-        from batchlab.cli.doctor_backends import stack
-
-        yield from stack(home, backend)
-    elif backend.bucket_scheme:
-        yield _bucket(home, backend)
-    elif backend.emulator:
-        yield from _endpoint(home, backend)
-
-
-def _bucket(home: Home, backend: Backend) -> Finding:
-    try:
-        backend.provide(home, lambda _: None)
-    except BatchlabError as error:
-        return Finding("bucket", Level.FAIL, error.message, error.remedy)
-    named = backend.named_place(home)
-    assert named is not None
-    return Finding("bucket", Level.OK, f"{named.address} can be listed")
-
-
-def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
-    """The one that is named, that of the grid which is up, or an emulator started for this."""
-    if named := backend.named_place(home):
-        yield from _tried(backend.endpoint_at(home, named), "named")
-        return
-    from batchlab.adapters.local.ministack import VERSION, Emulator, find, provide
-    from batchlab.adapters.local.ministack_install import environment, installed_version
-
-    python = find()
-    if python is None:
-        text = f"MiniStack {VERSION} is not here yet; the first grid fetches it from PyPI by pip"
-        yield Finding("emulator", Level.WARN, text, f"It will be in {environment()}.")
-        return
-    provide(lambda _: None)
-    version = installed_version(python)
-    level = Level.OK if version == VERSION else Level.WARN
-    remedy = "" if level is Level.OK else f"batchlab was tested with {VERSION}."
-    yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
-    record, place = home.record(), home.place(backend.name)
-    if record and record.backend == backend.name and place:
-        yield from _tried(backend.endpoint_at(home, place), "of the grid that is up")
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
-        Emulator(python, Path(folder)) as emulator,
-    ):
-        yield from _tried(emulator.endpoint, "started for this check")
-
-
-def _tried(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
-    from batchlab.adapters.aws.endpoint import check
-
-    url = endpoint.url
-    try:
-        check(endpoint)
-    except BackendError as error:
-        yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
-        return
-    faults = asyncio.run(_faults(endpoint))
-    text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
-    if faults:
-        remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."
-        yield Finding("endpoint", Level.FAIL, text, remedy)
-    else:
-        yield Finding("endpoint", Level.OK, text)
-
-
-async def _faults(at: Endpoint) -> list[str]:
-    """What does not work there of what every job needs; BackendError where nothing does."""
-    from batchlab.adapters.aws import endpoint as aws
-    from batchlab.adapters.aws.objects import open_s3
-    from batchlab.adapters.aws.sqs import SqsQueue
-
-    faults = []
-    name = f"batchlab-doctor-{secrets.token_hex(5)}"
-    objects, queue = open_s3(at, name), SqsQueue(at)
-    try:
-        await objects.put("a", b"first", if_absent=True)
-        with suppress(AlreadyExists):
-            await objects.put("a", b"second", if_absent=True)
-            faults.append("a conditional create replaces what is there")
-        await queue.ensure(QueueSpec(name))
-        await queue.send(name, [Outgoing("sent")])
-        if [one.body for one in await queue.receive(name, wait_s=5)] != ["sent"]:
-            faults.append("a message that was sent is not received")
-    finally:
-        with suppress(BackendError):  # what made it fail is told, not this
-            await objects.delete(["a"])
-            await queue.remove(name)
-            with aws.translated("Bucket"):
-                aws.client(at, "s3", connections=1).delete_bucket(Bucket=name)
-        await queue.close()
-    return faults
-
-
 def _folder(home: Home) -> Iterator[Finding]:
     home.make()
     with tempfile.TemporaryDirectory(dir=home.path, prefix="doctor-") as name:
         file = Path(name) / "a"
         file.write_bytes(b"written")
         try:
-            # A conditional create is a hard link: it fails where the name is taken.
+            # A conditional create is a hard link: it fails if the name exists.
             os.link(file, Path(name) / "b")
         except OSError as error:
             yield Finding(
@@ -251,7 +145,7 @@ def _folder(home: Home) -> Iterator[Finding]:
 
 
 def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
-    """Damaged objects of the backend `local`; nothing where there is no bucket."""
+    """Check the local bucket, if it exists, for damaged objects."""
     from batchlab.adapters.local.local_files import damaged
 
     if not home.objects.is_dir():

@@ -1,37 +1,174 @@
-"""What `doctor` looks at of a stack on AWS: who calls, what is there, and the way to its manager.
+"""`batchlab doctor`: checks of a backend, such as its endpoint, containers, or stack on AWS.
 
-Invariant: nothing is asked that changes something or costs money.
-
-What `doctor` looks at where the grid runs in containers.
+Invariant: checks of a stack change nothing on AWS and cost nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import secrets
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from batchlab.cli.doctor import Finding, Level
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core import optional_dependencies
+from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, UsageError
+from batchlab.core.ports import Outgoing, QueueSpec
 from batchlab.runtime.compose import deployment, images, project
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
+    from batchlab.adapters.aws.endpoint import Endpoint
     from batchlab.runtime.factory import Backend
-    from batchlab.runtime.home import Home
+
+
+class Level(StrEnum):
+    """Result of a check."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `remedy` is a sentence on what to do."""
+
+    about: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "check": self.about,
+            "level": self.level.value,
+            "text": self.text,
+            "remedy": self.remedy,
+        }
+
+
+def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
+    from batchlab.runtime import factory
+
+    backend = factory.load(name, endpoint)
+    yield Finding("backend", Level.OK, f"{name}: {backend.description}")
+    if backend.extra and (module := optional_dependencies.missing(backend.extra)):
+        said = optional_dependencies.sentence(backend.extra, f"The backend {name}", module)
+        yield Finding("extra", Level.FAIL, said, optional_dependencies.remedy(backend.extra))
+    elif backend.capabilities.container_manager:
+        yield from container_findings(home, backend)
+        if named := backend.named_place(home):
+            yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
+    elif backend.capabilities.stack:
+        yield from stack_findings(home, backend)
+    elif backend.bucket_scheme:
+        yield _bucket(home, backend)
+    elif backend.emulator:
+        yield from _endpoint(home, backend)
+
+
+def _bucket(home: Home, backend: Backend) -> Finding:
+    try:
+        backend.provide(home, lambda _: None)
+    except BatchlabError as error:
+        return Finding("bucket", Level.FAIL, error.message, error.remedy)
+    named = backend.named_place(home)
+    assert named is not None
+    return Finding("bucket", Level.OK, f"{named.address} can be listed")
+
+
+def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check the named endpoint, the one of the running grid, or a temporary emulator."""
+    if named := backend.named_place(home):
+        yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
+        return
+    from batchlab.adapters.local.ministack import VERSION, Emulator, find, provide
+    from batchlab.adapters.local.ministack_install import environment, installed_version
+
+    python = find()
+    if python is None:
+        text = f"MiniStack {VERSION} is not here yet; the first grid fetches it from PyPI by pip"
+        yield Finding("emulator", Level.WARN, text, f"It will be in {environment()}.")
+        return
+    provide(lambda _: None)
+    version = installed_version(python)
+    level = Level.OK if version == VERSION else Level.WARN
+    remedy = "" if level is Level.OK else f"batchlab was tested with {VERSION}."
+    yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
+    record, place = home.record(), home.place(backend.name)
+    if record and record.backend == backend.name and place:
+        yield from _endpoint_findings(backend.endpoint_at(home, place), "of the grid that is up")
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
+        Emulator(python, Path(folder)) as emulator,
+    ):
+        yield from _endpoint_findings(emulator.endpoint, "started for this check")
+
+
+def _endpoint_findings(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
+    from batchlab.adapters.aws.endpoint import check
+
+    url = endpoint.url
+    try:
+        check(endpoint)
+    except BackendError as error:
+        yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
+        return
+    faults = asyncio.run(_failed_checks(endpoint))
+    text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
+    if faults:
+        remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."
+        yield Finding("endpoint", Level.FAIL, text, remedy)
+    else:
+        yield Finding("endpoint", Level.OK, text)
+
+
+async def _failed_checks(at: Endpoint) -> list[str]:
+    """Return the failed checks that affect every job; raise BackendError if the endpoint fails."""
+    from batchlab.adapters.aws import endpoint as aws
+    from batchlab.adapters.aws.objects import open_s3
+    from batchlab.adapters.aws.sqs import SqsQueue
+
+    faults = []
+    name = f"batchlab-doctor-{secrets.token_hex(5)}"
+    objects, queue = open_s3(at, name), SqsQueue(at)
+    try:
+        await objects.put("a", b"first", if_absent=True)
+        with suppress(AlreadyExists):
+            await objects.put("a", b"second", if_absent=True)
+            faults.append("a conditional create replaces what is there")
+        await queue.ensure(QueueSpec(name))
+        await queue.send(name, [Outgoing("sent")])
+        if [one.body for one in await queue.receive(name, wait_s=5)] != ["sent"]:
+            faults.append("a message that was sent is not received")
+    finally:
+        with suppress(BackendError):  # the first error is reported, not one of the cleanup
+            await objects.delete(["a"])
+            await queue.remove(name)
+            with aws.translated("Bucket"):
+                aws.client(at, "s3", connections=1).delete_bucket(Bucket=name)
+        await queue.close()
+    return faults
 
 
 def _caller(region: str | None) -> Finding:
-    """Whose credentials AWS's tools find, and in which region."""
-    from batchlab.cli.deploy_output import tries
+    """Check the credentials and the region that AWS's tools find."""
+    from batchlab.cli.deploy_options import retry_notes
     from batchlab.deploy.account import Account
 
     try:
-        with Account.open(region, notes=tries) as account:
+        with Account.open(region, notes=retry_notes) as account:
             text = f"{account.id} in {account.region}, as {account.who}"
             place = "" if account.is_real else ", at what AWS_ENDPOINT_URL puts in AWS's place"
             return Finding("account", Level.OK, text + place)
@@ -39,8 +176,8 @@ def _caller(region: str | None) -> Finding:
         return Finding("account", Level.FAIL, error.message, error.remedy)
 
 
-def _manager(home: Home, backend: Backend) -> Finding:
-    """The stack that this home knows, and the instance of its manager."""
+def _stack_manager(home: Home, backend: Backend) -> Finding:
+    """Check the stack that the grid's folder names, and the instance of its manager."""
     from batchlab.runtime.aws import session_manager
 
     try:
@@ -52,8 +189,8 @@ def _manager(home: Home, backend: Backend) -> Finding:
     return Finding("stack", Level.OK, text)
 
 
-def stack(home: Home, backend: Backend) -> Iterator[Finding]:
-    """A finding for each."""
+def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check the account, the stack, and the session to its manager."""
     from batchlab.client.aws_connection import VARIABLE
     from batchlab.runtime.aws import deployment as deployment
     from batchlab.runtime.aws import session_manager
@@ -61,11 +198,11 @@ def stack(home: Home, backend: Backend) -> Iterator[Finding]:
     try:
         known = deployment.read(home)
     except BackendError:
-        known = None  # told below
+        known = None  # reported below
     yield (caller := _caller(known.region if known else None))
-    # Without credentials the rest would only say so again.
+    # Without credentials this check would only fail for the same reason.
     if caller.level is Level.OK or not known:
-        yield _manager(home, backend)
+        yield _stack_manager(home, backend)
     if named := os.environ.get(VARIABLE):
         yield Finding("session", Level.OK, f"the manager is reached at {named}")
         return
@@ -78,24 +215,24 @@ def stack(home: Home, backend: Backend) -> Iterator[Finding]:
 
 
 ENGINE = 25
-"""The first that knows how often to look at the health of what is starting."""
+"""First Docker version with a health check interval for starting containers."""
 COMPOSE = (2, 20)
-"""The first in which a service may depend on another that is not always there."""
+"""First version in which a service may depend on an optional one."""
 LAST_WITHOUT_TOKEN = (4, 14)
 OLDEST = (4, 0)
-"""LocalStack before that knows no conditional writes to S3."""
+"""First LocalStack version with conditional writes to S3."""
 FAIL_BELOW_BYTES = 3 * 2**30
 _LOCALSTACK = "localstack/localstack:4.14.0"
 _POSTGRES = "postgres:17"
 
 
-def containers(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Docker and its plugins, the images, the token, the network; and what is up already."""
+def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check Docker, its plugins, the images, the token, the network, and running services."""
     version = images.docker("version", "--format", "{{.Server.Version}}")
     if version.returncode:
-        told = (version.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        reason = (version.stderr.strip().splitlines() or ["no error text"])[-1]
         remedy = "Start Docker, and see that you may use it (`docker info`)."
-        yield Finding("docker", Level.FAIL, f"Docker does not answer: {told}", remedy)
+        yield Finding("docker", Level.FAIL, f"Docker does not answer: {reason}", remedy)
         return
     yield _engine(version.stdout.strip())
     yield _plugin("compose", COMPOSE)
@@ -165,7 +302,7 @@ def _token() -> Finding:
         return Finding(
             "token",
             Level.FAIL,
-            f"{image} is too old: it knows no conditional writes to S3.",
+            f"{image} is too old: it does not support conditional writes to S3.",
             f"Use {_LOCALSTACK}, or leave BATCHLAB_LOCALSTACK_IMAGE out.",
         )
     return Finding("token", Level.OK, f"{image} needs no token")

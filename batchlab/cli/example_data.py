@@ -1,23 +1,8 @@
-"""Seeded example data together with what is true about it.
+"""Seeded example data and the facts about it: claims, taxi rides, and records to sort.
 
-Every function writes the same bytes for the same arguments, and its facts are counted while the
-data is made: nothing here reads a file back, so an example's answer is checked independently.
-
-Random sources that depend on a seed and a name, and on nothing else.
-
-One source per file, so that file n has the same bytes however many files are asked for.
-
-One large unsorted text file, for sorting more than fits into memory.
-
-Written in constant memory, whatever its size.
-
-Taxi rides as CSV, for turning text into typed, partitioned columns, with the truth about them.
-
-Same columns as the public New York samples: a file of those works in its place.
-
-Month-end professional claims in X12 837P (005010X222A1), with the truth about them.
-
-The facts are counted from the claims as they are drawn, before they become text.
+Each function writes the same bytes for the same arguments. It counts its facts while it generates
+the data and reads no file, so that the result of an example is checked independently. Each file
+has a random source of its own, so its bytes do not depend on the number of files.
 """
 
 from __future__ import annotations
@@ -31,28 +16,28 @@ from pathlib import Path
 
 
 def source(seed: int, name: str) -> random.Random:
-    """The random source for `name`; the same for ever, on every machine."""
+    """Return the random source for `name`, which is the same on every machine."""
     return random.Random(f"{seed}/{name}")  # noqa: S311  made-up data, not a secret
 
 
 @dataclass(frozen=True, slots=True)
 class RecordsFacts:
-    """The file `write_records` wrote."""
+    """Facts about the file of `write_records`."""
 
     path: Path
     lines: int
     size_bytes: int
 
 
-# Where order by bytes differs from what people expect: upper before lower case, accents last,
-# tabs before blanks, prefixes before what they begin.
+# The order of these by bytes may surprise: upper case before lower case, accents last, tabs
+# before blanks, and a prefix before a longer word.
 _WORDS = ("Zeta", "alpha", "alpha beta", "alpha\tbeta", "Ärger", "zulu", "", "10", "9", "_")
 
 
 def write_records(folder: Path, *, seed: int = 1, size_bytes: int = 128 * 2**20) -> RecordsFacts:
     """Write `records.txt` into `folder`: lines of 1 to about 90 bytes in UTF-8, some repeated.
 
-    Stops with the first line that reaches `size_bytes`. Every line ends in a newline.
+    The file ends with the first line that reaches `size_bytes`. It is written in constant memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = source(seed, "records")
@@ -74,17 +59,17 @@ def write_records(folder: Path, *, seed: int = 1, size_bytes: int = 128 * 2**20)
 
 @dataclass(slots=True)
 class MonthFacts:
-    """What was written for one month of pickup."""
+    """Facts about the rides of one month of pickup."""
 
     rides: int = 0
     total_cents: int = 0
     without_payment: int = 0
-    """Rides whose kind of payment is empty."""
+    """Rides with an empty kind of payment."""
 
 
 @dataclass(slots=True)
 class RidesFacts:
-    """What `write_rides` wrote; `months` by month of pickup ("2024-01")."""
+    """Facts about the file of `write_rides`. The keys of `months` are like "2024-01"."""
 
     path: Path
     months: dict[str, MonthFacts] = field(default_factory=dict)
@@ -102,7 +87,10 @@ _ZONES = (
 
 
 def write_rides(folder: Path, *, seed: int = 1, rows: int = 20_000) -> RidesFacts:
-    """Write `rides.csv` into `folder`: `rows` rides of the first quarter of 2024, in no order."""
+    """Write `rides.csv` into `folder`: `rows` unsorted rides of the first quarter of 2024.
+
+    The columns are those of the public New York samples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = source(seed, "rides")
     facts = RidesFacts(folder / "rides.csv")
@@ -133,14 +121,14 @@ def write_rides(folder: Path, *, seed: int = 1, rows: int = 20_000) -> RidesFact
 
 @dataclass(slots=True)
 class PayerFacts:
-    """What was written for one payer; the last four never count the same claim twice."""
+    """Facts about the claims of one payer. The last four fields never count a claim twice."""
 
     payer: str
     name: str
     claims: int = 0
     lines: int = 0
     charge_cents: int = 0
-    """Sum of the charges the claims state (CLM02), duplicates included."""
+    """Sum of the stated charges (CLM02), including duplicates."""
     duplicates: int = 0
     zero_charge: int = 0
     undiagnosed: int = 0
@@ -150,7 +138,7 @@ class PayerFacts:
 
 @dataclass(slots=True)
 class ClaimsFacts:
-    """What `write_claims` wrote; `payers` by payer id."""
+    """Facts about the files of `write_claims`, by payer id."""
 
     files: int = 0
     payers: dict[str, PayerFacts] = field(default_factory=dict)
@@ -253,14 +241,14 @@ _STYLES = (_Style("*", ":", "~\n"), _Style("*", ":", "~"), _Style("|", ">", "\n"
 
 
 class _Text:
-    """Segments as text; `since(mark)` counts them, as SE01 asks."""
+    """Segments as text. `since(mark)` counts them for SE01."""
 
     def __init__(self, style: _Style) -> None:
         self._style = style
         self._segments: list[str] = []
 
     def add(self, *elements: str | tuple[str, ...]) -> None:
-        """One segment; a tuple is a composite element; empty elements at the end are left out."""
+        """Add a segment. A tuple is a composite element. Trailing empty elements are left out."""
         texts = [e if isinstance(e, str) else self._style.component.join(e) for e in elements]
         while not texts[-1]:
             texts.pop()
@@ -280,11 +268,11 @@ class _Text:
 def write_claims(
     folder: Path, *, seed: int = 1, files: int = 200, claims_per_file: int = 40
 ) -> ClaimsFacts:
-    """Write `claims-0000.837` and so on into `folder`, and say what is true about them.
+    """Write month-end claims in X12 837P (005010X222A1) into `folder` and return their facts.
 
-    About 1 in 12 claims is one that nobody pays in full: a repetition, a charge of zero, no
-    diagnosis, or a charge that its lines do not add up to. Envelopes are all correct. Files of
-    the same names are replaced, others are left alone.
+    The files are `claims-0000.837` and so on, and replace files of the same name. About 1 in 12
+    claims is not paid in full: a duplicate, a charge of zero, no diagnosis, or a charge that is not
+    the sum of its lines. All envelopes are correct.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = ClaimsFacts(files=files)
@@ -300,7 +288,7 @@ def write_claims(
 def _draw_batches(
     rng: random.Random, facts: ClaimsFacts, file: int, claims: int
 ) -> list[tuple[_Provider, list[_Claim]]]:
-    """One batch of claims per billing provider of the file; `facts` learns of each claim."""
+    """Draw a batch of claims for each billing provider, and count each claim in `facts`."""
     providers = rng.sample(_PROVIDERS, k=min(claims, rng.randint(1, 3)))
     batches: list[tuple[_Provider, list[_Claim]]] = [(provider, []) for provider in providers]
     for number in range(claims):
@@ -323,14 +311,14 @@ def _draw_claim(rng: random.Random, facts: ClaimsFacts, claim_id: str) -> _Claim
     lines = tuple(_draw_line(rng) for _ in range(rng.randint(1, 4)))
     diagnoses = tuple(rng.sample(_DIAGNOSES, k=rng.randint(1, 4)))
     total = sum(cents for _, cents, _ in lines)
-    fate = rng.random()
-    if fate < 0.02:
+    chance = rng.random()
+    if chance < 0.02:
         lines, total = tuple((code, 0, units) for code, _, units in lines), 0
         facts.payers[payer.id].zero_charge += 1
-    elif fate < 0.05:
+    elif chance < 0.05:
         diagnoses = ()
         facts.payers[payer.id].undiagnosed += 1
-    elif fate < 0.065:
+    elif chance < 0.065:
         total += rng.choice((-500, 1000, 2500))
         facts.payers[payer.id].unbalanced += 1
     return _Claim(
@@ -357,7 +345,10 @@ def _draw_line(rng: random.Random) -> tuple[str, int, int]:
 
 
 def _interchange(batches: Sequence[tuple[_Provider, list[_Claim]]], file: int) -> bytes:
-    """ISA to IEA with one transaction set per billing provider; separators differ by file."""
+    """Return an interchange with a transaction set per billing provider.
+
+    The separators differ from file to file.
+    """
     style = _STYLES[file % len(_STYLES)]
     control = f"{file + 1:09d}"
     text = _Text(style)
@@ -395,7 +386,7 @@ def _transaction(
 
 
 def _subscriber(text: _Text, claim: _Claim, level: int) -> int:
-    """Loops 2000B and, for a dependent, 2000C; returns the last HL number used."""
+    """Add loop 2000B and, for a dependent, 2000C; return the last HL number."""
     text.add("HL", str(level), "1", "22", "1" if claim.dependent else "0")
     relation = "" if claim.dependent else "18"
     text.add("SBR", "P", relation, claim.group, "", "", "", "", "", claim.payer.filing)
@@ -428,7 +419,7 @@ def _claim(text: _Text, claim: _Claim) -> None:
 
 
 def _amount(cents: int) -> str:
-    """As X12 writes numbers: no decimal point where there are no cents."""
+    """Return an amount as X12 writes it, without a decimal point for whole amounts."""
     whole, rest = divmod(cents, 100)
     return f"{whole}.{rest:02d}" if rest else str(whole)
 

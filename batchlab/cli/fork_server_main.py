@@ -1,7 +1,7 @@
-"""The process that copies itself for each worker of a grid whose instances are processes.
+"""Main program of the fork server, which forks each worker process of a local grid.
 
-Invariant: one thread, and nothing opened but what it was started with: a copy finds itself as a
-process finds itself that has just begun. `batchlab.adapters.local.fork_server` asks, and says how.
+Invariant: the process has one thread and opens no file, so that a fork is like a new process.
+`batchlab.adapters.local.fork_server` starts it and describes the messages.
 
     python -P -m batchlab.cli.fork_server_main --home HOME --backend BACKEND DESCRIPTOR
 """
@@ -23,65 +23,68 @@ from batchlab.adapters.local.fork_server import MOST_BYTES
 from batchlab.adapters.local.processes import exit_code
 from batchlab.cli.services import serve
 from batchlab.runtime import factory
-from batchlab.server import worker_service  # noqa: F401 - what copies would import
+from batchlab.server import worker_service  # noqa: F401 - imported once for all forks
 from batchlab.worker import environment  # noqa: F401
 
 MOST_DESCRIPTORS = 2
 NAME = "batchlab-worker"
-"""Of a copy, for who looks at processes: their command lines are all the same."""
+"""Process name of a fork. The command lines of all forks are the same."""
 
 
 def main() -> None:
-    """Started by adapters.nursery.Nursery only."""
+    """Serve the fork server client that started this process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--home", type=Path, help="whose it is, for who looks at processes")
+    parser.add_argument("--home", type=Path, help="folder of the grid, shown in lists of processes")
     parser.add_argument("--backend")
     parser.add_argument("descriptor", type=int)
-    asked = parser.parse_args()
-    factory.load(asked.backend).import_for_worker()
-    # Copies share what is there now for as long as nobody writes to it.
+    options = parser.parse_args()
+    factory.load(options.backend).import_for_worker()
+    # Forks share the memory of present objects until one of them writes to it.
     gc.collect()
     gc.freeze()
-    with socket.socket(fileno=asked.descriptor) as here:
-        arguments = copied(here)
+    with socket.socket(fileno=options.descriptor) as connection:
+        arguments = serve_forks(connection)
     if arguments is not None:
         sys.argv[1:] = arguments
         serve(arguments)
 
 
-def copied(here: socket.socket) -> Sequence[str] | None:
-    """Answers until nobody asks any more, then None; in a copy, what it is to be."""
+def serve_forks(connection: socket.socket) -> Sequence[str] | None:
+    """Answer requests until the client closes the connection, then return None.
+
+    In a fork, return the arguments of its worker.
+    """
     while True:
-        told, descriptors, _, _ = socket.recv_fds(here, MOST_BYTES, MOST_DESCRIPTORS)
-        if not told:
+        message, descriptors, _, _ = socket.recv_fds(connection, MOST_BYTES, MOST_DESCRIPTORS)
+        if not message:
             return None
-        asked = json.loads(told)
-        if "bury" in asked:
-            answer: dict[str, Any] = {"code": exit_code(asked["bury"])}
+        request = json.loads(message)
+        if "bury" in request:
+            answer: dict[str, Any] = {"code": exit_code(request["bury"])}
         else:
-            output, word = descriptors
+            output, start = descriptors
             try:
-                pid = _copy()
+                pid = _fork()
             except OSError as error:
                 answer = {"error": str(error)}
             else:
                 if not pid:
-                    here.close()
-                    _settle(asked["env"], output, word)
-                    arguments: list[str] = asked["arguments"]
+                    connection.close()
+                    _prepare_fork(request["env"], output, start)
+                    arguments: list[str] = request["arguments"]
                     return arguments
                 answer = {"pid": pid}
             finally:
                 os.close(output)
-                os.close(word)
+                os.close(start)
         try:
-            here.send(json.dumps(answer).encode())
+            connection.send(json.dumps(answer).encode())
         except BrokenPipeError:
             return None
 
 
-def _copy() -> int:
-    """A copy's pid, once it leads a session; in the copy 0."""
+def _fork() -> int:
+    """Return the pid of a fork that leads a session of its own; in the fork, return 0."""
     ready, led = os.pipe()
     try:
         try:
@@ -97,11 +100,11 @@ def _copy() -> int:
         os.close(ready)
 
 
-def _settle(env: dict[str, str], output: int, word: int) -> None:
+def _prepare_fork(env: dict[str, str], output: int, start: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if not os.read(word, 1):
-        os._exit(0)  # nobody has written down that it is there
+    if not os.read(start, 1):
+        os._exit(0)  # the client ended before it recorded this process
     Path("/proc/self/comm").write_text(NAME)
     os.environ.update(env)
     time.tzset()

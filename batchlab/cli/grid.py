@@ -1,4 +1,4 @@
-"""`batchlab grid …`: the grid in one folder, its pools and its workers."""
+"""`batchlab grid`: the grid in one folder, its pools, and its workers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import grid_page, output
+from batchlab.cli import output
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
+    CapArgument,
     EndpointOption,
     HomeOption,
     JsonOption,
@@ -46,9 +47,17 @@ _POOL_COLUMNS = (
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `grid` to the root command."""
+    from batchlab.cli.grid_page import open_
+
+    app.command("open")(open_)
+    root.add_typer(app, name="grid")
+
+
 @app.callback()
 def grid() -> None:
-    """Bring a grid up, look at it, size it by hand, take it down.
+    """Start, inspect, scale, and stop a grid.
 
     \b
     Example: batchlab grid up --pool default:0-4x1
@@ -66,19 +75,19 @@ def up(
     log_format: LogFormatOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Bring a grid up and leave it up; jobs that have not ended go on.
+    """Start a grid and keep it running. Unfinished jobs continue.
 
     \b
     Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
     """
-    from batchlab.cli import schedule_files
-    from batchlab.cli.grid_page import parse_all
+    from batchlab.cli import schedule_upload
+    from batchlab.cli.options import parse_pools
     from batchlab.cli.session import Session
     from batchlab.core import logs
     from batchlab.core.errors import Refused
     from batchlab.runtime import factory
 
-    place, pools = home_of(home), parse_all(pool or ())
+    place, pools = home_of(home), parse_pools(pool or ())
     cap = cap_of(max_cost) if max_cost else None
     logs.choose(log_format)
     was_up = place.record() is not None
@@ -93,12 +102,12 @@ def up(
         if max_cost:
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
-        notes = session.call(schedule_files.kept)["notes"]
+        notes = session.call(schedule_upload.kept)["notes"]
     if grid.capabilities.remote_manager:
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
-        if home is None:  # else each of these needs the same --home
+        if home is None:  # otherwise each of these commands needs the same --home
             output.say(
                 "`batchlab job submit FILE` gives it a job, `batchlab grid open` shows it in a "
                 "browser, `batchlab grid down` ends it."
@@ -110,16 +119,16 @@ def up(
 
 @app.command()
 def down(home: HomeOption = None) -> None:
-    """Take the grid down.
+    """Stop the grid.
 
-    Workers give back what they have not finished. Jobs that have not ended go on when a grid is up
-    in the same folder again. Only a LocalStack of the grid's own goes with it, and all that it
-    holds: fetch results before. From a stack on AWS this only disconnects.
+    Workers return unfinished work. Unfinished jobs continue when a grid is started in the same
+    folder again. The grid's own LocalStack is deleted with all its data, so fetch results before.
+    On AWS this command only disconnects from the stack.
 
     \b
     Example: batchlab grid down
     """
-    from batchlab.cli import schedule_files
+    from batchlab.cli import schedule_upload
     from batchlab.cli.session import connect
     from batchlab.core.errors import BackendError
     from batchlab.runtime.compose import deployment
@@ -140,10 +149,10 @@ def down(home: HomeOption = None) -> None:
         with connect(place) as client:
             left = len(client.jobs(active=True, limit=1000))
             timed = sum(
-                one["state"] == "active" for one in schedule_files.kept(client)["schedules"]
+                one["state"] == "active" for one in schedule_upload.kept(client)["schedules"]
             )
     except BackendError as error:
-        # One that cannot answer is a reason more to end it.
+        # A manager that does not answer is stopped all the same.
         why = error.message if place.record() else "Its manager is not up."
         output.say(f"What it runs is not known: {why}")
     kept = place.place(deployment.NAME)
@@ -162,25 +171,25 @@ def down(home: HomeOption = None) -> None:
 
 @app.command()
 def status(
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat every second.")] = False,
     as_if_aws: AsIfOption = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show pools and queues, and on AWS what they cost.
+    """Show pools and queues, and on AWS their cost.
 
     \b
     Example: batchlab grid status --watch
     """
-    from batchlab.cli.bills import Burn
+    from batchlab.cli.bills import LiveCost
     from batchlab.cli.session import connect
 
     place = home_of(home)
-    burn = Burn(place, as_if_aws=as_if_aws)
+    live_cost = LiveCost(place, as_if_aws=as_if_aws)
     with connect(place) as client:
         while True:
             view = client.grid()
-            cost = burn.grid(client) if burn.applies(view["backend"]) else None
+            cost = live_cost.grid(client) if live_cost.applies(view["backend"]) else None
             _show_grid(view, place, json=json, cost=cost)
             if not watch:
                 return
@@ -207,7 +216,7 @@ def _show_grid(
                 f"backend {view['backend']}, manager {view['owner']} {leads}{at}",
                 *bucket,
                 *([f"It {cost['text']}."] if cost else []),
-                *_unread(view.get("unreadable", 0)),
+                *_unreadable(view.get("unreadable", 0)),
                 "",
                 output.table(_POOL_COLUMNS, map(_pool_row, view["pools"])),
                 *_troubles(view["pools"]),
@@ -218,8 +227,8 @@ def _show_grid(
     )
 
 
-def _unread(number: int) -> list[str]:
-    """A sentence on what the manager could not read."""
+def _unreadable(number: int) -> list[str]:
+    """Return a sentence on messages and objects that the manager could not read."""
     if not number:
         return []
     return [
@@ -229,7 +238,7 @@ def _unread(number: int) -> list[str]:
 
 
 def _troubles(pools: Iterable[PoolView]) -> list[str]:
-    """A sentence for each pool whose instances do not come up."""
+    """Return a sentence for each pool with instances that do not start."""
     return [
         output.clean(
             f"{one['trouble'][:1].upper()}{one['trouble'][1:]}. Its instance log says why; "
@@ -255,15 +264,12 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
     )
 
 
-app.command("open")(grid_page.open_)
-
-
 @app.command()
 def env(home: HomeOption = None, json: JsonOption = False) -> None:
-    """Print what lets the AWS CLI, and any other client of S3 and SQS, look into the grid.
+    """Print shell variables for the AWS CLI and other clients of the grid's S3 and SQS.
 
-    Variables for a shell: the endpoint with its keys, the bucket, and what the names of its queues
-    begin with. For a grid that has an endpoint, so not on `local`.
+    They are the endpoint with its keys, the bucket, and the prefix of the queue names. The backend
+    `local` has no endpoint.
 
     \b
     Example: eval "$(batchlab grid env)" && aws s3 ls "s3://$BATCHLAB_BUCKET/jobs/"
@@ -293,7 +299,7 @@ def env(home: HomeOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def workers(home: HomeOption = None, json: JsonOption = False) -> None:
-    """List the instances and what their workers do.
+    """List the instances and their workers.
 
     \b
     Example: batchlab grid workers
@@ -306,7 +312,7 @@ def workers(home: HomeOption = None, json: JsonOption = False) -> None:
     if json:
         output.show_json([{"pool": pool, **one} for pool, one in instances])
     elif not instances:
-        output.say("There are no instances: they come with work.")
+        output.say("There are no instances: they are launched when there is work.")
     else:
         columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held")
         rows = [
@@ -333,7 +339,9 @@ def activities(
         str | None,
         typer.Argument(metavar="POOL", help="Only of this pool.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Most activities, newest first.")
+    ] = 50,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -372,17 +380,17 @@ def scale(
         typer.Option(
             "--desired",
             min=0,
-            help="Instances to have from now on; the policy leaves the pool alone until --auto.",
+            help="Desired capacity. The scaling policy is off for the pool until --auto.",
             show_default=False,
         ),
     ] = None,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Hand the pool back to the scaling policy.")
+        bool, typer.Option("--auto", help="Return the pool to the scaling policy.")
     ] = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Change a pool's limits, or set its capacity by hand.
+    """Change the limits of a pool, or set its desired capacity.
 
     \b
     Example: batchlab grid scale default --max 8
@@ -405,12 +413,12 @@ def scale(
 def drain(
     pool: Annotated[
         str | None,
-        typer.Argument(metavar="POOL", help="Only this pool; all unless said."),
+        typer.Argument(metavar="POOL", help="Only this pool. Default: all pools."),
     ] = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Take the workers away gracefully and hold the pool at none, until `grid scale --auto`.
+    """Stop the workers gracefully and keep the pool empty until `grid scale --auto`.
 
     \b
     Example: batchlab grid drain default
@@ -427,3 +435,24 @@ def _show_pools(pools: list[PoolView], whole: object, *, json: bool) -> None:
         output.show_json(whole)
         return
     output.show(output.table(_POOL_COLUMNS, map(_pool_row, pools)))
+
+
+@app.command()
+def cap(amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
+    """Cap the cost of the grid on AWS. Beyond it no instance is launched, and running tasks finish.
+
+    The cap counts from the first day of the grid's account. `grid status` shows the cost so far.
+
+    \b
+    Example: batchlab grid cap 50USD
+    """
+    from batchlab.cli.session import connect
+
+    usd = cap_of(amount)
+    with connect(home_of(home)) as client:
+        view = client.cap_grid(usd)
+    if json:
+        output.show_json(view)
+    else:
+        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
+        output.show(f"What the grid costs {said}.")

@@ -1,8 +1,8 @@
-"""`batchlab grid open`: the web page of the grid that is up.
+"""`batchlab grid open`: the web page of the running grid.
 
-Invariant: the grid's token is in no address. What is opened has a code that works once, in the part
-of the address that no server sees and no log keeps. On no command line, which everybody on the
-machine can read, is more than the name of a file that only its owner can.
+Invariant: no address contains the grid's token. The address contains a one-time code in its
+fragment, which browsers do not send to servers. A browser gets the address through a file that only
+the user can read, because other users can read command lines.
 
 A pool as text: NAME:MIN-MAXxSLOTS, as in default:0-4x1; on AWS with @TYPE,TYPE behind it.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import html
 import os
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,8 +22,7 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JsonOption, home_of
-from batchlab.core.errors import Refused, UsageError
-from batchlab.core.model import Pool
+from batchlab.core.errors import Refused
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -54,7 +51,7 @@ def open_(
         bool,
         typer.Option(
             "--browser/--no-browser",
-            help="Open it here, or only print its address.",
+            help="Open the page in a browser, or only print its address.",
         ),
     ] = True,
     home: HomeOption = None,
@@ -62,7 +59,7 @@ def open_(
 ) -> None:
     """Open the grid's web page: jobs, failures, fleet, costs.
 
-    The address works once, and for a minute; then this command makes another one.
+    The address works once, within a minute. Each call of this command creates a new one.
 
     \b
     Example: batchlab grid open --no-browser
@@ -83,16 +80,18 @@ def open_(
 
 
 def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> bool:
-    """Have a browser go to the address; False where there is none that would. Refused where one was
-    told to, and did not come."""
+    """Open the address in a browser; return False if no browser can be started.
+
+    Raise Refused if a started browser does not request the page in time.
+    """
     try:
         file = _redirect(home, url, session["valid_s"])
     except OSError:
-        return False  # no room, or a folder of somebody else's: the address is shown instead
+        return False  # the folder cannot be written, so the address is printed instead
     try:
         if not _opened(file.as_uri()):
             return False
-        # Sooner than the code is over: one that is over does not wait either.
+        # Stop before the code expires: an expired code does not count as waiting.
         until_s = time.monotonic() + session["valid_s"] - _SOONER_S
         while client.code_waits(session["name"]):
             if time.monotonic() >= until_s:
@@ -103,19 +102,21 @@ def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> 
     finally:
         file.unlink(missing_ok=True)
     raise Refused(
-        "A browser was told to open the page, and has not come in time.",
+        "A browser was started for the page, and has not requested it in time.",
         remedy="`batchlab grid open --no-browser` prints an address to open by hand. One that is "
         f"kept in a box of its own, as a snap is, may not be allowed to read {home.path}.",
     )
 
 
 def _redirect(home: Home, url: str, valid_s: float) -> Path:
-    """A file that leads to the address, readable by its owner alone. In the grid's folder, since
-    some browsers have a /tmp of their own."""
+    """Write a file that redirects to the address, which only the user can read.
+
+    It is in the grid's folder, because some browsers have a /tmp of their own.
+    """
     for left in home.path.glob(f"{PREFIX}*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # by another command of this kind
+        with suppress(FileNotFoundError):  # removed by another command
             if time.time() - left.stat().st_mtime > valid_s:
-                left.unlink()  # its command was killed
+                left.unlink()  # left behind by a killed command
     number, name = tempfile.mkstemp(SUFFIX, PREFIX, home.path)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(_PAGE.format(url=html.escape(url)))
@@ -123,63 +124,17 @@ def _redirect(home: Home, url: str, valid_s: float) -> Path:
 
 
 def _has_screen() -> bool:
-    """Whether a browser would have a window: a text one would take the terminal."""
+    """Whether a browser can open a window. A text browser would use the terminal."""
     return sys.platform == "darwin" or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
     )
 
 
 def _opened(address: str) -> bool:
-    """Whether a browser was told to open it."""
+    """Start a browser; return whether one was started."""
     import webbrowser
 
     try:
         return webbrowser.open(address)
     except webbrowser.Error:
         return False
-
-
-_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
-
-
-def parse(text: str) -> Pool:
-    """The pool that `text` describes; UsageError."""
-    found = _FORM.fullmatch(text)
-    if found is None:
-        raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
-            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
-            "name has up to 40 small letters, digits, '-' and '_'.",
-        )
-    smallest, largest, slots = (int(number) for number in found.groups()[1:])
-    pool = Pool(found[1], smallest, largest, slots)
-    if pool.min_size > pool.max_size or pool.slots < 1:
-        raise UsageError(
-            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.",
-            remedy="Write for example default:0-4x1.",
-        )
-    return pool
-
-
-def parse_typed(text: str) -> tuple[Pool, tuple[str, ...]]:
-    """The pool that `text` describes, and the instance types it names; UsageError."""
-    form, at, types = text.partition("@")
-    names = tuple(one.strip() for one in types.split(","))
-    if at and not all(names):
-        raise UsageError(
-            f"The pool {text!r} lacks an instance type after '@'.",
-            remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
-        )
-    return parse(form), names if at else ()
-
-
-def parse_all(texts: Iterable[str]) -> list[Pool]:
-    """The pools; UsageError, also where two share a name."""
-    pools = [parse(text) for text in texts]
-    names = [pool.name for pool in pools]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(
-                f"The pool {name!r} is given twice.", remedy="Give each pool one --pool."
-            )
-    return pools

@@ -1,7 +1,4 @@
-"""`batchlab job …`: what a grid that is up has been given to do.
-
-`job check`: a job file looked at, and nothing of it run.
-"""
+"""`batchlab job`: submit, list, show, and control jobs of a running grid, and check job files."""
 
 from __future__ import annotations
 
@@ -11,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import job_failures, output
+from batchlab.cli import output
 from batchlab.cli.options import (
     AsIfOption,
+    CapArgument,
     FileArgument,
     HomeOption,
     JobArgument,
@@ -32,9 +30,24 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `job` to the root command."""
+    from batchlab.cli.job_logs import logs
+    from batchlab.cli.job_replay import replay_task
+    from batchlab.cli.job_tasks import failures, retry, show_task, why
+
+    app.command()(logs)
+    app.command()(failures)
+    app.command()(retry)
+    app.command()(why)
+    app.command("show-task")(show_task)
+    app.command("replay-task")(replay_task)
+    root.add_typer(app, name="job")
+
+
 @app.callback()
 def job() -> None:
-    """Submit jobs to a grid that is up, and look after them.
+    """Submit jobs to a running grid, and manage them.
 
     \b
     Example: batchlab job list
@@ -49,9 +62,9 @@ def submit(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Submit a job file to the grid that is up; prints the job's id.
+    """Submit a job file to the running grid, and print the job's id.
 
-    The same file again, unchanged, is the same job until that has ended.
+    An unchanged file gives the same job until that job has ended.
 
     \b
     Example: batchlab job submit job.yaml
@@ -72,7 +85,7 @@ def list_(
     active: Annotated[
         bool, typer.Option("--active", help="Only jobs that have not ended.")
     ] = False,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most jobs, newest first.")] = 20,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -127,22 +140,22 @@ def show(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show one job with its stages, and why it is not further than it is.
+    """Show a job with its stages, and why it is waiting.
 
     \b
     Example: batchlab job show last
     """
-    from batchlab.cli.bills import Burn
+    from batchlab.cli.bills import LiveCost
     from batchlab.cli.session import connect, resolve
 
     place = home_of(home)
-    burn, cost = Burn(place, as_if_aws=as_if_aws), None
+    live_cost, cost = LiveCost(place, as_if_aws=as_if_aws), None
     with connect(place) as client:
         view = resolve(client, job)
         why, eta = client.why(view["id"]), client.eta(view["id"])
         record = place.record()
-        if record and burn.applies(record.backend):
-            cost = burn.job(client, view["id"], client.grid())
+        if record and live_cost.applies(record.backend):
+            cost = live_cost.job(client, view["id"], client.grid())
     if json:
         output.show_json({**view, "why": why, "eta": eta, **({"cost": cost} if cost else {})})
         return
@@ -181,22 +194,22 @@ def show(
 
 @app.command()
 def watch(job: JobArgument, as_if_aws: AsIfOption = False, home: HomeOption = None) -> None:
-    """Watch a job until it ends; exit code 1 unless it succeeds.
+    """Watch a job until it ends. The exit code is 1 unless it succeeds.
 
     \b
     Example: batchlab job watch last
     """
-    from batchlab.cli.bills import Burn
-    from batchlab.cli.progress import follow
+    from batchlab.cli.bills import LiveCost
+    from batchlab.cli.progress import JobDisplay
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.submission import watch as watch_job
 
     place = home_of(home)
     with Session.attached(place) as session:
         view = session.call(lambda client: resolve(client, job))
-        with follow() as shown:
-            burn = Burn(place, as_if_aws=as_if_aws)
-            view = watch_job(session, view, shown, {}, burn)
+        with JobDisplay() as shown:
+            live_cost = LiveCost(place, as_if_aws=as_if_aws)
+            view = watch_job(session, view, shown, {}, live_cost)
     reason = f": {output.clean(view['reason'])}" if view["reason"] else ""
     output.show(f"{view['id']} {view['state']}{reason}")
     if view["state"] != "SUCCEEDED":
@@ -223,7 +236,7 @@ def _tell(job: str, home: Path | None, verb: Callable[[Client, str], JobView], j
 
 @app.command()
 def cancel(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Cancel a job; returns once no task of it can start any more.
+    """Cancel a job, and wait until none of its tasks can start.
 
     \b
     Example: batchlab job cancel last
@@ -233,7 +246,7 @@ def cancel(job: JobArgument, home: HomeOption = None, json: JsonOption = False) 
 
 @app.command()
 def pause(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Let running tasks end and start no more, until `job resume`.
+    """Pause a job: running tasks end, and no task starts until `job resume`.
 
     \b
     Example: batchlab job pause last
@@ -243,15 +256,12 @@ def pause(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -
 
 @app.command()
 def resume(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Go on with a paused job.
+    """Resume a paused job.
 
     \b
     Example: batchlab job resume last
     """
     _tell(job, home, lambda client, name: client.resume(name), json)
-
-
-app.command()(job_failures.retry)
 
 
 @app.command()
@@ -263,15 +273,14 @@ def results(
         typer.Option(
             "--stage",
             metavar="NAME",
-            help="A stage whose results to fetch; may be repeated. Unless said, those that "
-            "nothing comes after.",
+            help="Stage with the results to fetch. May be repeated. Default: the last stages.",
             show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fetch a job's results into a folder: of what has succeeded so far, if it still runs.
+    """Fetch a job's results into a folder. A running job has those of its succeeded tasks.
 
     \b
     Example: batchlab job results last --out out/claims
@@ -299,11 +308,9 @@ def results(
         output.show(f"{fetched.folder / 'files'}: {files}, {output.size(fetched.size_bytes)}")
 
 
-app.command()(job_failures.failures)
-
-
+@app.command()
 def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Check a job file and what it names, without running any of it.
+    """Check a job file, its code, and its input without running them.
 
     \b
     Example: batchlab job check job.yaml
@@ -333,3 +340,26 @@ def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) 
         f"{output.count(len(stages), 'stage')} ({', '.join(stages)}), "
         f"{output.size(len(data))} of code"
     )
+
+
+@app.command()
+def cap(
+    job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False
+) -> None:
+    """Cap the cost of a job on AWS. Beyond it no instance is launched, and running tasks finish.
+
+    A job that has reached its cap continues when the cap is raised.
+
+    \b
+    Example: batchlab job cap last 10USD
+    """
+    from batchlab.cli.session import connect, resolve
+
+    usd = cap_of(amount)
+    with connect(home_of(home)) as client:
+        view = client.cap_job(resolve(client, job)["id"], usd)
+    if json:
+        output.show_json(view)
+    else:
+        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
+        output.show(f"What {view['job']} costs {said}.")

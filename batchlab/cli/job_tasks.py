@@ -1,38 +1,38 @@
-"""`batchlab job show-task|why`: what came of a job's tasks, and what to do about it."""
+"""`batchlab job show-task`, `why`, `failures`, and `retry`: tasks of a job and their failures."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.bucket import AnyBackendOption, TaskArgument, find, stage_of
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
-from batchlab.core.task_names import parse_task, task_name
+from batchlab.cli.options import (
+    AnyBackendOption,
+    HomeOption,
+    JobArgument,
+    JsonOption,
+    TaskArgument,
+    home_of,
+)
+from batchlab.core.task_names import parse_task, parse_tasks, task_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchlab.client.http import Client
-    from batchlab.core.api_types import JobView, LogView
+    from batchlab.core.api_types import FailureGroupView, FailureView, JobView, LogView
     from batchlab.core.model import Json
     from batchlab.core.ports import Objects
     from batchlab.core.retry import Patience
     from batchlab.jobs.attempts import Attempt
 
 LAST_LINES = 5
-"""Of a failed task's log, in `job why`."""
+"""Lines of a failed task's log in `job why`."""
 GROUPS = 3
-"""Fingerprints that `job why` tells of, the most frequent first."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("show-task")(show_task)
-    app.command()(why)
+"""Fingerprints in `job why`, the most frequent first."""
 
 
 def show_task(
@@ -42,11 +42,12 @@ def show_task(
     backend: AnyBackendOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show one task: its input, each attempt with its end, worker and log, and where it ran.
+    """Show a task: its input, its attempts with worker and log, and where it ran.
 
     \b
     Example: batchlab job show-task last parse/3
     """
+    from batchlab.cli.session import find, stage_of
     from batchlab.core.model import JobId
 
     named, index = parse_task(task)
@@ -148,7 +149,7 @@ def _show(doc: dict[str, Any]) -> None:
 
 
 def replay_command(job: str, task: str, home: Path | None) -> str:
-    """What brings a task to this machine, to be pasted into a shell."""
+    """Return the shell command that runs a task on this machine."""
     where = ["--home", str(home)] if home else []
     return shlex.join(["batchlab", "job", "replay-task", job, task, "--local", *where])
 
@@ -157,10 +158,10 @@ def replay_command(job: str, task: str, home: Path | None) -> str:
 
 
 def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Say why a job is not further than it is, in one line; and of what has failed, why.
+    """Explain in one line why a job is waiting, and show why tasks failed.
 
-    Below that line, for tasks that failed for good: a fingerprint for each reason, the last lines
-    that one of them printed, and the command that runs it again on this machine.
+    For each fingerprint of tasks that failed for good, the command shows the last lines that one of
+    them printed, and the command that runs it again on this machine.
 
     \b
     Example: batchlab job why last
@@ -189,7 +190,7 @@ def why(job: JobArgument, home: HomeOption = None, json: JsonOption = False) -> 
 
 
 def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
-    """One task of each fingerprint, the most frequent first."""
+    """Return a task of each fingerprint, the most frequent fingerprint first."""
     if not any(stage["failed"] for stage in view["stages"]):
         return []
     found = []
@@ -216,3 +217,149 @@ def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, 
 def _last_lines(logs: Sequence[LogView]) -> list[str]:
     lines = [line for line in logs[-1]["text"].splitlines() if line.strip()] if logs else []
     return lines[-LAST_LINES:]
+
+
+def failures(
+    job: JobArgument,
+    each: Annotated[
+        bool, typer.Option("--each", help="List every failed task instead of one line per cause.")
+    ] = False,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            "--fingerprint",
+            metavar="FINGERPRINT",
+            help="List every task that failed for this cause.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Most tasks with --each or --fingerprint.")
+    ] = 100,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show why tasks failed for good: a line for each cause, with its first traceback.
+
+    \b
+    Example: batchlab job failures last
+    """
+    from batchlab.cli.session import connect, resolve
+
+    with connect(home_of(home)) as client:
+        name = resolve(client, job)["id"]
+        if each or fingerprint:
+            _show_each(client.failures(name, limit=limit, fingerprint=fingerprint), limit, json)
+        else:
+            _show_groups(client.failure_groups(name), json)
+
+
+def _show_groups(found: list[FailureGroupView], json: bool) -> None:
+    if json:
+        output.show_json(found)
+        return
+    if not found:
+        output.say("No task has failed for good.")
+        return
+    rows = [
+        (
+            one["fingerprint"],
+            one["count"],
+            one["stage"],
+            one["first"]["kind"],
+            _exit(one["first"]),
+            one["first"]["reason"],
+        )
+        for one in found
+    ]
+    columns = ("fingerprint", "tasks", "stage", "kind", "exit", "reason, of the first")
+    output.show(output.table(columns, rows))
+    for one in found:
+        _show_traceback(one["first"])
+    output.say("`batchlab job retry JOB --fingerprint FINGERPRINT` runs the tasks of one again.")
+
+
+def _show_each(found: list[FailureView], limit: int, json: bool) -> None:
+    if json:
+        output.show_json(found)
+        return
+    if not found:
+        output.say("No such task has failed for good.")
+        return
+    columns = ("task", "attempt", "kind", "exit", "fingerprint", "reason")
+    rows = [
+        (
+            task_name(f["stage"], f["task"]),
+            f["attempt"],
+            f["kind"],
+            _exit(f),
+            f["fingerprint"],
+            f["reason"],
+        )
+        for f in found
+    ]
+    output.show(output.table(columns, rows))
+    shown: set[str] = set()
+    for one in found:
+        if one["fingerprint"] not in shown:
+            shown.add(one["fingerprint"])
+            _show_traceback(one)
+    if len(found) == limit:
+        output.say(f"There may be more than {limit}; --limit shows more.")
+
+
+def _exit(failure: FailureView) -> object:
+    return "-" if failure["exit_code"] is None else failure["exit_code"]
+
+
+def _show_traceback(failure: FailureView) -> None:
+    if failure["traceback"]:
+        output.show(f"\n--- {task_name(failure['stage'], failure['task'])}")
+        output.show(output.visible(failure["traceback"]).rstrip("\n"))
+
+
+def retry(
+    job: JobArgument,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="TASKS",
+            help="Retry only these failed tasks, such as parse/3,7-9. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fingerprint",
+            metavar="FINGERPRINT",
+            help="Retry only failed tasks with this cause. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Run the unsuccessful tasks of an ended job again. Results of the others are kept.
+
+    With --tasks or --fingerprint the other failures stay as they are.
+
+    \b
+    Example: batchlab job retry last
+    """
+    from batchlab.cli.session import connect, resolve
+
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for stage, some in map(parse_tasks, tasks or ()):
+        ranges.setdefault(stage, []).extend(some)
+    with connect(home_of(home)) as client:
+        name = resolve(client, job)["id"]
+        if ranges or fingerprint:
+            view = client.retry(name, fingerprints=fingerprint or (), tasks=ranges)
+        else:
+            view = client.retry(name)
+    if json:
+        output.show_json(view)
+    else:
+        output.show(f"{view['id']} {view['state']}")

@@ -1,4 +1,4 @@
-"""`batchlab notify …`: whom the grid tells of its jobs, a test of that, and what came of it."""
+"""`batchlab notify`: notification targets, test notifications, and the notification log."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `notify` to the root command."""
+    root.add_typer(app, name="notify")
+
+
 @app.callback()
 def notify() -> None:
-    """Look at whom the grid notifies, and at what came of it.
+    """Show notification targets and sent notifications.
 
-    The grid's own targets stand in notify.toml in its folder, a job's in its file.
+    The grid's own targets are in notify.toml in its folder, those of a job in its job file.
 
     \b
     Example: batchlab notify log
@@ -28,7 +33,7 @@ def notify() -> None:
 
 @app.command("list")
 def list_(home: HomeOption = None, json: JsonOption = False) -> None:
-    """List the targets: the grid's own, and those of jobs that have not ended.
+    """List the targets of the grid and of unfinished jobs.
 
     \b
     Example: batchlab notify list
@@ -40,7 +45,7 @@ def list_(home: HomeOption = None, json: JsonOption = False) -> None:
     if json:
         output.show_json(found)
     elif not found:
-        output.say("Nobody is notified: name somebody in notify.toml, or by notify: in a job file.")
+        output.say("There are no targets: add one to notify.toml, or under notify: in a job file.")
     else:
         columns = ("target", "kind", "to", "of", "signed", "for jobs")
         output.show(output.table(columns, map(_target_row, found)))
@@ -66,7 +71,7 @@ def try_(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Send a test to a target, once, and say what came of it; exit code 1 where it failed.
+    """Send one test notification to a target. The exit code is 1 if that fails.
 
     \b
     Example: batchlab notify test ops
@@ -78,20 +83,22 @@ def try_(
     if json:
         output.show_json(done)
     elif done["error"]:
-        output.say(output.clean(f"{target} was not told: {done['error']}"))
+        output.say(output.clean(f"{target} was not notified: {done['error']}"))
     else:
-        output.show(f"{target} was told.")
+        output.show(f"{target} was notified.")
     if done["error"]:
         raise typer.Exit(1)
 
 
 @app.command()
 def log(
-    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many.")] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, max=1000, help="Most notifications.")
+    ] = 20,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List notifications: those on their way first, then what came of the others.
+    """List notifications: first the pending ones, then the others with their results.
 
     \b
     Example: batchlab notify log --limit 50
@@ -103,7 +110,7 @@ def log(
     if json:
         output.show_json(found)
     elif not found:
-        output.say("Nobody has been notified yet.")
+        output.say("There are no notifications yet.")
     else:
         rows = [
             (

@@ -1,31 +1,111 @@
-"""Options that many commands share, so that they read the same everywhere.
+"""Options that commands share: shell completion, declarations, and parsers of values.
 
-A number on the command line that is none, or out of range, in a sentence.
-
-Invariant: an option is called by its name, an argument as the help calls it, and the range that is
-said is the one that is declared.
+Invariant: completion takes at most COMPLETION_TIMEOUT_S per request, prints no errors, and creates
+no files.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import BadParameter
 
-from batchlab.cli import completion
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from batchlab.core.model import Pool
     from batchlab.runtime.home import Home
+
+COMPLETION_TIMEOUT_S = 0.5
+"""Timeout of a completion's request to the manager, which usually answers much sooner."""
+MOST = 100
+LAST = "last"
+
+
+def backends(incomplete: str) -> list[str]:
+    """Complete names of backends."""
+    return _of(incomplete, _files("backends", "*/backend.toml", lambda path: path.parent.name))
+
+
+def examples(incomplete: str) -> list[str]:
+    """Complete names of shipped examples that are jobs."""
+    return _of(incomplete, _files("examples", "*/job.yaml", lambda path: path.parent.name))
+
+
+def scenarios(incomplete: str) -> list[str]:
+    """Complete names of shipped scenarios. The shell offers files if none matches."""
+    return _of(incomplete, _files("scenarios", "*.yaml", lambda path: path.stem))
+
+
+def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete ids of jobs, newest first, from the manager or else from the local bucket."""
+    home = _home(ctx)
+    known = [str(one["id"]) for one in _asked(home, f"/v1/jobs?limit={MOST}", "jobs")]
+    return _of(incomplete, [LAST, *(known or _left(home))])
+
+
+def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete names of schedules."""
+    known = _asked(_home(ctx), "/v1/schedules", "schedules")
+    return _of(incomplete, (str(one["name"]) for one in known))
+
+
+def _of(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _files(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
+    from batchlab.core import package_data
+    from batchlab.core.errors import UsageError
+
+    try:
+        return sorted(name(path) for path in package_data.folder(folder).glob(pattern))
+    except UsageError:
+        return []
+
+
+def _home(ctx: typer.Context) -> Home:
+    from batchlab.runtime.home import find_home
+
+    named = ctx.params.get("home")
+    return find_home(Path(named) if named else None)
+
+
+def _asked(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
+    """Return a list of the running manager, or [] if it does not answer."""
+    from batchlab.client.http import Client
+    from batchlab.core.errors import BatchlabError
+
+    try:
+        record = home.record()
+        if record is None:
+            return []
+        with Client.of(home, record) as client:
+            found: list[dict[str, Any]] = client.get(path, answer_s=COMPLETION_TIMEOUT_S)[listed]
+    except BatchlabError:
+        return []
+    return found
+
+
+def _left(home: Home) -> list[str]:
+    """Return the jobs in the local bucket, newest first."""
+    try:
+        found = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
+    except OSError:
+        return []
+    return [name for _, name in sorted(found, reverse=True)[:MOST]]
+
 
 HomeOption = Annotated[
     Path | None,
     typer.Option(
         "--home",
         metavar="DIR",
-        help="The grid's folder; without it BATCHLAB_HOME, or .batchlab here.",
+        help="The grid's folder. Default: $BATCHLAB_HOME, else .batchlab here.",
         show_default=False,
     ),
 ]
@@ -34,8 +114,8 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Where the grid lives.",
-        autocompletion=completion.backends,
+        help="The backend of the grid.",
+        autocompletion=backends,
     ),
 ]
 EndpointOption = Annotated[
@@ -43,8 +123,8 @@ EndpointOption = Annotated[
     typer.Option(
         "--endpoint",
         metavar="URL",
-        help="The URL of S3 and SQS, perhaps with a bucket as the path, in place of an emulator of "
-        "the grid's own. On the backend gcs, gs://BUCKET. Without it, BATCHLAB_ENDPOINT.",
+        help="URL of S3 and SQS, optionally with a bucket as its path, instead of the grid's own "
+        "emulator. On the backend gcs, gs://BUCKET. Default: $BATCHLAB_ENDPOINT.",
         show_default=False,
     ),
 ]
@@ -52,8 +132,8 @@ ScenarioArgument = Annotated[
     str,
     typer.Argument(
         metavar="SCENARIO",
-        help="A scenario's file, or the name of a shipped one.",
-        autocompletion=completion.scenarios,
+        help="A scenario file, or the name of a shipped scenario.",
+        autocompletion=scenarios,
         show_default=False,
     ),
 ]
@@ -62,8 +142,8 @@ LikeOption = Annotated[
     typer.Option(
         "--like",
         metavar="BACKEND",
-        help="Whose settings the simulated grid has.",
-        autocompletion=completion.backends,
+        help="Backend whose settings the simulated grid uses.",
+        autocompletion=backends,
     ),
 ]
 CalibrationOption = Annotated[
@@ -71,7 +151,7 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="What was measured of a grid, as `scenario calibrate` has written it.",
+        help="Measurements of a grid, written by `scenario calibrate`.",
         show_default=False,
     ),
 ]
@@ -81,7 +161,7 @@ OutOption = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Folder for the results; without it out/<job name> here.",
+        help="Folder for the results. Default: out/<job name> here.",
         show_default=False,
     ),
 ]
@@ -90,7 +170,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Replace the default of a parameter; may be repeated.",
+        help="Set a parameter of the job. May be repeated.",
         show_default=False,
     ),
 ]
@@ -99,23 +179,21 @@ PoolOption = Annotated[
     typer.Option(
         "--pool",
         metavar="NAME:MIN-MAXxSLOTS",
-        help="A pool of workers, such as default:0-4x1, in place of the backend's own; may be "
+        help="A pool of workers, such as default:0-4x1, instead of the backend's own. May be "
         "repeated.",
         show_default=False,
     ),
 ]
 AsIfOption = Annotated[
     bool,
-    typer.Option(
-        "--as-if-aws", help="Say what it costs also where it is free: what AWS would ask for it."
-    ),
+    typer.Option("--as-if-aws", help="Show the cost on AWS also on backends that cost nothing."),
 ]
 MaxCostOption = Annotated[
     str | None,
     typer.Option(
         "--max-cost",
         metavar="AMOUNT",
-        help="Launch nothing more for it once it has cost so much on AWS, such as 5USD.",
+        help="Launch no more instances once the cost on AWS reaches this, such as 5USD.",
         show_default=False,
     ),
 ]
@@ -124,14 +202,14 @@ LogFormatOption = Annotated[
     typer.Option(
         "--log-format",
         metavar="text|json",
-        help="What the grid's logs are written as; without it BATCHLAB_LOG_FORMAT, or text.",
+        help="Format of the grid's logs. Default: $BATCHLAB_LOG_FORMAT, else text.",
         show_default=False,
     ),
 ]
 PortOption = Annotated[
     int,
     typer.Option(
-        "--port", min=0, max=65535, help="Where the manager listens on 127.0.0.1; 0: any free one."
+        "--port", min=0, max=65535, help="Port of the manager on 127.0.0.1; 0 for any free one."
     ),
 ]
 CapArgument = Annotated[
@@ -141,8 +219,36 @@ JobArgument = Annotated[
     str,
     typer.Argument(
         metavar="JOB",
-        help="A job's id, the beginning of one, or 'last'.",
-        autocompletion=completion.jobs,
+        help="Id of a job, beginning of an id, or 'last'.",
+        autocompletion=jobs,
+    ),
+]
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A task, such as parse/3, or only 3 if the job has one stage.",
+        show_default=False,
+    ),
+]
+AnyBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Backend of a grid that is not running. Default: local.",
+        autocompletion=backends,
+        show_default=False,
+    ),
+]
+BucketBackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Backend whose bucket has the job. Default: that of the running grid, else local.",
+        autocompletion=backends,
+        show_default=False,
     ),
 ]
 FileArgument = Annotated[
@@ -151,15 +257,14 @@ FileArgument = Annotated[
 
 
 def home_of(option: Path | None) -> Home:
-    """The grid's folder that --home or its default names."""
+    """Return the grid's folder for the value of --home."""
     from batchlab.runtime.home import find_home
 
     return find_home(option)
 
 
 def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
-    """The seconds of `10m`, or of a number, `least_s` at the least; UsageError, which names the
-    option."""
+    """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
     from batchlab.core.units import DURATION_FORMS, seconds, shown
 
     try:
@@ -174,7 +279,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
 
 
 def cap_of(text: str) -> float | None:
-    """The dollars of `5USD`, None of `none`; UsageError."""
+    """Parse `5USD`, or `none` as None; raise UsageError."""
     from batchlab.core.pricing.money import parse
 
     return None if text == "none" else parse(text)
@@ -187,12 +292,12 @@ _KINDS = {
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number",
 }
-"""What is asked for, by the mistakes that the parser of values knows by these names."""
+"""Expected kind of number by the error type of Typer's parser."""
 
 
-def plainly(error: BadParameter) -> UsageError | None:
-    """The same as a person would say it; None where it is about something else than a number."""
-    # By Any: which classes these are is typer's own business.
+def number_error(error: BadParameter) -> UsageError | None:
+    """Return a plain error for a wrong number, or None for other errors."""
+    # Typed as Any because these classes are internal to Typer.
     option: Any = error.param
     mistakes: Any = getattr(error.__cause__, "errors", None)
     if option is None or mistakes is None:
@@ -218,3 +323,51 @@ def _range(least: float | None, most: float | None) -> str:
 def _example(option: Any) -> float:
     usual, least = option.default, option.min
     return float(usual if isinstance(usual, int | float) else max(1, least or 0))
+
+
+_POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
+
+
+def parse_pool(text: str) -> Pool:
+    """Parse a pool such as `default:0-4x1`; raise UsageError."""
+    from batchlab.core.model import Pool
+
+    found = _POOL_FORM.fullmatch(text)
+    if found is None:
+        raise UsageError(
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
+            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
+            "name has up to 40 small letters, digits, '-' and '_'.",
+        )
+    smallest, largest, slots = (int(number) for number in found.groups()[1:])
+    pool = Pool(found[1], smallest, largest, slots)
+    if pool.min_size > pool.max_size or pool.slots < 1:
+        raise UsageError(
+            f"The pool {text!r} needs MIN ≤ MAX and at least one slot.",
+            remedy="Write for example default:0-4x1.",
+        )
+    return pool
+
+
+def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
+    """Parse a pool and the instance types after `@`; raise UsageError."""
+    form, at, types = text.partition("@")
+    names = tuple(one.strip() for one in types.split(","))
+    if at and not all(names):
+        raise UsageError(
+            f"The pool {text!r} lacks an instance type after '@'.",
+            remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
+        )
+    return parse_pool(form), names if at else ()
+
+
+def parse_pools(texts: Iterable[str]) -> list[Pool]:
+    """Parse pools; raise UsageError, also for a repeated name."""
+    pools = [parse_pool(text) for text in texts]
+    names = [pool.name for pool in pools]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"The pool {name!r} is given twice.", remedy="Give each pool one --pool."
+            )
+    return pools

@@ -1,6 +1,6 @@
-"""What a person reads: sentences, tables, durations; and JSON for programs.
+"""Output on stdout and stderr: sentences, tables, times, and JSON.
 
-Invariant: no control character of anybody's text reaches the terminal, whoever prints it.
+Invariant: control characters in a text never reach the terminal.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|days|B|[KMGT]iB)( \d\d? (s|min|h
 
 
 def say(text: str) -> None:
-    """A note for the person in front, on stderr."""
-    print(visible(text), file=sys.stderr, flush=True)  # noqa: T201 - the one place that does
+    """Print a note on stderr."""
+    print(visible(text), file=sys.stderr, flush=True)  # noqa: T201 - the only function that prints to stderr
 
 
 class Sometimes:
-    """Notes on something that may take long: none at first, then one every few seconds."""
+    """Notes on long work: at most one every few seconds, and none at first."""
 
     def __init__(self, every_s: float = 3.0) -> None:
         self._every_s = every_s
@@ -43,22 +43,22 @@ class Sometimes:
 
 
 def show(text: str) -> None:
-    """Output that somebody asked for, on stdout."""
+    """Print a result on stdout."""
     print(visible(text), flush=True)  # noqa: T201 - the one place that does
 
 
 def show_exact(text: str) -> None:
-    """The same for a program; at a terminal there is a person after all."""
+    """Print a result unchanged for a program, but without control characters on a terminal."""
     print(visible(text) if sys.stdout.isatty() else text, flush=True)  # noqa: T201 - as above
 
 
 def show_json(value: Any, *, indent: int | None = 2) -> None:
-    """`value` as JSON on stdout."""
+    """Print `value` as JSON on stdout."""
     show(visible_json(value, indent=indent))
 
 
 def complain(error: BatchlabError) -> None:
-    """One error on stderr: a sentence, and below it what to do."""
+    """Print an error on stderr: a sentence, and below it the remedy."""
     errors: Sequence[BatchlabError] = getattr(error, "errors", ()) or [error]
     for one in errors:
         where = ""
@@ -70,8 +70,10 @@ def complain(error: BatchlabError) -> None:
 
 
 def check_writable(file: Path, *, folder: bool = False) -> None:
-    """UsageError where it cannot be written: found out before the hours that lead to what is to
-    be written there. With `folder` that of the file is made, the file itself is not."""
+    """Raise UsageError if the file cannot be written, before long work begins.
+
+    With `folder`, create the folder of the file, but not the file.
+    """
     try:
         _try_to_write(file, folder=folder)
     except OSError as error:
@@ -81,7 +83,7 @@ def check_writable(file: Path, *, folder: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """The same for a folder of results, which is made."""
+    """Create a folder of results; raise UsageError if it cannot be written."""
     try:
         _try_to_write(folder / "summary.json", folder=True)
     except OSError as error:
@@ -97,17 +99,17 @@ def _try_to_write(file: Path, *, folder: bool) -> None:
     if file.exists():
         file.open("ab").close()
     else:
-        # A link to nothing stays: what is made is what it names.
+        # A dangling link is kept: create and remove its target.
         made = Path(os.path.realpath(file))
         made.open("xb").close()
         made.unlink()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns with one blank pair between them; numbers to the right.
+    """Return aligned columns with two blanks between them, numbers aligned to the right.
 
-    Plain text rather than rich's table: the same in a terminal, a pipe and a ticket, and a long
-    reason is not cut off at 80 columns where nobody sees a terminal.
+    Unlike rich's tables, the text is the same in a terminal, a pipe, and a ticket, and long cells
+    are not cut off at 80 columns.
     """
     cells = [[clean(str(cell)) for cell in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
@@ -127,12 +129,12 @@ def _is_number(text: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """`text` in one line, what is not printable replaced."""
+    """Return `text` in one line, with unprintable characters replaced."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def moment(at_s: float | None) -> str:
-    """A time of day in the reader's own zone, with the date."""
+    """Return date and time in the local time zone."""
     if at_s is None:
         return "-"
     return datetime.fromtimestamp(at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,7 +1,4 @@
-"""`batchlab prices …`: what AWS asks for what, and where that is known from.
-
-`grid cap` and `job cap`: what may be spent before nothing more is launched.
-"""
+"""`batchlab prices`: the price book with its sources."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import CapArgument, HomeOption, JobArgument, JsonOption, cap_of, home_of
+from batchlab.cli.options import HomeOption, JsonOption, home_of
 
 if TYPE_CHECKING:
     from batchlab.core.pricing.price_book import PriceBook
@@ -20,9 +17,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the group `prices` to the root command."""
+    root.add_typer(app, name="prices")
+
+
 @app.callback()
 def prices() -> None:
-    """Look at the price book, and take newer prices into it.
+    """Show and update the price book.
 
     \b
     Example: batchlab prices show
@@ -38,7 +40,7 @@ def show(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show prices, with their region, day and source.
+    """Show prices with their region, date, and source.
 
     \b
     Example: batchlab prices show m7i.large c7g.large
@@ -47,7 +49,7 @@ def show(
 
     book = load(home_of(home).path)
     for name in types or ():
-        book.instance_usd_h(name)  # says so where there is none
+        book.instance_usd_h(name)  # raises UsageError for an unknown type
     if json:
         output.show_json(_json(book, types))
     else:
@@ -111,27 +113,27 @@ def refresh(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="AWS's price list of AmazonEC2, AmazonRDS or AWSDataTransfer (CSV or JSON), the "
+            help="AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
             "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
             show_default=False,
         ),
     ],
     region: Annotated[
-        str, typer.Option("--region", help="Where the file has several.", show_default=False)
+        str, typer.Option("--region", help="Region, if the file has several.", show_default=False)
     ] = "",
     date: Annotated[
         datetime | None,
         typer.Option(
             "--date",
             formats=["%Y-%m-%d"],
-            help="Of which day the prices are, where the file does not say.",
+            help="Date of the prices, if the file does not have one.",
             show_default=False,
         ),
     ] = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Take newer prices from a file into the grid's own price book, which wins over the shipped.
+    """Copy newer prices from a file to the grid's price book, which overrides the shipped one.
 
     \b
     Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
@@ -145,7 +147,7 @@ def refresh(
     book = price_refresh.refreshed(load(place.path), found)
     place.make()
     path = place.path / NAME
-    # Not a secret, and the manager of a grid in containers may be another user.
+    # Prices are public, and the manager of a grid in containers may be another user.
     write_whole(path, write(book), mode=0o644)
     if json:
         output.show_json(
@@ -169,45 +171,3 @@ def refresh(
             f"Still of another region: {', '.join(others)}. Their prices are few: write them "
             f"into that file."
         )
-
-
-def job_cap(
-    job: JobArgument, amount: CapArgument, home: HomeOption = None, json: JsonOption = False
-) -> None:
-    """Cap what a job costs on AWS: beyond it nothing more is launched, what runs is finished.
-
-    A job that a cap holds back goes on once that is raised.
-
-    \b
-    Example: batchlab job cap last 10USD
-    """
-    from batchlab.cli.session import connect, resolve
-
-    usd = cap_of(amount)
-    with connect(home_of(home)) as client:
-        view = client.cap_job(resolve(client, job)["id"], usd)
-    if json:
-        output.show_json(view)
-    else:
-        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
-        output.show(f"What {view['job']} costs {said}.")
-
-
-def grid_cap(amount: CapArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Cap what the grid costs on AWS: beyond it nothing more is launched, what runs is finished.
-
-    It counts from the day the grid's account was opened; `grid status` says how far it is.
-
-    \b
-    Example: batchlab grid cap 50USD
-    """
-    from batchlab.cli.session import connect
-
-    usd = cap_of(amount)
-    with connect(home_of(home)) as client:
-        view = client.cap_grid(usd)
-    if json:
-        output.show_json(view)
-    else:
-        said = "is not capped" if usd is None else f"is capped at {usd:g} USD"
-        output.show(f"What the grid costs {said}.")

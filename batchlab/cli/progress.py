@@ -1,10 +1,7 @@
-"""A job as it runs: a picture that moves in a terminal, a line now and then elsewhere.
+"""Progress of jobs, replays, deployments, and counted work on stderr.
 
-Invariant: nothing but plain lines goes where nobody can see a picture.
-
-A picture on stderr that moves. rich's own thread draws it: its clock goes on while we wait.
-
-rich is imported only where there is somebody to see it.
+A terminal shows a live display, drawn by rich's own thread. Elsewhere, plain lines are printed from
+time to time. rich is imported only for a terminal.
 """
 
 from __future__ import annotations
@@ -13,9 +10,10 @@ import sys
 import time
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from batchlab.cli import output
 from batchlab.core.api_types import GridView, JobView, StageView
@@ -24,27 +22,65 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+    from batchlab.deploy.failure_cause import Event
+    from batchlab.scenarios.replay.run_state import ReplayProgress
 
-class Moving:
-    """A context manager: the picture stands while it is entered, and its last state stays."""
+LINE_EVERY_S = 3.0
+BAR_UPDATE_S = 0.1
+RATE_WINDOW_S = 10.0
+LATE_S = 0.5
+"""A submission later than this is reported."""
+SHOWN_RESOURCES = 8
+_STYLES = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "PAUSED": "yellow"}
 
-    per_second = 8
-    _live: Live | None = None
+
+class Display:
+    """Context manager that shows progress: a live display on a terminal, otherwise lines."""
+
+    refreshes_per_s = 8
+
+    def __init__(self, *, is_live: bool | None = None, every_s: float = LINE_EVERY_S) -> None:
+        self._is_live = sys.stderr.isatty() if is_live is None else is_live
+        self._every_s = every_s
+        self._started_s = time.monotonic()
+        self._line_s = float("-inf")
+        self._live: Live | None = None
 
     @abstractmethod
     def draw(self) -> RenderableType:
-        """What there is to see now."""
+        """Return the present state for a terminal."""
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the live display if there is one."""
+        if self._live:
+            self._live.console.print(output.visible(text), markup=False, highlight=False)
+        else:
+            output.say(text)
+
+    def say_at(self, at_s: float, text: str) -> None:
+        """Print a line with the time `at_s` in front."""
+        self._line_s = time.monotonic()
+        output.say(f"[{output.span(at_s):>7}] {text}")
+
+    def is_line_due(self) -> bool:
+        """Whether enough time has passed since the last line of `say_at`."""
+        return time.monotonic() - self._line_s >= self._every_s
 
     def __enter__(self) -> Self:
-        from rich.console import Console
-        from rich.live import Live
+        if self._is_live:
+            from rich.console import Console
+            from rich.live import Live
 
-        self._live = Live(
-            console=Console(stderr=True),
-            get_renderable=self.draw,
-            refresh_per_second=self.per_second,
-        )
-        self._live.start()
+            self._live = Live(
+                console=Console(stderr=True),
+                get_renderable=self.draw,
+                refresh_per_second=self.refreshes_per_s,
+            )
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,149 +89,138 @@ class Moving:
         self._live = None
 
 
-PLAIN_EVERY_S = 3.0
-RATE_OVER_S = 10.0
-_STYLES = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "PAUSED": "yellow"}
+@contextmanager
+def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a function that shows work: units done, units in all, and a text about them.
+
+    A terminal shows a bar. Elsewhere, the text is printed every `every_s` seconds.
+    """
+    if not sys.stderr.isatty():
+        sometimes = output.Sometimes(every_s)
+        yield lambda _done, _total, text: sometimes.say(text)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        updated_s = float("-inf")
+
+        def show(done: int, total: int, text: str) -> None:
+            nonlocal updated_s
+            if time.monotonic() - updated_s >= BAR_UPDATE_S:
+                updated_s = time.monotonic()
+                progress.update(task, completed=done, total=total, description=text)
+
+        yield show
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
 
 
 def ended(stage: StageView) -> int:
-    """Tasks of a stage that have a terminal state."""
+    """Return the number of a stage's tasks in a terminal state."""
     return stage["succeeded"] + stage["failed"] + stage["cancelled"]
 
 
 def capacity(grid: GridView | None, job: JobView) -> tuple[int, int, int]:
-    """Instances in service, desired, and slots in service, of the pools the job uses."""
-    pools = {stage["pool"] for stage in job["stages"]}
+    """Return instances in service, desired capacity, and slots in service of the job's pools."""
+    names = {stage["pool"] for stage in job["stages"]}
     serving = desired = slots = 0
     for pool in grid["pools"] if grid else ():
-        if pool["name"] in pools:
-            up = sum(one["state"] == "InService" for one in pool["instances"])
-            serving, desired, slots = (
-                serving + up,
-                desired + pool["desired"],
-                slots + up * pool["slots"],
-            )
+        if pool["name"] in names:
+            in_service = sum(one["state"] == "InService" for one in pool["instances"])
+            serving += in_service
+            desired += pool["desired"]
+            slots += in_service * pool["slots"]
     return serving, desired, slots
 
 
 @dataclass(slots=True)
 class Rates:
-    """Tasks per second by stage, over the last few seconds."""
+    """Tasks per second of each stage over the last RATE_WINDOW_S."""
 
-    seen: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
+    samples: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
     def note(self, job: JobView, now_s: float) -> None:
         for stage in job["stages"]:
-            samples = self.seen.setdefault(stage["name"], deque())
+            samples = self.samples.setdefault(stage["name"], deque())
             if not ended(stage):
-                samples.clear()  # waiting for workers is no slowness of theirs
+                samples.clear()  # the wait for workers does not count
             samples.append((now_s, ended(stage)))
-            while len(samples) > 2 and samples[1][0] < now_s - RATE_OVER_S:
+            while len(samples) > 2 and samples[1][0] < now_s - RATE_WINDOW_S:
                 samples.popleft()
 
     def of(self, stage: StageView) -> float | None:
-        """None where nothing has ended lately."""
-        samples = self.seen.get(stage["name"])
+        """Return the rate, or None if no task ended in the window."""
+        samples = self.samples.get(stage["name"])
         if not samples or samples[-1][1] == samples[0][1]:
             return None
         return (samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0])
 
     def left_s(self, stage: StageView) -> float | None:
-        """Seconds until the stage has ended, at that rate."""
+        """Return the seconds until the stage ends at its present rate, or None if unknown."""
         rate = self.of(stage)
         if rate is None or stage["planned"] is None:
             return None
         return (stage["planned"] - ended(stage)) / rate
 
 
-class Progress(Protocol):
-    """Shows a job; a context manager that cleans up the terminal."""
+class JobDisplay(Display):
+    """Progress of a job: one line with a bar for each stage, and one for the workers.
 
-    def show(self, job: JobView, grid: GridView | None) -> None:
-        """The job has changed, or time has passed."""
+    Lines are printed when the job's state changes, when a stage ends, and every few seconds.
+    """
 
-    def cost(self, text: str) -> None:
-        """What it costs, to be shown with what comes next."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None: ...
-
-
-def follow() -> Progress:
-    """The picture where stderr is a terminal, else lines."""
-    return Picture() if sys.stderr.isatty() else Lines()
-
-
-class Lines:
-    """A line when the job's state changes, when a stage ends, and every few seconds."""
-
-    def __init__(self, every_s: float = PLAIN_EVERY_S) -> None:
-        self._every_s = every_s
-        self._begun_s = time.monotonic()
-        self._said_s = float("-inf")
-        self._said: tuple[object, ...] = ()
+    def __init__(self, *, is_live: bool | None = None, every_s: float = LINE_EVERY_S) -> None:
+        super().__init__(is_live=is_live, every_s=every_s)
+        self._rates = Rates()
+        self._views: tuple[JobView, GridView | None] | None = None
+        self._progress: tuple[object, ...] = ()
         self._text = ""
         self._cost = ""
 
     def cost(self, text: str) -> None:
-        self._cost = f"; it {text}" if text else ""
-
-    def show(self, job: JobView, grid: GridView | None) -> None:
-        now_s = time.monotonic()
-        notable = (job["state"], [s["planned"] == ended(s) for s in job["stages"]])
-        text = f"{job['id']} {job['state']}: {', '.join(map(_stage_text, job['stages']))}"
-        if notable == self._said and (now_s - self._said_s < self._every_s or text == self._text):
-            return
-        self._said, self._said_s, self._text = notable, now_s, text
-        serving, desired, _ = capacity(grid, job)
-        workers = f"; {serving}/{desired} workers" if grid else ""
-        output.say(f"[{output.span(now_s - self._begun_s):>7}] {text}{workers}{self._cost}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-
-def _stage_text(stage: StageView) -> str:
-    planned = "?" if stage["planned"] is None else stage["planned"]
-    failed = f" ({stage['failed']} failed)" if stage["failed"] else ""
-    return f"{stage['name']} {ended(stage)}/{planned}{failed}"
-
-
-class Picture(Moving):
-    """One line per stage with a bar, and one for the workers."""
-
-    def __init__(self) -> None:
-        self._begun_s = time.monotonic()
-        self._rates = Rates()
-        self._shown: tuple[JobView, GridView | None] | None = None
-        self._cost = ""
-
-    def cost(self, text: str) -> None:
-        self._cost = f"  it {text}" if text else ""
+        """Set the sentence on the job's cost, which is shown from the next update on."""
+        self._cost = f"it {text}" if text else ""
 
     def show(self, job: JobView, grid: GridView | None) -> None:
         self._rates.note(job, time.monotonic())
-        self._shown = (job, grid)
+        self._views = (job, grid)
+        if not self._is_live:
+            self._print(job, grid)
+
+    def _print(self, job: JobView, grid: GridView | None) -> None:
+        progress = (job["state"], [stage["planned"] == ended(stage) for stage in job["stages"]])
+        text = f"{job['id']} {job['state']}: {', '.join(map(_stage_text, job['stages']))}"
+        if progress == self._progress and (not self.is_line_due() or text == self._text):
+            return
+        self._progress, self._text = progress, text
+        serving, desired, _ = capacity(grid, job)
+        parts = [text, f"{serving}/{desired} workers" if grid else "", self._cost]
+        self.say_at(self.elapsed_s, "; ".join(filter(None, parts)))
 
     def draw(self) -> RenderableType:
-        """What there is to see now."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        if self._shown is None:
+        if self._views is None:
             return Text("waiting for the grid")
-        job, grid = self._shown
+        job, grid = self._views
         table = Table.grid(padding=(0, 2))
         for justify in ("left", "left", "right", "right", "right", "right", "left"):
             table.add_column(justify=justify, no_wrap=True)
@@ -215,8 +240,139 @@ class Picture(Moving):
             )
         serving, desired, _ = capacity(grid, job)
         state = Text(job["state"], _STYLES.get(job["state"], "cyan"))
-        since = output.span(time.monotonic() - self._begun_s)
-        foot = Text.assemble(
-            job["id"], " ", state, f"  {serving}/{desired} workers  {since}{self._cost}"
+        workers = f"  {serving}/{desired} workers  {output.span(self.elapsed_s)}"
+        cost = f"  {self._cost}" if self._cost else ""
+        return Group(table, Text.assemble(job["id"], " ", state, f"{workers}{cost}"))
+
+
+def _stage_text(stage: StageView) -> str:
+    planned = "?" if stage["planned"] is None else stage["planned"]
+    failed = f" ({stage['failed']} failed)" if stage["failed"] else ""
+    return f"{stage['name']} {ended(stage)}/{planned}{failed}"
+
+
+# --- Replays of scenarios ------------------------------------------------------------------------
+
+
+class ReplayDisplay(Display):
+    """Progress of a replay: a bar of jobs, and below it the queues, the fleet, and the faults.
+
+    Lines are printed when a fault begins or ends, and every few seconds.
+    """
+
+    refreshes_per_s = 4
+
+    def __init__(self, *, is_live: bool | None = None, every_s: float = LINE_EVERY_S) -> None:
+        super().__init__(is_live=is_live, every_s=every_s)
+        self._state: ReplayProgress | None = None
+        self._faults: tuple[str, ...] = ()
+
+    def show(self, state: ReplayProgress) -> None:
+        self._state = state
+        if self._is_live or (state.doing == self._faults and not self.is_line_due()):
+            return
+        self._faults = state.doing
+        parts = [_jobs_text(state), _grid_text(state), *_notes(state)]
+        self.say_at(state.at_s, "; ".join(filter(None, parts)))
+
+    def draw(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        state = self._state
+        if state is None:
+            return Text("preparing the first jobs")
+        head = Table.grid(padding=(0, 2))
+        jobs = ProgressBar(
+            total=max(1, state.jobs), completed=state.ended, width=32, finished_style="green"
         )
-        return Group(table, foot)
+        head.add_row(output.span(state.at_s), jobs, _jobs_text(state))
+        below = [_grid_text(state), *_notes(state)]
+        return Group(head, *(Text(line, "red" if "broken" in line else "") for line in below))
+
+
+def _jobs_text(state: ReplayProgress) -> str:
+    bad = f", {state.bad} of them badly" if state.bad else ""
+    return f"{state.ended:,}/{state.jobs:,} jobs ended{bad}, {state.submitted:,} submitted"
+
+
+def _grid_text(state: ReplayProgress) -> str:
+    if state.sample is None:
+        return ""
+    pools = state.sample.pools.values()
+    in_service = sum(pool.in_service for pool in pools)
+    desired = sum(pool.desired for pool in pools)
+    waiting, in_flight = state.sample.waiting, state.sample.in_flight
+    return (
+        f"{waiting:,} messages waiting, {in_flight:,} in flight; {in_service}/{desired} instances"
+    )
+
+
+def _notes(state: ReplayProgress) -> list[str]:
+    notes = []
+    if state.left_s >= 1 and state.ended < state.jobs:
+        notes.append(f"about {output.span(state.left_s)} left")
+    if state.late_s > LATE_S:
+        notes.append(f"submissions up to {output.span(state.late_s)} late")
+    if state.doing:
+        notes.append(f"broken now: {', '.join(state.doing)}")
+    return notes
+
+
+# --- Operations on a stack -----------------------------------------------------------------------
+
+
+class StackDisplay(Display):
+    """Progress of a stack operation: a bar, the resources in work, and failures as lines that stay.
+
+    Without a terminal there is a line for each event that ends or fails a resource.
+    """
+
+    def __init__(self, operation: str, total: int, *, is_live: bool | None = None) -> None:
+        super().__init__(is_live=is_live)
+        self._operation = operation
+        self._total = total
+        self._current: dict[str, str] = {}
+        self._ended: set[str] = set()
+
+    def see(self, event: Event) -> None:
+        """Show an event of CloudFormation."""
+        is_in_progress = event.status.endswith("_IN_PROGRESS")
+        if not self._is_live:
+            if event.is_of_stack or not is_in_progress:
+                self.say_at(self.elapsed_s, _event_text(event))
+        elif event.is_of_stack:
+            self.say(_event_text(event))
+        elif is_in_progress:
+            self._current[event.resource] = event.status
+        else:
+            self._current.pop(event.resource, None)
+            self._ended.add(event.resource)
+            if event.has_failed:
+                self.say(_event_text(event))
+
+    def draw(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        done = len(self._ended)
+        # CloudFormation may also send events of resources that an update leaves unchanged.
+        total = max(self._total, done)
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._operation),
+            ProgressBar(total=max(total, 1), completed=done, width=24),
+            f"{done}/{total}" if self._total else str(done),
+            output.span(self.elapsed_s),
+        )
+        current = list(self._current.items())[:SHOWN_RESOURCES]
+        return Group(head, *(Text(f"  {status.lower()} {name}", "dim") for name, status in current))
+
+
+def _event_text(event: Event) -> str:
+    reason = f": {event.reason}" if event.reason else ""
+    return output.clean(f"{event.status} {event.resource} ({event.type}){reason}")

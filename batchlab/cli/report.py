@@ -1,21 +1,31 @@
-"""`batchlab report …`: what a job did, asked in SQL, compared, and brought here from production.
+"""`batchlab report`: performance data of jobs as SQL results, HTML pages, and folders.
 
-Invariant: nothing here changes a job; and whatever is asked of a folder needs nothing but that.
-
-`batchlab report html`: what a job did, as one page that works without a network.
-
-Invariant: what could not be had for a page is said, and nothing but its file is written.
+Invariant: the commands do not change jobs. A query of a folder needs only that folder. Text output
+has rounded numbers, JSON and CSV have every digit.
 """
 
 from __future__ import annotations
 
+import csv as csv_
+import io
+import json as json_
+import math
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchlab.cli import completion, output
-from batchlab.cli.options import EndpointOption, HomeOption, JsonOption, home_of
+from batchlab.cli import options, output
+from batchlab.cli.options import (
+    BucketBackendOption,
+    EndpointOption,
+    HomeOption,
+    JsonOption,
+    home_of,
+)
+from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +38,9 @@ RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A job of the grid (its id, the beginning of one, or 'last'), or a folder that "
-        "`report pull` has made; without it the last job.",
-        autocompletion=completion.jobs,
+        help="A job of the grid (id, beginning of an id, or 'last'), or a folder of `report pull`. "
+        "Default: the last job.",
+        autocompletion=options.jobs,
         show_default=False,
     ),
 ]
@@ -39,22 +49,22 @@ OutOption = Annotated[
     typer.Option(
         "--out",
         metavar="FILE",
-        help="The file to write; without it the job's id and .html, here.",
+        help="File to write. Default: the job's id with .html, here.",
         show_default=False,
     ),
 ]
 NoLogsOption = Annotated[
     bool,
-    typer.Option("--no-logs", help="Leave out tracebacks and logs of tasks that failed."),
+    typer.Option("--no-logs", help="Leave out tracebacks and logs of failed tasks."),
 ]
 BackendOption = Annotated[
     str,
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="Whose bucket has the job, and of a folder's job the logs; without it that of the "
-        "grid that is up, or local.",
-        autocompletion=completion.backends,
+        help="Backend whose bucket has the job, or the logs of a folder's job. Default: that of "
+        "the running grid, else local.",
+        autocompletion=options.backends,
         show_default=False,
     ),
 ]
@@ -69,8 +79,9 @@ def html(
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a run's report as one HTML file: summary, what to change next, workers, load, times,
-    cost, failures. It can be read anywhere, offline.
+    """Write the report of a run as one HTML file that needs no network.
+
+    It has a summary, recommended changes, workers, load, times, cost, and failures.
 
     \b
     Example: batchlab report html last --out monday.html
@@ -88,7 +99,7 @@ def html(
         job = only_job(connection)
         file = out or Path(f"{job}.html")
         output.check_writable(file, folder=True)
-        # A folder alone is enough for a page, so that nothing else is asked unless one says whom.
+        # A page of a folder reads no bucket unless --backend names one.
         is_bare = Path(run).is_dir() and not backend
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
@@ -100,15 +111,15 @@ def html(
                 "job": job,
                 "file": str(file),
                 "size_bytes": size_bytes,
-                "to_change": [_told(one) for one in made.to_do],
+                "to_change": [_finding_json(one) for one in made.to_do],
             }
         )
         return
-    output.show(f"{file}: {output.size(size_bytes)}. {_said(made.to_do)}")
+    output.show(f"{file}: {output.size(size_bytes)}. {_findings_text(made.to_do)}")
 
 
 def _write(file: Path, text: str) -> int:
-    """How many bytes it has; UsageError where it cannot be written."""
+    """Write the file and return its size in bytes; raise UsageError."""
     from batchlab.core.errors import UsageError
 
     try:
@@ -120,7 +131,7 @@ def _write(file: Path, text: str) -> int:
 
 
 def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Sample]:
-    """Nothing, and a word why, where the bucket cannot be asked."""
+    """Return tracebacks and logs, or nothing and print a note if the bucket cannot be read."""
     import asyncio
 
     from batchlab.core.errors import BackendError
@@ -128,18 +139,18 @@ def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Samp
     from batchlab.reports.html.failures import samples
     from batchlab.runtime import factory
 
-    async def asked() -> dict[Case, Sample]:
+    async def fetched() -> dict[Case, Sample]:
         objects = source.load().open_objects(source.home)
         return await samples(patiently(objects, factory.patience()), job, cases)
 
     try:
-        return asyncio.run(asked())
+        return asyncio.run(fetched())
     except BackendError as error:
         output.say(output.clean(f"The page has no tracebacks and no logs: {error}"))
         return {}
 
 
-def _told(one: Finding) -> dict[str, str]:
+def _finding_json(one: Finding) -> dict[str, str]:
     return {
         "check": one.check,
         "level": one.level.name.lower(),
@@ -149,7 +160,7 @@ def _told(one: Finding) -> dict[str, str]:
     }
 
 
-def _said(to_do: Sequence[Finding]) -> str:
+def _findings_text(to_do: Sequence[Finding]) -> str:
     if not to_do:
         return "Its checks found nothing to change."
     return f"{output.count(len(to_do), 'finding')}, first: {output.clean(to_do[0].title)}."
@@ -157,14 +168,22 @@ def _said(to_do: Sequence[Finding]) -> str:
 
 app = typer.Typer(no_args_is_help=True)
 
+
+def register(root: typer.Typer) -> None:
+    """Add the group `report` to the root command."""
+    from batchlab.cli.report_diff import diff
+
+    app.command()(diff)
+    root.add_typer(app, name="report")
+
+
 RunsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RUN]...",
-        help="A job of the grid (its id, the beginning of one, or 'last'), a folder that "
-        "`report pull` has made, or the record of a `scenario replay` for all of its jobs; "
-        "without any the last job.",
-        autocompletion=completion.jobs,
+        help="A job of the grid (id, beginning of an id, or 'last'), a folder of `report pull`, or "
+        "the record of a `scenario replay` for all of its jobs. Default: the last job.",
+        autocompletion=options.jobs,
         show_default=False,
     ),
 ]
@@ -172,8 +191,8 @@ JobsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB...",
-        help="A job's id, the beginning of one, or 'last'.",
-        autocompletion=completion.jobs,
+        help="Id of a job, beginning of an id, or 'last'.",
+        autocompletion=options.jobs,
         show_default=False,
     ),
 ]
@@ -181,19 +200,9 @@ PulledArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB...",
-        help="A job's id, the beginning of one, or 'last'; or the record of a `scenario replay` "
-        "for all of its jobs.",
-        autocompletion=completion.jobs,
-        show_default=False,
-    ),
-]
-FromOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="Whose bucket has the job; without it that of the grid that is up, or local.",
-        autocompletion=completion.backends,
+        help="Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for "
+        "all of its jobs.",
+        autocompletion=options.jobs,
         show_default=False,
     ),
 ]
@@ -202,7 +211,7 @@ CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, for spreadshe
 
 @app.callback()
 def report() -> None:
-    """Ask what a job did: run times, waits, retries, scaling, cost.
+    """Query run times, waits, retries, scaling, and cost of jobs.
 
     \b
     Example: batchlab report query slowest_tasks last
@@ -213,19 +222,18 @@ def report() -> None:
 def sql(
     query: Annotated[str, typer.Argument(metavar="SELECT", help="One SELECT of DuckDB's SQL.")],
     runs: RunsArgument = None,
-    backend: FromOption = "",
+    backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Ask one or many runs in SQL. The tables are those of docs/report-data.md; nothing else can be
-    read, and nothing be written.
+    """Query runs in SQL. The tables are those of docs/report-data.md. Other files cannot be read,
+    and nothing can be written.
 
     \b
     Example: batchlab report sql "select stage, median(run_s) from tasks group by stage" last
     """
-    from batchlab.cli.query_output import show
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
@@ -236,7 +244,7 @@ def sql(
 
 @app.command()
 def queries(json: JsonOption = False) -> None:
-    """List the queries that have a name.
+    """List the named queries.
 
     \b
     Example: batchlab report queries
@@ -254,22 +262,19 @@ def queries(json: JsonOption = False) -> None:
 
 @app.command()
 def query(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="One of those that `report queries` lists.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A query of `report queries`.")],
     runs: RunsArgument = None,
-    backend: FromOption = "",
+    backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Ask one or many runs a query that has a name.
+    """Run a named query on one or more runs.
 
     \b
     Example: batchlab report query retries last
     """
-    from batchlab.cli.query_output import show
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import named_queries, store
 
@@ -283,30 +288,31 @@ def query(
 def pull(
     jobs: PulledArgument,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where to; a folder for each job in it.")
+        Path, typer.Option("--out", metavar="DIR", help="Folder that gets a folder for each job.")
     ] = Path(),
-    backend: FromOption = "",
+    backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Bring the performance data of jobs here, as folders of Parquet files that need no account and
-    no grid any more.
+    """Copy the performance data of jobs to folders of Parquet files.
+
+    The folders can be queried without an account or a grid.
 
     \b
     Example: batchlab report pull month-end-0123456789 --backend aws --out runs
     """
-    from batchlab.cli.report_source import Source, job_of, meant
+    from batchlab.cli.report_source import Source, expanded, job_of
     from batchlab.cli.report_source import pull as bring
 
     source = Source(home_of(home), backend, endpoint)
     brought = []
-    for text in meant(jobs):
+    for text in expanded(jobs):
         job = job_of(source, text)
         index = bring(source, job, out / job)
         brought.append({"job": job, "folder": str(out / job), "is_final": index.is_final})
         if not json:
-            ended = "" if index.is_final else ", which is not over yet"
+            ended = "" if index.is_final else ", which has not ended"
             output.show(f"{output.count(index.rows['tasks'], 'task')} of {job}{ended}: {out / job}")
     if json:
         output.show_json({"runs": brought})
@@ -315,13 +321,14 @@ def pull(
 @app.command()
 def write(
     jobs: JobsArgument,
-    backend: FromOption = "",
+    backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write the performance data of jobs into the bucket, from the bucket alone. The manager does
-    so at the end of each job that takes five seconds or more.
+    """Write the performance data of jobs to the bucket. Only the bucket is read.
+
+    The manager does this at the end of each job that takes five seconds or more.
 
     \b
     Example: batchlab report write last
@@ -340,7 +347,7 @@ def write(
         key = object_keys.reports(job)
         written.append({"job": job, "prefix": key, "is_final": index.is_final, "rows": index.rows})
         if not json:
-            ended = "" if index.is_final else ", which is not over yet"
+            ended = "" if index.is_final else ", which has not ended"
             size = output.size(sum(index.sizes.values()))
             output.show(
                 f"{output.count(index.rows['tasks'], 'task')} of {job}{ended}: {size} in {key}"
@@ -350,3 +357,61 @@ def write(
 
 
 app.command()(html)
+
+
+def show(
+    names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = False, csv: bool = False
+) -> None:
+    """Print the rows as a table, as CSV, or as JSON: a list of objects under `rows`."""
+    if json and csv:
+        raise UsageError("--json and --csv are two answers.", remedy="Leave one of them out.")
+    if json:
+        objects = [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
+        output.show_json({"rows": objects})
+    elif csv:
+        output.show_exact(_csv(names, rows))
+    elif rows:
+        output.show(output.table(names, [[_shown(cell) for cell in row] for row in rows]))
+    else:
+        output.say("No rows.")
+
+
+def _csv(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv_.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([_cell(cell) for cell in row] for row in rows)
+    return text.getvalue().removesuffix("\n")
+
+
+def _cell(value: Any) -> Any:
+    plain = _plain(value)
+    return json_.dumps(plain, ensure_ascii=False) if isinstance(plain, list | dict) else plain
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of JSON. Other types become text, and infinite or undefined numbers null."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, float):
+        # Times need their fraction, and shares and prices their significant digits.
+        return f"{value:.3f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    return str(value)

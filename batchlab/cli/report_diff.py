@@ -1,4 +1,4 @@
-"""`batchlab report diff`: two runs, or two sets of them, compared; a gate for CI."""
+"""`batchlab report diff`: a comparison of two runs or sets of runs, with gates for CI."""
 
 from __future__ import annotations
 
@@ -11,26 +11,36 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.options import EndpointOption, HomeOption, JsonOption, home_of
-from batchlab.cli.report import FromOption
+from batchlab.cli.options import (
+    BucketBackendOption,
+    EndpointOption,
+    HomeOption,
+    JsonOption,
+    home_of,
+)
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
     from batchlab.reports.compare.comparison import Change, Comparison
 
-_SIDE = "One run, or several with commas between them, or a folder of runs."
+_SIDE = "A run, several runs separated by commas, or a folder of runs."
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=f"Before. {_SIDE}", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help=f"After. {_SIDE}", show_default=False)],
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help=f"Runs before the change. {_SIDE}", show_default=False),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help=f"Runs after the change. {_SIDE}", show_default=False)
+    ],
     threshold: Annotated[
         str | None,
         typer.Option(
             "--threshold",
             metavar="PERCENT",
-            help="Exit with 1 where the 95th percentile of a stage's run time, the tasks per "
-            "second or the cost per 1,000 tasks got worse by more.",
+            help="Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, "
+            "or the cost per 1,000 tasks got worse by more than this.",
             show_default=False,
         ),
     ] = None,
@@ -39,24 +49,25 @@ def diff(
         typer.Option(
             "--fail-on",
             metavar="'MEASURE > N%'",
-            help="Exit with 1 where this measure got worse by more than N per cent; of one stage: "
+            help="Exit with 1 if this measure got worse by more than N%. For one stage write "
             "'STAGE.MEASURE > N%'. May be repeated.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the resampling that confidence comes from.")
+        int, typer.Option("--seed", help="Seed of the resampling for confidence intervals.")
     ] = 0,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")
     ] = False,
-    backend: FromOption = "",
+    backend: BucketBackendOption = "",
     endpoint: EndpointOption = None,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare runs: what got slower or dearer from A to B, how sure that is, and why. Exit code 1
-    where a gate was given and broken.
+    """Compare runs: measures that got worse from A to B, the confidence, and the causes.
+
+    The exit code is 1 if a gate is broken.
 
     \b
     Example: batchlab report diff runs/main runs/branch --threshold 10% --markdown
@@ -92,7 +103,7 @@ def _rows(found: Comparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for one in found.changes:
         if not one.a and not one.b:
-            continue  # nothing failed, then and now
+            continue  # both values are 0, such as failures
         verdict = "TOO MUCH" if (one.measure.name, one.stage) in broken else one.verdict
         between = "" if one.low is None else f"{one.low:+.1%} and {one.high:+.1%}"
         rows.append(
@@ -179,12 +190,11 @@ def _markdown(found: Comparison, *, gated: bool) -> str:
 
 
 def _md(text: str) -> str:
-    """Text that a job or stage may have named, as nothing but text: where it is posted it calls for
-    nobody, and refers and leads to nothing."""
+    """Escape a text of a job for Markdown, without markup, mentions, references, or links."""
     cleaned = output.clean(text)
     escaped = "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in cleaned)
-    # A backslash does not keep them from being found in the page that is made of it; what stands
-    # between two parts of it, and is not shown, does.
+    # A backslash does not prevent links in the rendered page. An invisible comment in the middle
+    # of the pattern does.
     return _LINKS.sub(lambda found: f"{found[0]}{_APART}", escaped)
 
 

@@ -1,7 +1,7 @@
-"""Where the performance data lies that RUN means: a folder, a job of the grid, or a replay's jobs.
+"""Performance data of a RUN argument: a folder, a job of the grid, or the jobs of a replay.
 
-Invariant: whoever names a folder needs no grid, no account and no network; whoever names a job gets
-its data as it is now, written anew where the bucket has none that is up to date.
+Invariant: a folder needs no grid, account, or network. The data of a job is current: it is written
+again if the bucket has no up-to-date data.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The bucket of one grid, as this command reaches it. `backend` is its name, or "" for that of
-    the grid that is up."""
+    """The bucket of a grid. An empty `backend` means that of the running grid."""
 
     home: Home
     backend: str = ""
@@ -42,7 +41,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Of the backend that is meant."""
+        """Name of the backend."""
         if self.backend:
             return self.backend
         record = self.home.record()
@@ -56,14 +55,16 @@ class Source:
 
 @contextmanager
 def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
-    """The folders with the data of these runs, for as long as they are needed; "last" where none is
-    named. UsageError for what is neither a folder nor a job."""
+    """Yield the folders with the data of the runs, by default of the last job.
+
+    Raise UsageError for a run that is neither a folder nor a job.
+    """
     with ExitStack() as stack:
-        yield [_folder(source, run, stack) for run in meant(runs or ["last"])]
+        yield [_folder(source, run, stack) for run in expanded(runs or ["last"])]
 
 
-def meant(runs: Sequence[str]) -> Iterator[str]:
-    """Each run, and in place of a replay's record those of all its jobs; UsageError."""
+def expanded(runs: Sequence[str]) -> Iterator[str]:
+    """Yield the runs, with each record of a replay replaced by its jobs; raise UsageError."""
     from batchlab.scenarios import record
 
     for run in runs:
@@ -86,7 +87,7 @@ def _folder(source: Source, run: str, stack: ExitStack) -> Path:
         return path
     if "/" in run:
         raise UsageError(
-            f"There is no folder {run}.",
+            f"The folder {run} does not exist.",
             remedy="Name a folder that `batchlab report pull` has made, or a job.",
         )
     job = job_of(source, run)
@@ -105,30 +106,30 @@ async def _of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     files = backend.open_local_files(source.home)
     if files and (file := files.path(object_keys.reports(job) + "jobs.parquet")):
         return file.parent
-    kept = source.home.reports / backend.name / job
-    if not _is_kept(kept, index):
-        with _made_anew(kept) as fresh:
+    cached = source.home.reports / backend.name / job
+    if not _is_cached(cached, index):
+        with _replaced(cached) as fresh:
             await fetch(objects, patience, job, index, fresh)
             (fresh / ".index.json").write_bytes(index.to_bytes())
-    return kept
+    return cached
 
 
 async def _written(
     source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack
 ) -> Path:
-    """What is made now; it goes into the bucket too, where it is the job's end and may."""
+    """Write the data into a temporary folder, and into the bucket if the job has ended."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
     writer = writer_of(source, backend, objects)
     index = await writer.make(job, folder)
     if index.is_final:
-        # Of use to the next one who asks, and nothing to this one: it may not be allowed.
+        # The upload only saves later commands work, and may not be permitted.
         with suppress(BatchlabError):
             await writer.publish(job, folder, index)
     return folder
 
 
 def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
-    """Writes by the home's prices; without cost, and saying so, where these cannot be read."""
+    """Return the writer. Without a readable price book it leaves out the cost and prints a note."""
     from batchlab.server.report_writer import open_writer
 
     return open_writer(
@@ -140,7 +141,7 @@ def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
     )
 
 
-def _is_kept(folder: Path, index: Index) -> bool:
+def _is_cached(folder: Path, index: Index) -> bool:
     try:
         return (folder / ".index.json").read_bytes() == index.to_bytes()
     except OSError:
@@ -148,8 +149,8 @@ def _is_kept(folder: Path, index: Index) -> bool:
 
 
 @contextmanager
-def _made_anew(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` once it is whole."""
+def _replaced(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that replaces `folder` at the end of the block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
@@ -162,26 +163,28 @@ def _made_anew(folder: Path) -> Iterator[Path]:
 
 
 def pull(source: Source, job: JobId, out: Path) -> Index:
-    """Bring a job's data into the folder `out`, which is made or replaced; UsageError where that
-    holds something else."""
+    """Copy a job's data into the folder `out`, which may hold earlier data.
+
+    Raise UsageError if it holds something else.
+    """
     from batchlab.reports.tables.schema import JOBS
 
     is_run = (out / JOBS.file).is_file()
     if out.exists() and not is_run and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"{out} is there already, and is no job performance data.",
+            f"{out} exists, and does not contain the performance data of a job.",
             remedy="Name another folder with --out.",
         )
     try:
-        with _made_anew(out.absolute()) as fresh:
-            return asyncio.run(_brought(source, job, fresh))
+        with _replaced(out.absolute()) as fresh:
+            return asyncio.run(_copied(source, job, fresh))
     except OSError as error:
         raise UsageError(
             f"{out} cannot be written: {error.strerror}.", remedy="Name another folder with --out."
         ) from error
 
 
-async def _brought(source: Source, job: JobId, folder: Path) -> Index:
+async def _copied(source: Source, job: JobId, folder: Path) -> Index:
     from batchlab.reports.tables.write import fetch, index_of
     from batchlab.runtime import factory
 
@@ -195,7 +198,7 @@ async def _brought(source: Source, job: JobId, folder: Path) -> Index:
 
 
 async def write(source: Source, job: JobId) -> Index:
-    """Make a job's data anew and put it into the bucket."""
+    """Write a job's data again and upload it to the bucket."""
     backend = source.load()
     objects = backend.open_bucket(source.home)
     writer = writer_of(source, backend, objects)
@@ -209,8 +212,10 @@ async def write(source: Source, job: JobId) -> Index:
 
 
 def job_of(source: Source, text: str) -> JobId:
-    """The job that `text` means: an id, the beginning of one, or "last"; UsageError. Of a grid that
-    is not up, and whose ledger is not here, only a whole id means one."""
+    """Return the job with this id or beginning of an id, or the "last" one; raise UsageError.
+
+    If the grid is down and its ledger is not local, only a whole id is accepted.
+    """
     from batchlab.cli.session import connect, resolve
 
     record = source.home.record()
@@ -223,12 +228,11 @@ def job_of(source: Source, text: str) -> JobId:
         return JobId(facts_of(source.home, text).job["id"])
     if text == "last":
         raise UsageError(
-            f"No grid on {source.name} is up in {source.home.path}, so nobody knows which job is "
-            "the last one.",
+            f"No grid on {source.name} is up in {source.home.path}, so the last job is unknown.",
             remedy="Write the job's whole id, or bring the grid up.",
         )
     if not _ID.fullmatch(text):
         raise UsageError(
-            f"{text!r} is no job's id.", remedy="An id looks like month-end-0123456789."
+            f"{text!r} is not the id of a job.", remedy="An id looks like month-end-0123456789."
         )
     return JobId(text)

@@ -1,6 +1,6 @@
-"""`run`, `demo` and `init`: from nothing to results.
+"""`batchlab run`, `demo`, and `init`.
 
-`run --backend sim`: the job in virtual time, with its real handlers.
+`run --backend sim` runs a job's own handlers in virtual time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import completion, output, signals
+from batchlab.cli import options, output, signals
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
@@ -39,10 +39,10 @@ from batchlab.runtime import factory
 from batchlab.sim.job_run import REPORT, Simulated, run_job
 
 if TYPE_CHECKING:
-    from batchlab.cli.summary import Summary
+    from batchlab.cli.run_job import Summary
 
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run that was interrupted, if there is one.")
+    bool, typer.Option("--resume", help="Resume the interrupted run, if there is one.")
 ]
 
 
@@ -58,16 +58,17 @@ def run(
     set_: SetOption = None,
     resume: ResumeOption = False,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Take the results of the last run if nothing changed.")
+        bool,
+        typer.Option("--cache", help="Use the results of the last run if nothing has changed."),
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", min=1, help="Most workers per pool; as many as CPUs unless said."
+            "--workers", min=1, help="Most workers per pool. Default: the number of CPUs."
         ),
     ] = None,
     keep_up: Annotated[
-        bool, typer.Option("--keep-up", help="Leave the grid up for the next job.")
+        bool, typer.Option("--keep-up", help="Keep the grid running for the next job.")
     ] = False,
     home: HomeOption = None,
     backend: BackendOption = "local",
@@ -75,15 +76,15 @@ def run(
     max_cost: MaxCostOption = None,
     as_if_aws: AsIfOption = False,
     seed: Annotated[
-        int, typer.Option("--seed", help="With --backend sim: another seed, another course.")
+        int, typer.Option("--seed", help="Seed of a simulated run (--backend sim).")
     ] = 1,
     json: JsonOption = False,
 ) -> None:
     """Run a job file to its end and fetch its results.
 
-    A grid is brought up for it, and taken down again, unless one is up already. Interrupted, it
-    loses nothing: the same command with --resume goes on. With --backend sim the job's own code
-    runs on a grid in virtual time, of which nothing is kept but the results.
+    The command starts a grid and stops it at the end, unless one is running already. After an
+    interruption, the same command with --resume continues the job. With --backend sim the job's
+    own code runs on a grid in virtual time, and only the results are kept.
 
     \b
     Example: batchlab run job.yaml --out out/claims --set year=2026
@@ -94,22 +95,22 @@ def run(
     if capabilities_of(backend).simulated:
         if resume or cache or keep_up:
             raise UsageError(
-                "The simulator keeps nothing to go on with.",
+                "A simulated run cannot be resumed or reused.",
                 remedy="Leave out --resume, --cache and --keep-up.",
             )
         if max_cost or as_if_aws:
             raise UsageError(
-                "The simulator keeps no account.",
-                remedy="Leave out --max-cost and --as-if-aws; `batchlab cost estimate` reckons.",
+                "A simulated run does not record costs.",
+                remedy="Leave out --max-cost and --as-if-aws, or use `batchlab cost estimate`.",
             )
         factory.load(backend, endpoint)
         changes = overrides(set_ or ())
         run_simulated(file, out, changes, workers=workers, seed=seed, json=json)
         return
     from batchlab.cli import run_job as runner
-    from batchlab.cli.summary import Phases
+    from batchlab.cli.run_job import Phases
 
-    request = runner.Request(
+    request = runner.RunRequest(
         file=file,
         home=home_of(home),
         backend=backend,
@@ -124,11 +125,11 @@ def run(
         max_cost_usd=cap_of(max_cost) if max_cost else None,
         as_if_aws=as_if_aws,
     )
-    tell(runner.run(request, Phases.of_process()), json=json)
+    show_summary(runner.run(request, Phases.of_process()), json=json)
 
 
-def tell(summary: Summary, *, json: bool) -> None:
-    """Print how a run ended; exits with 1 unless it succeeded."""
+def show_summary(summary: Summary, *, json: bool) -> None:
+    """Print the summary of a run; exit with 1 unless it succeeded."""
     if json:
         output.show_json(summary.to_json())
     else:
@@ -138,17 +139,17 @@ def tell(summary: Summary, *, json: bool) -> None:
 
 
 def again(arguments: Iterable[str]) -> str:
-    """The command line that goes on with this one."""
-    kept = [one for one in arguments if one not in ("--resume", "--debug")]
-    return shlex.join(["batchlab", *kept, "--resume"])
+    """Return the command line that resumes this one."""
+    same = [one for one in arguments if one not in ("--resume", "--debug")]
+    return shlex.join(["batchlab", *same, "--resume"])
 
 
 def demo(
     out: OutOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Another seed makes other claims.")] = 1,
-    files: Annotated[int, typer.Option("--files", min=1, help="Files of claims to make.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the generated claims.")] = 1,
+    files: Annotated[int, typer.Option("--files", min=1, help="Number of files of claims.")] = 100,
     claims_per_file: Annotated[
-        int, typer.Option("--claims-per-file", min=1, help="Claims in each of them.")
+        int, typer.Option("--claims-per-file", min=1, help="Claims in each file.")
     ] = 40,
     resume: ResumeOption = False,
     home: HomeOption = None,
@@ -156,24 +157,24 @@ def demo(
     endpoint: EndpointOption = None,
     json: JsonOption = False,
 ) -> None:
-    """See it work on made-up insurance claims.
+    """Run a demo job on generated insurance claims.
 
-    Writes a month-end of claims and the job's code into the grid's folder, runs the job as `run`
-    does, and compares the totals with what the generator says of its claims.
+    The command writes a month-end of claims and the job's code into the grid's folder, runs the job
+    like `run`, and compares the totals with those of the generator.
 
     \b
     Example: batchlab demo --files 400
     """
     from batchlab.cli import demo as claims_demo
     from batchlab.cli import run_job as runner
-    from batchlab.cli.summary import Phases
+    from batchlab.cli.run_job import Phases
 
     phases = Phases.of_process()
     with phases.phase("data"):
         prepared = claims_demo.prepare(
             home_of(home), seed=seed, files=files, claims_per_file=claims_per_file
         )
-    request = runner.Request(
+    request = runner.RunRequest(
         file=prepared.job_file,
         home=home_of(home),
         backend=backend,
@@ -194,23 +195,23 @@ def demo(
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder to write into.", show_default="here")
+        Path, typer.Argument(metavar="DIR", help="Folder for the files.", show_default="here")
     ] = Path(),
     example: Annotated[
         str | None,
         typer.Option(
             "--example",
             metavar="NAME",
-            help="In place of the small starter job: claims (three stages), transform (CSV to "
-            "Parquet), media (video), or sort (more than a worker's memory).",
-            autocompletion=completion.examples,
+            help="A shipped example instead of the small starter job: claims (three stages), "
+            "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
+            autocompletion=options.examples,
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write a first job of your own.
+    """Write the files of a first job.
 
-    It is a job file, its code, and some data to run it on. Nothing is replaced.
+    They are a job file, its code, and data for it. Existing files are not replaced.
 
     \b
     Example: batchlab init first && batchlab run first/job.yaml
@@ -222,7 +223,7 @@ def init(
     else:
         files = example_files(example)
         check_free(folder, [*files, DATA])
-        # First: what it needs may not be here, and then nothing is written.
+        # The data comes first: if it cannot be generated, nothing else is written.
         data = make_data(example, folder / DATA)
         output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
     output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")
@@ -240,13 +241,13 @@ def run_simulated(
     seed: int,
     json: bool,
 ) -> None:
-    """Run, fetch, tell; exits with 1 unless the job succeeded."""
+    """Run a job in the simulator and print its end; exit with 1 unless it succeeded."""
     jobfile = load(file, overrides)
     backend = factory.load("sim")
     pools = pools_for(backend, jobfile, workers) or backend.pools
     folder = out or default_folder(jobfile.job.name)
     output.check_folder(folder)
-    # The handlers run in this process; what they print must not mix with what we answer.
+    # The handlers run in this process. Their output must not mix with the output of this command.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
         setting = Setting(backend.name, pools, backend.pace, load_prices())
         with signals.as_keyboard_interrupt():

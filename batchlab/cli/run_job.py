@@ -1,29 +1,41 @@
-"""One run of a job file from start to end: what `run` and `demo` have in common.
+"""A run of a job file from start to end, for `run` and `demo`, and its summary.
 
-Invariant: whatever ends this process, the same command with --resume goes on where it was.
+Invariant: after any interruption, the same command with --resume continues the job. Each second of
+the wall time counts in exactly one phase. Work at the same time is a remark on a phase.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from batchlab.cli import output, progress, run_history
-from batchlab.cli.bills import Burn
+from batchlab.cli import output
+from batchlab.cli.bills import LiveCost
+from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.cli.signals import Stopped
-from batchlab.cli.submission import Submission, default_folder, fetch_results, submit_capped, watch
-from batchlab.cli.summary import SHOWN_FAILURES, Phases, Summary
-from batchlab.core.api_types import FailureView, JobView
+from batchlab.cli.startup import START_S
+from batchlab.cli.submission import (
+    EarlierRun,
+    Submission,
+    default_folder,
+    fetch_results,
+    submit_capped,
+    watch,
+)
+from batchlab.core.api_types import FailureView, JobView, StageView
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobState
+from batchlab.core.task_names import task_name, without_task
 from batchlab.jobs.attempts import definition
+from batchlab.jobs.results import Fetched
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
@@ -31,10 +43,195 @@ if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.factory import Backend
 
+SHOWN_FAILURES = 5
+SHOWN_LINES = 12  # of a traceback: its end, where it was raised
+NEGLIGIBLE_S = 0.05
+
+_PHASES = {
+    "load": "load batchlab",
+    "data": "make the data",
+    "check": "check the job file",
+    "start": "start the grid",
+    "upload": "upload",
+    "wait": "plan, wait for workers",
+    "run": "run",
+    "fetch": "fetch the results",
+    "stop": "stop the grid",
+    "else": "all else",
+}
+
+
+@dataclass(slots=True)
+class Phases:
+    """Wall time of a command by phase, in seconds."""
+
+    begun_s: float = field(default_factory=time.monotonic)
+    ended_s: float | None = None
+    spent_s: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    """Remarks by phase on work at the same time."""
+
+    @classmethod
+    def of_process(cls) -> Self:
+        """Return a stopwatch that began with this process."""
+        phases = cls(START_S)
+        phases.add("load", time.monotonic() - START_S)
+        return phases
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to phase `name`."""
+        begun_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - begun_s)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.spent_s[name] = self.spent_s.get(name, 0.0) + seconds
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the beginning until `end`, or until now."""
+        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.begun_s
+
+    def end(self) -> None:
+        """Stop the watch, and count the rest of the time as a phase."""
+        self.ended_s = time.monotonic()
+        self.add("else", self.wall_s - sum(self.spent_s.values()))
+
+    def split(self, name: str, earlier: str, seconds: float) -> None:
+        """Move the first `seconds` of phase `name`, at most all of it, to phase `earlier`."""
+        part_s = min(max(0.0, seconds), self.spent_s.get(name, 0.0))
+        self.add(name, -part_s)
+        self.add(earlier, part_s)
+
+
+@dataclass(slots=True)
+class Summary:
+    """End of a run. `slots` is the most slots in service by pool, `per_task` the slots of a task
+    by stage."""
+
+    job: JobView
+    phases: Phases
+    slots: Mapping[str, int]
+    per_task: Mapping[str, int]
+    failures: Sequence[FailureView] = ()
+    fetched: Fetched | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        fetched = self.fetched
+        return {
+            "job": self.job,
+            "wall_s": self.phases.wall_s,
+            "phases_s": self.phases.spent_s,
+            "stages": [self._stage(stage) for stage in self.job["stages"]],
+            "failures": self.failures,
+            "results": fetched
+            and {
+                "folder": str(fetched.folder),
+                "results": dict(fetched.results),
+                "files": fetched.files,
+                "size_bytes": fetched.size_bytes,
+            },
+        }
+
+    def _stage(self, stage: StageView) -> dict[str, Any]:
+        first_s, last_s = stage["first_start_s"], stage["last_end_s"]
+        span_s = last_s - first_s if first_s is not None and last_s is not None else 0.0
+        slots = self.slots.get(stage["pool"], 0)
+        used_s = stage["run_s"] * self.per_task.get(stage["name"], 1)
+        return {
+            "name": stage["name"],
+            "tasks": stage["planned"],
+            "span_s": span_s,
+            "run_s": stage["run_s"],
+            "slots": slots,
+            "utilisation": min(1.0, used_s / (span_s * slots)) if span_s and slots else None,
+        }
+
+    def text(self) -> str:
+        """Return the summary as text."""
+        return "\n".join([*self._outcome(), "", *self._times(), *self._results()])
+
+    def _outcome(self) -> Iterator[str]:
+        stages = self.job["stages"]
+        tasks = sum(stage["planned"] or 0 for stage in stages)
+        failed = sum(stage["failed"] for stage in stages)
+        cancelled = sum(stage["cancelled"] for stage in stages)
+        retried = sum(stage["retried"] for stage in stages)
+        told = [output.count(tasks, "task"), f"{failed:,} failed"]
+        told += [f"{cancelled:,} cancelled"] if cancelled else []
+        told += [f"{retried:,} retried"]
+        wall = output.span(self.phases.wall_s)
+        yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(told)}"
+        # Show a task of each cause. Others of the same cause fail in the same way.
+        causes = {(one["stage"], one["fingerprint"]): one for one in reversed(self.failures)}
+        reason = self.job["reason"]
+        for one in causes.values():
+            reason = without_task(reason, one["stage"], one["task"], one["reason"])
+        if reason:
+            yield f"  {output.clean(reason)}"
+        for one in reversed(causes.values()):
+            name = task_name(one["stage"], one["task"])
+            yield f"  {name} {one['kind']}: {output.clean(one['reason'])}"
+            yield from (f"    {line}" for line in _raised(one)[-SHOWN_LINES:])
+        if causes:
+            job, more = self.job["id"], failed - len(causes)
+            rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
+            yield (
+                f"  {rest}what tasks printed: `batchlab job logs {job}`; while a grid is up "
+                f"(`batchlab grid up`)"
+            )
+
+    def _times(self) -> Iterator[str]:
+        yield "Where the time went"
+        for phase, words in _PHASES.items():
+            spent_s = self.phases.spent_s.get(phase)
+            if spent_s is None or (phase in ("upload", "else") and spent_s < NEGLIGIBLE_S):
+                continue
+            beside = self.phases.beside.get(phase)
+            yield f"  {words:<24}{output.span(spent_s):>9}" + (f"   {beside}" if beside else "")
+            if phase == "run":
+                yield from (self._stage_text(self._stage(one)) for one in self.job["stages"])
+
+    def _stage_text(self, stage: dict[str, Any]) -> str:
+        used = stage["utilisation"]
+        share = f", {used:.0%} of {output.count(stage['slots'], 'slot')}" if used else ""
+        return (
+            f"    {stage['name']:<22}{output.span(stage['span_s']):>9}   "
+            f"{output.count(stage['tasks'] or 0, 'task')}, "
+            f"{output.span(stage['run_s'])} of task time{share}"
+        )
+
+    def _results(self) -> Iterator[str]:
+        if self.fetched is None:
+            return
+        yield ""
+        yield f"Results in {self.fetched.folder}"
+        for stage, number in self.fetched.results.items():
+            yield f"  {stage}.jsonl: {output.count(number, 'result')}"
+        if self.fetched.files:
+            files = output.count(self.fetched.files, "file")
+            yield f"  files/: {files}, {output.size(self.fetched.size_bytes)}"
+
+
+def _raised(failure: FailureView) -> Sequence[str]:
+    """Return the lines of a traceback without those at its end that repeat the reason."""
+    lines = output.visible(failure["traceback"]).rstrip("\n").splitlines()
+    reason = output.clean(failure["reason"])
+    for end in reversed(range(len(lines))):
+        last = output.clean("\n".join(lines[end:]))
+        if last == reason:
+            return lines[:end]
+        if len(last) > len(reason):
+            break
+    return lines
+
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked for. `again` is the command that goes on after an interruption."""
+class RunRequest:
+    """Arguments of a run. `again` is the command that resumes it after an interruption."""
 
     file: Path
     home: Home
@@ -51,8 +248,8 @@ class Request:
     as_if_aws: bool = False
 
 
-def run(request: Request, phases: Phases) -> Summary:
-    """Run the job to its end and fetch its results; raises Stopped after a signal."""
+def run(request: RunRequest, phases: Phases) -> Summary:
+    """Run the job to its end and fetch its results; raise Stopped after a signal."""
     from batchlab.runtime import factory
 
     if request.workers is not None and request.home.record() is not None:
@@ -67,7 +264,7 @@ def run(request: Request, phases: Phases) -> Summary:
     with Session(request.home, backend, pools, keep_up=request.keep_up) as session:
         try:
             if not backend.capabilities.local_bucket:
-                with phases.phase("start"):  # until then nobody knows of a bucket to look into
+                with phases.phase("start"):  # the bucket is known only when the grid is up
                     session.start()
             with phases.phase("check"):
                 submission = asyncio.run(submission.located())
@@ -88,7 +285,7 @@ def run(request: Request, phases: Phases) -> Summary:
     return summary
 
 
-def _say_what_next(request: Request, session: Session) -> None:
+def _say_what_next(request: RunRequest, session: Session) -> None:
     if session.ends_grid:
         output.say("Stopped; what has run is kept, nothing is lost. Go on with")
     else:
@@ -96,8 +293,8 @@ def _say_what_next(request: Request, session: Session) -> None:
     output.say(f"  {request.again}")
 
 
-def choose(earlier: run_history.Run | None, *, resume: bool, cache: bool) -> int:
-    """Which run of this job file this is: an earlier one to go on with, or the next number."""
+def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
+    """Return the number of this run: that of an earlier run to resume, or the next one."""
     if earlier is None:
         return 1
     if resume and earlier.ended in (JobState.FAILED, JobState.CANCELLED):
@@ -118,9 +315,13 @@ def choose(earlier: run_history.Run | None, *, resume: bool, cache: bool) -> int
 
 
 def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) -> Sequence[Pool]:
-    """The pools of a grid brought up for this job: the backend's own with at most `workers`
-    instances, and room for every stage. None where the backend's own will do, or are a stack's;
-    UsageError where `workers` cannot size those."""
+    """Return the pools of a grid for this job, with at most `workers` instances.
+
+    They are the backend's own with enough slots for each stage.
+
+    Return no pools if those of the backend suffice or belong to a stack. Raise UsageError if
+    `workers` is given for a stack.
+    """
     from batchlab.core.model import Pool
 
     if backend.capabilities.fixed_pools:
@@ -146,18 +347,18 @@ def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) ->
 
 @dataclass(slots=True)
 class _Runner:
-    request: Request
+    request: RunRequest
     submission: Submission
     session: Session
     phases: Phases
     slots: dict[str, int] = field(default_factory=dict)
 
-    def run(self, earlier: run_history.Run | None, number: int) -> Summary:
+    def run(self, earlier: EarlierRun | None, number: int) -> Summary:
         known = earlier if earlier and earlier.number == number else None
         job = asyncio.run(self._start(number, known))
         if known and known.ended:
             output.say(f"Job {job.id} has {known.ended} before, and nothing runs again.")
-            with self.phases.phase("start"):  # until it leads
+            with self.phases.phase("start"):  # until the manager leads
                 view = self.session.call(lambda client: client.job(job.id))
         else:
             view = self._watch(job, known)
@@ -172,20 +373,20 @@ class _Runner:
             return []
         return self.session.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
 
-    def _watch(self, job: JobDef, known: run_history.Run | None) -> JobView:
+    def _watch(self, job: JobDef, known: EarlierRun | None) -> JobView:
         begun_s = time.time()
         with self.phases.phase("run"):
-            # Again with the same token is the same job, wherever a run before us came to its end.
+            # A submission with the same token gives the same job, wherever an earlier run ended.
             cap = partial(submit_capped, job, self.request.max_cost_usd)
             view = self.session.call(cap)
             output.say(f"Job {job.id}{' goes on' if known else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
-            with progress.follow() as shown:
-                # Who caps a cost wants to see it.
+            with JobDisplay() as shown:
+                # The cost of a capped job is always shown.
                 capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
-                burn = Burn(self.request.home, as_if_aws=self.request.as_if_aws or capped)
-                view = watch(self.session, view, shown, self.slots, burn)
+                live_cost = LiveCost(self.request.home, as_if_aws=self.request.as_if_aws or capped)
+                view = watch(self.session, view, shown, self.slots, live_cost)
         starts = [s["first_start_s"] for s in view["stages"] if s["first_start_s"] is not None]
         if known:
             self.phases.beside["run"] = "of this run; stages since they first began"
@@ -193,12 +394,12 @@ class _Runner:
             self.phases.split("run", "wait", min(starts) - begun_s)
         return view
 
-    async def _start(self, number: int, known: run_history.Run | None) -> JobDef:
-        """Bring the grid up and meanwhile upload run `number`, or read what is known of it."""
+    async def _start(self, number: int, known: EarlierRun | None) -> JobDef:
+        """Start the grid, and meanwhile upload run `number` or read its definition."""
         begun_s = time.monotonic()
         up_s, (job, ready_s) = await asyncio.gather(self._bring_up(), self._prepare(number, known))
         self.phases.add("start", up_s - begun_s)
-        # Only by what it took longer than the start has anybody waited for the upload.
+        # The upload cost only the time that it took longer than the start.
         self.phases.add("upload", max(0.0, ready_s - up_s))
         return job
 
@@ -206,7 +407,7 @@ class _Runner:
         await asyncio.to_thread(self.session.start)
         return time.monotonic()
 
-    async def _prepare(self, number: int, known: run_history.Run | None) -> tuple[JobDef, float]:
+    async def _prepare(self, number: int, known: EarlierRun | None) -> tuple[JobDef, float]:
         from batchlab.runtime.factory import patience
 
         if known:

@@ -1,9 +1,4 @@
-"""`batchlab scenario …`: a peak written down, looked at, forecast, lived through and judged.
-
-`scenario list`, `scenario check`, `scenario schema`: scenarios looked at, and nothing run.
-
-What a scenario says that no run of it would show: told and not refused, for it may be meant.
-"""
+"""`batchlab scenario`: the group, and its commands `list`, `check`, and `schema`."""
 
 from __future__ import annotations
 
@@ -14,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import charts, output, replay, simulate
-from batchlab.cli import plan as planning
+from batchlab.cli import charts, output
 from batchlab.cli.options import JsonOption, ScenarioArgument
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.demand_curve import Curve
@@ -25,17 +19,32 @@ if TYPE_CHECKING:
     from batchlab.scenarios.model.demand_curve import Curve
     from batchlab.scenarios.model.values import Anomaly, Scenario, Schedule
 
+app = typer.Typer(no_args_is_help=True)
+
+
+def register(root: typer.Typer) -> None:
+    """Add the group `scenario` to the root command."""
+    from batchlab.cli import scenario_plan, scenario_records, scenario_replay, scenario_simulate
+
+    for module in (scenario_simulate, scenario_replay, scenario_plan, scenario_records):
+        module.register(app)
+    root.add_typer(app, name="scenario")
+
+
+@app.callback()
+def scenario_() -> None:
+    """Check, forecast, replay, and judge load scenarios.
+
+    \b
+    Example: batchlab scenario check claims-month-end
+    """
+
+
 ODD_SHOWN = 10
-"""Odd records that are told one by one: who has many has one reason for most."""
+"""Most kinds of odd records that are listed."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("list")(list_)
-    app.command()(check)
-    app.command()(schema)
-
-
+@app.command("list")
 def list_(json: JsonOption = False) -> None:
     """List the shipped scenarios.
 
@@ -53,6 +62,7 @@ def list_(json: JsonOption = False) -> None:
     output.show(output.table(("name", "teaches"), [(one.name, one.teaches) for one in found]))
 
 
+@app.command()
 def check(
     name: ScenarioArgument,
     seed: Annotated[
@@ -61,15 +71,15 @@ def check(
             "--seed",
             metavar="N",
             min=0,
-            help="Draw the arrivals from this seed in place of the scenario's.",
+            help="Seed of the arrivals instead of the scenario's.",
             show_default=False,
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check a scenario, and draw what arrives when.
+    """Check a scenario and chart its arrivals.
 
-    Its traces are read whole, and nothing of it is run.
+    The command reads all traces and runs nothing.
 
     \b
     Example: batchlab scenario check claims-month-end
@@ -87,15 +97,13 @@ def check(
             "until and limit may leave nothing of a trace.",
         )
     seen = demand_curve.build_curve(scenario, schedule.jobs)
-    from batchlab.cli import charts
-
-    doubtful = list(of(scenario, schedule, seen))
+    doubts = list(warnings(scenario, schedule, seen))
     if json:
-        output.show_json({**_facts(scenario, schedule, seen), "doubts": doubtful})
+        output.show_json({**_facts(scenario, schedule, seen), "doubts": doubts})
         return
     tasks = sum(column.tasks for column in seen.columns)
     output.show(
-        f"{path} {'can be run' if doubtful else 'is fine'}: scenario {scenario.name}, "
+        f"{path} {'can be run' if doubts else 'is fine'}: scenario {scenario.name}, "
         f"{output.count(len(schedule.jobs), 'job')}, {output.count(tasks, 'task')}, "
         f"{output.span(seen.work_s)} of work\n\n"
         f"{output.visible(scenario.about)}\n"
@@ -103,19 +111,19 @@ def check(
     if told := list(_traces(scenario)):
         output.show("\n".join(told) + "\n")
     output.show(charts.text(scenario, seen, fancy=_fancy()))
-    if doubtful:
+    if doubts:
         output.say("\nIs this meant?")
-    for line in (*(f"  {one}" for one in doubtful), *_odd(schedule.odd)):
+    for line in (*(f"  {one}" for one in doubts), *_odd(schedule.odd)):
         output.say(line)
 
 
 def _fancy() -> bool:
-    """Whether whoever reads it can show more than ASCII."""
+    """Whether stdout accepts more than ASCII."""
     return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
 
 
 def _traces(scenario: Scenario) -> Iterator[str]:
-    """How much of each trace can be used, and what time it was when the scenario begins."""
+    """Yield the usable records of each trace, and its clock time at the scenario's start."""
     from batchlab.scenarios.traces.source import Trace
 
     for source in scenario.arrivals:
@@ -128,7 +136,7 @@ def _traces(scenario: Scenario) -> Iterator[str]:
 
 
 def _odd(odd: Sequence[Anomaly]) -> Iterator[str]:
-    """What is odd in the traces, by kind, with the first record of each."""
+    """Yield the kinds of odd records in traces, each with its first record."""
     from batchlab.scenarios.traces.rows import summarize
 
     kinds = summarize(odd)
@@ -180,6 +188,7 @@ def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, obj
     }
 
 
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the scenario file, for editors.
 
@@ -191,27 +200,8 @@ def schema() -> None:
     output.show_json(json_schema())
 
 
-app = typer.Typer(no_args_is_help=True)
-
-
-@app.callback()
-def scenario_() -> None:
-    """Rehearse a peak: check it, forecast it, replay it, judge it.
-
-    \b
-    Example: batchlab scenario check claims-month-end
-    """
-
-
-register(app)
-simulate.register(app)
-replay.register(app)
-planning.register(app)
-simulate.register_faulting(app)
-
-
-def of(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
-    """One sentence each."""
+def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
+    """Yield a sentence for each part of a scenario that changes nothing, which may be a mistake."""
     arrived = {job.template.name for job in schedule.jobs}
     for name in scenario.jobs:
         if name not in arrived:
@@ -220,7 +210,7 @@ def of(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
     for plan in scenario.pools:
         if plan.pool.name not in used:
             yield f"Nothing that arrives runs in the pool '{plan.pool.name}'."
-    # What arrives late in a column is worked on in the next one.
+    # Work that arrives late in a column is done in the next column.
     done_s = max((ask.idle_from_s for ask in curve.asks), default=0.0) + curve.width_s
     done = f"comes when all work could be done, after {charts.span(done_s)}"
     for fault in scenario.faults:

@@ -1,4 +1,4 @@
-"""`batchlab schedule …`: jobs that run at a time, or again and again."""
+"""`batchlab schedule`: jobs that run at due times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import completion, output
+from batchlab.cli import options, output
 from batchlab.cli.options import (
     FileArgument,
     HomeOption,
@@ -26,20 +26,26 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
+
+def register(root: typer.Typer) -> None:
+    """Add the group `schedule` to the root command."""
+    root.add_typer(app, name="schedule")
+
+
 NameArgument = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
         help="The schedule's name.",
         show_default=False,
-        autocompletion=completion.schedules,
+        autocompletion=options.schedules,
     ),
 ]
 
 
 @app.callback()
 def schedule() -> None:
-    """Run jobs when they are due: once, or again and again.
+    """Run jobs on a schedule, once or repeatedly.
 
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * 1-5' --timezone Europe/Berlin
@@ -54,7 +60,7 @@ def add(
         typer.Option(
             "--cron",
             metavar="EXPR",
-            help="Minute, hour, day of month, month, weekday, such as '0 2 * * 1-5'.",
+            help="Minute, hour, day of month, month, and weekday, such as '0 2 * * 1-5'.",
             show_default=False,
         ),
     ] = None,
@@ -63,7 +69,7 @@ def add(
         typer.Option(
             "--at",
             metavar="TIME",
-            help="Once: +10m, or a time such as 2026-03-29T06:00.",
+            help="Run once: +10m, or a time such as 2026-03-29T06:00.",
             show_default=False,
         ),
     ] = None,
@@ -72,39 +78,37 @@ def add(
         typer.Option(
             "--timezone",
             metavar="ZONE",
-            help="IANA time zone that times are meant in; UTC unless said.",
+            help="IANA time zone of the due times. Default: UTC.",
             show_default=False,
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            "--name", metavar="NAME", help="Unless said, the job's own name.", show_default=False
-        ),
+        typer.Option("--name", metavar="NAME", help="Default: the job's name.", show_default=False),
     ] = None,
     missed: Annotated[
         Missed,
-        typer.Option("--missed", help="What to make of due times at which no manager was there."),
+        typer.Option("--missed", help="Policy for due times while no manager was running."),
     ] = Missed.RUN_ONCE,
     missed_within: Annotated[
         str | None,
         typer.Option(
             "--missed-within",
             metavar="SPAN",
-            help="Make up for nothing that was missed longer ago, such as 6h.",
+            help="Skip due times that were missed longer ago, such as 6h.",
             show_default=False,
         ),
     ] = None,
     overlap: Annotated[
         Overlap,
-        typer.Option("--overlap", help="What to do while the run before has not ended."),
+        typer.Option("--overlap", help="Policy while the previous run is active."),
     ] = Overlap.SKIP,
     prewarm: Annotated[
         str | None,
         typer.Option(
             "--prewarm",
             metavar="SPAN",
-            help="Have the fleet ready so long before, such as 10m.",
+            help="Prepare the fleet this long before a due time, such as 10m.",
             show_default=False,
         ),
     ] = None,
@@ -113,7 +117,7 @@ def add(
         typer.Option(
             "--capacity",
             min=1,
-            help="Instances to have ready; unless said what the last runs used.",
+            help="Instances to prepare. Default: as many as the last runs used.",
             show_default=False,
         ),
     ] = None,
@@ -122,8 +126,8 @@ def add(
         typer.Option(
             "--input",
             metavar="PREFIX",
-            help="Each run's input: the objects that are then below this prefix of the grid's "
-            "bucket, such as raw/incoming/, in place of the file's own.",
+            help="Prefix in the grid's bucket, such as raw/incoming/. Its objects at the due time "
+            "are the input of a run, instead of the file's own.",
             show_default=False,
         ),
     ] = None,
@@ -132,29 +136,29 @@ def add(
         typer.Option(
             "--due-param",
             metavar="KEY",
-            help="Parameter of the job that gets the due time.",
+            help="Parameter of the job that receives the due time.",
             show_default=False,
         ),
     ] = None,
     set_: SetOption = None,
     max_cost: MaxCostOption = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Change the schedule of that name.")
+        bool, typer.Option("--replace", help="Replace the schedule of the same name.")
     ] = False,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Keep a job file as a schedule of the grid that is up.
+    """Add a job file as a schedule to the running grid.
 
-    Code and input are uploaded now; a file that changes later changes nothing, until it is added
-    again with --replace. Options take the place of the file's own cron, timezone and at.
+    The command uploads code and input. Later changes of the files have no effect until the schedule
+    is added again with --replace. Options override cron, timezone, and at of the file.
 
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
     """
-    from batchlab.cli import schedule_files
+    from batchlab.cli import schedule_upload
 
-    given = schedule_files.Given(
+    given = schedule_upload.ScheduleArguments(
         name=name,
         cron=cron,
         at=at,
@@ -168,7 +172,7 @@ def add(
         due_param=due_param,
         max_cost_usd=cap_of(max_cost) if max_cost else None,
     )
-    view = schedule_files.add(home_of(home), file, set_ or (), given, replacing=replace)
+    view = schedule_upload.add(home_of(home), file, set_ or (), given, replacing=replace)
     if json:
         output.show_json(view)
         return
@@ -178,7 +182,7 @@ def add(
 
 @app.command("list")
 def list_(home: HomeOption = None, json: JsonOption = False) -> None:
-    """List the schedules, when each is due next and how its last run ended.
+    """List the schedules with their next due time and last result.
 
     \b
     Example: batchlab schedule list
@@ -207,7 +211,7 @@ def _row(view: ScheduleView) -> tuple[object, ...]:
         _when(view),
         _moment(view, view["next_s"]),
         _moment(view, last["due_s"]) if last else "-",
-        _came_to(last) if last else "-",
+        _result(last) if last else "-",
         (last["job"] if last else None) or "-",
     )
 
@@ -224,23 +228,23 @@ def _moment(view: ScheduleView, at_s: float | None) -> str:
     return "-" if at_s is None else due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 
-def _came_to(run: RunView) -> str:
+def _result(run: RunView) -> str:
     return run["result"] or run["state"]
 
 
 @app.command()
 def show(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Show one schedule with its runs, newest first, and why a due time was skipped.
+    """Show a schedule with its runs, newest first, and the reasons of skipped due times.
 
     \b
     Example: batchlab schedule show nightly
     """
-    from batchlab.cli import schedule_files
+    from batchlab.cli import schedule_upload
     from batchlab.cli.session import connect
 
     with connect(home_of(home)) as client:
         view = client.schedule(name)
-    changed = schedule_files.since(view)
+    changed = schedule_upload.since(view)
     if json:
         output.show_json({**view, "changed": changed})
         return
@@ -277,7 +281,7 @@ def _run_row(view: ScheduleView, run: RunView) -> tuple[object, ...]:
         took = output.span(run["ended_s"] - run["started_s"])
     return (
         _moment(view, run["due_s"]),
-        _came_to(run),
+        _result(run),
         run["job"] or "-",
         _moment(view, run["started_s"]),
         took,
@@ -288,11 +292,13 @@ def _run_row(view: ScheduleView, run: RunView) -> tuple[object, ...]:
 @app.command("next")
 def next_(
     name: NameArgument,
-    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="How many.")] = 10,
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=1000, help="Number of due times.")
+    ] = 10,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List the coming due times, in the schedule's zone and in UTC.
+    """List the next due times, in the schedule's zone and in UTC.
 
     \b
     Example: batchlab schedule next nightly --count 5
@@ -312,35 +318,35 @@ def next_(
 
 @app.command()
 def pause(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Start nothing until `schedule resume`; what falls due meanwhile is not run.
+    """Pause a schedule until `schedule resume`. Due times in between are skipped.
 
     \b
     Example: batchlab schedule pause nightly
     """
-    _tell(home, lambda client: client.pause_schedule(name), json)
+    _change(home, lambda client: client.pause_schedule(name), json)
 
 
 @app.command()
 def resume(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Go on with what falls due from now on.
+    """Resume a paused schedule from the next due time on.
 
     \b
     Example: batchlab schedule resume nightly
     """
-    _tell(home, lambda client: client.resume_schedule(name), json)
+    _change(home, lambda client: client.resume_schedule(name), json)
 
 
 @app.command()
 def remove(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Forget a schedule; a job of it that runs is finished.
+    """Remove a schedule. A running job of it continues.
 
     \b
     Example: batchlab schedule remove nightly
     """
-    _tell(home, lambda client: client.remove_schedule(name), json, "is removed")
+    _change(home, lambda client: client.remove_schedule(name), json, "is removed")
 
 
-def _tell(
+def _change(
     home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, did: str = ""
 ) -> None:
     from batchlab.cli.session import connect
@@ -358,16 +364,16 @@ def _tell(
 
 @app.command()
 def run(name: NameArgument, home: HomeOption = None, json: JsonOption = False) -> None:
-    """Run a schedule's job now, beside its due times; prints the job's id.
+    """Run a schedule's job now, in addition to its due times, and print the job's id.
 
     \b
     Example: batchlab schedule run nightly
     """
-    from batchlab.cli import schedule_files
+    from batchlab.cli import schedule_upload
     from batchlab.cli.session import Session
     from batchlab.core.errors import Refused
 
-    token = schedule_files.asked()
+    token = schedule_upload.asked()
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":

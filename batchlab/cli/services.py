@@ -1,8 +1,7 @@
-"""`batchlab manager`, `worker` and `connect`: a grid's processes, and the way to one on AWS.
+"""`batchlab manager`, `worker`, and `connect`: processes of a grid, and connections to AWS.
 
-Invariant: nothing is imported here that the process does not need, so that it is up soon. Hence
-argparse, which takes a tenth of the time that Typer does. Whoever started it reads the last line
-of its log, so an error is one line.
+Invariant: a service imports only what it needs, so that it starts fast. argparse takes 10% of the
+time of Typer. The parent process reads the last line of the log, so an error is one line.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from batchlab.core.errors import BatchlabError
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Run the service named by the first argument until it ends; exits with its code."""
+    """Run the service named by the first argument until it ends; exit with its code."""
     asked = parsers()[0].parse_args(arguments)
-    gc_control.begins()  # until the service says that it is there
+    gc_control.begins()  # until the service reports that it has started
     try:
         logs.choose(asked.log_format)
         if asked.service == "manager":
@@ -29,7 +28,7 @@ def serve(arguments: Sequence[str]) -> None:
         else:
             _worker(asked)
     except BatchlabError as error:
-        # The last line of the log is what the command shows that started this process.
+        # The command that started this process shows the last line of its log.
         logs.last_words(" ".join(str(error).split()))
         sys.exit(error.exit_code)
     finally:
@@ -37,14 +36,14 @@ def serve(arguments: Sequence[str]) -> None:
 
 
 def _manager(asked: argparse.Namespace) -> None:
-    from batchlab.cli.grid_page import parse_all
+    from batchlab.cli.options import parse_pools
     from batchlab.runtime import factory, settings
     from batchlab.runtime.home import find_home
     from batchlab.server.manager_service import manager_main
 
     home = find_home(asked.home)
     backend = factory.load(asked.backend, asked.endpoint)
-    backend = settings.applied(factory.with_pools(backend, parse_all(asked.pool)), home)
+    backend = settings.applied(factory.with_pools(backend, parse_pools(asked.pool)), home)
     manager_main(
         home,
         backend,
@@ -79,7 +78,7 @@ def _worker(asked: argparse.Namespace) -> None:
 
 
 def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """What reads the arguments, and by the name of each service what reads those behind it."""
+    """Return the parser of the arguments, and the parser of each service by name."""
     parser = argparse.ArgumentParser(prog="batchlab")
     services = parser.add_subparsers(dest="service", required=True)
     manager = _service(services, "manager", "Run a manager in the foreground, until SIGTERM.")
@@ -88,34 +87,32 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         action="append",
         default=[],
         metavar="NAME:MIN-MAXxSLOTS",
-        help="a pool of workers, in place of the backend's own; may be repeated",
+        help="a pool of workers instead of the backend's own; may be repeated",
     )
-    manager.add_argument(
-        "--endpoint", metavar="URL", help="where S3 and SQS are, or which bucket to use"
-    )
+    manager.add_argument("--endpoint", metavar="URL", help="URL of S3 and SQS, or of the bucket")
     manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    manager.add_argument("--port", type=int, default=0, help="port to listen on; 0: any free one")
+    manager.add_argument(
+        "--port", type=int, default=0, help="port to listen on; 0 for any free one"
+    )
     manager.add_argument(
         "--page-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name that the web page answers to, besides this machine's own; may be repeated",
+        help="another host name of the web page; may be repeated",
     )
     connection = _service(
         services, "connect", "Hold a connection to a manager on AWS, until SIGTERM."
     )
     for one in (manager, connection):
         one.add_argument(
-            "--parent", type=int, default=0, metavar="PID", help="end when this process does"
+            "--parent", type=int, default=0, metavar="PID", help="stop when this process ends"
         )
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
-    known = "; the instance's metadata says where this does not"
-    worker.add_argument("--pool", default="", help=f"the pool it belongs to{known}")
-    worker.add_argument(
-        "--slots", type=int, default=0, help=f"tasks it runs at the same time{known}"
-    )
-    worker.add_argument("--instance", default="", help=f"the instance it runs on{known}")
+    known = "; default: as in the instance metadata"
+    worker.add_argument("--pool", default="", help=f"pool of the worker{known}")
+    worker.add_argument("--slots", type=int, default=0, help=f"number of tasks in parallel{known}")
+    worker.add_argument("--instance", default="", help=f"instance of the worker{known}")
     return parser, services.choices
 
 
@@ -124,12 +121,12 @@ def _service(
 ) -> argparse.ArgumentParser:
     parser = services.add_parser(name, description=about)
     parser.add_argument(
-        "--home", type=Path, help="the grid's folder; without it BATCHLAB_HOME, or .batchlab here"
+        "--home", type=Path, help="the grid's folder; default: $BATCHLAB_HOME, else .batchlab here"
     )
-    parser.add_argument("--backend", default="local", help="where the grid lives")
+    parser.add_argument("--backend", default="local", help="backend of the grid")
     parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
-        help=f"lines for a person or for a program; without it {logs.FORMAT_VARIABLE}, or text",
+        help=f"format of the logs; default: ${logs.FORMAT_VARIABLE}, else text",
     )
     return parser

@@ -1,17 +1,18 @@
-"""The grid that one command works with: brought up if there is none, revived, taken down.
+"""Connections of commands to a grid: find, start, replace, or stop its manager; read its bucket.
 
-Invariant: a command ends the grid that it started, however the command ends. A grid that stood
-before stays up, also if its manager dies meanwhile and the command starts the next one.
+Invariant: a command stops the grid that it started. A grid that was running before stays up, even
+if its manager dies and the command starts the next one.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from batchlab.cli import output
@@ -22,8 +23,11 @@ from batchlab.runtime.home import Home, ManagerRecord
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
-    from batchlab.core.model import Pool
+    from batchlab.core.model import Pool, StageName
+    from batchlab.core.ports import Objects
+    from batchlab.core.retry import Patience
     from batchlab.runtime.factory import Backend
+    from batchlab.runtime.home import Home
 
 T = TypeVar("T")
 
@@ -34,8 +38,10 @@ _ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 
 @contextmanager
 def connect(home: Home) -> Iterator[Client]:
-    """A client of the manager that runs in `home`; Unreachable where none does. What the manager
-    does not know is a name that the user got wrong: UsageError."""
+    """Yield a client of the manager in `home`; raise Unreachable without a manager.
+
+    Raise UsageError for NotFound in the block: the user gave a wrong name.
+    """
     record = home.record()
     if record is None:
         raise _no_grid(home)
@@ -49,7 +55,7 @@ def connect(home: Home) -> Iterator[Client]:
 def _no_grid(home: Home) -> Unreachable:
     from batchlab.runtime.aws import deployment
 
-    # Without the backend a second grid would come up here, beside the stack that is meant.
+    # Without --backend, `grid up` would start a second grid here instead of connecting.
     deployed = deployment.path_in(home).exists()
     knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
     remedy = (
@@ -62,11 +68,11 @@ def _no_grid(home: Home) -> Unreachable:
 
 
 def resolve(client: Client, text: str) -> JobView:
-    """The job that `text` means: an id, the beginning of one id only, or "last"; UsageError."""
+    """Return the job with this id, or unique beginning of an id, or the "last" job."""
     if text == "last":
         for newest in client.jobs(limit=1):
             return newest
-        raise UsageError("There are no jobs.", remedy="`batchlab job submit FILE` makes one.")
+        raise UsageError("The grid has no jobs.", remedy="`batchlab job submit FILE` submits one.")
     if _ID.fullmatch(text):
         with suppress(NotFound):
             return client.job(text)
@@ -79,7 +85,7 @@ def resolve(client: Client, text: str) -> JobView:
         return found[0]
     if not found:
         raise UsageError(
-            f"There is no job {text!r}.", remedy="`batchlab job list` shows those there are."
+            f"The job {text!r} does not exist.", remedy="`batchlab job list` lists the jobs."
         )
     ids = ", ".join(one["id"] for one in found[:3])
     raise UsageError(
@@ -89,8 +95,10 @@ def resolve(client: Client, text: str) -> JobView:
 
 
 def steer(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
-    """What the manager answers of the job that `text` means. It may know of a whole id though its
-    listings do not: a job whose work began may be in the bucket alone."""
+    """Call `verb` with the id of the job that `text` names.
+
+    A whole id is passed on first: the bucket may have a job that the manager's lists lack.
+    """
     if _ID.fullmatch(text):
         with suppress(NotFound):
             return verb(client, text)
@@ -98,7 +106,10 @@ def steer(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> 
 
 
 class Session:
-    """A context manager; `start` first, from any thread."""
+    """Connection of a command to its grid, as a context manager. Call `start` first, in any thread.
+
+    If the command started the grid, the end of the session stops it.
+    """
 
     def __init__(
         self,
@@ -113,11 +124,11 @@ class Session:
         self.home = home
         self.backend = backend
         self.ours = False
-        """Whether the manager that runs now is one that we started, and end."""
+        """Whether this session started the running manager, and stops it."""
         self._stands = keep_up
         """Whether the grid stays up after this command."""
         self.stop_s: float | None = None
-        """How long the grid took to end, once it has."""
+        """Seconds that the stop of the grid took."""
         self._pools = pools
         self._keep_up = keep_up
         self._port = port
@@ -126,7 +137,7 @@ class Session:
 
     @classmethod
     def attached(cls, home: Home) -> Self:
-        """To the grid that is up in `home`, which is none of ours; Unreachable where none is."""
+        """Return a session with the running grid in `home`; raise Unreachable without one."""
         from batchlab.runtime import factory
 
         record = home.record()
@@ -137,8 +148,7 @@ class Session:
         return session
 
     def start(self) -> None:
-        """Take the grid that is up, or bring one up; returns when it can be talked to. Again it
-        does nothing."""
+        """Connect to the running grid, or start one. Later calls have no effect."""
         if self._client is not None:
             return
         if self._port and not self.backend.capabilities.local_manager:
@@ -148,7 +158,7 @@ class Session:
             )
         self.backend.check_installed()
         record = self.home.record()
-        # Containers may stand without a manager for a moment, and hold everybody's objects.
+        # Containers may run without a manager for a moment, and contain the objects of all jobs.
         if self.backend.restarts_manager(self.home) or (record and not record.parent):
             self._stands = True
         self._bring_up()
@@ -160,7 +170,7 @@ class Session:
         from batchlab.core.model import Pool
 
         if not self.backend.capabilities.local_manager:
-            return (), 0  # they are written down where the grid is
+            return (), 0  # the grid stores them itself
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
@@ -169,10 +179,12 @@ class Session:
     def _bring_up(self) -> None:
         from batchlab.runtime.manager_process import has_started, start_manager
 
-        self.backend.named_place(self.home)  # refuses another endpoint than this home's
+        self.backend.named_place(
+            self.home
+        )  # raises an error for an endpoint other than that of the folder
         record = self.home.record()
         if record is None:
-            # Set before it is true: from now on there may be something to end.
+            # Set before the start: from now on there may be a process to stop.
             self.ours = not self._stands
             output.say(
                 f"Connecting to the stack {self.backend.stack(self.home).stack}."
@@ -187,7 +199,7 @@ class Session:
                 port=self._port,
                 say=output.say,
             )
-        # Another command may have been faster.
+        # Another command may have started its manager first.
         self.ours = not self._stands and has_started(self.home, record)
         remedy = f"Say --backend {record.backend}, or name another folder with --home."
         self.home.check_backend(record, self.backend.name, remedy)
@@ -198,15 +210,17 @@ class Session:
             self._client.close()
         self._client = Client.of(self.home, record)
 
-    def call(self, ask: Callable[[Client], T]) -> T:
-        """The manager's answer. One that has died is replaced, a few times: the grid's state is
-        in its folder, so nothing is lost. Raises what the client raises once that does not help.
+    def call(self, request: Callable[[Client], T]) -> T:
+        """Return the result of a call of the manager, and retry it while that may help.
+
+        A manager that died is replaced a few times. Nothing is lost, because the grid's state is
+        in its folder.
         """
         give_up_s = time.monotonic() + patience_s(restarted=self._is_restarted)
         while True:
             assert self._client is not None
             try:
-                return ask(self._client)
+                return request(self._client)
             except NotFound:
                 raise
             except BackendError as error:
@@ -216,7 +230,7 @@ class Session:
                 elif time.monotonic() > give_up_s:
                     raise
                 else:
-                    # It has only just started and does not lead yet, or is very busy.
+                    # The manager has just started and does not lead yet, or it is very busy.
                     time.sleep(0.05)
                     self._reconnect()
 
@@ -227,7 +241,7 @@ class Session:
 
     @property
     def ends_grid(self) -> bool:
-        """Whether the grid goes down with this command."""
+        """Whether the grid stops with this command."""
         return self.ours and not self.backend.capabilities.remote_manager
 
     @property
@@ -244,10 +258,10 @@ class Session:
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
-        # Docker kills a manager in its container; then the deployment is forgotten.
+        # Docker kills a manager in its container, and the deployment is then forgotten.
         is_gone = self.backend.capabilities.container_manager or self.home.is_taken_down
         if is_gone and not self._keep_up:
-            self._stands = False  # and the rest runs on a grid of this command's own
+            self._stands = False  # the job continues on a new grid of this command
         self._bring_up()
 
     def __enter__(self) -> Self:
@@ -265,9 +279,93 @@ class Session:
             self._client.close()
         if self.ours and has_started(self.home, self.home.record()):
             begun_s = time.monotonic()
-            # One that is only just starting ends by itself when we do.
+            # A manager that is still starting stops when this process ends.
             if stop_manager(self.home):
                 if self.backend.capabilities.remote_manager:
-                    return  # the grid goes on there
+                    return  # the grid continues on AWS
                 self.stop_s = time.monotonic() - begun_s
                 output.say(f"The grid is stopped ({output.span(self.stop_s)}).")
+
+
+BUCKET_PATIENCE_S = 5.0
+"""Seconds for which failed requests to a bucket are retried while a user waits."""
+
+_BUCKET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Bucket with the objects of a job. `job` is its whole id."""
+
+    home: Home
+    backend: Backend
+    job: str
+
+    @property
+    def patience(self) -> Patience:
+        import random
+
+        from batchlab.core.retry import Patience
+
+        return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
+
+    def read(self, call: Callable[[Objects, Patience], Coroutine[Any, Any, T]]) -> T:
+        """Run `call` with the bucket and a retry policy, and return its result."""
+        import asyncio
+
+        objects = self.backend.open_bucket(self.home)
+        return asyncio.run(call(objects, self.patience))
+
+
+def find(home: Home, backend: str | None, job: str) -> Bucket:
+    """Return the bucket of a job; raise UsageError.
+
+    A running manager resolves the id. Without one, `job` must be a whole id.
+    """
+    from batchlab.runtime import factory
+
+    if record := home.record():
+        remedy = "Leave out --backend, or name another folder with --home."
+        home.check_backend(record, backend or record.backend, remedy)
+        with connect(home) as client:
+            return Bucket(home, factory.load(record.backend), resolve(client, job)["id"])
+    loaded = factory.load(backend or "local")
+    if loaded.capabilities.simulated:
+        raise UsageError(
+            "The simulator keeps no tasks.", remedy="Run the job on --backend local first."
+        )
+    if loaded.capabilities.local_bucket and not home.objects.is_dir():
+        raise UsageError(
+            f"{home.path} is not the folder of a grid.",
+            remedy="Name the folder of the grid with --home.",
+        )
+    if job == "last" or not _BUCKET_ID.fullmatch(job):
+        raise UsageError(
+            f"No grid is up in {home.path}, so the job {job!r} is unknown.",
+            remedy="Name it by its whole id, or bring the grid up: `batchlab grid up`.",
+        )
+    return Bucket(home, loaded, job)
+
+
+def stage_of(bucket: Bucket, stage: str | None) -> StageName:
+    """Return the named stage, or the only stage of the job; raise UsageError."""
+    from batchlab.core.errors import NotFound
+    from batchlab.core.model import JobId, StageName
+    from batchlab.jobs import attempts
+
+    try:
+        job = bucket.read(
+            lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience)
+        )
+    except NotFound as error:
+        raise UsageError(
+            f"The bucket does not contain the job {bucket.job}, or its objects have been removed.",
+            remedy="Name the job by its whole id, as `batchlab job list` shows it.",
+        ) from error
+    names = [one.name for one in job.stages]
+    if stage is None and len(names) == 1:
+        return names[0]
+    if stage in names:
+        return StageName(stage)
+    missing = f"Job {bucket.job} has no stage {stage!r}." if stage else "Which stage is meant?"
+    raise UsageError(missing, remedy=f"It has {', '.join(names)}; write {names[0]}/INDEX.")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception that nothing in between takes for its own, or loses."""
+"""Ctrl-C and SIGTERM as an exception that asyncio, Typer, and finalizers do not swallow."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 AGAIN_S = 0.05
-"""What was raised where Python drops it is raised once more after so long."""
+"""Delay after which an exception that Python dropped in a finalizer is raised again."""
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
-    """Somebody asked this command to end.
+    """Ctrl-C or SIGTERM of this command.
 
-    A SystemExit, because asyncio hands only that and KeyboardInterrupt on from wherever the
-    signal hits it; Typer would turn the latter into exit code 1.
+    It is a SystemExit, because asyncio passes on only SystemExit and KeyboardInterrupt, and Typer
+    turns KeyboardInterrupt into exit code 1.
     """
 
 
 def install() -> None:
-    """From now on both signals raise Stopped in the main thread."""
+    """Let both signals raise Stopped in the main thread."""
     for number in _BOTH:
         signal.signal(number, _stop)
-    sys.unraisablehook = _dropped
+    sys.unraisablehook = _on_dropped
 
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Within it both signals raise KeyboardInterrupt, which comes out of it as Stopped: to who
-    runs code of users in this process, a SystemExit is one of theirs."""
+    """Let both signals raise KeyboardInterrupt inside the block, and Stopped at its end.
+
+    The simulator runs a user's code in this process and takes a SystemExit for one of that code.
+    """
     before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
     try:
         yield
@@ -52,11 +54,14 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise Stopped(INTERRUPTED)
 
 
-def _dropped(told: UnraisableHookArgs) -> None:
-    """Whatever a finalizer or a callback of a weak reference raises ends there, and asyncio has
-    such a callback for each of its tasks."""
-    if not issubclass(told.exc_type, (Stopped, KeyboardInterrupt)):
-        sys.__unraisablehook__(told)
+def _on_dropped(dropped: UnraisableHookArgs) -> None:
+    """Raise a dropped signal again.
+
+    Python drops an exception in a finalizer or in a callback of a weak reference. asyncio has such
+    a callback for each task.
+    """
+    if not issubclass(dropped.exc_type, (Stopped, KeyboardInterrupt)):
+        sys.__unraisablehook__(dropped)
         return
     main = threading.main_thread().ident
     again = threading.Timer(AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))

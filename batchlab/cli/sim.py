@@ -1,10 +1,7 @@
-"""`batchlab sim …`: the grid in the simulator, tried over many seeds, or one seed again.
+"""`batchlab sim`: random tests of the grid in the simulator, over many seeds or one.
 
-Invariant: exit code 0 says that every promise was kept in every seed that was asked for.
-
-What a campaign over seeds came to: for a person, for a program, and as Markdown for the docs.
-
-Invariant: every kind of fault is in the table, also one that never happened.
+Invariant: exit code 0 means that every guarantee held in every seed. The table of faults lists
+every kind of fault, including those that did not happen.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import typer
 from batchlab import __version__
 from batchlab.cli import output
 from batchlab.cli.options import JsonOption
+from batchlab.cli.progress import bar
 from batchlab.cli.signals import INTERRUPTED, Stopped
 from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
@@ -32,25 +30,31 @@ if TYPE_CHECKING:
     from batchlab.sim.fuzz import Tally, Tried
 
 SHRUNK = 3
-"""How many failing seeds are shrunk: a bug that breaks many seeds is the same in most of them."""
+"""Most failing seeds that are shrunk, because one bug usually breaks many seeds."""
 LOG_SHOWN = 20
 
 app = typer.Typer(no_args_is_help=True)
+
+
+def register(root: typer.Typer) -> None:
+    """Add the group `sim` to the root command."""
+    root.add_typer(app, name="sim")
+
 
 WeatherOption = Annotated[
     str,
     typer.Option(
         "--weather",
         metavar="NAME",
-        help="Which faults: all, crashes (kills only), storm, timed (all, and a schedule), "
-        "lies (lying workers), storage (damaged objects), or accounts (all, and usage).",
+        help="Faults to inject: all, crashes (kills only), storm, timed (all, with a schedule), "
+        "lies (lying workers), storage (damaged objects), or accounts (all, with usage).",
     ),
 ]
 
 
 @app.callback()
 def sim_() -> None:
-    """Try the grid's promises in simulated worlds full of faults.
+    """Test the grid's guarantees in simulation, with injected faults.
 
     \b
     Example: batchlab sim fuzz --seeds 500
@@ -59,24 +63,24 @@ def sim_() -> None:
 
 @app.command()
 def fuzz(
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="How many.")] = 500,
-    first: Annotated[int, typer.Option("--from", metavar="SEED", min=0, help="The first.")] = 0,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds.")
+    ] = 500,
+    first: Annotated[int, typer.Option("--from", metavar="SEED", min=0, help="First seed.")] = 0,
     jobs: Annotated[
         int | None,
         typer.Option(
             "--jobs",
             metavar="N",
             min=1,
-            help="How many at a time.",
+            help="Number of seeds in parallel.",
             show_default="as many as CPUs",
         ),
     ] = None,
     weather: WeatherOption = "all",
     stop_after: Annotated[
         int,
-        typer.Option(
-            "--stop-after", metavar="N", min=1, help="End when so many seeds have failed."
-        ),
+        typer.Option("--stop-after", metavar="N", min=1, help="Stop after this many failed seeds."),
     ] = 10,
     report: Annotated[
         Path | None,
@@ -86,8 +90,9 @@ def fuzz(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Run random worlds, one per seed, and check every promise in each. What fails is shrunk to
-    the fewest faults. Exit code 1 where a promise was broken.
+    """Run a random world per seed, and check every promise in each.
+
+    Failures are shrunk to the fewest faults. The exit code is 1 if a promise is broken.
 
     \b
     Example: batchlab sim fuzz --seeds 10000 --report long.md
@@ -121,7 +126,7 @@ def _known(weather: str) -> None:
 
     if weather not in WEATHERS:
         raise UsageError(
-            f"There is no weather {weather!r}.", remedy=f"There are {', '.join(WEATHERS)}."
+            f"The weather {weather!r} does not exist.", remedy=f"Name one of {', '.join(WEATHERS)}."
         )
 
 
@@ -130,7 +135,7 @@ def _try_all(campaign: Campaign, stop_after: int) -> None:
 
     seeds = range(campaign.first, campaign.first + campaign.wanted)
     tries = fuzz.campaign(seeds, campaign.weather, campaign.processes)
-    with closing(tries), _watched(campaign.wanted) as show:
+    with closing(tries), _progress(campaign.wanted) as show:
         for tried in tries:
             campaign.tally.add(tried)
             show(campaign.tally)
@@ -152,34 +157,16 @@ def _shrink(campaign: Campaign) -> None:
 
 
 @contextmanager
-def _watched(total: int) -> Iterator[Callable[[Tally], None]]:
-    """A bar where stderr is a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        sometimes = output.Sometimes(30.0)
-        yield lambda tally: sometimes.say(
-            f"{tally.seeds:,} of {total:,} seeds, {len(tally.failures)} failed"
-        )
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _progress(total: int) -> Iterator[Callable[[Tally], None]]:
     begun_s = time.monotonic()
-    columns = (
-        TextColumn("{task.completed:,}/{task.total:,} seeds"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[failed]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total, rate="", failed="")
+    with bar(30.0) as show:
 
-        def show(tally: Tally) -> None:
+        def count(tally: Tally) -> None:
             rate = tally.seeds / (time.monotonic() - begun_s)
-            failed = f"[red]{len(tally.failures)} failed[/]" if tally.failures else "none failed"
-            bar.update(task, completed=tally.seeds, rate=f"{rate:.1f} seeds/s", failed=failed)
+            text = f"{tally.seeds:,} of {total:,} seeds, {len(tally.failures)} failed"
+            show(tally.seeds, total, f"{text}, {rate:.1f} seeds/s")
 
-        yield show
+        yield count
 
 
 @app.command()
@@ -190,7 +177,7 @@ def replay(
         typer.Option(
             "--only",
             metavar="FAULTS",
-            help="ACTOR:CALL:KIND,… or none, in place of what the weather draws.",
+            help="ACTOR:CALL:KIND,… or none, instead of the random faults of the weather.",
             show_default=False,
         ),
     ] = None,
@@ -202,7 +189,7 @@ def replay(
         ),
     ] = None,
 ) -> None:
-    """Run one seed's world again and show how it ends. Exit code 1 where a promise was broken.
+    """Run the world of one seed again and show its end. The exit code is 1 if a promise is broken.
 
     \b
     Example: batchlab sim replay 1234 --only manager-1:41:kill_after
@@ -250,7 +237,7 @@ def _end_of_log(lines: list[str]) -> str:
 
 @app.command()
 def faults(json: JsonOption = False) -> None:
-    """List the kinds of faults and what they mean.
+    """List the kinds of faults and their meanings.
 
     \b
     Example: batchlab sim faults
@@ -268,7 +255,7 @@ FAULT_COLUMNS = ("fault", "times", "in seeds", "meaning")
 
 @dataclass(slots=True)
 class Campaign:
-    """Seeds `first` and following, and what is known of them."""
+    """A run over `wanted` seeds from `first` on, with its results."""
 
     first: int
     wanted: int
@@ -276,24 +263,22 @@ class Campaign:
     processes: int
     tally: Tally = field(default_factory=Tally)
     fewest: dict[int, Shrunk[Fault] | None] = field(default_factory=dict)
-    """By failed seed, for those that were shrunk."""
+    """Shrunk faults by failed seed."""
     wall_s: float = 0.0
     cut: str = ""
-    """Why it ended before the last seed."""
+    """Reason for an end before the last seed."""
 
     @property
     def failures(self) -> Sequence[Failure]:
         return self.tally.failures
 
     def replay(self, failure: Failure) -> str:
-        """The one command that shows a failure again, by the fewest faults known."""
+        """Return the command that reproduces a failure with the fewest known faults."""
         found = self.fewest.get(failure.seed)
         return command(failure, self.weather, found.parts if found else None)
 
-    # --- For a person ----------------------------------------------------------------------------
-
     def text(self) -> str:
-        """All of it."""
+        """Return the results as text."""
         facts = [f"{name:<15}{value}" for name, value in self._facts().items()]
         faults = output.table(FAULT_COLUMNS, self._faults())
         told = [self._headline(), *facts, "", faults, "", self._verdict()]
@@ -351,10 +336,8 @@ class Campaign:
             yield f"after {happened}, of which {least} that break it are: {shown}"
         yield self.replay(failure)
 
-    # --- For the docs ----------------------------------------------------------------------------
-
     def markdown(self) -> str:
-        """Two tables and the verdict."""
+        """Return two tables and the verdict as Markdown."""
         facts = {
             "seeds": f"{self.tally.seeds:,}, from {self.first}",
             "weather": self.weather,
@@ -371,8 +354,6 @@ class Campaign:
             lines += ["", f"- seed {failure.seed}: {output.clean(failure.text)}"]
             lines += [f"  `{self.replay(failure)}`"]
         return "\n".join(lines) + "\n"
-
-    # --- For a program ---------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         tally = self.tally

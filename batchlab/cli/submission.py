@@ -1,8 +1,8 @@
-"""A job file on its way into a grid.
+"""Submission of a job file, its earlier runs, the wait for its end, and its results.
 
-Invariant: nothing is uploaded that has not passed every check.
-
-A job that a grid runs: watched until it ends, its results fetched.
+Invariant: only a job file that has passed all checks is uploaded. The client token of a run is the
+source digest, followed by #2, #3, and so on for later runs. So the same command finds its run
+again without a manager.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.cli import output, run_history
-from batchlab.cli.progress import Progress
+from batchlab.cli import output
+from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
-from batchlab.core.errors import UsageError
-from batchlab.core.model import ENDED
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.model import ENDED, JobId, JobState
+from batchlab.core.ports import Objects
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.retry import Patience
 from batchlab.jobs.results import Fetched, fetch, listed
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
-    from batchlab.cli.bills import Burn
+    from batchlab.cli.bills import LiveCost
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
     from batchlab.core.job_definition import JobDef
@@ -37,8 +40,49 @@ if TYPE_CHECKING:
     from batchlab.runtime.factory import Backend
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierRun:
+    """A submitted run. `ended` is its final state, or None before its end."""
+
+    number: int
+    job: JobId
+    ended: JobState | None
+
+
+def token(source_digest: str, number: int) -> str:
+    """Return the client token of run `number` (from 1) of a job file."""
+    return source_digest if number == 1 else f"{source_digest}#{number}"
+
+
+async def latest(
+    objects: Objects, name: str, source_digest: str, patience: Patience
+) -> EarlierRun | None:
+    """Return the last run with this source digest, if any."""
+    number = 0
+    job: JobId | None = None
+    while True:
+        candidate = object_keys.job_id(name, token(source_digest, number + 1))
+        if await patience(partial(objects.head, object_keys.spec(candidate))) is None:
+            break
+        number, job = number + 1, candidate
+    if job is None:
+        return None
+    return EarlierRun(number, job, await _ended(objects, job, patience))
+
+
+async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState | None:
+    round_ = 0
+    while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
+        round_ += 1
+    try:
+        data = await patience(lambda: objects.get(object_keys.final(job, round_)))
+    except NotFound:
+        return None
+    return JobState(json_format.loads(data)["state"])
+
+
 def overrides(texts: Iterable[str]) -> dict[str, str]:
-    """KEY=VALUE pairs; UsageError."""
+    """Parse KEY=VALUE pairs; raise UsageError."""
     found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -52,26 +96,25 @@ def overrides(texts: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Submission:
-    """A job file that has passed its checks, and where it is going."""
+    """A job file that has passed its checks, and its destination."""
 
     jobfile: JobFile
     packed: tuple[bytes, str]
-    """The code as a zip, and its digest."""
+    """Code as a zip, and its digest."""
     source_digest: str
     home: Home
     backend: Backend
     keys: Sequence[str] | None = None
-    """Keys and prefixes of the bucket that are the input, once it is `located`; None where files
-    are uploaded."""
+    """Keys and prefixes of the input in the bucket, once `located`; None if files are uploaded."""
 
     @cached_property
     def objects(self) -> Objects:
-        """The bucket it goes to; may need the grid to be up."""
+        """Bucket of the grid. Some backends have it only while the grid is up."""
         return self.backend.open_objects(self.home)
 
     @classmethod
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
-        """Read and check the file; JobFileErrors."""
+        """Read and check a job file; raise JobFileErrors."""
         from batchlab.jobs import api
         from batchlab.jobs.submission import check_input, code_digest, refuse_recurring
 
@@ -83,8 +126,10 @@ class Submission:
         return cls(jobfile, packed, source_digest, home, backend)
 
     async def located(self) -> Submission:
-        """With what it names in the bucket, where all of that is; may need the grid to be up.
-        Other objects there are another source. UsageError."""
+        """Return the submission with its input in the bucket resolved; raise UsageError.
+
+        Changed objects change the source digest. Some backends need a running grid.
+        """
         from batchlab.jobs.submission import contents, own_keys
         from batchlab.runtime.factory import patience
 
@@ -95,16 +140,18 @@ class Submission:
         digest = hashlib.sha256(f"{self.source_digest}/{found}".encode()).hexdigest()
         return replace(self, source_digest=digest, keys=keys)
 
-    async def latest(self) -> run_history.Run | None:
-        """The last run of just this, None where there was none."""
+    async def latest(self) -> EarlierRun | None:
+        """Return the last run with the same source digest, if any."""
         from batchlab.runtime.factory import patience
 
         name = self.jobfile.job.name
-        return await run_history.latest(self.objects, name, self.source_digest, patience())
+        return await latest(self.objects, name, self.source_digest, patience())
 
     async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
-        """Upload what run `number` needs; the job to submit, and what was uploaded in words.
-        `max_cost_usd` takes the place of the cap that the file says."""
+        """Upload the files of run `number`; return the job to submit and a text on the upload.
+
+        `max_cost_usd` replaces the cap of the file.
+        """
         from batchlab.jobs.submission import Uploaded, prepare
         from batchlab.runtime.factory import patience
 
@@ -121,7 +168,7 @@ class Submission:
             objects=self.objects,
             clock=self.backend.open_clock(),
             patience=patience(),
-            token=run_history.token(self.source_digest, number),
+            token=token(self.source_digest, number),
             packed=self.packed,
             progress=note,
             keys=self.keys,
@@ -129,7 +176,7 @@ class Submission:
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
         if self.keys is not None:
-            return job, "the code; the input lies in the bucket"
+            return job, "the code; the input is in the bucket"
         took = output.span(time.monotonic() - begun_s)
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
@@ -137,8 +184,10 @@ class Submission:
 def submit(
     home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None
 ) -> JobView:
-    """Submit a job file to the grid that is up in `home`; while an earlier submission of just
-    this has not ended, it is that one. `max_cost_usd` is its cap in either case."""
+    """Submit a job file to the running grid and return the job.
+
+    If the same submission is still active, it is returned. `max_cost_usd` caps either.
+    """
     from batchlab.cli.session import Session
     from batchlab.jobs.attempts import definition
     from batchlab.runtime.factory import patience
@@ -158,7 +207,7 @@ def submit(
 
 
 def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:
-    """Submit the job, with that cap in place of what it says; one that is known gets it too."""
+    """Submit the job with this cap. A job that was submitted before is capped too."""
     if max_cost_usd is None:
         return client.submit(job)
     view = client.submit(job)
@@ -168,30 +217,32 @@ def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> Jo
 
 
 POLL_S = 1.0
-"""Longest wait for news of the job, which is how often the workers are looked at too."""
+"""Longest wait for a change of the job, and interval of requests for the workers."""
 GAP_S = 0.1
-"""Least time between two looks: a busy job has news all the time."""
+"""Least time between two requests, because a busy job changes all the time."""
 
 
 def watch(
     session: Session,
     view: JobView,
-    shown: Progress,
+    shown: JobDisplay,
     slots: dict[str, int],
-    burn: Burn | None = None,
+    live_cost: LiveCost | None = None,
 ) -> JobView:
-    """Show the job until it ends, and with `burn` what it costs, where that applies; `slots` learns
-    the most slots seen in service by pool."""
+    """Show the job until it ends, with its cost if that applies, and return its last view.
+
+    Write the most slots in service of each pool to `slots`.
+    """
     looked_s, grid = float("-inf"), None
-    if burn and not burn.applies(session.backend.name):
-        burn = None
+    if live_cost and not live_cost.applies(session.backend.name):
+        live_cost = None
     while True:
         asked_s = time.monotonic()
         if asked_s - looked_s >= POLL_S / 2 or view["state"] in ENDED:
             grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
-            if burn:
-                shown.cost(session.call(partial(burn.line, job=view["id"], grid=grid)))
+            if live_cost:
+                shown.cost(session.call(partial(live_cost.line, job=view["id"], grid=grid)))
         shown.show(view, grid)
         if view["state"] in ENDED:
             return view
@@ -211,14 +262,14 @@ def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
 
 
 def default_folder(job: str) -> Path:
-    """Where the results of a job of that name go unless somebody says."""
+    """Return the default folder for the results of a job."""
     return Path("out") / job
 
 
 def fetch_results(
     session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()
 ) -> Fetched:
-    """The results of what has succeeded, in `out` or out/<job name>."""
+    """Fetch the results of succeeded tasks into `out`, or else into out/<job name>."""
     from batchlab.runtime.factory import patience
 
     listing = listed(

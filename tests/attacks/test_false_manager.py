@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from batchlab.cli import completion
+from batchlab.cli import options
 from batchlab.client.http import Client
 from batchlab.core import request_signatures
 from batchlab.core.errors import BackendError, Refused, Unreachable
@@ -81,7 +81,7 @@ def test_no_command_sends_the_token_to_a_false_manager(tmp_path: Path) -> None:
     home, false = Home(tmp_path), FalseManager()
     with standing(false) as url, home.locked():
         home.write_record(ManagerRecord(url, os.getpid(), "manager-1", "aws"))
-        assert completion._asked(home, "/v1/jobs?limit=5", "jobs") == []
+        assert options._asked(home, "/v1/jobs?limit=5", "jobs") == []
     assert false.seen
     assert home.token() not in sent(false.seen)
 

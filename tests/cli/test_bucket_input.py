@@ -39,7 +39,7 @@ def submitted(manager: type[FakeClient], run: Run, folder: Path, files: str) -> 
     says(folder, files)
     code, _, err = run("job", "submit", folder / "job.yaml", "--home", folder / "h")
     assert code == 0, err
-    assert "Uploaded the code; the input lies in the bucket." in err
+    assert "Uploaded the code; the input is in the bucket." in err
     ((job,),) = (args for name, args, _ in manager.asked if name == "submit")
     manager.asked.clear()
     found: Any = job

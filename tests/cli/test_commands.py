@@ -103,7 +103,7 @@ def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], r
     manager.answers["cancel"] = gone
     code, out, err = run("job", "cancel", name)
     assert (code, out) == (2, "")
-    assert err.startswith(f"Error: There is no job '{name}'.")
+    assert err.startswith(f"Error: The job '{name}' does not exist.")
 
 
 def test_logs_show_who_printed_what(manager: type[FakeClient], run: Run) -> None:
@@ -269,7 +269,7 @@ def test_grid_open_shows_an_address_that_works_once(
     manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}
     code, shown, err = run("grid", "open")
     assert (code, shown) == (2, "")
-    assert "has not come" in err
+    assert "has not requested it" in err
     assert "--no-browser" in err
     assert list(home.iterdir()) == []
     manager.answers = {"open_session": session}
@@ -357,7 +357,7 @@ def test_a_job_may_be_named_by_the_beginning_of_its_id(manager: type[FakeClient]
     assert named("sums-0000000001") == jobs[1]["id"]
     with pytest.raises(UsageError, match="could be any of 2 jobs"):
         named("sums")
-    with pytest.raises(UsageError, match="There is no job 'x/y'"):
+    with pytest.raises(UsageError, match="The job 'x/y' does not exist"):
         named("x/y")
 
 
@@ -365,7 +365,7 @@ def test_last_of_no_jobs(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"jobs": []}
     code, _, err = run("job", "why", "last")
     assert code == 2
-    assert err.startswith("Error: There are no jobs.")
+    assert err.startswith("Error: The grid has no jobs.")
 
 
 # --- The grid ------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_grid_up_with_other_pools_is_refused_while_one_is_up(
 def test_ledger_rebuild_says_how_many(manager: type[FakeClient], run: Run) -> None:
     bad = {"key": "jobs/j/s/outcomes/aa/x.json", "reason": "a field is missing"}
     manager.answers = {"rebuild_ledger": {"jobs": 3, "unreadable": [bad]}}
-    said = f"The ledger is made anew: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
+    said = f"The ledger is rebuilt: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
     assert run("ledger", "rebuild") == (0, said, "")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import completion
+from batchlab.cli import options
 from batchlab.core import request_signatures
 from batchlab.core.request_signatures import PROOF
 from batchlab.runtime.home import Home, ManagerRecord
@@ -120,7 +120,7 @@ def test_jobs_and_schedules_of_a_grid_that_is_up(
 def test_a_manager_that_does_not_answer_is_not_waited_for(
     complete: Complete, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completion, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(options, "PATIENCE_S", 0.01)
     monkeypatch.setattr(Manager, "do_GET", lambda self: threading.Event().wait(0.2))
     monkeypatch.setenv("BATCHLAB_HOME", str(home.path))
     assert complete("batchlab job show s") == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.local.objects import open_local
-from batchlab.cli import bills, estimates
+from batchlab.cli import bills, cost
 from batchlab.core.api_usage_types import JobUseView, UseView
 from batchlab.core.errors import UsageError
 from batchlab.jobs.job_file import load
@@ -89,7 +89,7 @@ def test_tasks_are_counted_as_the_planner_cuts_them(folder: Path) -> None:
     """Ten parts of one file and one of the other, and one that gathers."""
     import asyncio
 
-    tasks, files, size = asyncio.run(estimates.count(load(folder / "job.yaml", {})))
+    tasks, files, size = asyncio.run(cost.count(load(folder / "job.yaml", {})))
     assert (tasks, files, size) == (11, 2, 210)
 
 
@@ -138,10 +138,10 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
     ("options", "told"),
     [
         ([], "Nothing is known of how long a task of stage add takes"),
-        (["--seconds", "soon"], "'soon' is no number of seconds"),
-        (["--seconds", "3-1"], "'3-1' is no number of seconds"),
-        (["--seconds", "2", "--tasks", "many"], "'many' is no number of tasks"),
-        (["--seconds", "nap=2"], "names 'nap', which there is not"),
+        (["--seconds", "soon"], "'soon' is not a number of seconds"),
+        (["--seconds", "3-1"], "'3-1' is not a number of seconds"),
+        (["--seconds", "2", "--tasks", "many"], "'many' is not a number of tasks"),
+        (["--seconds", "nap=2"], "names 'nap', which does not exist"),
         (["--seconds", "2", "--spot", "0.8"], "Write --spot 80."),
         (["--seconds", "2", "--instance-type", "m7i.larg"], "no instance type 'm7i.larg'"),
         (["--seconds", "2", "--pool", "default:0-x"], "is not NAME:MIN-MAXxSLOTS"),
@@ -265,7 +265,7 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     async def stored(*_: object) -> int:
         return 0
 
-    monkeypatch.setattr(bills, "_stored", stored)
+    monkeypatch.setattr(bills, "_stored_bytes", stored)
     monkeypatch.setattr(factory.Backend, "open_objects", lambda *_: None)
     code, out, err = run("cost", "bill", "last", "--home", home.path)
     assert code == 0, err
@@ -281,7 +281,7 @@ def test_what_tasks_wrote_and_printed_is_stored_too(tmp_path: Path) -> None:
     for n, name in enumerate(("jobs", "raw", "files", "logs", "code"), start=1):
         (tmp_path / name / "j").mkdir(parents=True)
         (tmp_path / name / "j" / "a").write_bytes(b"x" * 10**n)
-    assert asyncio.run(bills._stored(open_local(tmp_path), "j")) == 11_110
+    assert asyncio.run(bills._stored_bytes(open_local(tmp_path), "j")) == 11_110
 
 
 def test_a_bill_where_nothing_has_run(run: Run, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder:
 def test_the_simulator_keeps_no_account(run: Run, folder: Path) -> None:
     code, _, err = run("run", folder / "job.yaml", "--backend", "sim", "--max-cost", "5USD")
     assert code == 2
-    assert "keeps no account" in err
+    assert "does not record costs" in err
 
 
 # --- Prices --------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_prices_are_shown_and_refreshed(run: Run, tmp_path: Path) -> None:
 
 
 def test_by_name_takes_one_for_all_and_one_for_each() -> None:
-    assert estimates.by_name(["2", "b=3"], ["a", "b"]) == {"a": "2", "b": "3"}
-    assert estimates.by_name(["b=3", "2"], ["a", "b"]) == {"a": "2", "b": "3"}
+    assert cost.by_name(["2", "b=3"], ["a", "b"]) == {"a": "2", "b": "3"}
+    assert cost.by_name(["b=3", "2"], ["a", "b"]) == {"a": "2", "b": "3"}
     with pytest.raises(UsageError):
-        estimates.by_name(["c=1"], ["a"])
+        cost.by_name(["c=1"], ["a"])

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import session
-from batchlab.cli.doctor import Level
-from batchlab.cli.doctor_backends import stack
+from batchlab.cli.doctor_backends import Level, stack_findings
 from batchlab.core.errors import Unreachable
 from batchlab.deploy.account import Account
 from batchlab.runtime import factory
@@ -36,7 +35,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nobody")
 def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> None:
-    found = {one.about: one for one in stack(Home(tmp_path), factory.load("aws"))}
+    found = {one.about: one for one in stack_findings(Home(tmp_path), factory.load("aws"))}
     assert list(found) == ["account", "stack", "session"]
     assert {one.level for one in found.values()} == {Level.FAIL}
     assert found["account"].text == "There are no credentials for AWS."
@@ -48,7 +47,10 @@ def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> 
 def test_without_credentials_a_known_stack_is_not_asked_for(tmp_path: Path) -> None:
     home = Home(tmp_path)
     deployment.write(home, KNOWN)
-    assert [one.about for one in stack(home, factory.load("aws"))] == ["account", "session"]
+    assert [one.about for one in stack_findings(home, factory.load("aws"))] == [
+        "account",
+        "session",
+    ]
 
 
 @pytest.mark.usefixtures("nobody")
@@ -57,7 +59,7 @@ def test_who_calls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return Account(region or "eu-west-2", "123", "arn:aws:sts::123:assumed-role/ops/me")
 
     monkeypatch.setattr(Account, "open", opened)
-    first = next(stack(Home(tmp_path), factory.load("aws")))
+    first = next(stack_findings(Home(tmp_path), factory.load("aws")))
     assert (first.about, first.level) == ("account", Level.OK)
     assert first.text == "123 in eu-west-2, as arn:aws:sts::123:assumed-role/ops/me"
 

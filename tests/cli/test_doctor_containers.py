@@ -11,8 +11,7 @@ import pytest
 from batchlab.adapters.docker import engine
 from batchlab.adapters.docker.engine import Found
 from batchlab.cli import doctor_backends
-from batchlab.cli.doctor import Finding, Level
-from batchlab.cli.doctor_backends import containers
+from batchlab.cli.doctor_backends import Finding, Level, container_findings
 from batchlab.runtime import factory
 from batchlab.runtime.compose import images, project
 from batchlab.runtime.home import Home
@@ -54,7 +53,7 @@ def examined(
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    found = containers(Home(tmp_path), factory.load("localstack"))
+    found = container_findings(Home(tmp_path), factory.load("localstack"))
     return {one.about: one for one in found}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from batchlab.cli import demo, doctor, output
-from batchlab.cli.doctor import Level
-from batchlab.cli.summary import Phases, Summary
+from batchlab.cli.doctor_backends import Level
+from batchlab.cli.run_job import Phases, Summary
 from batchlab.core.api_types import FailureView
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.task_names import with_task

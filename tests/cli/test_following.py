@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import logs as following
-from batchlab.cli.logs import Follower, Line, Which, to_json
+from batchlab.cli import job_logs
+from batchlab.cli.job_logs import Follower, Line, LogFilter, to_json
 
 
 class Manager:
@@ -36,7 +36,7 @@ class Manager:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "GAP_S", 0.0)
+    monkeypatch.setattr(job_logs, "GAP_S", 0.0)
 
 
 def tail(text: str, start: int = 0, task: int = 0) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def log(text: str, task: int = 0, **more: Any) -> dict[str, Any]:
     return {**where, "state": "SUCCEEDED", "ended_s": 1.0, "stored": True, "text": text, **more}
 
 
-ALL = Which()
+ALL = LogFilter()
 
 
-def followed(manager: Manager, which: Which = ALL) -> list[str]:
+def followed(manager: Manager, which: LogFilter = ALL) -> list[str]:
     lines: list[Line] = []
     Follower("j", which, lambda ask: ask(manager), lines.append).run()  # type: ignore[arg-type]
     return [f"{one.name}{'!' if one.is_note else ':'}{one.text}" for one in lines]
@@ -90,7 +90,7 @@ def test_a_late_tail_of_a_task_that_has_ended_says_nothing() -> None:
 
 
 def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "AGAIN_S", 0.0)
+    monkeypatch.setattr(job_logs, "AGAIN_S", 0.0)
     missing = log("(not stored)", stored=False)
     manager = Manager({"logs": [missing]}, {}, {"ended": True})
     manager.stored = [log("here it is\n"), log("another\n", task=1)]
@@ -102,9 +102,9 @@ def test_a_log_that_is_not_stored_yet_is_asked_for_again(monkeypatch: pytest.Mon
 def test_of_one_task_or_of_failed_ones_only() -> None:
     manager = Manager({}, {"ended": True})
     manager.tail_answers = iter([[tail("a\n"), tail("b\n", task=1)]])
-    assert followed(manager, Which(stage="s", task=1)) == ["s/1:b"]
+    assert followed(manager, LogFilter(stage="s", task=1)) == ["s/1:b"]
     manager = Manager({}, {"logs": [log("a\n", state="FAILED")]}, {"ended": True})
-    assert followed(manager, Which(failed=True, since_s=60.0)) == ["s/0:a"]
+    assert followed(manager, LogFilter(failed=True, since_s=60.0)) == ["s/0:a"]
     # Nobody pays for the output of tasks that may not fail.
     assert [what for what, _ in manager.asked] == ["news"] * 3
     assert manager.asked[0][1]["failed"] is True
@@ -114,7 +114,7 @@ def test_of_one_task_or_of_failed_ones_only() -> None:
 def test_a_manager_that_does_not_wait_is_not_asked_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(following, "GAP_S", 0.05)
+    monkeypatch.setattr(job_logs, "GAP_S", 0.05)
     began_s = time.monotonic()
     followed(Manager({}, {}, {}, {"ended": True}))
     assert time.monotonic() - began_s >= 0.15

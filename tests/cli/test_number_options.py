@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli.replay import Request
+from batchlab.cli.scenario_replay import ReplayRequest
 from batchlab.server.autoscaling_api.engine_loop import AsgSettings
 from tests.support.cli import Run
 
@@ -18,8 +18,10 @@ from tests.support.cli import Run
 def test_a_replays_limit_is_a_duration_or_a_number_of_seconds(
     run: Run, monkeypatch: pytest.MonkeyPatch, text: str, limit_s: float
 ) -> None:
-    found: list[Request] = []
-    monkeypatch.setattr("batchlab.cli.replay.run", lambda request, **_: found.append(request))
+    found: list[ReplayRequest] = []
+    monkeypatch.setattr(
+        "batchlab.cli.scenario_replay.run", lambda request, **_: found.append(request)
+    )
     assert run("scenario", "replay", "claims-month-end", "--limit", text)[0] == 0
     assert [one.limit_s for one in found] == [limit_s]
 

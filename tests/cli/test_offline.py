@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
-from batchlab.cli import NEEDED, app, demo, main, output
+from batchlab.cli import app, demo, main, output
+from batchlab.cli.startup import REQUIRED_MODULES
 from batchlab.core import optional_dependencies
 from batchlab.core.errors import JobFileError, Refused
 from batchlab.jobs.yaml_source import JobFileErrors
@@ -74,7 +75,9 @@ OF_EXTRAS = frozenset(
     module for modules in optional_dependencies.MODULES.values() for module in modules
 )
 HEAVY = frozenset(
-    NEEDED - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
+    REQUIRED_MODULES - {"typer"}
+    | OF_EXTRAS
+    | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
 )
 """What no command pays for that does not use it; the help, and what starts for each instance."""
 
@@ -85,7 +88,16 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        names = ("cli", "cli.app", "cli.output", "cli.signals", "core", "core.errors", "core.text")
+        names = (
+            "cli",
+            "cli.app",
+            "cli.output",
+            "cli.signals",
+            "cli.startup",
+            "core",
+            "core.errors",
+            "core.text",
+        )
         assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:
@@ -131,9 +143,9 @@ def imported_by(*arguments: str) -> set[str]:
 
 def test_the_help_has_of_each_command_its_own_first_line() -> None:
     commands = get_command(app.app).commands  # type: ignore[attr-defined]
-    assert list(commands) == list(app.LISTED)
-    for name, listed in app.LISTED.items():
-        assert commands[name].get_short_help_str(200) == listed.about, name
+    assert list(commands) == list(app.COMMANDS)
+    for name, listed in app.COMMANDS.items():
+        assert commands[name].get_short_help_str(200) == listed.summary, name
 
 
 def test_a_package_that_is_missing_is_named_and_what_to_do(
@@ -157,7 +169,9 @@ def test_what_every_installation_has_is_what_it_asks_for() -> None:
     homes = metadata.packages_distributions()
     asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
              if "extra ==" not in one}  # fmt: skip
-    given = {canonicalize_name(name) for module in NEEDED for name in homes.get(module, ())}
+    given = {
+        canonicalize_name(name) for module in REQUIRED_MODULES for name in homes.get(module, ())
+    }
     assert asked == given
 
 
@@ -263,7 +277,7 @@ def test_init_never_replaces_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "handlers.py").write_text("mine")
     code, _, err = run("init", tmp_path)
     assert code == 2
-    assert "handlers.py is there already" in err
+    assert "handlers.py already exists" in err
     assert [path.name for path in tmp_path.iterdir()] == ["handlers.py"]
     assert (tmp_path / "handlers.py").read_text() == "mine"
 
@@ -283,7 +297,7 @@ def test_init_of_an_example_comes_with_data_that_it_runs_on(
     assert json.loads(out)["stages"]
     code, _, err = run("init", folder, "--example", example)
     assert code == 2
-    assert "is there already" in err
+    assert "already exists" in err
 
 
 def test_init_of_the_media_job_makes_a_video(run: Run, tmp_path: Path, ffmpeg: None) -> None:
@@ -301,7 +315,7 @@ def test_init_of_what_cannot_run_here_writes_nothing(
     assert "apt-get install ffmpeg" in err
     code, _, err = run("init", tmp_path / "d", "--example", "clams")
     assert code == 2
-    assert "There are claims, " in err
+    assert "Name one of claims, " in err
     assert list(tmp_path.iterdir()) == []
 
 

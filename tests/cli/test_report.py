@@ -64,7 +64,7 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("sql", "SELECT 1", "no/such/folder"), "There is no folder no/such/folder"),
+        (("sql", "SELECT 1", "no/such/folder"), "The folder no/such/folder does not exist"),
         (("sql", "SELEC 1", "MADE"), "The query fails"),
         (("sql", "DROP VIEW jobs", "MADE"), "is not one SELECT"),
         (("sql", "SELECT * FROM '/etc/passwd'", "MADE"), "The query fails"),
@@ -74,8 +74,8 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
         (("write", "nothing"), "knows of no jobs"),
         (("diff", "MADE", "nothing"), "knows of no jobs"),
         (("sql", "SELECT 1", "last", "--backend", "no-such"), "There is no backend"),
-        (("pull", "../../etc", "--backend", "aws"), "is no job's id"),
-        (("pull", "last", "--backend", "aws"), "nobody knows which job is the last one"),
+        (("pull", "../../etc", "--backend", "aws"), "is not the id of a job"),
+        (("pull", "last", "--backend", "aws"), "so the last job is unknown"),
     ],
 )
 def test_mistakes_are_said_in_a_sentence(
@@ -131,7 +131,7 @@ def test_a_folder_that_is_no_run_is_not_written_over(
     (mine / "thesis.txt").write_text("ten years of work")
     code, _, err = run("report", "pull", "sums-0123456789")
     assert code == 2
-    assert "is no job performance data" in err
+    assert "does not contain the performance data" in err
     assert (mine / "thesis.txt").exists()
 
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.cli import grid_page, progress, run, run_history, run_job, session
+from batchlab.cli import options, progress, run, run_job, session, submission
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView
@@ -39,8 +39,8 @@ def put(objects: SimObjects, key: str, doc: dict[str, Any] | None = None) -> Non
     asyncio.run(objects.put(key, json_format.to_bytes({"v": json_format.VERSION, **(doc or {})})))
 
 
-def latest(objects: SimObjects) -> run_history.Run | None:
-    return asyncio.run(run_history.latest(objects, "sums", "f1", Patience(random.Random(1))))
+def latest(objects: SimObjects) -> submission.EarlierRun | None:
+    return asyncio.run(submission.latest(objects, "sums", "f1", Patience(random.Random(1))))
 
 
 def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
@@ -49,20 +49,20 @@ def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
     assert latest(objects) is None
     first = object_keys.job_id("sums", "f1")
     put(objects, object_keys.spec(first))
-    assert latest(objects) == run_history.Run(1, first, None)
+    assert latest(objects) == submission.EarlierRun(1, first, None)
     put(objects, object_keys.final(first, 0), {"state": "FAILED"})
-    assert latest(objects) == run_history.Run(1, first, JobState.FAILED)
+    assert latest(objects) == submission.EarlierRun(1, first, JobState.FAILED)
     put(objects, object_keys.retry(first, 1))
-    assert latest(objects) == run_history.Run(1, first, None)
+    assert latest(objects) == submission.EarlierRun(1, first, None)
     put(objects, object_keys.final(first, 1), {"state": "SUCCEEDED"})
-    assert latest(objects) == run_history.Run(1, first, JobState.SUCCEEDED)
+    assert latest(objects) == submission.EarlierRun(1, first, JobState.SUCCEEDED)
     second = object_keys.job_id("sums", "f1#2")
     put(objects, object_keys.spec(second))
-    assert latest(objects) == run_history.Run(2, second, None)
+    assert latest(objects) == submission.EarlierRun(2, second, None)
 
 
-def a_run(ended: JobState | None) -> run_history.Run:
-    return run_history.Run(3, object_keys.job_id("sums", "f1#3"), ended)
+def a_run(ended: JobState | None) -> submission.EarlierRun:
+    return submission.EarlierRun(3, object_keys.job_id("sums", "f1#3"), ended)
 
 
 @pytest.mark.parametrize("ended", [None, *sorted(ENDED)])
@@ -132,7 +132,7 @@ def test_workers_bounds_every_pool(jobfile: JobFile) -> None:
 
 @pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16"])
 def test_a_pool_reads_as_it_is_written(text: str) -> None:
-    pool = grid_page.parse(text)
+    pool = options.parse_pool(text)
     assert f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}" == text
 
 
@@ -141,12 +141,12 @@ def test_a_pool_reads_as_it_is_written(text: str) -> None:
 )
 def test_what_is_no_pool_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="default:0-4x1"):
-        grid_page.parse(text)
+        options.parse_pool(text)
 
 
 def test_a_pool_given_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="given twice"):
-        grid_page.parse_all(["a:0-1x1", "a:0-2x1"])
+        options.parse_pools(["a:0-1x1", "a:0-2x1"])
 
 
 # --- A manager that dies -------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(
 ) -> None:
     """Pain 13 and CI logs: a line has to read well without a terminal."""
     grid = cast("GridView", a_grid())
-    with progress.Lines(every_s=60) as lines:
+    with progress.JobDisplay(is_live=False, every_s=60) as lines:
         for state in ("RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"):
             lines.show(view(state=state), grid)
     err = capsys.readouterr().err
@@ -375,7 +375,7 @@ def test_plain_progress_has_no_control_codes_and_says_only_what_is_new(
 def test_plain_progress_is_told_again_after_a_while_if_there_is_news(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with progress.Lines(every_s=0) as lines:
+    with progress.JobDisplay(is_live=False, every_s=0) as lines:
         job = view()
         lines.show(job, None)
         lines.show(job, None)
@@ -403,7 +403,7 @@ def test_capacity_counts_the_pools_that_the_job_uses() -> None:
 
 
 def test_the_picture_has_a_line_per_stage_and_one_for_the_workers() -> None:
-    picture = progress.Picture()
+    picture = progress.JobDisplay(is_live=True)
     console = Console(file=StringIO(), width=100)
     console.print(picture.draw())
     job = view()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import schedule_files
+from batchlab.cli import schedule_upload
 from batchlab.core.errors import NotFound, Refused
 from batchlab.core.job_definition import JobDef
 from batchlab.runtime import factory
@@ -173,14 +173,14 @@ def test_what_the_file_says_of_its_times_counts_unless_an_option_does(
     [
         ((), "Nothing says when it is to run."),
         (("--cron", "* * * * *", "--at", "+10m"), "--cron and --at exclude each other."),
-        (("--at", "tomorrow"), "'tomorrow' is no time."),
-        (("--at", "+1x"), "'+1x' is no time."),
+        (("--at", "tomorrow"), "'tomorrow' is not a time."),
+        (("--at", "+1x"), "'+1x' is not a time."),
         (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "no time zone 'Berlin'"),
         (("--cron", "* * * * *", "--prewarm", "soon"), "--prewarm: 'soon' is not a duration."),
         (("--cron", "* * * * *", "--capacity", "3"), "--capacity is what --prewarm has ready."),
         (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/../jobs/"), "is not below raw/"),
-        (("--cron", "* * * * *", "--input", "raw/incoming"), "is no prefix, which ends in"),
+        (("--cron", "* * * * *", "--input", "raw/incoming"), "does not end in a slash"),
         (("--cron", "* * * * *", "--set", "year=1"), "there is no parameter 'year'"),
     ],
 )
@@ -267,15 +267,15 @@ def test_a_job_file_that_has_changed_since_is_told_of(
 ) -> None:
     said, _ = added(manager, run, folder, "--cron", "30 2 * * *")
     view: Any = a_schedule(source=said["source"], source_digest=said["source_digest"])
-    assert schedule_files.since(view) == ""
+    assert schedule_upload.since(view) == ""
     (folder / "data" / "a.csv").write_text("another")
-    assert "has changed since: runs are as it was when it was added" in schedule_files.since(view)
+    assert "has changed since: runs are as it was when it was added" in schedule_upload.since(view)
     manager.answers = {"schedule": view}
     assert "--replace takes what it is now" in run("schedule", "show", "nightly")[2]
     (folder / "job.yaml").write_text("name: [")
-    assert "is no job file that can be run now" in schedule_files.since(view)
+    assert "is no job file that can be run now" in schedule_upload.since(view)
     (folder / "job.yaml").unlink()
-    assert schedule_files.since(view) == ""
+    assert schedule_upload.since(view) == ""
 
 
 def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], run: Run) -> None:

@@ -171,10 +171,13 @@ def test_an_interrupted_campaign_tells_what_it_knows(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("fuzz", "--weather", "fog"), "There is no weather 'fog'.\n  There are accounts, all,"),
+        (
+            ("fuzz", "--weather", "fog"),
+            "The weather 'fog' does not exist.\n  Name one of accounts, all,",
+        ),
         (("fuzz", "--report", "/nowhere/a.md"), "/nowhere/a.md cannot be written"),
         (("fuzz", "--seeds", "0"), "--seeds"),
-        (("replay", "7", "--weather", "fog"), "There is no weather 'fog'."),
+        (("replay", "7", "--weather", "fog"), "The weather 'fog' does not exist."),
         (("replay", "7", "--log", "/nowhere/a.log"), "/nowhere/a.log cannot be written"),
         (("replay", "7", "--only", "manager:3:spilled"), "There is no fault 'spilled'."),
         (("replay", "7", "--only", "manager"), "'manager' is no fault"),
@@ -292,7 +295,7 @@ def test_ctrl_c_in_a_terminal_ends_it_at_once_and_leaves_no_process() -> None:
     shown = ""
     for text in screen(terminal):
         shown += text
-        if re.search(r"[1-9]\d*/100,000 seeds", shown) and process.poll() is None:
+        if re.search(r"[1-9]\d* of 100,000 seeds", shown) and process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
             break
     for text in screen(terminal):

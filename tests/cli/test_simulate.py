@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import replay
+from batchlab.cli import scenario_replay
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.calibration import write
@@ -128,8 +128,8 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     text = PEAK.replace("MAKESPAN", "2m").replace("tasks: 4,", "tasks: 200000,")
     (tmp_path / "peak.yaml").write_text(text)
     path = str(tmp_path / "peak.yaml")
-    # The same program, which tells how far it is after half a second in place of ten.
-    program = "from batchlab.cli import main, simulate; simulate.SOMETIMES_S = 0.5; main()"
+    # The same program, which reports progress after half a second instead of ten.
+    program = "from batchlab.cli import main, scenario_simulate as s; s.LINE_EVERY_S = 0.5; main()"
     command = [sys.executable, "-c", program, "scenario", "simulate", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -148,7 +148,7 @@ def test_how_long_many_tasks_take_is_told_before(
 ) -> None:
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "to simulate" not in told
-    monkeypatch.setattr("batchlab.cli.simulate.MANY_TASKS", 8)
+    monkeypatch.setattr("batchlab.cli.scenario_simulate.MANY_TASKS", 8)
     _, _, told = run("scenario", "simulate", peak(tmp_path))
     assert "8 tasks take up to about 16 ms to simulate; Ctrl-C ends it." in told
 
@@ -157,10 +157,10 @@ def test_who_replays_a_night_in_real_time_is_told_so_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = peak(tmp_path)
-    replay._tell_long(loader.load(path), None)
+    scenario_replay._note_duration(loader.load(path), None)
     assert capsys.readouterr().err == ""
     path.write_text(path.read_text().replace("[0s, 30s]", "[0s, 9h]"))
-    replay._tell_long(loader.load(path), None)
+    scenario_replay._note_duration(loader.load(path), None)
     assert "peak runs in real time, for at least 9 h 00 min; --compress 100" in (
         capsys.readouterr().err
     )
@@ -170,10 +170,10 @@ def test_who_replays_with_a_fleet_too_large_for_one_machine_is_told_so_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = peak(tmp_path)
-    replay._tell_large(loader.load(path), factory.load("local"))
+    scenario_replay._note_fleet(loader.load(path), factory.load("local"))
     path.write_text(path.read_text().replace("max: 2", "max: 800"))
-    replay._tell_large(loader.load(path), factory.load("aws"))
+    scenario_replay._note_fleet(loader.load(path), factory.load("aws"))
     assert capsys.readouterr().err == ""
-    replay._tell_large(loader.load(path), factory.load("local"))
+    scenario_replay._note_fleet(loader.load(path), factory.load("local"))
     told = capsys.readouterr().err
     assert "Its fleet may come to 800 instances, each a process of this machine" in told

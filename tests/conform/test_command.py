@@ -61,7 +61,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
         (("--endpoint", "http://a", "--markdown", "no/where.md"), "no/where.md cannot be written"),
         (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
         (("--aws",), "There are no AWS credentials"),
-        (("--endpoint", "http://a", "--service", "ec2"), "There are no checks of a service ec2"),
+        (("--endpoint", "http://a", "--service", "ec2"), "The service 'ec2' has no checks"),
         (("--aws", "--service", "autoscaling"), "would launch instances in an AWS account"),
         (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
         (

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.notifications.sns_and_command import Topics
-from batchlab.cli import NEEDED, lacking
+from batchlab.cli.startup import REQUIRED_MODULES, missing_module_message
 from batchlab.client.grid import Grid
 from batchlab.core import optional_dependencies
 from batchlab.core.capabilities import backend_names
@@ -54,7 +54,7 @@ def test_the_code_knows_the_extras_that_there_are_and_what_they_bring() -> None:
                  for name in homes[one.partition(".")[0]]}  # fmt: skip
         assert names(lines) <= given, extra
         assert extra == "otel" or given - names(lines) <= {"botocore"}, "boto3 brings it"
-    assert OF_EXTRAS.isdisjoint(NEEDED)
+    assert OF_EXTRAS.isdisjoint(REQUIRED_MODULES)
     every = names([line for lines in asked.values() for line in lines])
     assert every.isdisjoint(names(project()["project"]["dependencies"]))
 
@@ -153,12 +153,12 @@ def test_an_import_that_nobody_has_asked_about_is_told_likewise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(optional_dependencies, "_origin", dict)
-    told = lacking(ModuleNotFoundError(name="docker.errors"))
+    told = missing_module_message(ModuleNotFoundError(name="docker.errors"))
     assert told is not None
     assert told.startswith("Error: This command needs batchlab's extra `docker`, which is not ")
     assert "batchlab[docker]" in told.splitlines()[1]
-    assert lacking(ModuleNotFoundError(name="pandas")) is None
-    assert lacking(ModuleNotFoundError()) is None
+    assert missing_module_message(ModuleNotFoundError(name="pandas")) is None
+    assert missing_module_message(ModuleNotFoundError()) is None
 
 
 def test_the_doctor_names_what_is_missing(

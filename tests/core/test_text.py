@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.cli.progress import Picture
+from batchlab.cli.progress import JobDisplay
 from batchlab.core.text import visible, visible_json
 from tests.support.cli import a_job, view
 
@@ -34,7 +34,7 @@ def test_nothing_of_a_job_is_markup_in_the_picture_that_moves() -> None:
 
     odd = "[link=https://evil.example]click[/link]\x1b[2J"
     stage = {**a_job("s-1")["stages"][0], "name": odd}
-    picture = Picture()
+    picture = JobDisplay(is_live=True)
     picture.show(view(stages=[stage]), None)
     console = Console(width=200, force_terminal=True)
     with console.capture() as drawn:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from batchlab.cli.deploy_output import tries
+from batchlab.cli.deploy_options import retry_notes
 from batchlab.core.errors import Throttled, Unreachable, UsageError
 from batchlab.deploy.account import Account, chosen_region
 from batchlab.deploy.stack import Stack
@@ -80,7 +80,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
 
 
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between tries, none of which is waited."""
+    """The waits between retry_notes, none of which is waited."""
     found: list[float] = []
     monkeypatch.setattr("botocore.endpoint.time.sleep", found.append)
     return found
@@ -129,11 +129,11 @@ def test_while_nothing_answers_it_is_said_that_it_is_still_tried(
 
     monkeypatch.setattr("botocore.endpoint.time.sleep", wait)
     monkeypatch.setattr("batchlab.cli.output.time", SimpleNamespace(monotonic=lambda: now_s[0]))
-    with Account("us-east-1", notes=tries) as account:
+    with Account("us-east-1", notes=retry_notes) as account:
         Stack(account, "grid").state()
         assert capsys.readouterr().err == "", "what answers is no reason to say something"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with Account("us-east-1", notes=tries) as account, pytest.raises(Unreachable):
+    with Account("us-east-1", notes=retry_notes) as account, pytest.raises(Unreachable):
         Stack(account, "grid").state()
     said = capsys.readouterr().err.splitlines()
     # Not at once, then about once a second; the last try is the error's to tell.

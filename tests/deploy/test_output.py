@@ -11,8 +11,9 @@ import pytest
 from botocore.stub import Stubber
 from rich.console import Console
 
-from batchlab.cli import deploy_output
-from batchlab.cli.deploy_output import Lines, Person, Picture, plan_text
+from batchlab.cli import deploy_options
+from batchlab.cli.deploy_output import Person, plan_text
+from batchlab.cli.progress import StackDisplay
 from batchlab.core.errors import UsageError
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
@@ -95,7 +96,7 @@ def test_where_the_price_book_is_of_another_region_its_prices_are_shown_and_said
 def test_without_a_terminal_there_is_a_line_for_what_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = Lines()
+    lines = StackDisplay("creating", 3, is_live=False)
     for event in (
         an_event("grid", "CREATE_IN_PROGRESS", "User Initiated"),
         an_event("A", "CREATE_IN_PROGRESS"),
@@ -110,7 +111,7 @@ def test_without_a_terminal_there_is_a_line_for_what_ends(
 
 
 def test_a_terminal_has_a_bar_and_what_is_being_made(capsys: pytest.CaptureFixture[str]) -> None:
-    picture = Picture("creating", 3)
+    picture = StackDisplay("creating", 3, is_live=True)
 
     def drawn() -> str:
         page = Console(file=io.StringIO(), width=100)
@@ -133,7 +134,7 @@ def test_a_terminal_has_a_bar_and_what_is_being_made(capsys: pytest.CaptureFixtu
 
 
 def test_many_things_at_once_do_not_fill_the_screen() -> None:
-    picture = Picture("creating", 50)
+    picture = StackDisplay("creating", 50, is_live=True)
     for number in range(50):
         picture.see(an_event(f"R{number}", "CREATE_IN_PROGRESS"))
     page = Console(file=io.StringIO(), width=100)
@@ -211,12 +212,12 @@ def test_a_release_that_was_renamed_is_none(tmp_path: Path) -> None:
     archive = release(tmp_path)
     wanted = Settings()
     home = Home(tmp_path)
-    assert deploy_output.release_for(wanted, archive, home) == archive
+    assert deploy_options.release_archive(wanted, archive, home) == archive
     other = archive.rename(tmp_path / "mine.tar.gz")
-    with pytest.raises(UsageError, match="not called by the SHA-256"):
-        deploy_output.release_for(wanted, other, home)
+    with pytest.raises(UsageError, match="is not the SHA-256"):
+        deploy_options.release_archive(wanted, other, home)
     with pytest.raises(UsageError, match="cannot be read"):
-        deploy_output.release_for(wanted, archive, home)
+        deploy_options.release_archive(wanted, archive, home)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli.grid_page import parse_typed
+from batchlab.cli.options import parse_typed_pool
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.protocol import object_keys
 from batchlab.deploy import settings, template
@@ -246,12 +246,12 @@ def test_a_release_is_for_the_pools_processors(types: tuple[str, ...], architect
 
 
 def test_pools_on_the_command_line_may_name_their_types() -> None:
-    pool, types = parse_typed("default:0-4x2@m7i.large,m6i.large")
+    pool, types = parse_typed_pool("default:0-4x2@m7i.large,m6i.large")
     assert (pool.name, pool.max_size, types) == ("default", 4, ("m7i.large", "m6i.large"))
-    assert parse_typed("default:0-4x2")[1] == ()
+    assert parse_typed_pool("default:0-4x2")[1] == ()
     for wrong in ("default:0-4x2@", "default:0-4x2@a,,b"):
         with pytest.raises(BatchlabError, match="lacks an instance type"):
-            parse_typed(wrong)
+            parse_typed_pool(wrong)
 
 
 def test_what_is_kept_is_json_that_people_can_read(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_program_is_told_what_is_to_be_changed(run: Run, made_run: Path, tmp_p
 def test_what_is_no_run_is_refused(run: Run, made_run: Path, tmp_path: Path) -> None:
     code, _, err = run("report", "html", tmp_path / "nowhere")
     assert code == 2
-    assert "There is no folder" in err
+    assert "does not exist" in err
     write_run(tmp_path / "two" / "a", Made(job="a"))
     write_run(tmp_path / "two" / "b", Made(job="b"))
     code, _, err = run("report", "html", tmp_path / "two")

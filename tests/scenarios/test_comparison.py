@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from batchlab.cli import simulate
+from batchlab.cli import scenario_records
 from batchlab.cli.charts import Chart
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.forecast.comparison import compare, sample_curve
@@ -93,7 +93,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 def test_a_person_sees_two_curves_and_a_program_json() -> None:
-    told = simulate.text(compare(FORECAST, FACT))
+    told = scenario_records.comparison_text(compare(FORECAST, FACT))
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert "makespan all 90.0 s 1 min 40 s -10.0 s -10.0%" in lines
     assert "cost all 2.50 USD 2.00 USD +0.5 USD +25.0%" in lines
@@ -102,7 +102,7 @@ def test_a_person_sees_two_curves_and_a_program_json() -> None:
     assert len(drawn) == 3 * 10
     assert all("●" in told and "░" in told for told in ("".join(drawn[:10]), "".join(drawn[20:])))
     assert json.dumps(compare(FORECAST, FACT).to_json(), allow_nan=False)
-    assert "none at any time" in simulate.text(compare(a_record(), a_record()))
+    assert "none at any time" in scenario_records.comparison_text(compare(a_record(), a_record()))
 
 
 def test_a_chart_is_what_it_shows() -> None:

@@ -110,9 +110,9 @@ def test_plain_text_has_nothing_but_ascii(tmp_path: Path) -> None:
 
 
 def test_a_fault_is_said_with_what_belongs_to_it() -> None:
-    said = charts.fault_said(Fault(FaultName.S3_ERRORS, 60, 300, rate=0.25))
+    said = charts.fault_text(Fault(FaultName.S3_ERRORS, 60, 300, rate=0.25))
     assert said == "60 s: s3-errors, S3 answers a share of all requests with 503 (25%), for 5 min"
-    said = charts.fault_said(Fault(FaultName.ZONE_LOSS, 60, 300))
+    said = charts.fault_text(Fault(FaultName.ZONE_LOSS, 60, 300))
     assert said.endswith("(zone a), for 5 min")
-    said = charts.fault_said(Fault(FaultName.SPOT_WAVE, 60, 300, share=0.5, pool="big"))
+    said = charts.fault_text(Fault(FaultName.SPOT_WAVE, 60, 300, share=0.5, pool="big"))
     assert said.endswith("(50% of big)")

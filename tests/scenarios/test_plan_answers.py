@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from batchlab.cli import plan_output
+from batchlab.cli import scenario_plan
 from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import (
@@ -102,10 +102,10 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     found = a_plan(scenario, PoolConfig("default", 0, 2))
     assert found.idle_waves == (wave,)
     assert found.to_json()["idle_waves_at_s"] == [90.0]
-    assert "Delete the spot-wave at 90.0 s there" in plan_output.text(found)
+    assert "Delete the spot-wave at 90.0 s there" in scenario_plan.text(found)
     on_spot = a_plan(scenario, PoolConfig("default", 0, 2, 0.1))
     assert on_spot.idle_waves == ()
-    assert "Delete" not in plan_output.text(on_spot)
+    assert "Delete" not in scenario_plan.text(on_spot)
     assert a_plan(a_scenario(faults=(other,)), PoolConfig("default", 0, 2)).idle_waves == ()
     # One that is of a pool finds nothing in another.
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
@@ -123,4 +123,4 @@ def test_a_deadline_before_the_last_arrival_is_said_to_be_met_by_no_fleet(
     made = a_plan(a_scenario(jobs=jobs, arrivals=arrivals), PoolConfig("default", 0, 4))
     made = replace(made, goal=Goal(deadline_s), chosen=replace(made.chosen, outcomes=late))
     told = "None can: the last job is due 20 min 00 s after the first"
-    assert (told in plan_output.text(made)) is cannot
+    assert (told in scenario_plan.text(made)) is cannot

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from batchlab.cli import output, plan_output
-from batchlab.cli import plan as planning
+from batchlab.cli import output, scenario_plan
 from batchlab.core.model import Market, Pool
 from batchlab.scenarios.model.values import (
     Expectation,
@@ -52,7 +51,7 @@ def test_luck_in_the_seeds_of_the_search_is_not_taken_for_confidence() -> None:
     assert found.met.met == found.met.of == 20
     assert min(one.peak for one in found.fresh) >= 6
     assert min(one.seed for one in found.fresh) >= 30
-    assert "had been put to other fresh seeds and had not held" in plan_output.text(found)
+    assert "had been put to other fresh seeds and had not held" in scenario_plan.text(found)
 
 
 class Failing(Grid):
@@ -82,7 +81,7 @@ def test_a_fleet_whose_jobs_fail_is_cheap_and_not_to_be_had(
     assert all(one.candidate.fleets[0].spot == 0 for one in found.frontier)
     assert the_fleet(found).spot == 0
     grid.always = True
-    assert planning.carry_out(Search(a_scenario(), Goal(660.0), grid), json=False) == 1
+    assert scenario_plan.search_and_show(Search(a_scenario(), Goal(660.0), grid), json=False) == 1
     told = capsys.readouterr().out
     assert "No fleet that was tried does all of the work" in told
     assert ("3 tasks are not done" if how == "loses" else "up to 1 job fail") in told
@@ -101,7 +100,7 @@ def told_of(outcomes: list[TrialResult], goal: Goal) -> tuple[Plan, str]:
         Candidate((PoolConfig("default", 0, 2, 0.5),), 300.0), (an_outcome(7, 50.0, 0.5),)
     )
     made = Plan(a_scenario(), goal, point, (point,), 20, 23, 1, True, fresh=tuple(outcomes))
-    return made, plan_output.text(made)
+    return made, scenario_plan.text(made)
 
 
 def test_in_time_and_within_the_budget_are_asked_of_the_same_run() -> None:
@@ -199,7 +198,7 @@ def test_what_it_prints_is_read_back_from_yaml() -> None:
     plan = PoolPlan(Pool("default", 1, 9, 4, 90.0, instance_type="m7i.large"), 0.5)
     warm = Prewarm("default", 5, 25_200.0, 32_400.5)
     scenario = a_scenario(pools=(plan,), policy=Policy(600.0, None, 45.5), prewarm=(warm,))
-    assert yaml.safe_load(plan_output.as_yaml(scenario)) == {
+    assert yaml.safe_load(scenario_plan.as_yaml(scenario)) == {
         "pools": {
             "default": {
                 "min": 1,
@@ -216,7 +215,7 @@ def test_what_it_prints_is_read_back_from_yaml() -> None:
 
 
 def test_a_person_reads_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    code = planning.carry_out(
+    code = scenario_plan.search_and_show(
         Search(a_scenario(faults=WAVE), Goal(600.0, 5.0), Grid(200, 30.0)), json=False
     )
     told = capsys.readouterr().out

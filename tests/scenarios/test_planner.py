@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import plan as planning
-from batchlab.cli import plan_output
+from batchlab.cli import scenario_plan
 from batchlab.cli.signals import INTERRUPTED
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
@@ -160,14 +159,16 @@ def test_what_is_recommended_is_on_the_frontier_that_is_shown() -> None:
         found = a_plan(Grid(tasks, 30.0, noise=0.1), Goal(600.0), a_scenario(), seeds=8, runs=120)
         assert found.holds
         assert found.chosen in found.frontier
-        assert "◆  " in plan_output.text(found)
+        assert "◆  " in scenario_plan.text(found)
 
 
 # --- What it says where there is none ------------------------------------------------------------
 
 
 def test_a_deadline_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> None:
-    code = planning.carry_out(Search(a_scenario(), Goal(80.0), Grid(100, 30.0)), json=False)
+    code = scenario_plan.search_and_show(
+        Search(a_scenario(), Goal(80.0), Grid(100, 30.0)), json=False
+    )
     told = capsys.readouterr().out
     assert code == 1
     assert "No fleet meets the deadline of 80.0 s." in told
@@ -189,14 +190,16 @@ def test_a_budget_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.affordable is not None
     assert found.affordable.usd <= between
     assert found.affordable.finish_s > 360.0
-    code = planning.carry_out(Search(scenario, Goal(360.0, between), grid), json=False)
+    code = scenario_plan.search_and_show(Search(scenario, Goal(360.0, between), grid), json=False)
     told = capsys.readouterr().out
     assert code == 1
     assert "No fleet was found that is in time for" in told
     assert "For that budget the fastest is done after" in told
-    assert planning.carry_out(Search(scenario, Goal(360.0, 0.0001), grid), json=False) == 1
+    assert (
+        scenario_plan.search_and_show(Search(scenario, Goal(360.0, 0.0001), grid), json=False) == 1
+    )
     assert "Nothing that was tried costs so little" in capsys.readouterr().out
-    assert planning.carry_out(Search(scenario, Goal(360.0, 50.0), grid), json=False) == 0
+    assert scenario_plan.search_and_show(Search(scenario, Goal(360.0, 50.0), grid), json=False) == 0
     assert "In time and within the budget in 20 of 20 fresh seeds" in capsys.readouterr().out
 
 
@@ -282,7 +285,7 @@ def test_a_search_that_may_not_go_on_says_so() -> None:
     assert len(grid.asked) == found.runs <= 20
     assert "of the 20 runs that it may make, 5 are kept to confirm" in found.cut
     assert len(found.fresh) == 5
-    assert "There may be better fleets" in plan_output.text(found)
+    assert "There may be better fleets" in scenario_plan.text(found)
 
 
 class Impatient(Grid):
@@ -304,7 +307,7 @@ def test_ctrl_c_ends_it_with_what_is_known(
 ) -> None:
     grid = Impatient(200, 30.0)
     grid.at = at
-    code = planning.carry_out(Search(a_scenario(), Goal(600.0), grid), json=False)
+    code = scenario_plan.search_and_show(Search(a_scenario(), Goal(600.0), grid), json=False)
     told = capsys.readouterr()
     assert code == INTERRUPTED
     assert said in told.out + told.err

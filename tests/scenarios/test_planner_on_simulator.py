@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import plan as planning
+from batchlab.cli import scenario_plan
 from batchlab.core.pricing import price_book
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
@@ -171,7 +171,7 @@ def test_the_planner_finds_what_arithmetic_says_of_the_simulated_grid() -> None:
     """By 5 min an instance that is there does 4 or 5 rounds of 2 tasks of a minute: 4 instances do
     all 32, 3 do not. A fleet that comes and goes, or Spot, can only make it cheaper."""
     scenario = a_scenario(PLAIN)
-    forecast = partial(planning.forecast, backend="aws", calibration=None)
+    forecast = partial(scenario_plan.forecast, backend="aws", calibration=None)
 
     def of_size(size: int) -> TrialResult:
         fleet = Candidate((PoolConfig("default", size, size),), 60.0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from batchlab.cli import recordings
-from batchlab.cli.recordings import Request
+from batchlab.cli import scenario_records
+from batchlab.cli.scenario_records import RecordRequest
 from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
@@ -247,5 +247,7 @@ def test_the_record_that_is_read_is_not_written_over(tmp_path: Path) -> None:
     before = path.read_bytes()
     for out in (path, tmp_path / "x" / ".." / "run.json"):
         with pytest.raises(UsageError, match="is the record that is read"):
-            recordings.run(Request((), path, out, None, Home(tmp_path)), json=True)
+            scenario_records.write_scenario(
+                RecordRequest((), path, out, None, Home(tmp_path)), json=True
+            )
     assert path.read_bytes() == before

@@ -273,7 +273,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     code, out, _ = cli("job", "results", job, "--out", "mine")
     assert code == 0
     assert numbers(cli.folder / "mine") == list(range(6))
-    assert cli("ledger", "rebuild")[1] == "The ledger is made anew: 1 job.\n"
+    assert cli("ledger", "rebuild")[1] == "The ledger is rebuilt: 1 job.\n"
     assert "Launching" in cli("grid", "activities")[1]
     doctor = json.loads(cli("doctor", "--json")[1])
     assert all(one["level"] != "fail" for one in doctor)

@@ -252,7 +252,7 @@ def test_a_grid_at_a_named_endpoint_starts_no_emulator(cli: Cli, ministack: Endp
     assert f"bucket {place.bucket} at {ministack.url}" in out
     assert not [w for w in processes_of(cli.home.path).values() if "ministack_guard" in str(w)]
     assert cli("run", "job.yaml", *MINISTACK)[0] == 0
-    assert cli("ledger", "rebuild")[1] == "The ledger is made anew: 1 job.\n"
+    assert cli("ledger", "rebuild")[1] == "The ledger is rebuilt: 1 job.\n"
     assert cli("grid", "down")[0] == 0
     # The home remembers, and does not take another place for it.
     assert cli("run", "job.yaml", *MINISTACK, "--cache")[0] == 0

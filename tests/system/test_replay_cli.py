@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batchlab.cli import output, replay_progress
+from batchlab.cli import output, progress
 from batchlab.cli.example_data import write_claims
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
@@ -134,7 +134,7 @@ def test_real_work_does_what_its_job_file_says(tmp_path: Path) -> None:
 
 def test_a_picture_is_drawn_while_it_is_entered(capsys: pytest.CaptureFixture[str]) -> None:
     state = ReplayProgress(3.0, 12, 4, 2, 1, 0.0, 0.0, None, ("kill",))
-    with replay_progress.Picture() as picture:
+    with progress.ReplayDisplay(is_live=True) as picture:
         picture.show(state)
     shown = capsys.readouterr().err
     assert "2/12 jobs ended, 1 of them badly" in shown

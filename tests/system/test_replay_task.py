@@ -187,7 +187,7 @@ def test_an_ide_is_waited_for_and_debugpy_told_of_where_it_is_missing(
     done = here.cli("replay-task", "parse/1", "--debugpy", "5678", "--break")
     assert done.stdout.startswith("listens at ('127.0.0.1', 5678)\nattached\nstopped\n"), done
     assert "same way" in done.stdout
-    monkeypatch.setattr("batchlab.cli.replay_task.find_spec", lambda _: None)
+    monkeypatch.setattr("batchlab.cli.job_replay.find_spec", lambda _: None)
     code, _, err = quick(here, "replay-task", "parse/1", "--debugpy", "5678")
     assert code == 2
     assert "-m pip install debugpy" in err
@@ -306,7 +306,7 @@ def test_a_commands_shell_and_a_kept_folder_are_given_none_either(
 def test_a_variable_that_is_not_set_is_told(here: Ran, quick: Quick) -> None:
     code, _, err = quick(here, "replay-task", "parse/1", "--env", "NOT_SET_HERE")
     assert code == 2
-    assert "There is no variable 'NOT_SET_HERE' here." in err
+    assert "The environment variable 'NOT_SET_HERE' is not set." in err
 
 
 # --- Functions from Python -----------------------------------------------------------------------

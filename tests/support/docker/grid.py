@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.doctor import Level
-from batchlab.cli.doctor_backends import containers
+from batchlab.cli.doctor_backends import Level, container_findings
 from batchlab.core.errors import BatchlabError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
@@ -21,7 +20,7 @@ def need_containers(tmp_path: Path) -> None:
     try:
         bad = [
             one.text
-            for one in containers(home, factory.load("localstack"))
+            for one in container_findings(home, factory.load("localstack"))
             if one.level is Level.FAIL or (one.about == "image" and one.level is Level.WARN)
         ]
     except BatchlabError as error:

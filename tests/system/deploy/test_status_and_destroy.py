@@ -94,7 +94,7 @@ def test_a_file_that_has_drifted_is_told_by_field(deploy: Run, home: Home, tmp_p
 def test_status_of_no_stack(deploy: Run) -> None:
     code, _, err = deploy("status", "--stack", "none")
     assert code == 3
-    assert "There is no stack none in us-east-1" in err
+    assert "The stack none does not exist in us-east-1" in err
 
 
 # --- destroy --------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_for_data_the_stacks_name_is_typed(
 def test_there_is_nothing_to_destroy(deploy: Run) -> None:
     code, _, err = deploy("destroy", "--yes")
     assert code == 2
-    assert "There is no stack batchlab in us-east-1." in err
+    assert "The stack batchlab does not exist in us-east-1." in err
 
 
 # --- gc -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`batchlab job replay-task`: a task of a grid, run again in front of the user."""
+"""`batchlab job replay-task`: runs a task of a grid on this machine, under a debugger."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.bucket import AnyBackendOption, Bucket, TaskArgument, find, stage_of
-from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of
+from batchlab.cli.options import (
+    AnyBackendOption,
+    HomeOption,
+    JobArgument,
+    JsonOption,
+    TaskArgument,
+    home_of,
+)
 from batchlab.core.errors import UsageError
 from batchlab.core.task_names import parse_task, task_name
 
 if TYPE_CHECKING:
+    from batchlab.cli.session import Bucket
     from batchlab.client.debug.foreground import How
     from batchlab.client.debug.task_folder import Told
     from batchlab.client.debug.verdict import Verdict
@@ -32,7 +39,7 @@ AttemptOption = Annotated[
         "--attempt",
         min=1,
         metavar="N",
-        help="That attempt; unless said, the last that failed, else the last.",
+        help="Number of the attempt. Default: the last failed one, else the last.",
         show_default=False,
     ),
 ]
@@ -42,7 +49,7 @@ RoundOption = Annotated[
         "--round",
         min=0,
         metavar="R",
-        help="Of that round: 0 before the first `job retry`.",
+        help="Round of the attempt: 0 is before the first `job retry`.",
         show_default=False,
     ),
 ]
@@ -55,7 +62,7 @@ def replay_task(
         bool,
         typer.Option(
             "--local",
-            help="On this machine, which is the only place there is.",
+            help="Run on this machine, which is the only choice.",
             show_default=False,
         ),
     ] = True,
@@ -65,12 +72,12 @@ def replay_task(
         bool | None,
         typer.Option(
             "--debug/--no-debug",
-            help="pdb where it fails; unless said, where a terminal is in front.",
+            help="Start pdb at a failure. Default: only in a terminal.",
             show_default=False,
         ),
     ] = None,
     break_: Annotated[
-        bool, typer.Option("--break", help="pdb at the handler's first line too.")
+        bool, typer.Option("--break", help="Start pdb at the handler's first line too.")
     ] = False,
     debugpy: Annotated[
         int | None,
@@ -79,31 +86,31 @@ def replay_task(
             min=1,
             max=65535,
             metavar="PORT",
-            help="Wait for an IDE to attach at that port of this machine.",
+            help="Wait for an IDE to attach at this local port.",
             show_default=False,
         ),
     ] = None,
     shell: Annotated[
-        bool, typer.Option("--shell", help="Of a command: a shell where it would run.")
+        bool, typer.Option("--shell", help="Open a shell in the place of a task's command.")
     ] = False,
     keep: Annotated[
         Path | None,
         typer.Option(
             "--keep",
             metavar="DIR",
-            help="Only prepare that folder, with input, code and a README.",
+            help="Only prepare this folder with input, code, and a README.",
             show_default=False,
         ),
     ] = None,
     no_limits: Annotated[
-        bool, typer.Option("--no-limits", help="Without the job's time and memory limit.")
+        bool, typer.Option("--no-limits", help="Run without the job's time and memory limits.")
     ] = False,
     env: Annotated[
         list[str] | None,
         typer.Option(
             "--env",
             metavar="NAME",
-            help="Give it that variable of here too; again for more.",
+            help="Pass this environment variable to the task. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -111,31 +118,34 @@ def replay_task(
     backend: AnyBackendOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a task again on this machine, under a debugger: its input, code and limits as there.
+    """Run a task again on this machine, under a debugger, with its input, code, and limits.
 
-    It is the job's code that runs, with your rights. Of the environment it is given only
-    what is never a secret, such as PATH and LANG, and what --env names.
+    The job's code runs with your rights. It gets only environment variables that are never secret,
+    such as PATH and LANG, and those that --env names.
 
-    Nothing of it reaches the grid. At the end it says whether the task failed in the same way, and
-    what is known to be different here. Exit code 0 where it succeeds, 1 where it fails.
+    The run does not affect the grid. At its end the command reports whether the task failed in the
+    same way, and known differences of this machine. Exit code 0 if the task succeeds, 1 if it
+    fails.
 
     \b
     Example: batchlab job replay-task last parse/3 --local
     """
+    from batchlab.cli.session import find
+
     del local
     how = _how(debug=debug, at_start=break_, debugpy=debugpy, no_limits=no_limits, json=json)
-    how = replace(how, passed=_set_here(env or ()))
+    how = replace(how, passed=_variables(env or ()))
     named, index = parse_task(task)
     place = home_of(home)
     bucket = find(place, backend, job)
     with _folder(keep) as folder:
-        told = _brought(bucket, named, index, folder, attempt, round_)
+        task_folder = _fetched(bucket, named, index, folder, attempt, round_)
         if keep:
-            _kept(told, json=json)
+            _show_folder(task_folder, json=json)
         elif shell:
-            _shell(told, how)
+            _shell(task_folder, how)
         else:
-            _run(told, how, json=json)
+            _run(task_folder, how, json=json)
 
 
 def _how(
@@ -160,20 +170,20 @@ def _how(
     )
 
 
-def _set_here(names: Iterable[str]) -> tuple[str, ...]:
-    """UsageError where one is not set: a name that is mistyped would give nothing."""
+def _variables(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names; raise UsageError if a variable is not set, as a mistyped name is not."""
     found = tuple(names)
     for name in found:
         if name not in os.environ:
             raise UsageError(
-                f"There is no variable {name!r} here.",
+                f"The environment variable {name!r} is not set.",
                 remedy="Set it, or leave out --env.",
             )
     return found
 
 
-def _is_given(how: How) -> str:
-    """What is to be known before a job's code runs here."""
+def _warning(how: How) -> str:
+    """Return the warning before a job's code runs on this machine."""
     from batchlab.client.debug.foreground import told, withheld
 
     kept_back = told(withheld(os.environ, how.passed))
@@ -182,7 +192,7 @@ def _is_given(how: How) -> str:
 
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
-    """The folder to prepare: the user's, or one that goes afterwards."""
+    """Yield the folder to prepare: the user's, or a temporary one."""
     from batchlab.client.debug.prepare import room
 
     if keep is None:
@@ -194,7 +204,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     yield folder
 
 
-def _brought(
+def _fetched(
     bucket: Bucket,
     stage: str | None,
     task: int,
@@ -202,6 +212,7 @@ def _brought(
     attempt: int | None,
     round_: int | None,
 ) -> Told:
+    from batchlab.cli.session import stage_of
     from batchlab.client.debug.prepare import bring
     from batchlab.core.model import JobId
 
@@ -227,7 +238,7 @@ def _brought(
         ) from error
 
 
-def _kept(told: Told, *, json: bool) -> None:
+def _show_folder(told: Told, *, json: bool) -> None:
     from batchlab.client.debug.task_folder import README, RUN
 
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
@@ -245,7 +256,7 @@ def _shell(told: Told, how: How) -> None:
     from batchlab.client.debug import foreground
 
     ready = foreground.shell(told, how.passed)
-    output.say(_is_given(how))
+    output.say(_warning(how))
     output.say("A shell where the command would run; `exit` leaves it, and removes the folder.")
     output.show(output.visible(ready.command))
     code = foreground.open_shell(ready)
@@ -258,7 +269,7 @@ def _run(told: Told, how: How, *, json: bool) -> None:
 
     limits = "" if how.no_limits else _limits(told)
     output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
-    output.say(_is_given(how))
+    output.say(_warning(how))
     ended = foreground.run(told, how)
     found = verdict.judge(told, ended)
     found.differences.extend(foreground.not_applied(told, how))

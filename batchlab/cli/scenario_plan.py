@@ -1,15 +1,32 @@
-"""A plan for a person: what is recommended, how sure, the frontier drawn, and YAML to paste."""
+"""`batchlab scenario plan`: the search for a fleet, and its answer as text and YAML."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from statistics import mean
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 import yaml
 
 from batchlab.cli import output
-from batchlab.cli.charts import LINE, Chart
+from batchlab.cli.charts import LINE, Chart, duration
+from batchlab.cli.options import (
+    CalibrationOption,
+    HomeOption,
+    JsonOption,
+    LikeOption,
+    ScenarioArgument,
+    home_of,
+    seconds_of,
+)
+from batchlab.cli.progress import bar
+from batchlab.cli.scenario_simulate import calibrated
+from batchlab.cli.signals import INTERRUPTED, Stopped
 from batchlab.core.pricing.money import shown
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Prewarm, Scenario
@@ -21,11 +38,164 @@ from batchlab.scenarios.planner.candidates import (
 )
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
 
+if TYPE_CHECKING:
+    from batchlab.core.pricing.price_book import PriceBook
+    from batchlab.runtime.descriptor import Calibration
+    from batchlab.scenarios.model.values import Scenario
+    from batchlab.scenarios.planner.candidates import Goal
+    from batchlab.scenarios.planner.planner import Search, SearchProgress
+    from batchlab.scenarios.record import Record
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(plan)
+
+
+def plan(
+    scenario: ScenarioArgument,
+    deadline: Annotated[
+        str,
+        typer.Option(
+            "--deadline",
+            metavar="TIME",
+            help="Time from the first due job to the end of all work, such as 6h.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="AMOUNT",
+            help="Most a run may cost, such as '12 USD'.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds",
+            metavar="N",
+            min=1,
+            help="Number of fresh seeds that confirm the answer, with a run each.",
+        ),
+    ] = 20,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            min=1,
+            help="Number of runs that are simulated in parallel.",
+            show_default="as many as CPUs",
+        ),
+    ] = None,
+    runs: Annotated[
+        int,
+        typer.Option("--runs", metavar="N", min=2, help="Most runs that are simulated in all."),
+    ] = 300,
+    like: LikeOption = "aws",
+    calibration: CalibrationOption = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the cheapest fleet and policy that completes a scenario in time.
+
+    The command searches minimum, maximum, drain target, pre-warming, and Spot share in the
+    simulator. Ctrl-C ends the search with the best answer so far. The exit code is 1 if nothing
+    meets the deadline and the budget.
+
+    \b
+    Example: batchlab scenario plan long-tail --deadline 2h --budget '5 USD'
+    """
+    from batchlab.core.pricing import price_book
+    from batchlab.runtime import factory
+    from batchlab.scenarios.model import loader
+    from batchlab.scenarios.planner.fast_model import FastModel
+    from batchlab.scenarios.planner.planner import Search
+
+    goal, backend = _goal(deadline, budget), factory.load(like).name
+    found = loader.load(loader.find(scenario))
+    measured = calibrated(calibration, backend, found.compressed)
+    book = price_book.load(home_of(home).path)
+    run = partial(forecast, backend=backend, calibration=measured, book=book)
+    sketch = FastModel(backend, measured, book)
+    search = Search(found, goal, run, seeds, jobs or os.cpu_count() or 1, runs, sketch, book)
+    raise typer.Exit(search_and_show(search, json=json))
+
+
+def forecast(
+    scenario: Scenario,
+    seed: int,
+    *,
+    backend: str,
+    calibration: Calibration | None,
+    book: PriceBook | None = None,
+) -> Record:
+    """Simulate one run. Worker processes call this too."""
+    from batchlab.runtime import factory
+    from batchlab.scenarios.forecast.simulate import simulate
+
+    return simulate(
+        scenario, seed=seed, like=factory.load(backend), calibration=calibration, book=book
+    )
+
+
+def search_and_show(search: Search, *, json: bool) -> int:
+    """Search, print the answer, and return the exit code."""
+
+    interrupted = False
+    try:
+        with _progress(search):
+            search.search()
+    except (Stopped, KeyboardInterrupt):
+        interrupted = True
+        search.cut = "it was interrupted"
+    answer = search.answer()
+    if answer is None:
+        output.say(
+            "Nothing is known yet: it was interrupted before a first candidate had been tried."
+        )
+        return INTERRUPTED
+    if json:
+        output.show_json({**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"})
+    else:
+        output.show(text(answer))
+    if interrupted:
+        return INTERRUPTED
+    return 0 if answer.holds else 1
+
+
+def _goal(deadline: str, budget: str | None) -> Goal:
+    from batchlab.core.pricing.money import parse
+    from batchlab.scenarios.planner.candidates import Goal
+
+    return Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
+
+
+@contextmanager
+def _progress(search: Search) -> Iterator[None]:
+    with bar(30.0) as show:
+        search.told = lambda progress: show(progress.done, progress.runs, _progress_text(progress))
+        yield
+
+
+def _progress_text(progress: SearchProgress) -> str:
+    from batchlab.core.pricing.money import shown
+
+    best = progress.best
+    known = ""
+    if best is not None and best.finish_s < float("inf"):
+        known = f"; best: {shown(best.usd)}, {output.span(best.finish_s)}"
+    return f"{progress.done} of at most {progress.runs} runs, {progress.phase}{known}"
+
+
 CHOSEN = "◆"
 
 
 def text(plan: Plan) -> str:
-    """All of it."""
+    """Return the plan as text."""
     told = [
         _asked(plan),
         "",
@@ -86,7 +256,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _cannot(plan: Plan) -> str:
-    """Why none can, where the arrivals alone take longer."""
+    """Return the reason if the arrivals alone take longer than the deadline."""
     jobs = expand(plan.scenario).jobs
     span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
     if span_s < plan.goal.deadline_s:
@@ -117,7 +287,6 @@ def _undone(plan: Plan) -> str:
 
 
 def _too_dear(plan: Plan) -> str:
-    """In time, and not for that money."""
     budget = shown(plan.goal.budget_usd or 0.0)
     costs = [one.usd for one in plan.outcomes]
     told = (
@@ -216,7 +385,7 @@ def _drawn(plan: Plan) -> str:
     points = plan.frontier
     most_s = max(plan.goal.deadline_s, *(one.finish_s for one in points))
     chart = Chart(most_s, max(one.usd for one in points))
-    # What is recommended last, so that no neighbour covers it.
+    # The recommended point is drawn last, so that no other point covers it.
     for point in sorted(points, key=lambda one: one.candidate == plan.chosen.candidate):
         chart.dot(point.finish_s, point.usd, _mark(point, plan))
     chart.wall(plan.goal.deadline_s)
@@ -253,7 +422,7 @@ def _waves_to_delete(plan: Plan) -> Iterator[str]:
 
 
 def as_yaml(scenario: Scenario) -> str:
-    """Its pools, policy and pre-warming as in a scenario file."""
+    """Return pools, policy, and pre-warming as YAML for a scenario file."""
     doc: dict[str, object] = {"pools": {plan.pool.name: {} for plan in scenario.pools}}
     doc["pools"] = {
         plan.pool.name: _filled(
@@ -291,11 +460,3 @@ def _prewarmed(one: Prewarm) -> Mapping[str, object]:
         "at": duration(one.at_s),
         "until": duration(one.until_s),
     }
-
-
-def duration(seconds: float) -> str:
-    """As spec.units reads it, in the largest unit that it is a whole number of."""
-    for unit, size_s in (("h", 3600), ("m", 60)):
-        if seconds and seconds % size_s == 0:
-            return f"{seconds / size_s:.0f}{unit}"
-    return f"{seconds:.10g}s"

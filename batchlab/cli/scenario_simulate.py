@@ -1,16 +1,11 @@
-"""`scenario simulate`: a scenario in virtual time, and the verdict on what would happen.
+"""`batchlab scenario simulate` and `faults`.
 
-Invariant: exit code 0 says that no expectation was missed.
-
-`scenario faults`: what a scenario can break, and how that comes about on each backend.
-
-Forecast against fact for a person: the numbers with their errors, and the curves drawn.
+Invariant: exit code 0 of `simulate` means that no expectation was missed.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import completion, output
-from batchlab.cli.charts import AREA, LINE, Chart, number
+from batchlab.cli import options, output
 from batchlab.cli.options import (
     CalibrationOption,
     HomeOption,
@@ -28,10 +22,9 @@ from batchlab.cli.options import (
     ScenarioArgument,
     home_of,
 )
+from batchlab.cli.progress import bar
 from batchlab.cli.signals import Stopped
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
-from batchlab.scenarios.verdicts import Unit
 
 if TYPE_CHECKING:
     from batchlab.runtime.descriptor import Calibration
@@ -40,18 +33,20 @@ if TYPE_CHECKING:
     from batchlab.scenarios.record import Record
     from batchlab.scenarios.verdicts import VerdictRow
 
-SOMETIMES_S = 10.0
-"""Where stderr is no terminal, progress is told so often."""
+LINE_EVERY_S = 10.0
 TASKS_A_S = 500
-"""What one core simulates at the least, as measured on the shipped scenarios: 400 to 600 tasks a
-second where each travels alone, some ten times as many in bundles."""
+"""Tasks that one core simulates per second at least.
+
+Measured on the shipped scenarios: 400 to 600 single tasks, and about ten times as many in bundles.
+"""
 MANY_TASKS = 120 * TASKS_A_S
-"""From so many on a forecast takes long enough to say so before it begins."""
+"""A note is printed before a forecast of so many tasks."""
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command()(simulate)
+    app.command()(faults)
 
 
 def simulate(
@@ -62,15 +57,13 @@ def simulate(
             "--seed",
             metavar="N",
             min=0,
-            help="Draw everything from this seed in place of the scenario's.",
+            help="Seed instead of the scenario's.",
             show_default=False,
         ),
     ] = None,
     compress: Annotated[
         float,
-        typer.Option(
-            "--compress", metavar="K", help="Divide all times by K first, as a replay does."
-        ),
+        typer.Option("--compress", metavar="K", help="Divide all times by K, like a replay."),
     ] = 1.0,
     like: LikeOption = "aws",
     calibration: CalibrationOption = None,
@@ -86,14 +79,15 @@ def simulate(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="Write the record, for `scenario compare` and for programs.",
+            help="Write the record for `scenario compare` and programs.",
             show_default=False,
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a scenario and its faults on the simulated grid, in virtual time, and judge it. The same
-    scenario and seed give the same result. Exit code 1 where an expectation was missed.
+    """Run a scenario and its faults on the simulated grid, in virtual time, and judge it.
+
+    The same scenario and seed give the same result. The exit code is 1 if an expectation is missed.
 
     \b
     Example: batchlab scenario simulate claims-month-end --seed 7
@@ -113,10 +107,10 @@ def simulate(
     for file in (log, out):
         if file:
             output.check_writable(file)
-    _tell_long(found, seed)
+    _note_duration(found, seed)
     lines: list[str] | None = [] if log else None
     try:
-        with _watched() as progress:
+        with _progress() as progress:
             made = run(
                 found,
                 seed=seed,
@@ -128,7 +122,7 @@ def simulate(
             )
     except Stopped:
         let_the_dead_rest()
-        output.say("Stopped: a forecast that is not finished says nothing, and nothing is kept.")
+        output.say("Stopped: an unfinished forecast has no result, so nothing is kept.")
         raise
     if log and lines is not None:
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -139,14 +133,16 @@ def simulate(
         output.show_json(_facts(made, rows))
     else:
         output.show(_text(made, rows))
-        _tell_next(scenario, made, rows)
+        _suggest_plan(scenario, made, rows)
     if verdicts.is_red(rows):
         raise typer.Exit(1)
 
 
 def calibrated(file: Path | None, backend: str, compressed: float) -> Calibration | None:
-    """The numbers in the file, where there is one, and a word to whom they may not fit; UsageError
-    where they are another backend's."""
+    """Read a calibration file, if given; raise UsageError if it is of another backend.
+
+    Print a note if its numbers may not fit.
+    """
     from batchlab.scenarios.forecast import calibration as calibrate
 
     if file is None:
@@ -157,8 +153,8 @@ def calibrated(file: Path | None, backend: str, compressed: float) -> Calibratio
     return found
 
 
-def _tell_long(scenario: Scenario, seed: int | None) -> None:
-    """A word before what would keep somebody waiting for long, which may be a slip in a trace."""
+def _note_duration(scenario: Scenario, seed: int | None) -> None:
+    """Print a note before a long simulation, which a mistake in a trace can cause."""
     from batchlab.scenarios.model.expansion import expand, stage_sizes
 
     jobs = expand(scenario, seed).jobs
@@ -170,14 +166,14 @@ def _tell_long(scenario: Scenario, seed: int | None) -> None:
         )
 
 
-def _tell_next(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
-    """Who looks for a fleet that is in time, where this one is not."""
-    from batchlab.cli.plan_output import duration
+def _suggest_plan(scenario: str, made: Record, rows: list[VerdictRow]) -> None:
+    """Suggest `scenario plan` if the fleet was too slow."""
+    from batchlab.cli.charts import duration
     from batchlab.scenarios.verdicts import Color
 
     late = [row for row in rows if row.colour is Color.RED and row.measure in ("makespan", "late")]
     if late:
-        # Of a compressed run it is a compressed one, and a plan is made for the whole time.
+        # The deadline of a compressed run is compressed, but a plan is for real time.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
         deadline = "TIME" if most_s is None or made.compressed != 1 else duration(most_s)
         output.say(
@@ -217,7 +213,7 @@ def _facts(made: Record, rows: list[VerdictRow]) -> dict[str, object]:
 
 
 def _measures(made: Record) -> dict[str, float | None]:
-    """All measures of the whole run; None where the record does not say one, or it has no end."""
+    """Return all measures of the run. Unknown and infinite values are None."""
     from math import isinf
 
     from batchlab.scenarios.verdicts import MEASURES, Unknown
@@ -256,40 +252,13 @@ def _text(made: Record, rows: list[VerdictRow]) -> str:
 
 
 @contextmanager
-def _watched() -> Iterator[Callable[[Seen], None]]:
-    """A bar of jobs where stderr is a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        sometimes = output.Sometimes(SOMETIMES_S)
-        yield lambda seen: sometimes.say(
-            f"{output.span(seen.at_s)}: {seen.ended:,} of {output.count(seen.jobs, 'job')} ended"
+def _progress() -> Iterator[Callable[[Seen], None]]:
+    with bar(LINE_EVERY_S) as show:
+        yield lambda seen: show(
+            seen.ended,
+            seen.jobs,
+            f"{output.span(seen.at_s)}: {seen.ended:,} of {output.count(seen.jobs, 'job')} ended",
         )
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.completed:,}/{task.total:,} jobs"),
-        BarColumn(),
-        TextColumn("{task.fields[at]} simulated"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, at="0 s")
-        shown_s = 0.0
-
-        def show(seen: Seen) -> None:
-            nonlocal shown_s
-            now_s = time.monotonic()
-            if now_s - shown_s >= 0.1:
-                shown_s = now_s
-                bar.update(task, total=seen.jobs, completed=seen.ended, at=output.span(seen.at_s))
-
-        yield show
-
-
-def register_faulting(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(faults)
 
 
 def faults(
@@ -298,16 +267,16 @@ def faults(
         typer.Option(
             "--backend",
             metavar="NAME",
-            help="Tell of this one only.",
+            help="Only this backend.",
             show_default=False,
-            autocompletion=completion.backends,
+            autocompletion=options.backends,
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """List what a scenario can break, how that is done on each backend, or why it cannot be.
+    """List the faults of scenarios, and how each backend injects them or why it cannot.
 
-    In the simulator there is every fault.
+    The simulator has all faults.
 
     \b
     Example: batchlab scenario faults --backend localstack
@@ -360,55 +329,3 @@ def faults(
     output.show(table)
     if not backend and sys.stdout.isatty():
         output.say("`batchlab scenario faults --backend NAME` says how each is done, or why not.")
-
-
-def text(comparison: Comparison) -> str:
-    """All of it: `scenario compare` prints it, and a replay that was forecast."""
-    told_of = (one for one in comparison.differences if (one.forecast, one.fact) != (None, None))
-    rows = [_row(one) for one in told_of]
-    columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
-    compressed = comparison.compressed
-    at = "" if compressed == 1 else f", times divided by {compressed:g}"
-    told = [
-        f"Scenario {comparison.scenario}: forecast ({comparison.forecast_backend}) against fact "
-        f"({comparison.fact_backend}){at}; an error is forecast minus fact",
-        "",
-        output.table(columns, rows),
-        *(drawn for curves in comparison.curves for drawn in ("", _drawn(curves))),
-    ]
-    if comparison.notes:
-        told += ["", *(f"Note: {note}." for note in comparison.notes)]
-    return "\n".join(told)
-
-
-def _row(one: Difference) -> tuple[str, ...]:
-    relative = one.relative
-    return (
-        one.measure,
-        one.template or "all",
-        number(one.forecast, one.unit),
-        number(one.fact, one.unit),
-        _signed(one.absolute, one.unit),
-        "-" if relative is None else f"{relative:+.1%}",
-    )
-
-
-def _signed(value: float | None, unit: Unit) -> str:
-    if value is None:
-        return "-"
-    return f"{'-' if value < 0 else '+'}{number(abs(value), unit)}"
-
-
-def _drawn(curves: CurvePair) -> str:
-    most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
-    relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
-    title = (
-        f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} "
-        f"apart{relative}"
-    )
-    if not most:
-        return f"{curves.what}: none at any time in either"
-    chart = Chart(curves.until_s, most)
-    chart.area(sample_curve(curves.fact, curves.until_s, chart.width))
-    chart.line(sample_curve(curves.forecast, curves.until_s, chart.width))
-    return f"{title}\n{chart.text(output.span, lambda value: f'{value:,.4g}')}"

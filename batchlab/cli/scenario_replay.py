@@ -1,9 +1,7 @@
-"""One replay from start to end: grid, run, record, verdict, and the forecast beside it.
+"""`batchlab scenario replay`: grid, run, record, verdict, and comparison with the forecast.
 
-Invariant: what this command has started it ends, and the record is written before anything that
-could still go wrong.
-
-`batchlab scenario replay` and `record`: scenarios in real time, and of what has run.
+Invariant: the command stops the grid that it started. It writes the record before any step that
+could fail.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import charts, output, replay_progress, signals
-from batchlab.cli import simulate as comparing
+from batchlab.cli import charts, output, signals
 from batchlab.cli.options import (
     BackendOption,
     CalibrationOption,
@@ -31,6 +28,8 @@ from batchlab.cli.options import (
     home_of,
     seconds_of,
 )
+from batchlab.cli.progress import LATE_S, ReplayDisplay
+from batchlab.cli.scenario_records import comparison_text
 from batchlab.cli.session import Session
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.runtime.home import Home
@@ -46,11 +45,11 @@ if TYPE_CHECKING:
     from batchlab.scenarios.record import Record
 
 FRONTED = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
-"""Faults that a front before the endpoint brings, where the endpoint can have one."""
+"""Faults that a proxy in front of the endpoint injects, if the endpoint can have one."""
 MANY_PROCESSES = 100
-"""More instances than this are told of where each is a process of this machine."""
+"""A note is printed if more instances than this are processes of this machine."""
 LONG_S = 600.0
-"""Who replays for longer than this in real time is told so before."""
+"""A note is printed before a replay that is longer than this."""
 WHY = (
     "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
     "was killed it may be deleted."
@@ -58,8 +57,8 @@ WHY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked for."""
+class ReplayRequest:
+    """Arguments of a replay."""
 
     scenario: str
     home: Home
@@ -74,10 +73,9 @@ class Request:
     keep_up: bool = False
 
 
-def run(request: Request, *, json: bool) -> None:
-    """Replay, and tell how it went; exits with 1 where the verdict is red, and with 130 where it
-    was interrupted."""
-    from batchlab.cli.simulate import calibrated
+def run(request: ReplayRequest, *, json: bool) -> None:
+    """Replay and print the verdict; exit with 1 if it is red, with 130 after an interruption."""
+    from batchlab.cli.scenario_simulate import calibrated
     from batchlab.runtime import factory
     from batchlab.scenarios import verdicts
     from batchlab.scenarios.model import loader
@@ -95,8 +93,8 @@ def run(request: Request, *, json: bool) -> None:
     if factor != 1:
         output.say(f"All times of {scenario.name} are divided by {factor:g}.")
     else:
-        _tell_long(scenario, request.seed)
-    _tell_large(scenario, backend)
+        _note_duration(scenario, request.seed)
+    _note_fleet(scenario, backend)
     if odd := sum(len(tuple(source.odd())) for source in scenario.arrivals):
         output.say(
             f"{output.count(odd, 'record')} of its traces {'is' if odd == 1 else 'are'} odd; "
@@ -106,7 +104,7 @@ def run(request: Request, *, json: bool) -> None:
         output.check_writable(request.out, folder=True)
     path = request.out or _free(request.home.records, scenario.name)
     found = _replayed(request, backend, scenario, path)
-    _tell_late(found)
+    _note_late(found)
     rows = verdicts.judge(found, scenario.expect)
     comparison = None
     if request.forecast and not found.cut:
@@ -123,7 +121,7 @@ def run(request: Request, *, json: bool) -> None:
         )
     else:
         if comparison:
-            output.show(f"{comparing.text(comparison)}\n")
+            output.show(f"{comparison_text(comparison)}\n")
         output.show(charts.text_verdicts(rows))
     output.say(f"The record is {path}.")
     if request.keep_up and request.home.settings_file.exists():
@@ -137,7 +135,7 @@ def run(request: Request, *, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _tell_long(scenario: Scenario, seed: int | None) -> None:
+def _note_duration(scenario: Scenario, seed: int | None) -> None:
     from batchlab.scenarios.model.expansion import expand
 
     last_s = max((job.due_s for job in expand(scenario, seed).jobs), default=0.0)
@@ -148,7 +146,7 @@ def _tell_long(scenario: Scenario, seed: int | None) -> None:
         )
 
 
-def _tell_large(scenario: Scenario, backend: Backend) -> None:
+def _note_fleet(scenario: Scenario, backend: Backend) -> None:
     fleet, cores = sum(plan.pool.max_size for plan in scenario.pools), backend.usual.cores
     if cores and fleet > MANY_PROCESSES:
         output.say(
@@ -159,7 +157,7 @@ def _tell_large(scenario: Scenario, backend: Backend) -> None:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """The next free name for a record."""
+    """Return the next free name for a record."""
     numbers = [
         int(found[1])
         for path in folder.glob(f"{name}-*.json")
@@ -171,7 +169,7 @@ def _free(folder: Path, name: str) -> Path:
 # --- The run -------------------------------------------------------------------------------------
 
 
-def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path) -> Record:
+def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
     from batchlab.runtime import settings
     from batchlab.scenarios import record as records
     from batchlab.scenarios.faults import autoscaling_groups
@@ -193,13 +191,15 @@ def _replayed(request: Request, backend: Backend, scenario: Scenario, path: Path
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
         stack.enter_context(autoscaling_groups.with_spot_shares(backend, home, spot))
         found = asyncio.run(_run(request, session, scenario, front))
-        # Before all that was changed for it is put back, which may fail.
+        # The record is written before the changes for this replay are undone, which may fail.
         records.write(found, path)
     return found
 
 
 @contextmanager
-def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, FaultProxy | None]]:
+def _fronted(
+    request: ReplayRequest, backend: Backend
+) -> Iterator[tuple[Backend, FaultProxy | None]]:
     from batchlab.scenarios.faults.proxy import with_proxy
 
     if backend.emulator and request.keep_up:
@@ -213,7 +213,7 @@ def _fronted(request: Request, backend: Backend) -> Iterator[tuple[Backend, Faul
 
 
 async def _run(
-    request: Request, session: Session, scenario: Scenario, front: FaultProxy | None
+    request: ReplayRequest, session: Session, scenario: Scenario, front: FaultProxy | None
 ) -> Record:
     from batchlab.client.http import Client
     from batchlab.runtime.factory import patience
@@ -224,11 +224,11 @@ async def _run(
     found = home.record()
     assert found
 
-    # The same for every manager that this one is replaced by: a fault starts them at its address.
+    # Faults start replacement managers at the same address, so the client works with each of them.
     with (
         Client.of(home, found) as client,
         _stopping() as stop,
-        replay_progress.follow() as shown,
+        ReplayDisplay() as shown,
     ):
 
         def injector() -> FaultInjector:
@@ -256,7 +256,7 @@ async def _run(
 
 @contextmanager
 def _stopping() -> Iterator[asyncio.Event]:
-    """Set by the first Ctrl-C or SIGTERM; the second one ends at once."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets. The second one stops at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -277,9 +277,9 @@ def _stopping() -> Iterator[asyncio.Event]:
         signals.install()
 
 
-def _tell_late(found: Record) -> None:
+def _note_late(found: Record) -> None:
     late = [job.submitted_s - job.due_s for job in found.jobs]
-    many = sum(one > replay_progress.LATE_S for one in late)
+    many = sum(one > LATE_S for one in late)
     if many:
         output.say(
             f"{output.count(many, 'job')} of {len(late):,} arrived late, up to "
@@ -291,13 +291,13 @@ def _tell_late(found: Record) -> None:
 
 
 def _compared(
-    request: Request,
+    request: ReplayRequest,
     backend: Backend,
     scenario: Scenario,
     found: Record,
     calibration: Calibration | None,
 ) -> Comparison | None:
-    """The forecast beside the fact; None, and a note, where there is none."""
+    """Return the comparison with a forecast, or print a note and return None if that fails."""
     from batchlab.core.pricing import price_book
     from batchlab.scenarios.faults import fault_table
     from batchlab.scenarios.forecast.comparison import compare
@@ -322,9 +322,8 @@ def _compared(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("replay")(replay)
-    app.command("record")(record)
+    """Add the command."""
+    app.command()(replay)
 
 
 def replay(
@@ -336,14 +335,14 @@ def replay(
             "--compress",
             metavar="K",
             min=0.001,
-            help="Divide every time by so much; without it, by what the file says.",
+            help="Divide all times by K. Default: the file's own value.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", metavar="N", help="In place of the file's own seed.", show_default=False
+            "--seed", metavar="N", help="Seed instead of the file's own.", show_default=False
         ),
     ] = None,
     home: HomeOption = None,
@@ -353,7 +352,7 @@ def replay(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="Where the record goes; without it, into records/ in the grid's folder.",
+            help="File for the record. Default: a file in records/ in the grid's folder.",
             show_default=False,
         ),
     ] = None,
@@ -362,35 +361,36 @@ def replay(
         typer.Option(
             "--limit",
             metavar="DURATION",
-            help="End it after so long, such as 20m; without it, after twice what its work takes "
-            "on the whole fleet, and five minutes.",
+            help="Stop the replay after this time, such as 20m. Default: five minutes plus twice "
+            "the time of its work on the whole fleet.",
             show_default=False,
         ),
     ] = None,
     forecast: Annotated[
         bool,
         typer.Option(
-            "--forecast/--no-forecast", help="Simulate it too, and hold the one against the other."
+            "--forecast/--no-forecast", help="Simulate the scenario too, and compare both."
         ),
     ] = True,
     calibration: CalibrationOption = None,
     keep_up: Annotated[
-        bool, typer.Option("--keep-up", help="Leave the grid up afterwards.")
+        bool, typer.Option("--keep-up", help="Keep the grid running afterwards.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a scenario in real time, and judge what it expects.
 
-    A grid is brought up with the scenario's pools and policy, and taken down again; one that is up
-    already is used if it has just those. Jobs are stand-ins that take exactly their time, or the
-    real work that the scenario names. Exit code 1 where an expectation is red.
+    The command starts a grid with the scenario's pools and policy, and stops it at the end. A
+    running grid is used if it has the same pools and policy. Jobs are stand-ins that take exactly
+    their time, or the real work that the scenario names. The exit code is 1 if an expectation is
+    red.
 
     \b
     Example: batchlab scenario replay claims-month-end --compress 600
     """
 
     run(
-        Request(
+        ReplayRequest(
             scenario=scenario,
             home=home_of(home),
             backend=backend,
@@ -405,52 +405,3 @@ def replay(
         ),
         json=json,
     )
-
-
-def record(
-    job: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[JOB]...",
-            help="Ids of jobs that have ended, the beginnings of some, or 'last'.",
-            show_default=False,
-        ),
-    ] = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="RECORD",
-            help="The record of a replay, in place of jobs.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="The scenario file; its trace goes beside it, with the suffix .jsonl. Without it, "
-            "NAME.yaml here.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name", help="The scenario's name; without it, the job's.", show_default=False
-        ),
-    ] = None,
-    home: HomeOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Make a scenario of what has run: its arrivals, its sizes, its measured task times.
-
-    Simulated or replayed it has the same jobs and tasks again, which take as long in all.
-
-    \b
-    Example: batchlab scenario record last --out march.yaml
-    """
-    from batchlab.cli import recordings
-
-    recordings.run(recordings.Request(tuple(job or ()), from_, out, name, home_of(home)), json=json)

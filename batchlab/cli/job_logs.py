@@ -1,9 +1,7 @@
-"""`batchlab job logs`: what a job's tasks have printed, or print.
+"""`batchlab job logs`: the output of a job's tasks, stored or live.
 
-What a job's tasks print, line by line, as it comes.
-
-Invariant: a line is told once, whether it was seen while its task ran or when that had ended; what
-was printed faster than it could be seen is told at the task's end, or named as missing.
+Invariant: each line is printed once, live or after its task ended. Output that came too fast is
+printed at the task's end, or a note names the missing bytes.
 """
 
 from __future__ import annotations
@@ -33,40 +31,40 @@ def logs(
         str | None,
         typer.Argument(
             metavar="[TASK]",
-            help="Only this task, such as parse/3; 3 alone is that of every stage.",
+            help="Only this task, such as parse/3. A number alone means that task of every stage.",
             show_default=False,
         ),
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", metavar="NAME", help="All of this stage.", show_default=False),
+        typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False),
     ] = None,
     follow: Annotated[
         bool,
-        typer.Option("--follow", "-f", help="Line by line, as it comes, until the job ends."),
+        typer.Option("--follow", "-f", help="Print lines as they come until the job ends."),
     ] = False,
     failed: Annotated[
-        bool, typer.Option("--failed", help="Only of tasks that failed for good.")
+        bool, typer.Option("--failed", help="Only tasks that failed for good.")
     ] = False,
     since: Annotated[
         str | None,
         typer.Option(
             "--since",
             metavar="DURATION",
-            help="Only of attempts that ended within it, such as 10m, or still run.",
+            help="Only attempts that still run or ended within this time, such as 10m.",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, help="At most so many attempts; not with --follow.")
+        int, typer.Option("--limit", min=1, help="Most attempts without --follow.")
     ] = 100,
     home: HomeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print what tasks printed, their failed attempts included; with --follow as they print it.
+    """Print the output of tasks, including failed attempts. --follow prints it as it comes.
 
-    --follow puts the task's name before each line, and with --json prints a JSON object a line.
-    What a running task prints is stored by its worker only while somebody follows.
+    --follow puts the task's name before each line, and with --json prints a JSON object per line.
+    Workers store the output of running tasks only while a client follows it.
 
     \b
     Example: batchlab job logs last --follow
@@ -81,14 +79,14 @@ def logs(
                 remedy="Write the stage and the index, such as parse/3.",
             )
         stage, index = parse_task(task)
-    which = Which(stage, index, failed, seconds_of("--since", since) if since else None)
+    which = LogFilter(stage, index, failed, seconds_of("--since", since) if since else None)
     if follow:
         _follow(home_of(home), job, which, json=json)
     else:
         _print(home_of(home), job, which, limit, json=json)
 
 
-def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> None:
+def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) -> None:
     from batchlab.cli.session import connect, resolve
     from batchlab.core.task_names import attempt_name
 
@@ -113,7 +111,7 @@ def _print(home: Home, job: str, which: Which, limit: int, *, json: bool) -> Non
         output.say(f"There may be more than {limit}; --limit shows more.")
 
 
-def _follow(home: Home, job: str, which: Which, *, json: bool) -> None:
+def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
     from batchlab.cli.session import Session, resolve
     from batchlab.cli.signals import Stopped
 
@@ -133,7 +131,7 @@ def _follow(home: Home, job: str, which: Which, *, json: bool) -> None:
         try:
             follower.run()
         except Stopped:
-            # What has no line's end yet is shown all the same.
+            # Print the last lines without a line end too.
             with suppress(Stopped):
                 follower.close()
             raise
@@ -141,7 +139,7 @@ def _follow(home: Home, job: str, which: Which, *, json: bool) -> None:
         _say_end(home, name, which)
 
 
-def _say_end(home: Home, job: str, which: Which) -> None:
+def _say_end(home: Home, job: str, which: LogFilter) -> None:
     from batchlab.cli.session import connect
 
     with connect(home) as client:
@@ -154,19 +152,19 @@ Key = tuple[str, int, int, int, str]
 """Stage, task, round, attempt, execution."""
 
 WAIT_S = 1.0
-"""Longest wait for an attempt that ends."""
+"""Longest wait for the end of an attempt."""
 GAP_S = 0.1
-"""Least time between two looks that bring nothing."""
+"""Least time between two requests without news."""
 AGAIN_S = 5.0
-"""How often a log that is not stored yet is asked for again."""
+"""Interval of requests for a log that is not stored yet."""
 AT_ONCE = 20
-"""Logs that are asked for again at the same time."""
+"""Most logs that are requested again at a time."""
 _CUT = "[... batchlab left out "
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of what an attempt has printed. A note of ours is no line of the task's."""
+    """A line of an attempt's output, or a note of batchlab about the output."""
 
     stage: str
     task: int
@@ -178,40 +176,39 @@ class Line:
 
     @property
     def name(self) -> str:
-        """As `parse/3`, with the attempt's number where it is not the first."""
+        """Name such as `parse/3`, with the number of a later attempt."""
         return attempt_name(self.stage, self.task, self.attempt)
 
 
 @dataclass(slots=True)
 class _Shown:
-    """How much of an attempt's output has been told: bytes, and the line that has no end yet."""
+    """Printed bytes of an attempt's output, and the last line, which has no end yet."""
 
     told: int = 0
     rest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Which:
-    """Which output is wanted: of one stage, one task, of tasks that failed for good, or of attempts
-    that have not ended longer ago than `since_s`."""
+class LogFilter:
+    """Filter of output by stage, task, failure, and seconds since an attempt's end."""
 
     stage: str | None = None
     task: int | None = None
     failed: bool = False
     since_s: float | None = None
 
-    def takes(self, tail: TailView) -> bool:
-        """Whether a running attempt's output is wanted."""
+    def matches(self, tail: TailView) -> bool:
+        """Whether the output of a running attempt is selected."""
         return self.stage in (None, tail["stage"]) and self.task in (None, tail["task"])
 
 
 class Follower:
-    """Of one job. `ask` answers what the manager does, and may wait for one that is away."""
+    """Prints the output of a job as it comes. `ask` calls the manager, or waits for a new one."""
 
     def __init__(
         self,
         job: str,
-        which: Which,
+        which: LogFilter,
         ask: Callable[[Callable[[Client], Any]], Any],
         tell: Callable[[Line], None],
     ) -> None:
@@ -222,11 +219,11 @@ class Follower:
         self._shown: dict[Key, _Shown] = {}
         self._done: set[Key] = set()
         self._later: dict[Key, float] = {}
-        """Logs that are not stored yet, and when they were asked for."""
+        """Logs that are not stored yet, and when they were last requested."""
         self._seq: int | None = None
 
     def run(self) -> None:
-        """Tell every line until the job, or the one task that is wanted, has ended."""
+        """Print every line until the job, or the selected task, has ended."""
         every_s, due_s = WAIT_S, 0.0
         while True:
             asked_s = time.monotonic()
@@ -237,20 +234,20 @@ class Follower:
             self._ask_again(last=news["ended"])
             if news["ended"]:
                 break
-            # A manager that has only just led does not wait.
+            # A new leader may answer at once, without waiting.
             time.sleep(max(0.0, 0 if news["logs"] else asked_s + GAP_S - time.monotonic()))
-            # Of tasks that run nobody knows yet whether they fail.
+            # Running tasks have no result yet.
             if not self._which.failed and time.monotonic() >= due_s:
                 tails: TailsView = self._ask(lambda client: client.tails(self._job))
                 every_s = tails["every_s"]
                 due_s = time.monotonic() + every_s
                 for tail in tails["tails"]:
-                    if self._which.takes(tail):
+                    if self._which.matches(tail):
                         self._runs(tail)
         self.close()
 
     def close(self) -> None:
-        """Tell the lines that have no end, as somebody does not want to wait for it."""
+        """Print the last lines that have no end."""
         for key, shown in self._shown.items():
             if shown.rest:
                 self._say(key, shown.rest)
@@ -308,7 +305,7 @@ class Follower:
         shown = self._shown.pop(key, _Shown())
         data = log["text"].encode()
         if shown.told and _CUT in log["text"]:
-            # Its middle is gone, and bytes are no longer where they were.
+            # The stored log lacks its middle, so byte positions differ from the live output.
             self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
             return
         self._lines(key, shown, data[shown.told :].decode(errors="replace"))
@@ -332,7 +329,7 @@ class Follower:
             for key in self._later:
                 self._note(key, "what it printed was never stored: its worker is gone")
 
-    # --- Telling ---------------------------------------------------------------------------------
+    # --- Printing --------------------------------------------------------------------------------
 
     def _say(self, key: Key, text: str) -> None:
         stage, task, round_, attempt, execution = key
@@ -348,7 +345,7 @@ def _key(view: TailView | LogView) -> Key:
 
 
 def to_json(job: str, line: Line) -> Mapping[str, Any]:
-    """A line for a program."""
+    """Return a line as JSON."""
     return {
         "job": job,
         "stage": line.stage,

@@ -1,7 +1,7 @@
-"""A job file on its way to a schedule, and what has become of the file since.
+"""Upload of a job file for a schedule, and the check whether the file has changed since.
 
-Invariant: what a schedule runs is what was uploaded when it was added; a file that has changed
-since is told of, and never used unasked.
+Invariant: a schedule runs the files that were uploaded when it was added. A later change of a file
+is reported, and used only after `schedule add --replace`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _AT = "Write +10m, or a time such as 2026-03-29T06:00 (in --timezone) or with it
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What the command line says; what is None the job file may say, or nobody."""
+class ScheduleArguments:
+    """Arguments of `schedule add`. The job file may give the values that are None."""
 
     name: str | None = None
     cron: str | None = None
@@ -48,9 +48,9 @@ class Given:
 
 
 def add(
-    home: Home, file: Path, sets: Iterable[str], given: Given, *, replacing: bool
+    home: Home, file: Path, sets: Iterable[str], given: ScheduleArguments, *, replacing: bool
 ) -> ScheduleView:
-    """Upload what the job file names, and keep it as a schedule of the grid that is up."""
+    """Upload the files of a job file and add a schedule to the running grid."""
     from batchlab.cli.session import Session
     from batchlab.cli.submission import overrides
     from batchlab.jobs import api
@@ -81,7 +81,7 @@ def add(
             objects=backend.open_objects(home),
             clock=clock,
             patience=factory.patience(),
-            # Of the same content the same: what was uploaded before is found there.
+            # The token depends on the content only, so files of an earlier upload are reused.
             token=f"schedule/{name}/{api.source_digest(jobfile, packed[1])}",
             packed=packed,
             progress=note,
@@ -94,7 +94,9 @@ def add(
         return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
 
 
-def _described(jobfile: JobFile, given: Given, name: str, now_s: float) -> dict[str, Json]:
+def _described(
+    jobfile: JobFile, given: ScheduleArguments, name: str, now_s: float
+) -> dict[str, Json]:
     if given.cron and given.at:
         raise UsageError("--cron and --at exclude each other.", remedy="Say one of them.")
     said = jobfile.job
@@ -126,8 +128,10 @@ def _described(jobfile: JobFile, given: Given, name: str, now_s: float) -> dict[
 
 
 def moment(text: str, zone: str, now_s: float) -> float:
-    """The epoch second that `--at` names: `+10m`, or an ISO 8601 time, in `zone` where it names
-    none of its own; UsageError."""
+    """Parse `+10m` or an ISO 8601 time to epoch seconds; raise UsageError.
+
+    A time without a zone is in `zone`.
+    """
     from batchlab.core import units
     from batchlab.core.schedules import due_times
 
@@ -139,7 +143,7 @@ def moment(text: str, zone: str, now_s: float) -> float:
                 return due_times.of_local(naive, tz)
         return units.start_s(text, now_s)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{text[:60]!r} is no time.", remedy=_AT) from error
+        raise UsageError(f"{text[:60]!r} is not a time.", remedy=_AT) from error
 
 
 def _span(option: str, text: str | None) -> float | None:
@@ -147,28 +151,30 @@ def _span(option: str, text: str | None) -> float | None:
 
 
 def _prefix(text: str) -> str:
-    """What `--input` names; UsageError."""
+    """Return the prefix of `--input`; raise UsageError."""
     from batchlab.jobs.submission import check_key
 
     check_key(text, text)
     if not text.endswith("/"):
         raise UsageError(
-            f"--input {text} is no prefix, which ends in a slash.",
-            remedy=f"Write --input {text}/ for what lies below it.",
+            f"--input {text} does not end in a slash, as a prefix must.",
+            remedy=f"Write --input {text}/ for the objects below it.",
         )
     return text
 
 
 def _digest_of(file: Path, code: str, needs_input: bool) -> str:
-    """Of the file by itself, without what --set has changed."""
+    """Return the source digest of the file without --set."""
     from batchlab.jobs import api
 
     return api.source_digest(api.load(file, needs_input=needs_input), code)
 
 
 def since(view: ScheduleView) -> str:
-    """What has become of the schedule's job file since it was added; "" where it is as it was, or
-    lies on another machine."""
+    """Return a sentence on a changed job file of a schedule.
+
+    Return "" if the file is unchanged or on another machine.
+    """
     from batchlab.jobs.submission import code_digest
 
     file = Path(view["source"]) if view["source"] else None
@@ -193,7 +199,7 @@ def since(view: ScheduleView) -> str:
 
 
 def kept(client: Client) -> SchedulesView:
-    """The schedules of the grid; none where its manager is of a release that has none."""
+    """Return the schedules of the grid. Managers of release 0.1.0 may have none."""
     try:
         return client.schedules()
     except NotFound:
@@ -201,7 +207,7 @@ def kept(client: Client) -> SchedulesView:
 
 
 def asked() -> str:
-    """A name for one request, so that asking again asks for nothing more."""
+    """Return an id for one request, so that a retry has no further effect."""
     from batchlab.adapters.clock import RandomIds
 
     return RandomIds().fresh("asked")

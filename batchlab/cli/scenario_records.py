@@ -1,0 +1,363 @@
+"""`batchlab scenario record`, `compare`, and `calibrate`: commands on records of past runs.
+
+Invariant: `record` only reads the grid's folder, whether or not its grid is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchlab.cli import bills, output
+from batchlab.cli.charts import AREA, LINE, Chart, number
+from batchlab.cli.options import HomeOption, JsonOption, home_of
+from batchlab.cli.session import connect
+from batchlab.core.errors import Refused, UsageError
+from batchlab.core.model import ENDED, JobId
+from batchlab.runtime.home import Home
+from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
+from batchlab.scenarios.verdicts import Unit
+
+if TYPE_CHECKING:
+    from batchlab.core.api_types import JobView
+    from batchlab.core.job_definition import JobDef
+    from batchlab.runtime.factory import Backend
+    from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
+    from batchlab.scenarios.model.values import PoolPlan
+    from batchlab.scenarios.replay.measurements import Measurements
+    from batchlab.scenarios.replay.recording import RecordedWorkload
+
+RECORD = "File that `scenario simulate` or `scenario replay` wrote with --out."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(record)
+    app.command()(compare)
+    app.command()(calibrate)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRequest:
+    """Arguments of `scenario record`."""
+
+    jobs: tuple[str, ...]
+    record: Path | None
+    out: Path | None
+    name: str | None
+    home: Home
+
+
+def write_scenario(request: RecordRequest, *, json: bool) -> None:
+    """Write the scenario and its trace, and print a summary."""
+    from batchlab.scenarios.replay import recording
+
+    if request.jobs and request.record:
+        raise UsageError(
+            "Either jobs are recorded or a replay is.", remedy="Leave out --from, or the jobs."
+        )
+    past = _of_record(request) if request.record else _of_jobs(request)
+    path = request.out or Path(f"{past.name}.yaml")
+    if path.exists() and request.out is None:
+        raise Refused(f"There is a file {path} already.", remedy="Name one with --out.")
+    if request.record and _is_same(request.record, path):
+        raise UsageError(
+            f"{path} is the record that is read.", remedy="Name another file with --out."
+        )
+    written = recording.write(past, path)
+    if json:
+        output.show_json(
+            {
+                "scenario": str(written.scenario),
+                "trace": str(written.trace),
+                "jobs": written.jobs,
+                "tasks": written.tasks,
+                "task_s": written.task_s,
+                "left_out": written.left_out,
+            }
+        )
+        return
+    output.show(
+        f"{written.scenario} has {output.count(written.jobs, 'job')} with "
+        f"{output.count(written.tasks, 'task')} of {output.span(written.task_s)} in all; "
+        f"its arrivals are in {written.trace}."
+    )
+    if written.left_out:
+        output.say(
+            f"Left out: {output.count(written.left_out, 'job')} of which too little is known."
+        )
+
+
+def _is_same(record: Path, path: Path) -> bool:
+    # The trace is written next to the scenario, and could overwrite a record of the same name.
+    written = {path.resolve(), path.with_suffix(".jsonl").resolve()}
+    return record.resolve() in written
+
+
+def _of_record(request: RecordRequest) -> RecordedWorkload:
+    from batchlab.scenarios import record as records
+    from batchlab.scenarios.replay import recording
+
+    assert request.record
+    found = records.read(request.record)
+    return recording.from_record(found, _name(request.name or f"{found.scenario}-recorded"))
+
+
+def _of_jobs(request: RecordRequest) -> RecordedWorkload:
+    from batchlab.runtime import factory
+    from batchlab.scenarios.replay import recording
+
+    home = request.home
+    facts = [bills.facts_of(home, text) for text in request.jobs or ("last",)]
+    views: dict[str, JobView] = {one.job["id"]: one.job for one in facts}
+    for view in views.values():
+        if view["state"] not in ENDED:
+            raise UsageError(
+                f"The job {view['id']} has not ended.",
+                remedy="Wait for it with `batchlab job watch`, or cancel it.",
+            )
+    backend = factory.load(facts[0].backend)
+    jobs, measured = asyncio.run(_measured(backend, home, views))
+    pools, policy = _fleet(home, backend)
+    first = min(views.values(), key=lambda view: view["submitted_s"])
+    name = _name(request.name or f"{first['name']}-recorded")
+    return recording.from_jobs(jobs, measured, name, pools, policy)
+
+
+async def _measured(
+    backend: Backend, home: Home, views: Mapping[str, JobView]
+) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measurements]]:
+    from batchlab.jobs.attempts import definition
+    from batchlab.runtime.factory import patience
+    from batchlab.scenarios.replay.measurements import ObservedJob, measure
+
+    objects = backend.open_objects(home)
+    jobs, measured = [], {}
+    for job, view in views.items():
+        jobs.append((view, await definition(objects, JobId(job), patience())))
+        measured[job] = await measure([ObservedJob(view["name"], view)], 0, objects, patience())
+    return jobs, measured
+
+
+def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
+    """Return pools and policy of the running grid, or of the last one in this folder."""
+    from batchlab.adapters.local.fleet_state_file import StateFile
+    from batchlab.core.model import Pool
+    from batchlab.fleet import saved_state
+    from batchlab.runtime import settings
+    from batchlab.scenarios.model.values import PoolPlan
+
+    if home.record():
+        with connect(home) as client:
+            grid = client.grid()
+        pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
+        return [PoolPlan(pool) for pool in pools], grid["settings"]
+    kept = StateFile(home.fleet / "groups.json").load()
+    groups = saved_state.decode(kept)[0] if kept else {}
+    found = [PoolPlan(group.pool) for group in groups.values()]
+    policy = asdict(settings.applied(backend, home).manager)
+    return found or [PoolPlan(pool) for pool in backend.pools], policy
+
+
+def _name(text: str) -> str:
+    """Return `text` as a valid name of a scenario."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")[:40]
+    return name or "recorded"
+
+
+def record(
+    job: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[JOB]...",
+            help="Ids of ended jobs, beginnings of ids, or 'last'.",
+            show_default=False,
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RECORD",
+            help="Record of a replay, instead of jobs.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: "
+            "NAME.yaml here.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="Name of the scenario. Default: that of the job.", show_default=False
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a scenario from past jobs, with their arrivals, sizes, and measured task times.
+
+    A simulation or replay of it has the same jobs and tasks, with the same total time.
+
+    \b
+    Example: batchlab scenario record last --out march.yaml
+    """
+    request = RecordRequest(tuple(job or ()), from_, out, name, home_of(home))
+    write_scenario(request, json=json)
+
+
+def compare(
+    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help=RECORD, show_default=False)],
+    fact: Annotated[Path, typer.Argument(metavar="FACT", help=RECORD, show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Compare a forecast with a real run: all errors, absolute and relative.
+
+    \b
+    Example: batchlab scenario compare forecast.json fact.json
+    """
+    from batchlab.scenarios import record
+    from batchlab.scenarios.forecast import comparison
+
+    found = comparison.compare(record.read(forecast), record.read(fact))
+    if json:
+        output.show_json(found.to_json())
+    else:
+        output.show(comparison_text(found))
+
+
+def calibrate(
+    records: Annotated[
+        list[Path], typer.Argument(metavar="RECORD...", help=RECORD, show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Write the numbers to this file for `scenario simulate` and `scenario plan`.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compute boot times, overheads, and task times from recorded runs.
+
+    The numbers are medians with quartiles and the number of observations.
+
+    \b
+    Example: batchlab scenario calibrate monday.json tuesday.json --out local.json
+    """
+    from batchlab.scenarios import record
+    from batchlab.scenarios.forecast import calibration as numbers
+
+    found = numbers.calibrate([record.read(path) for path in records])
+    if out is not None:
+        numbers.write(found.calibration, out)
+    if json:
+        output.show_json(
+            {
+                "backend": found.calibration.backend,
+                "runs": found.calibration.runs,
+                "quantities": [one.to_json() for one in found.quantities],
+                "notes": list(found.notes),
+            }
+        )
+    else:
+        output.show(_calibrated(found))
+    if out is not None:
+        output.say(f"Written to {out}.")
+
+
+def _calibrated(found: CalibrationResult) -> str:
+    made = found.calibration
+    rows = [
+        (
+            one.name,
+            one.of or "-",
+            _quantity(one, one.value),
+            "-" if one.low is None else f"{_quantity(one, one.low)} to {_quantity(one, one.high)}",
+            f"{one.observations:,} {one.what}",
+            one.why and f"left out: {one.why}",
+        )
+        for one in found.quantities
+    ]
+    told = [
+        f"Backend {made.backend}, from {output.count(made.runs, 'record')}",
+        "",
+        output.table(("what", "of", "median", "quartiles", "from", ""), rows),
+    ]
+    if found.notes:
+        told += ["", *(f"Note: {note}." for note in found.notes)]
+    return "\n".join(told)
+
+
+def _quantity(one: CalibratedValue, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"× {value:.3f}" if one.name == "stretch" else output.span(value)
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Return a comparison as text, for `scenario compare` and `scenario replay`."""
+    known = (one for one in comparison.differences if (one.forecast, one.fact) != (None, None))
+    rows = [_row(one) for one in known]
+    columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
+    compressed = comparison.compressed
+    at = "" if compressed == 1 else f", times divided by {compressed:g}"
+    told = [
+        f"Scenario {comparison.scenario}: forecast ({comparison.forecast_backend}) against fact "
+        f"({comparison.fact_backend}){at}; an error is forecast minus fact",
+        "",
+        output.table(columns, rows),
+        *(drawn for curves in comparison.curves for drawn in ("", _drawn(curves))),
+    ]
+    if comparison.notes:
+        told += ["", *(f"Note: {note}." for note in comparison.notes)]
+    return "\n".join(told)
+
+
+def _row(one: Difference) -> tuple[str, ...]:
+    relative = one.relative
+    return (
+        one.measure,
+        one.template or "all",
+        number(one.forecast, one.unit),
+        number(one.fact, one.unit),
+        _signed(one.absolute, one.unit),
+        "-" if relative is None else f"{relative:+.1%}",
+    )
+
+
+def _signed(value: float | None, unit: Unit) -> str:
+    if value is None:
+        return "-"
+    return f"{'-' if value < 0 else '+'}{number(abs(value), unit)}"
+
+
+def _drawn(curves: CurvePair) -> str:
+    most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
+    relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
+    title = (
+        f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} "
+        f"apart{relative}"
+    )
+    if not most:
+        return f"{curves.what}: none at any time in either"
+    chart = Chart(curves.until_s, most)
+    chart.area(sample_curve(curves.fact, curves.until_s, chart.width))
+    chart.line(sample_curve(curves.forecast, curves.until_s, chart.width))
+    return f"{title}\n{chart.text(output.span, lambda value: f'{value:,.4g}')}"
