@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import pwd
@@ -21,7 +22,7 @@ from batchlab.adapters.sql import migrate, open_postgres
 from batchlab.adapters.sql.bundle_rows import select_bundles
 from batchlab.adapters.sql.engines import transaction
 from batchlab.adapters.sql.postgres import postgres_engine
-from batchlab.adapters.sql.tables import HEAD, metadata, versions
+from batchlab.adapters.sql.tables import HEAD, known_on_postgresql, metadata, versions
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.ports import AddCut
@@ -324,4 +325,28 @@ def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
             plan = connection.exec_driver_sql(f"EXPLAIN {sql}").scalars().all()
             assert any("Index Scan using bundles_read" in line for line in plan), plan
             assert not any("Sort" in line for line in plan), plan
+    engine.dispose()
+
+
+def test_a_fold_reads_only_its_own_bundles(postgres: Postgres) -> None:
+    """The server has no statistics of a new table, and the planner must use the primary key."""
+    bundles = [bundle(i, i + 1) for i in range(2_000)]
+
+    async def fill() -> None:
+        async with ledger_in(postgres) as ledger:
+            await submit(ledger)
+            await ledger.apply(AddCut(cut(0, *bundles)))
+
+    asyncio.run(fill())
+    keys = [{"job": one.job, "stage": one.stage, "id": one.id} for one in bundles[:100]]
+    query = known_on_postgresql()
+    engine = postgres_engine(postgres.url, postgres.schema)
+    with transaction(engine) as connection:
+        explain = f"EXPLAIN {query.compile(engine)}"
+        plan = connection.exec_driver_sql(explain, {"rows": json.dumps(keys)}).scalars().all()
+        assert any("Index Scan using bundles_pk" in line for line in plan), plan
+        assert not any("Seq Scan" in line for line in plan), plan
+        rows = connection.execute(query, {"rows": keys}).all()
+        assert len(rows) == len(keys)
+        assert not any(row.is_done for row in rows)
     engine.dispose()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, tuple_, update
+from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, select, tuple_, update
 
 from batchlab.adapters.sql.tables import Upserts, bundles, jobs, stages
 from batchlab.core.errors import NotFound
@@ -23,6 +23,7 @@ from batchlab.core.model import ENDED, Control, JobId, JobState, StageName
 from batchlab.core.ports import JobRecord, JobRows
 from batchlab.core.protocol import json_format
 
+_JOB = ("state", "reason", "control", "round", "ended_s")
 _PLAN = ("planned", "plan_round", "cut_seq", "uncut")
 _COUNTERS = (
     "succeeded",
@@ -40,17 +41,32 @@ _newest = (
     select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 )
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
-_stages = select(stages).where(stages.c.job == bindparam("job")).order_by(stages.c.position)
+_STAGE = [one.name for one in fields(Stage) if one.name in stages.c and one.name != "uncut"]
+"""Columns in the order of the arguments of Stage, before `uncut`."""
+_job_with_stages = (
+    select(
+        # The definition may be long, so only the row of the first stage has it.
+        case((stages.c.position == 0, jobs.c.spec)),
+        *(jobs.c[name] for name in _JOB),
+        stages.c.stage,
+        stages.c.uncut,
+        *(stages.c[name] for name in _STAGE),
+    )
+    .join_from(jobs, stages)
+    .where(jobs.c.id == bindparam("job"))
+    .order_by(stages.c.position)
+)
 _last_seq = select(func.max(bundles.c.seq)).where(bundles.c.job == bindparam("job"))
 _insert_stages = insert(stages)
 _store_job = (
     update(jobs)
     .where(jobs.c.id == bindparam("b_job"))
-    .values({name: bindparam(name) for name in ("state", "reason", "control", "round", "ended_s")})
+    .values({name: bindparam(name) for name in _JOB})
 )
 _stage = update(stages).where(
     stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage")
 )
+_get_job = attrgetter(*_JOB)
 _GROUPS = tuple((attrgetter(*columns), columns) for columns in (_PLAN, _COUNTERS))
 """Columns of a stage that change together, and a function that gets their values."""
 _STORE = {
@@ -63,9 +79,14 @@ _STORE = {
 
 def load(connection: Connection, name: JobId) -> Projection:
     """Load a job with its stages; NotFound."""
-    projection = _projection(_row(connection, name))
-    for row in connection.execute(_stages, {"job": name}).mappings():
-        projection.stages[StageName(row["stage"])] = _stage_of(row)
+    rows = connection.execute(_job_with_stages, {"job": name}).all()
+    if not rows:
+        raise _no_job(name)
+    spec, *job = rows[0][: 1 + len(_JOB)]
+    projection = _projection(spec, *job)
+    for stage, uncut, *values in (row[1 + len(_JOB) :] for row in rows):
+        left = json_format.tasks_from_json(json.loads(uncut))
+        projection.stages[StageName(stage)] = Stage(*(*values, left))
     return projection
 
 
@@ -104,30 +125,20 @@ def _no_job(name: JobId) -> NotFound:
     return NotFound(f"The ledger has no job {name}.")
 
 
-def _projection(row: RowMapping) -> Projection:
-    return Projection(
-        _job_def(row["spec"]),
-        JobState(row["state"]),
-        row["reason"],
-        Control(row["control"]),
-        row["round"],
-        row["ended_s"],
-    )
+def _projection(
+    spec: str, state: str, reason: str, control: str, round_: int, ended_s: float | None
+) -> Projection:
+    return Projection(_job_def(spec), JobState(state), reason, Control(control), round_, ended_s)
 
 
 def _record(row: RowMapping) -> JobRecord:
-    return _projection(row).rows().job
+    return _projection(row["spec"], *(row[name] for name in _JOB)).rows().job
 
 
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
     """Cached, because the definition is read with the counters and never changes."""
     return json_format.job_from_json(json_format.loads(spec))
-
-
-def _stage_of(row: RowMapping) -> Stage:
-    values = {name: row[name] for name in (*_PLAN, *_COUNTERS)}
-    return Stage(**{**values, "uncut": json_format.tasks_from_json(json.loads(values["uncut"]))})
 
 
 # --- Storing --------------------------------------------------------------------------------------
@@ -163,13 +174,13 @@ def add(connection: Connection, upserts: Upserts, projection: Projection) -> Job
 class Snapshot:
     """The values of a job as they were loaded, to find out what a change has changed."""
 
-    job: Mapping[str, Any]
+    job: tuple[Any, ...]
     stages: Mapping[StageName, Sequence[tuple[Any, ...]]]
 
     @classmethod
     def of(cls, projection: Projection) -> Snapshot:
         return cls(
-            _job_values(projection),
+            _get_job(projection),
             {name: [get(stage) for get, _ in _GROUPS] for name, stage in projection.stages.items()},
         )
 
@@ -177,9 +188,8 @@ class Snapshot:
 def store(connection: Connection, projection: Projection, before: Snapshot) -> None:
     """Store the values that have changed since `before`."""
     name = projection.job.id
-    values = _job_values(projection)
-    if values != before.job:
-        connection.execute(_store_job, {"b_job": name, **values})
+    if _get_job(projection) != before.job:
+        connection.execute(_store_job, {"b_job": name, **_job_values(projection)})
     for group, (get, columns) in enumerate(_GROUPS):
         changed = [
             {"b_job": name, "b_stage": stage, **_values(one, columns)}

@@ -36,8 +36,10 @@ from sqlalchemy import (
     bindparam,
     column,
     func,
+    literal_column,
     or_,
     select,
+    true,
 )
 from sqlalchemy.sql.dml import ReturningInsert
 
@@ -239,14 +241,22 @@ def _as_objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str
     return {"rows": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
-def _known_on_postgresql() -> Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]:
+def known_on_postgresql() -> Select[Any]:
+    """Select which bundles of the parameter `rows` exist, and whether each is done.
+
+    The lateral query reads each bundle by the primary key. A join would read all bundles of the
+    schema while the server has no statistics of the table.
+    """
     keys = _unpacked(_KEY).subquery()
-    same = and_(*(bundles.c[name] == keys.c[name] for name in _KEY))
-    is_done = bundles.c.seq.is_not(None)
-    known = (
-        select(*(bundles.c[name] for name in _KEY), is_done).select_from(keys).join(bundles, same)
-    )
-    return lambda connection, rows: connection.execute(known, _as_objects(_KEY, rows))
+    is_done = bundles.c.seq.is_not(None).label("is_done")
+    same = (bundles.c[name] == keys.c[name] for name in _KEY)
+    found = select(is_done).where(*same).limit(literal_column("1")).lateral()
+    return select(*(keys.c[name] for name in _KEY), found.c.is_done).join_from(keys, found, true())
+
+
+def _known_on_postgresql() -> Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]:
+    known = known_on_postgresql()
+    return lambda connection, keys: connection.execute(known, _as_objects(_KEY, keys))
 
 
 def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleValues]], object]:
