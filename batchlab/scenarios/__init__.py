@@ -1,1 +1,1 @@
-"""Scenarios: a peak written down, so that any backend can live through it and be judged."""
+"""Scenarios: described workloads that any backend can run and that are judged afterwards."""

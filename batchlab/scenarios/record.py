@@ -1,7 +1,7 @@
-"""What a run of a scenario came to: the same record from a forecast and from a replay.
+"""Record of a run of a scenario, with the same format for forecasts and replays.
 
-Invariant: everything that verdict, comparison and calibration say is a function of records. Times
-are seconds of the run from its beginning (a compressed scenario's are compressed ones).
+Verdicts, comparisons, and calibrations depend only on records. Times are seconds from the start of
+the run; in a compressed run they are compressed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class JobRun:
-    """One job. `due_s` is when it was to arrive, `submitted_s` when it did, `started_s` when its
-    first task began. Counts are tasks of all its stages."""
+    """Result of one job. `due_s` is its planned arrival, `submitted_s` its submission, and
+    `started_s` the start of its first task. Counts are tasks of all stages.
+    """
 
     index: int
     id: str
@@ -38,20 +39,22 @@ class JobRun:
     cancelled: int
     retried: int = 0
     deadline_s: float | None = None
-    """When it was to have ended."""
+    """Time of the deadline."""
     label: str = ""
     """Its name in the trace."""
     tasks: int | None = None
-    """Of its first stage; None where that was not kept."""
+    """Tasks of its first stage. None if this was not recorded."""
     done_s: float | None = None
-    """When its last task ended, which is before the job does; None where nobody noticed."""
+    """End of its last task, which is before the end of the job. None if this was not observed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """All bundles of one stage of one template together. `run_s` is what the succeeded tasks took,
-    `declared_s` what those should have taken by the scenario; `span_s` sums each bundle's time from
-    its start to its end in its worker."""
+    """Totals of one stage of one template.
+
+    `run_s` is the measured time of the succeeded tasks, and `declared_s` their time in the
+    scenario. `span_s` is the sum of the bundles' times in their workers.
+    """
 
     template: str
     stage: str
@@ -63,19 +66,20 @@ class StageRun:
     declared_s: float
     span_s: float
     task_s: tuple[float, ...] = ()
-    """Measured task times: a sample of at most 200, evenly spread over the sorted ones."""
+    """Even sample of at most 200 sorted task times."""
     after: tuple[str, ...] = ()
     gather: str | None = None
-    """What it followed, and how, as in a job's stage."""
+    """Upstream stages and the gather value, as in a job's stage."""
     over_s: tuple[float, ...] = ()
-    """What bundles took beyond their tasks, and of tasks measured over declared time: samples like
-    `task_s`, empty where that was not kept."""
+    """Even samples of the time that bundles took beyond their tasks, and of the ratio of measured
+    to declared time. Both are empty if they were not recorded.
+    """
     stretch: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSample:
-    """A pool at one moment; `in_service` and `pending` are instances."""
+    """State of a pool at one time. `in_service` and `pending` are numbers of instances."""
 
     desired: int
     in_service: int
@@ -86,7 +90,7 @@ class PoolSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The grid at one moment. `waiting` and `in_flight` are messages of all task queues."""
+    """State of the grid at one time. `waiting` and `in_flight` are messages of all task queues."""
 
     at_s: float
     pools: Mapping[str, PoolSample]
@@ -96,7 +100,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRun:
-    """One instance; `ready_s` is when it was first seen InService."""
+    """Life of one instance. `ready_s` is the time at which it was first seen InService."""
 
     id: str
     pool: str
@@ -110,22 +114,26 @@ class InstanceRun:
 
     @property
     def boot_s(self) -> float | None:
-        """From its launch until it was InService; None where nobody has seen that, as of those
-        that are ready when a run begins."""
+        """Return the time from launch to InService.
+
+        None if this was not observed, as for instances that were ready at the start.
+        """
         if self.ready_s is None or self.ready_s <= 0.0:
             return None
         return self.ready_s - self.launched_s
 
     def lived_s(self, end_s: float) -> float:
-        """Seconds from its launch to its end, or to the run's, which is at `end_s`."""
+        """Return the seconds from its launch to its end, or to the run's end at `end_s`."""
         return max(0.0, (end_s if self.ended_s is None else self.ended_s) - self.launched_s)
 
 
 @dataclass(frozen=True, slots=True)
 class InjectedFault:
-    """A fault that was injected. `evidence` is what was seen that shows that it happened; a fault
-    that could not be has `impossible` set to the reason. `trouble` is what did not go as it
-    should: it failed, its effect was not seen in time, or something could not be undone."""
+    """Injected fault. `evidence` describes the observed effect.
+
+    `impossible` has the reason why the fault could not be injected. `trouble` has a failure: of the
+    injection, of the observation in time, or of the rollback.
+    """
 
     name: str
     at_s: float
@@ -137,12 +145,13 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run. `usd` is what it has cost or would have on AWS at list prices, `usd_items` its
-    lines. `lost` are tasks of ended jobs without a terminal state and tasks of jobs that never
-    ended; `duplicates` tasks with more than one committed result. `settings` are the manager's and
-    worker's seconds by name, and `cores` how many all processes shared (0: that was no matter).
-    `again_s` is slot time of runs that were thrown away or failed; None where nobody could be
-    asked."""
+    """One run. `usd` is its cost on AWS at list prices, and `usd_items` has the parts of the cost.
+
+    `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended.
+    `duplicates` counts tasks with several committed results. `settings` has the seconds of the
+    manager's and the workers' settings, and `cores`, the number of shared cores (0: unlimited).
+    `again_s` is the slot time of failed and lost executions, or None if it is unknown.
+    """
 
     scenario: str
     digest: str
@@ -165,11 +174,11 @@ class Record:
     settings: Mapping[str, float] = field(default_factory=dict)
     simulated: bool = False
     wall_s: float = 0.0
-    """What the run took on the clock of whoever waited for it."""
+    """Wall time of the run."""
     log_digest: str = ""
-    """sha256 of the event log, where one was kept."""
+    """SHA-256 of the event log, if there is one."""
     cut: str = ""
-    """Why it ended before its jobs had, where it did."""
+    """Reason why it ended before its jobs."""
     version: int = VERSION
 
 
@@ -183,7 +192,7 @@ def to_json(record: Record) -> bytes:
 
 
 def write(record: Record, path: Path) -> None:
-    """UsageError where it cannot be written."""
+    """Write the record. Raise UsageError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(to_json(record))
@@ -194,7 +203,7 @@ def write(record: Record, path: Path) -> None:
 
 
 def read(path: Path) -> Record:
-    """UsageError where there is none, or where it is no record that this version understands."""
+    """Read a record. Raise UsageError if the file is missing or is not a record of this version."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -205,13 +214,13 @@ def read(path: Path) -> Record:
 
 
 def parse(data: bytes, path: Path) -> Record:
-    """The record that is in `path`; UsageError as in `read`."""
+    """Parse the record in `path`. Raise UsageError as in `read`."""
     try:
         found = _ADAPTER.validate_json(data)
     except ValidationError as error:
         _check_version(_version(data), path)
         raise UsageError(
-            f"{path} is no record of a scenario's run "
+            f"{path} is not a record of a scenario's run "
             f"({count(error.error_count(), 'mistake')} in it).",
             remedy=_REMEDY,
         ) from error
@@ -220,7 +229,7 @@ def parse(data: bytes, path: Path) -> Record:
 
 
 def _version(data: bytes) -> int:
-    """Of what may be no record; then this one's."""
+    """Return the document's version, or this version if it has none."""
     try:
         version = _VERSIONED.validate_json(data).get("version")
     except ValidationError:

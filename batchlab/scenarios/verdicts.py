@@ -1,12 +1,8 @@
-"""What can be expected of a run, each as a number taken from its record.
+"""Measures of a run, and the verdicts on its expectations.
 
-Invariant: a measure is a function of the record alone. A job that has not ended counts as one that
-never will: its times are infinite, which no bound allows.
-
-The verdict on a run: each expectation against its record, green, red or not judged.
-
-Invariant: green is said only of what was measured in a run that came to its end. Money is not
-judged in a compressed run, in which an instance lives shorter than on AWS.
+A measure depends only on the record. A job that has not ended counts as one that never ends, so its
+times are infinite and exceed every bound. A verdict is green only if the run ended. Costs are not
+judged in a compressed run, in which instances live shorter than on AWS.
 """
 
 from __future__ import annotations
@@ -24,19 +20,19 @@ from batchlab.scenarios.record import InjectedFault, InstanceRun, JobRun, Record
 
 
 class Unit(StrEnum):
-    """What a measure counts in."""
+    """Unit of a measure."""
 
     SECONDS = "s"
-    """Of the run: in a compressed one, and in what is expected of it, divided."""
+    """Seconds of the run. In a compressed run, measures and expectations are compressed."""
     USD = "USD"
     NUMBER = ""
     SHARE = "share"
-    """Of 1."""
+    """Share of 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """That a record does not say it; `why` follows "because"."""
+    """The record does not have the measure; `why` gives the reason."""
 
     why: str
 
@@ -47,8 +43,10 @@ _WASTE_UNKNOWN = Unknown("nobody could be asked what was thrown away")
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """`of` takes a record and a job template's name, "" for all jobs; `by_template` says whether
-    one can be named at all."""
+    """Measure of a record. `of` takes a record and a template's name ("" for all jobs).
+
+    `by_template` says whether a template can be named.
+    """
 
     name: str
     unit: Unit
@@ -58,8 +56,9 @@ class Measure:
 
 
 def quantile(numbers: Iterable[float], share: float) -> float:
-    """The smallest number that at least `share` of all are at or below (nearest rank): one that
-    was seen. ValueError where there is none."""
+    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of
+    all. Raise ValueError for no numbers.
+    """
     ordered = sorted(numbers)
     if not ordered:
         raise ValueError("a quantile of nothing")
@@ -71,8 +70,9 @@ def _jobs(record: Record, template: str) -> Sequence[JobRun]:
 
 
 def waits_s(record: Record, template: str) -> list[float]:
-    """Of each job from when it was due until its first task began; of those that ended without a
-    task that began, nothing."""
+    """Return each job's time from its due time to its first task's start, without jobs that ended
+    before any task started.
+    """
     found = []
     for job in _jobs(record, template):
         if job.started_s is not None:
@@ -83,7 +83,7 @@ def waits_s(record: Record, template: str) -> list[float]:
 
 
 def turnarounds_s(record: Record, template: str) -> list[float]:
-    """Of each job from when it was due until it ended."""
+    """Return each job's time from its due time to its end."""
     return [
         math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s)
         for job in _jobs(record, template)
@@ -121,7 +121,7 @@ def _failed_tasks(record: Record, template: str) -> Measured:
 
 
 def _failed_jobs(record: Record, template: str) -> Measured:
-    # One that was cancelled has not done its work either.
+    # A cancelled job has not done its work either.
     bad = (JobState.FAILED, JobState.CANCELLED)
     jobs = _jobs(record, template)
     bad_ones = float(sum(job.state in bad for job in jobs))
@@ -129,7 +129,7 @@ def _failed_jobs(record: Record, template: str) -> Measured:
 
 
 def end_s(record: Record) -> float:
-    """When the last thing happened that the record tells of."""
+    """Return the time of the last recorded event."""
     return max(
         (
             *(job.ended_s or job.submitted_s for job in record.jobs),
@@ -141,8 +141,10 @@ def end_s(record: Record) -> float:
 
 
 def fleet_sizes(record: Record) -> list[tuple[float, int]]:
-    """Instances in service, all pools together: from each of these moments on so many. By what was
-    sampled; where nothing was, by each instance's own times."""
+    """Return the number of instances in service over time, as (start time, number).
+
+    Without samples, it comes from the instances' own times.
+    """
     if record.samples:
         return [
             (sample.at_s, sum(pool.in_service for pool in sample.pools.values()))
@@ -188,14 +190,14 @@ def _flapping(record: Record, _: str) -> Measured:
 
 
 def _count_turns(record: Record, pool: str, within_s: float) -> int:
-    """How often desired capacity went the other way within that time of its last change."""
+    """Count the reversals of the desired capacity within this time of its last change."""
     seen = [(s.at_s, s.pools[pool].desired) for s in record.samples if pool in s.pools]
     steps = [(b[0], b[1] > a[1]) for a, b in pairwise(seen) if a[1] != b[1]]
     return sum(a[1] != b[1] and b[0] - a[0] <= within_s for a, b in pairwise(steps))
 
 
 def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
-    """Each instance with the seconds from its launch to its end, or to the run's."""
+    """Yield each instance with the seconds from its launch to its end, or to the run's end."""
     last_s = end_s(record)
     for one in record.instances:
         yield one, one.lived_s(last_s)
@@ -257,7 +259,7 @@ _ALL = (
     Measure(
         "lost",
         _NUMBER,
-        "tasks of which nobody knows what became of them",
+        "tasks without a known result",
         lambda record, _: float(record.lost),
     ),
     Measure(
@@ -296,19 +298,19 @@ _ALL = (
 )
 
 MEASURES: Mapping[str, Measure] = {measure.name: measure for measure in _ALL}
-"""By name; what a scenario's `expect` may name."""
+"""Measures by name. A scenario's `expect` may use these names."""
 
 
 ENDED = "ended"
-"""The row that says whether the run came to its end."""
+"""Row for the completion of the run."""
 ARRIVALS = "arrivals"
-"""The row that says whether anything has been tried."""
+"""Row for the existence of jobs."""
 _SLACK = 1e-9
-"""Relative: 9 h are not exceeded by the last digit of a sum."""
+"""Relative tolerance for rounding errors of sums."""
 
 
 class Color(StrEnum):
-    """What became of an expectation."""
+    """Result of an expectation."""
 
     GREEN = "green"
     RED = "red"
@@ -317,9 +319,11 @@ class Color(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One expectation and what was measured, in `unit`; `template` "" is all jobs. `measured` is
-    None where nothing could be, and infinite where something never ended. `why` says why it is
-    not green."""
+    """Expectation and its measured value in `unit`.
+
+    Without a template, it applies to all jobs. `measured` is None if it is unknown and infinite if
+    something never ended. `why` explains a result that is not green.
+    """
 
     measure: str
     template: str
@@ -331,7 +335,7 @@ class VerdictRow:
     why: str = ""
 
     def to_json(self) -> dict[str, object]:
-        """As JSON has no infinity, that is None too."""
+        """Return a JSON object, in which None replaces infinity."""
         measured = self.measured
         return {
             "measure": self.measure,
@@ -346,14 +350,16 @@ class VerdictRow:
 
 
 def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
-    """One row for each expectation, and before them what hangs over all: a run that was cut is
-    red, a fault that could not be injected, or not as it should, leaves it open what it would have
-    done. UsageError for a measure that there is not."""
+    """Judge the expectations.
+
+    Rows about the whole run come first: a cut run is red, and a fault that was not injected as
+    planned is not judged. Raise UsageError for an unknown measure.
+    """
     return [*_judge_run(record), *(_judge_one(record, one) for one in expectations)]
 
 
 def is_red(rows: Iterable[VerdictRow]) -> bool:
-    """Whether a gate shall close."""
+    """Return whether a gate must fail."""
     return any(row.colour is Color.RED for row in rows)
 
 
@@ -370,14 +376,14 @@ def _judge_run(record: Record) -> Iterator[VerdictRow]:
 
 
 def uncertainty(fault: InjectedFault) -> str:
-    """Why it is not known what a fault would have done; empty where it was as it should be."""
+    """Return why the effect of a fault is uncertain, or ""."""
     if fault.impossible:
         return f"it could not be injected: {fault.impossible}"
     return f"it did not go as it should: {fault.trouble}" if fault.trouble else ""
 
 
 def measure_of(name: str, template: str = "") -> Measure:
-    """UsageError where there is none, or none of one template."""
+    """Return the measure. Raise UsageError if it does not exist, or not for one template."""
     measure = MEASURES.get(name)
     if measure is None:
         raise UsageError(
@@ -420,7 +426,7 @@ def _color(
     if wanted.most is not None and measured > wanted.most + _SLACK * abs(wanted.most):
         return Color.RED, "more than expected"
     if wanted.least is not None and measured < wanted.least - _SLACK * abs(wanted.least):
-        # In a run that was cut it might still have grown, but then the row `ended` is red.
+        # A cut run might still have reached the value, but then the row `ended` is red.
         return Color.RED, "less than expected"
     if record.cut:
         return Color.NOT_JUDGED, "the run was cut before it had ended"

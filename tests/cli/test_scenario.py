@@ -75,7 +75,7 @@ def test_odd_records_are_counted_by_kind(run: Run, tmp_path: Path) -> None:
     code, _, err = run("scenario", "check", str(file))
     assert code == 0
     assert "3 odd records in traces:" in err
-    assert f"{tmp_path / 't.csv'}:3: at is no time: left out, and 1 more such" in err
+    assert f"{tmp_path / 't.csv'}:3: at is not a time: left out, and 1 more such" in err
     _, out, _ = run("scenario", "check", str(file), "--json")
     assert [odd["line"] for odd in json.loads(out)["odd"]] == [3, 4, 5]
 

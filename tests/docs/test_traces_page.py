@@ -103,7 +103,7 @@ def whats() -> Iterator[str]:
             if not isinstance(call, ast.Call):
                 continue
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-            place = {"note": 1, "_LeftOutError": 0, "_Trouble": 0, "Odd": 2}.get(name)
+            place = {"note": 1, "_LeftOutError": 0, "_ReadProblem": 0, "Anomaly": 2}.get(name)
             if place is not None:
                 yield from texts(call.args[place])
 
@@ -121,7 +121,8 @@ def texts(node: ast.expr) -> Iterator[str]:
 
 
 _STANDS_FOR = defaultdict(
-    lambda: "COLUMN", {"number": "-1", "'has a' if kind is Kind.ZONED else 'has no'": "has a"}
+    lambda: "COLUMN",
+    {"number": "-1", "'has a' if kind is TimestampKind.ZONED else 'has no'": "has a"},
 )
 
 

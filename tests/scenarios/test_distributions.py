@@ -117,7 +117,7 @@ def test_a_bounded_pareto_of_alpha_one_has_its_own_mean() -> None:
         (lambda: Lognormal(0.0, 1.0), "median must be"),
         (lambda: Lognormal(1.0, -1.0), "sigma must be"),
         (lambda: Weibull(1.0, 0.0), "shape must be"),
-        (lambda: Pareto(1.0, 1.0), "alpha must be above 1 where there is no most"),
+        (lambda: Pareto(1.0, 1.0), "alpha must be above 1 without most"),
         (lambda: Pareto(2.0, 1.5, most=2.0), "must be above least"),
         (lambda: Empirical(()), "at least one value"),
         (lambda: Empirical((1.0, -1.0)), "value must be"),

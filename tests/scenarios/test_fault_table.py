@@ -76,10 +76,10 @@ def test_what_the_table_promises_of_containers_and_aws(
     from batchlab.scenarios.faults import containers
 
     for name, module in (("localstack", containers), ("aws", aws_stack)):
-        cls = "Containers" if name == "localstack" else "Deployed"
+        cls = "ContainerFaults" if name == "localstack" else "StackFaults"
         original = getattr(module, cls)
         monkeypatch.setattr(original, "__init__", lambda self, scene: None)
-        found = module.harms(scene(name, tmp_path))
+        found = module.actions(scene(name, tmp_path))
         assert set(found) == {fault for fault, _, cell in rows((name,)) if cell.possible}
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_is_said_and_nothing_is_done(tmp_path: Path) -> None:
         if not cell.possible:
             assert asyncio.run(inject(backend, fault)) == cell.why_not.removesuffix(".")
     for fault in (FaultName.S3_ERRORS, FaultName.PARTITION):
-        assert "without a front" in asyncio.run(inject("ministack", fault))
+        assert "without a proxy" in asyncio.run(inject("ministack", fault))
 
 
 def test_nothing_real_runs_in_the_simulator(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_trace_is_read_with_the_map_of_its_columns(tmp_path: Path) -> None:
     claims = [job for job in schedule.jobs if job.template.name == "claims"]
     assert [(job.due_s, job.tasks, job.tenant) for job in claims] == [(60, 3, "a"), (120, 1, "b")]
     [odd] = schedule.odd
-    assert (odd.line, odd.what) == (4, "when is no time")
+    assert (odd.line, odd.what) == (4, "when is not a time")
 
 
 def test_a_tab_may_be_written_with_two_characters(tmp_path: Path) -> None:

@@ -55,12 +55,17 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         ),
         ("small: {task: 2s}", "small: {task: 2 x}", 11, "'2 x' is not a duration"),
         ("small: {task: 2s}", "small: {task: [2]}", 11, "'task' must be a mapping of keys"),
-        ("small: {task: 2s}", "small: {task: {}}", 11, "It names no distribution."),
+        (
+            "small: {task: 2s}",
+            "small: {task: {}}",
+            11,
+            "There must be one distribution, but there is no distribution.",
+        ),
         (
             "small: {task: 2s}",
             "small: {task: {constant: 1, exponential: {mean: 2s}}}",
             11,
-            "It names more than one: constant, exponential.",
+            "There must be one distribution, but there is more than one: constant, exponential.",
         ),
         ("small: {task: 2s}", "small: {task: {lognormla: 1}}", 11, "Did you mean 'lognormal'?"),
         (
@@ -79,7 +84,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "small: {task: 2s}",
             "small: {task: {pareto: {least: 1s, alpha: 0.9}}}",
             11,
-            "alpha must be above 1 where there is no most",
+            "alpha must be above 1 without most",
         ),
         (
             "small: {task: 2s}",
@@ -92,7 +97,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "small: {task: 2s}",
             "small: {task: {mixture: [{weight: 1}]}}",
             11,
-            "It names no distribution.",
+            "There must be one distribution, but there is no distribution.",
         ),
         (
             "small: {task: 2s}",
@@ -104,7 +109,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         (TASKS, "-1", 6, "must be at least 0, not -1"),
         (TASKS, "{lognormal: {median: 20, sigma: 1000000}}", 6, "This cannot be: "),
         (TASKS, "{weibull: {scale: 20, shape: 0.001}}", 6, "This cannot be: "),
-        (TASKS, "{lognormal: {median: 20, sigma: 9}}", 6, "mean is beyond all"),
+        (TASKS, "{lognormal: {median: 20, sigma: 9}}", 6, "mean is too large"),
         (TASKS, "{lognormal: {median: 20s, sigma: 1}}", 6, "'20s' is not a number."),
         ("{name: sum, gather", "{name: parse, gather", 10, "Stage 1 is named 'parse' already."),
         ("gather: all", "gather: some", 10, "Write 'all', or {by: key, groups: 12}."),
@@ -129,7 +134,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "gather: all, task: 5s}",
             "gather: all, task: 5s}\n      - {name: both, after: [parse, sum], task: 1s}",
             11,
-            "'parse' and 'sum' item by item, and those have not equally many tasks",
+            "'parse' and 'sum' item by item, but these have unequal numbers of tasks",
         ),
         (
             "gather: all, task: 5s}",
@@ -137,7 +142,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "      - {name: few, after: parse, gather: {by: b, groups: 2}, task: 1s}\n"
             "      - {name: both, after: [sum, few], task: 1s}",
             12,
-            "not equally many tasks",
+            "unequal numbers of tasks",
         ),
         ("small: {task: 2s}", "small: {task: 2s, groups: {a: 2}}", 11, "without a job file"),
         # Arrivals
@@ -151,8 +156,8 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         (POISSON, "poisson: {per_hour: 60}", 13, "'until' is missing."),
         (POISSON, "poisson: {per_hour: 60, from: 2h, until: 1h}", 13, "must be after from"),
         (POISSON, "poisson: {per_hour: -1, until: 1h}", 13, "'per_hour' must be at least 0"),
-        (POISSON, "poisson: {per_hour: 1e300, until: 1h}", 13, "beyond all that is counted here"),
-        (POISSON, f"poisson: {{per_hour: {10**400}, until: 1h}}", 13, "beyond all that is counted"),
+        (POISSON, "poisson: {per_hour: 1e300, until: 1h}", 13, "too large"),
+        (POISSON, f"poisson: {{per_hour: {10**400}, until: 1h}}", 13, "too large"),
         (POISSON, "on_off: {per_hour: 1, on: 10ms, off: 10ms, until: 30d}", 13, "1,000,000 bursts"),
         (POISSON, "on_off: {per_hour: 1, on: 0s, off: 1m, until: 1h}", 13, "durations above 0"),
         (POISSON, "profile: {daily: [1, 2], until: 1h}", 13, "'daily' has 2 entries"),
@@ -201,7 +206,12 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
         (POISSON, "trace: {file: t.csv, columns: {att: a}}", 13, "Did you mean 'at'?"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: h}}", 13, "The unit must be one of"),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%Q'}}", 13, "bad directive"),
-        (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%d %d'}}", 13, "is there twice"),
+        (
+            POISSON,
+            "trace: {file: t.csv, columns: {at: a, unit: '%d %d'}}",
+            13,
+            "repeats a directive",
+        ),
         (POISSON, "trace: {file: t.csv, columns: {at: a, unit: '%Y %'}}", 13, "stray %"),
         (POISSON, "trace: {file: t.csv, delimiter: '::', columns: {at: a}}", 13, "one character"),
         (
@@ -217,7 +227,7 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             POISSON,
             "trace: {file: t.csv, columns: {at: a, job: b}}",
             13,
-            "'job' means nothing where the arrival says which job it is.",
+            "'job' means nothing because the arrival names the job.",
         ),
         (
             POISSON,

@@ -45,8 +45,8 @@ def test_a_record_of_another_version_is_refused_as_such(tmp_path: Path) -> None:
         record.read(file)
     for text in ("[]", "{}", '{"version": 1}', "not JSON"):
         file.write_text(text)
-        with pytest.raises(UsageError, match="no record of a scenario's run"):
+        with pytest.raises(UsageError, match="not a record of a scenario's run"):
             record.read(file)
     file.write_text("not JSON")
-    with pytest.raises(UsageError, match=r"no record of a scenario's run \(1 mistake in it\)\."):
+    with pytest.raises(UsageError, match=r"not a record of a scenario's run \(1 mistake in it\)\."):
         record.read(file)

@@ -240,8 +240,8 @@ def test_a_forecast_and_a_plan_cost_what_the_grids_own_prices_say(run: Run, tmp_
     ("options", "why"),
     [
         (("--deadline", "soon"), "not a duration"),
-        (("--deadline", "0s"), "met by nothing"),
-        (("--deadline", "1h", "--runs", "20"), "none is left to search with"),
+        (("--deadline", "0s"), "cannot be met"),
+        (("--deadline", "1h", "--runs", "20"), "none is left for the search"),
         (("--deadline", "1h", "--budget", "5 EUR"), "not an amount in USD"),
         (("--deadline", "1h", "--like", "moon"), "moon"),
         (("--deadline", "1h", "--calibration", "none.json"), "cannot be read"),

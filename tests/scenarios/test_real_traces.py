@@ -160,7 +160,7 @@ def test_facebook_says_where_a_gap_column_is_no_time(traces: Path) -> None:
     path = traces / "FB-2009_samples_24_times_1hr_0.tsv"
     trace = table(path, Columns("job"), FACEBOOK)
     (kind,) = summarize(trace.odd())
-    assert (kind.what, kind.count, kind.first_line) == ("job is no time", 5894, 1)
+    assert (kind.what, kind.count, kind.first_line) == ("job is not a time", 5894, 1)
 
 
 def test_azure_requests(traces: Path) -> None:

@@ -183,7 +183,7 @@ def test_jobs_of_which_too_little_is_known_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_record_without_jobs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no job of which the tasks are known"):
+    with pytest.raises(UsageError, match="no job with a known number of tasks"):
         recording.from_record(replace(_record(), jobs=()), "none")
 
 
@@ -195,7 +195,7 @@ def test_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
 
 def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> None:
     past = recording.from_record(_record(), "again")
-    with pytest.raises(UsageError, match=r"x\.jsonl would be the scenario and its trace"):
+    with pytest.raises(UsageError, match=r"x\.jsonl cannot be both the scenario and its trace"):
         recording.write(past, tmp_path / "x.jsonl")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "y.jsonl").write_text("somebody's\n")
@@ -211,7 +211,7 @@ def test_no_file_of_anothers_is_written_over_by_the_trace(tmp_path: Path) -> Non
             (tmp_path / "y.yaml").unlink()
         else:
             (tmp_path / "y.yaml").write_text(text)
-        with pytest.raises(UsageError, match=r"there is a file .*y\.jsonl already"):
+        with pytest.raises(UsageError, match=r"would replace the existing file .*y\.jsonl"):
             recording.write(past, tmp_path / "y.yaml")
         assert (tmp_path / "y.jsonl").read_text() == "somebody's\n"
     recording.write(past, tmp_path / "again.yaml")

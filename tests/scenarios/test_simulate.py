@@ -114,7 +114,7 @@ def test_a_scenario_that_no_grid_could_run_is_refused() -> None:
     wide = replace(PRICE_ALONE, slots=3)
     with pytest.raises(UsageError, match="slots"):
         simulate(claims(wide))
-    with pytest.raises(UsageError, match="names the pool 'gpu', which it has not"):
+    with pytest.raises(UsageError, match="names the pool 'gpu', which does not exist"):
         simulate(claims(prewarm=(Prewarm("gpu", 1, 0.0, 1.0),)))
 
 

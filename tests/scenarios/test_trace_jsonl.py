@@ -142,17 +142,17 @@ def test_odd_lines_of_json(tmp_path: Path) -> None:
     trace = jsonl(written(tmp_path, "\n".join(lines)), template="")
     assert len(arrivals(trace)) == 1
     assert [(line, what) for line, what, _, _ in odd(trace)] == [
-        (2, "no JSON object"),
-        (3, "no JSON object"),
-        (4, "no JSON object"),
-        (5, "due_s is no time"),
-        (6, "tasks is no number"),
+        (2, "not a JSON object"),
+        (3, "not a JSON object"),
+        (4, "not a JSON object"),
+        (5, "due_s is not a time"),
+        (6, "tasks is not a number"),
         (7, "tasks is below 0"),
         (8, "template is missing"),
         (9, "due_s is missing"),
-        (10, "due_s is no time"),
-        (11, "no JSON object"),
-        (12, "tasks is no number"),
+        (10, "due_s is not a time"),
+        (11, "not a JSON object"),
+        (12, "tasks is not a number"),
     ]
     assert {done for _, _, done, _ in odd(trace)} == {"left out"}
     assert all(len(detail) <= 60 for *_, detail in odd(trace))

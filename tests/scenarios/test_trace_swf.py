@@ -80,7 +80,7 @@ def test_swf_with_run_times_that_are_none(tmp_path: Path) -> None:
     assert odd(trace) == [
         (1, "run is unknown (-1)", "left out", ""),
         (2, "run is below 0", "left out", "-50.0"),
-        (4, "run is no number", "left out", "'x'"),
+        (4, "run is not a number", "left out", "'x'"),
         (5, "submit is unknown (-1)", "left out", ""),
     ]
 
@@ -110,7 +110,7 @@ def test_swf_parts_of_jobs_twins_and_what_is_no_number(tmp_path: Path) -> None:
             "",
         ),
         (3, "a job number that was there before", "kept", "1"),
-        (4, "user is no number", "not needed", "'anna'"),
+        (4, "user is not a number", "not needed", "'anna'"),
     ]
     assert trace.reading().records == 4
 
@@ -185,4 +185,4 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = written(tmp_path, job(1).encode() + b"\n" + job(2).replace("12", "").encode() + b" \xff")
     trace = swf(path)
     assert len(arrivals(trace)) == 2
-    assert [one.what for one in trace.odd()] == ["not UTF-8", "think is no number"]
+    assert [one.what for one in trace.odd()] == ["not UTF-8", "think is not a number"]

@@ -67,12 +67,12 @@ def test_odd_rows_of_a_table(tmp_path: Path) -> None:
         (4, "more fields than columns", "the first 4 were read", "5"),
         (5, "fewer fields than columns", "those that are there were read", "3"),
         (5, "ms is missing", "left out", ""),
-        (6, "at is no time", "left out", "'later'"),
+        (6, "at is not a time", "left out", "'later'"),
         (7, "at is missing", "left out", ""),
         (8, "ms is below 0", "left out", "-4.0"),
-        (9, "size is no number", "left out", "'nan'"),
-        (10, "ms is no number", "left out", "'inf'"),
-        (11, "size is no number", "left out", "'1_0'"),
+        (9, "size is not a number", "left out", "'nan'"),
+        (10, "ms is not a number", "left out", "'inf'"),
+        (11, "size is not a number", "left out", "'1_0'"),
         (12, "a blank line", "skipped", ""),
         (13, "more tasks than a job may have", "left out", "1e+29"),
     ]
@@ -122,11 +122,11 @@ def test_a_zone_unlike_the_first_is_odd(tmp_path: Path) -> None:
     [
         ("at\n5\n2026-01-01 00:00\n6\n", 2, (3, "at is a timestamp, unlike the first")),
         ("at\n2026-01-01\n2026-01-02T00:00\n7\n", 2, (4, "at is a number, unlike the first")),
-        ("at\n-1e308\n5\n", 1, (2, "at is beyond all that is counted here")),
-        ("at,minus\n5,0\n6,1e300\n", 1, (3, "minus is beyond all that is counted here")),
+        ("at\n-1e308\n5\n", 1, (2, "at is too large")),
+        ("at,minus\n5,0\n6,1e300\n", 1, (3, "minus is too large")),
         ("at,tasks\n5,1\n6,1e300\n", 1, (3, "more tasks than a job may have")),
-        ("at,task_s\n5,1\n6,1e300\n", 1, (3, "task_s is beyond all that is counted here")),
-        ("at,count\n0,1\n60,0\n120,1e300\n", 1, (4, "count is beyond all that is counted here")),
+        ("at,task_s\n5,1\n6,1e300\n", 1, (3, "task_s is too large")),
+        ("at,count\n0,1\n60,0\n120,1e300\n", 1, (4, "count is too large")),
     ],
 )
 def test_what_would_be_nowhere_among_the_others_is_left_out(
@@ -176,7 +176,7 @@ def test_counts_become_arrivals_within_their_intervals(tmp_path: Path) -> None:
         (4, "the next record is late", "nothing arrives in the gap", "120 s, not 60 s"),
         (5, "the next record is early", "its interval ends there", "30 s, not 60 s"),
         (6, "the next record is late", "nothing arrives in the gap", "180 s, not 60 s"),
-        (7, "n is no number", "left out", "'x'"),
+        (7, "n is not a number", "left out", "'x'"),
         (8, "n is below 0", "left out", "-1.0"),
     ]
 
@@ -197,7 +197,7 @@ def test_counts_are_spread_evenly_and_their_sum_kept_at_any_scale(tmp_path: Path
 
 def test_the_length_of_one_interval_has_to_be_said(tmp_path: Path) -> None:
     path = written(tmp_path, "t,n\n0,2\n")
-    with pytest.raises(UsageError, match="cannot be told") as caught:
+    with pytest.raises(UsageError, match="cannot be derived") as caught:
         arrivals(table(path, Columns("t", count="n")))
     assert "every: 5m" in caught.value.remedy
     assert len(arrivals(table(path, Columns("t", count="n", every_s=5.0)))) == 2

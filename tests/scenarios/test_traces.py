@@ -52,7 +52,7 @@ def test_a_part_of_a_trace(tmp_path: Path) -> None:
         ({"starts_s": -1.0}, "cannot start"),
         ({"limit": 0}, "leaves nothing"),
         ({"format": TraceFormat.TABLE, "columns": None}, "needs a map of its columns"),
-        ({"template": ""}, "says which job it is"),
+        ({"template": ""}, "names the job"),
     ],
 )
 def test_what_makes_no_trace_is_refused(
@@ -65,9 +65,9 @@ def test_what_makes_no_trace_is_refused(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Columns(""), "says when"),
+        (lambda: Columns(""), "with the arrival time"),
         (lambda: Columns("at", unit="days"), "one of s, ms, us, ns or a time format"),
-        (lambda: Columns("at", unit="%Q"), "no format that strptime can read"),
+        (lambda: Columns("at", unit="%Q"), "not a strptime format"),
         (lambda: Columns("at", every_s=0.0), "longer than 0 s"),
         (lambda: Columns("at", scale=-1.0), "scale must be"),
         (lambda: ColumnSum(()), "at least one column"),
@@ -101,7 +101,7 @@ def test_a_trace_of_which_nothing_can_be_used(tmp_path: Path) -> None:
     path = written(tmp_path, "at\nx\ny\n")
     with pytest.raises(UsageError, match="None of the 2 records") as caught:
         arrivals(table(path, Columns("at")))
-    assert f"{path}:2: at is no time ('x'): left out" in str(caught.value)
+    assert f"{path}:2: at is not a time ('x'): left out" in str(caught.value)
 
 
 def test_a_date_that_is_not_read_is_met_with_how_to_say_its_form(tmp_path: Path) -> None:

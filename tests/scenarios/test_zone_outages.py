@@ -114,7 +114,7 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
         assert "There are" not in seen.impossible
         empty = asyncio.run(lose())
         assert empty.impossible.startswith(
-            "Nobody was in us-east-1a, and nobody was to be launched"
+            "No instance was in us-east-1a, and no launch was pending"
         )
         assert state() == before
         nowhere = asyncio.run(lose(zone="f"))
@@ -176,7 +176,7 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
     there = StackFaults(TargetGrid(factory.load("aws"), home, manager))
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
     empty = StackFaults(TargetGrid(factory.load("aws"), home, Manager()))
-    assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger knew of no job."
+    assert asyncio.run(empty.lose_database(fault)).impossible == "The ledger had no jobs."
     seen = asyncio.run(there.lose_database(fault))
     assert seen.targets == (host,)
     assert seen.evidence.startswith("RDS rebooted ledger: ")

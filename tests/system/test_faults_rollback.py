@@ -189,7 +189,7 @@ def test_a_ledger_that_knows_no_job_is_left_alone(
     books = Books(tmp_path, monkeypatch)
     monkeypatch.setattr(books, "jobs", none)
     seen = asyncio.run(services.lose_ledger(books.scene, Fault(FaultName.DATABASE_LOSS, 0.0)))
-    assert seen == FaultResult(impossible="The ledger knew of no job.")
+    assert seen == FaultResult(impossible="The ledger had no jobs.")
     assert (books.lost_at, books.client.rebuilds) == (-1, 0)
 
 

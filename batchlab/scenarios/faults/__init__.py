@@ -1,2 +1,1 @@
-"""What breaks a grid that is up, for a while: every fault of a scenario, on every backend that it
-can exist on."""
+"""Fault injection into a running grid, for every fault that a backend supports."""

@@ -1,12 +1,8 @@
-"""The loss of a zone, by the means of EC2 Auto Scaling itself: its groups leave the zone, so that
-nothing is launched there, and whoever is in it dies.
+"""Zone outages and Spot shares by changes of EC2 Auto Scaling groups.
 
-Invariant: every group is left as it was found.
-
-The Spot share of a grid in containers: what its pools launch while a scenario runs is bought as
-the scenario says, so that there are Spot Instances that a wave can take.
-
-Invariant: every group is left as it was found.
+In an outage the groups leave the zone, so nothing is launched there, and its instances are killed.
+Spot shares let the pools of a grid in containers launch Spot Instances, which a Spot wave can
+interrupt. Every group gets its original settings back.
 """
 
 from __future__ import annotations
@@ -37,20 +33,20 @@ _LAUNCH = ["Launch"]
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A pool's group before the loss. `subnets` are those of its zones, where it names any."""
+    """A pool's group before the outage. `subnets` are those of its zones, if it has any."""
 
     name: str
     zones: tuple[str, ...]
     subnets: tuple[str, ...]
     suspended: bool
-    """Whether it launches nothing, at first for reasons of its own."""
+    """Whether its launches were already suspended."""
     desired: int
     instances: Mapping[str, str]
-    """The zone of each that it has."""
+    """Zone of each instance."""
 
 
 class ZoneOutage:
-    """The groups of a grid, whose names begin with `prefix`."""
+    """Zone outage of the groups whose names begin with `prefix`."""
 
     def __init__(self, endpoint: Endpoint, *, prefix: str) -> None:
         self._endpoint = endpoint
@@ -64,8 +60,10 @@ class ZoneOutage:
         inside: Callable[[str], Awaitable[list[str]]],
         kill: Callable[[Sequence[str]], Awaitable[list[str]]],
     ) -> FaultResult:
-        """Lose the fault's zone for its time, the first one of the groups where it names none.
-        `inside` lists the living instances of a zone, `kill` ends some and says how."""
+        """Remove the fault's zone for its time; without a name, the first zone of the groups.
+
+        `inside` lists the living instances of a zone, and `kill` ends instances and reports how.
+        """
         pools = [pool["name"] for pool in (await scene.grid())["pools"]]
         names = [self._prefix + one for one in pools if fault.pool in ("", one)]
         groups = await asyncio.to_thread(self._groups, names)
@@ -89,7 +87,7 @@ class ZoneOutage:
                     partial(in_thread, self._leave, group, zone, homes),
                 )
             left = await asyncio.to_thread(self._groups, names)
-            # A launch that had begun comes to its end in the zone, and dies with it.
+            # A launch in progress still completes in the zone, and then its instance is killed.
             waited_s = 0.0
             while True:
                 if there := await inside(zone):
@@ -102,8 +100,8 @@ class ZoneOutage:
                 waited_s += await scene.hold(min(1.0, fault.for_s - waited_s))
         if not (ended or moved or waited):
             return FaultResult(
-                impossible=f"Nobody was in {zone}, and nobody was to be launched before it was "
-                "back."
+                impossible=f"No instance was in {zone}, and no launch was pending before its "
+                "return."
             )
         rest = sorted({one for group in left if not group.suspended for one in group.zones})
         how = f" ({first_of(list(ended.values()))})" if ended else ""
@@ -158,7 +156,7 @@ class ZoneOutage:
                 scaling.resume_processes(AutoScalingGroupName=group.name, ScalingProcesses=_LAUNCH)
 
     def _zones_of(self, groups: Sequence[_Group]) -> dict[str, str]:
-        """The zone that each of the groups' subnets is in."""
+        """Return the zone of each subnet of the groups."""
         subnets = [subnet for group in groups for subnet in group.subnets]
         if not subnets:
             return {}
@@ -171,15 +169,17 @@ class ZoneOutage:
 
 
 def _find_zone(name: str, zones: Sequence[str]) -> str:
-    """The zone of that name, or of that last letter, as a scenario says it ("a"); the first where
-    it is empty. The name itself where there is none."""
+    """Return the zone by its name or last letter; the first zone for an empty name.
+
+    Return the name itself if there is no such zone.
+    """
     if not name:
         return zones[0] if zones else ""
     return next((one for one in zones if name in (one, one[-1])), name)
 
 
 def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
-    """Instances that have been launched elsewhere since."""
+    """Return the instances launched in other zones since then."""
     old = {one for group in before for one in group.instances}
     return {
         one
@@ -190,28 +190,32 @@ def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: s
 
 
 def _count_waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
-    """How many instances are wanted of groups that launch nothing since they have no zone left."""
+    """Count the missing instances of groups that cannot launch without a zone."""
     stopped = {group.name for group in now if group.suspended}
     stopped -= {group.name for group in before if group.suspended}
     return sum(max(0, one.desired - len(one.instances)) for one in now if one.name in stopped)
 
 
 def _placement(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
-    """AWS takes one of the two: a subnet says its zone."""
+    """Return zones or subnets as AWS accepts them: only one of both, because a subnet implies its
+    zone.
+    """
     if subnets:
         return {"VPCZoneIdentifier": ",".join(subnets)}
     return {"AvailabilityZones": list(zones)}
 
 
 _MADE_S = 60.0
-"""So long a manager that has just started may take to make its groups."""
+"""Time in which a new manager must create its groups."""
 
 
 @contextmanager
 def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
-    """In a grid that is up, each of these pools buys that share of what it launches as Spot
-    Instances; those that are there stay what they are. Nothing on other backends: processes have
-    no market, and a stack on AWS has its own. BackendError."""
+    """Let each of these pools launch this share as Spot Instances; existing instances stay.
+
+    Do nothing on other backends: processes have no market, and a stack on AWS has its own shares.
+    Raise BackendError.
+    """
     wanted = {pool: share for pool, share in spot.items() if share > 0}
     if not backend.capabilities.sets_spot_share or not wanted:
         yield
@@ -220,7 +224,7 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
     scaling = client(deployment.autoscaling(home, at), "autoscaling", connections=1)
     with closing(scaling):
         groups = _wait_for_groups(scaling, [f"{at.project}-{pool}" for pool in wanted])
-        # Each is given back though another one was not.
+        # Every group is restored, even if another one failed.
         with ExitStack() as stack:
             for pool, share in wanted.items():
                 name = f"{at.project}-{pool}"
@@ -234,7 +238,7 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
 
 
 def _wait_for_groups(scaling: AutoScalingClient, names: Sequence[str]) -> dict[str, Any]:
-    """The groups, once all are there."""
+    """Wait until all groups exist and return them."""
     give_up_s = time.monotonic() + _MADE_S
     while True:
         with translated("The Auto Scaling groups"):
@@ -254,14 +258,14 @@ def _update(scaling: AutoScalingClient, name: str, **changes: Any) -> None:
 
 
 def _launch_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What it was launched from, as an update takes it."""
+    """Return the group's launch settings as arguments of an update."""
     if policy := group.get("MixedInstancesPolicy"):
         return {"MixedInstancesPolicy": policy}
     return {"LaunchTemplate": _template(group)}
 
 
 def _template(group: Mapping[str, Any]) -> dict[str, str]:
-    """By its name: AWS takes name or id, and tells both."""
+    """Return the launch template by name. AWS accepts a name or an id, but returns both."""
     found = (
         group.get("LaunchTemplate")
         or (group["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"])

@@ -1,6 +1,6 @@
-"""FaultAction to a stack on AWS, by the caller's own permissions.
+"""Faults of a stack on AWS, with the caller's own permissions.
 
-Invariant: only instances of the stack's own groups are ended, and only its database is rebooted.
+Only instances of the stack's groups are terminated, and only its database is rebooted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from batchlab.scenarios.faults.target_grid import (
 from batchlab.scenarios.model.values import Fault, FaultName
 
 _BOOT_S = 900.0
-"""So long a manager's instance may take to be replaced, or a database to be back."""
+"""Timeout of the replacement of the manager's instance and of a database reboot."""
 _LOOK_S = 1.0
 _GOING = ("shutting-down", "terminated")
 
 
 class StackFaults:
-    """The instances of the scene's stack."""
+    """Faults of the stack."""
 
     def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
@@ -43,7 +43,7 @@ class StackFaults:
         self._endpoint = Endpoint(region=self.at.region)
 
     def _states(self, instances: Sequence[str]) -> dict[str, str]:
-        """What EC2 says of each."""
+        """Return the EC2 state of each instance."""
         with closing(client(self._endpoint, "ec2", connections=1)) as ec2:
             with translated("The instances"):
                 told = ec2.describe_instances(InstanceIds=list(instances))
@@ -56,11 +56,11 @@ class StackFaults:
     def _terminate(self, instances: Sequence[str]) -> None:
         ec2 = client(self._endpoint, "ec2", connections=1)
         with closing(ec2), translated("The instances"):
-            # What is told to shut down drains first, which no crash does.
+            # A normal shutdown drains first, which a crash does not.
             ec2.terminate_instances(InstanceIds=list(instances), SkipOsShutdown=True)
 
     def _lifecycle(self, pools: Sequence[str]) -> dict[str, tuple[str, str]]:
-        """Zone and lifecycle state of each instance of these pools, as Auto Scaling has them."""
+        """Return the zone and the lifecycle state of each instance of these pools."""
         names = [self.at.groups_prefix + pool for pool in pools]
         with closing(client(self._endpoint, "autoscaling", connections=1)) as scaling:
             with translated("The Auto Scaling groups"):
@@ -83,7 +83,7 @@ class StackFaults:
         return FaultResult(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, instances: Sequence[str]) -> list[str]:
-        """TerminateInstances; what EC2 says of them then."""
+        """Terminate instances and return their EC2 states."""
         if not instances:
             return []
         await complete(in_thread(self._terminate, instances))
@@ -134,7 +134,7 @@ class StackFaults:
                             InstanceId=one, ShouldDecrementDesiredCapacity=False
                         )
                 except Refused as error:
-                    if not is_gone(error):  # else it was faster than we
+                    if not is_gone(error):  # otherwise it ended before the call
                         raise
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
@@ -154,7 +154,7 @@ class StackFaults:
         return FaultResult((owner,), await self._replaced(owner))
 
     async def _replaced(self, owner: str) -> str:
-        """End the manager's instance; what was seen once another one's manager leads."""
+        """Terminate the manager's instance, wait for another leader, and return the evidence."""
         instance = await asyncio.to_thread(session_manager.manager_instance, self.at)
         began_s = time.monotonic()
         (said,) = await self.killed([instance])
@@ -173,7 +173,7 @@ class StackFaults:
         )
 
     async def lose_database(self, fault: Fault) -> FaultResult:
-        """As the stack's ledger lets one."""
+        """Lose the ledger in the way that its kind allows."""
         if self.at.domain:
             return await services.lose_ledger(self._scene, fault)
         had = await services.count_jobs(self._scene)
@@ -186,7 +186,7 @@ class StackFaults:
                 said = await self._rebooted(self.at.database.host)
                 target = self.at.database.host
             else:
-                # Its file is on the disk of the manager's instance, and goes with that.
+                # The ledger's file is on the disk of the manager's instance and is lost with it.
                 owner = (await self._scene.grid())["owner"]
                 said, target = await self._replaced(owner), owner
             away_s = await self._scene.hold(fault.for_s)
@@ -198,7 +198,7 @@ class StackFaults:
         )
 
     async def _rebooted(self, host: str) -> str:
-        """Reboot the database whose address that is; what RDS said of it meanwhile."""
+        """Reboot the database at this address and return its states."""
         name = await asyncio.to_thread(self._database_at, host)
         began_s = time.monotonic()
         seen: list[str] = []
@@ -226,7 +226,7 @@ class StackFaults:
         return f"RDS rebooted {name}: {told} after {time.monotonic() - began_s:.0f} s"
 
     def _database_at(self, host: str) -> str:
-        """The name of the DB instance at that address, of all in the region."""
+        """Return the name of the DB instance at this address."""
         rds = client(self._endpoint, "rds", connections=1)
         with closing(rds), translated("The databases"):
             for page in rds.get_paginator("describe_db_instances").paginate():
@@ -240,7 +240,7 @@ class StackFaults:
 
 
 def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """All but those that the table says no to."""
+    """Return the faults that the table declares possible."""
     there = StackFaults(scene)
     return {
         FaultName.KILL: there.kill,

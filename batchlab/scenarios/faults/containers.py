@@ -1,7 +1,7 @@
-"""FaultAction to a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
+"""Faults of a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
 
-Invariant: what crashes does so by a signal to its first process from outside, so that Docker takes
-it for a crash and starts it again where it would.
+A crash is a signal to the first process from outside, so that Docker treats it as a crash and
+restarts the container if configured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.arg
 
 
 class ContainerFaults:
-    """The containers of the scene's project, by their labels."""
+    """Faults of the containers of the grid's project, which are found by their labels."""
 
     def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
@@ -61,17 +61,17 @@ class ContainerFaults:
         return await self.engine.run(what, call)
 
     def breaks(self, what: str, call: Callable[[APIClient], T]) -> asyncio.Future[T]:
-        """As `do`; it has its own thread, and no cancellation stops it."""
+        """Run like `do`, but in a thread that no cancellation stops."""
         return in_thread(self.engine.do, what, call)
 
     async def instances(self) -> dict[str, Mapping[str, Any]]:
-        """Docker's rows of the running instances, by instance."""
+        """Return Docker's rows of the running instances by instance."""
         wanted = {"label": [f"{LABEL}={self.at.project}", INSTANCE], "status": "running"}
         rows = await self.do("The instances", lambda api: api.containers(filters=wanted))
         return {row["Labels"][INSTANCE]: row for row in rows}
 
     async def service(self, name: str) -> str:
-        """The id of a service's container; BackendError where there is none."""
+        """Return the container id of a service. Raise BackendError if there is none."""
         wanted = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
         rows = await self.do(name, lambda api: api.containers(all=True, filters=wanted))
         if not rows:
@@ -79,7 +79,7 @@ class ContainerFaults:
         return str(rows[0]["Id"])
 
     async def look(self, container: str) -> Mapping[str, Any]:
-        """What Docker says of it; empty where it is not there any more."""
+        """Inspect a container. Return an empty mapping if it no longer exists."""
         with suppress(NotFound):
             found: Mapping[str, Any] = await self.do(
                 f"Container {container[:12]}", lambda api: api.inspect_container(container)
@@ -91,7 +91,7 @@ class ContainerFaults:
         return bool((await self.look(container)).get("State", {}).get("Running"))
 
     async def hit(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Whom the fault takes: containers by instance."""
+        """Return the containers of the targets by instance."""
         there = await self.instances() if among is None else among
         return {name: str(there[name]["Id"]) for name in await self._scene.hit(fault, there)}
 
@@ -102,9 +102,9 @@ class ContainerFaults:
         return FaultResult(tuple(hit), first_of(await self.killed(hit)))
 
     async def killed(self, hit: Mapping[str, str]) -> list[str]:
-        """SIGKILL to the first process of each; what Docker says of them then."""
+        """Kill the first process of each container and return the final states."""
         for name, container in hit.items():
-            with suppress(NotFound):  # it went by itself
+            with suppress(NotFound):  # it has already ended
                 await complete(self.breaks(name, partial(_kill, container)))
         return [f"{name}: {await self._ended(one)}" for name, one in hit.items()]
 
@@ -138,7 +138,7 @@ class ContainerFaults:
         )
 
     async def _unpause(self, container: str) -> None:
-        """It goes on, where nothing has ended it meanwhile."""
+        """Unpause a container that still exists."""
         if (await self.look(container)).get("State", {}).get("Paused"):
             with suppress(NotFound):
                 await self.do("The pause", lambda api: api.unpause(container))
@@ -166,7 +166,7 @@ class ContainerFaults:
         )
 
     async def _reaches(self, container: str) -> bool:
-        """Whether a program in it can connect to the metadata service."""
+        """Return whether a program in the container can reach the metadata service."""
         argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(deployment.METADATA_PORT)]
 
         def probe(api: APIClient) -> bool:
@@ -174,12 +174,12 @@ class ContainerFaults:
             api.exec_start(made)
             return bool(api.exec_inspect(made)["ExitCode"] == 0)
 
-        with suppress(BackendError):  # it has ended
+        with suppress(BackendError):  # the container has ended
             return await self.do("A look from within", probe)
         return False
 
     async def _connect(self, container: str) -> None:
-        """It is on the network again, where nothing has ended it meanwhile."""
+        """Reconnect a container that still runs to the network."""
         if not await self.is_running(container) or await self._is_connected(container):
             return
         try:
@@ -188,7 +188,7 @@ class ContainerFaults:
                 lambda api: api.connect_container_to_network(container, self.at.project),
             )
         except BackendError:
-            if await self.is_running(container):  # else it has ended at this very moment
+            if await self.is_running(container):  # otherwise it ended during the call
                 raise
 
     async def _is_connected(self, container: str) -> bool:
@@ -202,8 +202,8 @@ class ContainerFaults:
         }
         if not there:
             return FaultResult(
-                impossible="No instance is a Spot Instance, and only those are interrupted: give "
-                "the pool a Spot share."
+                impossible="No instance is a Spot Instance, and only Spot Instances are "
+                "interrupted: give the pool a Spot share."
             )
         hit = await self.hit(fault, there)
         if not hit:
@@ -228,13 +228,15 @@ class ContainerFaults:
 
     async def _notice(self, instance: str, notice_s: float) -> bool:
         there = deployment.autoscaling(self._scene.home, self.at)
-        with suppress(UsageError):  # it is gone by now
+        with suppress(UsageError):  # the instance has ended
             await asyncio.to_thread(give, there, instance, "interruption", notice_s)
             return True
         return False
 
     async def crashed(self, service: str, undoing: Rollback) -> str:
-        """SIGKILL to a service's first process; once Docker has started it again, what it says."""
+        """Kill a service's first process, wait until Docker has restarted it, and return the
+        evidence.
+        """
         container = await self.service(service)
         before = await self.look(container)
         pid = int(before["State"]["Pid"])
@@ -248,7 +250,8 @@ class ContainerFaults:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         else:
-            # Another user's, or in a virtual machine: then Docker takes it for stopped.
+            # The process belongs to another user or a virtual machine. Docker then treats the kill
+            # as a stop.
             await complete(self.breaks(service, partial(_kill, container)))
             await start()
 
@@ -299,8 +302,8 @@ class ContainerFaults:
         place = self._scene.backend.place(self._scene.home)
         if place.named:
             return FaultResult(
-                impossible=f"The endpoint {place.url} is the user's own: nothing of the grid "
-                "stands before it."
+                impossible=f"The endpoint {place.url} is the user's own: the grid "
+                "cannot put a proxy before it."
             )
         storage = await self.service("localstack")
         return await LocalStackProxy(self, storage, place.url).hold(self._scene, fault)
@@ -319,7 +322,7 @@ def _disconnect(container: str, network: str, api: APIClient) -> None:
 
 
 def _is_its(pid: int, container: str) -> bool:
-    """Whether the process is here, and that container's, and may be sent a signal."""
+    """Return whether the process belongs to the container and accepts signals from here."""
     with suppress(OSError):
         if container in Path(f"/proc/{pid}/cgroup").read_text():
             os.kill(pid, 0)
@@ -328,7 +331,7 @@ def _is_its(pid: int, container: str) -> bool:
 
 
 def actions(scene: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """All but those that the table says no to."""
+    """Return the faults that the table declares possible."""
     there = ContainerFaults(scene)
     return {
         FaultName.KILL: there.kill,

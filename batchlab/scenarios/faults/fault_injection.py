@@ -1,9 +1,7 @@
-"""Breaks things in a grid that is up, each for its time, and says what was seen of it.
+"""Injection of a scenario's faults into a running grid.
 
-Invariant: what it has begun it undoes, also where it is cancelled; what stands after all is told;
-and nothing is broken twice at the same time.
-
-What every kind of harm needs: the grid, whom it hits, and how long it lasts.
+Each fault is undone, also on a cancellation, and a failed rollback is reported. Faults that would
+affect the same part run one after another.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class FaultInjector:
-    """The harm that one backend knows."""
+    """Injector of the faults of one backend."""
 
     def __init__(self, scene: TargetGrid, harms: Mapping[FaultName, FaultAction]) -> None:
         self._scene = scene
@@ -37,11 +35,11 @@ class FaultInjector:
         self._standing: dict[asyncio.Task[FaultResult], Fault] = {}
 
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
-        """Break it now, keep it broken for `for_s`, mend it, and say what was seen.
+        """Inject the fault, hold it for `for_s`, undo it, and return what was observed.
 
-        Cancelled, it mends first. What did not go as it should is said too: it could not be
-        broken, was not seen to be (and is mended all the same), or stands after all. What breaks
-        the same thing as one that stands waits until that is mended, and has its time then.
+        A cancellation undoes the fault first. Errors are reported in `trouble`: of the injection,
+        of the observation (the fault is undone anyway), or of the rollback. A fault waits for a
+        conflicting one and then has its full time.
         """
         row = support_of(fault.name, self._scene.backend.name)
         harm = self._harms.get(fault.name)
@@ -50,7 +48,7 @@ class FaultInjector:
         came_s = time.monotonic()
         while before := [one for one, other in self._standing.items() if fault.shares(other)]:
             await asyncio.wait(before)
-            await asyncio.sleep(0)  # whoever waited for it notes its end
+            await asyncio.sleep(0)  # lets the other fault's caller run first
             at_s, came_s = at_s + time.monotonic() - came_s, time.monotonic()
         if self._scene.over.is_set():
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
@@ -62,7 +60,7 @@ class FaultInjector:
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
         except BatchlabError as error:
             return InjectedFault(fault.name, at_s, trouble=error.message)
-        except OSError as error:  # no room, no process, no socket: this machine's, not the grid's
+        except OSError as error:  # this machine lacks disk space, processes, or sockets
             return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._standing[doing]
@@ -71,20 +69,19 @@ class FaultInjector:
         )
 
     async def undo(self) -> None:
-        """Mend all that is broken now, and break nothing more; every `inject` returns then."""
+        """Undo all current faults and inject no more. Every `inject` then returns."""
         self._scene.over.set()
         if self._standing:
             await asyncio.wait(set(self._standing))
 
     async def close(self) -> None:
-        """Undo, and let go of whom the harm is done by. Not of the client, which is the
-        caller's."""
+        """Undo all faults and close the used resources. The client belongs to the caller."""
         await self.undo()
         await self._scene.leaving.aclose()
 
 
 def _clause(why: str) -> str:
-    """What others make a part of their own sentence."""
+    """Return the text without its period, as a part of a sentence."""
     return why.removesuffix(".")
 
 
@@ -97,23 +94,23 @@ def injector_for(
     parent: bool = False,
     front: FaultProxy | None = None,
 ) -> FaultInjector:
-    """What breaks a grid of this backend that is up. Inside an event loop.
+    """Create the injector of a running grid, inside an event loop.
 
-    `pools` and `parent` are what its manager was started with, for one that is started again: at
-    the same address, so that `client` goes on. `front` stands before its endpoint (see
-    `fronted`). UsageError for a backend that nothing real runs on.
+    `pools` and `parent` are the arguments with which its manager was started. A restarted manager
+    gets the same address, so that `client` continues to work. `front` is the proxy before its
+    endpoint (see `with_proxy`). Raise UsageError for a backend without real processes.
     """
     if backend.capabilities.simulated:
         raise UsageError(
             f"Nothing real runs on the backend {backend.name}.",
-            remedy="`batchlab scenario simulate` knows every fault by itself.",
+            remedy="`batchlab scenario simulate` injects every fault itself.",
         )
     scene = TargetGrid(backend, home, client, tuple(pools), parent)
     return FaultInjector(scene, _actions(scene, front))
 
 
 def _actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
-    # Each only where it is needed: the Docker SDK and boto3 are dear to import.
+    # Imported only when needed, because the Docker SDK and boto3 are slow to import.
     if scene.backend.capabilities.stack:
         from batchlab.scenarios.faults import aws_stack
 

@@ -1,7 +1,6 @@
-"""Which fault exists on which backend: how it comes about there, or why it cannot be.
+"""Support of each fault on each backend: its mechanism, or the reason why it is impossible.
 
-Invariant: an injector does exactly what its row says; docs/faults.md and `scenario faults` print
-this table and no other.
+An injector does exactly what its row says. docs/faults.md and `scenario faults` print this table.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ BACKENDS = ("local", "ministack", "localstack", "aws")
 
 @dataclass(frozen=True, slots=True)
 class FaultSupport:
-    """One fault on one backend: `how` it is injected, or `why_not`; one of the two is empty."""
+    """Support of one fault on one backend: the mechanism or the reason; the other one is empty."""
 
     how: str = ""
     why_not: str = ""
@@ -166,12 +165,12 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
 
 
 def support_of(fault: FaultName, backend: str) -> FaultSupport:
-    """How that fault comes about on that backend, or why it cannot be."""
+    """Return how the fault is injected on the backend, or why it is impossible."""
     return TABLE[fault].get(backend, _UNSUPPORTED)
 
 
 def impossible(backend: str) -> dict[FaultName, str]:
-    """The faults that cannot be on that backend, each with its reason, as a part of a sentence."""
+    """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
     cells = {fault: support_of(fault, backend) for fault in FaultName}
     return {
         fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible
@@ -179,7 +178,7 @@ def impossible(backend: str) -> dict[FaultName, str]:
 
 
 def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
-    """Every fault on each of these backends, in the order of FaultName."""
+    """Yield every fault on each backend, in the order of FaultName."""
     for fault in FaultName:
         for backend in backends:
             yield fault, backend, support_of(fault, backend)

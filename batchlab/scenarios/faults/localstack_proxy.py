@@ -1,7 +1,7 @@
-"""A front that takes the place of a grid's own LocalStack for a while, at its very address.
+"""Proxy that temporarily takes the network address of a grid's LocalStack.
 
-Run as a program, it is that front: it listens, passes on, and prints its counts when it is told to
-end. Invariant: LocalStack has its address back whatever happens to the front.
+As a program, this module runs the proxy: it listens, forwards, and prints its counts at the end.
+LocalStack gets its address back whatever happens to the proxy.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ T = TypeVar("T")
 
 _WHAT = "The front before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
-"""In the images that compose/Dockerfile makes."""
+"""Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
-"""LocalStack's last number on the network while the front has its own, and the front's before."""
+"""Last byte of LocalStack's address while the proxy has its own, and of the proxy's address before
+that.
+"""
 _STOP_S = 5
 _MARGIN_S = 60.0
 _MEMORY = "256m"
 
 
 class LocalStackProxy:
-    """The container `storage` of LocalStack, at `url` on the grid's network."""
+    """LocalStack's container `storage` with the address `url` on the grid's network."""
 
     def __init__(self, there: ContainerFaults, storage: str, url: str) -> None:
         self._there = there
@@ -55,8 +57,8 @@ class LocalStackProxy:
         self._beside = f"{there.at.subnet}.{_BESIDE}"
 
     async def hold(self, scene: TargetGrid, fault: Fault) -> FaultResult:
-        """Answer 503 to the fault's share of S3's requests for its time."""
-        # Named before it is made: its id would be lost with whoever is cancelled while it is.
+        """Answer the fault's share of S3 requests with 503 for its time."""
+        # The name is known before the creation, because a cancellation would lose the id.
         front = scene.backend.open_ids().fresh(f"{self._there.at.project}-front")
         counts, backs_s = RequestCounts(), [0.0]
 
@@ -104,7 +106,7 @@ class LocalStackProxy:
 
         def create(api: APIClient) -> None:
             address = api.create_endpoint_config(ipv4_address=self._beside)
-            # Its stubs take the mapping for one of its values.
+            # The type stubs are wrong here.
             beside: Any = {at.project: address}
             networking: Any = api.create_networking_config(beside)
             api.create_container(
@@ -136,7 +138,7 @@ class LocalStackProxy:
         await wait_for(listens, f"an answer at {host}:{self._port}")
 
     def _moving(self, container: str, address: str) -> Callable[[APIClient], None]:
-        """Give it that address on the grid's network, in place of the one that it has."""
+        """Return a call that gives the container this address on the grid's network."""
         network = self._there.at.project
 
         def move(api: APIClient) -> None:
@@ -150,17 +152,17 @@ class LocalStackProxy:
         return move
 
     async def _give_back(self, front: str) -> None:
-        """LocalStack has its address, and answers there."""
+        """Give LocalStack its address back and wait until it answers."""
         try:
             await self._do(self._moving(front, self._beside))
         except BackendError:
-            with suppress(NotFound):  # one that has ended has no address either
+            with suppress(NotFound):  # an ended container does not have the address either
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
         await self._do(self._moving(self._storage, self._host))
         await self._answered(self._host)
 
     async def _end(self, front: str, counts: RequestCounts) -> None:
-        """Remove the front; `counts` are what it has counted then."""
+        """Remove the proxy and read its counts."""
         with suppress(NotFound):
             try:
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
@@ -172,7 +174,7 @@ class LocalStackProxy:
 
 
 def networks(container: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those that it is on, by name, as Docker says of it."""
+    """Return the networks of a container by name."""
     found: Mapping[str, Any] = container.get("NetworkSettings", {}).get("Networks", {})
     return found
 
@@ -184,12 +186,17 @@ def _answers(host: str, port: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """PORT TARGET-HOST:PORT RATE SECONDS: stand there until SIGTERM, then print the counts. After
-    so many seconds it only passes on: whoever should have ended it has died."""
+    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print
+    the counts.
+
+    After SECONDS it only forwards requests, because the process that should have stopped it has
+    died.
+    """
     port, target, rate = int(arguments[0]), arguments[1], float(arguments[2])
     front = FaultProxy(f"http://{target}")
     front.rate = rate
-    # On every address: it changes its own on the way. In a container, that is no wider.
+    # It listens on all addresses, because its own address changes. In a container, that is not
+    # wider.
     listener = socket.create_server(("0.0.0.0", port), backlog=256)  # noqa: S104
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = server_of(front)

@@ -1,11 +1,8 @@
-"""FaultAction to a grid whose manager and instances are processes of this machine.
+"""Faults of a grid whose manager and instances are processes of this machine, and slow disks.
 
-Invariant: a process is hit only while it is the one that the launcher's record tells of.
-
-A slow disk: programs that write and fsync without a pause, and what an fsync takes meanwhile.
-
-The programs need the standard library alone. Invariant: their files have no name, and they end by
-themselves with whoever has started them.
+A process is hit only while it is the one in the launcher's record. A disk is slowed by programs
+that write and fsync without a pause. They need only the standard library, use unnamed files, and
+end with this process.
 """
 
 from __future__ import annotations
@@ -45,9 +42,9 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
 
 WRITER_COUNTS = (4, 8, 16)
-"""So many programs at first, and more where they are not felt enough."""
+"""Numbers of programs. More of them start if the slowdown is too small."""
 MIN_SLOWDOWN = 2.0
-"""An fsync should take so many times as long as before."""
+"""Minimum factor by which an fsync must slow down."""
 _PROBES = 25
 _PROBED_BYTES = 4096
 _WARM_S = 0.5
@@ -63,8 +60,11 @@ with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
 
 
 async def slow_disk(scene: TargetGrid, fault: Fault) -> FaultResult:
-    """Keep the disk busy that all workers of this machine have their folders on. BackendError
-    where it is full or nothing can be started; EffectNotSeen where nobody can have felt it."""
+    """Keep the disk of the workers' folders busy.
+
+    Raise BackendError if the disk is full or no process can start, and EffectNotSeen if the
+    slowdown is too small.
+    """
     folder = scene.home.scratch
     try:
         return await _slow(scene, fault, folder)
@@ -95,7 +95,7 @@ async def _slow(scene: TargetGrid, fault: Fault, folder: Path) -> FaultResult:
         ended = [hog.returncode for hog in hogs if hog.poll() is not None]
     if ended:
         raise UsageError(
-            f"What was to keep the disk of {folder} busy ended with exit code {ended[0]}.",
+            f"A program that writes to the disk of {folder} ended with exit code {ended[0]}.",
             remedy=f"Is there room for {_NEEDED_MIB} MiB on it?",
         )
     evidence = (
@@ -117,7 +117,7 @@ def _end(hogs: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
-    # Its own session: Ctrl-C is for whoever undoes it.
+    # The writer has its own session, so Ctrl-C does not reach it.
     return subprocess.Popen(
         [sys.executable, "-I", "-c", WRITER_PROGRAM, str(folder)],
         stdin=subprocess.DEVNULL,
@@ -128,7 +128,7 @@ def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def fsync_s(folder: Path) -> float:
-    """What it takes to write 4 KiB and have them on the disk: the median, in seconds."""
+    """Return the median time in seconds to write and fsync 4 KiB."""
     took_s = []
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(_PROBES):
@@ -145,19 +145,19 @@ _STOPPED = (b"T", b"t")
 
 
 class ProcessFaults:
-    """The instances of the scene, by the records of its launcher."""
+    """Faults of the grid's instances, which the launcher's records list."""
 
     def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
         self._root = scene.home.fleet
 
     async def hit(self, fault: Fault) -> dict[str, int]:
-        """Whom the fault takes, by instance."""
+        """Return the process ids of the targets by instance."""
         there = await asyncio.to_thread(living, self._root)
         return {name: there[name] for name in await self._scene.hit(fault, there)}
 
     async def _gone(self, instances: Collection[str]) -> Mapping[str, str]:
-        """How each ended, by the launcher's records, once all have."""
+        """Wait until all have ended, and return how, by the launcher's records."""
 
         async def look() -> Mapping[str, str]:
             said = {one: ended(self._root, one) for one in instances}
@@ -178,7 +178,7 @@ class ProcessFaults:
     def _kill(self, hit: Mapping[str, int]) -> None:
         for pid in hit.values():
             members = family(pid)
-            # The worker first: it must not live to see its tasks die, and tell of them.
+            # The worker is killed first, so that it cannot report the deaths of its tasks.
             _send(signal.SIGKILL, [pid, *sorted(members - {pid})])
 
     async def pause(self, fault: Fault) -> FaultResult:
@@ -202,7 +202,7 @@ class ProcessFaults:
         return FaultResult(tuple(hit), evidence)
 
     async def _still(self, halted: Mapping[int, int]) -> int:
-        """How many stand still, once all that live do: a signal takes its time to arrive."""
+        """Wait until all living processes are stopped, and count them. A signal needs some time."""
 
         async def look() -> int:
             here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
@@ -212,7 +212,7 @@ class ProcessFaults:
         return await wait_for(look, "the beginning of the pause", within_s=_SETTLES_S) - 1
 
     async def _moving(self, halted: Mapping[int, int]) -> int:
-        """How many of those that live go on, once all of them do."""
+        """Wait until all living processes run again, and count them."""
 
         async def look() -> int:
             here = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
@@ -249,8 +249,8 @@ class ProcessFaults:
     async def partition(self, front: FaultProxy | None, fault: Fault) -> FaultResult:
         if front is None:
             return FaultResult(
-                impossible="The grid was started without a front before its endpoint, so nobody "
-                "stands between its instances and that."
+                impossible="The grid was started without a proxy before its endpoint, so its "
+                "instances cannot be cut off from it."
             )
         hit = await self.hit(fault)
         if not hit:
@@ -277,8 +277,8 @@ class ProcessFaults:
 async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -> FaultResult:
     if front is None:
         return FaultResult(
-            impossible="The grid was started without a front before its endpoint, so nobody "
-            "answers 503 in its place."
+            impossible="The grid was started without a proxy before its endpoint, so no "
+            "request can be answered with 503."
         )
     before = front.counts.asked, front.counts.refused
 
@@ -286,7 +286,7 @@ async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -
         front.rate = 0.0
 
     async with Rollback(scene.over) as undoing:
-        undoing.owe("the front's refusal of requests", pass_on)
+        undoing.owe("the proxy's refusal of requests", pass_on)
         front.rate = fault.rate
         held_s = await scene.hold(fault.for_s)
     asked, refused = (front.counts.asked - before[0], front.counts.refused - before[1])
@@ -299,17 +299,17 @@ async def s3_errors(scene: TargetGrid, front: FaultProxy | None, fault: Fault) -
 
 
 def _send(number: signal.Signals, pids: Iterable[int]) -> None:
-    """To each that is still there."""
+    """Send a signal to the processes that still exist."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
-    """SIGSTOP to all of them, and to what they start meanwhile; `halted` has the start times."""
+    """Stop the processes and their children. `halted` gets the start times."""
     for leader in leaders:
         while new := family(leader) - halted.keys():
-            # The worker first, so that it starts nobody else.
+            # The worker is stopped first, so that it starts no more children.
             for pid in sorted(new, key=lambda pid: pid != leader):
                 if ticks := start_ticks(pid):
                     halted[pid] = ticks
@@ -330,7 +330,7 @@ def _is_in(pid: int, states: Collection[bytes]) -> bool:
 
 
 def actions(scene: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
-    """What there is of them; the rest the table says no to."""
+    """Return the faults that the table declares possible."""
     instances, keeper = ProcessFaults(scene), services.ManagerProcess(scene)
     found: dict[FaultName, FaultAction] = {
         FaultName.KILL: instances.kill,

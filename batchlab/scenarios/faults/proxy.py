@@ -1,9 +1,8 @@
-"""A front before an endpoint of S3 and SQS: what is asked passes through it, unless it is told to
-answer a share of S3's requests with 503, or to leave some callers without an answer.
+"""Proxy before an endpoint of S3 and SQS. It can answer a share of S3's requests with 503 or leave
+some clients without an answer.
 
-Invariant: a request is passed on as it was sent, its Host too, which its signature is over.
-
-Whose connection it is, by its port on this machine (Linux).
+Requests are forwarded unchanged, including the Host header, because the signature covers it.
+Clients are identified by the owner of their port on this machine (Linux).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _SLOW_DOWN = (
     b"<Message>Please reduce your request rate.</Message><RequestId>0</RequestId></Error>"
 )
 _ANSWER_S = 120.0
-"""Longer than anybody who asks waits."""
+"""Longer than the timeout of any client."""
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -52,8 +51,7 @@ Send = Callable[[Event], Awaitable[None]]
 
 @dataclass
 class RequestCounts:
-    """Requests to S3 that came, those of them that were answered 503, and requests that were left
-    without an answer for a while."""
+    """Numbers of S3 requests, of those answered with 503, and of requests that had to wait."""
 
     asked: int = 0
     refused: int = 0
@@ -61,25 +59,30 @@ class RequestCounts:
 
 
 class FaultProxy:
-    """Before the endpoint at `target`. `rate` is the share of S3's requests that get a 503."""
+    """Proxy before the endpoint at `target`.
+
+    `rate` is the share of S3's requests that get a 503.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.rate = 0.0
         self.counts = RequestCounts()
         self.url = ""
-        """Where it listens, once it stands."""
+        """Its address while it runs."""
         self._random = random.Random(1)  # noqa: S311 - no secret
         self._cut: Callable[[int], bool] | None = None
         self._client: httpx.AsyncClient | None = None
 
     def cut(self, is_cut: Callable[[int], bool] | None) -> None:
-        """Leave callers without an answer whose port on this machine `is_cut` holds for; None
-        answers them all again. From any thread."""
+        """Leave clients without an answer if `is_cut` returns True for their port.
+
+        None answers all clients again. Any thread may call this.
+        """
         self._cut = is_cut
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """An ASGI application."""
+        """Handle a request as an ASGI application."""
         if scope["type"] != "http":
             return
         await self._wait(scope["client"][1])
@@ -125,7 +128,9 @@ class FaultProxy:
             return
         except httpx.TransportError:
             await _drain(receive)
-            await _answer(send, 502, b"text/plain", b"What is behind the front does not answer.\n")
+            await _answer(
+                send, 502, b"text/plain", b"The endpoint behind the proxy does not answer.\n"
+            )
             return
         try:
             kept = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
@@ -138,13 +143,13 @@ class FaultProxy:
             await answer.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections to what is behind it."""
+        """Close the connections to the endpoint."""
         if self._client is not None:
             await self._client.aclose()
 
 
 class _ClientDisconnected(Exception):
-    """Whoever asked has gone in the middle of it."""
+    """The client disconnected during the request."""
 
 
 async def _body(receive: Receive) -> AsyncIterator[bytes]:
@@ -164,7 +169,7 @@ async def _drain(receive: Receive) -> None:
 
 
 async def _refuse(receive: Receive, send: Send) -> None:
-    # Whoever is answered before all of it was sent would see a connection that breaks.
+    # A client that gets an answer before it has sent its body would see a broken connection.
     await _drain(receive)
     await _answer(send, 503, b"application/xml", _SLOW_DOWN)
 
@@ -176,7 +181,7 @@ async def _answer(send: Send, status: int, kind: bytes, body: bytes) -> None:
 
 
 def server_of(front: FaultProxy) -> uvicorn.Server:
-    """What serves it."""
+    """Create the server of the proxy."""
     return uvicorn.Server(
         uvicorn.Config(
             front,
@@ -194,8 +199,9 @@ def server_of(front: FaultProxy) -> uvicorn.Server:
 
 @contextmanager
 def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
-    """The front while it listens on 127.0.0.1, in a thread of its own: whoever drives a replay
-    must not keep the grid waiting."""
+    """Run the proxy on 127.0.0.1 in its own thread, so that a busy event loop does not delay the
+    grid.
+    """
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     front.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -222,12 +228,12 @@ def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
 def with_proxy(
     backend: Backend, home: Home, say: Callable[[str], None]
 ) -> Iterator[tuple[Backend, FaultProxy | None]]:
-    """For a grid that is to be started: a backend whose endpoint has a front before it, and that
-    front. It must stand for as long as the grid is up. On backends whose endpoint is no matter of
-    starting (or that have none) the backend as it is, and None.
+    """Run a proxy before the endpoint of a grid that is started later. Yield the backend with the
+    proxy's address, and the proxy, which must run as long as the grid. On other backends, yield the
+    unchanged backend and None.
 
-    The home has the front for the endpoint meanwhile, and the endpoint itself again afterwards.
-    BackendError, UsageError.
+    The home has the proxy's address during this time and the endpoint's address afterwards. Raise
+    BackendError or UsageError.
     """
     if backend.emulator is None:
         yield backend, None
@@ -237,7 +243,7 @@ def with_proxy(
         backend.provide(home, say)
         known, place = home.place(backend.name), backend.named_place(home)
         if place is None:
-            # The one that the grid itself would start, with what is in that.
+            # The emulator that the grid itself would start, with its data.
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
@@ -252,8 +258,10 @@ def with_proxy(
 
 @contextmanager
 def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
-    """The home has the front at `url` for its place. Of a place that is new to it nothing is kept
-    where no grid has come up that would have written it down."""
+    """Store the proxy's address in the home.
+
+    A new place is removed again unless a grid has stored it meanwhile.
+    """
     written = home.of(name) / "endpoint.json"
     ours: tuple[int, int] | None = None
     try:
@@ -268,14 +276,15 @@ def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool
 
 
 def _version(file: Path) -> tuple[int, int]:
-    """Another one for every file that takes its place."""
+    """Return a value that changes when the file is replaced."""
     found = file.stat()
     return found.st_ino, found.st_mtime_ns
 
 
 def is_port_of(leaders: Collection[int], port: int) -> bool:
-    """Whether the end of a connection at `port` of this machine is one of these processes', or of
-    one that they have started."""
+    """Return whether one of these processes, or a child of one, owns the connection at this local
+    port.
+    """
     links = {f"socket:[{inode}]" for inode in _inodes(port)}
     if not links:
         return False
@@ -284,7 +293,7 @@ def is_port_of(leaders: Collection[int], port: int) -> bool:
 
 
 def _inodes(port: int) -> list[str]:
-    """Of the TCP sockets that have this local port."""
+    """Return the inodes of the TCP sockets with this local port."""
     found = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(FileNotFoundError):
@@ -296,11 +305,11 @@ def _inodes(port: int) -> list[str]:
 
 
 def _open_files(pid: int) -> list[str]:
-    """What the process has open, as the kernel's links say it."""
+    """Return the targets of the process's open file descriptors."""
     found = []
-    # It may end, or close one, while it is looked at.
+    # The process may end or close files meanwhile.
     with suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - often, and in a hurry
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - called often
             with suppress(OSError):
                 found.append(os.readlink(f"/proc/{pid}/fd/{name}"))  # noqa: PTH115
     return found

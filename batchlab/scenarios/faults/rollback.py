@@ -1,7 +1,7 @@
-"""What a fault breaks, and how each of it is undone: noted before it is broken.
+"""Rollback of a fault's changes. The undo of each change is registered before the change.
 
-Invariant: however a harm is left, all that was noted is undone, what came last first; neither a
-cancellation nor the failure of one undo keeps the others from it.
+All registered changes are undone on exit, the latest first. Neither a cancellation nor a failed
+undo prevents the other undos.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Undo = Callable[[], Awaitable[object]]
-"""Mends one thing, also one that is whole: it is asked too where the breaking has failed, and
-again where its first try did."""
+"""Function that undoes one change.
+
+It also runs after a failed change and again after its own failure, so it must accept an intact
+part.
+"""
 
 UNDO_TRIES = 3
 MAX_UNDO_RESTARTS = 3
-"""So often one that is stopped in the middle begins anew."""
+"""Maximum number of restarts of a stopped undo."""
 PAUSE_S = 0.5
-"""Between two tries of an undo that fails."""
+"""Pause between two tries of an undo."""
 
 
 class RollbackFailed(BackendError):
-    """Something that was broken still is."""
+    """A change could not be undone."""
 
 
 class Rollback:
@@ -49,15 +52,20 @@ class Rollback:
         self._owed: list[tuple[str, Undo, int]] = []
 
     def owe(self, what: str, undo: Undo, *, tries: int = UNDO_TRIES) -> None:
-        """Something is about to be broken, and `undo` mends it, with so many tries. RunEnded where
-        it is not to be broken any more; what was begun before is not left half done."""
+        """Register the undo of a change that follows.
+
+        Raise RunEnded if nothing more may be broken, except for a fault that has already begun.
+        """
         if self._over.is_set() and not self._owed:
             raise RunEnded
         self._owed.append((what, undo, tries))
 
     async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
-        """Break it by `call`, once it is noted how it is mended. Who is cancelled meanwhile waits
-        for the call's end: nothing can be mended before it is broken."""
+        """Register the undo and then call `call`.
+
+        On a cancellation, wait for the end of the call, because a change can be undone only after
+        it was made.
+        """
         self.owe(what, undo)
         return await complete(call())
 
@@ -91,7 +99,7 @@ class Rollback:
 async def _run_undo(
     undo: Undo, tries: int
 ) -> tuple[BaseException | None, asyncio.CancelledError | None]:
-    """Why it failed, if it did, and the cancellation that has come meanwhile."""
+    """Run an undo. Return its error and a cancellation that arrived meanwhile."""
 
     async def mend() -> None:
         await undo()
@@ -101,7 +109,7 @@ async def _run_undo(
     for _ in range(tries + MAX_UNDO_RESTARTS):
         task = asyncio.ensure_future(mend())
         cancelled = await _wait_uncancelled(task) or cancelled
-        if task.cancelled():  # as a loop that is closed does to all its tasks: it begins anew
+        if task.cancelled():  # a closing loop cancels all tasks: try again
             continue
         why = task.exception()
         if why is None:
@@ -112,11 +120,11 @@ async def _run_undo(
         cancelled = (
             await _wait_uncancelled(asyncio.ensure_future(asyncio.sleep(PAUSE_S))) or cancelled
         )
-    return failures[-1] if failures else TimeoutError("it was stopped again and again"), cancelled
+    return failures[-1] if failures else TimeoutError("it was stopped repeatedly"), cancelled
 
 
 async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for its end; the cancellation of ours that has come meanwhile."""
+    """Wait for the end. Return a cancellation that arrived meanwhile."""
     cancelled = None
     while not future.done():
         try:
@@ -127,8 +135,10 @@ async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledErr
 
 
 async def complete(doing: Awaitable[T]) -> T:
-    """What it gives. Who is cancelled meanwhile waits for its end all the same, and is cancelled
-    then: a call in a thread goes on whoever waits for it."""
+    """Await to the end, even if the caller is cancelled meanwhile; then raise the cancellation.
+
+    A call in a thread cannot be stopped.
+    """
     future = asyncio.ensure_future(doing)
     cancelled = await _wait_uncancelled(future)
     if cancelled is not None:
@@ -137,6 +147,5 @@ async def complete(doing: Awaitable[T]) -> T:
 
 
 def in_thread(call: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-    """`call` in a thread. No task, which whoever closes the loop would cancel without ending the
-    thread."""
+    """Run `call` in a thread as a plain future, which the end of the event loop does not cancel."""
     return asyncio.get_running_loop().run_in_executor(None, partial(call, *arguments))

@@ -1,9 +1,8 @@
-"""Harm to queues through the Queue port itself, so that it is the same on every backend.
+"""Faults of services on every backend: duplicate and late messages, a manager crash, and the loss
+of the ledger.
 
-Invariant: no message is lost or held for longer than it is meant to be: should this process die, a
-visibility timeout gives back what it had.
-
-Harm to what keeps the books: the manager, and the ledger; each comes back by itself.
+Message faults use the Queue port. No message is lost or held for too long: if this process dies,
+the visibility timeout returns its messages. The manager and the ledger recover by themselves.
 """
 
 from __future__ import annotations
@@ -37,28 +36,33 @@ from batchlab.scenarios.model.values import Fault
 _BATCH = 10
 _WAIT_S = 1.0
 _HELD_S = 10.0
-"""What is received to be looked at comes back after this at the latest."""
+"""Visibility timeout of messages that are only inspected."""
 _MARGIN_S = 20.0
 _PAUSE_S = 0.1
-"""Between two looks, twice as long after each that shows what has come by before: a receive counts
-against a message's own limit, beyond which it is a dead letter."""
+"""Pause between two receives.
+
+It doubles after each receive that returns known messages, because receives count toward the limit
+of the dead-letter queue.
+"""
 
 
 @dataclass
 class _QueueState:
-    """What has come by in one queue. `taken` are those that nobody else can have now, by their
-    receipts, with when they came."""
+    """Messages seen in one queue.
+
+    `taken` has the messages that are hidden from others, by receipt, with their receive times.
+    """
 
     ids: dict[str, set[str]] = field(default_factory=dict)
-    """The ids that a body came under, by its digest."""
+    """Ids of each body, by the body's digest."""
     given_back: int = 0
     hit: dict[str, str] = field(default_factory=dict)
-    """Of those that were hit: the first id, by the body's digest."""
+    """First id of each affected body, by the body's digest."""
     kept_s: list[float] = field(default_factory=list)
     taken: dict[str, tuple[float, Message]] = field(default_factory=dict)
 
     def fresh(self, batch: Sequence[Message]) -> list[Message]:
-        """Those of the batch whose body has not come by before."""
+        """Return the messages whose body was not seen before."""
         found = []
         for message in batch:
             seen = self.ids.setdefault(_digest(message.body), set())
@@ -73,12 +77,12 @@ def _digest(body: str) -> str:
 
 
 def _is_hit(message: Message, rate: float) -> bool:
-    """By its body: the same one is hit wherever it comes by."""
+    """Decide by the body, so that the result is the same for every copy."""
     return int(_digest(message.body)[:8], 16) < rate * 16**8
 
 
 async def duplicates(scene: TargetGrid, fault: Fault) -> FaultResult:
-    """Double a share of the messages that come by."""
+    """Duplicate a share of the messages."""
 
     async def work(queue: Queue, name: str, met: _QueueState, left_s: Callable[[], float]) -> None:
         async for batch in _received_batches(queue, name, met, left_s, lambda: _HELD_S):
@@ -106,7 +110,7 @@ async def duplicates(scene: TargetGrid, fault: Fault) -> FaultResult:
 
 
 async def delays(scene: TargetGrid, fault: Fault) -> FaultResult:
-    """Keep a share of the messages that come by from everybody else for a while."""
+    """Hide a share of the messages for a while."""
 
     async def work(queue: Queue, name: str, met: _QueueState, left_s: Callable[[], float]) -> None:
         def hidden_s() -> float:
@@ -136,8 +140,11 @@ async def delays(scene: TargetGrid, fault: Fault) -> FaultResult:
 async def _give_back(
     queue: Queue, name: str, met: _QueueState, batch: Sequence[Message], *, kept: bool = False
 ) -> set[str]:
-    """Make them visible again; the receipts that were still good, since nobody else has had them
-    meanwhile. It is noted how long those were `kept` that were to be."""
+    """Make messages visible again.
+
+    Return the receipts that were still valid, because no other consumer has received the message.
+    Record the hold time of `kept` messages.
+    """
     good: set[str] = set()
     for start in range(0, len(batch), _BATCH):
         some = [one.receipt for one in batch[start : start + _BATCH]]
@@ -153,7 +160,7 @@ async def _give_back(
 async def _take(
     queue: Queue, name: str, met: _QueueState, wait_s: float, hide_s: float
 ) -> list[Message]:
-    """Receive, and note at once what nobody else can have now."""
+    """Receive messages and record them at once as hidden."""
     batch = await queue.receive(name, wait_s=wait_s, visibility_s=hide_s, max_messages=_BATCH)
     met.taken.update({one.receipt: (time.monotonic(), one) for one in batch})
     return list(batch)
@@ -166,10 +173,10 @@ async def _received_batches(
     left_s: Callable[[], float],
     visible_s: Callable[[], float],
 ) -> Any:
-    """Batches of what comes by until the time is over: those that are new, and all."""
+    """Yield batches of new and of all messages until the time is over."""
     pause_s = _PAUSE_S
     while (left := left_s()) > 0:
-        # One that is cancelled in the middle would have taken what it never tells of.
+        # A receive that is cancelled midway would hide messages without a record of them.
         batch = await complete(_take(queue, name, met, min(_WAIT_S, left), visible_s()))
         fresh = met.fresh(batch)
         if batch:
@@ -184,8 +191,9 @@ QueueWork = Callable[[Queue, str, _QueueState, Callable[[], float]], Coroutine[A
 async def _run_on_queues(
     scene: TargetGrid, fault: Fault, work: QueueWork
 ) -> tuple[list[str], list[_QueueState]]:
-    """Do that in the task queues of the fault's pools, and in that of events where it names none,
-    for the fault's time."""
+    """Run the work on the task queues of the fault's pools for its time, and on the events queue if
+    the fault names no pool.
+    """
     pools = [pool["name"] for pool in (await scene.grid())["pools"]]
     names = [object_keys.tasks_queue(one) for one in pools if fault.pool in ("", one)]
     names += [object_keys.EVENTS] if not fault.pool else []
@@ -222,17 +230,17 @@ async def _run_on_queues(
 
 _MOST_JOBS = 10_000
 _PAGE = 1000
-NO_JOB = "The ledger knew of no job."
+NO_JOB = "The ledger had no jobs."
 
 
 class ManagerProcess:
-    """Of a grid whose manager is a process of this machine."""
+    """Manager of a grid that is a process of this machine."""
 
     def __init__(self, scene: TargetGrid) -> None:
         self._scene = scene
 
     async def crash(self, fault: Fault) -> FaultResult:
-        """The manager's process dies; after the fault's time another one is started."""
+        """Kill the manager's process, and start another one after the fault's time."""
         scene = self._scene
         before = await scene.grid()
         running = scene.home.record()
@@ -276,13 +284,15 @@ class ManagerProcess:
 async def lose_ledger(
     scene: TargetGrid, fault: Fault, *, before: Callable[[Rollback], Awaitable[str]] | None = None
 ) -> FaultResult:
-    """Empty the ledger, and after the fault's time have the manager rebuild it from the bucket.
-    `before` is done to the database first, and says what was seen of it."""
+    """Empty the ledger, and let the manager rebuild it from the bucket after the fault's time.
+
+    `before` first breaks the database and returns its evidence.
+    """
     ledger = scene.backend.open_ledger(scene.home)
     found: list[int] = []
 
     async def forget() -> bool:
-        with suppress(BackendError):  # it may be just starting
+        with suppress(BackendError):  # the database may be starting
             await complete(ledger.forget())
             return True
         return False
@@ -307,17 +317,17 @@ async def lose_ledger(
 
 
 def add_rebuild(scene: TargetGrid, undoing: Rollback, found: list[int]) -> None:
-    """What is owed to whoever loses a ledger; `found` has how many jobs were rebuilt then."""
+    """Register the rebuild of a lost ledger. `found` gets the number of rebuilt jobs."""
 
     async def rebuild() -> None:
         found.append(await rebuild_ledger(scene))
 
-    # It waits for a manager that is away by itself.
+    # The rebuild itself waits for an absent manager.
     undoing.owe("the loss of the ledger", rebuild, tries=1)
 
 
 async def count_jobs(scene: TargetGrid) -> int:
-    """How many jobs the manager knows of."""
+    """Count the jobs that the manager lists."""
     number, last = 0, None
     while page := await asyncio.to_thread(scene.client.jobs, limit=_PAGE, before=last):
         number, last = number + len(page), page[-1]["id"]
@@ -325,7 +335,10 @@ async def count_jobs(scene: TargetGrid) -> int:
 
 
 async def rebuild_ledger(scene: TargetGrid) -> int:
-    """How many jobs the manager has rebuilt; one that is away is waited for."""
+    """Let the manager rebuild the ledger and return the number of jobs.
+
+    Wait for an absent manager.
+    """
     began_s = time.monotonic()
     while True:
         try:

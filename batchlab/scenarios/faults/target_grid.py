@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 POLL_S = 0.1
 EFFECT_TIMEOUT_S = 60.0
-"""So long an effect may take until it can be seen; longer is an error."""
+"""Time in which an effect must become visible."""
 NO_INSTANCE = "No instance was in service."
-NOTHING_HIT = "No {one} was hit: none came, or none of the few that did."
+NOTHING_HIT = "No {one} was affected: there were none, or too few."
 
 
 class EffectNotSeen(Unreachable):
-    """What was to come about has not been seen in time."""
+    """An effect was not seen in time."""
 
 
 class RunEnded(BatchlabError):
-    """Everything is to be undone, so nothing more is broken."""
+    """The run is over, so nothing more may be broken."""
 
     def __init__(self) -> None:
         super().__init__(RUN_ENDED)
@@ -45,7 +45,10 @@ class RunEnded(BatchlabError):
 
 @dataclass(frozen=True, slots=True)
 class FaultResult:
-    """Who was hit, and what was seen of it; `impossible` where it turns out that it cannot be."""
+    """Targets and observed evidence of a fault.
+
+    `impossible` has the reason why it could not be injected.
+    """
 
     targets: tuple[str, ...] = ()
     evidence: str = ""
@@ -53,31 +56,34 @@ class FaultResult:
 
 
 FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
-"""Does it, keeps it up for the fault's time, and undoes it, also where it is cancelled."""
+"""Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation."""
 
 
 @dataclass
 class TargetGrid:
-    """A grid that is up. `over` is set when everything is to be undone before its time."""
+    """Running grid into which faults are injected.
+
+    `over` is set when all faults must be undone early.
+    """
 
     backend: Backend
     home: Home
     client: Client
     pools: Sequence[Pool] = ()
     parent: bool = False
-    """Whether a manager that is started again ends with this process."""
+    """Whether a restarted manager ends with this process."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: AsyncExitStack = field(default_factory=AsyncExitStack)
-    """What is to be closed when nothing will be broken any more."""
+    """Resources to close after the last fault."""
 
     async def hold(self, seconds: float) -> float:
-        """Wait so long, or until everything is to be undone; the seconds that it took."""
+        """Wait for this time or until all faults must be undone. Return the seconds waited."""
         begun_s = time.monotonic()
         await set_within(self.over, max(0.0, seconds))
         return time.monotonic() - begun_s
 
     async def grid(self) -> GridView:
-        """The pools with their instances; a manager that is away is waited for."""
+        """Return the pools with their instances. Wait for a manager that does not answer."""
         view = await wait_for(self._grid, "the manager's answer")
         assert view is not None
         return view
@@ -85,19 +91,21 @@ class TargetGrid:
     async def _grid(self) -> GridView | None:
         try:
             return await asyncio.to_thread(self.client.grid)
-        except BackendError:  # it is away, or what it asks for its answer
+        except BackendError:  # the manager or a service behind it does not answer
             return None
 
     async def hit(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-        """The instances that the fault takes, of those `among` where that is given; RunEnded where
-        nothing more is to be broken."""
+        """Return the fault's targets, optionally only those in `among`.
+
+        Raise RunEnded if nothing more may be broken.
+        """
         grid = await self.grid()
         if self.over.is_set():
             raise RunEnded
         return select_targets(grid, fault, among)
 
     async def leader(self, *, after: str, within_s: float = 5 * EFFECT_TIMEOUT_S) -> str:
-        """The owner of the lease, once that is another than `after` and it leads."""
+        """Wait for another leader than `after` and return its name."""
 
         async def look() -> str:
             with suppress(BatchlabError):
@@ -110,7 +118,7 @@ class TargetGrid:
 
 
 def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-    """Those in service, the oldest first, cut to the fault's count, or its share rounded up."""
+    """Return the fault's count or share of the instances in service, the oldest first."""
     there: list[InstanceView] = [
         one
         for pool in grid["pools"]
@@ -125,7 +133,7 @@ def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None =
 async def wait_for(
     look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S
 ) -> T:
-    """What `look` gives as soon as that is true; EffectNotSeen where it is not `within_s`."""
+    """Poll `look` until its result is true. Raise EffectNotSeen after `within_s`."""
     give_up_s = time.monotonic() + within_s
     while not (found := await look()):
         if time.monotonic() > give_up_s:

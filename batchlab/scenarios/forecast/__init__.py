@@ -1,1 +1,1 @@
-"""A scenario lived through in virtual time, and what can be told from that."""
+"""Runs of a scenario in virtual time, and their comparison with real runs."""

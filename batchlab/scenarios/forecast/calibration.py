@@ -1,8 +1,7 @@
-"""What a simulated grid should take from runs that were measured: boots, overheads, task times.
+"""Calibration of forecasts by measured runs: boot times, overheads, and task times.
 
-Invariant: medians, so that one instance that hung and one job that was unlucky move nothing; each
-number is told with its spread and with how many observations it rests on, and one that rests on
-fewer than MIN_OBSERVATIONS is left out and says so.
+The values are medians, so single outliers have no effect. Each value has quartiles and a number of
+observations. A value with fewer than MIN_OBSERVATIONS observations is left out.
 """
 
 from __future__ import annotations
@@ -24,22 +23,25 @@ from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.record import JobRun, Record
 
 MIN_OBSERVATIONS = 3
-"""Observations below which a number would be an anecdote."""
+"""Fewer observations are not enough for a value."""
 
 MAX_CORES = 4096
-"""No machine has more; each costs the simulator memory."""
+"""Upper limit of cores. No machine has more, and each one needs memory in the simulator."""
 
 _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 
 
 @dataclass(frozen=True, slots=True)
 class CalibratedValue:
-    """One number: the median, the quartiles, and of how many `what`. In seconds, but `stretch`,
-    which is a factor. `value` is None where there were too few; `why` says what would help."""
+    """Median and quartiles of one quantity, in seconds, except for the factor `stretch`.
+
+    `what` names the observations. `value` is None if there were too few; `why` says what would
+    help.
+    """
 
     name: str
     of: str
-    """The pool, or template/stage; "" of the whole grid."""
+    """Pool, or template/stage, or "" for the whole grid."""
     value: float | None
     low: float | None
     high: float | None
@@ -62,7 +64,7 @@ class CalibratedValue:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """The calibration, and what it rests on."""
+    """Calibration with the values that it is derived from."""
 
     calibration: Calibration
     quantities: tuple[CalibratedValue, ...]
@@ -70,8 +72,10 @@ class CalibrationResult:
 
 
 def calibrate(records: Sequence[Record]) -> CalibrationResult:
-    """From one run or several of the same backend and compression; UsageError where they differ in
-    either, or where nothing at all can be told from them."""
+    """Calibrate by runs of the same backend and compression.
+
+    Raise UsageError if these differ, or if no value can be derived.
+    """
     names = sorted({record.backend for record in records})
     if len(names) != 1:
         raise UsageError(
@@ -121,8 +125,10 @@ def calibrate(records: Sequence[Record]) -> CalibrationResult:
 
 
 def check_fit(calibration: Calibration, backend: str, compressed: float) -> str:
-    """What to know before a forecast of runs on `backend`, divided by `compressed`, takes its
-    numbers from there; "" where there is nothing. UsageError for another backend's."""
+    """Return a warning if the calibration has another compression than the forecast, or "".
+
+    Raise UsageError for another backend's calibration.
+    """
     if calibration.backend != backend:
         raise UsageError(
             f"The calibration was measured on {calibration.backend}, and the forecast is to be as "
@@ -151,8 +157,8 @@ def _calibration(backend: str, found: Iterable[CalibratedValue], runs: int) -> C
     usual = Calibration(backend)
     if backend in backend_names():
         usual = factory.load(backend).usual
-    # What was measured of a bundle has in it what it took of a core, which comes on top again where
-    # they are shared.
+    # A measured bundle time includes its time on a core. The simulator adds this again for shared
+    # cores, so it is subtracted.
     bundle_s = known.get(("bundle", ""))
     shared_s = usual.bundle_cpu_s if usual.cores else 0.0
     return replace(
@@ -189,8 +195,10 @@ def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 
 
 def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
-    """What bundles took beyond their tasks, a sample of each stage's for all of them. Where tasks
-    failed their time is in the bundle's and not in the stage's, so such a template says nothing."""
+    """Yield the time of bundles beyond their tasks, from a sample with weights.
+
+    A failed task's time is only in the bundle's time, so templates with failures are left out.
+    """
     for record in records:
         spoilt = {job.template for job in record.jobs if job.failed or job.retried or job.cancelled}
         for stage in record.stages:
@@ -200,8 +208,9 @@ def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]
 
 
 def _submit_delays(record: Record) -> Iterator[float]:
-    """What passed from submission to the first task where neither other jobs nor a boot were in
-    the way."""
+    """Yield the delays from submission to the first task of jobs that waited neither for other jobs
+    nor for a boot.
+    """
     for job in record.jobs:
         if job.started_s is None or not _runs_alone(job, record.jobs):
             continue
@@ -244,7 +253,7 @@ def _stretches(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 def _median(
     name: str, of: str, observed: Iterable[tuple[float, float]], what: str, which: str
 ) -> CalibratedValue:
-    """`observed` are numbers, each with how many observations it stands for."""
+    """Return the weighted median and quartiles of (number, weight) pairs."""
     ordered = sorted((value, weight) for value, weight in observed if weight > 0)
     count = round(sum(weight for _, weight in ordered))
     if count < MIN_OBSERVATIONS:
@@ -267,7 +276,7 @@ def to_json(calibration: Calibration) -> bytes:
 
 
 def write(calibration: Calibration, path: Path) -> None:
-    """UsageError where it cannot be written."""
+    """Write the calibration. Raise UsageError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(to_json(calibration))
@@ -279,7 +288,7 @@ def write(calibration: Calibration, path: Path) -> None:
 
 
 def read(path: Path) -> Calibration:
-    """UsageError where there is none, or where it says what no run can have shown."""
+    """Read a calibration. Raise UsageError for a missing file or impossible values."""
     remedy = "Name the file that `batchlab scenario calibrate RECORD --out FILE` has written."
     try:
         data = path.read_bytes()
@@ -290,7 +299,7 @@ def read(path: Path) -> Calibration:
         ) from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is no calibration ({text.count(error.error_count(), 'mistake')} in it).",
+            f"{path} is not a calibration ({text.count(error.error_count(), 'mistake')} in it).",
             remedy=remedy,
         ) from error
     known = [one.name for one in fields(Calibration)]
@@ -299,17 +308,17 @@ def read(path: Path) -> Calibration:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             raise UsageError(
-                f"{path} says {name!r}, which no calibration has.",
-                remedy=f"{hint}There are {', '.join(known)}.",
+                f"{path} has the unknown key {name!r}.",
+                remedy=f"{hint}The keys are {', '.join(known)}.",
             )
     low, high = found.call_s
     times = (*found.call_s, found.bundle_s, found.submit_s, found.end_s, *found.boot_s.values())
     times += (found.manager_s, found.bundle_cpu_s, found.other_boot_s or 0.0)
     factors = (found.compressed, *found.stretch.values())
     if not all(0 <= one < math.inf for one in times) or low > high:
-        raise UsageError(f"{path} has a time below 0, or one that is no number.", remedy=remedy)
+        raise UsageError(f"{path} has a time that is negative or not a number.", remedy=remedy)
     if any(not 0 < one < 1e6 for one in factors):
-        raise UsageError(f"{path} has a stretch or compression that is none.", remedy=remedy)
+        raise UsageError(f"{path} has an invalid stretch or compression.", remedy=remedy)
     if not 0 <= found.cores <= MAX_CORES:
         raise UsageError(
             f"{path} says {found.cores:,} cores.", remedy=f"Write a number from 0 to {MAX_CORES}."

@@ -1,7 +1,7 @@
-"""Forecast against fact: two records of the same scenario, and by how much the first was off.
+"""Comparison of a forecast with a real run of the same scenario.
 
-Invariant: a function of the two records. An error is forecast minus fact; what one of them does not
-say is told as missing, never as an error of nothing.
+The comparison depends only on the two records. An error is forecast minus fact. A value that one
+record lacks is reported as missing, not as an error of 0.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ RUN_MEASURES = (
     "again",
     "idle_share",
 )
-"""What is compared of a whole run."""
+"""Measures of the whole run that are compared."""
 TEMPLATE_MEASURES = ("makespan", "p95_wait", "p95_turnaround")
-"""And of each job template, where there is more than one."""
+"""Measures of each job template, if there are several templates."""
 CURVE_POINTS = 400
-"""Moments at which two curves are compared."""
+"""Number of times at which two curves are compared."""
 
 StepCurve = Sequence[tuple[float, float]]
-"""A curve that holds each value until the next one's moment."""
+"""Curve of (time, value) that is constant between times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One measure of both; None where a record does not say it or it never ended. `absolute` is in
-    `unit`, `relative` a share of the fact."""
+    """One measure of both records.
+
+    None means that a record lacks it or that something never ended. `absolute` is in `unit`, and
+    `relative` is a share of the fact.
+    """
 
     measure: str
     template: str
@@ -57,7 +60,7 @@ class Difference:
 
     @property
     def relative(self) -> float | None:
-        """None also where the fact is 0 and the forecast is not."""
+        """Return the error as a share of the fact, or None if only the fact is 0."""
         absolute = self.absolute
         if absolute is None or (absolute and not self.fact):
             return None
@@ -77,8 +80,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class CurvePair:
-    """Something over time in both. `mean_error` is the distance between them, averaged over the
-    longer run's time, in `what`'s own unit."""
+    """One curve of both records.
+
+    `mean_error` is the mean distance over the longer run's time, in the unit of `what`.
+    """
 
     what: str
     forecast: StepCurve
@@ -89,7 +94,7 @@ class CurvePair:
 
     @property
     def relative(self) -> float | None:
-        """`mean_error` as a share of the fact's own mean; None where that is 0 and it is not."""
+        """Return `mean_error` as a share of the fact's mean. None if only that mean is 0."""
         if self.mean_fact:
             return self.mean_error / self.mean_fact
         return None if self.mean_error else 0.0
@@ -107,7 +112,7 @@ class CurvePair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All of it; `notes` say what makes the two less alike than they should be."""
+    """Complete comparison. `notes` are reasons why the two runs are not fully comparable."""
 
     scenario: str
     forecast_backend: str
@@ -118,7 +123,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def of(self, measure: str, template: str = "") -> Difference:
-        """KeyError where that was not compared."""
+        """Return the difference of a measure. Raise KeyError if it was not compared."""
         for one in self.differences:
             if (one.measure, one.template) == (measure, template):
                 return one
@@ -137,8 +142,7 @@ class Comparison:
 
 
 def compare(forecast: Record, fact: Record) -> Comparison:
-    """Both side by side; UsageError where they cannot be, because they are of different scenarios
-    or were compressed differently."""
+    """Compare two records. Raise UsageError if they have different scenarios or compressions."""
     if forecast.scenario != fact.scenario:
         raise UsageError(
             f"The forecast is of scenario {forecast.scenario}, the fact of {fact.scenario}.",
@@ -209,8 +213,10 @@ def _curve_pair(
 
 
 def sample_curve(curve: StepCurve, until_s: float, points: int = CURVE_POINTS) -> list[float]:
-    """The curve in the middle of so many equal spans; 0 before its first moment, and its last
-    value after the last one."""
+    """Sample the curve in the middle of equal intervals.
+
+    It is 0 before its first time and constant after the last.
+    """
     moments = [at_s for at_s, _ in curve]
     found = []
     for i in range(points):

@@ -1,11 +1,7 @@
-"""The faults of a scenario's timeline, injected into a simulated grid, each with its evidence.
+"""Faults of a scenario, injected into a simulated grid, with evidence of their effects.
 
-Invariant: evidence is counted from what the world did, after the fault; a fault that hit nobody
-says so and is no evidence.
-
-What a scenario's faults do to port calls and messages, and what they have done so far.
-
-Invariant: only what happened is counted, where it happens.
+Evidence is counted from effects in the simulated world. A fault without an effect is reported as
+not injected.
 """
 
 from __future__ import annotations
@@ -30,24 +26,27 @@ from batchlab.sim.faults import FaultKind, Faults, Point
 from batchlab.sim.world import SimWorker, World
 
 DELAY_RANGE_S = (1.0, 60.0)
-"""How much later SQS delivers a message that it delivers late."""
+"""Range of the delay of a delayed message."""
 
 
 @dataclass(slots=True)
 class ServiceFaults:
-    """What services do to whom just now. `cut_off` are actors that reach no service, each as often
-    as it was cut off; the rates are shares of all S3 requests and of all messages sent."""
+    """Faults of services at this time.
+
+    `cut_off` counts the partitions of each actor, and the rates are shares of all S3 requests and
+    of all sent messages.
+    """
 
     cut_off: Counter[str] = field(default_factory=Counter)
     s3_errors: float = 0.0
     duplicates: float = 0.0
     delays: float = 0.0
     hits: Counter[str] = field(default_factory=Counter)
-    """How often each has happened: by "s3", "duplicates", "delays" or an actor's name."""
+    """Number of effects, by "s3", "duplicates", "delays", or an actor's name."""
 
 
 class ScenarioCallFaults(Faults):
-    """The latencies of a grid's calls, and the faults of a scenario's timeline."""
+    """Latencies of a grid's calls, and the call faults of a scenario."""
 
     def __init__(
         self, rng: random.Random, trouble: ServiceFaults, *, latency_s: tuple[float, float]
@@ -56,7 +55,6 @@ class ScenarioCallFaults(Faults):
         self._trouble = trouble
 
     def due(self, point: Point, label: str) -> FaultKind | None:
-        """See Faults."""
         trouble = self._trouble
         if trouble.cut_off and trouble.cut_off.get(point.actor):
             return FaultKind.UNREACHABLE
@@ -65,14 +63,15 @@ class ScenarioCallFaults(Faults):
         return None
 
     def happened(self, point: Point, kind: FaultKind) -> None:
-        """See Faults."""
         what = "s3" if kind is FaultKind.THROTTLED else point.actor
         self._trouble.hits[what] += 1
 
 
 class FaultyQueue(SimQueue):
-    """SQS that may deliver a message twice, or late; `squeeze` divides how late. Which ones follows
-    from `seed` and the message, and from nothing else that was sent."""
+    """Queue that may duplicate or delay messages.
+
+    `squeeze` divides the delays. The choice depends only on `seed` and the message.
+    """
 
     def __init__(
         self,
@@ -91,7 +90,6 @@ class FaultyQueue(SimQueue):
         self._squeeze = squeeze
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
-        """See SimQueue."""
         if not self._trouble.duplicates and not self._trouble.delays:
             await super().send(queue, messages)
             return
@@ -120,20 +118,20 @@ KILLED = "exit -9"
 INTERRUPTED = "Spot interruption"
 
 SETTLE_S = 0.001
-"""What ends runs to its end within this."""
+"""Time in which a crash takes effect."""
 
 SLOW_DISK_START_S = 1.0
-"""On a slow disk a bundle begins so much later."""
+"""Delay of a bundle's start on a slow disk."""
 
 NO_INSTANCE = "no instance{of} was in service then"
 
 HitAndEvidence = tuple[Sequence[str], str]
-"""Who or what was hit, and what was counted of it."""
+"""Hit targets, and the observed evidence."""
 
 
 @dataclass(slots=True)
 class FaultTimeline:
-    """The faults of one run. `since` waits until a moment of the run."""
+    """Faults of one run."""
 
     scenario: Scenario
     like: Backend
@@ -145,13 +143,13 @@ class FaultTimeline:
     impossible: Mapping[FaultName, str]
     injected: list[InjectedFault] = field(default_factory=list)
     down: int = 0
-    """How many faults keep the manager from being started again."""
+    """Number of faults that prevent a restart of the manager."""
     still: Counter[str] = field(default_factory=Counter)
-    """How many pauses hold each instance."""
+    """Number of pauses of each instance."""
     _up: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Inject all of them, each at its time; returns when the last one is over."""
+        """Inject all faults at their times. Return after the last one is over."""
         faults = sorted(self.scenario.faults, key=lambda one: one.at_s)
         self.injected = list(await asyncio.gather(*map(self._at, faults)))
 
@@ -188,7 +186,10 @@ class FaultTimeline:
         return InjectedFault(fault.name.value, at_s, tuple(targets), evidence)
 
     def _targets(self, fault: Fault, *, market: Market | None = None, zone: str = "") -> list[str]:
-        """Whom a fault hits, the oldest first, as a replay does; raises where there is nobody."""
+        """Return the targets of a fault, the oldest first, as in a replay.
+
+        Raise _NothingHit if there are none.
+        """
         alive = self.machines.alive(fault.pool)
         names = [
             name
@@ -203,12 +204,12 @@ class FaultTimeline:
         return self.machines.oldest_first(names)[:count]
 
     def _held(self, names: Sequence[str]) -> list[str]:
-        """Executions of bundles that run on these instances."""
+        """Return the executions that run on these instances."""
         chosen = {self._worker(name).worker.who.worker for name in names}
         return [one for one, worker in self.plays.running.items() if worker in chosen]
 
     async def _take_away(self, names: Sequence[str], how: str) -> tuple[int, int]:
-        """End these instances at once; how many did, and how many bundles that ran on them."""
+        """Crash these instances. Return the numbers of ended instances and of lost bundles."""
         held = self._held(names)
         for name in names:
             self.world.launcher.crash(name, how)
@@ -239,7 +240,7 @@ class FaultTimeline:
             actor = self._worker(name).actor
             parked += loop.parked(actor)
             self.world.watch.disturbed(actor)
-            # One that begins at the very moment at which another ends may come first.
+            # A pause that begins when another one ends may be processed first.
             if not self.still[name]:
                 actor.thaw()
         return names, (
@@ -257,12 +258,12 @@ class FaultTimeline:
         self.trouble.cut_off = +self.trouble.cut_off
         calls = sum(self.trouble.hits[actor] for actor in actors) - before
         if not calls:
-            raise _NothingHit("no call of theirs was made meanwhile")
+            raise _NothingHit("the instances made no call during the fault")
         return names, f"{calls} calls of {_instances(len(names))} reached no service"
 
     async def _wave(self, fault: Fault) -> HitAndEvidence:
-        # Processes have no market. There any is taken, and asked to leave as at the end of its
-        # service, which tells it nothing of how soon it will be killed.
+        # Processes have no market, so any instance is taken. It gets a normal drain, without the
+        # time of its end.
         here = self.like.capabilities.one_machine
         names = self._targets(fault, market=None if here else Market.SPOT)
         held = len(self._held(names))
@@ -301,7 +302,9 @@ class FaultTimeline:
         here = sum(life.machine.zone == zone for life in launched)
         none = self.machines.refused - refused
         if not (dead or launched or none):
-            raise _NothingHit(f"nobody was in {zone}, and nobody was launched before it was back")
+            raise _NothingHit(
+                f"no instance was in {zone}, and no launch happened before its return"
+            )
         return dead, (
             f"{_instances(len(dead))} of {zone} died; until it was back {none} launches were "
             f"refused, {len(launched) - here} went to other zones and {here} to it"
@@ -329,10 +332,10 @@ class FaultTimeline:
         return ("SQS",), f"{self._hits('delays', before, 'message')} came late"
 
     def _hits(self, what: str, before: int, one: str) -> str:
-        """How many were hit since there were `before`; raises where none was."""
+        """Return the number of hits since `before` as text. Raise _NothingHit if there are none."""
         count = self.trouble.hits[what] - before
         if not count:
-            raise _NothingHit(f"no {one} was hit: none came, or none of the few that did")
+            raise _NothingHit(f"no {one} was affected: there were none, or too few")
         return f"{count} {one}{'s' * (count != 1)}"
 
     async def _slow_disks(self, fault: Fault) -> HitAndEvidence:
@@ -361,7 +364,7 @@ class FaultTimeline:
         if post is None:
             raise _NothingHit("no manager ran then")
         jobs, died_s = len(post.manager.lives), self.now_s()
-        # Docker or the group restarts any other manager, earlier or later than the fault says.
+        # On other backends, Docker or the group restarts the manager at its own time.
         held = self.like.capabilities.local_manager
         self.down += held
         post.actor.kill()
@@ -376,7 +379,6 @@ class FaultTimeline:
         )
 
     async def _led(self) -> None:
-        """Wait until a manager leads."""
         while (manager := self.world.manager) is None or not manager.is_leader.is_set():  # noqa: ASYNC110
             await asyncio.sleep(1.0 / self.scenario.compressed)
 
@@ -384,7 +386,7 @@ class FaultTimeline:
         ledger = self.world.ledger
         before = await self._known_jobs()
         if not before:
-            raise _NothingHit("the ledger knew of no job")
+            raise _NothingHit("the ledger had no jobs")
         await ledger.forget()
         left = await self._known_jobs()
         await asyncio.sleep(fault.for_s)
@@ -401,7 +403,7 @@ class FaultTimeline:
 
 
 class _NothingHit(Exception):
-    """There is nobody whom the fault could hit."""
+    """The fault had no target or no effect."""
 
 
 def _instances(count: int) -> str:

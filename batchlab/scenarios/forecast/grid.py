@@ -1,7 +1,7 @@
-"""The simulated grid that a forecast runs on: its world, its machines, and who looks at them.
+"""Simulated grid of a forecast: its world, its machines, and its sampler.
 
-Invariant: the manager, fleet and worker objects are those of every backend, with the settings of
-the one that is forecast.
+The manager, fleet, and worker objects are those of every backend, with the settings of the forecast
+backend.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from batchlab.sim.world import World
 from batchlab.worker.runner import Runner
 
 READY_S = 600.0
-"""The instances that are always there have so long to be ready before the run begins, beyond what
-they take to boot."""
+"""Time in which permanent instances must be ready before the run, beyond their boot time."""
 
 Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
-"""Looks at a world whose run is over, with the jobs that were submitted."""
+"""Function that examines the world at the end of a run, with the submitted jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastOptions:
-    """What only some forecasts ask for. `fifo` and `max_wait_s` are the queue's (see SimQueue);
-    `watched` checks the steps of the protocol all along; `examine` looks at the world at its end.
-    Faults that are `impossible` are left out, each with its reason.
+    """Rarely used options of a forecast.
+
+    `fifo` and `max_wait_s` belong to the queue (see SimQueue). `watched` enables the runtime checks
+    of the protocol. `examine` is called with the world at the end. Faults in `impossible` are
+    skipped, with their reasons.
     """
 
     fifo: bool = False
@@ -54,8 +55,10 @@ class ForecastOptions:
 
 
 class ForecastGrid:
-    """A world for one scenario, on the running SimLoop. `now_s` is the run's time, which is
-    negative until `come_up` returns."""
+    """Simulated world of one scenario on the running SimLoop.
+
+    `now_s` returns the run's time, which is negative until `come_up` returns.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class ForecastGrid:
         log: list[str] | None,
         options: ForecastOptions,
     ) -> None:
-        """UsageError for a job that could never run, and for what names a pool there is not."""
+        """Build the grid. Raise UsageError for unknown pools and impossible jobs."""
         self.pools: dict[str, Pool] = {
             plan.pool.name: calibrated_pool(plan, calibration) for plan in scenario.pools
         }
@@ -94,7 +97,7 @@ class ForecastGrid:
         )
         self.watching = GridSampler(self.world, self.machines, self.manager.tick_s)
         self.base_s = 0.0
-        """The loop's time at the run's second 0."""
+        """Loop time at second 0 of the run."""
 
     def _admit(self, scenario: Scenario) -> None:
         slots = {name: pool.slots for name, pool in self.pools.items()}
@@ -104,7 +107,7 @@ class ForecastGrid:
         for name in named:
             if name and name not in self.pools:
                 raise UsageError(
-                    f"The scenario names the pool {name!r}, which it has not.",
+                    f"The scenario names the pool {name!r}, which does not exist.",
                     remedy=f"Its pools are {', '.join(self.pools)}.",
                 )
 
@@ -148,17 +151,17 @@ class ForecastGrid:
         return DeclaredRunner(self.plays, world.clock, die)
 
     def now_s(self) -> float:
-        """Seconds of the run."""
+        """Return the seconds since the start of the run."""
         return self.world.clock.monotonic_s() - self.base_s
 
     @property
     def leader(self) -> Manager | None:
-        """The manager that leads; None while none does."""
+        """Return the leading manager, or None."""
         manager = self.world.manager
         return manager if manager is not None and manager.is_leader.is_set() else None
 
     async def supervise(self) -> None:
-        """Start a manager, and the next one after it ends, for ever, as the backend does it."""
+        """Start managers one after another, as the backend does. This coroutine never returns."""
         world, rng = self.world, self.world.rng("supervisor")
         while True:
             await asyncio.wait([world.start_manager()])
@@ -168,8 +171,10 @@ class ForecastGrid:
                 await world.ledger.release(LEASE, world.last_owner)
 
     async def come_up(self) -> None:
-        """Wait until a manager leads and the instances that are always there are ready: there the
-        run begins. UsageError where they never are."""
+        """Wait until a manager leads and the permanent instances are ready, then start the run.
+
+        Raise UsageError on a timeout.
+        """
         least = sum(pool.min_size for pool in self.pools.values())
         slowest_s = max((pool.boot_s for pool in self.pools.values()), default=0.0)
         limit_s = READY_S + 2 * slowest_s
@@ -186,12 +191,12 @@ class ForecastGrid:
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))
         self.base_s = self.world.clock.monotonic_s()
-        # A replay that sets the Spot share does so for the instances launched from now on.
+        # A replay sets the Spot share only for later launches.
         self.machines.begin(ready, on_demand=self._like.capabilities.sets_spot_share)
         self.watching.begin(self.base_s)
 
     def is_down(self) -> bool:
-        """Whether every pool has come down to what it is at the least."""
+        """Return whether every pool has shrunk to its minimum size."""
         leader = self.leader
         return leader is not None and all(
             view.desired == view.pool.min_size == self.machines.living(view.pool.name)
@@ -199,7 +204,7 @@ class ForecastGrid:
         )
 
     async def ask(self, call: Callable[[Manager], object], name: str) -> object:
-        """Ask whichever manager leads, until it answers; raises what it refuses."""
+        """Call the leading manager until it answers. Raise its error if it refuses."""
         answer = await self.world.ask(call, name)
         if isinstance(answer, BatchlabError):
             raise answer

@@ -1,16 +1,9 @@
-"""A scenario's jobs as the grid takes them: its templates as definitions, its tasks as items.
+"""Jobs of a scenario in the simulator: definitions, items, shared cores and disks, and the task
+runner.
 
-Invariant: an item is its task's number, and all that a task does follows from that; so a forecast
-needs no data and no code.
-
-The cores of a machine that manager, workers and tasks share, as far as a forecast needs them.
-
-Invariant: what a bundle costs is a function of the bundles before it; no clock, no chance.
-
-Simulated tasks as a scenario declares them: how long each takes, which fail, which kill.
-
-Invariant: what a task does is a function of the scenario's seed, its job, stage, number and
-attempt; what is kept here is only what has run.
+An item is its task's number. A task's behavior depends only on the scenario's seed and its job,
+stage, number, and attempt, so a forecast needs neither data nor code. The cost of a bundle on
+shared cores depends only on the bundles before it.
 """
 
 from __future__ import annotations
@@ -36,7 +29,7 @@ _ITEMS_PER_PART = 4096
 
 
 def job_def(job: Job, submitted_s: float) -> JobDef:
-    """The job's definition; `submitted_s` in epoch seconds."""
+    """Return the job's definition. `submitted_s` is in epoch seconds."""
     template = job.template
     return JobDef(
         JobId(job.id),
@@ -55,7 +48,7 @@ def _stage_def(stage: StageTemplate) -> StageDef:
     return StageDef(
         StageName(stage.name),
         tuple(map(StageName, stage.after)),
-        # Results carry one field for each stage that gathers by key: its name.
+        # A result has one field for each stage that gathers by key, with the stage's name.
         gather=stage.name if stage.gather == "key" else stage.gather,
         handler=HANDLER,
         retry=stage.retry,
@@ -67,7 +60,7 @@ def _stage_def(stage: StageTemplate) -> StageDef:
 
 
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
-    """What a task of the stage returns: for each stage that gathers it by key, the group."""
+    """Return a task's result: its group, for each stage that gathers it by key."""
     return {
         one.name: f"{task % one.groups:06d}"
         for one in stages
@@ -76,7 +69,7 @@ def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Jso
 
 
 async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
-    """The job's items where they are few; else they are in the bucket now."""
+    """Return the items of a small job. Write the items of a large job to the bucket."""
     count = job.items or 0
     if count <= FEW:
         return list(range(count))
@@ -90,23 +83,22 @@ async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list
 
 @dataclass(slots=True)
 class SharedCores:
-    """`count` cores (0: as many as one likes), of each of which a bundle takes `bundle_s`: sent,
-    received, run, committed and counted. First come, first served.
+    """`count` shared cores (0: unlimited). Each bundle takes `bundle_s` of a core to be sent,
+    received, run, committed, and counted. Bundles are served in order.
 
-    A task that computes holds a core whenever it can. The kernel is fair to processes: the manager
-    and the workers that are at work have their share beside such tasks, and so a bundle takes
-    longer.
+    A CPU-bound task holds a core whenever it can. The kernel shares cores fairly among processes,
+    so such tasks slow down the manager and the workers, and bundles take longer.
     """
 
     count: int
     bundle_s: float
     _free_s: list[float] = field(default_factory=list)
-    """Monotonic; when each core has done what was asked of it."""
+    """Monotonic time at which each core is free."""
     _at_work: Counter[str] = field(default_factory=Counter)
     _computing: int = 0
 
     def begin(self, now_s: float, worker: str, *, computes: bool) -> float:
-        """A bundle begins in this worker; the seconds until the machine has done its part of it."""
+        """Start a bundle in this worker. Return the seconds until its share of the core is done."""
         if not (self.count and self.bundle_s):
             return 0.0
         if not self._free_s:
@@ -119,7 +111,7 @@ class SharedCores:
         return self._free_s[core] - now_s
 
     def end(self, worker: str, *, computes: bool) -> None:
-        """It is over."""
+        """End a bundle."""
         if not (self.count and self.bundle_s):
             return
         self._computing -= computes
@@ -129,17 +121,19 @@ class SharedCores:
 
 
 BUDGETED_BATCH_S = 0.15
-"""Of a bundle that is to give the rest of its tasks away in time, short ones run together so long;
-of another one until its worker would look whether it is to stop."""
+"""Short tasks run together for this time in a bundle with a time budget.
+
+In another bundle they run until the worker's next check for a stop.
+"""
 
 DECLARED_FAILURE = "ScenarioFailure"
-"""The error's name of an attempt that fails because the scenario says so."""
+"""Error name of an attempt that fails by the scenario's declaration."""
 
 
 SLOW_DISK_FACTOR = 4.0
 
 ALL_WORKERS = ""
-"""In place of a worker: all of them, those that are not there yet too."""
+"""Stands for all workers, including later ones."""
 
 
 @dataclass(slots=True)
@@ -157,7 +151,7 @@ class SimulatedDisks:
     added_s: float = 0.0
 
     def io_s(self, worker: str, takes_s: float, tasks: int) -> float:
-        """What is a time of `takes_s` on this worker's disk, of so many tasks."""
+        """Return the time of `tasks` tasks on this worker's disk."""
         if not (times := self._times(worker)):
             return takes_s
         slow_s = takes_s * SLOW_DISK_FACTOR**times
@@ -166,7 +160,7 @@ class SimulatedDisks:
         return slow_s
 
     def begin_s(self, worker: str) -> float:
-        """How much later a bundle begins on it."""
+        """Return the delay of a bundle's start on this disk."""
         if not (times := self._times(worker)):
             return 0.0
         self.slowed_bundles += 1
@@ -179,7 +173,7 @@ class SimulatedDisks:
 
 @dataclass(slots=True)
 class SimulatedStage:
-    """A stage of one job as it is run: its declared times, stretched as measured."""
+    """Stage of one job with its declared times, stretched as measured."""
 
     job: Job
     template: StageTemplate
@@ -192,7 +186,7 @@ class SimulatedStage:
 
 @dataclass(slots=True)
 class SimulatedWork:
-    """What all workers of one world run, and what they have run."""
+    """Work of all simulated workers, and what they have run."""
 
     seed: int
     jobs: Mapping[JobId, Job]
@@ -201,11 +195,11 @@ class SimulatedWork:
     disks: SimulatedDisks = field(default_factory=SimulatedDisks)
     cores: SharedCores = field(init=False)
     first_s: dict[JobId, float] = field(default_factory=dict)
-    """Monotonic; when each job's first task began."""
+    """Monotonic time at which each job's first task started."""
     spans: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """(pool, slot seconds) of each execution of a bundle that is over, committed or not."""
+    """(pool, slot seconds) of each ended execution, committed or not."""
     running: dict[str, str] = field(default_factory=dict)
-    """Executions that run, with the worker they run in."""
+    """Running executions and their workers."""
     begun: int = 0
     _stages: dict[tuple[JobId, str], SimulatedStage] = field(default_factory=dict)
 
@@ -222,7 +216,7 @@ class SimulatedWork:
         return found
 
     def take_s(self, work: Work) -> Sequence[float]:
-        """Seconds that each task of a bundle takes."""
+        """Return the seconds of each task of a bundle."""
         stage = self.stage(work.job.id, work.stage.name)
         found = expansion.task_times_s(self.seed, stage.job, stage.template, work.bundle.tasks)
         factor = stage.stretch
@@ -231,13 +225,12 @@ class SimulatedWork:
         return found if factor == 1 else [one * factor for one in found]
 
     def start_s(self, work: Work) -> float:
-        """What a bundle takes before its first task begins."""
+        """Return the seconds before a bundle's first task."""
         return self.calibration.bundle_s + self.disks.begin_s(_worker(work))
 
 
 class DeclaredRunner:
-    """A Runner of what the scenario declares, on one instance; `die` is called by a task that
-    kills its worker."""
+    """Runner of declared tasks on one instance. A task that kills its worker calls `die`."""
 
     def __init__(self, plays: SimulatedWork, clock: Clock, die: Callable[[], None]) -> None:
         self._plays = plays
@@ -250,13 +243,12 @@ class DeclaredRunner:
         )
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See worker.runner."""
         plays, begun_s = self._plays, self._clock.monotonic_s()
         plays.begun += 1
         worker = plays.running[work.execution] = _worker(work)
         stage = plays.stage(work.job.id, work.stage.name)
         computes = stage.template.kind is WorkKind.CPU
-        # As a grid tells it: with its bundle a task has begun, whatever that does at first.
+        # As on a real grid, a task starts with its bundle.
         plays.first_s.setdefault(work.job.id, begun_s)
         try:
             shared_s = plays.cores.begin(begun_s, worker, computes=computes)
@@ -279,12 +271,12 @@ class DeclaredRunner:
             plays.spans[work.execution] = (work.stage.pool, took_s * work.stage.slots)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
     async def _ended(
         self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]
     ) -> AsyncIterator[Ran]:
-        """What tasks come to that have run."""
+        """Add declared failures and results to the tasks that ran."""
         bundle = work.bundle
         bad = expansion.failing_tasks(
             self._plays.seed, stage.job, stage.template, bundle.tasks, bundle.attempt
@@ -299,7 +291,7 @@ class DeclaredRunner:
     async def _with_poison(
         self, stage: SimulatedStage, work: Work, handle: Handle, inner: TimedRunner
     ) -> AsyncIterator[Ran]:
-        """Run up to the first task that kills, and half of that one."""
+        """Run up to the first task that kills the worker, and half of that task."""
         tasks = list(work.bundle.tasks)
         kills = (
             n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t)

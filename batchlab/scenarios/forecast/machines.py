@@ -1,6 +1,6 @@
-"""The machines of simulated instances: their market and zone, and when they lived.
+"""Machines of simulated instances: market, zone, and lifetime.
 
-Invariant: what a launch gets depends on who lives at that moment and on nothing else.
+The machine of a launch depends only on the instances that live at that time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _EXACT = 1e-9
 
 
 def zone_names(count: int) -> tuple[str, ...]:
-    """Names of so many availability zones."""
+    """Return the names of `count` availability zones."""
     return tuple(f"us-east-1{chr(ord('a') + n)}" for n in range(count))
 
 
 @dataclass(slots=True)
 class SimulatedInstance:
-    """An instance; times are the run's, seconds."""
+    """Simulated instance. Times are in run seconds."""
 
     pool: str
     machine: Machine
@@ -37,35 +37,38 @@ class SimulatedInstance:
 
 
 class Machines:
-    """Chooses a machine for each launch: Spot for the pool's share, in the zone of the pool's
-    fewest. `now_s` is the run's time."""
+    """Machines of all pools.
+
+    A launch gets a Spot Instance according to the pool's share, in the zone with the fewest
+    instances of the pool. `now_s` returns the run's time.
+    """
 
     def __init__(
         self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]
     ) -> None:
         self.lives: dict[str, SimulatedInstance] = {}
-        """By instance, in the order of their launches."""
+        """Instances in launch order."""
         self.lost_zones: list[str] = []
         self.refused = 0
-        """Launches for which there was no zone."""
+        """Number of launches without an available zone."""
         self._spot = {plan.pool.name: plan.spot for plan in plans}
         self._zones = zones
         self._now_s = now_s
         self._alive: dict[str, dict[str, None]] = {plan.pool.name: {} for plan in plans}
 
     def refuse(self, _pool: Pool, _instance: str) -> str | None:
-        """Why none can be launched now; None where one can."""
+        """Return why no launch is possible, or None."""
         if all(zone in self.lost_zones for zone in self._zones):
             self.refused += 1
             return f"{NO_CAPACITY}: no zone has capacity."
         return None
 
     def launched(self, pool: Pool, instance: str) -> None:
-        """An instance was launched."""
+        """Record a launch and choose its machine."""
         alive = self._alive[pool.name]
         machines = [self.lives[one].machine for one in alive]
         spot = sum(one.market is Market.SPOT for one in machines)
-        # Rounded in favour of on-demand, as a mixed group of EC2 Auto Scaling does.
+        # Rounding favors On-Demand, as in a mixed group of EC2 Auto Scaling.
         is_spot = spot + 1 <= self._spot[pool.name] * (len(machines) + 1) + _EXACT
         open_zones = [zone for zone in self._zones if zone not in self.lost_zones]
         zone = min(open_zones, key=lambda name: sum(one.zone == name for one in machines))
@@ -75,13 +78,13 @@ class Machines:
         alive[instance] = None
 
     def ended(self, instance: str, how: str) -> None:
-        """An instance has ended."""
+        """Record the end of an instance."""
         life = self.lives[instance]
         life.ended_s, life.note = self._now_s(), how
         del self._alive[life.pool][instance]
 
     def alive(self, pool: str = "") -> Mapping[str, SimulatedInstance]:
-        """Instances of one pool, or of all, that are ready."""
+        """Return the ready instances of one pool or of all pools."""
         names = [pool] if pool else list(self._alive)
         return {
             one: self.lives[one]
@@ -91,12 +94,14 @@ class Machines:
         }
 
     def living(self, pool: str) -> int:
-        """How many of a pool's have not ended."""
+        """Count the living instances of a pool."""
         return len(self._alive[pool])
 
     def begin(self, ready: Sequence[str], *, on_demand: bool = False) -> None:
-        """The run begins: what lives now has been there before, and some of it is ready; with
-        `on_demand` none of it was bought as Spot."""
+        """Start the run: living instances count from second 0, and those in `ready` are ready.
+
+        With `on_demand`, none of them is a Spot Instance.
+        """
         self.lives = {name: life for name, life in self.lives.items() if life.ended_s is None}
         for life in self.lives.values():
             life.launched_s = 0.0
@@ -106,8 +111,10 @@ class Machines:
             self.lives[name].ready_s = 0.0
 
     def zone(self, name: str) -> str:
-        """The zone of that name, or of that last letter ("b"); the first where it is empty.
-        UsageError where there is none."""
+        """Return the zone by its name or last letter; the first zone for an empty name.
+
+        Raise UsageError for an unknown zone.
+        """
         if not name:
             return self._zones[0]
         for zone in self._zones:
@@ -118,7 +125,7 @@ class Machines:
         )
 
     def booting(self, zone: str) -> list[str]:
-        """Instances of a zone that are not ready yet."""
+        """Return the instances of a zone that are not ready."""
         return [
             one
             for names in self._alive.values()
@@ -127,16 +134,16 @@ class Machines:
         ]
 
     def oldest_first(self, names: Iterable[str]) -> list[str]:
-        """These instances in the order of their launches."""
+        """Sort instances by launch."""
         wanted = set(names)
         return [one for one in self.lives if one in wanted]
 
     def since(self, at_s: float) -> list[SimulatedInstance]:
-        """Instances launched since then."""
+        """Return the instances launched since then."""
         return [life for life in self.lives.values() if life.launched_s >= at_s]
 
     def runs(self) -> tuple[InstanceRun, ...]:
-        """All of them for the record."""
+        """Return all instances for the record."""
         return tuple(
             InstanceRun(
                 name,
@@ -154,7 +161,7 @@ class Machines:
 
 
 def calibrated_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
-    """The plan's pool, with the boot time that was measured where there is one."""
+    """Return the plan's pool with the measured boot time, if there is one."""
     pool, other_s = plan.pool, calibration.other_boot_s
     said_s = pool.boot_s if other_s is None else other_s
     return replace(pool, boot_s=calibration.boot_s.get(pool.name, said_s))

@@ -1,16 +1,9 @@
-"""What a simulated run came to, read from where the grid has it: its bucket and its ledger.
+"""Results of a simulated run: outcomes, samples of the grid, and the bill.
 
-Invariant: results are counted from the outcomes in the bucket, so neither a task that the ledger
-has lost nor one that was done twice goes unseen.
-
-What a forecast sees of its grid as time goes by: fleet, queues and backlog.
-
-Invariant: looking changes nothing. Every change of a fleet is kept; between changes samples are as
-far apart as keeps them few.
-
-What a forecast's instances and requests would cost on AWS, by the grid's own meter and bill.
-
-Invariant: an instance second costs what that instance does, by its own type and market.
+Results are counted from the outcomes in the bucket, so a task that the ledger lost or that ran
+twice is noticed. Sampling does not change the run. Every change of the fleet is recorded, and
+unchanged samples are thinned out. Each instance second costs the price of the instance's type and
+market.
 """
 
 from __future__ import annotations
@@ -49,15 +42,15 @@ from batchlab.sim.world import World
 from batchlab.worker.settings import WorkerSettings
 
 SAMPLE_SIZE = 200
-"""Task times of a stage that the record keeps."""
+"""Number of task times per stage in the record."""
 _BUFFER_SIZE = 1 << 15
 
 NEVER_SUBMITTED = "never submitted"
-"""The state of a job that no manager has accepted."""
+"""State of a job that no manager has accepted."""
 
 
 async def read_outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
-    """Every committed outcome of a job, in key order."""
+    """Yield the committed outcomes of a job in key order."""
     try:
         key = await CommitKeys(objects).stored(job)
     except NotFound:
@@ -69,7 +62,7 @@ async def read_outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
 
 
 class EvenSample:
-    """An even sample of numbers, of however many."""
+    """Even sample of a stream of numbers."""
 
     def __init__(self) -> None:
         self._kept: list[float] = []
@@ -77,7 +70,7 @@ class EvenSample:
         self._skip = 0
 
     def add(self, numbers: Sequence[float]) -> None:
-        """Take some more."""
+        """Add numbers."""
         self._kept += numbers[self._skip :: self._every]
         self._skip = (self._skip - len(numbers)) % self._every
         while len(self._kept) > _BUFFER_SIZE:
@@ -85,7 +78,7 @@ class EvenSample:
             self._every *= 2
 
     def spread(self) -> tuple[float, ...]:
-        """At most SAMPLE_SIZE of them, evenly over the sorted ones."""
+        """Return at most SAMPLE_SIZE numbers, evenly from the sorted ones."""
         ordered = sorted(self._kept)
         if len(ordered) <= SAMPLE_SIZE:
             return tuple(ordered)
@@ -95,7 +88,7 @@ class EvenSample:
 
 @dataclass(slots=True)
 class StageTotals:
-    """All outcomes of one stage of one template."""
+    """Totals of one stage of one template."""
 
     tasks: int = 0
     bundles: int = 0
@@ -109,8 +102,11 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Results:
-    """All of a run's jobs, counted. `failed_s` and `thrown_s` are slot seconds by pool: of
-    attempts that failed, and of executions of which nothing was committed."""
+    """Counted results of a run.
+
+    `failed_s` and `thrown_s` are slot seconds per pool of failed attempts and of executions without
+    a committed outcome.
+    """
 
     jobs: list[JobRun] = field(default_factory=list)
     lost: int = 0
@@ -122,11 +118,11 @@ class Results:
 
     @property
     def again_s(self) -> float:
-        """Slot seconds that were spent for nothing."""
+        """Return the wasted slot seconds."""
         return sum(self.failed_s.values()) + sum(self.thrown_s.values())
 
     def stages(self, jobs: Sequence[Job]) -> tuple[StageRun, ...]:
-        """By template and stage, as the scenario lists them."""
+        """Return the totals by template and stage, in the scenario's order."""
         templates = {job.template.name: job.template for job in jobs}
         found = []
         for name, template in templates.items():
@@ -152,8 +148,9 @@ class Results:
 
 
 class ResultCounter:
-    """Counts the jobs of one run, which began at `begin_s` of the epoch, `base_s` by the monotonic
-    clock."""
+    """Counter of the results of one run, which started at `begin_s` (epoch) and `base_s`
+    (monotonic).
+    """
 
     def __init__(
         self, objects: Objects, ledger: Ledger, plays: SimulatedWork, begin_s: float, base_s: float
@@ -171,8 +168,10 @@ class ResultCounter:
         submitted_s: Mapping[str, float],
         end_s: float,
     ) -> Results:
-        """Count these jobs; `submitted_s` by job, of the run. No job ends sooner than `end_s`
-        after its last task."""
+        """Count these jobs. `submitted_s` has the submission of each in run seconds.
+
+        A job ends at least `end_s` after its last task.
+        """
         spans = dict(self._plays.spans)
         for job in jobs:
             await self._job(job, submitted_s.get(job.id, job.due_s), spans, end_s)
@@ -238,7 +237,7 @@ class ResultCounter:
         results, name = self._results, str(outcome.bundle.stage)
         stage = self._plays.stage(JobId(job.id), name)
         sums = results.sums.setdefault((job.template.name, name), StageTotals())
-        # What was cut in two for its worker's losses was not run by whoever wrote that.
+        # The writer of a bundle that was split after worker losses did not run it.
         ran = spans.pop(outcome.execution, None) is not None
         results.bundles += 1
         run_s = sum(outcome.run_s)
@@ -264,21 +263,21 @@ class ResultCounter:
         counts: StageCounts | None,
         found: Sequence[Outcome],
     ) -> None:
-        """Count what is missing of a stage, and what is there twice."""
+        """Count lost and duplicate tasks of a stage."""
         succeeded = TaskSet.union(one.succeeded for one in found)
         self._results.duplicates += sum(len(one.succeeded) for one in found) - len(succeeded)
         failed = TaskSet.of(one.task for each in found for one in each.failed if one.final)
         planned = counts.planned if counts else None
         if planned is None:
             planned = 0 if stage.after else job.tasks
-        # What never ran, since its job or what it follows had failed, has no outcome.
+        # Tasks that never ran because of an earlier failure have no outcome.
         cancelled = counts.cancelled if counts else 0
         ended = len(TaskSet.union((succeeded, failed))) + cancelled
         self._results.lost += max(0, planned - ended)
 
 
 MAX_QUIET_SAMPLES = 1000
-"""Samples without a change that are kept; beyond, every second one goes."""
+"""Maximum number of unchanged samples. Beyond it, every second one is dropped."""
 
 _PENDING_STATES = {
     LifecycleState.PENDING,
@@ -287,13 +286,16 @@ _PENDING_STATES = {
 }
 
 Counts = tuple[int, int, int]
-"""Desired capacity, instances in service and instances that come."""
+"""Desired capacity, instances in service, and pending instances."""
 
 
 @dataclass(slots=True)
 class GridSampler:
-    """Looks at the leading manager's groups; `spacing_s` is how far quiet samples are apart at
-    first, `base_s` the loop's time at the run's second 0."""
+    """Sampler of the leading manager's groups.
+
+    `spacing_s` is the initial distance of unchanged samples, and `base_s` the loop time at second 0
+    of the run.
+    """
 
     world: World
     machines: Machines
@@ -301,16 +303,16 @@ class GridSampler:
     base_s: float = 0.0
     samples: list[Sample] = field(default_factory=list)
     _quiet: list[int] = field(default_factory=list)
-    """Places of samples that show no change."""
+    """Indexes of unchanged samples."""
     _last: dict[str, Counts] = field(default_factory=dict)
 
     def begin(self, base_s: float) -> None:
-        """The run begins now: what was seen before is no part of it."""
+        """Start the run and drop earlier samples."""
         self.base_s = base_s
         self.samples, self._quiet, self._last = [], [], {}
 
     async def look(self) -> None:
-        """Take a sample where there is something to see."""
+        """Take a sample if something changed or the last one is old enough."""
         manager = self.world.manager
         if manager is None or not manager.is_leader.is_set() or not manager.groups:
             return
@@ -366,8 +368,7 @@ def compute_bill(
     worker: WorkerSettings,
     over_s: float,
 ) -> Bill:
-    """The bill of a run that was over at `over_s`; instances that still lived then count until
-    then."""
+    """Compute the bill of a run that ended at `over_s`. Living instances count until then."""
     meter = Meter()
     for one in instances:
         last_s = over_s if one.ended_s is None else one.ended_s
@@ -393,8 +394,10 @@ def compute_bill(
 
 
 def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
-    """What the pools' minima cost from the run's end until `until_s`. Those that are still there
-    stay on, as what they are; what a minimum lacks then is bought on demand."""
+    """Return the cost of the pools' minimum sizes from the run's end until `until_s`.
+
+    Living instances stay, and missing ones are On-Demand.
+    """
     left_s = until_s - end_s(record)
     if left_s <= 0:
         return 0.0

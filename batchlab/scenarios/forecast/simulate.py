@@ -1,7 +1,7 @@
-"""A scenario on the simulated grid: what would happen, as a record, in virtual time.
+"""Forecast: run of a scenario on the simulated grid in virtual time.
 
-Invariant: the record, but for the wall time, and the event log are a function of the scenario, the
-seed, the backend's settings, the calibration and the price book.
+The record (without the wall time) and the event log depend only on the scenario, the seed, the
+backend's settings, the calibration, and the price book.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
 
 DEFAULT_BACKEND = "aws"
-"""The backend whose settings a forecast has unless said otherwise."""
+"""Default backend of a forecast's settings."""
 
 STALL_LIMIT_S = 4 * 3600.0
-"""A run in which nothing has run for so long, and nothing is due any more, is cut."""
+"""A run without any work for this time, and without later events, is cut."""
 
 SHRINK_LIMIT_S = 3600.0
-"""After the last job's end the fleet has so long to come down to what it is at the least."""
+"""Time in which the fleet must shrink to its minimum after the last job's end."""
 
 SUBMIT_CALLS = 4
-"""Port calls from a submission until its first bundle can be received: each takes its latency."""
+"""Port calls from a submission to the receive of its first bundle. Each takes one latency."""
 
 DEFAULT_OPTIONS = ForecastOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationProgress:
-    """How far a simulated run is: its time in seconds, and jobs by how far they are."""
+    """Progress of a simulated run: its time, and numbers of jobs."""
 
     at_s: float
     submitted: int
@@ -64,11 +64,11 @@ def simulate(
     options: ForecastOptions = DEFAULT_OPTIONS,
     book: PriceBook | None = None,
 ) -> Record:
-    """Run the scenario, and its faults, to their end.
+    """Run the scenario and its faults to their end.
 
-    `seed` replaces the scenario's own; `like` is the backend whose settings hold (aws unless
-    given); lines of the event log are appended to `log`. Without a `book` it costs what that which
-    ships says. UsageError for a scenario that no grid could run.
+    `seed` replaces the scenario's own. `like` is the backend whose settings apply (default: aws).
+    Lines of the event log are appended to `log`. Without `book`, the shipped price book applies.
+    Raise UsageError for a scenario that no grid can run.
     """
     begun_s = time.monotonic()
     run = _Simulation(
@@ -105,9 +105,9 @@ class _Simulation:
         self._schedule: Schedule = expand(scenario, seed)
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
-        """Jobs that have been submitted and are not known to have ended."""
+        """Submitted jobs that are not known to have ended."""
         self._moved_s = 0.0
-        """When something was last seen to happen, run seconds."""
+        """Run time of the last observed progress."""
         self._begun = 0
         self._cut = ""
 
@@ -181,7 +181,7 @@ class _Simulation:
         await grid.ask(lambda m: m.requests.submit(made, items), f"submit {job.id}")
 
     async def _warm(self, plan: Prewarm) -> None:
-        """Keep at least so many instances in a pool for a while, whichever manager leads."""
+        """Keep the pool prewarmed for a while. A new leader gets the size again."""
         grid = self._grid
         await asyncio.sleep(max(0.0, plan.at_s - grid.now_s()))
         led = 0
@@ -193,7 +193,7 @@ class _Simulation:
         await self._at_least(plan.pool)
 
     async def _at_least(self, pool: str) -> None:
-        """Set the pool's min to what is planned for now."""
+        """Set the pool's minimum to the value planned for now."""
         now_s = self._grid.now_s()
         planned = [
             one.min_size

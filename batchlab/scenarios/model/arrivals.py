@@ -31,7 +31,10 @@ _WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE
 
 
 def parse_week_time_s(text: str) -> float:
-    """Seconds from Monday 00:00 of a time such as `tue 06:30`; ValueError where it is none."""
+    """Return the seconds from Monday 00:00 to a time such as `tue 06:30`.
+
+    Raise ValueError for other texts.
+    """
     if match := _WEEK.fullmatch(text):
         name, hour, minute = match.groups(default="0")
         found = [i for i, day in enumerate(WEEKDAYS) if name.lower() in (day, day[:3])]
@@ -43,9 +46,9 @@ def parse_week_time_s(text: str) -> float:
 def split_by_hour(
     from_s: float, until_s: float, offset_s: float = 0.0
 ) -> Iterator[tuple[float, float, int]]:
-    """The span from `from_s` until `until_s` cut at every full hour: (start, end, hour).
+    """Split the span at every full hour into (start, end, hour).
 
-    Hour 0 begins `offset_s` before the time 0, which is so the time of day or week at 0.
+    Hour 0 begins `offset_s` before time 0.
     """
     hour = int((from_s + offset_s) // HOUR_S)
     start_s = from_s
@@ -58,17 +61,17 @@ def split_by_hour(
 
 
 def is_working_day(day: date, holidays: Container[date] = ()) -> bool:
-    """Monday to Friday, and no holiday."""
+    """Return whether the day is a weekday and not a holiday."""
     return day.weekday() < 5 and day not in holidays
 
 
 def working_days_after(day: date, holidays: Container[date] = ()) -> int:
-    """Working days after `day` in its month; 0 on the last one."""
+    """Count the working days after `day` in its month."""
     return _count_working_days(day, 1, holidays)
 
 
 def working_days_before(day: date, holidays: Container[date] = ()) -> int:
-    """Working days before `day` in its month; 0 on the first one."""
+    """Count the working days before `day` in its month."""
     return _count_working_days(day, -1, holidays)
 
 
@@ -82,16 +85,16 @@ def _count_working_days(day: date, step: int, holidays: Container[date]) -> int:
 
 
 MAX_JOBS = 1_000_000
-"""More jobs than this in one scenario are a slip."""
+"""A scenario with more jobs is probably a mistake."""
 MAX_BURSTS = 1_000_000
-"""More than this in one source are a slip."""
+"""A source with more bursts is probably a mistake."""
 
 Segment = tuple[float, float, float, float]
-"""From, until, the rate per hour at its beginning and at its end; linear between."""
+"""Start, end, and the hourly rates at both; the rate is linear in between."""
 
 
 def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[float]:
-    """Moments of a Poisson process with this rate, in order."""
+    """Draw the event times of a Poisson process with this rate, in order."""
     due = random.expovariate(1.0)
     for start_s, end_s, first, last in segments:
         length_s, first_s, last_s = end_s - start_s, first / HOUR_S, last / HOUR_S
@@ -105,18 +108,18 @@ def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[floa
                 break
             yield moment_s
             due += random.expovariate(1.0)
-        # Rounding alone could make it negative.
+        # Rounding errors could make the difference negative.
         due = max(due - area, 0.0)
 
 
 def _likely_minimum(mean: float) -> float:
-    """Six standard deviations below the mean of a Poisson number."""
+    """Return the value six standard deviations below the mean of a Poisson variable."""
     return max(0.0, mean - 6 * sqrt(mean))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PoissonProcess(ABC):
-    """What all Poisson processes share: whose arrivals, when, and how much faster."""
+    """Base class of the Poisson processes."""
 
     template: str
     from_s: float = 0.0
@@ -135,18 +138,18 @@ class _PoissonProcess(ABC):
 
     @abstractmethod
     def numbers(self) -> Iterable[float]:
-        """All rates and factors, none of which may be negative."""
+        """Return all rates and factors. Negative values are invalid."""
 
     @abstractmethod
     def segments(self, random: Random) -> Iterable[Segment]:
-        """The rate, piece by piece."""
+        """Return the rate as consecutive segments."""
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
         for moment_s in _poisson_times(self.segments(random), random):
             yield Arrival(moment_s / self.speed, self.template)
 
     def at_least(self) -> float:
-        """No fewer jobs arrive than this, but for a chance of one in a billion."""
+        """Return a minimum of jobs that is exceeded except with a chance of one in a billion."""
         found = self.segments(Random(0))  # noqa: S311 - of rates that chance has no part in
         return _likely_minimum(
             sum((end - start) * (a + b) / 2 for start, end, a, b in found) / HOUR_S
@@ -161,7 +164,7 @@ class _PoissonProcess(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poisson(_PoissonProcess):
-    """Independent arrivals, `per_hour` on average."""
+    """Independent arrivals with a constant mean rate."""
 
     per_hour: float
 
@@ -174,10 +177,9 @@ class Poisson(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnOff(_PoissonProcess):
-    """Bursts: `per_hour` while on, `idle_per_hour` while off; on first.
-
-    On and off periods last `on_s` and `off_s` on average, exponentially distributed, or exactly
-    that long where `regular`.
+    """Bursts: `per_hour` in on periods and `idle_per_hour` in off periods, starting with an on
+    period. Periods last `on_s` and `off_s` on average and are exponentially distributed. With
+    `regular` they have exactly this length.
     """
 
     per_hour: float
@@ -190,7 +192,7 @@ class OnOff(_PoissonProcess):
         return self.per_hour, self.idle_per_hour
 
     def __post_init__(self) -> None:
-        # Not super(): a dataclass with slots is not the class that it was written as.
+        # super() does not work here: a dataclass with slots is a new class.
         _PoissonProcess.__post_init__(self)
         for length_s in (self.on_s, self.off_s):
             if not (isfinite(length_s) and length_s > 0):
@@ -216,9 +218,12 @@ class OnOff(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile(_PoissonProcess):
-    """By the clock: `daily` has a number for each hour of the day, `weekly` a factor for each day
-    from Monday. They are jobs an hour; with `per_hour` set they are only weights, and that is the
-    mean over a whole week. `begins_s` is the scenario's beginning, from Monday 00:00."""
+    """Hourly and weekly profile.
+
+    `daily` has a rate for each hour of the day, `weekly` a factor for each day from Monday. With
+    `per_hour`, both are weights, and `per_hour` is the mean over a week. `begins_s` is the
+    scenario's start in seconds after Monday 00:00.
+    """
 
     daily: tuple[float, ...]
     weekly: tuple[float, ...] = (1.0,) * 7
@@ -250,12 +255,12 @@ class Profile(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonthEnd(_PoissonProcess):
-    """By the calendar: `per_hour` on an ordinary working day, and so many times more around the
-    turn of a month.
+    """Calendar profile: `per_hour` on an ordinary working day, and multiples of it around the turn
+    of a month.
 
-    `last` are the factors of the month's last working days, the last one first; `first` those of
-    its first working days; `off` that of weekends and `holidays`. `daily` are weights of the 24
-    hours, whose mean is made 1. The scenario begins on the day `begins`, at 00:00.
+    `last` has the factors of the month's last working days, the last day first. `first` has the
+    factors of its first working days, and `off` is the factor of weekends and `holidays`. `daily`
+    has weights for the 24 hours. The scenario starts on the day `begins` at 00:00.
     """
 
     per_hour: float
@@ -275,7 +280,7 @@ class MonthEnd(_PoissonProcess):
         return (self.per_hour, *self.last, *self.first, self.off, *self.daily)
 
     def factor(self, day: date) -> float:
-        """How many times an ordinary working day's rate that day has."""
+        """Return the day's rate relative to an ordinary working day."""
         if not is_working_day(day, self.holidays):
             return self.off
         left = working_days_after(day, self.holidays)
@@ -297,11 +302,11 @@ class MonthEnd(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(_PoissonProcess):
-    """`per_hour` at first, then from each moment of `steps` on that many an hour."""
+    """A rate of `per_hour` that changes at the times in `steps`."""
 
     per_hour: float
     steps: tuple[tuple[float, float], ...]
-    """(from when, jobs an hour), in order of time."""
+    """(start time, jobs per hour), in order of time."""
 
     def __post_init__(self) -> None:
         _PoissonProcess.__post_init__(self)
@@ -324,7 +329,7 @@ class Step(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ramp(_PoissonProcess):
-    """From `per_hour` at the beginning evenly to `to_per_hour` at the end."""
+    """A rate that changes linearly from `per_hour` to `to_per_hour`."""
 
     per_hour: float
     to_per_hour: float
@@ -338,11 +343,11 @@ class Ramp(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedTimes:
-    """Exactly at these moments, and nothing left to chance."""
+    """Arrivals at fixed times."""
 
     template: str
     moments: tuple[tuple[float, int], ...]
-    """(when, how many)"""
+    """(time, number of jobs)"""
     speed: float = 1.0
 
     def __post_init__(self) -> None:
@@ -368,4 +373,4 @@ class FixedTimes:
 
 
 Synthetic = _PoissonProcess | FixedTimes
-"""Every source but a trace."""
+"""All sources except traces."""

@@ -1,11 +1,8 @@
-"""From a scenario file's models to the values of model.py: draws, sources, jobs.
+"""Conversion of a scenario file's models to the values of values.py.
 
-Invariant: what cannot be made is told as a Problem at its place, and something stands in for it,
-so that one look finds every mistake.
-
-From a scenario file's models to the values of model.py: fleet, faults, expectations.
-
-Invariant: nothing here can fail; what is wrong with it the checks have told.
+Each mistake becomes a Problem with its location, and a placeholder replaces the value, so that one
+check finds all mistakes. The functions after ScenarioBuilder cannot fail because the checks run
+before them.
 """
 
 from __future__ import annotations
@@ -57,26 +54,26 @@ from batchlab.scenarios.verdicts import MEASURES, Unit
 
 T = TypeVar("T")
 ONE_STAGE = "work"
-"""The stage of a job that is said by its task time alone."""
+"""Name of the stage of a job that has only a task time."""
 
 
 @dataclass(slots=True)
 class ScenarioBuilder:
-    """Makes the values of one file; `folder` is where its paths start from."""
+    """Builder of the values of one file. Paths are relative to `folder`."""
 
     found: Structure[ScenarioSpec]
     folder: Path
     problems: list[Problem] = field(default_factory=list)
     jobs: float = 0.0
-    """How many arrive at the least, of the sources that were made."""
+    """Minimum number of jobs from the sources built so far."""
 
     def tell(self, loc: Loc, message: str, remedy: str, *, at_key: bool = False) -> None:
-        """One mistake, unless something is wrong there already."""
+        """Report a mistake, unless its location already has one."""
         if self.found.sound(loc):
             self.problems.append(Problem(loc, message, remedy, at_key))
 
     def made(self, loc: Loc, make: Callable[[], T], stand_in: T, remedy: str) -> T:
-        """What `make` makes, or why it cannot told at `loc`."""
+        """Return the result of `make`, or report its error at `loc` and return the stand-in."""
         if not self.found.sound(loc):
             return stand_in
         try:
@@ -86,13 +83,13 @@ class ScenarioBuilder:
             return stand_in
 
     def draw(self, spec: One[Any], loc: Loc) -> Distribution:
-        """The distribution that `spec` names."""
+        """Build the distribution."""
         stand_in: Distribution = distributions.Constant(1.0)
         named = [key for key in _DISTRIBUTION_KINDS if getattr(spec, key, None) is not None]
         if len(named) != 1:
             what = "no distribution" if not named else f"more than one: {', '.join(named)}"
             remedy = "Write a number, or for example {lognormal: {median: 4, sigma: 0.8}}."
-            self.tell(loc, f"It names {what}.", remedy)
+            self.tell(loc, f"There must be one distribution, but there is {what}.", remedy)
             return stand_in
         kind = named[0]
         value = getattr(spec, kind)
@@ -113,13 +110,13 @@ class ScenarioBuilder:
         def usable() -> Distribution:
             found = make(**numbers)
             if not found.mean <= field_types.MOST_TASKS:
-                raise ValueError("its mean is beyond all that is counted here")
+                raise ValueError("its mean is too large")
             return found
 
         return self.made((*loc, kind), usable, stand_in, "Change its numbers.")
 
     def job(self, name: str, spec: JobSpec) -> JobTemplate:
-        """The template, its stages those of the job file where it names one."""
+        """Build a job template, with the stages of the job file if it names one."""
         loc: Loc = ("jobs", name)
         stages: tuple[StageTemplate, ...] = ()
         file: Path | None = None
@@ -177,7 +174,7 @@ class ScenarioBuilder:
         )
 
     def _stages_of(self, file: Path, spec: JobSpec, loc: Loc) -> tuple[StageTemplate, ...]:
-        """The stages of a job file, with the times that `spec` says."""
+        """Build the stages of a job file with the times in `spec`."""
         try:
             stages = job_file.load(file, needs_input=False).job.stages
         except BatchlabError as error:
@@ -226,7 +223,10 @@ class ScenarioBuilder:
         )
 
     def path(self, text: str, loc: Loc) -> Path | None:
-        """The file that `text` names from the scenario's folder; None where there is none."""
+        """Resolve a path relative to the scenario's folder.
+
+        Return None if there is no such file.
+        """
         if "://" in text or Path(text).is_absolute():
             remedy = "Write a path relative to the scenario, so that it can be moved with it."
             self.tell(loc, f"{text!r} is not a path relative to the scenario.", remedy)
@@ -240,7 +240,7 @@ class ScenarioBuilder:
         return path
 
     def source(self, number: int, spec: ArrivalSpec) -> Source | None:
-        """Where those arrivals come from; None where that is not said well."""
+        """Build the source of an arrival. Return None if the arrival is invalid."""
         loc: Loc = ("arrivals", number)
         named = [kind for kind in SOURCES if getattr(spec, kind) is not None]
         if len(named) != 1:
@@ -294,14 +294,14 @@ class ScenarioBuilder:
 
 
 def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
-    """As StageTemplate has it: what the groups are called says nothing to a stand-in."""
+    """Return the gather value of a StageTemplate. Stand-ins do not need the group's field name."""
     return None if spec is None else "*" if spec.by == "*" else "key"
 
 
 def _unused_keys(
     form: TraceFormat, spec: TraceSpec, job: str
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Keys that nothing would follow from, and where they mean nothing."""
+    """Yield keys that have no effect, and the reason."""
     if form is not TraceFormat.TABLE:
         for key in ("names", "delimiter"):
             if key in spec.model_fields_set:
@@ -312,11 +312,11 @@ def _unused_keys(
             if key in columns.model_fields_set:
                 yield ("columns", key), "without count"
     if job and columns.job:
-        yield ("columns", "job"), "where the arrival says which job it is"
+        yield ("columns", "job"), "because the arrival names the job"
 
 
 def _format_of(path: Path) -> str:
-    """What a trace's name says it is."""
+    """Guess the format from the file name."""
     suffixes = {one.lower() for one in path.suffixes}
     if ".swf" in suffixes:
         return "swf"
@@ -324,7 +324,10 @@ def _format_of(path: Path) -> str:
 
 
 def _column_map(form: TraceFormat, spec: ColumnsSpec | None) -> Callable[[], Columns | None]:
-    """Makes the map of columns: that of the format, with what `spec` says; ValueError."""
+    """Return a function that builds the column map from the format's columns and `spec`.
+
+    It may raise ValueError.
+    """
 
     def make() -> Columns | None:
         if spec is None:
@@ -356,7 +359,7 @@ _DISTRIBUTIONS: Mapping[str, Callable[..., Distribution]] = {
 
 
 def _source_fields(spec: Span) -> dict[str, Any]:
-    """The numbers of a source that are those of its spec, by the same names."""
+    """Return the spec's fields as arguments of a source."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in ((name, getattr(spec, name)) for name in type(spec).model_fields)
@@ -392,7 +395,7 @@ FAULTS: Mapping[str, FaultName] = {name.value: name for name in FaultName}
 
 
 def pools(spec: ScenarioSpec) -> tuple[PoolPlan, ...]:
-    """The fleet, in the order of the file."""
+    """Build the pools in the order of the file."""
     found = []
     for name, one in spec.pools.items():
         pool = Pool(name, one.min, one.max, one.slots, one.boot, instance_type=one.instance_type)
@@ -401,22 +404,21 @@ def pools(spec: ScenarioSpec) -> tuple[PoolPlan, ...]:
 
 
 def policy(spec: ScenarioSpec) -> Policy:
-    """The scaling policy."""
     return Policy(spec.policy.drain_target, spec.policy.cooldown_in, spec.policy.idle)
 
 
 def prewarm(spec: ScenarioSpec) -> tuple[Prewarm, ...]:
-    """Scheduled capacity, in the order of the file."""
+    """Build the scheduled capacity in the order of the file."""
     return tuple(Prewarm(one.pool, one.min, one.at_s, one.until_s) for one in spec.prewarm)
 
 
 def faults(spec: ScenarioSpec) -> tuple[Fault, ...]:
-    """The faults in order of time."""
+    """Build the faults in order of time."""
     return tuple(sorted(map(fault, spec.faults), key=lambda fault: fault.at_s))
 
 
 def fault(spec: FaultSpec) -> Fault:
-    """One of them."""
+    """Build a fault."""
     said = {
         "share": spec.share,
         "count": spec.count,
@@ -430,7 +432,7 @@ def fault(spec: FaultSpec) -> Fault:
 
 
 def expectations(spec: ScenarioSpec) -> tuple[Expectation, ...]:
-    """What must hold, those of single templates last."""
+    """Build the expectations. Those of single templates come last."""
     whole: Any = spec.expect
     found = list(_expectations(whole, ""))
     for name, own in whole.jobs.items():

@@ -1,7 +1,8 @@
-"""What a scenario asks of its fleet over time: jobs and work that arrive, against what it can do.
+"""Demand of a scenario over time: jobs and work that arrive, compared with the capacity of its
+fleet.
 
-Invariant: a function of the scenario and its jobs alone. Work is slot seconds: what a job's tasks
-take by the mean of their distribution, times the slots of each.
+The curve depends only on the scenario and its jobs. Work is in slot seconds: the mean task times
+multiplied by the slots of each task.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ COLUMN_WIDTHS_S = (
     *(factor * _HOUR for factor in (1, 2, 3, 6, 12)),
     *(factor * _DAY for factor in (1, 2, 7, 14, 30, 90, 365, 3650)),
 )
-"""What a column of a curve may stand for: widths that a person can count in."""
+"""Possible column widths: round numbers of seconds, minutes, hours, and days."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What arrives from `at_s` on, until the next column: jobs, their tasks of all stages, and by
-    pool the slot seconds that those take."""
+    """Arrivals from `at_s` until the next column: jobs, tasks of all stages, and slot seconds per
+    pool.
+    """
 
     at_s: float
     jobs: int
@@ -45,9 +47,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """One pool against what is asked of it. `slots` are those of its largest fleet; `busy` what
-    arrives in each column, in slots kept busy all the time; `behind_s` and `behind_at_s` are the
-    longest that work would wait even so, and when; `idle_from_s` when it would all be done."""
+    """Load of one pool. `slots` is the capacity of its largest fleet, and `busy` is the work that
+    arrives in each column, in busy slots. `behind_s` is the longest delay of work on the largest
+    fleet, and `behind_at_s` its time. `idle_from_s` is the time at which all work would be done.
+    """
 
     pool: str
     slots: int
@@ -63,7 +66,7 @@ class PoolLoad:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Arrivals over time, in columns of `width_s` from the scenario's beginning on."""
+    """Arrivals over time, in columns of `width_s` from the start of the scenario."""
 
     width_s: float
     columns: tuple[Column, ...]
@@ -79,7 +82,7 @@ class Curve:
 
 
 def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
-    """The curve of `jobs`, in no more than `most` columns."""
+    """Build the curve of `jobs` with at most `most` columns."""
     width_s = column_width_s(_span_s(scenario, jobs), most)
     count = max(1, ceil(_span_s(scenario, jobs) / width_s - 1e-9))
     number, tasks = [0] * count, [0] * count
@@ -103,12 +106,12 @@ def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curv
 
 
 def column_width_s(span_s: float, most: int) -> float:
-    """The narrowest column of which no more than `most` cover `span_s`."""
+    """Return the smallest width with which at most `most` columns cover `span_s`."""
     return next((one for one in COLUMN_WIDTHS_S if span_s / one <= most + 1e-9), span_s / most)
 
 
 def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
-    """Until a little after the last thing that is to happen."""
+    """Return the time shortly after the last event of the scenario."""
     ends = [job.due_s * (1 + 1e-9) for job in jobs[-1:]]
     ends += [fault.at_s * (1 + 1e-9) for fault in scenario.faults]
     ends += [one.until_s for one in scenario.prewarm]
@@ -116,7 +119,10 @@ def _span_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
 
 
 def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
-    """What never is there sooner, as if work were a fluid: see PoolLoad."""
+    """Return the longest delay, its time, and the time at which all work is done.
+
+    Work is treated as a fluid.
+    """
     left, worst, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
     for i, work in enumerate(arriving):
         before = left
@@ -129,7 +135,7 @@ def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[flo
 
 
 def _stage_work(job: Job) -> list[tuple[str, int, float]]:
-    """(pool, tasks, slot seconds) of each stage."""
+    """Return (pool, tasks, slot seconds) of each stage."""
     count = expansion.stage_sizes(job.template, job.tasks)
     found = []
     for stage in job.template.stages:

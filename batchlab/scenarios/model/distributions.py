@@ -1,19 +1,12 @@
-"""Distributions of task times and job sizes, by their quantile functions.
+"""Distributions of task times and job sizes, and named streams of random numbers.
 
-Invariant: every number is ≥ 0, and depends on nothing but the unit handed in. Parameters are
-seconds where the draw is a time; ValueError where they make no distribution.
+Distributions are quantile functions of a unit in [0, 1) with values of at least 0. Times are in
+seconds. Invalid parameters raise ValueError.
 
-How many tasks the stages of a job have, by how many it begins with.
-
-Invariant: of jobs whose tasks all succeed, with groups as the template says.
-
-Named substreams of one seed.
-
-Invariant: a number follows from the seed, the stream's name and its own index, never from what
-was drawn before it. So one part of a scenario can change without changing what another draws, and
-a task takes the same time in the simulator and in a replay.
-
-The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th output needs no state.
+A number of a Stream depends only on the seed, the stream's name, and its own index. So one part of
+a scenario can change without a change in the draws of another, and a task takes the same time in
+the simulator and in a replay. The generator is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014),
+whose n-th output needs no state.
 """
 
 from __future__ import annotations
@@ -46,7 +39,7 @@ def _not_negative(**numbers: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Always `value`."""
+    """Constant value."""
 
     value: float
 
@@ -66,7 +59,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Any number from `least` to `most`, each as likely."""
+    """Uniform distribution from `least` to `most`."""
 
     least: float
     most: float
@@ -89,7 +82,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Without memory, of this mean."""
+    """Exponential distribution."""
 
     mean: float
 
@@ -105,7 +98,10 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """Its logarithm is normal with standard deviation `sigma`; half of all are below `median`."""
+    """Lognormal distribution with this median.
+
+    `sigma` is the standard deviation of the logarithm.
+    """
 
     median: float
     sigma: float
@@ -127,7 +123,11 @@ class Lognormal:
 
 @dataclass(frozen=True, slots=True)
 class Weibull:
-    """`shape` below 1 has a heavier tail than the exponential distribution, above 1 a lighter."""
+    """Weibull distribution.
+
+    A `shape` below 1 has a heavier tail than the exponential distribution, a `shape` above 1 a
+    lighter one.
+    """
 
     scale: float
     shape: float
@@ -149,9 +149,8 @@ class Weibull:
 
 @dataclass(frozen=True, slots=True)
 class Pareto:
-    """At least `least`, with a tail that falls as x^-alpha, at most `most` where that is set.
-
-    Without `most`, `alpha` must be above 1: else there is no mean.
+    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at
+    `most`. Without `most`, `alpha` must be above 1, because otherwise the mean is infinite.
     """
 
     least: float
@@ -161,7 +160,7 @@ class Pareto:
     def __post_init__(self) -> None:
         _positive(least=self.least, alpha=self.alpha)
         if self.most is None and self.alpha <= 1:
-            raise ValueError(f"alpha must be above 1 where there is no most, not {self.alpha}")
+            raise ValueError(f"alpha must be above 1 without most, not {self.alpha}")
         if self.most is not None and not (isfinite(self.most) and self.most > self.least):
             raise ValueError(f"most ({self.most}) must be above least ({self.least})")
 
@@ -189,7 +188,7 @@ class Pareto:
 
 @dataclass(frozen=True, slots=True)
 class Empirical:
-    """One of `values`, each as likely: what was measured, drawn again."""
+    """Measured values, each with the same probability."""
 
     values: tuple[float, ...]
 
@@ -213,14 +212,14 @@ class Empirical:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """One of several draws, by weight: mostly short tasks, and some that are long.
+    """Weighted mixture of distributions.
 
-    `at` has the right distribution, but is no sorted quantile: a unit chooses the part first, and
-    its place within that.
+    `at` has the right distribution but is not monotonic: the unit selects the part and then a
+    position within it.
     """
 
     parts: tuple[tuple[float, Distribution], ...]
-    """(weight, draw)"""
+    """(weight, distribution)"""
     _ends: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -239,7 +238,7 @@ class Mixture:
     def at(self, unit: float) -> float:
         part = bisect_right(self._ends, unit)
         start = self._ends[part - 1] if part else 0.0
-        # Rounding may bring the share to 1, which is no unit.
+        # Rounding could make the share 1, which is outside [0, 1).
         share = min((unit - start) / (self._ends[part] - start), 1 - 2**-53)
         return self.parts[part][1].at(share)
 
@@ -253,19 +252,19 @@ _SECOND = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 _UNIT = 2.0**-53
 
-# Many numbers at once: one large integer holds them in lanes of 128 bits, wide enough for the
-# product of two 64-bit numbers. So one multiplication in C does the work of `_LANES` in Python.
+# A large integer holds many numbers in lanes of 128 bits, wide enough for the product of two 64-bit
+# numbers. One multiplication in C then replaces `_LANES` multiplications in Python.
 _LANES = 256
 _ONES = sum(1 << (128 * lane) for lane in range(_LANES))
 _STEPS = sum((lane * _STEP & _MASK) << (128 * lane) for lane in range(_LANES))
 _MASKS = _MASK * _ONES
 _MASKS_53 = (2**53 - 1) * _ONES
 _FEW = 8
-"""Up to here one by one is faster."""
+"""For at most this many numbers, a loop is faster."""
 
 
 class Stream:
-    """The stream of `seed` with these names; the same arguments are the same stream everywhere."""
+    """Random numbers of a seed and names. Equal arguments give the same stream everywhere."""
 
     __slots__ = ("_key",)
 
@@ -274,15 +273,14 @@ class Stream:
         self._key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def unit(self, i: int = 0) -> float:
-        """The number of index `i` ≥ 0, uniform in [0, 1)."""
+        """Return number `i` of the stream, uniform in [0, 1)."""
         z = self._key + i * _STEP & _MASK
         z = (z ^ z >> 30) * _FIRST & _MASK
         z = (z ^ z >> 27) * _SECOND & _MASK
         return ((z ^ z >> 31) >> 11) * _UNIT
 
     def units(self, start: int, stop: int) -> list[float]:
-        """`unit(i)` for every i from `start` up to but not including `stop`, about ten times as
-        fast."""
+        """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast."""
         if stop - start <= _FEW:
             return [self.unit(i) for i in range(start, stop)]
         found: list[float] = []
@@ -296,8 +294,7 @@ class Stream:
             cut = (1 << (128 * count)) - 1
             ones, steps, masks, masks_53 = ones & cut, steps & cut, masks & cut, masks_53 & cut
         z = ones * (self._key + start * _STEP & _MASK) + steps & masks
-        # A shift lets bits of a lane fall into its lower neighbour's upper half, which the masks
-        # clear.
+        # A shift moves bits of a lane into the upper half of the lane below. The masks clear them.
         z = (z ^ z >> 30 & masks) * _FIRST & masks
         z = (z ^ z >> 27 & masks) * _SECOND & masks
         z = (z ^ z >> 31 & masks) >> 11 & masks_53
@@ -305,5 +302,5 @@ class Stream:
         return [lane * _UNIT for lane in lanes]
 
     def random(self) -> _random.Random:
-        """A generator that starts from this stream, for what is drawn in order."""
+        """Return a generator seeded by this stream, for sequential draws."""
         return _random.Random(self._key)  # noqa: S311 - simulation

@@ -1,12 +1,8 @@
-"""From a scenario to its jobs, and from a scenario to the same one in less time.
+"""Jobs of a scenario, their task times and failures, and compression of a scenario.
 
-Invariant: which jobs there are, when, and how large, follows from (scenario, seed). A source draws
-from a stream of its own, so that a second source changes nothing in what the first one sends.
-
-What each task of a scenario takes, and how its attempts end.
-
-Invariant: a function of (seed, job, stage, task, attempt) alone: the same in the simulator and in a
-replay, and whichever tasks share a bundle.
+Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own
+random stream, so another source does not change its arrivals. Task times and failures depend only
+on (seed, job, stage, task, attempt), so they are equal in the simulator and in a replay.
 """
 
 from __future__ import annotations
@@ -43,11 +39,10 @@ from batchlab.scenarios.verdicts import MEASURES, Unit
 
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
-    """All jobs in order of time; of two at the same time, that of the earlier source is first.
+    """Return all jobs in order of time; at equal times, in the order of the sources.
 
-    `seed` replaces the scenario's. UsageError where an arrival names no job of the scenario,
-    where a job's stages have not the numbers of tasks that they must, and where there are more
-    jobs than MAX_JOBS.
+    `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, for stages with
+    unequal numbers of tasks in a join, and for more than MAX_JOBS jobs.
     """
     seed = scenario.seed if seed is None else seed
     identity = (scenario.name, scenario.digest, scenario.compressed, seed)
@@ -57,7 +52,8 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
         for number, source in enumerate(scenario.arrivals)
     ]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
-    # All of them first: a job costs three times as much as its arrival.
+    # The limit is checked before jobs are built, because a job costs three times as much as an
+    # arrival.
     arrived = list(islice(merge(*streams), MAX_JOBS + 1))
     if len(arrived) > MAX_JOBS:
         raise UsageError(
@@ -102,13 +98,13 @@ def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:
     except KeyError:
         raise UsageError(
             f"An arrival of the scenario {scenario.name!r} names the job {arrival.template!r}, "
-            "which it has not.",
+            "which it does not have.",
             remedy=f"Its jobs are: {', '.join(sorted(scenario.jobs))}.",
         ) from None
 
 
 def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
-    """A drawn size is rounded; a job has at least one task."""
+    """Return the number of tasks: the drawn size rounded, and at least 1."""
     if arrival.tasks is not None:
         return arrival.tasks
     drawn = template.tasks.at(unit)
@@ -121,9 +117,9 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
 
 
 def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
-    """The scenario with every time in it divided by `factor`: the same jobs, sooner and shorter.
+    """Divide every time in the scenario by `factor`.
 
-    Money, counts and shares stay. Real work of a job file takes as long as before.
+    Costs, counts, and shares stay the same. Real work of a job file takes as long as before.
     """
     if not 0 < factor < float("inf"):
         raise UsageError(
@@ -191,19 +187,19 @@ def _expectation(one: Expectation, factor: float) -> Expectation:
     return replace(one, least=_divided(one.least, factor), most=_divided(one.most, factor))
 
 
-# A job's bundles come one after another, and are often small.
+# Bundles of a job are consecutive and often small, so streams are cached.
 _stream = lru_cache(maxsize=1024)(Stream)
 
 
 def _fixed_task_s(job: Job, stage: StageTemplate) -> float | None:
-    """What every task of the stage takes, where that is no matter of chance."""
+    """Return the time of every task of the stage if it is not random."""
     if job.task_s is not None and not stage.after:
         return job.task_s
     return stage.task_s.value if isinstance(stage.task_s, Constant) else None
 
 
 def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
-    """Seconds that one task takes whenever it is tried."""
+    """Return the seconds that a task takes in every attempt."""
     known = _fixed_task_s(job, stage)
     if known is not None:
         return known
@@ -211,7 +207,7 @@ def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
 
 
 def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
-    """`task_s` of each of `tasks`, in order, well under a microsecond each."""
+    """Return `task_s` of each task, in order. It takes well under a microsecond per task."""
     known = _fixed_task_s(job, stage)
     if known is not None:
         return [known] * len(tasks)
@@ -223,7 +219,7 @@ def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> l
 
 
 def attempt_fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt: int) -> bool:
-    """Whether this attempt (counted from 1) of a task ends in an exception."""
+    """Return whether this attempt (counted from 1) raises an exception."""
     if not stage.fails:
         return False
     return _stream(seed, "fails", job.index, stage.name, attempt).unit(task) < stage.fails
@@ -232,7 +228,7 @@ def attempt_fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt:
 def failing_tasks(
     seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, attempt: int
 ) -> frozenset[int]:
-    """Those of `tasks` whose attempt `attempt_fails`, for many tasks at once."""
+    """Return the tasks whose attempt fails."""
     if not stage.fails:
         return frozenset()
     stream = _stream(seed, "fails", job.index, stage.name, attempt)
@@ -245,12 +241,15 @@ def failing_tasks(
 
 
 def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
-    """Whether a task kills its worker whenever it runs."""
+    """Return whether a task kills its worker in every attempt."""
     return task < stage.poison
 
 
 def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
-    """By stage; ValueError where the stages cannot be put into an order."""
+    """Return the number of tasks of each stage if all tasks succeed.
+
+    Raise ValueError for a cycle of stages.
+    """
     found: dict[str, int] = {}
     left = list(template.stages)
     while left:
@@ -273,25 +272,29 @@ def _stage_size(stage: StageTemplate, found: dict[str, int], tasks: int) -> int:
 
 
 def item_joins(template: JobTemplate) -> list[StageTemplate]:
-    """The stages that follow several item by item, which must have equally many tasks."""
+    """Return the stages that join several stages item by item.
+
+    These must have equal numbers of tasks.
+    """
     return [stage for stage in template.stages if stage.gather is None and len(stage.after) > 1]
 
 
 def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
-    """The first of the joins that follows stages with unequal numbers of tasks; ValueError as
-    in `stage_sizes`."""
+    """Return the first join of stages with unequal numbers of tasks.
+
+    Raise ValueError for a cycle.
+    """
     joined = item_joins(template)
     sizes = stage_sizes(template, tasks) if joined else {}
     return next((one for one in joined if len({sizes[name] for name in one.after}) > 1), None)
 
 
 def unequal_join_message(stage: StageTemplate) -> str:
-    """What is wrong with an unequal join."""
     which = " and ".join(f"'{name}'" for name in stage.after)
     return (
-        f"The stage '{stage.name}' takes the results of {which} item by item, and those have not "
-        "equally many tasks."
+        f"The stage '{stage.name}' takes the results of {which} "
+        "item by item, but these have unequal numbers of tasks."
     )
 
 
-UNEQUAL_JOIN_REMEDY = "Write gather: all, or let it follow stages with as many tasks."
+UNEQUAL_JOIN_REMEDY = "Write gather: all, or use stages with equal numbers of tasks."

@@ -1,12 +1,7 @@
-"""Scenario files: finding one, loading it, and listing those that are shipped.
+"""Scenario files: find, load, and check them, and list the shipped ones.
 
-Invariant: a Scenario that was loaded has passed every check, and follows from nothing but the
-file's text and its place.
-
-The checks across keys of a scenario: what no single value of it can tell.
-
-Invariant: a scenario that passes names only jobs, pools, zones and instance types that there are,
-and expects nothing that its record could not say.
+A loaded Scenario has passed every check: it names only existing jobs, pools, zones, and instance
+types, and expects only measures that a record has. It depends only on the file's text and location.
 """
 
 from __future__ import annotations
@@ -35,14 +30,14 @@ from batchlab.scenarios.verdicts import MEASURES
 
 @dataclass(frozen=True, slots=True)
 class CheckedScenario:
-    """A scenario that has its mistakes mended, and what was wrong with it."""
+    """Validated scenario in which placeholders replace invalid values, with its problems."""
 
     found: Structure[ScenarioSpec]
     spec: ScenarioSpec
     jobs: Mapping[str, JobTemplate]
 
     def unknown(self, section: str, name: str) -> bool:
-        """Whether the user has nothing of that name, not even with a mistake in it."""
+        """Return whether the file has no entry of that name, not even an invalid one."""
         if name in getattr(self.spec, section):
             return False
         for loc in self.found.broken:
@@ -51,7 +46,7 @@ class CheckedScenario:
         return True
 
     def whole(self, pool: str) -> bool:
-        """Whether nothing is wrong with the pool's numbers."""
+        """Return whether the pool has no mistakes."""
         return self.found.sound(("pools", pool))
 
 
@@ -76,19 +71,19 @@ _FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
     "notice": frozenset({FaultName.SPOT_WAVE}),
     "zone": frozenset({FaultName.ZONE_LOSS}),
 }
-"""Keys of a fault that mean something for some faults only."""
+"""Keys that have an effect only for some faults."""
 _MAY_END_AT_ONCE = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
-"""What is mended when it is over, and may be so at once."""
+"""Faults that may have a duration of 0."""
 _ZERO_MESSAGES = {
     "for_s": "It is over as soon as it has begun.",
     "share": "A share of 0 hits no instance.",
     "rate": "A rate of 0 hits nothing.",
 }
-"""What a key of a fault says that is 0."""
+"""Messages for a value of 0."""
 
 
 def find_problems(found: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
-    """Every problem of the checks whose places are sound."""
+    """Return the problems of all checks whose inputs are valid."""
     if found.whole is None:
         return []
     subject = CheckedScenario(found, found.whole, jobs)
@@ -114,7 +109,7 @@ def _pools(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _stages(subject: CheckedScenario) -> Iterator[Problem]:
-    """Where each stage runs."""
+    """Check the pool of each stage."""
     for template in subject.jobs.values():
         for i, stage in enumerate(template.stages):
             pool = subject.spec.pools.get(stage.pool)
@@ -132,7 +127,7 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
-    """Where the stage says that, or else the job what its stages are."""
+    """Return the location of the stage's key, or of the job if it has no stages."""
     loc: Loc = ("jobs", template.name)
     if template.file is not None:
         return (*loc, "file")
@@ -140,7 +135,7 @@ def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int,
 
 
 def _joins(subject: CheckedScenario) -> Iterator[Problem]:
-    """Where the records of a trace say how many tasks a job has, only they can tell."""
+    """Check item-by-item joins, except for jobs whose task counts come from a trace."""
     for template in subject.jobs.values():
         if any(
             one.trace is not None and one.job in (None, template.name)
@@ -152,7 +147,7 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
         try:
             stage = expansion.find_unequal_join(template, tasks)
         except ValueError:
-            continue  # the order of its stages has been told
+            continue  # the cycle of its stages is already reported
         if stage is not None:
             loc = _stage_location(subject, template, template.stages.index(stage), "after")
             yield Problem(loc, expansion.unequal_join_message(stage), expansion.UNEQUAL_JOIN_REMEDY)
@@ -170,7 +165,7 @@ def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
-    """Steps from which nothing follows."""
+    """Report steps without an effect."""
     for i, one in enumerate(spec.steps):
         if one.at_s >= spec.until_s:
             message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
@@ -215,7 +210,7 @@ def _faults(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
-    """What is broken twice at once would be mended by the end of the first."""
+    """Report overlapping faults: the end of the first would also end the second."""
     faults = [
         (("faults", i), build.fault(one))
         for i, one in enumerate(subject.spec.faults)
@@ -336,7 +331,7 @@ _REMEDY = "Write its path, or the name of one that `batchlab scenario list` show
 
 @dataclass(frozen=True, slots=True)
 class ShippedScenario:
-    """A scenario that comes with batchlab, and what it teaches by its own prose."""
+    """Scenario that is part of the package. `teaches` comes from its own text."""
 
     name: str
     teaches: str
@@ -344,12 +339,12 @@ class ShippedScenario:
 
 
 def names() -> list[str]:
-    """The names of the shipped scenarios, sorted."""
+    """Return the sorted names of the shipped scenarios."""
     return sorted(path.stem for path in package_data.folder(FOLDER).glob(f"*{SUFFIX}"))
 
 
 def shipped_scenarios() -> list[ShippedScenario]:
-    """The shipped scenarios by name."""
+    """Return the shipped scenarios, sorted by name."""
     found = []
     for name in names():
         path = package_data.folder(FOLDER) / f"{name}{SUFFIX}"
@@ -358,15 +353,16 @@ def shipped_scenarios() -> list[ShippedScenario]:
 
 
 def lesson_of(about: str) -> str:
-    """The rest of the first sentence of `about` that says what it teaches, without what explains
-    it after a colon; else its first sentence."""
+    """Return the rest of the sentence that starts with "It teaches", up to a colon, or else the
+    first sentence.
+    """
     text = " ".join(about.split())
     text = text.partition(_TEACHES)[2] or text
     return text.partition(". ")[0].partition(": ")[0].rstrip(".")
 
 
 def find(text: str) -> Path:
-    """The scenario that `text` names: a file, or the name of a shipped one; UsageError."""
+    """Return the path of the scenario that `text` names: a file or a shipped scenario."""
     if paths.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
     known = names()
@@ -378,13 +374,13 @@ def find(text: str) -> Path:
 
 
 def load(path: Path) -> Scenario:
-    """Read and check the scenario at `path`; JobFileErrors with every mistake there is."""
+    """Read and check a scenario. Raise JobFileErrors with all mistakes."""
     path = paths.absolute(path)
     return parse(yaml_source.text_of(path, SHAPE.what, _REMEDY), path)
 
 
 def parse(text: str, path: Path) -> Scenario:
-    """The scenario whose file at `path` has that text; JobFileErrors as in `load`."""
+    """Parse and check the text of a scenario file. Raise JobFileErrors with all mistakes."""
     document = yaml_source.parse(text, is_text)
     if isinstance(document.data, dict) and {"input", "stages"} <= document.data.keys():
         raise yaml_source.another(

@@ -1,7 +1,6 @@
-"""The scenario file as pydantic models: what each key means, its unit, its default.
+"""Pydantic models of the scenario file: meaning, unit, and default of each key.
 
-Invariant: the published JSON Schema, the reference page and the checks all come from these
-models, so that they cannot disagree.
+The published JSON Schema, the reference page, and the checks come from these models.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class ArrivalSpec(Keys):
 
 
 SOURCES = tuple(name for name in ArrivalSpec.model_fields if name != "job")
-"""What an arrival may come from."""
+"""Keys that name a source of arrivals."""
 
 
 class PoolSpec(Keys):
@@ -224,7 +223,7 @@ _FORMS: dict[Unit, tuple[Any, Any]] = {
 
 
 def _expected(by_template: bool) -> dict[str, Any]:
-    """A field for each measure."""
+    """Return a field for each measure."""
     found: dict[str, Any] = {}
     for name, measure in MEASURES.items():
         if by_template and not measure.by_template:
@@ -380,10 +379,10 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Whether a scalar at `loc` is text however it is written."""
+    """Return whether a scalar at `loc` is always text."""
     return lies(loc, _TEXT_PLACES)
 
 
 def json_schema() -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of the scenario file, for editors."""
+    """Return the JSON Schema (draft 2020-12) of the scenario file, for editors."""
     return schema_of(ScenarioSpec, "batchlab scenario")

@@ -1,7 +1,4 @@
-"""Distributions and arrivals as a scenario file writes them: what each key means, its default.
-
-Invariant: as in schema.py; the values of draws.py and sources.py follow from these alone.
-"""
+"""Pydantic models of distributions and arrivals in a scenario file."""
 
 from __future__ import annotations
 
@@ -24,9 +21,7 @@ def _number(value: Any, remedy: str = "Write for example 20.") -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise field_types.refusal(f"{units.shown(value)} is not a number.", remedy)
     if not abs(value) <= field_types.MOST_TASKS:
-        raise field_types.refusal(
-            f"{units.shown(value)} is beyond all that is counted here.", remedy
-        )
+        raise field_types.refusal(f"{units.shown(value)} is too large.", remedy)
     return float(value)
 
 
@@ -50,7 +45,7 @@ def _date(value: Any) -> Any:
         day = date.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise field_types.refusal(f"{units.shown(value)} is not a date.", remedy) from error
-    # Months before and after it are looked at, and a scenario may last a century.
+    # The days of neighboring months are computed, and a scenario may last a century.
     if day.year not in _YEARS:
         raise field_types.refusal(f"{value!r} is too far away.", remedy)
     return day
@@ -67,16 +62,16 @@ Day = Annotated[date, BeforeValidator(_date), WithJsonSchema({"type": "string", 
 
 
 class Of(Keys, Generic[N]):
-    """A mapping about numbers or about times."""
+    """Base class of mappings of numbers or times."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        # A generic model with its parameter is a class that does not inherit the text.
+        # A parametrized generic model does not inherit the docstring.
         cls.__doc__ = cls.__doc__ or cls.__mro__[1].__doc__
 
     @classmethod
     def model_parametrized_name(cls, params: tuple[Any, ...]) -> str:
-        """What the JSON Schema calls it."""
+        """Return the model's name in the JSON Schema."""
         kinds = (field_types.Duration, "Times"), (field_types.Cost, "Money"), (Share, "Shares")
         return cls.__name__ + next((word for of, word in kinds if params[0] == of), "Numbers")
 
@@ -189,7 +184,7 @@ Times = Annotated[
         _constant_if_plain, json_schema_input_type=field_types.Duration | Draw[field_types.Duration]
     ),
 ]
-"""Draws as the keys of a file have them."""
+"""Distributions of numbers and of times as values of a key."""
 
 
 class TaskTimes(Draw[field_types.Duration]):

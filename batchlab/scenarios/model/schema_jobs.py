@@ -1,10 +1,7 @@
-"""Job templates as a scenario file writes them: as in a job file, with times in place of code.
+"""Pydantic models of job templates and traces in a scenario file.
 
-Invariant: as in schema.py; the values of model.py follow from these alone.
-
-A trace as a scenario file names it: which file, how it is read, what is taken of it.
-
-Invariant: as in schema.py; traces/ says what the values mean.
+Job templates are like those of a job file, with times instead of code. traces/ defines the meaning
+of a trace's values.
 """
 
 from __future__ import annotations
@@ -146,7 +143,7 @@ class JobSpec(Keys):
     @model_validator(mode="before")
     @classmethod
     def _by_stage(cls, data: Any) -> Any:
-        """With a job file, a mapping of `task` names its stages: no distributions."""
+        """With a job file, treat a mapping in `task` as stages, not as a distribution."""
         if isinstance(data, dict) and "file" in data and isinstance(data.get("task"), dict):
             return {**data, "task": {"by_stage": data["task"]}}
         return data

@@ -1,7 +1,7 @@
-"""A scenario as plain values: who submits what and when, to which fleet, what breaks, what holds.
+"""Immutable values of a scenario. Forecasts and replays read the same values.
 
-Frozen and pure. The loader makes it from a file; the forecast and the replay read the same values.
-Times are seconds from the scenario's beginning, durations seconds, unless a name says otherwise.
+Times are seconds from the start of the scenario, and durations are in seconds, unless a name has
+another unit.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool
 
 TENANT_TAG = "tenant"
-"""The tag of a job that says whose it is."""
+"""Tag of a job with the name of its tenant."""
 
 
 class Distribution(Protocol):
-    """A distribution of numbers ≥ 0, by its quantile function: what is drawn depends on nothing
-    but the unit handed in, so a task takes the same time wherever and in whichever order it runs.
+    """Distribution of numbers of at least 0, as a quantile function.
+
+    The result depends only on the given unit, so a task takes the same time wherever and whenever
+    it runs.
     """
 
     @property
     def mean(self) -> float: ...
 
     def at(self, unit: float) -> float:
-        """The quantile of `unit`, which is in [0, 1)."""
+        """Return the quantile of `unit`, which is in [0, 1)."""
 
     def scaled(self, factor: float) -> Distribution:
-        """The same, every number times `factor`."""
+        """Return the distribution with all numbers multiplied by `factor`."""
 
 
 class WorkKind(StrEnum):
-    """What a stand-in does while its time passes."""
+    """Work of a stand-in while its time passes."""
 
     SLEEP = "sleep"
     CPU = "cpu"
@@ -47,11 +49,11 @@ class WorkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StageTemplate:
-    """A stage of a job template; as in a job file, with times in place of code.
+    """Stage of a job template, with times instead of code.
 
-    `gather` is None (item by item), "*" (all results make one task) or "key" (one task a group,
-    of which there are `groups`). Of all attempts the share `fails` ends in an exception; the first
-    `poison` tasks of each job kill their worker whenever they run.
+    `gather` is None (item by item), "*" (one task of all results), or "key" (one task for each of
+    `groups`). `fails` is the share of attempts that raise an exception. The first `poison` tasks of
+    each job kill their worker in every attempt.
     """
 
     name: str
@@ -71,9 +73,10 @@ class StageTemplate:
 
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
-    """What is submitted again and again. `file` is a job file whose real work a replay runs in
-    place of stand-ins; its stages are then those of the file. `deadline_s` counts from a job's
-    arrival. `max_failures` is a number of tasks, as in a job file."""
+    """Job template. `file` is a job file whose real work a replay runs instead of stand-ins, and
+    whose stages the template then has. `deadline_s` counts from the arrival. `max_failures` is a
+    number of tasks, as in a job file.
+    """
 
     name: str
     stages: tuple[StageTemplate, ...]
@@ -87,8 +90,11 @@ class JobTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One job that arrives at `at_s`. `tasks` and `task_s` (of each root task) replace what the
-    template draws; `label` is its name in the trace; `tenant` replaces the template's."""
+    """One job that arrives at `at_s`.
+
+    `tasks` and `task_s` (of each root task) replace draws of the template. `label` is its name in
+    the trace, and `tenant` replaces the template's.
+    """
 
     at_s: float
     template: str
@@ -100,8 +106,10 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
-    """A record of a trace that was left out or changed: where it is, what is odd, what was done.
-    Records that are odd in the same way have the same `what`; `detail` is this one's own."""
+    """Problem of a trace's record, and the action that the reader took.
+
+    Records with the same problem have the same `what`; `detail` is specific to the record.
+    """
 
     file: str
     line: int
@@ -111,20 +119,20 @@ class Anomaly:
 
 
 class Source(Protocol):
-    """Where arrivals come from: a synthetic process, or a trace."""
+    """Source of arrivals: a synthetic process or a trace."""
 
     def arrivals(self, random: Random) -> Iterable[Arrival]:
-        """In order of time. Deterministic in the state of `random`."""
+        """Return the arrivals in order of time. They depend only on the state of `random`."""
 
     def odd(self) -> Iterable[Anomaly]:
-        """What is odd in what it reads; nothing where it reads nothing."""
+        """Return the problems of the records that it read."""
 
     def compressed(self, factor: float) -> Source:
-        """The same, `factor` times as fast: times and task times divided."""
+        """Return the source with times and task times divided by `factor`."""
 
 
 class FaultName(StrEnum):
-    """What a scenario can break. `meaning` says it in words."""
+    """Faults of a scenario, each with a description."""
 
     meaning: str
 
@@ -148,16 +156,16 @@ class FaultName(StrEnum):
 
 
 LASTING_FAULTS = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
-"""Faults that are over after a while."""
+"""Faults that have a duration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault on the timeline, from `at_s` for `for_s`.
+    """One fault from `at_s` for `for_s`.
 
-    Those that hit instances take `share` of the pool's that are in service (rounded up), of all
-    pools where `pool` is empty, or `count` where that is set. `rate` is the share of requests or
-    messages that s3-errors, sqs-duplicates and sqs-delays hit. `notice_s` is a Spot wave's.
+    A fault of instances hits `share` of the pool's instances in service (rounded up), or `count` of
+    them. Without a pool it hits all pools. `rate` is the share of affected requests or messages of
+    s3-errors, sqs-duplicates, and sqs-delays. `notice_s` is the notice of a Spot wave.
     """
 
     name: FaultName
@@ -169,16 +177,16 @@ class Fault:
     rate: float = 0.2
     notice_s: float = 120.0
     zone: str = ""
-    """The zone that is lost; empty: the first."""
+    """Lost zone. An empty name means the first zone."""
 
     def among(self, there: int) -> int:
-        """How many of so many instances it takes."""
-        # A hair less, or 0.14 × 50, which is a little above 7 in a computer, would be 8.
+        """Return the number of instances that the fault hits."""
+        # The subtraction corrects products such as 0.14 × 50, which is slightly above 7.
         wanted = ceil(self.share * there - 1e-9) if self.count is None else self.count
         return min(wanted, there)
 
     def shares(self, other: Fault) -> bool:
-        """Whether both break the same thing, so that the end of one would mend it for the other."""
+        """Return whether the end of one fault would also end the other."""
         apart = self.pool and other.pool and self.pool != other.pool
         alike = self.name is other.name and self.name in LASTING_FAULTS
         return alike and not (apart and self.name is FaultName.PAUSE)
@@ -186,7 +194,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """A pool of the scenario's fleet; `spot` is the share of its instances bought as Spot."""
+    """Pool of the scenario. `spot` is the share of its Spot Instances."""
 
     pool: Pool
     spot: float = 0.0
@@ -204,7 +212,7 @@ class Prewarm:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The scaling policy and its neighbours, as in ManagerSettings; None: as the backend has it."""
+    """Settings of the scaling policy, as in ManagerSettings. None means the backend's value."""
 
     drain_target_s: float | None = None
     cooldown_in_s: float | None = None
@@ -213,8 +221,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """That a measure (see scenario.measures) is within [least, most]; `template` "" means of all
-    jobs. Times are seconds, money USD."""
+    """Required range of a measure (see scenarios.verdicts).
+
+    Without a template, it applies to all jobs. Times are in seconds, and costs are in USD.
+    """
 
     measure: str
     least: float | None = None
@@ -224,8 +234,10 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A whole scenario. `compress` is what a replay divides its times by unless told otherwise;
-    `compressed` is what they have been divided by already."""
+    """Complete scenario. A replay divides times by `compress` by default.
+
+    `compressed` is the factor that has already been applied.
+    """
 
     name: str
     about: str
@@ -241,18 +253,20 @@ class Scenario:
     compress: float = 1.0
     compressed: float = 1.0
     digest: str = ""
-    """sha256 of the file's text."""
+    """SHA-256 of the file's text."""
     path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job that a run is to submit: an arrival with everything drawn. `task_s` is that of each
-    root task where the trace says so, else the template's draw counts."""
+    """One job of a run: an arrival with all values drawn.
+
+    `task_s` is the time of each root task if the trace has one.
+    """
 
     index: int
     id: str
-    """Also its client token: the same scenario, seed and index are the same job."""
+    """The id is also the client token: the same scenario, seed, and index give the same job."""
     template: JobTemplate
     due_s: float
     tasks: int
@@ -263,7 +277,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All jobs of a scenario in order of time, and what was odd in the traces."""
+    """All jobs of a scenario in order of time, and the problems in its traces."""
 
     jobs: tuple[Job, ...]
     odd: tuple[Anomaly, ...] = ()

@@ -1,12 +1,9 @@
-"""What the planner tries: fleets and policies, and what each came to.
+"""Candidates of the planner (fleets and policies), and their trials in the simulator or the fast
+model.
 
-Invariant: a candidate is a value; put into the same scenario with the same seed it comes to the
-same. Everything but pools, policy and pre-warming is left as the scenario has it.
-
-Candidates tried one by one: in the simulator, or in a sketch of it, in several processes.
-
-Invariant: all candidates live through the same arrivals and task times, seed by seed (common random
-numbers), so that what differs is theirs; what a trial comes to is the same in whichever process.
+A candidate is a value. The planner changes only pools, policy, and prewarming of a scenario. All
+candidates run with the same arrivals and task times for a seed (common random numbers), so
+differences come from the candidates. A result does not depend on the process.
 """
 
 from __future__ import annotations
@@ -31,12 +28,12 @@ from batchlab.scenarios.verdicts import MEASURES, Unknown, quantile
 from batchlab.sim.process_pool import Crew, Died
 
 BUSIEST_WINDOW = 0.25
-"""The busiest time is sought in spans of this share of the deadline."""
+"""Length of the busiest window, as a share of the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """One pool's limits, and the share of Spot among its instances."""
+    """Size limits of one pool, and its share of Spot Instances."""
 
     pool: str
     min_size: int
@@ -46,7 +43,7 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One fleet and policy. `drain_s` is the drain target in seconds; None: the backend's own."""
+    """Fleet and policy. `drain_s` is the drain target in seconds, or None for the backend's own."""
 
     fleets: tuple[PoolConfig, ...]
     drain_s: float | None
@@ -54,7 +51,7 @@ class Candidate:
 
     @property
     def simplicity(self) -> tuple[int, ...]:
-        """Of candidates that come to the same the least one is to be had with the least."""
+        """Sort key that prefers the simpler of equally good candidates."""
         return (
             len(self.prewarm),
             sum(one.min_size for one in self.prewarm),
@@ -83,7 +80,7 @@ class Candidate:
 
 
 def current_candidate(scenario: Scenario) -> Candidate:
-    """What the scenario itself says."""
+    """Return the scenario's own fleet and policy."""
     return Candidate(
         tuple(
             PoolConfig(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot)
@@ -97,8 +94,10 @@ def current_candidate(scenario: Scenario) -> Candidate:
 def apply_candidate(
     scenario: Scenario, candidate: Candidate, wave_s: float | None = None
 ) -> Scenario:
-    """The scenario with this fleet and policy. Where it buys Spot, `wave_s` is when AWS takes all
-    Spot instances back once."""
+    """Return the scenario with this fleet and policy.
+
+    If it has Spot Instances, AWS interrupts all of them once at `wave_s`.
+    """
     fleets = {one.pool: one for one in candidate.fleets}
 
     def with_limits(plan: PoolPlan) -> PoolPlan:
@@ -121,8 +120,9 @@ def apply_candidate(
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """What a run showed of a pool: slot seconds of work, tasks × slots, from when on at least half
-    of its peak was desired, and how long its instances took to boot."""
+    """Observed demand of a pool: slot seconds of work, tasks times slots, the time at which half of
+    the peak was desired, and the boot time of its instances.
+    """
 
     work_s: float
     slots: int
@@ -132,14 +132,15 @@ class PoolDemand:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """In time: the last job has ended `deadline_s` after the first was due. `budget_usd` is per
-    run."""
+    """Goal of a plan: the last job ends within `deadline_s` after the first job's due time, and a
+    run costs at most `budget_usd`.
+    """
 
     deadline_s: float
     budget_usd: float | None = None
 
     def met(self, one: TrialResult) -> bool:
-        """Whether a run did all of its work, in time and within the budget."""
+        """Return whether a run finished its work in time and within the budget."""
         return self.in_time(one) and self.in_budget(one)
 
     def in_time(self, one: TrialResult) -> bool:
@@ -151,10 +152,11 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One seed. `finish_s` counts from when the first job was due to the last one's end; infinite
-    where the work was not done: a job never ended, tasks were lost, or more jobs failed than the
-    scenario expects. `usd` is what the run costs, and its minimum until the deadline. `hit` says
-    whether a Spot wave took an instance; None where there was none."""
+    """Result of one seed. `finish_s` is the time from the first job's due time to the last job's
+    end. It is infinite if a job never ended, tasks were lost, or too many jobs failed. `usd` is the
+    cost of the run and of the minimum sizes until the deadline. `hit` says whether a Spot wave hit
+    an instance, or is None without a wave.
+    """
 
     seed: int
     finish_s: float
@@ -166,7 +168,7 @@ class TrialResult:
     pools: Mapping[str, PoolDemand]
     hit: bool | None = None
     busiest_s: float = 0.0
-    """When the quarter of the deadline began in which most instances had work, run seconds."""
+    """Start of the busiest quarter of the deadline, in run seconds."""
 
     @property
     def is_done(self) -> bool:
@@ -179,11 +181,10 @@ def trial_result(
     deadline_s: float = 0.0,
     allowed_failures: Mapping[str, float] = MappingProxyType({}),
 ) -> TrialResult:
-    """`allowed_failures` is how many jobs may fail, as in `allowed_failures`. UsageError for
-    a record that has no cost."""
+    """Derive the result of a run. Raise UsageError for a record without a cost."""
     if record.usd is None:
         raise UsageError(
-            f"The forecast of {record.scenario} says no cost, and a plan is nothing without.",
+            f"The forecast of {record.scenario} has no cost, and a plan needs it.",
             remedy="Name instance types that are in the price book: see `batchlab prices show`.",
         )
     finish_s, failed = _measure(record, "makespan", math.inf), _measure(record, "failed_jobs", 0.0)
@@ -206,7 +207,9 @@ def trial_result(
 
 
 def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
-    """The earliest where there are several: what is faster than this run is at work then too."""
+    """Return the start of the busiest window, the earliest if there are several: faster runs are
+    busy then too.
+    """
     busy = [
         (at_s, float(sum(pool.in_service for pool in pools.values() if pool.backlog_tasks)))
         for at_s, pools in ((sample.at_s, sample.pools) for sample in record.samples)
@@ -217,7 +220,7 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
         areas.append(areas[-1] + count * (next_s - at_s))
 
     def until(at_s: float) -> float:
-        """Instance seconds with work up to then."""
+        """Return the instance seconds with work until then."""
         i = bisect_right(moments, at_s) - 1
         if i < 0:
             return 0.0
@@ -230,8 +233,9 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
 
 
 def allowed_failures(scenario: Scenario) -> dict[str, float]:
-    """How many jobs of a template may fail, "" of all together, by what the scenario itself
-    expects. Of what it says nothing of none may."""
+    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's
+    expectations. Without an expectation, no job may fail.
+    """
     told: dict[str, float] = {}
     for one in scenario.expect:
         if one.measure == "failed_jobs" and one.most is not None:
@@ -267,28 +271,28 @@ def _pool_demand(record: Record, pool: str) -> PoolDemand:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedCandidate:
-    """A candidate and what it came to, seed by seed; never without a seed."""
+    """Candidate with its results for at least one seed."""
 
     candidate: Candidate
     outcomes: tuple[TrialResult, ...]
 
     @property
     def usd(self) -> float:
-        """The mean: what one pays over many such runs."""
+        """Return the mean cost of a run."""
         return mean(one.usd for one in self.outcomes)
 
     @property
     def finish_s(self) -> float:
-        """The latest: a deadline is not met on average."""
+        """Return the latest finish, because a mean does not show missed deadlines."""
         return max(one.finish_s for one in self.outcomes)
 
     @property
     def peak(self) -> int:
-        """The most instances that were in service at once."""
+        """Return the largest number of instances in service."""
         return max(one.peak for one in self.outcomes)
 
     def met(self, goal: Goal) -> int:
-        """In how many seeds all work was done in time and within the budget."""
+        """Count the seeds that meet the goal."""
         return sum(map(goal.met, self.outcomes))
 
     def to_json(self) -> dict[str, object]:
@@ -305,19 +309,21 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
 
 
 def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
-    """By name; None is endless, for which JSON has no number."""
+    """Return quantiles by name. None replaces infinity, which JSON does not have."""
     found = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
     return {name: one if math.isfinite(one) else None for name, one in found.items()}
 
 
 Forecaster = Callable[[Scenario, int], Record]
-"""Forecasts a scenario with a seed; pickled where there are several processes."""
+"""Function that forecasts a scenario with a seed. It is pickled for several processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of one candidate; `wave_s` is when its Spot instances are taken. `rough`: as a
-    sketch."""
+    """One run of one candidate.
+
+    `wave_s` is the time of the Spot wave. `rough` runs use the fast model.
+    """
 
     candidate: Candidate
     index: int
@@ -328,7 +334,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class _TrialTask:
-    """One run, in whichever process; only what it came to is sent back."""
+    """Function that runs a trial in any process and returns only its result."""
 
     scenario: Scenario
     run: Forecaster
@@ -348,7 +354,7 @@ class _TrialTask:
 
 @dataclass(slots=True)
 class TrialRunner:
-    """Where runs are made. Its processes stay until it is closed."""
+    """Runner of trials. Its processes live until it is closed."""
 
     scenario: Scenario
     goal: Goal
@@ -357,7 +363,7 @@ class TrialRunner:
     processes: int = 1
     book: PriceBook = field(default_factory=price_book.load)
     window_s: float = 0.0
-    """When the span begins in which the Spot wave comes, seconds of the run."""
+    """Start of the window in which the Spot wave occurs, in run seconds."""
     _crew: Crew[Trial, TrialResult | BatchlabError] | None = None
     _work: _TrialTask = field(init=False)
 
@@ -373,11 +379,11 @@ class TrialRunner:
 
     @property
     def waves(self) -> bool:
-        """Whether a Spot wave is added, because the scenario has none of its own."""
+        """Return whether a Spot wave is added, because the scenario has none."""
         return all(fault.name is not FaultName.SPOT_WAVE for fault in self.scenario.faults)
 
     def trial(self, candidate: Candidate, index: int, *, rough: bool = False) -> Trial:
-        """With the seed of that index, counted from the scenario's own."""
+        """Return a trial with the seed of that index, counted from the scenario's seed."""
         seed = self.scenario.seed + index
         wave_s = None
         if self.waves:
@@ -386,14 +392,15 @@ class TrialRunner:
         return Trial(candidate, index, seed, wave_s, rough)
 
     def base(self) -> TrialResult:
-        """The scenario as it is, without a wave that it has not itself; in the sketch where there
-        is one. BatchlabError."""
+        """Run the unchanged scenario without an added wave, in the fast model if there is one."""
         start, rough = current_candidate(self.scenario), self.sketch is not None
         return _result_or_raise(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
 
     def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, TrialResult]]:
-        """Each with what it came to, in the order in which they are done. BatchlabError where one
-        cannot be run, or has taken its process with it."""
+        """Yield each trial with its result, in the order of completion.
+
+        Raise BatchlabError for a failed run or a process that died.
+        """
         if self.processes <= 1 or len(trials) <= 1:
             for trial in trials:
                 yield trial, _result_or_raise(self._work(trial))

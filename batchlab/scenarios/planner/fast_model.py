@@ -1,7 +1,7 @@
-"""A sketch of a run: tasks, slots, boots and the grid's own scaling policy, and nothing else.
+"""Fast model of a run: tasks, slots, boots, and the grid's scaling policy.
 
-It has no messages, no manager and no protocol, so it takes a hundredth of the time of a forecast
-and is off by what all of these cost. It says what is worth forecasting, and never more.
+The model has no messages, manager, or protocol, so it takes a hundredth of a forecast's time and is
+less precise. It selects the candidates that are worth a forecast.
 """
 
 from __future__ import annotations
@@ -44,15 +44,19 @@ from batchlab.scenarios.record import InjectedFault, PoolSample, Record
 from batchlab.scenarios.record import Sample as Seen
 
 MAX_POLICY_CHECKS = 2000
-"""The policy looks at most so often while jobs arrive, where its tick is shorter than that; at
-each tick when the last one is there."""
+"""Maximum number of policy checks while jobs arrive.
+
+Later checks happen at each tick of the policy.
+"""
 
 
 @dataclass(slots=True)
 class FastModel:
-    """Sketches runs of one scenario, with whichever fleet and policy; without a calibration by what
-    is usual on the backend. Pickled where there are several processes; each keeps the work of the
-    seeds that it has seen."""
+    """Fast runs of one scenario with any fleet and policy.
+
+    Without a calibration, the backend's usual values apply. The model is pickled for several
+    processes, and each caches the work of its seeds.
+    """
 
     backend: str
     calibration: Calibration | None = None
@@ -60,7 +64,7 @@ class FastModel:
     _works: dict[int, tuple[JobWork, ...]] = field(default_factory=dict)
 
     def __call__(self, scenario: Scenario, seed: int) -> Record:
-        """UsageError for a backend that there is not."""
+        """Run the model. Raise UsageError for an unknown backend."""
         like = factory.load(self.backend)
         calibration = self.calibration or like.usual
         if seed not in self._works:
@@ -101,7 +105,7 @@ class _FastRun:
         self._looks = False
         self._cut = ""
         self._due_s = work[-1].job.due_s if work else 0.0
-        """When the last job is due."""
+        """Due time of the last job."""
         self._look_s = max(self._manager.tick_s, self._due_s / MAX_POLICY_CHECKS)
 
     def _at(self, at_s: float, what: Callable[[], None]) -> None:
@@ -109,7 +113,7 @@ class _FastRun:
         heapq.heappush(self._events, (at_s, self._number, what))
 
     def record(self) -> Record:
-        """Live through it."""
+        """Run to the end and return the record."""
         for pool in self._pools.values():
             for _ in range(pool.pool.min_size):
                 self._launch(pool, boot_s=0.0)
@@ -158,7 +162,7 @@ class _FastRun:
         self._serve()
 
     def _ready(self, job: JobProgress, piece: WorkUnit, *, ahead: bool = False) -> None:
-        """`ahead`: whoever did what it follows goes on with it."""
+        """Queue a unit. With `ahead`, the worker of its predecessor continues with it."""
         template = job.work.job.template
         pool = self._pools[template.stages[piece.stage].pool]
         jobs = pool.ready.setdefault(template.priority, {})
@@ -169,8 +173,7 @@ class _FastRun:
             pieces.append(piece)
 
     def _serve(self) -> None:
-        """Give what is ready to whoever is free: jobs of the same priority in turn, since each
-        keeps as much in the queue."""
+        """Assign ready units to free instances. Jobs of equal priority take turns."""
         for pool in self._pools.values():
             while pool.ready and pool.open:
                 priority = max(pool.ready)
@@ -178,7 +181,8 @@ class _FastRun:
                 number, pieces = next(iter(jobs.items()))
                 job = self._open[number]
                 slots = job.work.job.template.stages[pieces[0].stage].slots
-                # Who asks first is chance on a grid; mostly it is whoever has least to do.
+                # On a real grid the order is random; the instance with the least work usually asks
+                # first.
                 free = max(pool.open.values(), key=lambda one: one.free)
                 if free.free < slots:
                     break
@@ -235,7 +239,7 @@ class _FastRun:
                 self._ready(job, one, ahead=not is_gather)
 
     def _wake(self) -> None:
-        """From now on the policy looks, until there is nothing more to decide."""
+        """Start the periodic policy checks, until no decision is left."""
         if not self._looks:
             self._looks = True
             self._at(self._now_s, self._look)
@@ -278,7 +282,7 @@ class _FastRun:
         return Backlog(seconds, tasks)
 
     def _scale(self, pool: ModelPool) -> Backlog:
-        """As manager.autoscaler does, and the group that it asks; the backlog that it went by."""
+        """Scale the pool like the manager's autoscaler and its group. Return the backlog."""
         name = pool.pool.name
         backlog = self._backlog(name)
         limits = replace(pool.pool, min_size=self._least(pool))
@@ -313,7 +317,7 @@ class _FastRun:
         name = f"{pool.pool.name}-{len(self._machines.lives)}"
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
-        # Processes have no market: a wave takes any of them.
+        # Processes have no market, so a wave can hit any of them.
         is_spot = market is Market.SPOT or self._like.capabilities.one_machine
         slots = pool.pool.slots
         one = ModelInstance(name, pool, slots, self._now_s + boot_s, is_spot)
@@ -328,7 +332,7 @@ class _FastRun:
         self._serve()
 
     def _end(self, one: ModelInstance) -> None:
-        """It is gone; what ran on it is to be run again."""
+        """End an instance and queue its units again."""
         del one.pool.alive[one.name]
         one.pool.open.pop(one.name, None)
         for piece in one.running:
@@ -337,7 +341,7 @@ class _FastRun:
         self._machines.ended(one.name, "")
 
     def _wave(self, fault: Fault) -> None:
-        """Those on Spot take nothing more, and are gone after their notice."""
+        """Interrupt Spot Instances: they take no more work and end after the notice."""
         pools = [pool for name, pool in self._pools.items() if fault.pool in ("", name)]
         there = [one for pool in pools for one in pool.alive.values()]
         hit = [one for one in there if one.is_spot and one.ready_s <= self._now_s]

@@ -1,11 +1,8 @@
-"""The planner's answer: what is recommended, how sure that is, and what else there is to have.
+"""Answer of the planner: the recommended fleet, its certainty, and the alternatives.
 
-Invariant: it is said to hold only where every fresh seed that was asked for has been lived
-through; how sure it is rests on these alone, since a search picks what was lucky in its own.
-
-The frontier of cost against time, and how sure a share of seeds is.
-
-Invariant: no point of a frontier is as dear as another one and as slow, or worse in either.
+A plan holds only if all requested fresh seeds have run. Certainty is computed only from these,
+because a search selects candidates that were lucky in its own seeds. No point of the frontier is
+beaten in cost or time by another one without a disadvantage.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ Z_95 = 1.959964
 
 
 class Priced(Protocol):
-    """What has a cost and takes a time."""
+    """Item with a cost and a time."""
 
     @property
     def usd(self) -> float: ...
@@ -43,8 +40,10 @@ P = TypeVar("P", bound=Priced)
 
 
 def frontier(points: Iterable[P]) -> list[P]:
-    """Those that no other point beats, from the cheapest to the fastest; of points that are alike
-    the first. What never ends or has no price is on no frontier."""
+    """Return the points that no other point beats, from the cheapest to the fastest.
+
+    Points without an end or a price are left out.
+    """
     found: list[P] = []
     able = (one for one in points if math.isfinite(one.usd) and math.isfinite(one.finish_s))
     for one in sorted(able, key=lambda one: (one.usd, one.finish_s)):
@@ -55,7 +54,7 @@ def frontier(points: Iterable[P]) -> list[P]:
 
 @dataclass(frozen=True, slots=True)
 class SeedShare:
-    """`met` of `of` seeds, with the 95% interval of the share that all seeds would give."""
+    """Share of seeds that met the goal, with a 95% confidence interval."""
 
     met: int
     of: int
@@ -66,8 +65,10 @@ class SeedShare:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval, which is of use also where all or none met it (E. B. Wilson,
-        J. Am. Stat. Assoc. 22 (1927) 209-212)."""
+        """Return Wilson's score interval, which is also useful for shares of 0 and 1 (E.
+
+        B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209-212).
+        """
         if not self.of:
             return 0.0, 1.0
         n, p, z2 = self.of, self.value, Z_95**2
@@ -81,17 +82,19 @@ class SeedShare:
 
 
 REQUIRED_SHARE = 0.95
-"""The share of seeds in which a recommended fleet meets the goal."""
+"""Share of seeds in which a recommended fleet must meet the goal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer. `chosen` is recommended where it `holds`, else the nearest there is. Its outcomes
-    are of the `searched` seeds that it was chosen by; `fresh` are of seeds that nobody has chosen
-    by, `seeds` of them where all were lived through, and `failed` is how many others were put to
-    such seeds before and did not hold. `frontier` is from the cheapest to the fastest, over the
-    searched seeds, the latest of which counts as a point's finish; `chosen` is on it where it ever
-    ends. `waves` says that a Spot wave was added."""
+    """Answer of the planner.
+
+    `chosen` is recommended if it `holds`; otherwise it is the nearest candidate. It was chosen by
+    `searched` seeds. `fresh` has its results for other seeds, of which `seeds` are required.
+    `failed` is the number of candidates that did not hold before. `frontier` is sorted from the
+    cheapest to the fastest; the latest finish of the searched seeds counts. `waves` says whether a
+    Spot wave was added.
+    """
 
     scenario: Scenario
     goal: Goal
@@ -107,22 +110,22 @@ class Plan:
 
     @property
     def outcomes(self) -> tuple[TrialResult, ...]:
-        """What is told of: fresh seeds, and while there are none those of the search."""
+        """Return the results of the fresh seeds, or of the search if there are none."""
         return self.fresh or self.chosen.outcomes
 
     @property
     def met(self) -> SeedShare:
-        """Of the outcomes, those in which all is done in time and within the budget."""
+        """Return the share of results that meet the whole goal."""
         return self._share(self.goal.met)
 
     @property
     def in_time(self) -> SeedShare:
-        """Those that meet the deadline, at whatever cost."""
+        """Return the share of results that meet the deadline."""
         return self._share(self.goal.in_time)
 
     @property
     def in_budget(self) -> SeedShare | None:
-        """Those within the budget, however late; None where there is none."""
+        """Return the share of results within the budget, or None without a budget."""
         return None if self.goal.budget_usd is None else self._share(self.goal.in_budget)
 
     def _share(self, met: Callable[[TrialResult], bool]) -> SeedShare:
@@ -130,28 +133,28 @@ class Plan:
 
     @property
     def sure(self) -> bool:
-        """Whether the chosen fleet has lived through as many fresh seeds as were asked for."""
+        """Return whether all requested fresh seeds have run."""
         return len(self.fresh) == self.seeds
 
     @property
     def holds(self) -> bool:
-        """In as many fresh seeds as it takes, of all that were asked for."""
+        """Return whether enough of all fresh seeds meet the goal."""
         return self.sure and is_enough(self.met)
 
     @property
     def undone(self) -> int:
-        """In how many outcomes not all of the work was done."""
+        """Count the results with unfinished work."""
         return sum(not one.is_done for one in self.outcomes)
 
     @property
     def missed_waves(self) -> SeedShare:
-        """Of the outcomes that had a Spot wave, those in which it hit no instance."""
+        """Return the share of results whose Spot wave hit no instance."""
         had = [one.hit for one in self.outcomes if one.hit is not None]
         return SeedShare(had.count(False), len(had))
 
     @property
     def affordable(self) -> EvaluatedCandidate | None:
-        """The fastest on the frontier within the budget; None where none is, or without one."""
+        """Return the fastest point of the frontier within the budget, or None."""
         budget_usd = self.goal.budget_usd
         within = [
             one
@@ -162,13 +165,15 @@ class Plan:
 
     @property
     def planned(self) -> Scenario:
-        """The scenario with the chosen fleet and policy."""
+        """Return the scenario with the chosen fleet and policy."""
         return apply_candidate(self.scenario, self.chosen.candidate)
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
-        """Spot waves of the scenario that have no Spot instance to take from the chosen fleet: a
-        scenario that has both is refused."""
+        """Return the scenario's Spot waves that have no target in the chosen fleet.
+
+        A scenario with such a wave is invalid.
+        """
         on_spot = {one.pool for one in self.chosen.candidate.fleets if one.spot}
         return tuple(
             fault
@@ -179,7 +184,7 @@ class Plan:
 
     @property
     def assumed(self) -> list[str]:
-        """What the answer rests on, one sentence each."""
+        """Return the assumptions, one sentence each."""
         told = [
             "a run's time is from when its first job is due until its last one has ended",
             "its cost is at AWS's list prices, Spot at what is typical in the price book",
@@ -224,5 +229,5 @@ class Plan:
 
 
 def is_enough(share: SeedShare) -> bool:
-    """Whether so many are as good as all."""
+    """Return whether the share is large enough."""
     return share.met >= REQUIRED_SHARE * share.of - 1e-9

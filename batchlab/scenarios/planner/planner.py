@@ -1,8 +1,8 @@
-"""The deadline planner: fleets and policies tried in the simulator until the cheapest that is in
-time is found; and how sure that is, by seeds that the search has not seen.
+"""Deadline planner: search of the cheapest fleet and policy that meets a goal, with a confirmation
+by fresh seeds.
 
-Invariant: the answer depends on the scenario and its seed alone, not on how many processes looked
-for it. Whenever the search is ended, what is known by then holds.
+The answer depends only on the scenario and its seed, not on the number of processes. The best known
+answer is available whenever the search ends.
 """
 
 from __future__ import annotations
@@ -39,28 +39,30 @@ from batchlab.scenarios.planner.search_steps import (
 )
 
 SEARCH_SEEDS = 3
-"""Seeds that every serious candidate lives through; those that confirm the best come after them."""
+"""Seeds of every serious candidate. Confirmation uses later seeds."""
 GUIDED_SEEDS = 2
-"""The same where a sketch has made the choice before."""
+"""The same if the fast model has preselected the candidates."""
 MAX_CONFIRMATIONS = 4
-"""So many candidates may fail in fresh seeds before the search gives up being sure."""
+"""Maximum number of candidates that are confirmed."""
 FIRST_SEEDS = 4
-"""Fresh seeds with which a confirmation begins; the others follow where it has not failed yet."""
+"""Seeds of the first part of a confirmation. The rest run only if it has not failed."""
 EXPLORATION_SHARE = 0.75
-"""Of the runs that are not kept to confirm an answer, until a first one is there."""
+"""Share of the search runs that are used until there is a first answer."""
 MAX_RUNS = 300
 MAX_MODEL_RUNS = 500
-"""Runs that a sketch may make."""
+"""Maximum number of runs of the fast model."""
 MAX_ROUNDS = 4
-"""So often the sketch is held against the simulator, and asked again."""
+"""Maximum number of corrections of the fast model by the simulator."""
 PICKED_CANDIDATES = 3
-"""Candidates of a sketch that are simulated in each round, and as many beside them in the first
-one, along the frontier."""
+"""Candidates of the fast model that are simulated per round.
+
+The first round adds as many from the frontier.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchProgress:
-    """How far the search is: simulated runs, of at most `runs`, what it is at, and the best."""
+    """Progress of the search: simulated runs, the maximum, the phase, and the best candidate."""
 
     done: int
     runs: int
@@ -70,8 +72,10 @@ class SearchProgress:
 
 @dataclass(slots=True)
 class Search:
-    """A search, and what it knows so far. `seeds` is how many confirm the answer; `sketch` runs a
-    scenario roughly and quickly, and says what is worth simulating."""
+    """Search and its state.
+
+    `seeds` confirm the answer. `sketch` runs a scenario in the fast model to select candidates.
+    """
 
     scenario: Scenario
     goal: Goal
@@ -81,33 +85,32 @@ class Search:
     runs: int = MAX_RUNS
     sketch: Forecaster | None = None
     book: PriceBook = field(default_factory=price_book.load)
-    """Prices what a minimum costs until the deadline; `run` and `sketch` have theirs."""
+    """Price book for the cost of minimum sizes until the deadline."""
     told: Callable[[SearchProgress], None] = lambda _: None
     cut: str = ""
-    """Why it ended before it had tried all that it wanted to."""
+    """Reason why the search ended early."""
     real: Evaluations = field(init=False)
-    """What was simulated."""
+    """Evaluations in the simulator."""
     attempts: dict[Candidate, list[int]] = field(default_factory=dict)
-    """Who was to be confirmed, in this order, by which fresh seeds."""
+    """Candidates to confirm, in order, with their fresh seeds."""
     _trials: TrialRunner = field(init=False)
     _rough: Evaluations = field(init=False)
-    """The same in the sketch, where there is one."""
+    """Evaluations in the fast model, if there is one."""
 
     def __post_init__(self) -> None:
         if self.goal.deadline_s <= 0:
-            raise UsageError("A deadline of 0 s is met by nothing.", remedy="Write for example 6h.")
+            raise UsageError("A deadline of 0 s cannot be met.", remedy="Write for example 6h.")
         if self.runs <= self.seeds:
             raise UsageError(
-                f"Of {self.runs} runs none is left to search with: {self.seeds} seeds are to "
-                "confirm the answer, a run each.",
+                f"All of the {self.runs} runs are needed to confirm the answer with {self.seeds} "
+                "seeds, so none is left for the search.",
                 remedy=f"Give --runs more than {self.seeds}, or --seeds less than {self.runs}.",
             )
         self._trials = TrialRunner(
             self.scenario, self.goal, self.run, self.sketch, self.processes, self.book
         )
         searched = min(SEARCH_SEEDS if self.sketch is None else GUIDED_SEEDS, self.seeds)
-        # What it takes to be sure of the best is kept for the end, and something for the next one
-        # where that fails.
+        # Runs for the confirmation of the best candidate are reserved, and some for the next one.
         limit = max(1, int(EXPLORATION_SHARE * (self.runs - self.seeds)))
         self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
@@ -118,11 +121,11 @@ class Search:
 
     @property
     def done(self) -> int:
-        """Simulated runs."""
+        """Return the number of simulated runs."""
         return self.real.done
 
     def search(self) -> None:
-        """Look for it; what is found is in the answer, also where this is ended by an exception."""
+        """Run the search. The answer is available even if an exception ends it."""
         try:
             self._search()
         finally:
@@ -145,7 +148,7 @@ class Search:
         self._confirm(room)
 
     def _within(self, call: Callable[[], None]) -> None:
-        """As far as the runs allow."""
+        """Call until the limit of runs is reached."""
         try:
             call()
         except RunLimitReached:
@@ -158,8 +161,7 @@ class Search:
         self.told(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
 
     def _guided(self, start: Candidate, room: SizeLimits) -> None:
-        """Search in a sketch, simulate what is best there, put the sketch right by what is seen,
-        and search again."""
+        """Search in the fast model, simulate its best candidates, correct the model, and repeat."""
         self.real.phase = "a sketch of it"
         _until_run_limit(partial(self._rough.explore, start, room))
         edge = [one.candidate for one in frontier(self._rough.points())]
@@ -172,21 +174,23 @@ class Search:
                 return
 
     def _ask(self, room: SizeLimits) -> None:
-        """The sketch once more, by what is known of how far it is off."""
+        """Correct the fast model and search in it again."""
         self._put_right()
         self.real.phase = "a sketch of it"
         _until_run_limit(partial(self._rough.refine, room, STEP_SIZES[1:]))
         self._simulate(self._worth_it())
 
     def _simulate(self, candidates: Sequence[Candidate]) -> None:
-        """With one seed; then, but for those that others beat there, with all that count."""
+        """Simulate with one seed, and the best of them with all seeds."""
         self.real.phase = "the best of a sketch"
         looked = self.real.look(list(dict.fromkeys(candidates)))
         good = [*looked[: PICKED_CANDIDATES - 1], *frontier(looked)]
         self.real.measure([one.candidate for one in good], self.real.hard)
 
     def _worth_it(self) -> list[Candidate]:
-        """The best in the sketch that have not been simulated, no two of them alike."""
+        """Return the best candidates of the fast model that were not simulated, no two of them
+        similar.
+        """
         found: dict[tuple[float, float], Candidate] = {}
         for point in self._rough.ranked():
             kind = (
@@ -199,7 +203,7 @@ class Search:
         return [one for one in found.values() if not self.real.known.get(one)][:PICKED_CANDIDATES]
 
     def _put_right(self) -> None:
-        """What is asked of the sketch is to mean in the simulator what was asked for."""
+        """Scale the goal of the fast model by its measured errors."""
         pairs = [
             (found, self._rough.known[candidate][index])
             for candidate, outcomes in self.real.known.items()
@@ -216,8 +220,10 @@ class Search:
         )
 
     def _confirm(self, room: SizeLimits) -> None:
-        """Put the best to seeds that nobody has chosen by, and where it fails there the next one to
-        others."""
+        """Confirm the best candidate with fresh seeds.
+
+        If it fails, confirm the next one with others.
+        """
         while (best := self._candidate()) is not None:
             self.real.phase = f"being sure over {self.seeds} fresh seeds"
             first = SEARCH_SEEDS + len(self.attempts) * self.seeds
@@ -231,21 +237,21 @@ class Search:
                 or len(self.attempts) == MAX_CONFIRMATIONS
             ):
                 return
-            # What failed there had good luck before: all others have to pass that seed too.
+            # The failed candidate was lucky before, so all others must pass the failed seed too.
             self.real.phase = "a seed that is harder"
             self._within(partial(self._again, room, missed))
             if self.done + self.seeds > self.runs:
                 return
 
     def _candidate(self) -> EvaluatedCandidate | None:
-        """The best that was not to be confirmed before; None where nothing else meets the goal."""
+        """Return the best candidate that was not confirmed before, or None."""
         left = [one for one in self.real.ranked() if one.candidate not in self.attempts]
         if not left or (self.attempts and not self.real.meets(left[0])):
             return None
         return left[0]
 
     def _missed(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
-        """The index of the seed that was worst, where it misses the goal once too often."""
+        """Return the index of the worst seed if too many seeds miss the goal."""
         for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
             outcomes = self.real.known[candidate]
@@ -259,8 +265,7 @@ class Search:
         return None
 
     def _again(self, room: SizeLimits, missed: int) -> None:
-        """From now on that seed counts, too: one after another is put to it until one passes; and
-        there may be better ones for it."""
+        """Add the failed seed: run candidates with it until one passes, then refine."""
         rivals = self.real.ranked()
         self.real.hard.append(missed)
         for one in rivals:
@@ -278,7 +283,7 @@ class Search:
         self._ask(room)
 
     def answer(self) -> Plan | None:
-        """What is known; None where not one candidate is."""
+        """Return the plan, or None if no candidate has a result."""
         chosen, fresh = self._chosen()
         if chosen is None:
             return None
@@ -286,7 +291,7 @@ class Search:
             one
             for one in self.real.points()
             if one.candidate != chosen.candidate
-            # Of what is hardly better the simpler one was taken, and stands for it.
+            # The simpler of nearly equal candidates was chosen and represents them.
             and not (one.usd <= chosen.usd and one.finish_s <= chosen.finish_s)
         )
         return Plan(
@@ -305,7 +310,7 @@ class Search:
         )
 
     def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
-        """Who was confirmed, else who came nearest to it; with the fresh seeds it has seen."""
+        """Return the confirmed or nearest candidate with its fresh results."""
         found = []
         for candidate, indices in self.attempts.items():
             outcomes = self.real.known[candidate]
@@ -322,7 +327,7 @@ class Search:
 
 
 def _until_run_limit(call: Callable[[], None]) -> None:
-    """A sketch that may not go on has told enough."""
+    """Call until the limit of runs of the fast model is reached."""
     try:
         call()
     except RunLimitReached:

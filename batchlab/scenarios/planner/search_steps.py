@@ -1,11 +1,7 @@
-"""Which candidates to try next: a coarse grid at first, then steps from the best, ever smaller.
+"""Search of candidates: a coarse grid, growth, and ever smaller steps from the best candidate.
 
-Invariant: pure and without chance; the same outcomes lead to the same candidates in the same order.
-
-How candidates are sought: a coarse look, growth, and steps from the best, ever smaller.
-
-Invariant: which are tried follows from what earlier ones came to, and from nothing else: no tie
-goes to the faster process.
+The search is deterministic: the same results lead to the same candidates in the same order,
+independent of the speed of processes.
 """
 
 from __future__ import annotations
@@ -27,18 +23,19 @@ from batchlab.scenarios.planner.candidates import (
 from batchlab.scenarios.planner.plan import frontier
 
 SIZE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
-"""Multiples of what would do all work within the deadline if there were nothing else."""
+"""Multiples of the size that would do all work within the deadline without overhead."""
 DRAIN_SHARES = (0.6, 0.25, 0.08)
-"""Shares of the deadline that are tried as a drain target."""
+"""Drain targets as shares of the deadline."""
 MIN_DRAIN_S = 1.0
 MIN_PREWARM_S = 60.0
-"""Pre-warmed capacity stays so long at least; from then on the backlog speaks for itself."""
+"""Minimum duration of prewarming."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """What is known of the work, by pool: `needed` instances do it within the deadline if they
-    never idle, more than `useful` have nothing to do. `slots` an instance."""
+    """Sensible sizes of each pool: `needed` instances finish by the deadline if they are always
+    busy, and more than `useful` instances would be idle.
+    """
 
     needed: Mapping[str, int]
     useful: Mapping[str, int]
@@ -46,7 +43,7 @@ class SizeLimits:
 
     @classmethod
     def of(cls, scenario: Scenario, shown: TrialResult, deadline_s: float) -> SizeLimits:
-        """By the run of the scenario as it is."""
+        """Derive the limits from the run of the unchanged scenario."""
         needed, useful = {}, {}
         for plan in scenario.pools:
             name, slots = plan.pool.name, plan.pool.slots
@@ -61,7 +58,7 @@ class SizeLimits:
 
 
 def round_to_two_digits(number: float) -> float:
-    """To two digits that count: nobody writes a drain target of 437.29 s."""
+    """Round to two significant digits."""
     if number <= 0:
         return 0.0
     digits = 1 - math.floor(math.log10(number))
@@ -69,7 +66,7 @@ def round_to_two_digits(number: float) -> float:
 
 
 def scale_pools(start: Candidate, room: SizeLimits, factor: float) -> Candidate:
-    """All pools with `factor` times what they need, as far as that is of use."""
+    """Scale all pools to `factor` times their needed size, up to the useful size."""
 
     def with_size(fleet: PoolConfig) -> PoolConfig:
         most = math.ceil(factor * room.needed[fleet.pool] - 1e-9)
@@ -83,7 +80,7 @@ def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
 
 
 def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate:
-    """With these fleets, no more pre-warmed than they may have and no less than they always do."""
+    """Replace the pools and limit prewarming to sizes between their minimum and maximum."""
     made = tuple(fleets)
     of = {fleet.pool: fleet for fleet in made}
     warm = (
@@ -94,7 +91,7 @@ def _fit_prewarming(start: Candidate, fleets: Iterable[PoolConfig]) -> Candidate
 
 
 def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[Candidate]:
-    """The grid to begin with."""
+    """Return the initial grid of candidates."""
     drains = [
         start.drain_s,
         *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES),
@@ -108,8 +105,11 @@ def coarse_grid(start: Candidate, room: SizeLimits, deadline_s: float) -> list[C
 
 
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Each with none, half and all of its instances on Spot: a larger fleet of Spot may be cheaper
-    than a smaller one without, and no step from the one leads to the other."""
+    """Return each candidate with 0%, 50%, and 100% Spot.
+
+    A larger Spot fleet may be cheaper than a smaller fleet without Spot, and small steps do not
+    lead from one to the other.
+    """
     return [
         replace(one, fleets=tuple(replace(fleet, spot=share) for fleet in one.fleets))
         for one in candidates
@@ -118,15 +118,17 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def double_size(start: Candidate, room: SizeLimits) -> Candidate | None:
-    """Twice as large, where that is of use; None where it is not."""
+    """Double the sizes up to the useful size, or return None."""
     fleets = [with_max_size(f, min(room.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
     made = _fit_prewarming(start, fleets)
     return None if made == start else made
 
 
 def neighbors(best: Candidate, room: SizeLimits, step: float) -> list[Candidate]:
-    """Candidates next to `best`; `step` is the share by which numbers are changed, 0.5 for a
-    first look and ever smaller then."""
+    """Return candidates near `best`.
+
+    `step` is the relative change, 0.5 at first and then smaller.
+    """
     made = [
         *_size_changes(best, room, step),
         *_drain_changes(best, step),
@@ -177,8 +179,7 @@ def _spot_changes(best: Candidate, step: float) -> Iterator[Candidate]:
 
 
 def _size_and_spot_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
-    """More instances and more of them on Spot, which makes up for what a wave takes; and the other
-    way round."""
+    """Change sizes and Spot shares together: more instances compensate for a Spot wave."""
     for sign in (1, -1):
         for share in (step, 2 * step):
             for extra in (1, 2):
@@ -198,8 +199,9 @@ def _minimum_changes(best: Candidate, step: float) -> Iterator[Candidate]:
 
 
 def _prewarm_changes(best: Candidate, room: SizeLimits, step: float) -> Iterator[Candidate]:
-    """Without, with less and more of each that there is, and where a pool has none the first one,
-    so early that it is there when the backlog rises."""
+    """Remove, shrink, or grow each prewarming, and add the first one of a pool, early enough for
+    its rise.
+    """
     for i, one in enumerate(best.prewarm):
         others = (*best.prewarm[:i], *best.prewarm[i + 1 :])
         yield replace(best, prewarm=others)
@@ -229,7 +231,7 @@ def _sorted_prewarms(*warm: Prewarm) -> tuple[Prewarm, ...]:
 
 
 def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
-    """So many of them, evenly, with the first and the last."""
+    """Pick `number` of them evenly, including the first and the last."""
     if len(points) <= number:
         return list(points)
     steps = [round(i * (len(points) - 1) / (number - 1)) for i in range(number)]
@@ -238,22 +240,25 @@ def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
 
 STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
 PROMOTED_CANDIDATES = 8
-"""Candidates of the coarse look that are taken beyond the first seed; of each later round half as
-many."""
+"""Candidates of the coarse grid that run with more than one seed.
+
+Later rounds take half as many.
+"""
 USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
-"""Costs and times that differ by less are the same to whoever has to choose."""
+"""Relative differences of costs and times below which candidates count as equal."""
 
 
 class RunLimitReached(Exception):
-    """The search has made as many runs as it may."""
+    """The search has used all of its runs."""
 
 
 @dataclass(slots=True)
 class Evaluations:
-    """The candidates that were tried in one way, and what they came to.
+    """Candidates that were evaluated in one way, with their results.
 
-    `hard` are indices of the seeds that all serious candidates must pass; the first is for a first
-    look, in which most are dropped. `limit` is how many runs may be made."""
+    `hard` has the indexes of the seeds that serious candidates must pass. The first seed is for
+    preselection. `limit` is the maximum number of runs.
+    """
 
     trials: TrialRunner
     goal: Goal
@@ -263,11 +268,11 @@ class Evaluations:
     phase: str = ""
     told: Callable[[], None] = lambda: None
     known: dict[Candidate, dict[int, TrialResult]] = field(default_factory=dict)
-    """By candidate and index of the seed."""
+    """Results by candidate and seed index."""
     done: int = 0
 
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
-        """Run what is not known yet; RunLimitReached."""
+        """Run the missing trials. Raise RunLimitReached at the limit."""
         wanted = [
             (candidate, index)
             for candidate in dict.fromkeys(candidates)
@@ -275,7 +280,7 @@ class Evaluations:
             if index not in self.known.get(candidate, {})
         ]
         for candidate, _ in wanted:
-            # In this order, and not in that in which processes come back: ties go to the first.
+            # Candidates are inserted in this order, because ties go to the first one.
             self.known.setdefault(candidate, {})
         may = wanted[: max(0, self.limit - self.done)]
         trials = [self.trials.trial(*one, rough=self.rough) for one in may]
@@ -291,7 +296,7 @@ class Evaluations:
         return EvaluatedCandidate(candidate, tuple(outcomes[i] for i in indices))
 
     def points(self) -> list[EvaluatedCandidate]:
-        """All that have been through the seeds that count; while there are none, through fewer."""
+        """Return the candidates with results for all seeds, or for as many as possible."""
         for count in range(len(self.hard), 0, -1):
             indices = self.hard[:count]
             found = [
@@ -310,9 +315,10 @@ class Evaluations:
         return point.met(self.goal) == len(point.outcomes)
 
     def rank(self, point: EvaluatedCandidate) -> tuple[float, ...]:
-        """The less the better: what meets the goal by its cost, of what costs the same the faster,
-        of those the simpler one; then likewise what is in time and too dear; then by how late it
-        is, and by how much is not done at all."""
+        """Return a sort key. Candidates that meet the goal come first, by cost, time, and
+        simplicity. Then come those in time but too expensive, and then the others by lateness and
+        unfinished work.
+        """
         usd, finish_s = (
             tolerance_class(point.usd, USD_TOLERANCE),
             tolerance_class(point.finish_s, TIME_TOLERANCE),
@@ -327,11 +333,11 @@ class Evaluations:
         return sorted(self.points(), key=self.rank)
 
     def best(self) -> EvaluatedCandidate | None:
-        """The cheapest that meets the goal in all seeds that count, else what comes nearest."""
+        """Return the cheapest candidate that meets the goal in all seeds, or the nearest one."""
         return min(self.points(), key=self.rank, default=None)
 
     def explore(self, start: Candidate, room: SizeLimits) -> None:
-        """All of it, from nothing; RunLimitReached."""
+        """Run a complete search. Raise RunLimitReached at the limit."""
         self.phase = "a coarse look"
         grid = coarse_grid(start, room, self.goal.deadline_s)
         looked = self.look(grid)
@@ -344,13 +350,14 @@ class Evaluations:
         self.refine(room, STEP_SIZES)
 
     def look(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
-        """Each with the first seed, the best first."""
+        """Evaluate with the first seed and sort, the best first."""
         self.measure(candidates, self.hard[:1])
         return sorted((self.point(one, self.hard[:1]) for one in candidates), key=self.rank)
 
     def _best_of_each_size(self, looked: Sequence[EvaluatedCandidate]) -> list[EvaluatedCandidate]:
-        """The best of each size that a fleet really had, of those in time; the best of all where
-        none is."""
+        """Return the best candidate of each observed fleet size that is in time, or the overall
+        best.
+        """
         found: dict[int, EvaluatedCandidate] = {}
         for point in looked:
             found.setdefault(point.peak, point)
@@ -358,7 +365,7 @@ class Evaluations:
         return [one for one in sizes if self.in_time(one)][:PROMOTED_CANDIDATES] or sizes[:1]
 
     def _grow(self, room: SizeLimits) -> None:
-        """Twice as large again while nothing is in time and it still gets faster."""
+        """Double the fleet while no candidate is in time and it still gets faster."""
         while (best := self.best()) is not None and not self.in_time(best):
             more = double_size(best.candidate, room)
             if more is None or more in self.known:
@@ -368,10 +375,13 @@ class Evaluations:
                 return
 
     def refine(self, room: SizeLimits, steps: Sequence[float]) -> None:
-        """Steps from the best; RunLimitReached."""
+        """Search around the best candidate with decreasing steps.
+
+        Raise RunLimitReached at the limit.
+        """
         for step in steps:
             self.phase = f"steps of {step:.0%} from the best"
-            # From a better place there may be a still better one as far away, but not for ever.
+            # A better candidate may have another good neighbor at the same distance.
             for _ in range(2):
                 before = self.best()
                 assert before is not None
@@ -385,7 +395,7 @@ class Evaluations:
 
 
 def tolerance_class(number: float, factor: float) -> float:
-    """The same for numbers that are nearly the same; in their order."""
+    """Return a number that is equal for nearly equal numbers and keeps their order."""
     if not 0 < number < math.inf:
         return -math.inf if number <= 0 else number
     return float(math.floor(math.log(number) / math.log(factor)))

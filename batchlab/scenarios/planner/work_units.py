@@ -1,9 +1,7 @@
-"""A scenario's jobs cut into pieces of work, for a sketch of a run.
+"""Work units of a scenario's jobs for the fast model, and the model's state.
 
-Invariant: the same tasks with the same times as in the simulator. Short neighbours are one piece, a
-long task is its own, so that a tail stays one.
-
-What a sketch keeps of its instances and jobs, and how it tells of them.
+Tasks and times are those of the simulator. Short neighbors form one unit, and a long task is its
+own unit, so that long tails stay visible.
 """
 
 from __future__ import annotations
@@ -27,15 +25,17 @@ from batchlab.scenarios.model.values import (
 from batchlab.scenarios.record import JobRun, StageRun
 
 TARGET_UNITS = 20_000
-"""About so many pieces are made of all work, where there are more tasks."""
+"""Approximate number of units for all work, if there are more tasks."""
 MAX_FAILURE_SHARE = 0.9
-"""Of a stage whose attempts nearly all fail nobody knows how often they are made."""
+"""Upper limit of the failure share in the estimate of attempts."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """Tasks of one stage that run one after another in the same slots. `run_s` is what they take
-    together, `bundles` in how many bundles the grid would run them."""
+    """Tasks of one stage that run one after another in the same slots.
+
+    `run_s` is their total time, and `bundles` the number of bundles on a real grid.
+    """
 
     job: int
     stage: int
@@ -47,14 +47,14 @@ class WorkUnit:
 
 @dataclass(frozen=True, slots=True)
 class JobWork:
-    """One job; `stages` has the pieces of each of its template's stages."""
+    """One job. `stages` has the units of each stage."""
 
     job: Job
     stages: tuple[tuple[WorkUnit, ...], ...]
 
 
 def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[JobWork, ...]:
-    """All jobs, cut."""
+    """Split all jobs into units."""
     total_s = 0.0
     for job in schedule.jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
@@ -93,8 +93,10 @@ def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) ->
 
 
 def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
-    """Of each stage the first one of those that it is joined with item by item, on whatever way: a
-    piece that follows several waits for the same items of each."""
+    """Return for each stage the first stage that it is joined with item by item.
+
+    A unit that follows several stages waits for the same items of each.
+    """
     base = list(range(len(stages)))
     places = {stage.name: n for n, stage in enumerate(stages)}
     for number, stage in enumerate(stages):
@@ -127,7 +129,7 @@ def _work_units(
 
 @dataclass(slots=True, eq=False)
 class ModelInstance:
-    """An instance; so many slots of it are `free`."""
+    """Instance with `free` slots."""
 
     name: str
     pool: ModelPool
@@ -140,28 +142,26 @@ class ModelInstance:
 
 @dataclass(slots=True, eq=False)
 class ModelPool:
-    """A pool's group."""
-
     pool: Pool
     desired: int
     alive: dict[str, ModelInstance] = field(default_factory=dict)
     open: dict[str, ModelInstance] = field(default_factory=dict)
-    """Those that have a slot free."""
+    """Instances with free slots."""
     ready: dict[int, dict[int, deque[WorkUnit]]] = field(default_factory=dict)
-    """By priority and job, whose turn it is first: pieces that can run."""
+    """Ready units by priority and job, in order of turns."""
     shrunk_s: float | None = None
     idle_since_s: float | None = None
 
 
 @dataclass(slots=True)
 class StageProgress:
-    """Of one job: what of it is done."""
+    """Progress of a stage of one job."""
 
     planned: bool
     left: int
     pieces: int
     waits: list[int]
-    """For each piece how many others must be done first."""
+    """For each unit, the number of units that it waits for."""
     began_s: float | None = None
     done: int = 0
     done_s: float = 0.0
@@ -169,7 +169,7 @@ class StageProgress:
 
 @dataclass(slots=True)
 class JobProgress:
-    """What of a job is done."""
+    """Progress of a job."""
 
     work: JobWork
     stages: list[StageProgress]
@@ -178,7 +178,7 @@ class JobProgress:
 
 
 def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[StageRun]:
-    """By template and stage."""
+    """Yield the totals by template and stage."""
     sums: dict[tuple[str, int], tuple[int, int, float]] = {}
     for work in split_jobs:
         for number, pieces in enumerate(work.stages):
@@ -204,8 +204,10 @@ def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[St
 
 
 def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
-    """Those whose tasks are known from the beginning: of what gathers, and of what follows such a
-    stage, nobody knows them before all that is gathered is done."""
+    """Return the stages whose tasks are known at the start.
+
+    The tasks of a gather and of its followers are known only after the gathered tasks.
+    """
     found: set[str] = set()
     for stage in stages:
         if stage.gather is None and found.issuperset(stage.after):
@@ -214,7 +216,7 @@ def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
 
 
 def end_times_s(scenario: Scenario) -> list[float]:
-    """When each pre-warming and each fault is over: a run is not over before."""
+    """Return the end times of prewarmings and faults. A run lasts at least until then."""
     found = [warm.until_s for warm in scenario.prewarm]
     for fault in scenario.faults:
         lasts_s = fault.for_s if fault.name in LASTING_FAULTS else 0.0
@@ -225,7 +227,7 @@ def end_times_s(scenario: Scenario) -> list[float]:
 
 
 def job_run(job: JobProgress) -> JobRun:
-    """As a record has it."""
+    """Return the job for the record."""
     of, deadline_s = job.work.job, job.work.job.template.deadline_s
     done = sum(stage.done for stage in job.stages)
     state = JobState.RUNNING if job.ended_s is None else JobState.SUCCEEDED

@@ -1,1 +1,1 @@
-"""A scenario lived through in real time, on a real grid."""
+"""Runs of a scenario in real time on a real grid."""

@@ -1,10 +1,7 @@
-"""From what was measured of a run to its record.
+"""Record of a replay, and the run's cost.
 
-Invariant: what could not be asked any more is left open in the record, never guessed.
-
-What a run has cost, or would have on AWS: the grid's own account, its beginning taken away.
-
-Invariant: prices and reckoning are those of `batchlab cost bill`.
+Values that could not be read are left empty. The cost uses the grid's own account and the prices
+and calculation of `batchlab cost bill`.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RunCost:
-    """`usd` at list prices with its lines by what they are for."""
+    """Cost at list prices, with its parts by purpose."""
 
     usd: float
     items: Mapping[str, float]
@@ -52,8 +49,10 @@ def compute_cost(
     backend: Backend,
     book: PriceBook,
 ) -> RunCost:
-    """What a run came to that began with the account `before` and ended with `after`. But for AWS
-    itself, where they are what was bought, instances count as the pools' types and Spot shares."""
+    """Compute the cost between two accounts.
+
+    Except on AWS, instances count with the types and Spot shares of the scenario's pools.
+    """
     plans = {plan.pool.name: plan for plan in pools}
     used = _difference(before, after)
     if not backend.capabilities.billed:
@@ -69,8 +68,9 @@ def compute_cost(
 
 
 def wasted_s(before: Account, after: Account) -> float:
-    """Slot seconds between the two of attempts that failed, and of runs that went with their
-    instance."""
+    """Return the wasted slot seconds between two accounts: failed attempts, and executions lost
+    with their instance.
+    """
     return _wasted_s(after) - _wasted_s(before)
 
 
@@ -93,7 +93,10 @@ def _subtract(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, fl
 
 
 def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
-    """Instance seconds by what the scenario would buy; of what was Spot already, as it was."""
+    """Return the instance seconds by the planned types and Spot shares.
+
+    Spot Instances stay as they are.
+    """
     found: dict[Kind, float] = {}
 
     def add(kind: Kind, seconds: float) -> None:
@@ -119,9 +122,9 @@ def _by_what(found: Bill) -> dict[str, float]:
 
 
 AT_ONCE = 4
-"""Accounts of jobs that are asked for at the same time."""
+"""Maximum number of parallel requests for accounts of jobs."""
 LAST_S = 10.0
-"""So long the manager's last answer is waited for."""
+"""Timeout of the last requests to the manager."""
 
 
 async def build_record(
@@ -134,8 +137,7 @@ async def build_record(
     objects: Objects,
     patience: Patience,
 ) -> Record:
-    """The record of a run that has come to its end; `before` is the grid's account at its
-    beginning."""
+    """Build the record of a run that has ended. `before` is the grid's account at its start."""
     after = await _account(link, list(course.running))
     cut = course.cut
     try:
@@ -145,7 +147,7 @@ async def build_record(
         cut = cut or f"What its tasks came to cannot be read: {error.message}"
     scenario = course.scenario
     kinds = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
-    # Where machines do not differ they count as what the scenario asks for, as in their cost.
+    # Instances without a type count with the pool's type, as in their cost.
     instances = tuple(
         replace(one, type=one.type or kinds.get(one.pool, "")) for one in sampler.instances()
     )
@@ -188,8 +190,9 @@ async def build_record(
 
 
 async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | None:
-    """The grid's account, and in it what attempts of these jobs came to nothing: that is in the
-    jobs' own accounts only. None where the manager does not answer."""
+    """Return the grid's account, with the wasted attempts of these jobs, which only the jobs' own
+    accounts have. Return None if the manager does not answer.
+    """
     room = asyncio.Semaphore(AT_ONCE)
 
     async def of_job(job: str) -> AccountView | None:
@@ -223,12 +226,12 @@ def _run_cost(
     try:
         book = price_book.load(home.path)
     except UsageError:
-        return None  # no price book can be read, and without one there is no cost
+        return None  # without a readable price book, there is no cost
     return compute_cost(before, after, stages, course.scenario.pools, backend, book)
 
 
 def job_run(one: SubmittedJob, begun_s: float) -> JobRun:
-    """One job as a record has it."""
+    """Return the job for the record."""
     view, due = one.view, one.due
     stages = {stage.name: stage.after for stage in due.template.stages}
     deadline_s = due.template.deadline_s

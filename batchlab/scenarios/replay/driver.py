@@ -1,7 +1,6 @@
-"""A scenario in real time on a grid that is up: submitted when it is due, watched to its end.
+"""Replay of a scenario in real time on a running grid.
 
-Invariant: whatever ends a replay, what was measured so far becomes a record, and of its jobs none
-goes on: those that have not ended are cancelled.
+A replay always ends with a record of its measurements. Its unfinished jobs are canceled.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from batchlab.scenarios.replay.run import Injector, ReplayRun
 from batchlab.scenarios.replay.run_state import ManagerConnection, ReplayProgress, RunState
 
 AWAY_S = 120.0
-"""So long a manager may be away, beyond what the scenario does to it."""
+"""Time that a manager may be absent, beyond the scenario's faults."""
 QUIET_S = 15.0
-"""So long jobs of an earlier run may take to end."""
+"""Time in which jobs of an earlier run must end."""
 SPARE_S = 300.0
-"""What a replay may take beyond twice the time that all its work takes on the whole fleet."""
+"""Time that a replay may take beyond twice the time of its work on the whole fleet."""
 
 
 _HOW = "Take it down with `batchlab grid down`, or name another folder with --home."
@@ -41,7 +40,7 @@ _CLOSE = 1e-6
 
 
 def policy_settings(policy: Policy) -> Mapping[str, float]:
-    """What the scenario asks of the manager, by the manager's own names."""
+    """Return the scenario's policy with the manager's setting names."""
     named = {
         "drain_target_s": policy.drain_target_s,
         "cooldown_in_s": policy.cooldown_in_s,
@@ -51,8 +50,10 @@ def policy_settings(policy: Policy) -> Mapping[str, float]:
 
 
 def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
-    """Refused where the grid's pools or its policy are others than the scenario's. Pools that only
-    the grid has stand by."""
+    """Check the grid's pools and policy against the scenario.
+
+    Raise Refused if they differ. Other pools of the grid are ignored.
+    """
     remedy = _STACK if deployed else _HOW
     there = {pool["name"]: pool for pool in grid["pools"]}
     for plan in scenario.pools:
@@ -86,7 +87,7 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
 
 
 def check_idle(active: Sequence[JobView]) -> None:
-    """Refused where the grid has other work to do: it would be measured along."""
+    """Raise Refused if the grid has other jobs, because they would be measured too."""
     if active:
         others = f" and {len(active) - 1} others" if len(active) > 1 else ""
         raise Refused(
@@ -101,8 +102,9 @@ def _describe_pool(least: int, most: int, slots: int) -> str:
 
 
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
-    """When a replay ends at the latest unless told otherwise, in seconds of the run: twice what
-    its work takes on the whole fleet after the last arrival, and some time to spare."""
+    """Return the default time limit of a replay in run seconds: twice the time of its work on the
+    whole fleet after the last arrival, plus spare time.
+    """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
     for job in jobs:
@@ -124,8 +126,7 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
 
 
 async def _wait_until_idle(link: ManagerConnection) -> None:
-    """Wait until the grid has nothing else to do: what an earlier run has cancelled ends as soon
-    as there is a grid again. Refused where it does not."""
+    """Wait until canceled jobs of an earlier run have ended. Raise Refused on a timeout."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + QUIET_S
     while active := await link.call(lambda client: client.jobs(active=True)):
@@ -146,12 +147,12 @@ async def replay(
     stop: asyncio.Event | None = None,
     progress: Callable[[ReplayProgress], None] = lambda _: None,
 ) -> Record:
-    """ReplayRun the scenario, compressed already, on the grid that is up in `home`, and measure it.
+    """Run the compressed scenario on the grid in `home` and measure it.
 
-    `limit` ends it (seconds of the run; see `limit_s`), and so does `stop`: then `cut` of the
-    record says so. `injector` is called for one where the scenario has faults. Refused where the
-    grid's pools or policy are others than the scenario's, or it has other work; UsageError for a
-    job that the grid does not take; BackendError where the manager stays away before the run.
+    `limit` (run seconds, see `limit_s`) or `stop` ends the run early; the record's `cut` then has
+    the reason. `injector` creates the injector of the scenario's faults. Raise Refused if the grid
+    differs from the scenario or has other work, UsageError for a job that the grid refuses, and
+    BackendError if the manager stays absent before the run.
     """
     seed = scenario.seed if seed is None else seed
     schedule = expand(scenario, seed)

@@ -1,7 +1,6 @@
-"""A scenario's jobs as the grid runs them: stand-ins with the times that were drawn, or real work.
+"""Jobs of a replay: stand-ins with the drawn times, or real work.
 
-Invariant: payload before pointer. What a job names is in the bucket before it is due, so that its
-submission is one request.
+All objects of a job are in the bucket before it is due, so that its submission is one request.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from batchlab.worker import code_cache
 
 HANDLER = "standins:work"
 SCENARIO_TAG = "scenario"
-"""The tag that says which scenario it is of."""
+"""Tag of a job with the name of its scenario."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedJob:
-    """A job that can be submitted, and its items where they go along."""
+    """Job that is ready for submission, with its items if they are sent along."""
 
     due: Job
     job: JobDef
@@ -41,8 +40,10 @@ class PreparedJob:
 
 
 class JobPreparer:
-    """Makes the jobs of one run. `run` tells it from other runs of the same scenario: their jobs
-    are others, though their times are the same."""
+    """Preparation of the jobs of one run.
+
+    `run` distinguishes them from those of other runs of the same scenario.
+    """
 
     def __init__(
         self,
@@ -64,8 +65,10 @@ class JobPreparer:
         self._files: dict[Path, tuple[api.JobFile, tuple[bytes, str]]] = {}
 
     async def prepare(self, due: Job) -> PreparedJob:
-        """Everything but the submission. JobFileErrors where a template's real work has no job
-        file that can be read; UsageError, BackendError."""
+        """Prepare a job for submission.
+
+        Raise JobFileErrors for a template without a readable job file, UsageError, or BackendError.
+        """
         if due.template.file:
             return await self._real(due, due.template.file)
         template = due.template
@@ -109,7 +112,7 @@ class JobPreparer:
     async def _code(self) -> str:
         key = code_cache.key(self._packed)
         if key not in self._stored:
-            with suppress(AlreadyExists):  # named by its content
+            with suppress(AlreadyExists):  # the name is a content hash
                 await self._patience(partial(self._objects.put, key, self._packed, if_absent=True))
             self._stored.add(key)
         return key
@@ -130,13 +133,13 @@ class JobPreparer:
         tags = {**dict(job.tags), **dict(self._tags(due))}
         template = due.template
         job = replace(job, tags=tuple(tags.items()), priority=template.priority or job.priority)
-        if template.max_failures:  # else what the job file says
+        if template.max_failures:  # otherwise the job file's limit applies
             job = replace(job, max_failures=template.max_failures, max_failures_percent=False)
         return PreparedJob(due, job)
 
 
 def stage_def(stage: StageTemplate) -> StageDef:
-    """The stage as a job has it."""
+    """Return the stage's definition."""
     return StageDef(
         StageName(stage.name),
         tuple(StageName(name) for name in stage.after),
@@ -155,7 +158,10 @@ def _gathers_by_key(stage: StageTemplate) -> bool:
 
 
 def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
-    """The stages that follow `name` item by item, directly or not: they have as many tasks."""
+    """Return the stages that follow `name` item by item, directly or indirectly.
+
+    They have the same number of tasks.
+    """
     fed, found = {name}, []
     for stage in template.stages:
         if stage.gather is None and fed.intersection(stage.after):
@@ -165,7 +171,7 @@ def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
 
 
 def job_items(seed: int, due: Job) -> Iterator[Json]:
-    """The items of the root stages, in task order."""
+    """Yield the items of the root stages in task order."""
     template = due.template
     roots = [stage for stage in template.stages if not stage.after]
     fed = {one.name: one for root in roots for one in (root, *item_followers(template, root.name))}
@@ -175,7 +181,7 @@ def job_items(seed: int, due: Job) -> Iterator[Json]:
 
 
 def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
-    """What the stand-ins are told of each stage (see standins)."""
+    """Return the stand-ins' parameters of each stage (see standins)."""
     template = due.template
     counts = expansion.stage_sizes(template, due.tasks)
     shapes: dict[str, Any] = {}
@@ -183,7 +189,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
         passes = item_followers(template, stage.name)
         shape: dict[str, Any] = {
             "kind": stage.kind.value,
-            # Half of the limit: the interpreter needs its share.
+            # The interpreter needs the other half of the limit.
             "hold": stage.memory_bytes // 2 if stage.memory_bytes else None,
             "passes": [one.name for one in passes],
             "groups": {
@@ -203,7 +209,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
 
 
 def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
-    """What each task of a stage is told: seconds, the attempts that fail, whether it kills."""
+    """Return each task's entry: seconds, failing attempts, and whether it kills its worker."""
     seconds = expansion.task_times_s(seed, due, stage, TaskSet.span(0, count))
     attempts = range(1, stage.retry.attempts + 1) if stage.fails else ()
     return [
@@ -217,8 +223,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
 
 
 def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
-    """What each of these tasks of a stage should take by the scenario; nothing where it has no such
-    stage."""
+    """Return the declared time of each task, or nothing for an unknown stage."""
     for one in due.template.stages:
         if one.name == stage:
             return dict(zip(tasks, expansion.task_times_s(seed, due, one, tasks), strict=True))

@@ -1,6 +1,6 @@
-"""What came of a run's jobs, read from what the grid has committed: task times, lost, duplicates.
+"""Measurements of a run's jobs from the committed outcomes: task times, lost tasks, and duplicates.
 
-Invariant: read from the bucket and not from the ledger, so that what the ledger says is judged too.
+They are read from the bucket, so that errors of the ledger are found too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from batchlab.scenarios.replay.jobs import declared_s
 
 READ_AT_ONCE = 16
 JOBS_AT_ONCE = 8
-"""Jobs whose outcomes are held in memory together."""
+"""Jobs whose outcomes are in memory at the same time."""
 SAMPLE_SIZE = 200
-"""Task times that a record keeps of a stage."""
+"""Number of task times per stage in a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedJob:
-    """A job of the run as the manager has shown it last. `due` is what the scenario says of it,
-    None where it is of none."""
+    """Job of the run with its latest view. `due` is the scenario's job, or None."""
 
     template: str
     view: JobView
@@ -43,7 +42,7 @@ class ObservedJob:
 
 @dataclass(slots=True)
 class StageTotals:
-    """All bundles of a stage of one template together; `slots` are those of a task."""
+    """Totals of a stage of one template. `slots` are those of a task."""
 
     pool: str
     slots: int
@@ -60,15 +59,14 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Measurements:
-    """What the outcomes of a run's jobs say, stages by (template, name). `lost` and `duplicates`
-    are as in a Record."""
+    """Totals by (template, stage). `lost` and `duplicates` are as in a Record."""
 
     stages: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
     lost: int = 0
     duplicates: int = 0
 
     def add(self, other: Measurements) -> None:
-        """Take in what other jobs of the same templates came to."""
+        """Add the measurements of other jobs."""
         for key, one in other.stages.items():
             mine = self.stages.setdefault(
                 key, StageTotals(one.pool, one.slots, one.after, one.gather)
@@ -84,7 +82,7 @@ class Measurements:
         self.duplicates += other.duplicates
 
     def runs(self) -> tuple[StageRun, ...]:
-        """The stages as a record has them, in the order in which they were met."""
+        """Return the stages for the record, in order of appearance."""
         return tuple(
             StageRun(
                 template=template,
@@ -107,7 +105,7 @@ class Measurements:
 
 
 def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
-    """At most so many of the numbers, evenly spread over the sorted ones."""
+    """Return at most `most` of the sorted numbers, evenly spread."""
     ordered = sorted(numbers)
     if len(ordered) <= most:
         return tuple(ordered)
@@ -117,7 +115,10 @@ def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
 async def measure(
     jobs: Sequence[ObservedJob], seed: int, objects: Objects, patience: Patience
 ) -> Measurements:
-    """Read the outcomes of these jobs; BackendError. `seed` is the run's, for declared times."""
+    """Read the outcomes of these jobs.
+
+    `seed` is the run's, for declared times. Raise BackendError.
+    """
     found = Measurements()
     reader = _OutcomeReader(objects, patience)
     for start in range(0, len(jobs), JOBS_AT_ONCE):
@@ -157,13 +158,12 @@ def _add(
 
 
 def _gather(stage: StageDef) -> str | None:
-    """How it gathers, as a record says it: any other word than `*` is the field that it goes by."""
+    """Return the gather value for the record, in which "key" stands for any field."""
     return stage.gather if stage.gather in (None, "*") else "key"
 
 
 def succeeded_s(outcomes: Iterable[Outcome]) -> dict[int, float]:
-    """What each task that succeeded took, in seconds; of one that did more than once, the last
-    round's."""
+    """Return the seconds of each succeeded task. The last round counts."""
     found: dict[int, float] = {}
     for outcome in sorted(outcomes, key=lambda one: one.bundle.round):
         found.update(zip(outcome.succeeded, outcome.run_s, strict=True))
@@ -171,7 +171,7 @@ def succeeded_s(outcomes: Iterable[Outcome]) -> dict[int, float]:
 
 
 def duplicates(outcomes: Iterable[Outcome]) -> int:
-    """How many tasks have more than one terminal state within a round (I1)."""
+    """Count the tasks with several terminal states within a round (I1)."""
     seen: dict[int, set[int]] = {}
     twice: set[int] = set()
     for outcome in outcomes:
@@ -185,9 +185,11 @@ def duplicates(outcomes: Iterable[Outcome]) -> int:
 
 
 def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
-    """Tasks of which nobody knows what became of them: in an ended job those without a terminal
-    state, and those that count as succeeded though no outcome has them; in another, all that have
-    not succeeded."""
+    """Count the lost tasks.
+
+    In an ended job these are tasks without a terminal state and counted successes without an
+    outcome. In another job they are all tasks without a success.
+    """
     planned = stage["planned"] or 0
     if job["state"] not in ENDED:
         return max(0, planned - succeeded)
@@ -196,7 +198,7 @@ def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
 
 
 class _OutcomeReader:
-    """Reads outcomes, some at a time."""
+    """Reader of outcomes with limited parallelism."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -207,7 +209,7 @@ class _OutcomeReader:
     async def jobs(
         self, jobs: Iterable[ObservedJob]
     ) -> list[tuple[JobDef, dict[str, list[Outcome]]]]:
-        """Each job's definition, and its outcomes by stage."""
+        """Read each job's definition and its outcomes by stage."""
         return await asyncio.gather(*map(self._job, jobs))
 
     async def _job(self, told: ObservedJob) -> tuple[JobDef, dict[str, list[Outcome]]]:
@@ -217,7 +219,7 @@ class _OutcomeReader:
         return job, dict(zip(names, found, strict=True))
 
     async def outcomes(self, job: JobDef, stage: StageName) -> list[Outcome]:
-        """Every committed outcome of a stage."""
+        """Read the committed outcomes of a stage."""
         key, prefix = await self._keys.of(job), object_keys.outcomes(job.id, stage)
         listed = [info.key async for page in self._objects.list(prefix) for info in page]
         names = [name for name in listed if object_keys.is_genuine(name, key)]
@@ -230,6 +232,6 @@ class _OutcomeReader:
 
 
 def root_tasks(view: JobView, stages: Mapping[str, tuple[str, ...]]) -> int:
-    """How many tasks the job's input has made; `stages` says what each follows."""
+    """Return the number of root tasks. `stages` maps each stage to its upstream stages."""
     roots = [stage for stage in view["stages"] if not stages.get(stage["name"])]
     return max((stage["planned"] or 0 for stage in roots), default=0)

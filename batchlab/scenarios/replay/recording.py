@@ -1,7 +1,7 @@
-"""From what has run to a scenario: arrivals as a trace, measured task times, pools as they were.
+"""Recording of past jobs as a scenario: a trace of arrivals, measured task times, and the pools.
 
-Invariant: of the same jobs and tasks, which with the file's own seed take as long in all as they
-did: what is drawn of measured times is scaled to their sum, which sampling alone would miss.
+With the file's own seed, the total task time equals the measured total: measured times are scaled,
+because sampling alone would change the sum.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class RecordedArrival:
-    """A job that ran: when it came, in seconds after the first one, with how many root tasks."""
+    """Past job: its arrival in seconds after the first one, and its number of root tasks."""
 
     due_s: float
     template: str
@@ -43,7 +43,7 @@ class RecordedArrival:
 
 @dataclass(slots=True)
 class RecordedTemplate:
-    """What the jobs of one kind have in common; `jobs` counts them."""
+    """Common properties of the jobs of one template. `jobs` is their number."""
 
     stages: list[StageRun]
     jobs: int
@@ -51,12 +51,12 @@ class RecordedTemplate:
     priority: int = 0
     max_failures: int = 0
     definition: JobDef | None = None
-    """What a job's own definition says beyond its record."""
+    """Job definition, for values that a record lacks."""
 
 
 @dataclass(slots=True)
 class RecordedWorkload:
-    """What has run; times as they were, in a run that was compressed by `compressed`."""
+    """Past workload. Its times were compressed by `compressed`."""
 
     name: str
     about: str
@@ -67,12 +67,12 @@ class RecordedWorkload:
     compressed: float = 1.0
     seed: int = 1
     left_out: int = 0
-    """Jobs of which too little is known."""
+    """Number of jobs with too little information."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenScenario:
-    """The files that were written, and what they hold."""
+    """Written files and their content."""
 
     scenario: Path
     trace: Path
@@ -80,18 +80,18 @@ class WrittenScenario:
     tasks: int
     task_s: float
     left_out: int = 0
-    """Jobs that are not in it, since too little is known of them."""
+    """Number of jobs left out because of too little information."""
 
 
 def from_record(record: Record, name: str) -> RecordedWorkload:
-    """UsageError where no job of it is complete enough."""
+    """Convert a record. Raise UsageError if no job has enough information."""
     stages: dict[str, list[StageRun]] = defaultdict(list)
     for stage in record.stages:
         stages[stage.template].append(stage)
     jobs = [job for job in record.jobs if job.template in stages and job.tasks]
     if not jobs:
         raise UsageError(
-            f"The record of {record.scenario} has no job of which the tasks are known.",
+            f"The record of {record.scenario} has no job with a known number of tasks.",
             remedy="Name the record of a replay that has come to its end.",
         )
     begun_s = min(job.submitted_s for job in jobs)
@@ -145,8 +145,10 @@ def from_jobs(
     pools: Sequence[PoolPlan],
     policy: Mapping[str, float],
 ) -> RecordedWorkload:
-    """Of jobs that have ended, with what each of them came to (by its id). Jobs of one name and
-    the same stages are one template."""
+    """Convert ended jobs with their measurements by job id.
+
+    Jobs of the same name and stages form one template.
+    """
     ordered = sorted(jobs, key=lambda one: one[0]["submitted_s"])
     begun_s = ordered[0][0]["submitted_s"]
     known: dict[tuple[str, object], str] = {}
@@ -190,17 +192,20 @@ def _describe_jobs(jobs: Sequence[tuple[JobView, JobDef]]) -> str:
 
 
 def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
-    """Write the scenario to `path` and its trace beside it, as JSON Lines. UsageError where they
-    cannot be written, another's file is where the trace goes, or the past makes no scenario."""
+    """Write the scenario to `path`, and its trace beside it as JSON Lines.
+
+    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid
+    scenario.
+    """
     trace = path.with_suffix(".jsonl")
     if trace == path:
         raise UsageError(
-            f"{path} would be the scenario and its trace.",
+            f"{path} cannot be both the scenario and its trace.",
             remedy=f"Name a YAML file, such as {path.with_suffix('.yaml')}.",
         )
     if trace.exists() and trace.name not in _traces(path):
         raise UsageError(
-            f"The trace goes beside the scenario, and there is a file {trace} already.",
+            f"The trace would replace the existing file {trace} next to the scenario.",
             remedy="Name another file with --out.",
         )
     try:
@@ -221,7 +226,7 @@ def write(past: RecordedWorkload, path: Path) -> WrittenScenario:
 
 
 def _traces(path: Path) -> set[str]:
-    """The names of the trace files of the scenario that is there; none where there is none."""
+    """Return the trace files of the existing scenario."""
     try:
         doc = yaml.safe_load(path.read_text())
         return {str(one["trace"]["file"]) for one in doc["arrivals"] if "trace" in one}
@@ -230,8 +235,9 @@ def _traces(path: Path) -> set[str]:
 
 
 def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """Tasks of a scenario file, and seconds that they take in all, by template and stage; as its
-    own seed draws them."""
+    """Return the number of tasks and their total seconds by template and stage, as drawn with the
+    file's own seed.
+    """
     scenario = loader.load(path)
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
@@ -245,8 +251,10 @@ def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
 
 
 def _scale_factors(past: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
-    """What the times of each stage must be multiplied by so that they add up to what was measured,
-    with those that failed as long as the others."""
+    """Return the factor for each stage's times so that they sum to the measured total.
+
+    Failed tasks count with the mean time of the others.
+    """
     found = {}
     for (template, name), (count, seconds) in drawn_times(path).items():
         stage = next(one for one in past.templates[template].stages if one.stage == name)
@@ -293,7 +301,7 @@ def _text(past: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, str],
 
 
 class _FlowList(list[float]):
-    """WrittenScenario in lines, not one below the other."""
+    """List that YAML writes on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -308,7 +316,7 @@ _Dumper.add_representer(
 
 def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
     pool = plan.pool
-    # One that was shut after its work was done had an instance once.
+    # A pool that was reduced to 0 had an instance before.
     most = max(1, pool.max_size)
     doc: dict[str, Any] = {"min": pool.min_size, "max": most, "slots": pool.slots}
     if pool.boot_s:

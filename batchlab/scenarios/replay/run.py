@@ -1,7 +1,7 @@
-"""The loops of one run: jobs submitted when they are due, watched, sampled; things broken.
+"""Control loops of a replay: submission, observation, sampling, prewarming, and faults.
 
-Invariant: however a run is left, what it has broken is mended, limits are what they were, and of
-its jobs none goes on.
+However a run ends, its faults are undone, pool sizes are restored, and its unfinished jobs are
+canceled.
 """
 
 from __future__ import annotations
@@ -31,32 +31,35 @@ from batchlab.scenarios.replay.run_state import (
 from batchlab.scenarios.replay.sampling import EVERY_S, GridSampler
 
 AHEAD = 64
-"""Jobs that are prepared before they are due."""
+"""Number of jobs that are prepared ahead."""
 AT_ONCE = 4
-"""Requests of one kind under way at the same time."""
+"""Maximum number of parallel requests of one kind."""
 LOOK_S = 0.5
-"""How often the jobs that have not ended are looked at."""
+"""Interval between two looks at the unfinished jobs."""
 LOOK_SHARE = 4.0
-"""The least pause after a look, in times of what it took."""
+"""Minimum pause after a look, as a multiple of its duration."""
 PAGE = 1000
 ACTIVITIES_EVERY = 10
-"""Of the looks at the grid, one with a look at what it tells of its scaling."""
+"""Scaling activities are read with every tenth look at the grid."""
 READY_S = 600.0
-"""The instances that are always there have so long to be ready before the run begins."""
+"""Time in which permanent instances must be ready before the run."""
 REST_S = 60.0
-"""After the last job's end the fleet has so long to come down, beyond its idle time."""
+"""Time in which the fleet must shrink after the last job's end, beyond its idle time."""
 LAST_S = 5.0
-"""So long a last request waits for a manager that does not answer."""
+"""Timeout in seconds of the final request when the manager does not respond."""
 END_S = 60.0
-"""So long all that is left may take to be cancelled."""
+"""Timeout of all cancellations."""
 CANCEL_AT_ONCE = 10
-"""Each waits until no worker can start a task any more."""
+"""Each cancellation waits until no worker can start a task."""
 INTERRUPTED = "It was interrupted."
 
 
 class Prewarmer:
-    """Of one run. Another manager than the one that was told has limits of its own: it is told
-    again as soon as it is seen to lead."""
+    """Scheduled capacity of one run, as a raised minimum size of a pool.
+
+    The largest of several sizes applies, and the pool's own minimum is restored at the end. After a
+    change of the leader the size is set again, because a new leader has the original limits.
+    """
 
     def __init__(self, course: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
         self._course = course
@@ -65,12 +68,12 @@ class Prewarmer:
         self._own = {one.pool.name: one.pool.min_size for one in course.scenario.pools}
         self._wanted: dict[str, list[int]] = defaultdict(list)
         self._told: dict[str, tuple[int, str]] = {}
-        """What each pool's least size was made last, and who led then."""
+        """Latest minimum size of each pool, and the leader at that time."""
         self._telling: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._flying: set[asyncio.Task[PoolView]] = set()
 
     async def warm(self, one: Prewarm) -> None:
-        """Wait for its time, and keep the pool warm until that is over. BackendError."""
+        """Wait for the start and keep the pool warm until the end. Raise BackendError."""
         await self._course.until(one.at_s)
         self._wanted[one.pool].append(one.min_size)
         while (left_s := one.until_s - self._course.at_s()) > 0:
@@ -80,25 +83,25 @@ class Prewarmer:
         await self._tell(one.pool)
 
     async def cool(self, *, within_s: float) -> None:
-        """All pools have their own least size, as far as the manager can be told."""
-        if self._flying:  # else what is in a thread could come after what is told now
+        """Restore the minimum sizes of all pools, as far as the manager responds."""
+        if self._flying:  # otherwise a call in a thread could arrive after the next one
             _, late = await asyncio.wait(set(self._flying), timeout=within_s)
             for one in late:
                 one.cancel()
         for pool in list(self._told):
             self._wanted[pool].clear()
-            # What was noted may have failed.
+            # The recorded request may have failed.
             self._told.pop(pool, None)
             with suppress(BackendError):
                 await self._tell(pool, within_s=within_s)
 
     async def _tell(self, pool: str, *, within_s: float | None = None) -> None:
-        async with self._telling[pool]:  # what was told last must be what is wanted last
+        async with self._telling[pool]:  # the last request must be the wanted one
             least = max(self._own[pool], *self._wanted[pool], 0)
             leads = self._sampler.grid["owner"] if self._sampler.grid else ""
             if self._told.get(pool) == (least, leads):
                 return
-            # Noted before it is so: who is cancelled meanwhile has it taken back.
+            # It is recorded before the call, so that a cancellation restores it.
             self._told[pool] = least, leads
             call = self._link.call(lambda there: there.scale(pool, min=least), within_s=within_s)
             flying = asyncio.create_task(call)
@@ -108,20 +111,20 @@ class Prewarmer:
 
 
 class Injector(Protocol):
-    """What breaks things (see replay.harm)."""
+    """Fault injector (see scenarios.faults)."""
 
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
-        """Break it, keep it broken for its time, mend it, and say what was seen."""
+        """Inject the fault, hold it for its time, undo it, and return the result."""
 
     async def undo(self) -> None:
-        """Mend all that is broken now, and break nothing more."""
+        """Undo all current faults and inject no more."""
 
     async def close(self) -> None:
-        """Undo, and let go of whom the harm is done by."""
+        """Undo all faults and close the used resources."""
 
 
 class ReplayRun:
-    """One run; `go` once. `course` and `sampler` then have what was measured."""
+    """One run, for a single call of `go`. `course` and `sampler` then have the measurements."""
 
     def __init__(
         self,
@@ -140,10 +143,10 @@ class ReplayRun:
         self._faults = course.scenario.faults if injector else ()
         self._prepared = asyncio.Event()
         self._breaking: set[asyncio.Task[Any]] = set()
-        """Those that something is broken by now."""
+        """Tasks that currently inject a fault."""
         self._warmer = Prewarmer(course, link, self.sampler)
         self._flying: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
-        """Submissions under way, by the job's id."""
+        """Submissions in progress by job id."""
 
     async def go(
         self, limit_s: float, stop: asyncio.Event, progress: Callable[[ReplayProgress], None]
@@ -152,7 +155,7 @@ class ReplayRun:
         ready: asyncio.Queue[PreparedJob] = asyncio.Queue(AHEAD)
         preparing = asyncio.create_task(self._prepare(ready))
         stopping = asyncio.create_task(stop.wait())
-        # Those that are due at once shall not be late for having to be prepared.
+        # Jobs that are due at once must be prepared before the run starts.
         first = asyncio.create_task(self._first())
         before = (first, preparing, stopping)
         try:
@@ -175,7 +178,7 @@ class ReplayRun:
             await self._finish()
 
     async def _first(self) -> None:
-        """Wait until the first jobs are prepared, and the instances that are always there are."""
+        """Wait until the first jobs are prepared and the permanent instances are ready."""
         await self._prepared.wait()
         least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
         async with _time_limit(READY_S):
@@ -215,8 +218,8 @@ class ReplayRun:
         except BackendError as error:
             self.course.cut = error.message
         finally:
-            # What is broken is mended and told before anything is left: a call that breaks
-            # something may be in a thread, which no cancellation stops.
+            # Faults are undone and recorded first: a call in a thread may still break something,
+            # and no cancellation stops it.
             if self._injector:
                 await self._injector.undo()
             if self._breaking:
@@ -250,7 +253,7 @@ class ReplayRun:
                 one = await ready.get()
                 await self.course.until(one.due.due_s)
                 await room.acquire()
-                # By itself: what is in a thread is submitted, whoever is cancelled.
+                # A separate task, because a call in a thread completes even after a cancellation.
                 flying = asyncio.create_task(self._submit_one(one, room))
                 self._flying[one.job.id] = one, flying
                 group.create_task(_wait_shielded(flying))
@@ -268,14 +271,13 @@ class ReplayRun:
         del self._flying[one.job.id]
 
     async def _landed(self) -> None:
-        """Know of every submission that was under way whether it has come to something. One that
-        nobody answers is asked for by its id."""
+        """Wait for the submissions in progress. Look up each unanswered one by its id."""
         if not self._flying:
             return
         await asyncio.wait([flying for _, flying in self._flying.values()], timeout=LAST_S)
         for job, (one, flying) in list(self._flying.items()):
             flying.cancel()
-            with suppress(BatchlabError):  # then it is not known to be there
+            with suppress(BatchlabError):  # then its submission is unknown
                 view = await self._link.call(partial(_job, job=job), within_s=LAST_S)
                 self._note(one, view)
 
@@ -285,15 +287,15 @@ class ReplayRun:
             await asyncio.sleep(pause_s)
             begun_s, unanswered = self.course.at_s(), self._link.unanswered
             await self._look()
-            # With many jobs a look is work for the manager too; to wait for one that is away is
-            # none, and would put off the next look by many times its absence.
+            # With many jobs, a look is work for the manager too. Waiting for an absent manager is
+            # not, and must not delay the next look.
             took_s = self.course.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
             pause_s = max(LOOK_S, LOOK_SHARE * took_s)
 
     async def _look(self) -> None:
-        """Look at the jobs that have not ended, all of them in a request or two."""
+        """Update the unfinished jobs with one or two requests."""
         running = self.course.running
-        open_ = self.course.open  # before: what is submitted meanwhile may not be in the answer
+        open_ = self.course.open  # read first: later submissions may be missing in the answer
         if not open_:
             return
         active = await self._active()
@@ -304,7 +306,7 @@ class ReplayRun:
                 try:
                     running[job].view = await self._link.call(lambda client: client.job(job))
                 except NotFound:
-                    # A ledger that was lost knows it again once it has been rebuilt.
+                    # A lost ledger has the job again after its rebuild.
                     if not any(one.name is FaultName.DATABASE_LOSS for one in self._faults):
                         raise
 
@@ -339,11 +341,11 @@ class ReplayRun:
             if number % ACTIVITIES_EVERY == 0:
                 await self.sampler.read_activities()
             number += 1
-            # By the run's clock: a slow answer makes one look late, not all that follow.
+            # The schedule follows the run's clock, so a slow answer delays only one look.
             await self.course.until((self.course.at_s() // EVERY_S + 1) * EVERY_S)
 
     async def _see(self) -> None:
-        # Not by the calendar, which may jump.
+        # The wall clock may jump.
         await self.sampler.look(self.course.begun_s + self.course.at_s())
 
     async def _tell(self, progress: Callable[[ReplayProgress], None]) -> None:
@@ -373,7 +375,7 @@ class ReplayRun:
         self.course.injected.append(seen)
 
     async def _rest(self, stopped: asyncio.Task[Any]) -> None:
-        """Wait until the fleet is at its least size: what comes down late is paid for too."""
+        """Wait until the fleet has shrunk to its minimum, because late instances cost money too."""
         settings = self.sampler.grid["settings"] if self.sampler.grid else {}
         least = {p.pool.name: p.pool.min_size for p in self.course.scenario.pools}
         async with _time_limit(settings.get("idle_s", 0.0) + REST_S):
@@ -388,7 +390,7 @@ class ReplayRun:
         await self.sampler.read_activities()
 
     async def _cancel(self, jobs: Sequence[str]) -> None:
-        """None of them goes on. The record tells of them as they were."""
+        """Cancel these jobs. The record keeps their earlier states."""
         room = asyncio.Semaphore(CANCEL_AT_ONCE)
 
         async def cancel(job: str) -> None:
@@ -401,13 +403,13 @@ class ReplayRun:
 
 
 async def _wait_shielded(task: asyncio.Task[None]) -> None:
-    """Its end; it goes on where whoever waits for that is cancelled."""
+    """Wait for the task, which continues if the waiter is cancelled."""
     await asyncio.shield(task)
 
 
 @asynccontextmanager
 async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """What is in it is given up after so long."""
+    """Stop the block silently after this time."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             yield
@@ -422,6 +424,6 @@ def _page(client: Client, *, before: str | None) -> list[JobView]:
 
 
 def _first(errors: BaseExceptionGroup[BatchlabError]) -> BatchlabError:
-    """One sentence for a person; the others end for the same reason."""
+    """Return the first error. The others have the same cause."""
     one = errors.exceptions[0]
     return _first(one) if isinstance(one, BaseExceptionGroup) else one

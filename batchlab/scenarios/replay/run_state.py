@@ -1,9 +1,7 @@
-"""A run as far as it has come: what was submitted, what became of it, what was broken.
+"""State of a replay, and its connection to the manager.
 
-The manager of a grid as a replay talks to it: from an event loop, and through its outages.
-
-Invariant: nothing here starts or ends anybody. A manager that is away is waited for, as long as the
-replay says, since its absence may be what the scenario is about.
+Nothing here starts or ends a manager. An absent manager is waited for, because the scenario may
+have stopped it.
 """
 
 from __future__ import annotations
@@ -24,14 +22,16 @@ from batchlab.scenarios.record import InjectedFault, Sample
 from batchlab.scenarios.replay.measurements import ObservedJob
 
 RUN_ENDED = "the run was over before"
-"""Why a fault was not injected."""
+"""Reason for a fault that was not injected."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgress:
-    """How far a replay is, for whoever watches. Jobs; `bad` are those that have ended otherwise
-    than well. `late_s` is the longest delay of a submission, `left_s` a guess at what is left,
-    `doing` says what is being broken now."""
+    """Progress of a replay: numbers of jobs.
+
+    `bad` jobs ended without success. `late_s` is the longest delay of a submission, `left_s` an
+    estimate of the remaining time, and `doing` lists the current faults.
+    """
 
     at_s: float
     jobs: int
@@ -46,7 +46,7 @@ class ReplayProgress:
 
 @dataclass(slots=True)
 class SubmittedJob:
-    """A job that was submitted `at_s` seconds after the run's beginning."""
+    """Job that was submitted at `at_s` of the run."""
 
     due: Job
     at_s: float
@@ -59,8 +59,9 @@ class SubmittedJob:
 
 @dataclass(slots=True)
 class RunState:
-    """`begun_s` is the run's beginning (epoch), `begun_at_s` the same by the event loop's clock;
-    `running` has the jobs by the grid's id; `cut` says why it ended before they had."""
+    """State of a run. `begun_s` is its start (epoch), and `begun_at_s` the same by the event loop's
+    clock. `running` has the submitted jobs by id. `cut` has the reason for an early end.
+    """
 
     scenario: Scenario
     seed: int
@@ -74,25 +75,24 @@ class RunState:
     took_s: float = 0.0
 
     def begin(self, now_s: float) -> None:
-        """The run begins now, which is `now_s` by the calendar."""
+        """Start the run. `now_s` is the current epoch time."""
         self.begun_s, self.begun_at_s = now_s, asyncio.get_running_loop().time()
 
     def at_s(self) -> float:
-        """Seconds of the run."""
+        """Return the seconds since the start of the run."""
         return asyncio.get_running_loop().time() - self.begun_at_s
 
     async def until(self, at_s: float) -> None:
-        """Wait for that second of the run."""
+        """Wait until this second of the run."""
         await asyncio.sleep(max(0.0, at_s - self.at_s()))
 
     @property
     def open(self) -> list[str]:
-        """Jobs that were submitted and have not ended."""
+        """Return the ids of the unfinished jobs."""
         return [name for name, one in self.running.items() if not one.has_ended]
 
     @property
     def is_over(self) -> bool:
-        """Whether every job has ended."""
         return len(self.running) == len(self.jobs) and not self.open
 
     def told(self) -> list[ObservedJob]:
@@ -101,7 +101,7 @@ class RunState:
         ]
 
     def state(self, sample: Sample | None) -> ReplayProgress:
-        """How far it is."""
+        """Return the progress."""
         ended = [one for one in self.running.values() if one.has_ended]
         return ReplayProgress(
             self.at_s(),
@@ -116,7 +116,9 @@ class RunState:
         )
 
     def _left_s(self, sample: Sample | None) -> float:
-        """Until the last job arrives, or as long as the backlog takes whoever is there now."""
+        """Estimate the time until the last arrival and the end of the backlog with the current
+        fleet.
+        """
         arrivals_s = self.jobs[-1].due_s - self.at_s() if self.jobs else 0.0
         slots = {plan.pool.name: plan.pool.slots for plan in self.scenario.pools}
         works_s = (
@@ -130,27 +132,31 @@ T = TypeVar("T")
 
 AGAIN_S = 0.25
 AT_ONCE = 12
-"""Requests under way at the same time."""
+"""Maximum number of parallel requests."""
 
 
 class ManagerConnection:
-    """Calls of one home's manager; `close` ends it. A manager that was started anew is found by
-    the home's record."""
+    """Calls of the manager of one home.
+
+    The home's record names the address of a restarted manager.
+    """
 
     def __init__(self, home: Home, *, away_s: float) -> None:
-        """`away_s` is how long one call waits for a manager that does not answer."""
+        """Create a connection. Each call waits up to `away_s` for an absent manager."""
         self._home = home
         self._away_s = away_s
         self.unanswered = 0
-        """How often a manager that did not answer was asked again, by whichever call."""
+        """Number of repeated calls to an absent manager."""
         self._client: Client | None = None
-        # Threads of its own: those that wait for an answer must not keep whoever breaks things,
-        # and mends them, from going on.
+        # Its own threads, so that waiting calls do not block fault injection.
         self._threads = ThreadPoolExecutor(AT_ONCE, "replay")
 
     async def call(self, ask: Callable[[Client], T], *, within_s: float | None = None) -> T:
-        """The manager's answer. Unreachable or BackendError once it has been away for too long,
-        and at once what it refuses (NotFound, Refused, UsageError)."""
+        """Call the manager and return its answer.
+
+        Raise Unreachable or BackendError if it is absent for too long, and its refusals (NotFound,
+        Refused, UsageError) at once.
+        """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + (self._away_s if within_s is None else within_s)
         while True:
@@ -165,7 +171,7 @@ class ManagerConnection:
             await asyncio.sleep(AGAIN_S)
 
     async def glance(self, ask: Callable[[Client], T]) -> T | None:
-        """The manager's answer, None where it does not give one now."""
+        """Call the manager once. Return None if it does not answer."""
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, self._asked, ask)
@@ -186,7 +192,7 @@ class ManagerConnection:
         return ask(client)
 
     def close(self) -> None:
-        """Nobody calls any more."""
+        """Close the connection."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._let_go()
 

@@ -1,6 +1,6 @@
-"""Fleet and queues looked at about once a second, and the life of every instance put together.
+"""Samples of fleet and queues once a second, and the lifetimes of all instances.
 
-Invariant: what is said of an instance was seen: in a look at the grid, or in a scaling activity.
+All data comes from views of the grid and from scaling activities.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ _END = re.compile(r"Terminating (?:EC2 )?instance: (\S+)")
 
 @dataclass(slots=True)
 class _InstanceHistory:
-    """One instance as far as it is known; times are the manager's (epoch), `ready_s` and `ended_s`
-    by activity where one says it."""
+    """Known life of one instance.
+
+    Times are the manager's (epoch). `ready_s` and `ended_s` come from activities if possible.
+    """
 
     view: InstanceView
     pool: str
@@ -37,12 +39,12 @@ class _InstanceHistory:
 
 
 class GridSampler:
-    """What was seen of a grid since `begin`."""
+    """Samples of a grid since `begin`."""
 
     def __init__(self, link: ManagerConnection) -> None:
         self.samples: list[Sample] = []
         self.grid: GridView | None = None
-        """As it was seen last."""
+        """Latest view of the grid."""
         self._link = link
         self._begun_s = 0.0
         self._lives: dict[str, _InstanceHistory] = {}
@@ -50,21 +52,21 @@ class GridSampler:
 
     @property
     def last(self) -> Sample | None:
-        """What was seen last."""
+        """Return the latest sample."""
         return self.samples[-1] if self.samples else None
 
     def begin(self, begun_s: float) -> None:
-        """The run begins then (epoch)."""
+        """Start the run at this time (epoch)."""
         self._begun_s = begun_s
 
     async def has_up(self, least: Mapping[str, int]) -> bool:
-        """Whether so many instances of each pool are in service now."""
+        """Return whether each pool has this many instances in service."""
         grid = await self._link.glance(Client.grid)
         up = {pool["name"]: _pool(pool).in_service for pool in grid["pools"]} if grid else {}
         return all(up.get(name, -1) >= size for name, size in least.items())
 
     def is_down_to(self, least: Mapping[str, int]) -> bool:
-        """Whether each pool was at that size when it was seen last, with nobody leaving."""
+        """Return whether each pool had this size in the latest view, with no instance leaving."""
         if self.last is None or self.grid is None:
             return False
         gone = LifecycleState.TERMINATED.value
@@ -79,7 +81,7 @@ class GridSampler:
         )
 
     async def look(self, now_s: float) -> None:
-        """One look, at `now_s` (epoch); nothing is noted where the manager does not answer."""
+        """Take a sample at `now_s` (epoch), unless the manager does not answer."""
         grid = await self._link.glance(Client.grid)
         if grid is None:
             return
@@ -98,7 +100,8 @@ class GridSampler:
         life = self._lives.setdefault(view["id"], _InstanceHistory(view, pool))
         life.view = view
         if view["state"] != LifecycleState.TERMINATED.value:
-            # One that was missing in a look alone, as while a manager takes over.
+            # An instance may be missing in a single view, for example during a change of the
+            # leader.
             life.ended_s = None
         if view["state"] == _UP and life.ready_s is None:
             life.ready_s = now_s
@@ -106,7 +109,7 @@ class GridSampler:
             life.ended_s = now_s
 
     async def read_activities(self) -> None:
-        """Scaling activities of all pools, as far back as the grid tells of them."""
+        """Read the available scaling activities of all pools."""
         for pool in self.grid["pools"] if self.grid else ():
             found = await self._link.glance(
                 methodcaller("activities", pool=pool["name"], limit=ACTIVITIES)
@@ -115,8 +118,10 @@ class GridSampler:
                 self._told[one["pool"], one["id"]] = one
 
     def instances(self) -> tuple[InstanceRun, ...]:
-        """Every instance that was there during the run, by launch. One that was launched before
-        the run counts from its beginning."""
+        """Return every instance of the run by launch.
+
+        Earlier launches count from the run's start.
+        """
         ready, ended = self._times(_LAUNCH), self._times(_END)
         runs = []
         for name, life in self._lives.items():
@@ -143,7 +148,7 @@ class GridSampler:
         return tuple(sorted([*runs, *self._unseen(ended)], key=lambda one: one.launched_s))
 
     def _unseen(self, ended: Mapping[str, float]) -> Iterator[InstanceRun]:
-        """Those that came and went between two looks: their activities tell of them."""
+        """Yield instances that lived only between two samples, by their activities."""
         for one in self._told.values():
             named = _LAUNCH.match(one["description"])
             if not named or named[1] in self._lives or one["at_s"] < self._begun_s:
@@ -161,7 +166,7 @@ class GridSampler:
             )
 
     def _times(self, what: re.Pattern[str]) -> dict[str, float]:
-        """When each instance's activity of that kind had come to a good end."""
+        """Return the end of each instance's successful activity of that kind."""
         found: dict[str, float] = {}
         for one in self._told.values():
             named = what.match(one["description"])

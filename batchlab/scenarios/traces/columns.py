@@ -1,9 +1,7 @@
-"""Which column of a trace says what: the one map that all formats share.
+"""Column map of a trace, and timestamps.
 
-A column is named as the format has it: by the header of a table, by the fields' names of the
-Standard Workload Format (see `swf.FIELDS`), by the keys of a JSON object, dotted where nested.
-
-Timestamps as traces write them.
+A column is named as in its format: by a table's header, by a field of the Standard Workload Format
+(see formats.SWF_FIELDS), or by a key of a JSON object, with dots for nested objects.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ _LEAP_YEAR = 1972
 
 
 class TimestampKind(Enum):
-    """How a moment was written."""
+    """Form of a timestamp."""
 
     NUMBER = "a number"
     ZONED = "a timestamp with a zone"
@@ -34,28 +32,28 @@ class TimestampKind(Enum):
 
 
 class Timestamp(NamedTuple):
-    """Seconds on one time line: since 1970, where it was no number."""
+    """Time in seconds. Timestamps count from 1970."""
 
     at_s: float
     kind: TimestampKind
 
 
 def check_unit(unit: str) -> None:
-    """ValueError where `unit` is neither one of UNITS nor a format that strptime could read."""
+    """Raise ValueError unless `unit` is one of UNITS or a strptime format."""
     if unit in UNITS:
         return
     if "%" not in unit:
         raise ValueError(f"the unit must be one of {', '.join(UNITS)} or a time format")
     try:
-        # What it writes it must be able to read.
+        # A valid format can parse its own output.
         _strptime(_EPOCH.strftime(unit), unit)
     except (ValueError, re.error) as error:
-        why = error if isinstance(error, ValueError) else "a directive is there twice"
-        raise ValueError(f"{unit!r} is no format that strptime can read: {why}") from error
+        why = error if isinstance(error, ValueError) else "it repeats a directive"
+        raise ValueError(f"{unit!r} is not a strptime format: {why}") from error
 
 
 def parse_number(value: object) -> float | None:
-    """A finite number, from a number or its text; None for anything else."""
+    """Return a finite number from a number or a text, or None."""
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
             return None
@@ -69,16 +67,18 @@ def parse_number(value: object) -> float | None:
 
 
 def all_numbers(text: str) -> bool:
-    """Whether `text` is nothing but numbers with blanks between them, a quick look for most."""
+    """Return whether `text` contains only numbers and blanks.
+
+    This check is fast and covers most lines.
+    """
     return _NUMBERS.fullmatch(text) is not None
 
 
 def parse_timestamp(value: object, unit: str) -> Timestamp | None:
-    """A timestamp without a zone is read as UTC, which may be off by its zone. None where `value`
-    is no time.
+    """Parse a timestamp, or return None. A timestamp without a zone is read as UTC.
 
-    A number counts in `unit`, a text is ISO 8601 (a space may stand for the T, and a fraction have
-    any digits), or what the strptime format `unit` says.
+    A number counts in `unit`. A text is in ISO 8601 (a space may replace the T, and a fraction may
+    have any number of digits) or in the strptime format `unit`.
     """
     if unit in UNITS:
         number = parse_number(value)
@@ -99,17 +99,17 @@ def parse_timestamp(value: object, unit: str) -> Timestamp | None:
 def _strptime(text: str, form: str) -> datetime:
     directives = set(_DIRECTIVE.findall(form))
     if "d" in directives and not directives & {"Y", "y", "G"}:
-        # strptime would take 1900, which has no 29 February, and from Python 3.15 on refuse.
+        # strptime assumes 1900, which has no 29 February; Python 3.15 refuses such formats.
         text, form = f"{_LEAP_YEAR} {text}", f"%Y {form}"
     return datetime.strptime(text, form)  # noqa: DTZ007 - the caller asks for the zone
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnSum:
-    """A number of a record: the sum of its `columns`, divided by `per`.
+    """Number of a record: the sum of its `columns`, divided by `per`.
 
-    `Take(("duration_ms",), per=1000)` is seconds; `Take(("input", "shuffle"), per=64 * 2**20)`
-    is tasks of 64 MiB each. Where it is not `needed`, a record without any of them is as good.
+    `ColumnSum(("duration_ms",), per=1000)` gives seconds. `ColumnSum(("input", "shuffle"), per=64 *
+    2**20)` gives tasks of 64 MiB each. Unless it is `needed`, a record may lack these columns.
     """
 
     columns: tuple[str, ...]
@@ -125,17 +125,17 @@ class ColumnSum:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What is taken from a record, and from where; what is not, the job's template says.
+    """Columns from which each value of a record is read. The job's template has the other values.
 
-    `at` is when it arrives, a number or a timestamp; `minus` a column of seconds before that, for
-    traces that note when something ended. `unit` is that of a number in `at`, one of
-    moments.UNITS, or a format of strptime (with a %) for timestamps that are not ISO 8601.
+    `at` is the arrival time, a number or a timestamp. `minus` is a column of seconds that is
+    subtracted from it, for traces that record ends. `unit` is the unit of a number in `at`, one of
+    UNITS, or a strptime format (with a %) for timestamps that are not in ISO 8601.
 
-    With `count` a record is no job but an interval from `at` on, `every_s` long, in which as many
-    arrive, times `scale`; None: as long as records are mostly apart.
+    With `count`, a record is an interval of `every_s` from `at` in which `count` times `scale` jobs
+    arrive. Without `every_s`, the most common gap between records is the length.
 
-    `tasks` are a job's root tasks, rounded up, at least one; `task_s` what each of them takes.
-    `label`, `tenant` and `template` are columns of text.
+    `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the
+    time of each. `label`, `tenant`, and `template` are text columns.
     """
 
     at: str
@@ -152,7 +152,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         if not self.at:
-            raise ValueError("a trace needs a column that says when")
+            raise ValueError("a trace needs a column with the arrival time")
         check_unit(self.unit)
         if self.every_s is not None and not (isfinite(self.every_s) and self.every_s > 0):
             raise ValueError(f"an interval must be longer than 0 s, not {self.every_s}")
@@ -160,12 +160,12 @@ class Columns:
             raise ValueError(f"scale must be a number above 0, not {self.scale}")
 
     def used(self) -> tuple[str, ...]:
-        """The columns that a trace must have."""
+        """Return the columns that a trace must have."""
         numbers = (name for take in self._takes() for name in take.columns)
         return _distinct(*self.needed(), *numbers, self.label, self.tenant)
 
     def needed(self) -> tuple[str, ...]:
-        """Those without which a record is of no use."""
+        """Return the columns that every record must have."""
         found = [self.at, self.minus, self.count, self.template]
         for take in self._takes():
             found += take.columns if take.needed else ()
@@ -180,7 +180,9 @@ def _distinct(*names: str) -> tuple[str, ...]:
 
 
 SWF_COLUMNS = Columns("submit", task_s=ColumnSum(("run",)), label="job")
-"""A job of the log is a job of the scenario, each of its tasks as long as its run time."""
+"""Each job of the log becomes a job of the scenario, and each of its tasks takes the job's run
+time.
+"""
 
 RECORD_COLUMNS = Columns(
     "due_s",
@@ -189,4 +191,4 @@ RECORD_COLUMNS = Columns(
     tenant="tenant",
     template="template",
 )
-"""The jobs of a record, as a forecast or a replay writes it; lines of one's own may say less."""
+"""The jobs of a record of a forecast or a replay. Lines in other files may have fewer fields."""

@@ -1,21 +1,19 @@
-"""JSON Lines: one object a line, such as the jobs of a record; and a whole record as it is written.
+"""Readers of trace files: JSON Lines, whole records, the Standard Workload Format, and tables of
+text. Files may be compressed with gzip, whatever their names are.
 
-Of a whole record the jobs are read, and an odd one's line is its number among them. Their times are
-those of the run; where that was compressed, they are stretched again.
+A file that is damaged, truncated, or not in UTF-8 is read as far as possible, and the problem is
+reported.
 
-The Standard Workload Format of the Parallel Workloads Archive (version 2.2, swf.html there).
+JSON Lines have one object per line. In a whole record, a job's line is its number, and times of a
+compressed run are stretched again.
 
-Lines that begin with ';' are the header and comments; every other line is one job of 18 fields,
-with -1 where a value is unknown. Times are seconds and may be fractions; a run time of 0 is legal.
+The Standard Workload Format is that of the Parallel Workloads Archive (version 2.2, swf.html
+there). Lines that begin with ';' are the header and comments. Every other line is one job of 18
+fields, with -1 for an unknown value. Times are in seconds and may be fractions; a run time of 0 is
+valid.
 
-Tables of text: comma, tab, semicolon or anything else between fields, with or without a header.
-
-Every line is one record: a quoted field does not go over the end of its line. So a quote that is
-never closed spoils one record, and not all that follow.
-
-The lines of a trace, plain or gzip, whatever its name says.
-
-Invariant: a file that breaks off or is no UTF-8 is read as far as it goes, and said to be odd.
+In a table of text, every line is one record, because a quoted field ends with its line. So an
+unclosed quote affects only one record.
 """
 
 from __future__ import annotations
@@ -54,15 +52,15 @@ from batchlab.scenarios.traces.rows import (
 
 _CHUNK = 1 << 18
 _FEW = 64
-"""Bytes by which text that is no UTF-8 is told."""
+"""Number of bytes that detect UTF-16."""
 _GZIP = b"\x1f\x8b"
 _DAMAGED = "the file is damaged from here"
 _CHECKS = ("incorrect data check", "incorrect length check")
-"""What zlib says where all was unpacked and the sums at the end are others."""
+"""Messages of zlib for complete data with a wrong checksum or length."""
 
 
 class _ReadProblem(NamedTuple):
-    """Why a file is not read further. `whole`: what came before it is as it was written."""
+    """Reason why a file is not read further. `whole` says whether the data before it is intact."""
 
     what: str
     done: str = LEFT_OUT
@@ -71,7 +69,7 @@ class _ReadProblem(NamedTuple):
 
 
 class _UnreadableError(Exception):
-    """All that can be read of a file has been."""
+    """The rest of the file cannot be read."""
 
     def __init__(self, trouble: _ReadProblem) -> None:
         super().__init__(trouble.what)
@@ -79,9 +77,9 @@ class _UnreadableError(Exception):
 
 
 def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of every line; what is odd is added to `odd`.
+    """Yield (number from 1, text) of every line, and add problems to `odd`.
 
-    UsageError where the file cannot be read.
+    Raise UsageError if the file cannot be read.
     """
     number = 0
     rest = end = b""
@@ -94,7 +92,7 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
                 yield number, _decode(line, number, path, odd)
     except _UnreadableError as error:
         trouble = error.trouble
-        # What was cut may still look like a number.
+        # A truncated value could still look like a number.
         rest = rest if trouble.whole else b""
         at = number + 1 + bool(rest)
         odd.append(Anomaly(str(path), at, trouble.what, trouble.done, trouble.detail))
@@ -103,7 +101,7 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
 
 
 def _line_end(chunk: bytes, path: Path) -> bytes:
-    """By the file's first piece; UsageError where it is text that is no UTF-8 all through."""
+    """Return the line separator, from the first chunk. Raise UsageError for UTF-16."""
     wide = len(chunk) >= _FEW and not (any(chunk[:_FEW:2]) and any(chunk[1:_FEW:2]))
     if wide or chunk.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         raise UsageError(
@@ -114,7 +112,7 @@ def _line_end(chunk: bytes, path: Path) -> bytes:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """The whole file, as far as it goes; UsageError where it cannot be read."""
+    """Return the readable part of the file. Raise UsageError if it cannot be opened."""
     found = bytearray()
     try:
         for chunk in _chunks(path):
@@ -133,7 +131,7 @@ def _decode(line: bytes, number: int, path: Path, odd: list[Anomaly]) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """The file piece by piece, unpacked; _UnreadableError where no more of it can be read."""
+    """Yield the unpacked file in chunks. Raise _UnreadableError if the rest cannot be read."""
     try:
         with path.open("rb") as file:
             chunk = file.read(_CHUNK)
@@ -151,7 +149,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _gzip_members(file: BinaryIO, data: bytes) -> Iterator[bytes]:
-    """A gzip file may have several members, one after the other, and zeros behind each."""
+    """Unpack the members of a gzip file. Zeros may follow each member."""
     while data.startswith(_GZIP):
         unpacker = zlib.decompressobj(wbits=31)
         while data and not unpacker.eof:
@@ -169,7 +167,7 @@ def _gzip_members(file: BinaryIO, data: bytes) -> Iterator[bytes]:
 
 
 def _decompress(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    """What `data` unpacks to, never much at once."""
+    """Unpack `data` in pieces of bounded size."""
     while data:
         before = unpacker.copy()
         try:
@@ -182,7 +180,7 @@ def _decompress(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
 
 
 def _decompress_until_damage(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    """Byte by byte: zlib keeps back all that it has unpacked in a call that fails."""
+    """Unpack byte by byte, because zlib drops the output of a call that fails."""
     for at in range(len(data)):
         try:
             piece = unpacker.decompress(data[at : at + 1])
@@ -203,7 +201,10 @@ _OF_A_RECORD = frozenset({"scenario", "jobs", "version"})
 
 
 def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
-    """UsageError where the file cannot be read, or no record has one of the columns."""
+    """Read JSON Lines or a whole record.
+
+    Raise UsageError for an unreadable file, or if all records lack a column.
+    """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)
     numbered = iter(skip_blank_lines(read_lines(path, odd), path, odd))
@@ -216,7 +217,10 @@ def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
 
 
 def _is_a_record(line: str, path: Path) -> bool:
-    """By the first line: a record is written over many, and may have been put into one."""
+    """Detect a whole record by its first line.
+
+    A record has many lines, or one if it was reformatted.
+    """
     if line.strip() == "{":
         return isinstance(_parse_json(read_unpacked(path)), dict)
     found = _parse_json(line)
@@ -236,13 +240,13 @@ def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Ite
 def _json_lines(
     numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: RowMapper
 ) -> Iterator[RawRecord | None]:
-    # Of the columns of a record only the time has to be there.
+    # Only the time column of RECORD_COLUMNS is required.
     missing = set(columns.used()) - set(RECORD_COLUMNS.used())
     keys: list[str] = []
     for number, line in numbered:
         found = _parse_json(line)
         if not isinstance(found, dict):
-            mapper.note(number, "no JSON object", LEFT_OUT, shown(line))
+            mapper.note(number, "not a JSON object", LEFT_OUT, shown(line))
             yield None
             continue
         values = _selected_values(found, number, columns, mapper)
@@ -257,7 +261,7 @@ def _json_lines(
 
 
 def _parse_json(text: str | bytes) -> Any:
-    """The value of a text; None where it is no JSON."""
+    """Parse JSON, or return None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -309,7 +313,7 @@ SWF_FIELDS = (
     "preceding",
     "think",
 )
-"""Names of the 18 fields, in order. memory and requested_memory are KB per processor."""
+"""Names of the 18 fields, in order. memory and requested_memory are in KB per processor."""
 
 _UNKNOWN = -1.0
 _PARTIAL = frozenset({"2", "3", "4"})
@@ -317,7 +321,10 @@ _RECORDS = re.compile(r";\s*(MaxRecords|MaxJobs)\s*:\s*(\d+)\s*", re.IGNORECASE)
 
 
 def read_swf(path: Path, columns: Columns = SWF_COLUMNS) -> TraceContent:
-    """UsageError where the file cannot be read or the columns are none of SWF_FIELDS."""
+    """Read a file in the Standard Workload Format.
+
+    Raise UsageError for an unreadable file or unknown columns.
+    """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd, unknown=_UNKNOWN)
     reader = _SwfReader(path, columns, mapper, odd)
@@ -346,7 +353,7 @@ class _SwfReader:
                 continue
             found += 1
             yield self._record(number, line, jobs)
-        # MaxRecords counts lines; MaxJobs does too where no job was swapped out.
+        # MaxRecords is the number of lines. MaxJobs is too, unless jobs were swapped out.
         at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, found))
         if promised != found:
             self._mapper.note(
@@ -382,7 +389,7 @@ class _SwfReader:
         if not all_numbers(line):
             for name, value in values.items():
                 if name not in self._used and parse_number(value) is None:
-                    self._mapper.note(number, f"{name} is no number", "not needed", shown(value))
+                    self._mapper.note(number, f"{name} is not a number", "not needed", shown(value))
         return RawRecord(number, values)
 
 
@@ -392,10 +399,10 @@ _DELIMITERS = "\t;|,"
 def read_table(
     path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = ""
 ) -> TraceContent:
-    """`names` are those of the columns of a table without a header. Without a `delimiter` it is
-    the tab, semicolon, bar or comma that the first line has most of.
+    """Read a table of text. `names` are its column names if it has no header. Without `delimiter`,
+    the most frequent of tab, semicolon, bar, and comma in the first line is used.
 
-    UsageError where the file cannot be read or lacks a column.
+    Raise UsageError for an unreadable file or a missing column.
     """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)
@@ -442,7 +449,7 @@ def _guess_delimiter(line: str) -> str:
 
 
 def _split_line(line: str, delimiter: str) -> list[str] | None:
-    """The fields of one line; None where they cannot be told."""
+    """Split a line into fields, or return None for an unclosed quote."""
     if '"' not in line:
         return line.split(delimiter)
     try:

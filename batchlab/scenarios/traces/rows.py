@@ -1,8 +1,7 @@
-"""From a trace's records to rows that all mean the same, whatever the format was.
+"""Conversion of a trace's records to rows, independent of the format, and reports about bad
+records.
 
-Invariant: every record becomes a row, or is in `odd`; one that is changed is in both.
-
-What is odd in a trace, in words, and how often each kind of it occurs.
+Every record becomes a row or is reported in `odd`. A changed record is in both.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ _MOST_SHOWN = 20
 
 
 class RawRecord(NamedTuple):
-    """One record as its format has it."""
+    """Record in its own format."""
 
     line: int
     values: Mapping[str, object]
 
 
 class TraceRow(NamedTuple):
-    """One record: a job at `at_s`, or with `wide_s` set `jobs` of them from then on within that.
+    """Record as a job at `at_s`, or as `jobs` jobs in the `wide_s` seconds from `at_s`.
 
-    Times are seconds on the trace's own time line; those of a file are in order.
+    Times are seconds on the trace's own time line. Rows of a file are in order of time.
     """
 
     line: int
@@ -57,8 +56,8 @@ class TraceRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceContent:
-    """A trace that was read: its rows in order of time, how many `records` it has, what is odd in
-    it, in order of lines, and how its times are written (those of the first record that has one).
+    """Content of a trace: its rows in order of time, the number of `records`, the reports in order
+    of lines, and the form of the first valid time.
     """
 
     rows: tuple[TraceRow, ...]
@@ -68,7 +67,7 @@ class TraceContent:
 
 
 class _LeftOutError(Exception):
-    """Why a record cannot be used, and its value that is to blame."""
+    """A record cannot be used because of a value."""
 
     def __init__(self, what: str, value: object = "") -> None:
         super().__init__(what)
@@ -77,14 +76,17 @@ class _LeftOutError(Exception):
 
 
 def _checked_size(number: float, *columns: str) -> float:
-    """`number`, where sums of many such are still numbers."""
+    """Return `number`, or raise if sums of many such values could overflow."""
     if abs(number) > MOST_TASKS:
-        raise _LeftOutError(f"{' and '.join(columns)} is beyond all that is counted here", number)
+        raise _LeftOutError(f"{' and '.join(columns)} is too large", number)
     return number
 
 
 class RowMapper:
-    """Takes from records what the columns say. `unknown` is the number that stands for none."""
+    """Converter of records by a column map.
+
+    `unknown` is the number that stands for a missing value.
+    """
 
     def __init__(
         self, path: Path, columns: Columns, odd: list[Anomaly], *, unknown: float | None = None
@@ -96,9 +98,9 @@ class RowMapper:
         self._kind: TimestampKind | None = None
 
     def reading(self, records: Iterable[RawRecord | None]) -> TraceContent:
-        """None is a record that was left out already, and noted.
+        """Convert all records. None stands for a record that was left out and reported already.
 
-        UsageError where the length of intervals cannot be told.
+        Raise UsageError if the length of intervals cannot be derived.
         """
         rows: list[TraceRow] = []
         found, before_s = 0, float("-inf")
@@ -111,7 +113,7 @@ class RowMapper:
             except _LeftOutError as left:
                 self.note(fields.line, left.what, LEFT_OUT, left.detail)
                 continue
-            # The starts of a trace in order of its ends need not be in order.
+            # A trace that is sorted by end times need not be sorted by start times.
             if row.at_s < before_s and not self._columns.minus:
                 self.note(fields.line, "earlier than the record before it", "put in order of time")
             before_s = row.at_s
@@ -154,14 +156,14 @@ class RowMapper:
             raise _LeftOutError(f"{name} is missing")
         read = parse_timestamp(value, self._columns.unit)
         if read is None:
-            raise _LeftOutError(f"{name} is no time", value)
+            raise _LeftOutError(f"{name} is not a time", value)
         at_s, kind = read
         if self._unknown is not None and at_s < 0:
             raise self._below(name, at_s)
         first = self._kind = self._kind or kind
         if kind is first:
             return _checked_size(at_s, name)
-        # Nobody knows where on the time line of the others it would be.
+        # The time cannot be placed on the time line of the other records.
         if kind is TimestampKind.NUMBER:
             raise _LeftOutError(f"{name} is a number, unlike the first", value)
         if first is TimestampKind.NUMBER:
@@ -185,7 +187,7 @@ class RowMapper:
             raise _LeftOutError(f"{name} is missing")
         number = parse_number(value)
         if number is None:
-            raise _LeftOutError(f"{name} is no number", value)
+            raise _LeftOutError(f"{name} is not a number", value)
         if number < 0:
             raise self._below(name, number)
         return number
@@ -219,7 +221,7 @@ class RowMapper:
 
     def _intervals(self, rows: list[TraceRow]) -> list[TraceRow]:
         every_s = self._columns.every_s or self._most_common_gap(rows)
-        # A timestamp's fraction may be rounded.
+        # The fraction of a timestamp may be rounded.
         slack_s = every_s / 1000
         wide: list[TraceRow] = []
         for row, after in pairwise(rows):
@@ -237,14 +239,14 @@ class RowMapper:
         gaps = Counter(round(b.at_s - a.at_s, 3) for a, b in pairwise(rows) if b.at_s > a.at_s)
         if not gaps:
             raise UsageError(
-                f"How long the intervals of {self._file} are cannot be told from its records.",
-                remedy="Say it, for example every: 5m.",
+                f"The length of the intervals of {self._file} cannot be derived from its records.",
+                remedy="Write it, for example every: 5m.",
             )
         return gaps.most_common(1)[0][0]
 
 
 def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None:
-    """UsageError where a column that is asked for is not there, or is there twice."""
+    """Raise UsageError for a column that is missing or duplicated."""
     for name in used:
         times = known.count(name)
         if times == 1:
@@ -257,7 +259,7 @@ def check_columns(used: Iterable[str], known: Sequence[str], path: Path) -> None
 
 
 def list_names(names: Sequence[str]) -> str:
-    """The first of them, where there are many."""
+    """List the names, or only the first of many."""
     clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
     few = ", ".join(islice(clear, _MOST_SHOWN))
     return f"{few} and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else few
@@ -266,7 +268,7 @@ def list_names(names: Sequence[str]) -> str:
 def skip_blank_lines(
     numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]
 ) -> Iterable[tuple[int, str]]:
-    """Blank lines taken out: those between records are odd, those at the end are not."""
+    """Skip blank lines. Blank lines between records are reported, those at the end are not."""
     blank: list[int] = []
     for number, line in numbered:
         if not line or line.isspace():
@@ -279,7 +281,7 @@ def skip_blank_lines(
 
 @dataclass(frozen=True, slots=True)
 class AnomalyKind:
-    """All records of one file that are odd in the same way."""
+    """Records of one file with the same problem."""
 
     file: str
     what: str
@@ -289,7 +291,7 @@ class AnomalyKind:
 
 
 def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
-    """The kinds, file by file, the most frequent first."""
+    """Group the problems by file and kind, the most frequent first."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for odd in odds:
         found.setdefault((odd.file, odd.what, odd.done), []).append(odd.line)
@@ -298,6 +300,6 @@ def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
 
 
 def describe(odd: Anomaly) -> str:
-    """One sentence with its place."""
+    """Return one sentence with the file and line."""
     detail = f" ({odd.detail})" if odd.detail else ""
     return f"{odd.file}:{odd.line}: {odd.what}{detail}: {odd.done}"

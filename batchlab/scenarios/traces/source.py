@@ -1,6 +1,6 @@
-"""A trace as a source of arrivals.
+"""Source of arrivals from a trace.
 
-Invariant: the trace's first job, or the moment `from_s` after it, is `starts_s` in the scenario.
+The trace's first job, or `from_s` after it, arrives at `starts_s`.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class Trace:
         if self.columns is None and self.format is TraceFormat.TABLE:
             raise ValueError("a table needs a map of its columns")
         if not self.template and not self._map().template:
-            raise ValueError("neither the arrival nor a column says which job it is")
+            raise ValueError("neither the arrival nor a column names the job")
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        """UsageError where the trace cannot be read, or nothing in it can be used."""
+        """Yield the arrivals. Raise UsageError for a trace that is unreadable or has no valid
+        record.
+        """
         reading = self.reading()
         if not reading.rows:
             raise self._useless(reading)
@@ -90,12 +92,13 @@ class Trace:
             )
 
     def odd(self) -> tuple[Anomaly, ...]:
-        """Of the whole trace, also where only a part of it is used."""
+        """Return the problems of the whole trace, even if only a part is used."""
         return self.reading().odd
 
     def begins(self) -> str:
-        """What time it was at second 0 of the scenario, as ISO 8601, without a zone where the trace
-        has none; "" where its times are numbers."""
+        """Return the time at second 0 of the scenario in ISO 8601, without a zone if the trace has
+        none, or "" if its times are numbers.
+        """
         reading = self.reading()
         if not reading.rows or reading.kind not in (TimestampKind.ZONED, TimestampKind.LOCAL):
             return ""
@@ -111,7 +114,7 @@ class Trace:
         return replace(self, speed=self.speed * factor)
 
     def reading(self) -> TraceContent:
-        """The whole trace. UsageError where it cannot be read."""
+        """Read the whole trace. Raise UsageError if it cannot be read."""
         try:
             state = self.path.stat()
         except OSError:
@@ -127,7 +130,7 @@ class Trace:
                 f"The trace {self.path} has no records.", remedy="Name a file with records."
             )
         remedy = "Check its format and the map of its columns."
-        if any(one.what == f"{self._map().at} is no time" for one in reading.odd):
+        if any(one.what == f"{self._map().at} is not a time" for one in reading.odd):
             remedy += (
                 " A date that is not written as 2026-10-31 18:05:00 needs its form, such as "
                 'unit: "%d.%m.%Y %H:%M:%S".'
@@ -144,7 +147,7 @@ class Trace:
     def _placed(
         self, rows: tuple[TraceRow, ...], random: Random
     ) -> Iterator[tuple[float, TraceRow]]:
-        """When each job arrives, in order, in seconds after the first."""
+        """Yield each job's arrival in seconds after the first job, in order."""
         begin_s = rows[0].at_s
         scale = self._map().scale
         counted, sent = 0.0, 0
@@ -152,7 +155,7 @@ class Trace:
             if row.wide_s is None:
                 yield row.at_s - begin_s, row
                 continue
-            # Fractions are carried on, so that the sum is right however small the scale.
+            # Fractions are carried over, so that the total is right for small scales.
             counted += row.jobs * scale
             due = floor(counted + 1e-9) - sent
             sent += due
@@ -161,8 +164,9 @@ class Trace:
 
 
 def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
-    """`count` moments, each anywhere within `wide_s`, in order and without making them all: of k
-    uniform numbers the largest is distributed as the k-th root of one."""
+    """Draw `count` uniform times within `wide_s`, in order, without storing them: the largest of k
+    uniform numbers is distributed as the k-th root of one.
+    """
     left = 1.0
     for k in range(count, 0, -1):
         left *= random.random() ** (1 / k)
@@ -178,7 +182,7 @@ def _read_cached(
     delimiter: str,
     stamp: tuple[int, int],  # noqa: ARG001 - a file that has changed is read again
 ) -> TraceContent:
-    """Kept, since arrivals and oddities are asked for separately and more than once."""
+    """Read a trace once for several callers."""
     if form is TraceFormat.SWF:
         return formats.read_swf(path, columns)
     if form is TraceFormat.JSONL:

@@ -1,1 +1,1 @@
-"""What a replay sends to the workers as its jobs' code: this folder, whole."""
+"""Code of a replay's jobs. The whole folder is sent to the workers."""

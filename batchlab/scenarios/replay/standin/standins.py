@@ -1,11 +1,11 @@
-"""Tasks that stand in for real ones: each takes exactly the time that the scenario says.
+"""Stand-in tasks, which take exactly the times in the scenario.
 
-Sent to the workers as a job's code, so it needs the standard library only, and whatever a worker's
-batchlab is, it does the same there.
+This module is sent to the workers as a job's code, so it needs only the standard library and does
+not depend on a worker's version of batchlab.
 
-Item and result: {"t": {stage: [seconds, [attempts that fail], kills]}, "group_STAGE": group}. An
-item has the entries of its own stage and of those that follow it item by item; a gather's task
-finds its own in the job's parameters.
+Item and result: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item
+has the entries of its own stage and of stages that follow it item by item. A gather's task finds
+its entry in the job's parameters.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any, Protocol
 
 BLOCK_BYTES = 256 * 1024
 FILE_BYTES = 16 * 1024 * 1024
-"""What a task on disk writes before it begins again at the front: no disk is filled."""
+"""Bytes that a task writes to disk before it starts again at the front, so that the disk does not
+fill up.
+"""
 PAGE_BYTES = 4096
 HELD_BYTES = 64 * 1024 * 1024
-"""What a task in memory holds where its stage does not say."""
+"""Memory of a task whose stage declares none."""
 
 
 class Task(Protocol):
-    """What is used of batchlab.core.task_context.Context."""
+    """Used part of batchlab.core.task_context.Context."""
 
     stage: str
     task: int
@@ -41,11 +43,11 @@ class Task(Protocol):
 
 
 class ScenarioFailure(Exception):
-    """An attempt that the scenario lets fail."""
+    """The scenario declares that this attempt fails."""
 
 
 def work(item: Any, ctx: Task) -> Any:
-    """Take the task's time, then fail where the scenario says so."""
+    """Take the task's time, and then fail if the scenario declares it."""
     begun_s = time.monotonic()
     shape = ctx.params["stages"][ctx.stage]
     entries = _entries(item, ctx, shape)
@@ -70,15 +72,15 @@ def _entries(item: Any, ctx: Task, shape: dict[str, Any]) -> dict[str, Any]:
         return found
     if "t" in item:
         return dict(item["t"])
-    # Several stages before it: the values of all of them, by stage.
+    # After several stages, the item has the values of all of them by stage.
     return {name: entry for value in item.values() for name, entry in value["t"].items()}
 
 
 def _kill_worker() -> None:
     worker = os.getppid()
-    if worker > 1:  # else it is dead already, and somebody else is asked
+    if worker > 1:  # otherwise the worker has ended and the parent is another process
         os.kill(worker, signal.SIGKILL)
-    # This process goes with it.
+    # This process ends with the worker.
     time.sleep(60.0)
 
 
@@ -94,7 +96,7 @@ def _cpu(until_s: float, _shape: dict[str, Any], _ctx: Task) -> None:
 
 
 def _memory(until_s: float, shape: dict[str, Any], _ctx: Task) -> None:
-    # Of the system and not of Python, so that it is given back with the task.
+    # The memory comes from the system, so that it is released after the task.
     size = max(PAGE_BYTES, int(shape["hold"] or HELD_BYTES))
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         for at in range(0, len(held), PAGE_BYTES):
