@@ -35,18 +35,18 @@ N = TypeVar("N")
 
 
 class ArrivalSpec(Keys):
-    """Where jobs come from: `job` and exactly one of the other keys."""
+    """Source of jobs: `job` and exactly one of the other keys."""
 
     job: field_types.Name | None = Field(
         default=None,
-        description="Which of the `jobs` arrives. Only a trace whose records name it can do "
-        "without.",
+        description="Name of the job that arrives. Only a trace whose records name it may omit this"
+        " key.",
         examples=["claims"],
     )
     at: Moments | None = Field(
         default=None,
-        description="Exactly then: a moment or several, each a time from the scenario's beginning "
-        "or `{at: TIME, count: N}`.",
+        description="Fixed times: one or several, each a time from the scenario's start or `{at: "
+        "TIME, count: N}`.",
         examples=[["0s", "1h", {"at": "2h", "count": 50}]],
     )
     poisson: PoissonSpec | None = Field(
@@ -61,27 +61,27 @@ class ArrivalSpec(Keys):
     )
     profile: ProfileSpec | None = Field(
         default=None,
-        description="By the clock and the day of the week.",
+        description="A rate for each hour of the day and each day of the week.",
         examples=[{"daily": [2] * 24, "until": "7d"}],
     )
     month_end: MonthEndSpec | None = Field(
         default=None,
-        description="By the calendar: more at the turn of a month.",
+        description="A calendar profile with more jobs at the turn of a month.",
         examples=[{"per_hour": 2, "begins": "2026-01-26", "until": "7d"}],
     )
     step: StepSpec | None = Field(
         default=None,
-        description="A rate that changes at once.",
+        description="A rate that changes at given times.",
         examples=[{"per_hour": 10, "steps": [{"at": "1h", "per_hour": 120}], "until": "2h"}],
     )
     ramp: RampSpec | None = Field(
         default=None,
-        description="A rate that changes evenly.",
+        description="A rate that changes linearly.",
         examples=[{"per_hour": 0, "to_per_hour": 120, "until": "2h"}],
     )
     trace: TraceSpec | None = Field(
         default=None,
-        description="What was recorded.",
+        description="A recorded trace.",
         examples=[{"file": "last-month.csv", "columns": {"at": "submit"}}],
     )
 
@@ -94,63 +94,66 @@ class PoolSpec(Keys):
     """A pool of workers."""
 
     min: int = Field(
-        default=0, ge=0, le=100_000, description="Instances that are always there.", examples=[2]
+        default=0, ge=0, le=100_000, description="Minimum number of instances.", examples=[2]
     )
-    max: int = Field(ge=1, le=100_000, description="The most instances.", examples=[40])
+    max: int = Field(ge=1, le=100_000, description="Maximum number of instances.", examples=[40])
     slots: int = Field(
         default=1, ge=1, le=9999, description="Task slots of an instance.", examples=[4]
     )
     boot: field_types.Duration = Field(
         default=0.0,
-        description="How long an instance takes from its launch until it works.",
+        description="Time from an instance's launch until it takes work.",
         examples=["90s"],
     )
     instance_type: str = Field(
         default="",
-        description="EC2 instance type, which says what it costs.",
+        description="EC2 instance type, which determines the cost.",
         examples=["m7i.large"],
     )
-    spot: Share = Field(
-        default=0.0, description="Share of the instances that are Spot.", examples=[0.5]
-    )
+    spot: Share = Field(default=0.0, description="Share of Spot Instances.", examples=[0.5])
 
 
 class PolicySpec(Keys):
-    """How the fleet follows the work."""
+    """Scaling policy of the fleet."""
 
     drain_target: field_types.Timeout | None = Field(
         default=None,
-        description="The fleet is made so large that the backlog would be done within this time.",
+        description="The fleet is sized so that the backlog would be done within this time.",
         examples=["10m"],
     )
     cooldown_in: field_types.Duration | None = Field(
         default=None,
-        description="How long demand must have been lower before the fleet shrinks.",
+        description="Time for which demand must be lower before the fleet shrinks.",
         examples=["2m"],
     )
     idle: field_types.Duration | None = Field(
         default=None,
-        description="How long an instance must have been idle before it may go.",
+        description="Time for which an instance must be idle before it may be terminated.",
         examples=["1m"],
     )
 
 
 class PrewarmSpec(Keys):
-    """Scheduled capacity: instances that are there before the work is."""
+    """Scheduled capacity: a minimum number of instances for some time."""
 
     pool: field_types.Name = Field(
-        default="default", description="Which pool.", examples=["default"]
+        default="default", description="Name of the pool.", examples=["default"]
     )
-    min: int = Field(ge=0, le=100_000, description="At least so many instances.", examples=[10])
-    at_s: field_types.Duration = Field(alias="at", description="From when on.", examples=["7h"])
-    until_s: field_types.Duration = Field(alias="until", description="Until when.", examples=["9h"])
+    min: int = Field(
+        ge=0, le=100_000, description="Minimum number of instances in this time.", examples=[10]
+    )
+    at_s: field_types.Duration = Field(alias="at", description="Start time.", examples=["7h"])
+    until_s: field_types.Duration = Field(alias="until", description="End time.", examples=["9h"])
 
 
 class FaultSpec(Keys):
-    """Something that breaks. Two faults of one kind that last may not overlap, unless they are
-    pauses of two pools: the end of the first would end the second."""
+    """A fault. Two lasting faults of the same kind must not overlap, unless they are pauses of two
+    pools: the end of the first would also end the second.
+    """
 
-    at_s: field_types.Duration = Field(alias="at", description="When it breaks.", examples=["30m"])
+    at_s: field_types.Duration = Field(
+        alias="at", description="Start time of the fault.", examples=["30m"]
+    )
     fault: Literal[
         "kill",
         "pause",
@@ -170,44 +173,49 @@ class FaultSpec(Keys):
         examples=["kill"],
     )
     for_s: field_types.Duration = Field(
-        alias="for", default=60.0, description="For how long, where it lasts.", examples=["5m"]
+        alias="for", default=60.0, description="Duration of a fault that lasts.", examples=["5m"]
     )
     pool: field_types.Name | None = Field(
         default=None,
-        description="Whose instances, where it hits instances; those of all pools unless said.",
+        description="Pool whose instances the fault hits. The default is all pools.",
         examples=["default"],
     )
     share: Share | None = Field(
         default=None,
-        description="Which share of the instances in service, rounded up; all unless said.",
+        description="Share of the instances in service that the fault hits, rounded up. The default"
+        " is all.",
         examples=[0.5],
     )
     count: int | None = Field(
-        default=None, ge=1, le=100_000, description="Or how many of them.", examples=[2]
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Number of instances that the fault hits, instead of a share.",
+        examples=[2],
     )
     rate: Share | None = Field(
         default=None,
-        description="Share of requests or messages that `s3-errors`, `sqs-duplicates` and "
-        "`sqs-delays` hit; 0.2 unless said.",
+        description="Share of requests or messages that `s3-errors`, `sqs-duplicates`, and `sqs-"
+        "delays` hit. The default is 0.2.",
         examples=[0.2],
     )
     notice: field_types.Duration | None = Field(
         default=None,
-        description="How long before its end a Spot instance is told; two minutes unless said.",
+        description="Notice of a Spot Instance before its end. The default is two minutes.",
         examples=["2m"],
     )
     zone: str | None = Field(
         default=None,
-        description="The zone that is lost, by its letter: `a`, `b` and so on; `a` unless said.",
+        description="Letter of the lost zone: `a`, `b`, and so on. The default is `a`.",
         examples=["b"],
     )
 
 
 class Bound(Of[N], Generic[N]):
-    """What a measure may be; a value alone is the most."""
+    """Range of a measure. A value alone is the maximum."""
 
-    least: N | None = Field(default=None, description="No less than this.", examples=[0])
-    most: N | None = Field(default=None, description="No more than this.", examples=[0])
+    least: N | None = Field(default=None, description="Minimum value.", examples=[0])
+    most: N | None = Field(default=None, description="Maximum value.", examples=[0])
 
 
 def _bound(value: Any) -> Any:
@@ -239,11 +247,11 @@ def _expected(by_template: bool) -> dict[str, Any]:
 
 
 class _JobExpect(Keys):
-    """What must hold of the jobs of one template."""
+    """Expectations for the jobs of one template."""
 
 
 class _Expect(Keys):
-    """What must hold: measures, each with the most that it may be, or `{least: , most: }`."""
+    """Expectations: measures, each with its maximum or with `{least: , most: }`."""
 
 
 JobExpectSpec = create_model(
@@ -258,7 +266,7 @@ ExpectSpec = create_model(
         dict[str, JobExpectSpec],  # type: ignore[valid-type]
         Field(
             default_factory=dict,
-            description="What must hold of the jobs of one template, by its name.",
+            description="Expectations for the jobs of one template, by its name.",
             examples=[{"claims": {"p95_turnaround": "2h"}}],
         ),
     ),
@@ -275,15 +283,13 @@ class ScenarioSpec(Keys):
     )
     about: str = Field(
         min_length=1,
-        description="What happens in it, and what it teaches, in a paragraph or two.",
+        description="Description of the scenario and of its lesson, in one or two paragraphs.",
         examples=["The last night of a month."],
     )
-    seed: int = Field(
-        default=1, ge=0, description="All that is drawn follows from this number.", examples=[7]
-    )
+    seed: int = Field(default=1, ge=0, description="Seed of all random values.", examples=[7])
     compress: Annotated[float, Field(ge=1, le=1_000_000)] = Field(
         default=1.0,
-        description="What a replay divides all times by unless told otherwise.",
+        description="Factor by which a replay divides all times by default.",
         examples=[60],
     )
     zones: int = Field(
@@ -296,32 +302,32 @@ class ScenarioSpec(Keys):
     )
     arrivals: list[ArrivalSpec] = Field(
         min_length=1,
-        description="Where jobs come from.",
+        description="Sources of jobs.",
         examples=[[{"job": "claims", "at": "0s"}]],
     )
     pools: dict[field_types.Name, PoolSpec] = Field(
         min_length=1,
-        description="The fleet, by names of pools.",
+        description="Pools of the fleet, by name.",
         examples=[{"default": {"max": 10}}],
     )
     policy: PolicySpec = Field(
         default_factory=PolicySpec,
-        description="How the fleet follows the work; what is not said is as in a deployment.",
+        description="Scaling policy. Settings that are not given are as in a deployment.",
         examples=[{"drain_target": "10m"}],
     )
     prewarm: list[PrewarmSpec] = Field(
         default_factory=list,
-        description="Instances that are there before the work is.",
+        description="Scheduled capacity before the work arrives.",
         examples=[[{"min": 10, "at": "7h", "until": "9h"}]],
     )
     faults: list[FaultSpec] = Field(
         default_factory=list,
-        description="What breaks, and when.",
+        description="Faults and their times.",
         examples=[[{"at": "30m", "fault": "kill", "count": 2}]],
     )
     expect: ExpectSpec = Field(  # type: ignore[valid-type]
         default_factory=ExpectSpec,
-        description="What must hold: the verdict on a run.",
+        description="Expectations for the verdict on a run.",
         examples=[{"lost": 0, "p95_wait": "10m"}],
     )
 

@@ -77,80 +77,92 @@ class Of(Keys, Generic[N]):
 
 
 class Uniform(Of[N], Generic[N]):
-    """Any number between two, each as likely."""
+    """Uniform distribution between two numbers."""
 
-    least: N = Field(description="The smallest.", examples=[2])
-    most: N = Field(description="The largest.", examples=[8])
+    least: N = Field(description="Minimum value.", examples=[2])
+    most: N = Field(description="Maximum value.", examples=[8])
 
 
 class Exponential(Of[N], Generic[N]):
-    """Without memory: many short, few long."""
+    """Exponential distribution: many short times, few long ones."""
 
     mean: N = Field(description="The mean, above 0.", examples=[30])
 
 
 class Lognormal(Of[N], Generic[N]):
-    """What run times mostly look like: a hump with a long right side."""
+    """Lognormal distribution, which fits most run times: a peak with a long right tail."""
 
-    median: N = Field(description="Half of all are below it; above 0.", examples=[200])
+    median: N = Field(
+        description="Median: half of all values are below it. It must be above 0.", examples=[200]
+    )
     sigma: Amount = Field(
-        description="Standard deviation of its logarithm: 0.5 is mild, 1.5 wild.", examples=[0.6]
+        description="Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.",
+        examples=[0.6],
     )
 
 
 class Pareto(Of[N], Generic[N]):
-    """A heavy tail: most are near the least, and a few are very long."""
+    """Pareto distribution: most values are near the minimum, and a few are very large."""
 
-    least: N = Field(description="The smallest, above 0.", examples=[10])
+    least: N = Field(description="Minimum value, above 0.", examples=[10])
     alpha: Amount = Field(
-        description="How fast the tail falls: 3 is light, 1.1 very heavy. Above 1 unless `most` "
-        "is there.",
+        description="Speed at which the tail falls: 3 gives a light tail, 1.1 a very heavy one. It "
+        "must be above 1 without `most`.",
         examples=[1.5],
     )
     most: N | None = Field(
-        default=None, description="The largest; without it there is none.", examples=[3600]
+        default=None,
+        description="Maximum value. Without it the distribution has no maximum.",
+        examples=[3600],
     )
 
 
 class Weibull(Of[N], Generic[N]):
-    """As exponential, with a tail that can be heavier or lighter."""
+    """Weibull distribution: like exponential, with a heavier or lighter tail."""
 
-    scale: N = Field(description="About two thirds are below it; above 0.", examples=[60])
+    scale: N = Field(
+        description="Scale: about two thirds of all values are below it. It must be above 0.",
+        examples=[60],
+    )
     shape: Amount = Field(
-        description="Below 1 the tail is heavier than exponential, above 1 lighter.",
+        description="Below 1 the tail is heavier than exponential, above 1 it is lighter.",
         examples=[0.7],
     )
 
 
 class One(Of[N], Generic[N]):
-    """A number that is drawn in one way: exactly one of these."""
+    """A distribution, given by exactly one of these keys."""
 
-    constant: N | None = Field(default=None, description="Always this.", examples=[4])
+    constant: N | None = Field(default=None, description="Constant value.", examples=[4])
     uniform: Uniform[N] | None = Field(
         default=None,
-        description="Any number between two, each as likely.",
+        description="Uniform distribution between two numbers.",
         examples=[{"least": 2, "most": 8}],
     )
     exponential: Exponential[N] | None = Field(
-        default=None, description="Without memory, of this mean.", examples=[{"mean": 30}]
+        default=None,
+        description="Exponential distribution with this mean.",
+        examples=[{"mean": 30}],
     )
     lognormal: Lognormal[N] | None = Field(
         default=None,
-        description="What run times mostly look like.",
+        description="Lognormal distribution, which fits most run times.",
         examples=[{"median": 4, "sigma": 0.8}],
     )
     pareto: Pareto[N] | None = Field(
-        default=None, description="A heavy tail.", examples=[{"least": 10, "alpha": 1.5}]
+        default=None,
+        description="Pareto distribution, which has a heavy tail.",
+        examples=[{"least": 10, "alpha": 1.5}],
     )
     weibull: Weibull[N] | None = Field(
         default=None,
-        description="A tail that is heavier or lighter than exponential.",
+        description="Weibull distribution, whose tail is heavier or lighter than exponential.",
         examples=[{"scale": 60, "shape": 0.7}],
     )
     empirical: list[N] | None = Field(
         default=None,
         min_length=1,
-        description="One of these, each as likely: what was measured, drawn again.",
+        description="Measured values, each with the same probability.",
         examples=[[3, 4, 4, 9]],
     )
 
@@ -158,19 +170,17 @@ class One(Of[N], Generic[N]):
 class Part(One[N], Generic[N]):
     """One of the distributions of a mixture, with its weight."""
 
-    weight: Amount = Field(
-        description="How often it is taken, against the other weights; above 0.", examples=[9]
-    )
+    weight: Amount = Field(description="Weight relative to the other parts, above 0.", examples=[9])
 
 
 class Draw(One[N], Generic[N]):
-    """A number that is drawn: exactly one of these. A number alone is `constant`."""
+    """A distribution, given by exactly one of these keys. A plain number means `constant`."""
 
     mixture: list[Part[N]] | None = Field(
         default=None,
         min_length=1,
-        description="One of several distributions, by weight: mostly short, and some that are "
-        "long.",
+        description="Weighted mixture of distributions, for example mostly short times and some "
+        "long ones.",
         examples=[[{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}]],
     )
 
@@ -188,7 +198,7 @@ Times = Annotated[
 
 
 class TaskTimes(Draw[field_types.Duration]):
-    """How long tasks take; with a job file, by its stages."""
+    """Times of tasks. With a job file, times by stage."""
 
     by_stage: dict[str, Times] | None = Field(default=None, exclude=True)
 
@@ -203,13 +213,13 @@ JobTimes = Annotated[
 
 
 class Span(Keys):
-    """When a process of arrivals begins and ends."""
+    """Start and end of a source of arrivals."""
 
     from_s: field_types.Duration = Field(
-        alias="from", default=0.0, description="When the first may arrive.", examples=["30m"]
+        alias="from", default=0.0, description="Time from which jobs may arrive.", examples=["30m"]
     )
     until_s: field_types.Duration = Field(
-        alias="until", description="From when on nothing arrives.", examples=["8h"]
+        alias="until", description="Time from which no jobs arrive.", examples=["8h"]
     )
 
 
@@ -223,44 +233,44 @@ class PoissonSpec(Span):
 
 
 class OnOffSpec(Span):
-    """Bursts with pauses between them; it begins with a burst."""
+    """Bursts and pauses, starting with a burst."""
 
-    per_hour: Amount = Field(description="Jobs an hour in a burst, on average.", examples=[120])
+    per_hour: Amount = Field(description="Mean number of jobs per hour in a burst.", examples=[120])
     on_s: field_types.Duration = Field(
-        alias="on", description="How long a burst lasts, on average.", examples=["5m"]
+        alias="on", description="Mean length of a burst.", examples=["5m"]
     )
     off_s: field_types.Duration = Field(
-        alias="off", description="How long a pause lasts, on average.", examples=["25m"]
+        alias="off", description="Mean length of a pause.", examples=["25m"]
     )
     idle_per_hour: Amount = Field(
-        default=0.0, description="Jobs an hour in a pause, on average.", examples=[2]
+        default=0.0, description="Mean number of jobs per hour in a pause.", examples=[2]
     )
     regular: bool = Field(
         default=False,
-        description="Whether bursts and pauses last exactly so long, rather than on average.",
+        description="Whether bursts and pauses always have their mean length.",
         examples=[True],
     )
 
 
 class ProfileSpec(Span):
-    """By the clock: a rate for each hour of the day, a factor for each day of the week."""
+    """Profile with a rate for each hour of the day and a factor for each day of the week."""
 
     daily: list[Amount] = Field(
         min_length=24,
         max_length=24,
-        description="24 numbers, one for each hour from midnight: jobs an hour, or, with "
-        "`per_hour`, weights.",
+        description="24 numbers, one for each hour from midnight: jobs per hour, or weights if "
+        "`per_hour` is given.",
         examples=[[2] * 24],
     )
     weekly: list[Amount] = Field(
         default_factory=lambda: [1.0] * 7,
         min_length=7,
         max_length=7,
-        description="7 factors, one for each day from Monday; all are 1 unless said.",
+        description="7 factors, one for each day from Monday. The default is 1 for each.",
         examples=[[1, 1, 1, 1, 1, 0.3, 0.1]],
     )
     per_hour: Amount | None = Field(
-        default=None, description="The mean over a whole week, in jobs an hour.", examples=[30]
+        default=None, description="Mean number of jobs per hour over a whole week.", examples=[30]
     )
     begins_s: Week = Field(
         alias="begins",
@@ -272,27 +282,28 @@ class ProfileSpec(Span):
 
 
 class MonthEndSpec(Span):
-    """By the calendar: an ordinary rate, and so many times more around the turn of a month."""
+    """Calendar profile with an ordinary rate and higher rates around the turn of a month."""
 
     per_hour: Amount = Field(
-        description="Jobs an hour on an ordinary working day, on average.", examples=[2]
+        description="Mean number of jobs per hour on an ordinary working day.", examples=[2]
     )
     begins: Day = Field(
-        description="The day at whose midnight the scenario begins.", examples=["2026-01-26"]
+        description="Date on which the scenario starts at midnight.", examples=["2026-01-26"]
     )
     last: list[Amount] = Field(
         default_factory=lambda: [6.0, 4.0, 2.0],
-        description="How many times more there are on the month's last working day, on the one "
-        "before it, and so on; 6, 4 and 2 unless said.",
+        description="Factors for the month's last working day, the one before it, and so on. The "
+        "default is 6, 4, and 2.",
         examples=[[6, 4, 2]],
     )
     first: list[Amount] = Field(
         default_factory=lambda: [3.0],
-        description="The same for the month's first working day and those after it; 3 unless said.",
+        description="Factors for the month's first working day and those after it. The default is "
+        "3.",
         examples=[[3, 1.5]],
     )
     off: Amount = Field(
-        default=0.1, description="The same for weekends and holidays.", examples=[0.1]
+        default=0.1, description="Factor for weekends and holidays.", examples=[0.1]
     )
     holidays: list[Day] = Field(
         default_factory=list, description="Days without work.", examples=[["2026-01-01"]]
@@ -301,7 +312,7 @@ class MonthEndSpec(Span):
         default_factory=lambda: [1.0] * 24,
         min_length=24,
         max_length=24,
-        description="24 weights, one for each hour from midnight; all are the same unless said.",
+        description="24 weights, one for each hour from midnight. The default is 1 for each.",
         examples=[[1] * 24],
     )
 
@@ -309,14 +320,16 @@ class MonthEndSpec(Span):
 class StepAt(Keys):
     """A change of the rate."""
 
-    at_s: field_types.Duration = Field(alias="at", description="From when on.", examples=["1h"])
+    at_s: field_types.Duration = Field(alias="at", description="Start time.", examples=["1h"])
     per_hour: Amount = Field(description=_PER_HOUR, examples=[120])
 
 
 class StepSpec(Span):
-    """A rate that changes at once."""
+    """A rate that changes at given times."""
 
-    per_hour: Amount = Field(description="Jobs an hour at first, on average.", examples=[10])
+    per_hour: Amount = Field(
+        description="Mean number of jobs per hour at the start.", examples=[10]
+    )
     steps: list[StepAt] = Field(
         min_length=1,
         description="The changes, in order of time.",
@@ -325,18 +338,24 @@ class StepSpec(Span):
 
 
 class RampSpec(Span):
-    """A rate that changes evenly from the beginning to the end."""
+    """A rate that changes linearly from start to end."""
 
-    per_hour: Amount = Field(description="Jobs an hour at the beginning.", examples=[0])
-    to_per_hour: Amount = Field(description="Jobs an hour at the end.", examples=[120])
+    per_hour: Amount = Field(description="Jobs per hour at the start.", examples=[0])
+    to_per_hour: Amount = Field(description="Jobs per hour at the end.", examples=[120])
 
 
 class MomentSpec(Keys):
-    """A moment at which several jobs arrive."""
+    """A time at which several jobs arrive."""
 
-    at_s: field_types.Duration = Field(alias="at", description="When.", examples=["2h"])
+    at_s: field_types.Duration = Field(
+        alias="at", description="Time of the arrivals.", examples=["2h"]
+    )
     count: int = Field(
-        default=1, ge=0, le=1_000_000, description="How many jobs arrive then.", examples=[50]
+        default=1,
+        ge=0,
+        le=1_000_000,
+        description="Number of jobs that arrive at this time.",
+        examples=[50],
     )
 
 

@@ -38,10 +38,12 @@ class GroupsSpec(Keys):
     """Fan-in: `gather: all` makes one task of all results; this makes one for each group."""
 
     by: str = Field(
-        min_length=1, description="Name of what the results are grouped by.", examples=["region"]
+        min_length=1,
+        description="Name of the field by which results are grouped.",
+        examples=["region"],
     )
     groups: int = Field(
-        default=1, ge=1, le=1_000_000, description="How many groups there are.", examples=[12]
+        default=1, ge=1, le=1_000_000, description="Number of groups.", examples=[12]
     )
 
 
@@ -50,7 +52,7 @@ class StageSpec(Keys):
 
     name: StageName
     task: Times = Field(
-        description="How long a task takes: a duration, or a distribution of durations.",
+        description="Time of a task: a duration, or a distribution of durations.",
         examples=["4s"],
     )
     after: After = None
@@ -66,7 +68,7 @@ class StageSpec(Keys):
     )
     kind: Literal["sleep", "cpu", "memory", "io"] = Field(
         default="sleep",
-        description="What a stand-in does in a replay while its time passes.",
+        description="Work of a stand-in in a replay while its time passes.",
         examples=["cpu"],
     )
     slots: Slots = 1
@@ -83,15 +85,14 @@ class StageSpec(Keys):
         default=0,
         ge=0,
         le=9999,
-        description="So many tasks, the first ones of each job, kill their worker whenever they "
+        description="The first tasks of each job, in this number, kill their worker whenever they "
         "run.",
         examples=[2],
     )
 
 
 class JobSpec(Keys):
-    """A job template, what is submitted again and again. `task`, `stages` or `file` says what its
-    work is."""
+    """A job template. `task`, `stages`, or `file` describes its work."""
 
     tasks: Numbers | None = Field(
         default=None,
@@ -127,16 +128,16 @@ class JobSpec(Keys):
     )
     deadline: field_types.Timeout | None = Field(
         default=None,
-        description="By when a job must have ended, from its arrival on. None unless said.",
+        description="Time from a job's arrival to its deadline. The default is no deadline.",
         examples=["6h"],
     )
-    tenant: str = Field(default="", description="Whose job it is.", examples=["payer-a"])
+    tenant: str = Field(default="", description="Tenant of the job.", examples=["payer-a"])
     priority: Priority = 0
     max_failures: int = Field(
         default=0,
         ge=0,
         le=10**12,
-        description="Failed tasks that a job survives. With `file`, 0 leaves it at what that says.",
+        description="Number of failed tasks that a job may have. With `file`, 0 means its own limit.",
         examples=[5],
     )
 
@@ -187,10 +188,10 @@ def _take(value: Any) -> Any:
 
 
 class TakeSpec(Keys):
-    """A number of a record: the sum of some columns, divided."""
+    """A number of a record: the sum of some columns, divided by a constant."""
 
     columns: field_types.OneOrMany = Field(
-        min_length=1, description="The columns, which are added up.", examples=["duration_ms"]
+        min_length=1, description="Columns whose values are added.", examples=["duration_ms"]
     )
     per: Annotated[
         float,
@@ -209,12 +210,12 @@ Taken = Annotated[
 
 
 class ColumnsSpec(Keys):
-    """Which column says what: a name of a table's header, a field of the Standard Workload Format,
-    or a key of a JSON object, dotted where nested. What a format has a column of its own for need
-    not be said."""
+    """Column map: names from a table's header, fields of the Standard Workload Format, or keys of a
+    JSON object, with dots for nested objects. Columns that a format defines may be omitted.
+    """
 
     at: str | None = Field(
-        default=None, description="When a job arrives: a number or a timestamp.", examples=["end"]
+        default=None, description="Arrival time: a number or a timestamp.", examples=["end"]
     )
     minus: str = Field(
         default="",
@@ -242,7 +243,7 @@ class ColumnsSpec(Keys):
         default=1.0,
         gt=0,
         le=field_types.MOST_TASKS,
-        description="With `count`: what it is multiplied by.",
+        description="With `count`: factor of the counts.",
         examples=[0.1],
     )
     tasks: Taken | None = Field(
@@ -253,20 +254,20 @@ class ColumnsSpec(Keys):
     )
     task_s: Taken | None = Field(
         default=None,
-        description="How many seconds each of its first tasks takes, said likewise.",
+        description="Seconds of each root task, in the same forms as `tasks`.",
         examples=["run"],
     )
-    label: str = Field(default="", description="Its name.", examples=["job"])
-    tenant: str = Field(default="", description="Whose it is.", examples=["user"])
+    label: str = Field(default="", description="Name of the job.", examples=["job"])
+    tenant: str = Field(default="", description="Tenant of the job.", examples=["user"])
     job: str = Field(
         default="",
-        description="Which of the scenario's `jobs` it is, where the arrival does not say so.",
+        description="Name of the scenario's job, if the arrival does not name it.",
         examples=["kind"],
     )
 
 
 class TraceSpec(Keys):
-    """Arrivals that were recorded."""
+    """A recorded trace of arrivals."""
 
     file: str = Field(
         min_length=1,
@@ -281,34 +282,37 @@ class TraceSpec(Keys):
     )
     columns: ColumnsSpec | None = Field(
         default=None,
-        description="Which column says what; a table needs it.",
+        description="Column map. A table needs it.",
         examples=[{"at": "submit"}],
     )
     names: list[str] = Field(
         default_factory=list,
-        description="Names of a table's columns, where its first line has none.",
+        description="Names of a table's columns, if its first line has none.",
         examples=[["job", "submit", "run"]],
     )
     delimiter: Annotated[str, BeforeValidator(_delimiter)] = Field(
         default="",
-        description="What is between a table's fields; by its first line unless said.",
+        description="Separator of a table's fields. The default is derived from the first line.",
         examples=[";"],
     )
     from_s: field_types.Duration = Field(
         alias="from",
         default=0.0,
-        description="What came earlier after the trace's first job is left out.",
+        description="Time after the trace's first job before which records are left out.",
         examples=["6h"],
     )
     until_s: field_types.Duration | None = Field(
-        alias="until", default=None, description="What came later is left out.", examples=["8h"]
+        alias="until",
+        default=None,
+        description="Time after the trace's first job from which records are left out.",
+        examples=["8h"],
     )
     limit: int | None = Field(
-        default=None, ge=1, description="No more jobs than this.", examples=[1000]
+        default=None, ge=1, description="Maximum number of jobs.", examples=[1000]
     )
     starts_s: field_types.Duration = Field(
         alias="starts",
         default=0.0,
-        description="When in the scenario the trace begins.",
+        description="Time in the scenario at which the trace starts.",
         examples=["1h"],
     )
