@@ -275,8 +275,8 @@ class ProfileSpec(Span):
     begins_s: Week = Field(
         alias="begins",
         default_factory=lambda: 0.0,
-        description=f"What time it is when the scenario begins: {WEEK_FORMS}. Monday at midnight "
-        "unless said.",
+        description=f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is "
+        "Monday at midnight.",
         examples=["monday 06:00"],
     )
 

@@ -96,8 +96,8 @@ class JobSpec(Keys):
 
     tasks: Numbers | None = Field(
         default=None,
-        description="How many tasks a job begins with: a number, or a distribution of numbers, "
-        "which are rounded. 1 unless said; a trace may say it for each job.",
+        description="Number of root tasks: a number, or a distribution of numbers, which are rounded. "
+        "The default is 1. A trace may have a number for each job.",
         examples=[200],
     )
     task: JobTimes | None = Field(
@@ -122,8 +122,8 @@ class JobSpec(Keys):
     )
     groups: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
         default_factory=dict,
-        description="With `file`: how many groups its stages that gather by a field come to, by "
-        "the stage's name; 1 unless said.",
+        description="With `file`: number of groups of each stage that gathers by a field. The "
+        "default is 1.",
         examples=[{"total": 12}],
     )
     deadline: field_types.Timeout | None = Field(
@@ -137,7 +137,7 @@ class JobSpec(Keys):
         default=0,
         ge=0,
         le=10**12,
-        description="Number of failed tasks that a job may have. With `file`, 0 means its own limit.",
+        description="Number of failed tasks that a job may have. With `file`, 0 means its limit.",
         examples=[5],
     )
 
@@ -236,7 +236,7 @@ class ColumnsSpec(Keys):
     )
     every: field_types.Timeout | None = Field(
         default=None,
-        description="With `count`: how long an interval is; what is most common unless said.",
+        description="With `count`: length of an interval. The default is the most common one.",
         examples=["5m"],
     )
     scale: float = Field(
@@ -277,7 +277,7 @@ class TraceSpec(Keys):
     format: Literal["swf", "table", "jsonl"] | None = Field(
         default=None,
         description="The Standard Workload Format, a table of text, or JSON Lines such as a "
-        "record; by the file's name unless said.",
+        "record. The default is derived from the file's name.",
         examples=["swf"],
     )
     columns: ColumnsSpec | None = Field(
