@@ -96,8 +96,8 @@ class JobSpec(Keys):
 
     tasks: Numbers | None = Field(
         default=None,
-        description="Number of root tasks: a number, or a distribution of numbers, which are rounded. "
-        "The default is 1. A trace may have a number for each job.",
+        description="Number of root tasks: a number, or a distribution of numbers, which are "
+        "rounded. The default is 1. A trace may have a number for each job.",
         examples=[200],
     )
     task: JobTimes | None = Field(
