@@ -1,8 +1,8 @@
-"""Bundles as items of their own, and the questions that are asked of them.
+"""Items of bundles, and the queries on them.
 
-Invariant: an item only gains attributes, each once, by the write that planned the bundle and by the
-one that folded it; both wrote down when. So what a job's item says is read from them as of that
-moment, whatever is written meanwhile.
+Invariant: an item only gains attributes: from the write that planned the bundle, and from the write
+that folded it. Each records its number. So a reader sees the bundles as of the moment at which it
+read the item of the job, although other writes happen meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.protocol import json_format
 
 
 def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
-    """What is to be written for it: further items first."""
+    """Return the items to write for a bundle, further items for long texts first."""
     name = _name(gen, row.key)
     pairs: list[tuple[str, str]] = []
     items: dict[str, Pairs] = {}
@@ -40,7 +40,7 @@ def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
         items |= extra
     items[name] = pairs
     for one, its in items.items():
-        # Now, since it cannot be refused any more once it is committed.
+        # Checked before the commit, because a committed change cannot be refused.
         check(one, its)
     return items
 
@@ -54,13 +54,13 @@ def _order(gen: str, seq: int) -> str:
 
 
 class Rows:
-    """Reads them; blocks."""
+    """Reads the items of bundles. Its calls block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def known(self, gen: str, keys: Sequence[Key]) -> Known:
-        """Those of these bundles that are there."""
+        """Return which of these bundles exist, and whether each is done."""
         names = {_name(gen, key): key for key in keys}
         found = self._store.select_named("at, done", list(names))
         return {names[name]: "done" in item for name, item in found.items()}
@@ -75,7 +75,7 @@ class Rows:
         failed: bool,
         page: int,
     ) -> Iterator[BundleRow]:
-        """In order, those after the seq `after`, as of `projection`."""
+        """Return the bundles that were folded after the seq `after`, as of `projection`."""
         key = "fail" if failed else "done"
         first, last = _order(gen, max(after + 1, 0)), _order(gen, max(projection.last_seq, 0))
         if after >= projection.last_seq:
@@ -90,7 +90,7 @@ class Rows:
     def planned(
         self, gen: str, projection: Projection, *, stage: StageName | None
     ) -> list[BundleRow]:
-        """Those that are not folded as of `projection`, by stage and id."""
+        """Return the bundles that are not folded as of `projection`, by stage and id."""
         where = f"gen = {quoted(gen)} and "
         where += f"stage = {quoted(stage)}" if stage else "stage is not null"
         where += f" and (done is null or done > {quoted(_order(gen, max(projection.last_seq, 0)))})"
@@ -99,7 +99,7 @@ class Rows:
         return sorted(open_, key=lambda row: row.key)
 
     def all(self, gen: str, projection: Projection) -> list[BundleRow]:
-        """All as of `projection`, also those of void plans."""
+        """Return all bundles as of `projection`, with those of void plans."""
         where = f"gen = {quoted(gen)} and stage is not null"
         rows = (self._row(item) for _, item in self._store.select("*", where))
         return [row for row in rows if _is_there(row, projection)]

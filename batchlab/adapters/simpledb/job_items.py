@@ -1,8 +1,8 @@
-"""The item of each job, by which everything about the job is committed at once.
+"""Items of jobs. A conditional put of the item of a job commits a change of the job.
 
-Invariant: every change of a job is one conditional put of its item, from a stamp that nobody else
-has seen changed to one that was never there. What else a change writes is there before that put and
-means nothing yet, or is told in full by the put (`redo`) and written by whoever comes next.
+Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes
+its other items before the put, and they count only after it. Or the put contains them (`redo`), and
+the next reader or writer of the job writes them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format
 
 NOBODY = "-"
-"""In place of a job's order: the item holds a place, and no job."""
+"""Value instead of a job's order: the item reserves a name and has no job."""
 _STAMP = "v"
 _LOOKS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A job's item as it was read: `projection` is None where it only holds a place.
+    """The item of a job as it was read. `projection` is None if the item has no job.
 
-    `gen` is the generation whose items belong to the job now; `gens` are all that may have items.
+    The items of the generation `gen` belong to the job. Each generation of `gens` may have items.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Head:
 
 
 def fresh() -> str:
-    """A word that was never there."""
+    """Return a unique text."""
     return secrets.token_hex(8)
 
 
 def gens_of(item: Item) -> list[str]:
-    """The generations that a job's item tells of."""
+    """Return the generations that the item of a job names."""
     return [gen for gen in item.get("gens", "").split(",") if gen]
 
 
@@ -69,7 +69,7 @@ def name_of(job: JobId) -> str:
 
 
 def order_of(job: JobDef) -> str:
-    """A text that sorts as (submitted_s, id) does."""
+    """Return a text that sorts like (submitted_s, id)."""
     (bits,) = struct.unpack(">Q", struct.pack(">d", job.submitted_s))
     bits = bits ^ 0xFFFFFFFFFFFFFFFF if bits >> 63 else bits | 1 << 63
     return f"{bits:016x}/{job.id}"
@@ -89,8 +89,8 @@ class Heads:
     # --- Reading ----------------------------------------------------------------------------------
 
     def get(self, job: JobId, *, settle: bool = True) -> Head | None:
-        """The job's item, None where there is none. With `settle` its bundles' items are as it
-        says, whoever was to write them."""
+        """Return the item of the job, or None. `settle` first completes the writes of its last
+        change."""
         name = name_of(job)
         for _ in range(_LOOKS):
             item = self._store.get(name)
@@ -107,7 +107,7 @@ class Heads:
         )
 
     def _read(self, name: str, item: Item) -> Head | None:
-        """None where a part of it is gone, since it has changed meanwhile."""
+        """Return None if another process has changed the item, so that a part of it is deleted."""
         if item["okey"] == NOBODY:
             return Head(name, item, None)
         job = domain.read(item, "j", self._store.get_all)
@@ -117,7 +117,7 @@ class Heads:
         return Head(name, item, Projection.from_json(_job_def(job), json.loads(state)))
 
     def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Projection]:
-        """Jobs in order, at most so many, older than `before`."""
+        """Return at most `limit` jobs that are older than `before`, newest first."""
         key = "live" if active else "okey"
         where = f"{key} > '0'"
         if before:
@@ -134,7 +134,7 @@ class Heads:
         return found
 
     def names(self) -> list[str]:
-        """Of all items of jobs, also those that only hold a place."""
+        """Return the names of all items of jobs, with those that have no job."""
         return [name for name, _ in self._store.select("itemName()", "okey is not null")]
 
     # --- Changing ---------------------------------------------------------------------------------
@@ -178,7 +178,8 @@ class Heads:
         state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
-            # Told first, so that what is left by a process that dies here can be found.
+            # The job's item names the generation first, so that its items can be found and deleted
+            # if this process ends here.
             place = [(_STAMP, fresh())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]
@@ -196,14 +197,14 @@ class Heads:
         return bool(is_ours)
 
     def hold(self, job: JobId, head: Head | None) -> bool:
-        """Change the stamp of an item that holds no job, so that whoever means to make one of what
-        it was has to look again; False where it has changed."""
+        """Change the stamp of an item that has no job, so that another process that is about to add
+        the job reads the item again; False if the item has changed."""
         pairs = [(_STAMP, fresh()), ("okey", NOBODY), ("live", NOBODY)]
         held = head.stamp if head else None
         return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
 
     def forget(self, job: JobId) -> None:
-        """Leave nothing of the job."""
+        """Delete the job and all of its items."""
         name = name_of(job)
         while head := self.get(job, settle=False):
             stamp = fresh()
@@ -212,18 +213,18 @@ class Heads:
                 for gen in head.gens:
                     self.sweep(gen)
                 self._give_up(head.item.get("token", NOBODY), job)
-                # Somebody may have begun to make it anew.
+                # Another process may have begun to add the job again.
                 self._store.delete_if(name, _STAMP, stamp)
                 return
 
     def sweep(self, gen: str) -> None:
-        """Delete all items of a generation that no job can come to have again."""
+        """Delete all items of a generation that belongs to no job."""
         where = f"gen = {quoted(gen)}"
         self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
 
     def sweep_lost(self) -> None:
-        """Delete the items of generations that no job's item tells of: it told of each before
-        there was an item of it."""
+        """Delete the items of generations that no item of a job names. The item of a job names a
+        generation before the generation has items."""
         found = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
         for _, item in self._store.select("gens", "okey is not null"):
             found.difference_update(gens_of(item))
@@ -238,7 +239,7 @@ class Heads:
     def _state(
         self, projection: Projection, gen: str, stamp: str
     ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
-        """The attributes that change with every write, and the further items they take."""
+        """Return the attributes that change with every write, and further items for long texts."""
         order = order_of(projection.job)
         text = domain.dumps(projection.to_json())
         state, items = domain.lay(f"{gen}/state/{stamp}", "s", text, gen)
@@ -251,8 +252,8 @@ class Heads:
         return item.get("redo", NOBODY) != NOBODY
 
     def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
-        """Write what the item's last change tells of, and tell no more of it; False where somebody
-        has just done so. Harmless however often, and however late."""
+        """Write the items that the last change contains, and remove them from the change. Return
+        False if another process has just done so. A repetition or a delay does no harm."""
         if items is None:
             text = domain.read(item, "redo", self._store.get_all)
             if text is None:
@@ -266,8 +267,8 @@ class Heads:
     # --- Tokens -----------------------------------------------------------------------------------
 
     def claim(self, token: str, job: JobId) -> Projection | None:
-        """Have the client's token stand for this job; the job that it stands for already, where
-        that is there."""
+        """Bind the client token to this job. Return the job that already has the token, or
+        None."""
         name, stamp = _token_name(token), fresh()
         pairs = [(_STAMP, stamp), ("job", str(job))]
         while True:
@@ -284,7 +285,7 @@ class Heads:
                 return head.projection
             if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
                 break
-        # Who had it may have looked at it before, and be about to make its job.
+        # The process that had the token may have read it before, and may be about to add its job.
         while not self.hold(other, head):
             head = self.get(other, settle=False)
             if head and head.projection:
@@ -300,7 +301,7 @@ class Heads:
 
 
 def _token_name(token: str) -> str:
-    # A client may call it anything.
+    # A client may use any text as its token.
     return f"token/{hashlib.sha256(token.encode()).hexdigest()}"
 
 

@@ -1,7 +1,7 @@
 """The Ledger port on Amazon SimpleDB.
 
-Invariant: what a call changes of one job, it changes at once (see `heads`), and it may be repeated.
-The calls block, so they run in threads: those that write one at a time, in the order they are made.
+Invariant: a call changes a job in one transaction (see `job_items`), and may be repeated. The calls
+block, so they run in threads. Writes run one at a time, in the order of the calls.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ _AGAIN_S = 0.01
 
 
 def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
-    """The ledger in this SimpleDB domain, which must exist, and be this grid's own. Connects at the
-    first call; UsageError for a region in which there is no SimpleDB."""
+    """Return the ledger in this SimpleDB domain, which must exist and belong to this grid.
+
+    It connects at the first call; UsageError if the region does not have SimpleDB.
+    """
     return SimpleDbLedger(endpoint, domain)
 
 
@@ -276,7 +278,7 @@ class SimpleDbLedger:
         await self._write(forget)
 
     async def dump(self) -> dict[str, Json]:
-        """As SqlLedger's, and equal to that of one which has seen the same."""
+        """Return all rows, as SqlLedger does."""
         return await self._read(self._dump)
 
     def _dump(self) -> dict[str, Json]:
@@ -301,7 +303,7 @@ class SimpleDbLedger:
 
 
 def _tries() -> Iterable[int]:
-    """For what is tried until nobody else was faster."""
+    """Yield the number of each try, with a wait between two tries."""
     for n in range(_TRIES):
         yield n
         time.sleep(_AGAIN_S * min(n + 1, 10))

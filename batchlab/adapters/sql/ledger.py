@@ -55,10 +55,10 @@ _release = (
 
 
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
-    """The ledger in this file; the first call makes the file where there is none.
+    """Return the ledger in this file. The first call creates a missing file.
 
-    With `sync`, changes that a user is told of wait for the disk. A power cut may undo folds, which
-    the reconciler repeats from the bucket.
+    With `sync`, acknowledged changes wait for the disk. A power cut may undo folds, and the
+    reconciler repeats them from the bucket.
     """
     return SqlLedger(sqlite_engine(path), OneThread(), sync, WalFlush(path))
 
@@ -86,7 +86,8 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """A ledger that ends with its last reference; everything happens in the caller's thread."""
+    """Return a ledger in memory that runs in the thread of its caller. It ends with its last
+    reference."""
     return open_memory_as(SqlLedger)
 
 
@@ -94,8 +95,7 @@ def open_memory_as(kind: type[L]) -> L:
     """As `open_memory`, a ledger of that kind."""
     engine = sqlite_engine(None)
     ledger = kind(engine, Inline())
-    # A world is dropped wherever it has come to its end, and Python 3.13 asks that databases be
-    # closed.
+    # A simulated world does not close its ledger, and Python 3.13 warns about open databases.
     weakref.finalize(ledger, engine.dispose)
     return ledger
 

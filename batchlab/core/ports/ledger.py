@@ -81,7 +81,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Reopening:
-    """What one `job retry` takes back from a stage's counters before it runs again.
+    """Counts that a `job retry` takes back from a stage before the stage runs again.
 
     `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again,
     and that its bundles so far appear in no listing any more.
@@ -106,7 +106,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one round of a job has come to, as far as the bucket says.
+    """One round of a job, as the bucket describes it.
 
     `planned` are the chained stages whose number of tasks its first cuts say; `casualties` belong
     to the completions, one each.
@@ -122,7 +122,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """All that the bucket says of a job: `state` is how it began, `rounds` what followed."""
+    """Everything that the bucket says of a job: its first state, and its rounds."""
 
     job: JobDef
     state: JobState
