@@ -1,10 +1,7 @@
-"""A process of the simulated grid: a group of tasks that SIGKILL ends as one.
+"""Actors (the processes of the simulated grid), and their clocks and ids.
 
-Invariant: once an actor is dead, no port call of its tasks has any effect.
-
-Clocks and ids of the simulated processes.
-
-Invariant: time is the loop's, and ids come from a seed; nothing here looks at the machine.
+Invariant: once an actor is dead, no port call of its tasks has any effect. Time is the event
+loop's, and ids come from a seed. Nothing here reads the machine's clock or its random source.
 """
 
 from __future__ import annotations
@@ -21,23 +18,24 @@ from batchlab.core.errors import BatchlabError
 T = TypeVar("T")
 
 CANCEL_ROUNDS = 1_000
-"""How often a task may come back from a cancellation before it counts as stuck."""
+"""Number of times that a task may catch a cancellation before it counts as stuck."""
 
 
 class SimulationError(BatchlabError):
-    """The simulated program did what no program may do, or the simulation was set up wrongly."""
+    """The simulated program broke a rule of the simulation, or the simulation was set up
+    wrongly."""
 
 
 class ActorKilled(BaseException):
-    """Raised by a dead actor's port calls.
+    """A dead actor made a port call.
 
-    Not an Exception: a retry loop's `except Exception` must not bring the dead back.
+    This is a BaseException, so that the `except Exception` of a retry loop cannot catch it.
     """
 
 
 @runtime_checkable
 class Freezer(Protocol):
-    """What an event loop must have for its actors to freeze; SimLoop has it."""
+    """The methods that an event loop needs to freeze actors. SimLoop has them."""
 
     def freeze(self, actor: Actor) -> None: ...
 
@@ -45,27 +43,27 @@ class Freezer(Protocol):
 
 
 class Actor:
-    """One process that may be killed at any moment.
+    """A process that can be killed at any moment: a group of tasks that SIGKILL ends together.
 
-    A restarted process is a new Actor; give it the old name to continue its fault numbering.
+    A restarted process is a new Actor. Give it the old name to continue its fault numbering.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
         self.guarded = True
-        """False once a port was handed to it without a wrapper: it can no longer be killed."""
-        # A dict as an ordered set: tasks must die in the order they were spawned.
+        """False once the actor has a port without a wrapper. It can then no longer be killed."""
+        # A dict is used as an ordered set: tasks must die in the order in which they were created.
         self._tasks: dict[asyncio.Task[Any], None] = {}
 
     def __repr__(self) -> str:
         return f"Actor({self.name!r}, {'alive' if self.alive else 'dead'})"
 
     def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
-        """Run `coro` as a task of this actor; every task that it creates belongs here too.
+        """Run `coro` as a task of this actor. Every task that it creates also belongs to the actor.
 
         Wait for its end with `asyncio.wait([task])`: awaiting the task itself would raise
-        ActorKilled in the one who waits. Raises SimulationError on a dead actor.
+        ActorKilled in the waiting task. Raises SimulationError on a dead actor.
         """
         if not self.alive:
             coro.close()
@@ -76,9 +74,10 @@ class Actor:
         return loop.create_task(coro, name=name or self.name, context=context)
 
     def kill(self) -> None:
-        """SIGKILL: cuts the ports off, then cancels all tasks, in spawn order, at this instant.
+        """Simulate SIGKILL: disconnect the ports, then cancel all tasks at this instant, in the
+        order of their creation.
 
-        Their `finally` blocks do run (a coroutine cannot just be dropped), but reach nothing.
+        Their `finally` blocks run, because a coroutine cannot be dropped, but they have no effect.
         """
         if not self.alive:
             return
@@ -92,30 +91,31 @@ class Actor:
         self._reap(0)
 
     def freeze(self) -> None:
-        """SIGSTOP: nothing of it runs until it is thawed or killed; nothing where it is dead."""
+        """Simulate SIGSTOP: the actor stops until it is thawed or killed. A dead actor is left as
+        it is."""
         loop = asyncio.get_running_loop()
         if self.alive and isinstance(loop, Freezer):
             loop.freeze(self)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Simulate SIGCONT."""
         loop = asyncio.get_running_loop()
         if isinstance(loop, Freezer):
             loop.thaw(self)
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
-        """Called by the loop for every task created in this actor's context."""
+        """Add a task. The loop calls this for every task created in this actor's context."""
         self._tasks[task] = None
         if not self.alive:
             task.cancel()
 
     def forget(self, task: asyncio.Task[Any]) -> None:
-        """Called by the loop when a task has ended."""
+        """Remove a task. The loop calls this when the task has ended."""
         self._tasks.pop(task, None)
 
     def _reap(self, rounds: int) -> None:
-        # One cancellation is not enough: `finally` blocks wait, loops swallow it. Again and again
-        # at the same virtual instant, so that nothing of a dead actor runs on in virtual time.
+        # One cancellation is not enough, because `finally` blocks wait and loops catch it. All
+        # rounds happen at the same virtual instant, so that no code of a dead actor runs later.
         if not self._tasks:
             return
         if rounds == CANCEL_ROUNDS:
@@ -131,8 +131,8 @@ CURRENT: contextvars.ContextVar[Actor | None] = contextvars.ContextVar("actor", 
 
 
 def let_the_dead_rest() -> None:
-    """For a process that was told to end in the middle of a simulation, and does: what an actor
-    would still have done is dropped with its coroutines, and Python need not tell of each."""
+    """Silence Python's reports about dropped coroutines, for a process that exits in the middle of
+    a simulation."""
     told = sys.unraisablehook
 
     def tell(dropped: sys.UnraisableHookArgs) -> None:
@@ -150,39 +150,41 @@ class SimClock:
         self._loop = loop
         self._epoch_s = epoch_s
         self.monotonic_s = loop.time
-        """Virtual seconds since the loop was made; jumps do not touch it. Asked at every turn, so
-        without a detour."""
+        """Return the virtual seconds since the loop was made. Jumps do not change it. This is
+        called at every step, so it reads the loop's field directly."""
 
     def now_s(self) -> float:
-        """Epoch seconds."""
+        """Return the wall-clock time in epoch seconds."""
         return self._epoch_s + self._loop.time()
 
     def jump(self, seconds: float) -> None:
-        """Set the wall clock forward, or back if negative."""
+        """Set the wall clock forward, or back if the value is negative."""
         self._epoch_s += seconds
 
 
 class SkewedClock:
-    """One actor's Clock: the world's, but its wall clock is off, and may jump by itself."""
+    """One actor's Clock: the world's clock, with a wall clock that is off and may jump by
+    itself."""
 
     def __init__(self, world: SimClock, off_s: float = 0.0) -> None:
         self._world = world
         self.off_s = off_s
-        """By how much it is ahead of the world's."""
+        """Seconds by which the wall clock is ahead of the world's."""
         self.monotonic_s = world.monotonic_s
-        """As the world's."""
+        """Return the world's virtual seconds."""
 
     def now_s(self) -> float:
-        """Epoch seconds as this actor believes them."""
+        """Return the epoch seconds that this actor reads."""
         return self._world.now_s() + self.off_s
 
 
 class SimIds:
-    """Ids drawn from a seeded source; hand each actor its own, or interleavings change ids."""
+    """Ids drawn from a seeded source. Each actor needs its own source: with a shared one, the
+    interleaving of actors would change the ids."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
     def fresh(self, kind: str) -> str:
-        """A new id with the prefix `kind`."""
+        """Return a new id with the prefix `kind`."""
         return f"{kind}-{self._rng.getrandbits(64):016x}"

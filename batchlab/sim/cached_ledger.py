@@ -1,7 +1,7 @@
-"""The ledger of a world, at which users and watchers look every virtual second.
+"""Cache of the ledger of a world for users and watchers, who read it every virtual second.
 
-Invariant: what a look shows is what the ledger would answer. It is asked again once something may
-have changed; managers ask it themselves each time.
+Invariant: a cached answer equals the ledger's answer. The cache is dropped at each write that may
+change it. Managers always read the ledger itself.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ T = TypeVar("T")
 
 
 class FollowedLedger(SqlLedger):
-    """Every grid's, as a world opens it: in a SQLite that lives in memory."""
+    """The product's SQL ledger, on an in-memory SQLite database, with a cache."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
         super().__init__(engine, run)
         self._written = 0
-        """How often anything but a lease has been written."""
+        """Number of writes, without those of the lease."""
         self._jobs: dict[JobId, tuple[int, JobRecord | None]] = {}
         self._rows: dict[JobId, tuple[int, JobRows]] = {}
 
     async def find(self, job: JobId) -> JobRecord | None:
-        """As `job`, and None where there is none."""
+        """Return the job as `job` does, or None if it does not exist."""
         known = self._jobs.get(job)
         if known is None or known[0] != self._written:
-            # What was written before the question, not before the answer.
+            # Save the write count from before the query: a write during the query makes the answer
+            # old.
             written = self._written
             try:
                 known = written, await self.job(job)
@@ -44,7 +45,7 @@ class FollowedLedger(SqlLedger):
         return known[1]
 
     async def seen(self, job: JobId) -> JobRows:
-        """As `rows`."""
+        """Return the rows as `rows` does."""
         known = self._rows.get(job)
         if known is None or known[0] != self._written:
             known = self._written, await self.rows(job)
@@ -52,7 +53,8 @@ class FollowedLedger(SqlLedger):
         return known[1]
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """See SqlLedger. It is what is written most often, and changes no job."""
+        """Renew the lease. This is the most frequent write, and it changes no job, so the cache
+        stays valid."""
         stands = await super().lease(name, owner, over=over)
         self._written -= 1
         return stands

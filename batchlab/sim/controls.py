@@ -1,10 +1,9 @@
-"""The control words of simulated jobs, and the requests of their users.
+"""Control words of simulated jobs, requests of their users, and waits in virtual time.
 
-Invariant: this module only records what has taken effect. It changes nothing.
+Invariant: the record changes nothing. It stores only what has taken effect.
 
-Waiting in virtual time, for those who do it for every call and every task.
-
-Invariant: who waits wakes when, and in the order in which, `asyncio.sleep` would wake him.
+A wait ends at the same time, and in the same order, as one of `asyncio.sleep`. It is used for every
+port call and every task, so it must be fast.
 """
 
 from __future__ import annotations
@@ -115,14 +114,14 @@ class JobControls:
 
 
 class Pause:
-    """`asyncio.sleep` of more than 0 s, for one event loop, which it remembers: asyncio asks each
-    time which one runs, and for that the kernel which process this is."""
+    """A faster `asyncio.sleep` (for more than 0 s) that stores its event loop. asyncio looks up the
+    running loop at each call, which costs a system call for the process id."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, seconds: float) -> None:
-        """Wait so long."""
+        """Wait for that many seconds."""
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()

@@ -1,10 +1,9 @@
-"""The event log: what happened at the ports, in order; two logs are compared by their digest.
+"""Event log: the effects at the ports, in order. Two logs are compared by their digest.
 
-Invariant: a line depends only on the values in it, never on addresses, hash seeds or folder names.
+Invariant: a line depends only on the values in it, never on addresses, hash seeds, or folder names.
 
-The bundles that a message speaks of, read as loosely as the watch can.
-
-Invariant: a message that cannot be read speaks of no bundle, and raises nothing.
+The module also reads the bundles named in a message. It accepts messages that the product rejects:
+an unreadable message names no bundle, and raises nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from batchlab.core.model import Bundle
 from batchlab.core.protocol import json_format, object_keys
 
 SHOWN = 72
-"""A value is shown whole up to this many characters, else cut and followed by its hash."""
+"""Longest value, in characters, that is shown whole. A longer one is cut and followed by its
+hash."""
 
 
 class EventLog:
-    """Append-only lines, each with its virtual time in seconds; `time` is the loop's."""
+    """A log that lines are only appended to, each with its virtual time in seconds. `time` is the
+    loop's."""
 
     def __init__(self, time: Callable[[], float]) -> None:
         self._time = time
@@ -37,16 +38,16 @@ class EventLog:
         self.lines.append(f"{self._time():.6f} {actor} {event}")
 
     def text(self) -> str:
-        """All lines, each ended by a newline."""
+        """Return all lines, each ended by a newline."""
         return "".join(f"{line}\n" for line in self.lines)
 
     def digest(self) -> str:
-        """SHA-256 of the text, as hex."""
+        """Return the SHA-256 of the text, in hexadecimal."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
 def brief(value: object) -> str:
-    """`value` as one short line that is the same in every process."""
+    """Return `value` as one short line that is the same in every process."""
     text = canonical(value)
     if len(text) <= SHOWN:
         return text
@@ -54,12 +55,14 @@ def brief(value: object) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Like repr, but with sets sorted, large bytes hashed, and paths cut to their last part.
+    """Return a repr in which sets are sorted, large bytes are hashed, and paths are cut to their
+    last part.
 
-    `repr` itself was rejected: it follows the hash seed in sets and shows addresses.
+    Plain `repr` is not enough: its order of sets follows the hash seed, and it shows addresses.
     """
     if value is None or isinstance(value, str | int | float):
-        # An enum that is a str or int shows as its value: names are the code's own business.
+        # An enum that is a str or an int shows as its value, so that renaming a member changes no
+        # log.
         return repr(value.value if isinstance(value, Enum) else value)
     if isinstance(value, bytes):
         return repr(value) if len(value) <= SHOWN else f"{len(value)} bytes#{_hash(value)}"
@@ -76,7 +79,7 @@ def _canonical_object(value: Any) -> str:
     if isinstance(value, PurePath):
         return repr(value.name)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # Fields at their defaults add nothing, so they are left out to keep lines short.
+        # Fields with default values are left out to keep lines short.
         fields = [
             f"{f.name}={canonical(getattr(value, f.name))}"
             for f in dataclasses.fields(value)
@@ -93,7 +96,7 @@ def _hash(data: bytes) -> str:
 
 
 Name = tuple[str, str, str]
-"""(job, stage, bundle id)."""
+"""Job, stage, and bundle id."""
 
 
 def name_of_bundle(bundle: Bundle) -> Name:
@@ -101,16 +104,16 @@ def name_of_bundle(bundle: Bundle) -> Name:
 
 
 def doc_of(body: str) -> Mapping[str, Any]:
-    """The JSON of a message; empty where it is none."""
+    """Return the JSON object of a message, or an empty one if the message is not a JSON object."""
     try:
         doc = json.loads(body)
     except (ValueError, RecursionError):
-        return {}  # scenes send malformed ones on purpose
+        return {}  # Scenes send malformed messages on purpose.
     return doc if isinstance(doc, dict) else {}
 
 
 def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
-    """The bundle that a task message carries; None where it is none of ours."""
+    """Return the bundle in a task message, or None if the message has no valid bundle."""
     try:
         return json_format.bundle_from_json(doc["b"])
     except Exception:  # noqa: BLE001 - as above
@@ -119,13 +122,13 @@ def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
 
 @lru_cache(maxsize=4096)
 def name_in(body: str) -> Name | None:
-    """The name of that bundle."""
+    """Return the name of the bundle."""
     bundle = bundle_in(doc_of(body))
     return None if bundle is None else name_of_bundle(bundle)
 
 
 def told_in(doc: Mapping[str, Any]) -> list[Name]:
-    """The bundles of whose outcomes an event tells."""
+    """Return the bundles whose outcomes an event reports."""
     try:
         told = [json_format.bundle_from_json(one["b"]) for one in doc.get("c", ())]
         told += [json_format.bundle_from_json(one["bundle"]) for one in doc.get("o", ())]

@@ -1,16 +1,12 @@
 """An asyncio event loop whose clock jumps to the next timer when nothing is left to run.
 
-Invariant: what runs, and in which order, follows from the program alone. Equal times run in the
-order they were asked for; threads, sockets and wall time have no way in.
+Invariant: the program alone decides which callbacks run, and in which order. Callbacks with equal
+times run in the order in which they were scheduled. Threads, sockets, and wall time cannot affect
+it.
 
-What the simulator's loop runs: asyncio's handles, without what those pay for debugging.
-
-Invariant: a handle's fields are those of asyncio's own, which the loop and asyncio's futures read.
-They are made and run a hundred times for each simulated bundle.
-
-The tasks of the simulator's loop.
-
-Invariant: nothing about a task follows from its address.
+Handles have the fields of asyncio's own, which asyncio's futures read, but skip the costs of debug
+mode. The loop creates and runs about 100 handles for each simulated bundle. Tasks hash by a serial
+number, never by their address.
 """
 
 from __future__ import annotations
@@ -31,13 +27,13 @@ from batchlab.sim.actors import CANCEL_ROUNDS, CURRENT, Actor, ActorKilled, Simu
 
 
 class SimHandle(asyncio.Handle):
-    """A callback that is to run."""
+    """A callback to run."""
 
     __slots__ = ()
     _callback: Any
     _args: Any
     _loop: Any
-    # Only debugging sets them.
+    # asyncio sets these fields only in debug mode.
     _repr = None
     _source_traceback = None
 
@@ -56,7 +52,7 @@ class SimHandle(asyncio.Handle):
 
 
 class SimTimer(SimHandle, asyncio.TimerHandle):
-    """A callback that is to run at `when`, seconds of its loop. The loop says `_scheduled`."""
+    """A callback to run at `when`, in seconds of its loop. The loop maintains `_scheduled`."""
 
     __slots__ = ()
     _when: float
@@ -70,7 +66,7 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        # Not by way of the base's, which takes as long again.
+        # This does not call the base constructor, which would double the time.
         self._callback = callback
         self._args = args
         self._loop = loop
@@ -80,7 +76,8 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
         self._scheduled = True
 
     def cancel(self) -> None:
-        """As asyncio's; the loop is told only of one that has not fired yet."""
+        """Cancel the timer as asyncio does. The loop is notified only if the timer has not fired
+        yet."""
         if not self._cancelled:
             self._cancelled = True
             self._callback = self._args = None
@@ -89,10 +86,10 @@ class SimTimer(SimHandle, asyncio.TimerHandle):
 
 
 class SimTask(asyncio.Task[Any]):
-    """A task that knows its actor, and whose hash is its number.
+    """A task that has its actor, and whose hash is its serial number.
 
-    TaskGroup and asyncio.wait keep tasks in sets; with the default hash, an address, the order of
-    cancellation would change from process to process.
+    TaskGroup and asyncio.wait keep tasks in sets. With the default hash, an address, the order of
+    cancellations would differ between processes.
     """
 
     __slots__ = ("actor", "serial")
@@ -108,7 +105,7 @@ class SimTask(asyncio.Task[Any]):
         name: str,
         context: Context | None,
     ) -> None:
-        # Before the base's constructor, which already puts the task into a set.
+        # The base constructor already adds the task to a set, so the serial number is set before.
         self.serial = serial
         self.actor = actor
         super().__init__(coro, loop=loop, name=name, context=context)
@@ -117,7 +114,7 @@ class SimTask(asyncio.Task[Any]):
         return self.serial
 
     def __str__(self) -> str:
-        """Its name, and where it waits: `w-1 (run:103 > _fetch:140 > wait:212)`."""
+        """Return the task's name and where it waits: `w-1 (run:103 > _fetch:140 > wait:212)`."""
         chain: list[str] = []
         coro: Any = self.get_coro()
         while (frame := getattr(coro, "cr_frame", None)) is not None:
@@ -145,18 +142,18 @@ class TimeLimit(SimulationError):
 
 
 class StepLimit(SimulationError):
-    """The program has not ended within its limit of steps: perhaps it spins without waiting."""
+    """The program has not ended within its limit of steps. It may loop without waiting."""
 
 
 class Crashed(SimulationError):
-    """A task or callback raised an exception that nobody looked at; it is the `__cause__`."""
+    """A task or callback raised an exception that was never retrieved. It is the `__cause__`."""
 
 
 class SimLoop(asyncio.BaseEventLoop):
-    """The loop. Time starts at 0 and has no relation to the machine's.
+    """An event loop in virtual time, which starts at 0 and is independent of the machine's clock.
 
-    It holds no file descriptor and need not be closed. `asyncio.as_completed` over bare coroutines
-    keeps them in a set of addresses: hand it tasks.
+    The loop has no file descriptor, so it does not need to be closed. Pass tasks to
+    `asyncio.as_completed`: it keeps bare coroutines in a set ordered by their addresses.
     """
 
     _ready: deque[Any]
@@ -164,10 +161,11 @@ class SimLoop(asyncio.BaseEventLoop):
     _thread_id: int | None
 
     def __init__(self, *, inline_executor: bool = False) -> None:
-        """`inline_executor` runs what is meant for a thread (asyncio.to_thread) on the spot."""
+        """Create a loop. With `inline_executor`, calls for a thread (asyncio.to_thread) run at once
+        in the loop."""
         super().__init__()
         self.steps = 0
-        """Callbacks run so far."""
+        """Number of callbacks run so far."""
         self._inline_executor = inline_executor
         self._now_s = 0.0
         self._timers: list[tuple[float, int, SimTimer]] = []
@@ -183,7 +181,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._thawed_s: dict[Actor, float] = {}
 
     def __del__(self) -> None:
-        """Silences the base's complaint about loops that were not closed."""
+        """Suppress the base class's warning about loops that were not closed."""
 
     def run(
         self,
@@ -192,16 +190,16 @@ class SimLoop(asyncio.BaseEventLoop):
         limit_s: float | None = None,
         limit_steps: int | None = None,
     ) -> T:
-        """Run `main` to its end, then end whatever still runs, as a machine that is switched off.
+        """Run `main` to its end, then stop all other tasks, as if the machine were switched off.
 
-        `limit_s` is in virtual seconds, `limit_steps` in callbacks, both from now. Raises what
-        `main` raises, Deadlock, TimeLimit, StepLimit, or Crashed as soon as some other task's
+        `limit_s` (virtual seconds) and `limit_steps` (callbacks) count from now. Raises the
+        exception of `main`, Deadlock, TimeLimit, StepLimit, or Crashed once another task's
         exception is lost.
         """
         self._limit_s = math.inf if limit_s is None else self._now_s + limit_s
         self._limit_steps = math.inf if limit_steps is None else self.steps + limit_steps
-        # The collector runs after a number of allocations, which differs from process to process,
-        # and it runs finalizers of generators: so here it runs after a number of steps instead.
+        # The collector runs generator finalizers, and it runs after a number of allocations, which
+        # differs between processes. So the loop collects after a number of steps instead.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -222,13 +220,13 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- time and order ---
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Return the virtual seconds since the loop was made."""
         return self._now_s
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """As asyncio's."""
+        """Schedule a callback as asyncio does."""
         handle = SimHandle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -240,7 +238,7 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """As asyncio's."""
+        """Schedule a callback after a delay, as asyncio does."""
         timer = SimTimer(when, callback, args, self, context)
         heappush(self._timers, (when, next(self._numbers), timer))
         return timer
@@ -252,13 +250,13 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """As asyncio's."""
+        """Schedule a callback at a time, as asyncio does."""
         timer = SimTimer(self._now_s + delay, callback, args, self, context)
         heappush(self._timers, (timer._when, next(self._numbers), timer))
         return timer
 
     def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
-        # Called for timers that have not fired yet.
+        # asyncio calls this for timers that have not fired yet.
         self._timers_cancelled += 1
         if self._timers_cancelled > _FEW_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
@@ -266,7 +264,8 @@ class SimLoop(asyncio.BaseEventLoop):
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
-        # Called over and over by the base's run_forever, whose own loop costs a call per instant.
+        # The base's run_forever calls this repeatedly. Its own loop would cost one call per
+        # instant.
         ready, timers = self._ready, self._timers
         while not self._stopping:
             if self._crashes and not self._ending:
@@ -306,8 +305,8 @@ class SimLoop(asyncio.BaseEventLoop):
                     self.call_exception_handler(
                         {"message": message, "exception": error, "handle": handle}
                     )
-                # A failed task's traceback may hold this handle; without the way back to the task
-                # no cycle keeps the failure from surfacing at once.
+                # A failed task's traceback may hold this handle. Without a reference back to the
+                # task there is no cycle, so the failure is reported at once.
                 handle._callback = None
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
@@ -343,16 +342,16 @@ class SimLoop(asyncio.BaseEventLoop):
     # --- freezing and failing ---
 
     def freeze(self, actor: Actor) -> None:
-        """From now on nothing of the actor runs, as after SIGSTOP: its timers come due, and answers
-        arrive, but it sees them only once it is thawed."""
+        """Stop the actor from now on, as after SIGSTOP. Its timers expire and answers arrive, but
+        it sees them only once it is thawed."""
         self._frozen.setdefault(actor, deque())
 
     def parked(self, actor: Actor) -> int:
-        """How many steps of a frozen actor wait until it is thawed."""
+        """Return how many steps of a frozen actor wait until it is thawed."""
         return len(self._frozen.get(actor, ()))
 
     def thaw(self, actor: Actor) -> None:
-        """What has become due meanwhile runs now, in the order in which it became so."""
+        """Thaw the actor. The steps that became due in the meantime run now, in their order."""
         if actor in self._frozen:
             self._thawed_s[actor] = self.time()
         self._ready.extend(self._frozen.pop(actor, ()))
@@ -365,7 +364,8 @@ class SimLoop(asyncio.BaseEventLoop):
         return actor in self._frozen
 
     def fail(self, error: SimulationError) -> None:
-        """End the run with `error`, whoever is running: no code under test can swallow it."""
+        """End the run with `error`, whichever task is running. The code under test cannot catch
+        it."""
         self._crashes.append(error)
 
     # --- tasks ---
@@ -377,10 +377,10 @@ class SimLoop(asyncio.BaseEventLoop):
         name: object = None,
         context: Context | None = None,
     ) -> asyncio.Task[T]:
-        """As asyncio's; the task belongs to the actor in whose context it is created."""
+        """Create a task as asyncio does. It belongs to the actor in whose context it is created."""
         actor = CURRENT.get() if context is None else context.get(CURRENT)
         serial = next(self._numbers)
-        # asyncio's own default name counts over the whole process: the second run would differ.
+        # asyncio's default names count up over the whole process, so a second run would differ.
         label = f"task-{serial}" if name is None else str(name)
         task = SimTask(coro, serial, actor, loop=self, name=label, context=context)
         self._tasks[task] = None
@@ -395,11 +395,13 @@ class SimLoop(asyncio.BaseEventLoop):
         if task.actor is not None:
             task.actor.forget(task)
         if not task.cancelled() and task._log_traceback:
-            # Weak, so that an exception nobody can look at any more surfaces at once.
+            # A weak reference, so that an exception that can no longer be retrieved is reported at
+            # once.
             self._failed.append(weakref.ref(task))
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Keeps what asyncio would only log, for `run` to raise; it may be called by `__del__`."""
+        """Store errors that asyncio would only log, so that `run` raises them. `__del__` may call
+        this."""
         error = context.get("exception")
         task = context.get("task") or context.get("future")
         handle = context.get("handle")
@@ -416,8 +418,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._crashes.append(crash)
 
     def _switch_off(self, *, interrupted: bool) -> list[SimulationError]:
-        """End every task at this instant; returns the exceptions that nobody has looked at. Raises
-        the interrupt that hits it, where the run has not been `interrupted` already."""
+        """End every task at this instant, and return the exceptions that were never retrieved.
+        Raises the interrupt that hits this run, unless the run was `interrupted` before."""
         self._limit_s = self._limit_steps = math.inf
         self._ending = True
         for task in self._tasks:
@@ -446,7 +448,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers.clear()
         self._timers_cancelled = 0
         crashes, self._crashes = self._crashes, []
-        # Whoever waited for a task that was interrupted has raised that once more.
+        # A task that waited for the interrupted task has raised the interrupt again.
         if hit is not None and not interrupted:
             raise hit
         return crashes
@@ -456,7 +458,7 @@ class SimLoop(asyncio.BaseEventLoop):
         for _ in range(CANCEL_ROUNDS):
             others = [task for task in self._tasks if task is not me]
             if not others and not self._ready:
-                gc.collect(0)  # which may find generators, whose closing is then ready
+                gc.collect(0)  # This may find generators, which the loop then closes.
                 if not self._ready:
                     return
             for task in others:
@@ -465,8 +467,8 @@ class SimLoop(asyncio.BaseEventLoop):
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
 
     def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
-        # Called by the interpreter for a generator dropped half-way. As the base's, but not after
-        # the run, when nobody would await the closing.
+        # The interpreter calls this for a generator that is dropped before its end. It does as the
+        # base class does, except after the run, when no loop would await the closing.
         if self.is_running():
             self.call_soon(self.create_task, generator.aclose())
 
@@ -475,17 +477,17 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_soon_threadsafe(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """As call_soon; raises SimulationError in any other thread."""
+        """Schedule a callback as call_soon does. Raises SimulationError in any other thread."""
         if self._thread_id not in (None, threading.get_ident()):
-            raise SimulationError("Another thread spoke to the simulation.")
+            raise SimulationError("Another thread called the simulation.")
         return self.call_soon(callback, *args, context=context)
 
     def run_in_executor(
         self, _executor: object, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Raises SimulationError, or with `inline_executor` runs `func` before it returns."""
+        """Raise SimulationError, or with `inline_executor` run `func` before returning."""
         if not self._inline_executor:
-            raise SimulationError(f"The simulation has no threads to run {func!r} in.")
+            raise SimulationError(f"The simulation cannot run {func!r}: it has no threads.")
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -495,17 +497,17 @@ class SimLoop(asyncio.BaseEventLoop):
 
 
 def _of_the_dead(error: BaseException | None) -> bool:
-    """Whether it only says that an actor was killed, as it may in the futures of gather."""
+    """Return whether the error only reports that an actor was killed, as futures of gather may."""
     if isinstance(error, BaseExceptionGroup):
         return all(map(_of_the_dead, error.exceptions))
     return isinstance(error, ActorKilled)
 
 
 def _no_outside(*_: object, **__: object) -> NoReturn:
-    raise SimulationError("The simulation has no sockets, pipes, processes or signals.")
+    raise SimulationError("The simulation does not support sockets, pipes, processes, or signals.")
 
 
-# Named, because the base would open real sockets before it fails.
+# These methods are defined because the base would open real sockets before it fails.
 for _name in (
     "create_connection",
     "create_server",

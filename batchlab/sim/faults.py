@@ -1,7 +1,7 @@
-"""Which port calls and world events go wrong, and how: drawn from a seed, or replayed from a list.
+"""Faults of port calls and of the world, drawn from a seed or replayed from a list.
 
-Invariant: every call and every look at the sky has an identity (actor, number), and what is drawn
-for it depends on nothing else. So a fault can be left out, and latencies and chances elsewhere
+Invariant: every port call and every draw of a world event has an identity (actor, number), and its
+random values depend on nothing else. So a fault can be left out, and latencies and draws elsewhere
 stay the same.
 """
 
@@ -22,24 +22,25 @@ DELAY_S = (1.0, 60.0)
 LATE_S = (1.0, 300.0)
 
 SKY = "weather"
-"""Label, and name of the actor, of what happens to the world and is nobody's call."""
+"""Label, and actor name, of world events, which no port call causes."""
 
 USER = "user"
-"""Label of what a user asks for."""
+"""Label of a user's requests."""
 
 CREATE = "objects.create"
 """Label of a conditional put."""
 
 LOOK = "objects.get_if_changed"
-"""Label of a look at a control object."""
+"""Label of a read of a control object."""
 SLOW_SHARE = 0.4
-"""Of a worker's looks at control objects, those whose answers are slow in a world of slow looks."""
+"""Share of a worker's reads of control objects that get slow answers, in a world with slow
+reads."""
 
 
 class FaultKind(StrEnum):
-    """What may happen to a port call (`label` empty: to any; else to those of that label), to the
-    world (SKY) or through a user (USER). The values name the fields of Weather; `meaning` says in
-    words what happens."""
+    """Kinds of faults that may hit a port call (any call if `label` is empty, else calls with that
+    label), the world (SKY), or a user's request (USER). The values are the names of the fields of
+    Weather. `meaning` describes each in words."""
 
     label: str
     meaning: str
@@ -97,7 +98,7 @@ class FaultKind(StrEnum):
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
     RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
-    # New kinds come last: the kinds before them keep the draws that they had.
+    # New kinds are added at the end: the kinds before them then keep their draws.
     CORRUPTED = "corrupted", SKY, "a worker begins to lie, within the rights of its role"
     TORN = "torn", SKY, "the store keeps only the beginning of an object"
     MISSING = "missing", SKY, "the store loses an object"
@@ -110,7 +111,7 @@ class FaultKind(StrEnum):
     FROZEN = "frozen", SKY, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
-        """Whether it can happen at a call or look of that label."""
+        """Return whether the fault can happen at a call or event with that label."""
         if not self.label:
             return label not in (SKY, USER)
         return label == self.label
@@ -118,12 +119,12 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Weather:
-    """Probability of each kind of fault per port call, look at the sky, or thought of a user.
+    """Probability of each kind of fault per port call, world event, or user request.
 
-    With `varied` each seed chooses which kinds it has, and how heavily. With `timed` its worlds
-    have a schedule too. With `lies` every seed has CORRUPTED, and jobs beside those of its plan.
-    With `storage` every seed has damaged objects, and also such jobs. With `accounts` managers keep
-    account of each job.
+    With `varied`, each seed chooses its kinds and their rates. With `timed`, its worlds also have a
+    schedule. With `lies`, every seed has CORRUPTED, and additional jobs. With `storage`, every seed
+    has damaged objects, and additional jobs. With `accounts`, managers record the usage of each
+    job.
     """
 
     kill_before: float = 0.0
@@ -177,7 +178,7 @@ class Weather:
         return rate
 
     def of_seed(self, rng: random.Random, *, heaviness: float = 1.0) -> Weather:
-        """This weather as one seed has it: `varied` chooses kinds, and how often they happen."""
+        """Return this weather for one seed: `varied` chooses its kinds and their rates."""
         if not self.varied:
             return self
         rates: dict[str, Any] = {
@@ -195,15 +196,15 @@ class Weather:
 
 
 DAMAGES = (FaultKind.TORN, FaultKind.MISSING, FaultKind.ROTTED)
-"""The kinds by which the store damages an object."""
+"""Kinds of damage to an object in the store."""
 
 _SHARES = (0.0, 0.0, 0.3, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault `kind` at the `call`th port call (from 1) of the actors named `actor`, or at the
-    `call`th look at the sky or thought of a user."""
+    """The fault `kind` at the port call number `call` (from 1) of the actors named `actor`, or at
+    the world event or user request with that number."""
 
     actor: str
     call: int
@@ -212,7 +213,7 @@ class Fault:
 
 @dataclass(slots=True)
 class Point:
-    """One port call and what was drawn for it; `chance` and `pick` are uniform in [0, 1)."""
+    """One port call and its random values. `chance` and `pick` are uniform in [0, 1)."""
 
     actor: str
     call: int
@@ -223,11 +224,12 @@ class Point:
 
 
 class Faults:
-    """The faults of one run, shared by all wrapped ports; it also gives calls their latency.
+    """The faults of one run, shared by all wrapped ports. It also draws the latency of each call.
 
-    `budget` limits how many of a kind are injected (all kinds unlimited by default); `latency_s`
-    bounds how long request and answer together take, `delay_s` what DELAYED adds. Unless `answers`
-    take time, all of it is the request's: half as many waits, for a run whose answers are not lost.
+    `budget` limits the number of injected faults per kind (by default without limit). `latency_s`
+    bounds the time of a request and its answer together, and `delay_s` the addition of DELAYED.
+    Unless `answers` take time, the request takes all of it, which halves the number of waits. That
+    fits runs whose answers are never lost.
     """
 
     def __init__(
@@ -240,16 +242,16 @@ class Faults:
         delay_s: tuple[float, float] = DELAY_S,
         answers: bool = True,
     ) -> None:
-        """Raises ValueError where the rates at one kind of call sum up to more than 1."""
+        """Raise ValueError if the rates of one kind of call sum up to more than 1."""
         for label in sorted({kind.label for kind in FaultKind}):
             if sum(rates.rate(kind) for kind in FaultKind if kind.applies(label)) > 1:
                 raise ValueError(f"fault rates sum up to more than 1: {rates}")
         self.hold: Hold | None = None
-        """The call that is held, where stall points are enumerated."""
+        """The call to hold, if stall points are enumerated."""
         self.slow_looks_s: tuple[float, float] | None = None
-        """How long the answers of some looks at control objects take."""
+        """Seconds that the answers to some reads of control objects take."""
         self.injected: list[Fault] = []
-        """What has been injected, in order; from_list replays it."""
+        """The injected faults, in order. `from_list` replays them."""
         self._seed = rng.getrandbits(64)
         self._rates = rates
         self._budget = dict(budget or {})
@@ -270,10 +272,11 @@ class Faults:
         latency_s: tuple[float, float] = LATENCY_S,
         delay_s: tuple[float, float] = DELAY_S,
     ) -> Faults:
-        """Exactly these faults. With `rng` seeded as in the run that injected them, a replay.
+        """Return a source of exactly these faults. With `rng` seeded as in the first run, it
+        replays that run.
 
-        A fault that does not apply to the call at its point (a lost message, but the call is no
-        send) does not happen: that occurs when a list was shortened or the code has changed.
+        A fault that does not fit its call (a lost message at a call that does not send) is skipped.
+        This happens if a list was shortened or the code has changed.
         """
         replay = cls(rng, latency_s=latency_s, delay_s=delay_s)
         replay._script = {(fault.actor, fault.call): fault.kind for fault in faults}
@@ -281,19 +284,20 @@ class Faults:
 
     @property
     def calls(self) -> Mapping[str, int]:
-        """Port calls so far by actor: the crash points to enumerate."""
+        """Return the number of port calls so far by actor. They are the crash points to
+        enumerate."""
         return self._calls
 
     @property
     def counts(self) -> Counter[FaultKind]:
-        """How many of each kind have been injected."""
+        """Return how many faults of each kind have been injected."""
         return Counter(fault.kind for fault in self.injected)
 
     def next(self, actor: str) -> Point:
-        """The actor's next call, with its latency. Takes a fixed number of draws per call."""
+        """Return the actor's next call, with its latency. The number of draws per call is fixed."""
         draw = self._draws.get(actor)
         if draw is None:
-            # Not hash(): it differs per process. A text seed is hashed with SHA-512.
+            # Python's hash() differs between processes. A text seed is hashed with SHA-512.
             draw = random.Random(f"{self._seed}/{actor}").random  # noqa: S311 - no cryptography
             self._draws[actor] = draw
             self._calls[actor] = 0
@@ -305,14 +309,15 @@ class Faults:
         return Point(actor, call, request_s, answer_s, draw(), draw())
 
     def strike(self, point: Point, label: str) -> FaultKind | None:
-        """Which fault, if any, happens now to the call `label` ("queue.send") at `point`."""
+        """Inject and return the fault, if any, that hits the call `label` ("queue.send") at
+        `point`."""
         kind = self.due(point, label)
         if kind is not None:
             self.happened(point, kind)
         return kind
 
     def due(self, point: Point, label: str) -> FaultKind | None:
-        """What `strike` would answer; `happened` must follow where it does happen."""
+        """Return the fault that `strike` would return. Call `happened` if it takes effect."""
         if self._script is None:
             kind = self._drawn(point.chance, label)
         else:
@@ -322,13 +327,13 @@ class Faults:
         return None if kind is None or self._budget.get(kind, 1) <= 0 else kind
 
     def happened(self, point: Point, kind: FaultKind) -> None:
-        """Note that it has been injected."""
+        """Record that the fault has been injected."""
         if kind in self._budget:
             self._budget[kind] -= 1
         self.injected.append(Fault(point.actor, point.call, kind))
 
     def delay_s(self, point: Point) -> tuple[float, float]:
-        """What DELAYED adds to the request and to the answer: one of them is 0."""
+        """Return the delay that DELAYED adds to the request and to the answer. One of them is 0."""
         low, high = self._delay_s
         late_answer, fraction = divmod(point.pick * 2, 1)
         extra_s = low + (high - low) * fraction

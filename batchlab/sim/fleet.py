@@ -1,7 +1,8 @@
-"""The managers' fleet in the simulator: its state outlives them, and its decisions are looked at.
+"""The fleet of the managers in the simulator. Its state outlives them, and its decisions are
+checked.
 
-Invariant: only the manager that read the state last can change it; another one is refused, as by a
-conditional put, and reads it again before its next change.
+Invariant: only the manager that read the state last can change it. Any other manager's change is
+refused, as by a conditional put, and that manager must read the state again.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from batchlab.sim.runtime_checks import Violated
 
 Fail = Callable[[SimulationError], None]
 BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]
-"""Instances of a pool, as the registry of its manager has them."""
+"""Return the instances of a pool from the registry of its manager."""
 OnReplace = Callable[[str, str], None]
-"""Called with an instance and the reason for which a manager has it replaced."""
+"""Called with an instance and the reason for which a manager replaces it."""
 
 
 class FleetState:
-    """What all managers of one world share; `turns` counts who has taken it."""
+    """State of the fleet, which all managers of a world share. `turns` counts the managers that
+    loaded it."""
 
     def __init__(self) -> None:
         self.store = MemoryState()
@@ -37,7 +39,8 @@ class FleetState:
 
 
 class _Turn:
-    """One manager's Store. Loading it takes it from whoever had it, who is told when it saves."""
+    """The Store of one manager. Loading takes the state from the manager before, whose next save
+    fails."""
 
     def __init__(self, state: FleetState, taken: Callable[[], None]) -> None:
         self._state = state
@@ -52,13 +55,13 @@ class _Turn:
     def save(self, data: bytes) -> None:
         if self._turn != self._state.turns:
             self._taken()
-            raise BackendError("Another manager keeps the fleet now.")
+            raise BackendError("Another manager has loaded the fleet since.")
         self._state.store.save(data)
 
 
 class SimFleet:
-    """The Fleet port of one manager. Its state is read when it is first used, since a manager that
-    stands by would know an old one."""
+    """The Fleet port of one manager. It reads its state at first use, because a standby manager's
+    state would become old."""
 
     def __init__(
         self,
@@ -72,7 +75,8 @@ class SimFleet:
         on_replace: OnReplace = lambda *_: None,
     ) -> None:
         self.registry: WorkerRegistry | None = None
-        """Who the manager believes to be busy; it is made after its fleet."""
+        """Return the workers that the manager considers busy. The property is set after the fleet
+        is made."""
         self._made: _Watched | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
@@ -93,7 +97,7 @@ class SimFleet:
         return getattr(self._made, name)
 
     def _forget(self) -> None:
-        """What was read is old. A manager may have lost the lead and got it back unnoticed."""
+        """Drop the state. A manager may have lost and regained leadership without noticing."""
         self._made = None
 
     def _busy_and_idle(self, pool: str) -> tuple[set[str], set[str]]:
@@ -103,7 +107,7 @@ class SimFleet:
 
 
 class _Watched(ManagedFleet):
-    """I5: looked at after every change and at every choice."""
+    """Check I5 after every change and at every choice."""
 
     def __init__(
         self,
@@ -124,7 +128,8 @@ class _Watched(ManagedFleet):
         self._changes.dead = dead
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """As the port says. The world looks at each instance that a manager has replaced."""
+        """Replace instances as the port defines. The world checks each instance that a manager
+        replaces."""
         self._on_replace(instance, cause)
         await super().set_health(instance, healthy=healthy, cause=cause)
 
@@ -150,7 +155,8 @@ class _WatchedChanges(Changes):
         self._busy_and_idle = busy_and_idle
 
     def scale_in(self, group: Group) -> None:
-        """No busy worker is chosen while an idle one exists, by what the manager knows."""
+        """Check that no busy worker is chosen while an idle one exists, as far as the manager can
+        see."""
         before = {m.instance.id for m in group.counted() if m.state is LifecycleState.IN_SERVICE}
         super().scale_in(group)
         kept = before & {m.instance.id for m in group.counted()}

@@ -1,12 +1,10 @@
-"""Many seeds, each a random world: what was injected, what broke, and how to see it again.
+"""Fuzzing: run one random world per seed, shrink failures, and print the commands to replay them.
 
-Invariant: what a seed comes to is a function of the seed, the weather and the faults it is left
-with; so are the sums over seeds, in whatever order and by however many processes they were tried.
+Invariant: the result of a seed depends only on the seed, the weather, and the faults. The sums over
+seeds depend neither on their order nor on the number of processes.
 
-The fewest of a list's parts that still do what the whole list does: delta debugging.
-
-Invariant: what it returns was tried and did it, but for parts that played no role. It depends on
-nothing but the list and what the attempts come to, as long as time does not run out.
+Shrinking uses delta debugging. Its result was tried and still fails, except for parts that played
+no role. It depends only on the list and the results of the attempts, unless time runs out.
 """
 
 from __future__ import annotations
@@ -36,7 +34,8 @@ TRIES = 400
 
 @dataclass(frozen=True, slots=True)
 class Shrunk(Generic[T]):
-    """`least` is True where nothing more can be left out, False where tries or time ran out."""
+    """The smallest list found. `least` is True if no part can be left out, and False if the tries
+    or the time ran out."""
 
     parts: tuple[T, ...]
     tries: int
@@ -44,7 +43,7 @@ class Shrunk(Generic[T]):
 
 
 class _Enough(Exception):
-    """Tries or time have run out."""
+    """The tries or the time have run out."""
 
 
 def shrink(
@@ -54,10 +53,10 @@ def shrink(
     tries: int = TRIES,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Shrunk[T] | None:
-    """The fewest of `parts` (all different) for which `attempt` still does not return None.
+    """Return the fewest of `parts` (all different) for which `attempt` does not return None.
 
-    `attempt` returns those of the parts it was given that played a role; the others are left out
-    at once. None where not even the whole list does it.
+    `attempt` returns the parts that played a role. The others are dropped at once. Returns None if
+    `attempt` returns None for the whole list.
     """
     search = _Search(tuple(parts), attempt, tries, out_of_time)
     try:
@@ -86,7 +85,7 @@ class _Search(Generic[T]):
         self.tried = 0
 
     def holds(self, parts: tuple[T, ...]) -> bool:
-        """Whether these do it; if so, they are what is left."""
+        """Return whether these parts reproduce the result. If so, keep only them."""
         if parts in self._vain:
             return False
         if self.tried >= self._tries or self._out_of_time():
@@ -101,7 +100,7 @@ class _Search(Generic[T]):
         return True
 
     def halve(self) -> None:
-        """Zeller's ddmin: ever smaller pieces, alone or left out. It ends where no single part can
+        """Run Zeller's ddmin: try ever smaller pieces, alone or left out, until no single part can
         be left out."""
         pieces = 2
         while len(self.parts) > 1:
@@ -130,28 +129,28 @@ WEATHERS: Mapping[str, Weather] = {
     "timed": trial.TIMED,
 }
 FAIR = "none"
-"""How an empty list of faults is written: an empty argument is easily lost in a shell."""
+"""The text of an empty list of faults. A shell easily loses an empty argument."""
 
 SHRINK_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A seed that broke a promise; `faults` are those that had happened until then."""
+    """A seed that broke a promise. `faults` are those that had happened until then."""
 
     seed: int
     promise: str
-    """I1 to I7, a step of the protocol, or the kind of error: fewer faults must lead to the same.
-    """
+    """I1 to I8, a step of the protocol, or the kind of error. A smaller list of faults must break
+    the same."""
     text: str
     faults: tuple[Fault, ...]
     trace: str = ""
-    """Where an error was raised that nobody foresaw."""
+    """The place in the code where an unexpected error was raised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What a seed came to: a report or a failure."""
+    """The result of a seed: a report or a failure."""
 
     seed: int
     faults: tuple[Fault, ...]
@@ -167,8 +166,9 @@ def try_seed(seed: int, weather: str) -> Tried:
 def replay(
     seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None
 ) -> Tried:
-    """Run a seed's world with `only` these faults, of which those that fit no call do not happen;
-    None is what the weather draws. The lines of the event log are appended to `log`."""
+    """Run a seed's world with `only` these faults, or with those that the weather draws if it is
+    None. Faults that fit no call do not happen. The lines of the event log are appended to
+    `log`."""
     kind = WEATHERS[weather]
     faults = trial.faults_for(seed, kind) if only is None else trial.replayed(seed, only)
     try:
@@ -187,8 +187,8 @@ def _failure(seed: int, error: BaseException, faults: Faults) -> Failure:
 
 
 def promise(error: BaseException) -> str:
-    """What the error breaks: the promise's name, else the error's kind. A world in which nothing
-    happens any more, or in which something happens for ever, breaks I7."""
+    """Return the name of the broken promise, or the error's kind. A world that stops, or that never
+    ends, breaks I7."""
     if isinstance(error, Deadlock | StepLimit):
         return "I7"
     broken = re.match(r"(.+?) is violated", str(error))
@@ -197,7 +197,7 @@ def promise(error: BaseException) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Within, the library logs nothing: injected faults are all it would tell of."""
+    """Turn off logging: it would report only the injected faults."""
     log = logging.getLogger("batchlab")
     before = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -219,16 +219,16 @@ class Tally:
     starts: int = 0
     managers: int = 0
     virtual_ms: int = 0
-    """Whole milliseconds per seed, since a sum of floats depends on their order."""
+    """Whole milliseconds per seed, because a sum of floats depends on their order."""
     states: Counter[str] = field(default_factory=Counter)
-    """How jobs ended, most of all; retried ones count by their last round."""
+    """Number of jobs by their final state. A retried job counts by its last round."""
     times: Counter[FaultKind] = field(default_factory=Counter)
     worlds: Counter[FaultKind] = field(default_factory=Counter)
-    """In how many seeds each kind happened."""
+    """Number of seeds in which each kind of fault happened."""
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, tried: Tried) -> None:
-        """Count one more. A seed that failed has no report, so only its faults count."""
+        """Add one seed. A failed seed has no report, so only its faults count."""
         self.seeds += 1
         kinds = Counter(fault.kind for fault in tried.faults)
         self.times += kinds
@@ -245,7 +245,7 @@ class Tally:
 
 
 def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[Tried, None, None]:
-    """Try seeds in several processes; close the generator to end them at once."""
+    """Try seeds in several processes. Close the generator to stop them at once."""
     work = partial(_quietly, try_seed, weather=weather)
     for seed, tried in spread(work, seeds, processes):
         yield _lost(seed, tried) if isinstance(tried, Died) else tried
@@ -267,8 +267,8 @@ def _lost(seed: int, end: Died) -> Tried:
 def fewest(
     failure: Failure, weather: str, now_s: Callable[[], float], limit_s: float = SHRINK_S
 ) -> Shrunk[Fault] | None:
-    """The fewest of a failure's faults that break the same promise; None where a replay does not
-    break it. `limit_s` bounds the search in seconds of `now_s`, but for the last attempt."""
+    """Return the fewest of a failure's faults that break the same promise, or None if a replay does
+    not break it. `limit_s` bounds the search in seconds of `now_s`, except for the last attempt."""
     end_s = now_s() + limit_s
 
     def attempt(only: tuple[Fault, ...]) -> Sequence[Fault] | None:
@@ -281,7 +281,7 @@ def fewest(
 def all_fewest(
     failures: Sequence[Failure], weather: str, processes: int, now_s: Callable[[], float]
 ) -> Generator[tuple[Failure, Shrunk[Fault] | None], None, None]:
-    """Shrink failures in several processes; `now_s` is pickled."""
+    """Shrink failures in several processes. `now_s` is pickled."""
     work = partial(_quietly, fewest, weather=weather, now_s=now_s)
     for failure, found in spread(work, failures, processes):
         yield failure, None if isinstance(found, Died) else found
@@ -291,13 +291,14 @@ def all_fewest(
 
 
 def written(faults: Sequence[Fault]) -> str:
-    """`faults` as `read` takes them, without a character that a shell would touch."""
+    """Return `faults` in the form that `read` accepts, without characters that a shell
+    interprets."""
     words = (f"{one.actor.replace(' ', '+')}:{one.call}:{one.kind.value}" for one in faults)
     return ",".join(words) or FAIR
 
 
 def read(text: str) -> list[Fault]:
-    """The faults that `text` names; UsageError."""
+    """Return the faults in `text`. Raises UsageError."""
     if text == FAIR:
         return []
     return [_read(part) for part in text.split(",")]
@@ -307,18 +308,22 @@ def _read(part: str) -> Fault:
     found = re.fullmatch(r"(\S+):(\d{1,9}):(\w+)", part)
     if found is None:
         raise UsageError(
-            f"{part!r} is no fault: it is not ACTOR:CALL:KIND.",
+            f"{part!r} is not a fault: a fault has the form ACTOR:CALL:KIND.",
             remedy=f"Write for example manager-1:41:kill_after, several with commas, or {FAIR}.",
         )
     actor, call, kind = found.groups()
     kinds = {one.value: one for one in FaultKind}
     if kind not in kinds:
-        raise UsageError(f"There is no fault {kind!r}.", remedy=f"There are {', '.join(kinds)}.")
+        raise UsageError(
+            f"The kind of fault {kind!r} does not exist.",
+            remedy=f"The kinds are {', '.join(kinds)}.",
+        )
     return Fault(actor.replace("+", " "), int(call), kinds[kind])
 
 
 def command(failure: Failure, weather: str, only: Sequence[Fault] | None = None) -> str:
-    """The command that replays a failure; `only` the fewest faults where they are known."""
+    """Return the command that replays a failure. `only` is the smallest list of faults, if
+    known."""
     words = ["batchlab sim replay", str(failure.seed)]
     if only is not None and len(only) < len(failure.faults):
         words.append(f"--only {written(only)}")

@@ -1,6 +1,7 @@
-"""The seven promises (docs/architecture.md) as checks on a world that has come to rest.
+"""The promises (docs/architecture.md) as checks on a world that has come to rest.
 
-Each check reads the bucket, the ledger or what the world saw, and raises Violated with the facts.
+Each check reads the bucket, the ledger, or the record of the world, and raises Violated with the
+facts.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def _require(holds: bool, name: str, facts: str) -> None:
 
 
 async def check_all(world: World, jobs: Sequence[JobId]) -> None:
-    """I1, I2, I3 and I7 for these jobs, which must have ended. Of a job that a lying worker has
-    touched, only its end is checked."""
+    """Check I1, I2, I3, and I7 for these jobs, which must have ended. For a job that a lying worker
+    has touched, only its end is checked."""
     trust = world.watch.trust
     for job in jobs:
         if job in world.damage.jobs:
-            continue  # see damaged.py
+            continue  # See job_checks.
         await check_ended(world.ledger, job)
         if job in trust.touched:
             continue
@@ -67,7 +68,7 @@ async def check_all(world: World, jobs: Sequence[JobId]) -> None:
 
 
 async def check_trial(world: World, plan: Plan) -> None:
-    """Every promise, on a world that has come to rest."""
+    """Check every promise on a world that has come to rest."""
     if not any([await is_lost(world, job.id) for job in plan.jobs]):
         check_at_rest(await world.groups())
     check_queues(world)
@@ -91,15 +92,15 @@ async def check_trial(world: World, plan: Plan) -> None:
 
 
 async def _retries_of(world: World, job: JobId) -> list[Retry]:
-    """The retries of a job, in the order of their rounds."""
+    """Return the retries of a job, in the order of their rounds."""
     rounds = range(1, (await world.ledger.job(job)).round + 1)
     return [Retry.from_bytes(await world.objects.get(object_keys.retry(job, n))) for n in rounds]
 
 
 async def check_end(world: World, job: JobDef) -> None:
-    """A job ends as its counters and its user's words say, and for nothing else.
+    """Check that a job's end follows from its counters and its user's requests alone.
 
-    This is a computation of its own: a number of failures is allowed per job, a percentage per
+    The check computes the end itself: a number of failures is allowed per job, a percentage per
     stage.
     """
     record = await world.ledger.job(job.id)
@@ -121,7 +122,8 @@ async def check_end(world: World, job: JobDef) -> None:
 def _check_cancelled(
     world: World, job: JobDef, record: JobRecord, counts: Mapping[str, StageCounts]
 ) -> None:
-    """Without a cancellation in the last round, tasks are CANCELLED only for lack of an input."""
+    """Check that, without a cancellation in the last round, tasks are CANCELLED only if an input is
+    missing."""
     if world.watch.controls.was_cancelled(job.id, record.round):
         return
     for stage in job.stages:
@@ -133,7 +135,7 @@ def _check_cancelled(
 
 
 async def check_jobs(world: World, jobs: Sequence[JobDef]) -> None:
-    """I8: the ledger has the jobs that users submitted, as they submitted them, and no others."""
+    """I8: the ledger has exactly the jobs that users submitted, as they submitted them."""
     submitted = {job.id: job for job in jobs}
     for row in (await world.ledger.dump())["jobs"] if world.watch.trust.lies else ():
         job = submitted.get(JobId(row["id"]))
@@ -147,7 +149,7 @@ async def check_ended(ledger: Ledger, job: JobId) -> None:
 
 
 async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()) -> list[Outcome]:
-    """Every committed outcome of a job, in key order, without the `forged` keys."""
+    """Return every committed outcome of a job, in key order, without the `forged` keys."""
     key = await CommitKeys(objects).stored(job)
     pages = objects.list(object_keys.committed(job))
     names = [
@@ -157,7 +159,7 @@ async def outcomes_of(objects: Objects, job: JobId, forged: Collection[str] = ()
 
 
 def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
-    """I1: exactly one terminal state per task and round."""
+    """I1: each task has exactly one terminal state per round."""
     counted: Counter[tuple[str, int, int]] = Counter()
     for outcome in outcomes:
         key = (outcome.bundle.stage, outcome.bundle.round)
@@ -172,9 +174,9 @@ def check_terminal_states(job: JobId, outcomes: Sequence[Outcome]) -> None:
 
 
 async def check_listed(ledger: Ledger, job: JobId) -> None:
-    """I1: exactly one committed result for each task that succeeded.
+    """I1: each task that succeeded has exactly one committed result.
 
-    A later round takes the place of an earlier one; tasks whose upstream failed have no outcome.
+    A later round replaces an earlier one. Tasks whose upstream failed have no outcome.
     """
     for stage in (await ledger.rows(job)).stages:
         name, c = stage.counts.stage, stage.counts
@@ -188,8 +190,8 @@ async def check_listed(ledger: Ledger, job: JobId) -> None:
 
 
 def check_attempts(job: JobId, outcomes: Sequence[Outcome]) -> None:
-    """Worker loss, Spot interruption and throttling never count against a task's attempts: before
-    the n-th there are n - 1 committed failures of its own."""
+    """Check that worker loss, Spot interruption, and throttling never count as attempts: before
+    attempt n, a task has n - 1 committed failures of its own."""
     failed = {
         (o.bundle.stage, o.bundle.round, f.task, o.bundle.attempt)
         for o in outcomes
@@ -217,10 +219,10 @@ async def check_counts(ledger: Ledger, job: JobId) -> None:
 
 
 async def check_rebuild(world: World) -> RebuildResult:
-    """I3: a ledger rebuilt from the bucket equals the one that grew."""
+    """I3: a ledger rebuilt from the bucket equals the one that the managers wrote."""
     again = open_memory()
     rng = world.rng("rebuild")
-    # No manager's: it may just have died. A rebuild asks the bucket and no fleet.
+    # The rebuild uses no manager, because it may have just died. It reads the bucket and no fleet.
     no_fleet = cast(Fleet, None)
     ids, patience = SimIds(rng), Patience(rng)
     ports = Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience)
@@ -241,7 +243,7 @@ async def check_rebuild(world: World) -> RebuildResult:
 def _untouched(
     dump: Mapping[str, Json], touched: Collection[str]
 ) -> dict[str, list[dict[str, Json]]]:
-    """The rows of jobs that no lying worker has touched."""
+    """Return the rows of jobs that no lying worker has touched."""
     return {
         table: [row for row in rows if row["id" if table == "jobs" else "job"] not in touched]
         for table, rows in dump.items()
@@ -259,13 +261,13 @@ def _differences(grown: Sequence[dict[str, Json]], rebuilt: Sequence[dict[str, J
 
 
 def counted(view: GroupView) -> list[Instance]:
-    """Those of its instances that count against its capacity."""
+    """Return the instances of the pool that count against its capacity."""
     return [instance for instance in view.instances if instance.state in COUNTED]
 
 
 def check_bounds(groups: Sequence[GroupView]) -> None:
-    """I5, first part, at any time: never outside [min, max], but for busy ones that a person's
-    lower limit left behind: protection forbids to take those."""
+    """I5, first part: capacity is always within [min, max]. Busy workers above a maximum that a
+    person has lowered are allowed, because scale-in protection keeps them."""
     for view in groups:
         alive, pool = counted(view), view.pool
         fits = len(alive) <= pool.max_size or all(i.protected for i in alive)
@@ -277,7 +279,7 @@ def check_bounds(groups: Sequence[GroupView]) -> None:
 
 
 def check_at_rest(groups: Sequence[GroupView]) -> None:
-    """I5, last part: the fleet reaches min after the work ends."""
+    """I5, last part: the fleet returns to min after the work ends."""
     for view in groups:
         alive = len(counted(view))
         _require(
@@ -288,7 +290,7 @@ def check_at_rest(groups: Sequence[GroupView]) -> None:
 
 
 def missing_queues(world: World) -> list[str]:
-    """Queues that the grid needs and that are not there."""
+    """Return the queues that the grid needs and that do not exist."""
     pools = [pool.name for pool in world.pools]
     needed = {
         object_keys.EVENTS,
@@ -299,16 +301,18 @@ def missing_queues(world: World) -> list[str]:
 
 
 def check_queues(world: World) -> None:
-    """Whatever queue was removed has been made again. Jobs may end without one, only later."""
+    """Check that every removed queue has been created again. Jobs may end without one, only
+    later."""
     missing = missing_queues(world)
     _require(not missing, "queues", f"{', '.join(missing)} not there long after the work")
 
 
 async def check_results(world: World, job: JobDef) -> None:
-    """Every result is what its input makes it, and every gather had all there was to gather.
+    """Check that every result follows from its input, and that every gather received all its
+    inputs.
 
-    A stage after one that is doomed may have run less than that, but nothing else; a job that
-    succeeded has run it all.
+    A stage after a doomed one may have run fewer tasks, but no others. A job that succeeded has run
+    all tasks.
     """
     record = await world.ledger.job(job.id)
     ended = {one.counts.stage: one.counts for one in (await world.ledger.rows(job.id)).stages}
@@ -332,7 +336,7 @@ async def check_results(world: World, job: JobDef) -> None:
 
 
 def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[Outcome]) -> None:
-    """A task fails for what it does, or because it lost its workers, and for nothing else."""
+    """Check that a task fails only because of its own script or because it lost its workers."""
     for outcome in outcomes:
         for failure in outcome.failed:
             bundle = outcome.bundle
@@ -359,7 +363,7 @@ def check_failures(world: World, fates: Fates, job: JobDef, outcomes: Sequence[O
 async def results_of(
     objects: Objects, ledger: Ledger, job: JobId, stage: str
 ) -> Mapping[int, Json]:
-    """Encoded result by task, as a user would fetch them: by the ledger's list of bundles."""
+    """Return the encoded result by task, read as a user would: by the ledger's list of bundles."""
     values: dict[int, Json] = {}
     key = await CommitKeys(objects).stored(job)
     for row in await ledger.bundles(job, done=True):

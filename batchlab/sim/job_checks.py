@@ -148,7 +148,7 @@ async def _check_outcomes(world: World, job: JobDef) -> None:
 def _check_failures(world: World, job: JobDef, outcome: Outcome) -> None:
     for failure in outcome.failed:
         if failure.kind in (FailureKind.EXCEPTION, FailureKind.LOST):
-            continue  # see invariants.check_failures
+            continue  # See invariants.
         told = f"{task_name(outcome.bundle.stage, failure.task)} failed: {failure.reason}"
         _require(_names_damage(world, job.id, failure.reason), "causes", told)
 

@@ -1,7 +1,7 @@
 """A job file on the `sim` backend: its own handlers run, on a grid in virtual time.
 
-Invariant: the manager, fleet and worker objects are those of every other backend; only services,
-instances and time are simulated. What a seed does once, it does again.
+Invariant: the manager, fleet, and worker classes are those of every other backend. Only services,
+instances, and time are simulated. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from batchlab.worker.inline_child import InlineChildren, InlineRunner
 from batchlab.worker.runner import Runner
 
 TASK_S = (0.5, 1.5)
-"""Virtual seconds that a task takes: drawn evenly between these, whatever its handler does."""
+"""Virtual seconds that a task takes, drawn uniformly from this range, whatever its handler does."""
 
 
 REPORT = "report-data"
@@ -45,20 +45,21 @@ MOST_TICKS = 60
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """How a simulated run ended. `virtual_s` is from the start of the grid to the job's end."""
+    """The end of a simulated run. `virtual_s` counts from the start of the grid to the job's
+    end."""
 
     view: JobView
     fetched: Fetched
     virtual_s: float
     instances: int
-    """Instances launched in all."""
+    """Number of instances launched."""
 
 
 def run_job(
     jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting
 ) -> Simulated:
-    """Run the job to its end in virtual time and write its results to `out`, and its performance
-    data to a folder in there."""
+    """Run the job to its end in virtual time. Write its results to `out`, and its performance data
+    to a folder in it."""
     loop = SimLoop(inline_executor=True)
     with InlineChildren() as children:
         return loop.run(_main(jobfile, pools, seed, out, setting, children))
@@ -106,7 +107,7 @@ async def _main(
 
 
 async def _accounted(world: World, job: JobId) -> None:
-    """Wait until what the job has used is written down: it is with the manager's next tick."""
+    """Wait until the job's usage is written. The manager writes it at its next tick."""
     for _ in range(MOST_TICKS):
         if await world.objects.head(object_keys.used(job)):
             return

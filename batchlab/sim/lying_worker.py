@@ -1,11 +1,8 @@
 """A worker that lies: it forges every kind of message and object that its role lets it write.
 
-Invariant: a lie is made of raw JSON and of names read from the bucket, never by the product's own
-writers, so a check in a writer stops none of them. All choices come from the random source.
-
-The material of lies: odd values, unreadable objects, and raw JSON of messages.
-
-Invariant: nothing here uses the product's readers or writers, so none of their checks applies.
+Invariant: a lie consists of raw JSON and of names read from the bucket. The module does not use the
+product's readers or writers, so none of their checks can stop a lie. All choices come from the
+random source.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ ODD: tuple[Any, ...] = (
     "pickle:../../x",
     "\u0000",
 )
-"""Values for which a reader must have a bound or a rule."""
+"""Values that a reader must limit or reject."""
 UNREADABLE: tuple[str | bytes, ...] = (
     '{"v":1}',
     "",
@@ -77,7 +74,7 @@ def loaded(body: str) -> Doc:
 
 
 def dicts(doc: Any) -> Iterator[Doc]:
-    """Every object in a JSON document, outermost first."""
+    """Yield every object in a JSON document, outermost first."""
     if isinstance(doc, dict):
         yield doc
         for value in list(doc.values()):
@@ -110,8 +107,8 @@ def some_tasks(bundle: Doc) -> list[int]:
 
 
 def guesses(keys: list[str]) -> list[Doc]:
-    """Bundles that may exist beside those with these outcomes: the next tasks, the next attempt,
-    and the same tasks in the next stage."""
+    """Return bundles that may exist next to those with these outcomes: the next tasks, the next
+    attempt, and the same tasks in the next stage."""
     found: list[Doc] = []
     for key in keys:
         parts = _OUTCOME.fullmatch(key)
@@ -131,9 +128,9 @@ def guesses(keys: list[str]) -> list[Doc]:
 
 LIES = 40
 GAP_S = (0.05, 4.0)
-"""Seconds between two lies."""
+"""Range of seconds between two lies."""
 LEARN_EVERY = 6
-"""A liar lists the bucket again after so many lies."""
+"""Number of lies after which a liar lists the bucket again."""
 
 
 @dataclass(slots=True)
@@ -176,7 +173,7 @@ class Liar:
         self._who, self._clock = means.who, means.clock
         self._objects, self._queue = means.objects, means.queue
         self.keys: list[str] = []
-        """Keys of objects, as the bucket was listed last."""
+        """Keys of objects from the last listing of the bucket."""
         self._bundles: list[Doc] = []
         self._jobs: list[str] = []
         self._pools = {means.who.pool}
@@ -207,7 +204,7 @@ class Liar:
         )
 
     async def lie(self, pace: float) -> None:
-        """Tell LIES lies. An error that a service answers is part of the liar's life."""
+        """Tell LIES lies. Errors from a service are expected and ignored."""
         for number in range(LIES):
             await asyncio.sleep(self._rng.uniform(*GAP_S) * pace)
             try:
@@ -243,7 +240,7 @@ class Liar:
         self._workers = self._workers[-50:]
 
     def open_bundles(self) -> list[Doc]:
-        """The known bundles that had no outcome when the bucket was listed last."""
+        """Return the known bundles that had no outcome in the last listing of the bucket."""
         done = {key.rpartition("/")[2] for key in self.keys if "/outcomes/" in key}
         names = {".".join(name.split(".")[:3]) for name in done}
         return [one for one in self._bundles if bundle_id(one) not in names]
@@ -253,14 +250,14 @@ class Liar:
         return self._rng.choice(self._jobs) if self._jobs else "job-0"
 
     def a_bundle(self) -> Doc:
-        """A bundle of any job."""
+        """Return a bundle of any job."""
         if self._bundles and self._rng.random() < 0.9:
             return self._rng.choice(self._bundles)
         return {"j": self._job, "s": self._rng.choice("abcd"), "t": [[0, 1]], "a": 1}
 
     @property
     def _victim(self) -> str:
-        """The name of a worker, mostly of another one."""
+        """Return the name of a worker, mostly of another one."""
         return self._rng.choice(self._workers) if self._workers else self._who.worker
 
     def _remembered(self, *, events: bool) -> list[Doc]:
@@ -274,13 +271,13 @@ class Liar:
         await self._means.send(object_keys.EVENTS, json.dumps({"v": 1, **parts}))
 
     def tasks_queue(self) -> str:
-        """The task queue of any pool that is known."""
+        """Return the task queue of any known pool."""
         return object_keys.tasks_queue(self._rng.choice(sorted(self._pools)))
 
     # --- Heartbeats ------------------------------------------------------------------------------
 
     def beat(self, worker: str, **changes: Any) -> Doc:
-        """A heartbeat like this worker's own last one, with its secrets, for another worker."""
+        """Return a heartbeat for another worker: this worker's last one with changes."""
         own = [one for doc in self._remembered(events=True) for one in dicts(doc) if "slots" in one]
         beat: Doc = {
             **(own[-1] if own else {}),
@@ -312,7 +309,8 @@ class Liar:
         await self._event(h=[self.beat(name, pool=self._rng.choice(("default", "none", "a/b")))])
 
     async def _hold_what_others_have(self) -> None:
-        """Claim to hold bundles, so that nobody looks for them, with receipts of other queues."""
+        """Claim to hold bundles, so that managers do not look for them, with receipts of other
+        queues."""
         held = [
             {
                 "queue": self._rng.choice((object_keys.EVENTS, self.tasks_queue(), "tasks-none")),
@@ -332,7 +330,7 @@ class Liar:
         return [{"b": self.a_bundle(), "d": self._rng.choice((0.0, 1e9, -5.0))}]
 
     def completion(self, bundle: Doc) -> Doc:
-        """A forged completion of the bundle."""
+        """Return a forged completion of the bundle."""
         ways = [bundle["t"], [], []]
         self._rng.shuffle(ways)
         return {
@@ -352,7 +350,7 @@ class Liar:
         await self._event(c=[self.completion(self.a_bundle())])
 
     def outcome(self, bundle: Doc) -> Doc:
-        """A forged outcome of the bundle."""
+        """Return a forged outcome of the bundle."""
         now_s, count = self._clock.now_s(), tasks_in(bundle)
         forged: Doc = {
             "v": 1,
@@ -373,7 +371,7 @@ class Liar:
         return forged
 
     def odd_outcome(self, bundle: Doc) -> Doc:
-        """A forged outcome of the bundle with an odd part, or with none."""
+        """Return a forged outcome of the bundle, with an odd part in most cases."""
         forged, count = self.outcome(bundle), tasks_in(bundle)
         odd = self._rng.random()
         if odd < 0.2:
@@ -415,7 +413,7 @@ class Liar:
     # --- Objects ---------------------------------------------------------------------------------
 
     def _outcome_key(self, bundle: Doc) -> str:
-        """The name without a seal, or the form of an existing name with another bundle's id."""
+        """Return a key without a seal, or an existing key with another bundle's id."""
         name = bundle_id(bundle)
         spread = hashlib.sha256(name.encode()).hexdigest()[:2]
         key = f"jobs/{bundle['j']}/{bundle['s']}/outcomes/{spread}/{name}"
@@ -477,7 +475,7 @@ class Liar:
     # --- Task messages ---------------------------------------------------------------------------
 
     async def _task(self) -> None:
-        """Order work that no manager has planned, or with inputs that no plan has."""
+        """Send work that no manager has planned, or with inputs that no plan has."""
         bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
             bundle[self._rng.choice(("a", "r", "l"))] = self._rng.choice((1, 2, 5, 10**9))
@@ -496,7 +494,7 @@ class Liar:
             await self._means.send(queue, body)
 
     async def _swap(self) -> None:
-        """A message of this worker, with the names of another job and another bundle."""
+        """Send a message of this worker with the names of another job and bundle."""
         events = self._rng.random() < 0.5
         own = self._remembered(events=events)
         if own:
@@ -510,7 +508,7 @@ class Liar:
             await self._means.send(queue, json.dumps(doc))
 
     async def _mutate(self) -> None:
-        """A message of this worker, with odd values in some places."""
+        """Send a message of this worker with odd values in some places."""
         events = self._rng.random() < 0.7
         own = self._remembered(events=events)
         if own:
@@ -531,9 +529,12 @@ class Liar:
         await self._means.send(queue, body)
 
     async def _steal(self) -> None:
-        """Receive messages of any pool, and delete, keep or release them. It touches their jobs."""
+        """Receive messages of any pool, and delete, keep, or release them.
+
+        This touches their jobs.
+        """
         if self._rng.random() < 0.5:
-            return  # or no job would remain untouched
+            return  # Otherwise no job would remain untouched.
         queue = self.tasks_queue()
         taken: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
         receipts = [message.receipt for message in taken]

@@ -1,6 +1,6 @@
-"""Checks of promises about waste: drains, dead letters, and needless work.
+"""Checks against waste: drains, dead letters, and needless work.
 
-Invariant: each check knows only the effects of port calls and the starts of tasks, and a job that a
+Invariant: each check uses only the effects of port calls and the starts of tasks. A job that a
 lying worker has touched is not checked.
 """
 
@@ -16,23 +16,24 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
 
 Require = Callable[[bool, str, str, str], None]
-"""(holds, promise, facts, job)."""
+"""A check with the arguments (holds, promise, facts, job)."""
 
 LEAVING_S = 0.2
-"""A bundle may begin so long after its worker was told to drain."""
+"""Seconds after the start of its drain within which a worker may still begin a bundle."""
 SETTLED_S = 5.0
-"""A manager that sends a bundle which was committed so long ago has not looked for its outcome."""
+"""A manager that sends a bundle which was committed this many seconds ago has not looked for its
+outcome."""
 DISTURBED_S = 120.0
-"""The same for a manager that a fault has delayed, or that was frozen."""
+"""The same limit for a manager that a fault has delayed, or that was frozen."""
 GIVE_BACK_S = 1.0
-"""A draining worker gives back within this time each message whose tasks it has not begun."""
+"""Seconds within which a draining worker gives back each message whose tasks it has not begun."""
 KNOWN_S = 10.0
-"""A manager that cuts bundles knows for so long at least which jobs have tasks left."""
+"""Seconds for which a manager that cuts bundles has known which jobs have tasks left."""
 
 
 @dataclass(slots=True)
 class Oracles:
-    """What has been committed, sent, and given up, and the workers that drain."""
+    """Record of commits, sends, dead letters, and draining workers."""
 
     require: Require
     _committed_s: dict[Name, float] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Oracles:
     _dead: dict[str, tuple[Name, float]] = field(default_factory=dict)
     """Dead letters that a manager has received, by receipt."""
     _dead_s: float = -1.0
-    """When the last one was received."""
+    """When the last dead letter was received."""
     _sent_s: dict[Name, float] = field(default_factory=dict)
     """When each bundle was last sent."""
     _left_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
@@ -49,25 +50,26 @@ class Oracles:
     _jobs: dict[str, JobDef] = field(default_factory=dict)
 
     def defined(self, job: JobDef) -> None:
-        """A job has been defined."""
+        """Record the definition of a job."""
         self._jobs[job.id] = job
 
     def committed(self, name: Name, now_s: float) -> None:
-        """An outcome has been committed."""
+        """Record a committed outcome."""
         self._committed_s[name] = now_s
 
     def uncommitted(self, name: Name) -> None:
-        """A power cut has taken the outcome away."""
+        """Record that a power cut has removed the outcome."""
         self._committed_s.pop(name, None)
 
     def leaves(self, actor: Actor, now_s: float) -> None:
-        """A worker has been told to drain."""
+        """Record that a worker starts to drain."""
         self._leaves_s.setdefault(actor, now_s)
 
     def started(
         self, bundle: Bundle, now_s: float, actor: Actor | None, *, disturbed: bool
     ) -> None:
-        """A task of the bundle begins. A `disturbed` worker may have been on its way to it."""
+        """Check the start of a task of the bundle. A `disturbed` worker may have been about to
+        start it."""
         name = name_of_bundle(bundle)
         if actor is None or (actor, name) in self._begun:
             return
@@ -83,8 +85,8 @@ class Oracles:
     def begins_again(
         self, actor: Actor, bundle: Bundle, received_s: float, deliveries: int
     ) -> None:
-        """A worker begins a bundle that it received at `received_s`. After earlier deliveries, or
-        for a retry, it must have looked for an outcome."""
+        """Check that a worker begins a bundle, received at `received_s`, rightly. After earlier
+        deliveries, or for a retry, it must have looked for an outcome."""
         name = name_of_bundle(bundle)
         committed_s = self._committed_s.get(name, received_s)
         self.require(
@@ -95,7 +97,7 @@ class Oracles:
         )
 
     def is_draining(self, actor: Actor, now_s: float) -> bool:
-        """Return whether the worker was told to drain a while ago."""
+        """Return whether the worker has been draining for longer than the limit."""
         return now_s - self._leaves_s.get(actor, now_s) > LEAVING_S
 
     def has_begun(self, actor: Actor, name: Name) -> bool:
@@ -105,9 +107,9 @@ class Oracles:
     def cut(
         self, cut: Cut, now_s: float, since_s: float, live_since_s: Callable[[str], float]
     ) -> None:
-        """A manager that is undisturbed since `since_s` has cut tasks into bundles. Jobs of a
-        higher priority in the same pool come first. `live_since_s` gives when a job began, or
-        last went on."""
+        """Check the cut of bundles by a manager that is undisturbed since `since_s`. Jobs of a
+        higher priority in the same pool come first. `live_since_s` gives when a job began or was
+        last resumed."""
         job = self._jobs[cut.job]
         if cut.bundles:
             pool = job.stage(cut.stage).pool
@@ -129,7 +131,7 @@ class Oracles:
             self._left_s[cut.job, cut.stage] = now_s
 
     def dead_letter(self, receipt: str, bundle: Bundle, now_s: float) -> None:
-        """A manager has received a dead letter."""
+        """Record that a manager has received a dead letter."""
         self._dead[receipt] = name_of_bundle(bundle), now_s
         self._dead_s = now_s
 
@@ -138,7 +140,8 @@ class Oracles:
         return self._dead_s >= since_s
 
     def deleted(self, receipts: Iterable[str], *, is_live: Callable[[str], bool]) -> None:
-        """A manager has deleted dead letters: each is committed, or was sent again."""
+        """Check dead letters that a manager deletes: each bundle is committed, or was sent
+        again."""
         for receipt in receipts:
             name, since_s = self._dead.pop(receipt, (None, 0.0))
             if name is not None and is_live(name[0]):
@@ -150,7 +153,8 @@ class Oracles:
                 )
 
     def sent(self, who: str, bundle: Bundle, now_s: float, *, disturbed: bool) -> None:
-        """A task message has been sent. A sender that was `disturbed` may have looked before."""
+        """Check the send of a task message. A sender that was `disturbed` may have looked
+        before."""
         self._sent_s[name_of_bundle(bundle)] = now_s
         if bundle.losses or not who.startswith("manager"):
             return

@@ -1,4 +1,4 @@
-"""What one seed asks for: pools, jobs, settings, and how much of everything.
+"""Plan of one seed: pools, jobs, settings, and their sizes.
 
 Invariant: a plan is a function of its seed alone, whatever the weather.
 """
@@ -18,14 +18,14 @@ from batchlab.worker.settings import WorkerSettings
 A, B, C, D = (StageName(name) for name in "abcd")
 
 LONG_SHARE = 0.015
-"""Of the seeds, those with tasks longer than SQS lets anybody hold a message."""
+"""Share of seeds with tasks that are longer than the maximum visibility timeout of SQS."""
 
 MOST_WORK_S = 600.0
-"""A world's tasks take at most about this long on the instances that it has at most: faults are
-early, and what comes long after them is only more of the same."""
+"""Approximate time that a world's tasks take on its maximum number of instances. Faults come early,
+and a longer world would only repeat itself."""
 
 PERCENT_SHARE, CHAIN_SHARE = 0.15, 0.1
-"""Of the jobs: those with a limit of failures in percent, and those of three chained stages."""
+"""Shares of the jobs with a failure limit in percent, and of the jobs with three chained stages."""
 
 LIMIT_S = 12_000.0
 LONG_LIMIT_S = 20 * 86_400.0
@@ -33,9 +33,12 @@ LONG_LIMIT_S = 20 * 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`run_s` are the times that a task may take. `heaviness` scales how often port calls go wrong,
-    `pace` how long weather and users wait from one act to the next: a world of many hours has many
-    calls, and its last hour should have its faults too. `limit_s` is when all must have ended (I7).
+    """The plan of a world.
+
+    `run_s` are the times that a task may take. `heaviness` scales the rates of faults of port
+    calls. `pace` stretches the pauses between events and between user requests: a world of many
+    hours has many calls, and its last hour should also have faults. All jobs must end within
+    `limit_s` (I7).
     """
 
     pools: tuple[Pool, ...]
@@ -48,13 +51,13 @@ class Plan:
     pace: float = 1.0
     limit_s: float = LIMIT_S
     focus: str = ""
-    """What the world is made for; see `focus`."""
+    """The focus of the world; see `focused_worlds`."""
     slow_looks_s: tuple[float, float] | None = None
-    """Some answers to a worker's look at a control object take so long."""
+    """Seconds that some answers to a worker's read of a control object take."""
 
 
 def draw(seed: int) -> Plan:
-    """The plan of a seed."""
+    """Return the plan of a seed."""
     rng = random.Random(f"{seed}/plan")  # noqa: S311 - simulation
     if rng.random() < LONG_SHARE:
         return _long(seed, rng)
@@ -79,7 +82,7 @@ def draw(seed: int) -> Plan:
 
 
 def with_bystanders(seed: int, plan: Plan) -> Plan:
-    """The plan with two more small jobs, of which lying workers may receive no message."""
+    """Return the plan with two more small jobs, of which lying workers may receive no message."""
     rng = random.Random(f"{seed}/bystanders")  # noqa: S311 - simulation
     first = len(plan.jobs)
     more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]
@@ -88,7 +91,7 @@ def with_bystanders(seed: int, plan: Plan) -> Plan:
 
 
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:
-    """How long the pool with most to do is busy, if all its instances are."""
+    """Return how long the pool with the most work is busy if all its instances run."""
     slots = {pool.name: pool.max_size * pool.slots for pool in pools}
     return max(
         sum(
@@ -129,7 +132,8 @@ def _settings(rng: random.Random) -> tuple[ManagerSettings, WorkerSettings]:
 
 
 def _long(seed: int, rng: random.Random) -> Plan:
-    """A world of many hours, unhurried: else it would be mostly polling."""
+    """Return a plan of many hours, with slow polling. With normal polling, most of its calls would
+    be polls."""
     pools = [Pool("default", 0, 2, rng.choice([1, 2]), boot_s=20)]
     stages = rng.choice(
         [(_stage(A, rng, pools),), (_stage(A, rng, pools), _stage(B, rng, pools, A))]
@@ -183,9 +187,9 @@ def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> J
 
 
 def _varied(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
-    """The job, in some seeds with a limit of failures in percent, or with three chained stages.
+    """Return the job, in some seeds with a failure limit in percent or with three chained stages.
 
-    Its random source is its own, so that the other seeds keep their jobs.
+    It has its own random source, so that the other seeds keep their jobs.
     """
     rng = random.Random(f"{seed}/{number}/varied")  # noqa: S311 - simulation
     if rng.random() < PERCENT_SHARE:
@@ -218,7 +222,7 @@ def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]
         max_failures=rng.choice([0, 0, 1000]),
         fail_fast=rng.random() < 0.3,
         priority=rng.choice([0, 0, 5]),
-        # Without one the first bundles are sent before the ledger has the job.
+        # Without a start time the first bundles are sent before the ledger has the job.
         token=f"{seed}-{number}" if (seed + number) % 2 else "",
         start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
     )

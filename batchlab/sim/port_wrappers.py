@@ -1,4 +1,4 @@
-"""Ports as one actor sees them: slow, faulty, logged, and dead once the actor is.
+"""Ports as one actor sees them: slow, faulty, logged, and without effect once the actor is dead.
 
 Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
 """
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Mark(Enum):
-    """What a line of the log says where there is no answer."""
+    """Placeholder in a line of the log if the call has no answer."""
 
     END = "end"
     CANCELLED = "cancelled"
@@ -45,17 +45,17 @@ def wrap(
     watch: Watch | None = None,
     rights: Rights | None = None,
 ) -> T:
-    """`inner` as `actor` sees it; `port` names it in the log, and "queue" gets a queue's faults.
-    `rights` refuses the calls that the actor's role does not allow.
+    """Return `inner` as `actor` sees it. `port` is its name in the log, and "queue" has the faults
+    of a queue. `rights` refuses the calls that the actor's role does not allow.
 
-    Without faults and log it is `inner` itself, which costs nothing, but then the actor cannot be
-    killed any more. Faults without rates and latency keep it killable.
+    Without faults and log it returns `inner` itself, which costs nothing, but then the actor cannot
+    be killed. Faults without rates and latency keep the actor killable.
     """
     if faults is None and log is None:
         actor.guarded = False
         return inner
-    # A dynamic proxy behind the type of what it stands for: delegates written out for five
-    # protocols would be 40 methods that say nothing and must follow every change of the ports.
+    # A dynamic proxy with the type of its target. Written out for five protocols, it would be 40
+    # methods that only delegate and follow every change of the ports.
     return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
 
 
@@ -80,7 +80,8 @@ class _Port:
         self._pause = Pause()
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached the first time: the method is kept on the instance, found without a detour.
+        # Called only once per method: the wrapper is stored on the instance, where it is found
+        # directly.
         target = getattr(self._inner, name)
         if not callable(target):
             return target
@@ -94,7 +95,7 @@ class _Port:
             return self._perform(label, target, args, kwargs, (args, kwargs))
 
         def change(change: Any) -> Awaitable[Any]:
-            # Each kind of change is a call of its own in the log, such as "ledger.Fold".
+            # The log names each kind of change, such as "ledger.Fold".
             label = f"{self._port}.{type(change).__name__}"
             return self._perform(label, target, (change,), {}, ((change,), {}))
 
@@ -113,13 +114,13 @@ class _Port:
     async def _pages(
         self, label: str, inner: AsyncIterator[Any], shown: tuple[Any, Any]
     ) -> AsyncIterator[Any]:
-        # Each page is a request of its own, hence a fault point of its own.
+        # Each page is a separate request, so each is a separate fault point.
         step = partial(anext, inner, _Mark.END)
         try:
             while (page := await self._perform(label, step, (), {}, shown)) is not _Mark.END:
                 yield page
         finally:
-            # Closed by the garbage collector, it would need a loop that may have ended.
+            # If the garbage collector closed it, it would need a loop that may have ended.
             if isinstance(inner, AsyncGenerator):
                 await inner.aclose()
 
@@ -160,7 +161,7 @@ class _Port:
             raise
         except Exception as raised:  # noqa: BLE001 - raised below, when the answer has arrived
             error = raised
-        # A kill cancels every wait; this one may have been swallowed by what lies behind the port.
+        # A kill cancels every wait, but the code behind the port may have caught this cancellation.
         self._check()
         self._note(point, kind, label, shown, result if error is None else error)
         if kind is FaultKind.KILL_AFTER:
@@ -179,7 +180,7 @@ class _Port:
         return result
 
     def _acknowledge(self, label: str, args: Sequence[Any]) -> None:
-        # A writer that finds another one's object has waited for that to reach the disk, too.
+        # A writer that finds another writer's object has also waited until that is on the disk.
         if label == "objects.put" and self._watch is not None:
             self._watch.unsynced.acknowledged(args[0])
 
@@ -187,13 +188,13 @@ class _Port:
         self, takes_s: float, extra_s: float, args: tuple[Any, ...], taken: Sequence[Any]
     ) -> None:
         if extra_s:
-            # Said once more: a receive has waited for a message since its request was struck.
+            # Log it again: a receive has waited for a message since the fault was drawn.
             self._disturbed(extra_s)
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
-            # The port's promise: who cancels a receive swallows no message. An adapter of SQS can
-            # only make it visible again; the dead cannot even do that.
+            # The port's promise: a canceled receive loses no message. An SQS adapter can only make
+            # it visible again, and a dead process cannot even do that.
             if taken and self._actor.alive:
                 back = [(message.receipt, 0.0) for message in taken]
                 await self._inner.change_visibility(args[0], back)
@@ -206,7 +207,7 @@ class _Port:
     def _held(
         self, target: Callable[..., Awaitable[Any]], label: str, point: Point
     ) -> Callable[..., Awaitable[Any]]:
-        """`target` as a Hold performs it, where stall points are enumerated."""
+        """Call `target`, through the Hold if stall points are enumerated."""
         hold = self._faults.hold if self._faults is not None else None
         if hold is None:
             return target
@@ -263,7 +264,7 @@ async def _effect(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Do what the call is for, or what is left of it under a queue's own faults."""
+    """Perform the call, or the part of it that a fault of the queue leaves."""
     if kind is FaultKind.DROPPED:
         await target(*args, **kwargs)
         return []

@@ -1,7 +1,7 @@
-"""Work spread over processes, one item at a time, so that a process that dies costs one item.
+"""A process pool that runs one item at a time per process, so that a dying process costs one item.
 
-Invariant: every item comes back once, as its result or as the way its process ended; and when the
-generator is closed, by whatever exception, none of its processes is left.
+Invariant: every item is returned once, with its result or with the way its process ended. When the
+generator is closed, by any exception, all its processes have ended.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ENDLESS_S = 900
-"""Real seconds after which an item has hung its process, which SIGALRM then ends."""
+"""Real seconds after which SIGALRM ends a process that hangs in an item."""
 
-# Not fork: it copies whatever threads and locks the parent has. Not concurrent.futures: a process
-# that dies breaks its whole pool, and nobody knows which item killed it.
+# fork would copy the parent's threads and locks. In concurrent.futures, a process that dies breaks
+# its whole pool, and the item that killed it is not known.
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The process that had the item has ended instead of answering."""
+    """The process that had the item ended without an answer."""
 
     exit_code: int | None
-    """Negative: the signal that ended it."""
+    """Exit code of the process. A negative value is the signal that ended it."""
 
 
 class Crew(Generic[T, R]):
-    """As many processes as there is work for, at most `processes`, that all do the same `work` and
-    stay from one lot of items to the next. `work`, items and results are pickled."""
+    """A pool of at most `processes` processes, no more than there are items, for the same `work`.
+    They stay alive between calls of `each`. `work`, items, and results are pickled."""
 
     def __init__(self, work: Callable[[T], R], processes: int) -> None:
         self.processes = processes
@@ -46,10 +46,10 @@ class Crew(Generic[T, R]):
         self._idle: dict[Connection, SpawnProcess] = {}
 
     def each(self, items: Iterable[T]) -> Generator[tuple[T, R | Died], None, None]:
-        """Each item with what `work` makes of it, in the order in which they are done.
+        """Yield each item with the result of `work`, in the order of completion.
 
-        Items are taken from their source as processes get free, so it may be endless. Where this
-        is closed early, what was in hand then goes with its process.
+        Items are read from their source as processes become free, so the source may be endless. If
+        the generator is closed early, unfinished items end with their processes.
         """
         left = iter(items)
         busy: dict[Connection, tuple[SpawnProcess, T]] = {}
@@ -74,21 +74,21 @@ class Crew(Generic[T, R]):
                 _dismiss(pipe, process)
 
     def close(self) -> None:
-        """End those that have nothing to do; nobody else is left once `each` is over."""
+        """End the idle processes. After `each` is over, these are all."""
         while self._idle:
             _dismiss(*self._idle.popitem())
 
     def _give(self, item: T, busy: dict[Connection, tuple[SpawnProcess, T]]) -> None:
         pipe, process = self._idle.popitem() if self._idle else _hire(self._work)
         busy[pipe] = process, item
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has just died: _answer tells
+        with suppress(BrokenPipeError, ConnectionResetError):  # _answer reports its death.
             pipe.send(item)
 
 
 def spread(
     work: Callable[[T], R], items: Iterable[T], processes: int
 ) -> Generator[tuple[T, R | Died], None, None]:
-    """See Crew.each; the processes are there for these items only."""
+    """Run `work` on these items as Crew.each does, with processes for this call only."""
     with closing(Crew(work, processes)) as crew:
         yield from crew.each(items)
 
@@ -96,9 +96,9 @@ def spread(
 def _hire(work: Callable[[T], R]) -> tuple[Connection, SpawnProcess]:
     pipe, far_end = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(far_end, work), daemon=True)
-    # A terminal's Ctrl-C reaches the whole process group; only this process shall answer it. The
-    # mask is inherited, whereas a handler in the child would come too late for its first second.
-    # The first start of a process also starts multiprocessing's tracker, which unblocks SIGINT.
+    # A terminal's Ctrl-C reaches the whole process group, but only this process must handle it. The
+    # mask is inherited, whereas a handler in the child would be set too late. The first start of a
+    # process also starts multiprocessing's tracker, which unblocks SIGINT.
     ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -130,9 +130,9 @@ def _serve(pipe: Connection, work: Callable[[T], R]) -> None:
         try:
             item = pipe.recv()
         except EOFError:
-            return  # our parent has been killed
+            return  # The parent has been killed.
         # Code that loops without waiting cannot be interrupted from within the simulation.
         signal.alarm(ENDLESS_S)
         result = work(item)
-        signal.alarm(0)  # whoever waits for its next item hangs nobody
+        signal.alarm(0)  # The wait for the next item must not raise the alarm.
         pipe.send(result)

@@ -1,7 +1,7 @@
-"""What happens to a world and is nobody's port call: one act of the weather after the other.
+"""World events of the weather: faults that hit a world without a port call.
 
-Invariant: how long the weather waits, and whom it hits, is drawn for each look at the sky by
-itself. So an act can be left out and the others stay, as far as there is somebody to hit.
+Invariant: the pause before each world event, and its target, are drawn separately for each event.
+So an event can be left out and the others stay the same, as long as their targets exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 LOOKS = 40
 GAP_S = (0.5, 15.0)
-"""From one look at the sky to the next; after LOOKS of them it stays fair."""
+"""Range of seconds between two world events. After LOOKS of them, the weather stays fair."""
 
 STALL_S = (5.0, 60.0)
 NOTICE_S = 120.0
@@ -32,13 +32,13 @@ SHORTAGE_S = (10.0, 120.0)
 LOST_S = (0.5, 20.0)
 HELD_S = (5.0, 60.0)
 MOMENTS, MOMENT_S = 2_000, 0.004
-"""A power cut waits for a moment with an unacknowledged write, at most for so long."""
+"""Longest wait in seconds of a power cut for a moment with an unacknowledged write."""
 MOST_LOST = 3
-"""A power cut takes at most so many messages of a queue."""
+"""Largest number of messages that a power cut removes from a queue."""
 AGES_S = (0.0, 10.0, 60.0)
 
 Act = Callable[[random.Random], Awaitable[str | None]]
-"""Answers whom it has hit, None where there was nobody."""
+"""An event of the weather. It returns the name of its target, or None if no target existed."""
 
 
 class Sky:
@@ -76,7 +76,8 @@ class Sky:
         }
 
     async def change(self) -> None:
-        """Let it happen; returns when it is fair and people have put right what they changed."""
+        """Run the events. Return when the weather is fair and the users have restored what they
+        changed."""
         for _ in range(LOOKS):
             point = self._faults.next(SKY)
             rng = random.Random(point.pick)  # noqa: S311 - simulation
@@ -148,7 +149,7 @@ class Sky:
         return [worker for worker in self._world.workers.values() if worker.ended is None]
 
     def _a_process(self, rng: random.Random) -> tuple[Actor, SkewedClock] | None:
-        # Managers are few, and what hits them is worth more.
+        # Managers are few, and faults that hit them find more bugs.
         processes = self._processes()
         managers = [pair for pair in processes if pair[0].name.startswith("manager")]
         return _one(rng, managers if managers and rng.random() < 0.4 else processes)
@@ -179,7 +180,7 @@ class Sky:
         return f"{actor.name} for {seconds:.3f} s"
 
     async def _freeze(self, rng: random.Random) -> str | None:
-        """A worker stops for ever. Its instance runs on until a manager ends it."""
+        """Stop a worker for ever. Its instance runs on until a manager ends it."""
         silences = self._world.watch.silences
         worker = _one(rng, self._workers())
         if worker is None or any(one.actor in silences.stopped for one in self._workers()):
@@ -201,8 +202,8 @@ class Sky:
         return self._world.damage.strike(kind, rng)
 
     async def _cut_power(self, rng: random.Random) -> str | None:
-        """End every process. Any of the unacknowledged writes may be lost, and what does not wait
-        for the disk: messages, and folds and ends in the ledger."""
+        """End every process. Any unacknowledged write may be lost, and so may writes that do not
+        wait for the disk: messages, and folds and ends in the ledger."""
         world, watch = self._world, self._world.watch
         for _ in range(MOMENTS):
             if watch.unsynced.before():
@@ -279,7 +280,9 @@ class Sky:
         call = fleet.terminate(
             chosen.pool, [chosen.id], decrement=decrement, cause=fleet_commands.CAUSE
         )
-        with suppress(Refused, BackendError):  # it would go below min, or the leader is not one
+        with suppress(
+            Refused, BackendError
+        ):  # The group would go below min, or the manager is not the leader.
             await call
         return chosen.id
 

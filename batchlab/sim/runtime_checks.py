@@ -1,7 +1,7 @@
-"""The promises that can be checked while they are kept: at each write, send, delete and start.
+"""Checks of the promises during the run: at each write, send, delete, and start.
 
-Invariant: the watch only looks. What it knows comes from the effects of port calls, as the services
-behind the ports saw them, so it holds for whatever code runs above.
+Invariant: the watch changes nothing. It uses the effects of port calls, as the services behind the
+ports receive them, so it holds for any code above the ports.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ FLUSHED = frozenset(f"ledger.{name}" for name in _FLUSHED)
 """Calls whose transaction waits for the disk before it is acknowledged."""
 
 BEGIN_S = 2 * LATENCY_S[1]
-"""The longest from a written start to the task's, where nothing goes wrong: the answer of that
-write, and a look at the control object."""
+"""Longest time from the write of a start marker to the start of the task, without faults: the
+answer of that write, and a read of the control object."""
 
 
 RECENT_S = 60.0
-"""A fault that hit a sender so long ago may still delay what it sends."""
+"""Seconds for which a fault may still delay the sends of its target."""
 
 
 ADOPTED = 0.2
-"""For this share of the silence of a bundle a new leader waits at least before it sends one again.
-"""
+"""Share of `silence_s` for which a new leader waits before it sends a bundle again."""
 
 
 class Violated(SimulationError):
@@ -57,8 +56,9 @@ class Violated(SimulationError):
 
 @dataclass(slots=True)
 class Hold:
-    """A task message in an actor's hands, since `received_s`, received for the `receives`th time;
-    its holder last asked at `asked_s` for more time, where `given_back` to be rid of it then."""
+    """A task message that an actor holds since `received_s`, received for the `receives`th time. At
+    `asked_s` the holder last changed its visibility timeout. If `given_back`, it did so to release
+    the message."""
 
     actor: Actor
     bundle: Name
@@ -71,7 +71,7 @@ class Hold:
 
 @dataclass(slots=True)
 class Start:
-    """A task that began. `ended_s` is None while it runs, and for ever where its worker died."""
+    """A task that began. `ended_s` is None while it runs, and stays None if its worker died."""
 
     at_s: float
     actor: Actor | None
@@ -84,7 +84,8 @@ class Start:
 
 @dataclass(slots=True)
 class Watch:
-    """Told by ports, services and runners; `fail` ends the run with what is wrong."""
+    """Record of the effects that ports, services, and runners report. `fail` ends the run with the
+    error."""
 
     clock: Clock
     queue: SimQueue
@@ -92,18 +93,18 @@ class Watch:
     frozen: Callable[[Actor], bool]
     thawed_s: Callable[[Actor], float]
     visibility_s: float
-    """What workers ask for to keep a message; see `_gives_back` for what they ask for otherwise."""
+    """Visibility timeout that workers set to keep a message. See `_gives_back` for other values."""
     lease_s: float
-    """For how long after a look at the control object workers may start tasks of its job."""
+    """Seconds after a read of the control object in which workers may start tasks of its job."""
     lead_ttl_s: float
     silence_s: float
-    """For how long a bundle may be silent before a manager looks for it."""
+    """Seconds for which a bundle may be silent before a manager looks for it."""
     are_looks_slow: bool = False
     starts: list[Start] = field(default_factory=list)
     flushed: Callable[[], None] = lambda: None
     """Called after each call of FLUSHED."""
     damaged: set[str] = field(default_factory=set)
-    """Jobs of which the store has damaged an object."""
+    """Jobs with an object that the store has damaged."""
     trust: Trust = field(init=False)
     oracles: Oracles = field(init=False)
     controls: JobControls = field(init=False)
@@ -113,12 +114,14 @@ class Watch:
     leads: Leads = field(init=False)
     start_times: StartTimes = field(init=False)
     _killed_s: dict[Actor, float] = field(default_factory=dict)
-    """Workers that ended otherwise than by draining."""
+    """Workers that ended without draining, and when."""
     _written: dict[str, tuple[Actor, float]] = field(default_factory=dict)
-    """By whom and when each start marker was first written; without those that were withdrawn."""
+    """The writer of each start marker, and when it was first written. Withdrawn markers are left
+    out."""
     _planned: set[Name] = field(default_factory=set)
     _opened: set[Name] = field(default_factory=set)
-    """Planned bundles of definitions. A client that asks again has copies of them sent."""
+    """Planned bundles of definitions. A client that repeats its request makes the manager send
+    copies of them."""
     _following: set[Name] = field(default_factory=set)
     """Planned bundles that follow from an outcome."""
     _committed: set[Name] = field(default_factory=set)
@@ -137,22 +140,22 @@ class Watch:
         self.leads = Leads(self._require, self.lead_ttl_s, self.thawed_s)
         self.start_times = StartTimes(self._require)
         self.silences = Silences(self._require, self.silence_s)
-        # Its timers go off though the process that has set them is frozen.
+        # Its timers expire even while its process is frozen.
         self._context = copy_context()
 
     def _require(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
-        """Fail unless it `holds`, or the `job` is one that a lying worker has touched."""
+        """Fail unless the condition `holds` or a lying worker has touched the `job`."""
         if not holds and job not in self.trust.touched:
             self.fail(Violated(f"{promise} is violated: {facts}"))
 
     # --- The bucket ------------------------------------------------------------------------------
 
     def written(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
-        """I1: what is committed never changes, and is committed by a conditional put."""
+        """I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
         if parts[0] != "jobs":
             return
-        if CURRENT.get() is not None:  # else a client's, which waits for it
+        if CURRENT.get() is not None:  # Otherwise a client wrote it, and waits for the manager.
             self.unsynced.written(key, before)
         job, kind = parts[1], parts[2]
         if self.trust.is_liar(CURRENT.get()):
@@ -170,17 +173,18 @@ class Watch:
         if kind == "outcomes" and not self.trust.commits(key, job):
             return
         self._require(before in (None, data), "I1", f"{key} has changed after its commit", job)
-        # Parts come before the manifest that commits them, and are named by their content.
+        # Parts are written before the manifest that commits them. Their names are hashes of their
+        # content.
         conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self._require(conditional, "I1", f"{key} is written without a condition")
         self._learn(kind, parts[-2], data)
 
     def taken_back(self, key: str, before: bytes | None) -> None:
-        """A power cut has taken a write back."""
+        """Record that a power cut has undone a write."""
         parts = key.split("/")
         if parts[2] == "control.json":
             word = json_format.Word(Control.RUN)
-            with suppress(Malformed, TooNew):  # the store had damaged it before
+            with suppress(Malformed, TooNew):  # The store had damaged it before.
                 word = json_format.word_from_bytes(before or b"")
             self.controls.written(parts[1], word)
         elif object_keys.is_outcome(key):
@@ -191,11 +195,12 @@ class Watch:
             self.oracles.uncommitted(name)
 
     def _forged(self, key: str, job: str, parts: Sequence[str], data: bytes) -> None:
-        """A lying worker has written an object, which may commit a bundle that it was given."""
+        """Record an object that a lying worker has written. It may commit a bundle that the worker
+        had."""
         if job not in self.trust.touched:
             self.trust.forged.add(key)
         elif parts[3] == "outcomes":
-            # The lie may be anything at all; only one that can be read commits a bundle.
+            # The lie may have any content. Only a readable one commits a bundle.
             with suppress(Exception):
                 self._learn("outcomes", parts[-2], data)
 
@@ -211,7 +216,7 @@ class Watch:
             follows = [
                 name_of_bundle(follow.bundle)
                 for follow in outcome.follows
-                if follow.bundle.job == outcome.bundle.job  # else it is a lie
+                if follow.bundle.job == outcome.bundle.job  # Otherwise it is a lie.
             ]
             self._planned.update(follows)
             self._following.update(follows)
@@ -243,12 +248,13 @@ class Watch:
     # --- Port calls ------------------------------------------------------------------------------
 
     def disturbed(self, actor: Actor, for_s: float = 0.0) -> None:
-        """A fault has hit it now, and lasts: what it fails to do in time has an excuse."""
+        """Record that a lasting fault has hit the actor. From now on it is excused if it is
+        late."""
         until_s = self.clock.monotonic_s() + for_s
         self._disturbed_s[actor] = max(until_s, self._disturbed_s.get(actor, 0.0))
 
     def called(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
-        """A port call of `actor` has taken effect."""
+        """Record that a port call of `actor` has taken effect."""
         self._leads(actor, label, result)
         if label == "queue.receive":
             self._received(actor, args[0], result)
@@ -268,7 +274,8 @@ class Watch:
             self._require(False, "I1", f"{actor.name} deletes {args[0]}")
 
     def _marks(self, actor: Actor, key: str) -> None:
-        """Note when an execution first marked its start of a suspect; forget a withdrawn one."""
+        """Record when an execution first marked its start of a suspect. Forget a withdrawn
+        marker."""
         folder, _, label = key.rpartition("/")
         execution, *then = label.split(".")
         start = f"{folder}/{execution}"
@@ -294,7 +301,7 @@ class Watch:
             if bundle is None:
                 continue
             name = name_of_bundle(bundle)
-            # A lie, and a bundle that nobody has planned, may be deleted without more.
+            # A lie, and a bundle that no manager has planned, may be deleted without a check.
             is_work = name in self._planned and message.body not in self.trust.lied
             if not _carries_tasks(queue):
                 if is_work:
@@ -344,8 +351,8 @@ class Watch:
                 self._settled_s[actor, name] = now_s
 
     def _keeps_losses(self, actor: Actor, bundle: Bundle) -> None:
-        """A worker that sends its bundle again passes on how often that was lost. A follow-up may
-        also be sent for its outcome, and then it is new."""
+        """Check that a worker that sends its bundle again passes on how often the bundle was lost.
+        A follow-up may also be sent because of its outcome. It then counts as new."""
         name = name_of_bundle(bundle)
         least = [
             hold.losses + hold.receives - 1
@@ -360,12 +367,13 @@ class Watch:
         )
 
     def _looks_first(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
-        """A manager that has just begun to lead sends nothing again that a worker still has."""
+        """Check that a manager that has just begun to lead sends no bundle again that a worker
+        still has."""
         led_s, name = self.leads.led_s(actor), name_of_bundle(bundle)
         if not 0.0 <= now_s - led_s < ADOPTED * self.silence_s:
             return
         if name in self._opened or self.oracles.has_dead_letters(led_s):
-            return  # their outcomes are forwarded again
+            return  # Their outcomes are forwarded again.
         holds = [one for one in self._holds.values() if one.bundle == name]
         are_well = all(
             one.actor.alive and not self._excused(one.actor, one.received_s) for one in holds
@@ -386,11 +394,12 @@ class Watch:
             hold = self._holds.pop((queue, receipt), None)
             if hold is None:
                 continue
-            # A manager sends its copy before it knows what the dead worker held; so at any time.
+            # A manager sends its copy before it knows which bundles the dead worker held, so this
+            # is allowed at any time.
             since_s = hold.received_s if hold.actor is actor else 0.0
             done = self._settled_s.get((actor, hold.bundle), -1.0) >= since_s
-            # What the manager makes up for may be a part that its worker kept, after it had told of
-            # the bundle and given the rest away.
+            # The manager may replace a part that its worker kept, after the worker had reported the
+            # bundle and returned the rest.
             told_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
             done = done or (hold.actor is not actor and told_s >= hold.received_s)
             self._require(
@@ -416,12 +425,13 @@ class Watch:
             )
 
     def _gives_back(self, hold: Hold, visibility_s: float) -> bool:
-        """Less than what keeps it, or the wait after so many receives, which outgrows a timeout as
-        short as some worlds have. Where both are equal nobody can tell, so it is in its favour."""
+        """Return whether a change of the visibility timeout gives the message back. Its value is
+        then less than the one that keeps the message, or is the wait after so many receives, which
+        may exceed a short timeout. If both are equal, the worker has the benefit of the doubt."""
         return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
 
     def lapsed(self, queue: str, receipt: str) -> None:
-        """Nobody loses a message to its timeout who could have extended it."""
+        """Check that no worker loses a message to its timeout while it could extend it."""
         hold = self._holds.pop((queue, receipt), None)
         if hold is None or hold.given_back or not hold.actor.alive:
             return
@@ -438,15 +448,15 @@ class Watch:
         return self.frozen(actor) or disturbed_s >= since_s - TOLERANCE_S
 
     def leaves(self, actor: Actor) -> None:
-        """A worker is told to drain."""
+        """Record that a worker starts to drain."""
         self.oracles.leaves(actor, self.clock.monotonic_s())
         if self.are_looks_slow:
-            return  # a worker may wait for one before it gives a message back
+            return  # A worker may wait for an answer before it gives a message back.
         loop = asyncio.get_running_loop()
         loop.call_later(GIVE_BACK_S, self._has_given_back, actor, context=self._context)
 
     def _has_given_back(self, actor: Actor) -> None:
-        """I6: a draining worker holds nothing that it has not begun."""
+        """I6: a draining worker holds no message whose tasks it has not begun."""
         for (queue, receipt), hold in list(self._holds.items()):
             is_kept = hold.actor is actor and not hold.given_back and actor.alive
             if not is_kept or self.oracles.has_begun(actor, hold.bundle):
@@ -459,7 +469,7 @@ class Watch:
             )
 
     def look_for_the_silent(self, leaders: Sequence[Actor]) -> None:
-        """I7 all along: what is lost is found, also where the queues do not become empty."""
+        """I7, at any time: lost bundles are found, even if the queues do not become empty."""
         names = [name for name in self._planned - self._committed if self.controls.is_live(name[0])]
         held = {hold.bundle for hold in self._holds.values() if hold.actor.alive}
         sent = self._in_queues() if names else set()
@@ -476,9 +486,10 @@ class Watch:
         return {name for body in bodies if (name := name_in(body))}
 
     def left(self, actor: Actor) -> None:
-        """I6: who has drained and left holds nothing, unless its own calls went astray.
+        """I6: a worker that has drained and left holds no message, unless its own calls were lost.
 
-        A message given back with a wait is given back: the holder asked for that.
+        A message given back with a wait counts as given back, because its holder asked for the
+        wait.
         """
         for (queue, receipt), hold in list(self._holds.items()):
             if hold.actor is not actor or hold.given_back:
@@ -491,7 +502,7 @@ class Watch:
             )
 
     def notified(self, job: str, moment: str, ending: Ending | None) -> None:
-        """A notification has arrived: it must tell of an end that is committed."""
+        """Check that a notification reports an end that is committed."""
         state = ending.state.value.lower() if ending else "not ended"
         facts = f"a target is notified that {job} is {moment}, and it is {state}"
         self._require(state == moment, "notifications", facts, job)
@@ -519,7 +530,7 @@ class Watch:
         )
 
     def begins(self, bundle: Bundle, task: int, actor: Actor | None) -> None:
-        """A task of this bundle starts."""
+        """Check and record the start of a task of this bundle."""
         now_s = self.clock.monotonic_s()
         if actor is not None:
             self._begun.setdefault(actor, set()).add(name_of_bundle(bundle))
@@ -527,7 +538,7 @@ class Watch:
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.oracles.started(bundle, now_s, actor, disturbed=disturbed)
         name = name_of_bundle(bundle)
-        # The worker may have received it twice, and begins the one or the other.
+        # The worker may have received it twice, and starts either message.
         mine = [one for one in self._holds.values() if one.actor is actor and one.bundle == name]
         if actor is not None and mine:
             received_s = min(one.received_s for one in mine)
@@ -535,13 +546,13 @@ class Watch:
             self.oracles.begins_again(actor, bundle, received_s, deliveries)
 
     def killed(self, actor: Actor) -> None:
-        """A worker has ended otherwise than by draining."""
+        """Record that a worker has ended without draining."""
         self._killed_s[actor] = self.clock.monotonic_s()
 
     def replaced(self, actor: Actor, cause: str) -> None:
-        """I8: a manager replaces the instance of an honest worker only if nothing was heard of it,
-        a fault has hit it, or it runs nothing but copies of bundles that have ended, with or
-        without an outcome."""
+        """I8: a manager replaces the instance of an honest worker only in three cases. It received
+        no heartbeat from it, a fault has hit it, or it runs only copies of bundles that have ended
+        (with or without an outcome)."""
         is_needed = any(
             name not in self._committed and self.controls.is_live(name[0])
             for name in self._begun.get(actor, ())
@@ -557,10 +568,11 @@ class Watch:
         )
 
     def lost_starts(self, bundle: Bundle, task: int) -> int:
-        """How many workers started the task of this bundle and were killed, or disturbed since.
+        """Return how many workers started the task of this bundle and were killed or disturbed
+        since.
 
-        A start is written down before the task begins. Who is killed between the two, by a
-        neighbour, looks to everybody else like one that has started it.
+        A start marker is written before the task begins. If another task's crash kills a worker in
+        between, the marker counts as a start.
         """
         where = bundle.job, bundle.stage, task, bundle.round
         lost = {
@@ -584,11 +596,12 @@ class Watch:
     # --- The ledger ------------------------------------------------------------------------------
 
     def forget_counts(self) -> None:
-        """The ledger is made anew, so its counters begin again."""
+        """Reset the counters, because the ledger is rebuilt."""
         self._counts.clear()
 
     def counted(self, job: JobId, round_: int, stages: Sequence[StageRecord]) -> None:
-        """I2 all along: never more ended than planned, and counters do not fall within a round."""
+        """I2, at any time: no more tasks have ended than were planned, and counters do not fall
+        within a round."""
         for record in stages:
             now = record.counts
             if now.planned is not None:

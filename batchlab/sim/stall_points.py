@@ -1,8 +1,8 @@
-"""Stall points: each port call of a leader is held in turn while another manager leads, and lands
-after that.
+"""Stall points: each port call of a leader is held in turn while another manager leads. The call
+takes effect after that.
 
-Invariant: until the held call a replay is the world whose calls were counted, so call k of a replay
-is call k of the count.
+Invariant: up to the held call, a replay is the same world as the one whose calls were counted. So
+call k of a replay is call k of the count.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from batchlab.sim.world import World
 
 FIRST = "manager-1"
 LONGEST_S = 300.0
-"""A held call lands after this virtual time at the latest, whether or not its scene has said so."""
+"""Virtual time by which a held call takes effect at the latest, even if its scene has not set the
+event."""
 LIMIT_S = 20_000.0
 STEPS = 3_000_000
 
 Story = Callable[[World, asyncio.Event], Awaitable[None]]
-"""What users do, and which promises are checked. It sets the event when a held call is to land."""
+"""The requests of the users, and the checks. It sets the event when a held call must take
+effect."""
 
 
 class After(StrEnum):
-    """The state of the two managers when the held call lands."""
+    """The state of the two managers when the held call takes effect."""
 
     DEPOSED = "the first manager goes on, and the second one still leads"
     ALONE = "the first manager goes on, and the second one has ended"
@@ -41,13 +43,13 @@ class After(StrEnum):
 
 @dataclass(slots=True)
 class Hold:
-    """The call number `call` of the first manager. The process freezes, or is killed, while the
-    request is on its way, and the request reaches the service later."""
+    """Holder of the first manager's call number `call`. The process freezes, or is killed, while
+    the request is in transit. The request reaches the service later."""
 
     call: int
     how: After
     labels: list[str] = field(default_factory=list)
-    """What the first manager has called so far, such as "ledger.AddCut"."""
+    """The first manager's calls so far, such as "ledger.AddCut"."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     _actor: Actor | None = None
     _effect: Callable[[], Awaitable[Any]] | None = None
@@ -56,8 +58,8 @@ class Hold:
     async def perform(
         self, actor: Actor, call: int, label: str, effect: Callable[[], Awaitable[Any]]
     ) -> Any:
-        """Perform the effect of an actor's call. Where that is the call to hold, freeze the actor,
-        and return the answer once the call has landed."""
+        """Perform the effect of an actor's call. If it is the call to hold, freeze the actor, and
+        return the answer once the call has taken effect."""
         if actor.name == FIRST:
             self.labels.append(label)
         if actor.name != FIRST or call != self.call:
@@ -90,7 +92,7 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A small world without faults, and its story."""
+    """A small world without faults, and its scene."""
 
     story: Story
     script: Script
@@ -103,7 +105,7 @@ class Scene:
         return none.labels
 
     def replay(self, call: int, how: After) -> None:
-        """Hold that call, counted from 1; SimulationError where a promise breaks."""
+        """Hold that call, counted from 1. Raises SimulationError if a promise is broken."""
         self._run(Hold(call, how))
 
     def _run(self, hold: Hold) -> None:
@@ -129,7 +131,7 @@ class Scene:
 async def _hold(world: World, hold: Hold, lands: asyncio.Event) -> None:
     await hold.reached.wait()
     if hold.how is After.KILLED:
-        hold.kill()  # the supervisor starts the next manager
+        hold.kill()  # The supervisor starts the next manager.
         second = None
     else:
         second = world.start_manager()

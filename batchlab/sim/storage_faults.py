@@ -1,7 +1,7 @@
-"""Objects that the store has damaged, and the promises that hold in spite of it.
+"""Damage to objects in the store, and the promises that still hold.
 
-Invariant: the store damages objects of vulnerable jobs alone. Every promise is checked for all
-other jobs.
+Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for all other
+jobs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Simulated tasks: how long each takes and what it comes to, without running any code.
+"""Simulated tasks: their durations and results, without running any code.
 
-What simulated tasks do, and what a job's results must then be.
+Invariant: the result of a task is a function of the seed, its name, and its attempt, so the results
+are known whatever happens to the grid.
 
-Invariant: a task's fate is a function of the seed, its name and its attempt, so the results are
-known whatever happens to the grid.
-
-Simulated tasks of known durations that all succeed: what a forecast needs, and nothing else.
-
-Invariant: tasks begin and end when they would one by one. Only short ones are waited for together,
-so that ten million of them cost no ten million timers.
+Forecasts use tasks of known durations that all succeed. These tasks begin and end as if run one by
+one, but one timer covers several short tasks: ten million tasks do not need ten million timers.
 """
 
 from __future__ import annotations
@@ -24,13 +20,13 @@ from batchlab.sim.controls import Pause
 from batchlab.worker.runner import Handle, Work
 
 STEP_S = 0.05
-"""How soon a running task notices that it is to be killed."""
+"""Seconds after which a running task notices that it must stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """What one attempt of one task does: runs `run_s`, then gives `value` or fails; with
-    `kills_worker` its worker dies in the middle of it."""
+    """One attempt of one task: it runs for `run_s`, then returns `value` or fails. With
+    `kills_worker`, its worker dies in the middle of the attempt."""
 
     run_s: float
     value: Json = None
@@ -40,7 +36,7 @@ class Play:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a script is asked about."""
+    """Input of a script: one attempt of a task."""
 
     job: JobDef
     stage: StageDef
@@ -53,8 +49,8 @@ Script = Callable[[Scene], Play]
 
 
 class ScriptedRunner:
-    """A Runner whose tasks follow a script. `started` hears of each start, and what it returns is
-    called at the task's end; `die` is called by a task that kills its worker."""
+    """A Runner whose tasks follow a script. `started` is called at each start, and its return value
+    at the task's end. A task that kills its worker calls `die`."""
 
     def __init__(
         self,
@@ -89,13 +85,13 @@ class ScriptedRunner:
             yield Ran(task, play.run_s, play.value, play.failure)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no processes to end."""
 
     async def _last(self, run_s: float, handle: Handle) -> bool:
-        """Let the task run; False where it was killed meanwhile."""
+        """Let the task run. Return False if it was killed in the meantime."""
         end_s = self._clock.monotonic_s() + run_s
         while (left_s := end_s - self._clock.monotonic_s()) > 0:
-            # Long tasks are looked at less often, or a 12 h task would cost 10⁶ events.
+            # Long tasks are checked less often. Otherwise a 12 h task would cost 10⁶ events.
             await self._pause(min(left_s, max(STEP_S, run_s / 200)))
             if handle.kill:
                 return False
@@ -104,7 +100,8 @@ class ScriptedRunner:
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """How long each try takes, and how it ends: `unlucky` tries fail, in the first round only."""
+    """Return how long each attempt takes, and how it ends. `unlucky` attempts fail, in the first
+    round only."""
 
     run_s: float
     unlucky: int = 0
@@ -112,7 +109,8 @@ class Fate:
 
 
 def value_of(stage: str, item: Json) -> Json:
-    """What a task returns, a function of its input: so results can be checked whatever happened."""
+    """Return the result of a task. It is a function of the input, so results can be checked in any
+    case."""
     if isinstance(item, int):
         return {"key": f"k{item % 3}", "n": item}
     if isinstance(item, list):
@@ -124,14 +122,14 @@ def value_of(stage: str, item: Json) -> Json:
 
 
 class Fates:
-    """The script of a seed's tasks; each takes one of `run_s`."""
+    """Return the script of a seed's tasks. Each takes one of `run_s`."""
 
     def __init__(self, seed: int, run_s: Sequence[float]) -> None:
         self._seed = seed
         self._run_s = run_s
 
     def of(self, job: str, stage: str, task: int) -> Fate:
-        """The fate of one task."""
+        """Return the plan of one attempt."""
         rng = random.Random(f"{self._seed}/{job}/{stage}/{task}")  # noqa: S311 - simulation
         run_s, fate, stubborn = rng.choice(self._run_s), rng.random(), rng.randint(1, 4)
         if fate < 0.02:
@@ -148,7 +146,7 @@ class Fates:
         try:
             value = value_of(scene.stage.name, scene.item)
         except (KeyError, TypeError):
-            # Only a lie brings such an item, and a handler would fail at it.
+            # Only a lie leads to such an item, and a handler would fail at it.
             failure = Failure(scene.task, FailureKind.EXCEPTION, "an odd item", error="Odd")
             return Play(fate.run_s, failure=failure)
         return Play(fate.run_s, value)
@@ -157,8 +155,8 @@ class Fates:
 def inputs_of(
     job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json]]
 ) -> dict[int, Json]:
-    """The input of each task of `stage` that could run, by the results `done` of those before it:
-    a computation that knows nothing of grids."""
+    """Return the input of each task of `stage` that could run, from the results `done` of earlier
+    stages. This computation is independent of the grid."""
     if not stage.after:
         return dict(enumerate(range(job.items or 0)))
     first = done[stage.after[0]]
@@ -178,18 +176,18 @@ def inputs_of(
 TOGETHER_S = 0.05
 
 LOOKS = 20
-"""How often a long task looks whether it is to be killed."""
+"""Number of times that a long task checks whether it must stop."""
 
 Durations = Callable[[Work], Sequence[float]]
-"""Seconds that each task of a bundle takes."""
+"""Function that returns the seconds that each task of a bundle takes."""
 
 
 class TimedRunner:
-    """A Runner whose tasks take the time that they are said to take.
+    """A Runner whose tasks take given times.
 
-    Tasks are waited for together as long as they take no more than `together_s`: so late a run
-    notices that it is to stop. `look_s` is how soon it notices that it is to be killed, where a
-    twentieth of its longest task is not later still.
+    Tasks share one wait as long as they take no more than `together_s`, which delays the reaction
+    to a stop by that time. A kill is noticed within `look_s`, or within a twentieth of the longest
+    task if that is longer.
     """
 
     def __init__(
@@ -207,12 +205,12 @@ class TimedRunner:
         self._pause = Pause()
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See worker.runner."""
+        """Run the tasks; see worker.runner."""
         tasks = list(work.bundle.tasks)
         durations = self._durations(work)
         begun_s = self._clock.monotonic_s()
-        # Tasks are told of together too, at last before a long one: of thousands of bundles that
-        # run side by side, none then keeps what its tasks came to.
+        # Results are also reported in groups, at the latest before a long task. So thousands of
+        # bundles that run side by side do not store the results of their tasks.
         told = 0
         for first, takes_s in self._groups(durations):
             now_s = self._clock.monotonic_s()
@@ -233,10 +231,10 @@ class TimedRunner:
             yield Ran(tasks[n], durations[n])
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there are no processes to end."""
 
     def _groups(self, durations: Sequence[float]) -> Iterator[tuple[int, float]]:
-        """(first task, seconds) of what is waited for together."""
+        """Yield (first task, seconds) for each group of tasks that share a wait."""
         first, takes_s = 0, 0.0
         for n, run_s in enumerate(durations):
             if n > first and takes_s + run_s > self._together_s:
@@ -246,7 +244,7 @@ class TimedRunner:
         yield first, takes_s
 
     async def _last(self, takes_s: float, handle: Handle) -> bool:
-        """Let time pass; False where what runs was killed meanwhile."""
+        """Let time pass. Return False if the bundle was killed in the meantime."""
         end_s = self._clock.monotonic_s() + takes_s
         look_s = max(self._look_s, takes_s / LOOKS)
         while (left_s := end_s - self._clock.monotonic_s()) > 0:

@@ -1,6 +1,6 @@
-"""One random world from one seed: jobs, pools, weather, and users who do not wait politely.
+"""One random world from one seed: jobs, pools, weather, and users with random requests.
 
-Invariant: a trial is a function of its seed. It ends with every promise checked, or raises.
+Invariant: a trial is a function of its seed. It checks every promise, or raises.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STORM = replace(
     late=0.02,
     dropped=0.02,
 )
-"""Crashes, and services that refuse, lose, repeat and delay."""
+"""Crashes, and services that refuse, lose, repeat, and delay."""
 
 ALL = replace(
     STORM,
@@ -66,38 +66,38 @@ ALL = replace(
     ledger_rebuilt=0.015,
     varied=True,
 )
-"""Everything that can happen; each seed chooses some of it, and how much."""
+"""All faults. Each seed chooses some of them, and their rates."""
 
 TIMED = replace(ALL, timed=True)
-"""Everything that can happen, in worlds with a schedule."""
+"""All faults, in worlds with a schedule."""
 
 LIES = replace(ALL, corrupted=0.3, lies=True)
-"""Everything that can happen, in worlds where workers lie."""
+"""All faults, in worlds with lying workers."""
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
-"""Everything that can happen, in worlds where the store damages objects."""
+"""All faults, in worlds where the store damages objects."""
 
 ACCOUNTS = replace(ALL, accounts=True)
-"""Everything that can happen, in worlds whose managers keep account of each job."""
+"""All faults, in worlds whose managers record the usage of each job."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
-"""After these many the weather is fair, so that a world comes to rest."""
+"""Number of faults per kind after which the weather is fair, so that a world comes to rest."""
 
 SQL_EVERY = 4
-"""Each world whose seed this divides has every grid's ledger, the others SimLedger: both say the
-same to the word (a test compares), and SQL takes a third of a world's time."""
+"""Worlds whose seed is divisible by this number use the product's SQL ledger, the others SimLedger.
+Both give the same answers (a test compares them), and SQL takes a third of a world's time."""
 NOTIFY_EVERY = 7
-"""In one of so many worlds each end of a job is notified."""
+"""One of this many worlds notifies each end of a job."""
 STEPS = 5_000_000
 LOOK_S = 15.0
 LOOKS, LOOKS_AT_LIARS = 600, 4_000
-"""Seconds in which a fleet comes down after the work, in a world with short tasks."""
+"""Seconds in which a fleet scales in after the work, in a world with short tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a trial saw. `digest` is of its event log, empty where none was kept."""
+    """Result of a trial. `digest` is of its event log, and empty without one."""
 
     seed: int
     digest: str
@@ -110,23 +110,24 @@ class Report:
 
 
 def calm(seed: int, *, answers: bool = True) -> Faults:
-    """Latencies but no faults."""
+    """Return a source of latencies without faults."""
     return Faults(_fault_rng(seed), answers=answers)
 
 
 def faults_for(seed: int, weather: Weather = ALL) -> Faults:
-    """What `run` injects into the world of `seed`, for a caller who wants to look at it."""
+    """Return the faults that `run` injects into the world of `seed`, so that the caller can read
+    them."""
     return Faults(_fault_rng(seed), weather_of(seed, weather), budget=BUDGET)
 
 
 def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
-    """Return the focus of the world of `seed`, which only the usual weather has."""
+    """Return the focus of the world of `seed`. Only the usual weather has one."""
     is_usual = weather == ALL
     return focus_of(seed) if is_usual and plan.limit_s == LIMIT_S else None
 
 
 def plan_of(seed: int, weather: Weather = ALL) -> Plan:
-    """What the world of `seed` has in this weather."""
+    """Return the plan of the world of `seed` in this weather."""
     plan = draw(seed)
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
@@ -135,7 +136,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
 
 
 def weather_of(seed: int, weather: Weather = ALL) -> Weather:
-    """What of `weather` the world of `seed` has, and how heavily."""
+    """Return the part of `weather` that the world of `seed` has, with its rates."""
     focus = _focus_of(seed, weather, draw(seed))
     if focus:
         return FOCUSED[focus]
@@ -144,7 +145,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
 
 
 def replayed(seed: int, faults: Iterable[Fault]) -> Faults:
-    """Exactly these faults, at latencies as in the world of `seed`."""
+    """Return exactly these faults, with the latencies of the world of `seed`."""
     return Faults.from_list(faults, _fault_rng(seed))
 
 
@@ -161,11 +162,11 @@ def run(
     log: list[str] | None = None,
     sql: bool | None = None,
 ) -> Report:
-    """Run the world of `seed`; Violated or another SimulationError where a promise is broken.
+    """Run the world of `seed`. Raises Violated or another SimulationError if a promise is broken.
 
-    `faults` replaces what the seed and `weather` would inject; see `faults_for` and `replayed`.
-    The lines of the event log go to `log`, so that they are there also after a failure. `sql` is
-    the World's; without it the seed says, see SQL_EVERY.
+    `faults` replaces the faults of the seed and `weather`; see `faults_for` and `replayed`. The
+    lines of the event log go to `log`, so that they exist also after a failure. `sql` is the
+    World's. Without it, SQL_EVERY decides.
     """
     chosen, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
     chosen.slow_looks_s = plan.slow_looks_s
@@ -263,11 +264,11 @@ async def _watch_ledger(world: World, plan: Plan) -> None:
 
 
 async def _rest(world: World, longest_s: float) -> None:
-    """Wait until the fleet has come down and all queues are there; the checks say what is wrong
-    where that does not come.
+    """Wait until the fleet has scaled in and all queues exist. If that does not happen, the checks
+    report why.
 
-    A copy of what has long been committed may still run, and another one wait for its turn. A lying
-    worker keeps its instance until its manager misses evidence of its work.
+    A copy of a bundle committed long before may still run, and another one wait for a slot. A lying
+    worker keeps its instance until its manager lacks evidence of its work.
     """
     for _ in range(LOOKS_AT_LIARS if world.watch.trust.lies else LOOKS):
         manager = world.manager

@@ -1,10 +1,8 @@
-"""A user who submits a job and does not wait politely.
+"""Users of a world: one submits a job and makes random requests, one adds a schedule and checks its
+runs.
 
-Invariant: in the end somebody has seen to it that the job can end, and waits until it has.
-
-A user who keeps a schedule while a world's weather lasts, and looks what has become of it.
-
-Invariant: what the user asks for is a function of the seed, and of nothing else in the world.
+Invariant: each user of a job at last makes its end possible, and waits for it. The requests are a
+function of the seed alone.
 """
 
 from __future__ import annotations
@@ -44,32 +42,33 @@ from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import World
 
 THOUGHTS = 8
-"""A user thinks so often of asking for something."""
+"""Number of times that a user considers a request."""
 
 PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
-"""From one thought to the next, about."""
+"""Approximate pauses in seconds between these times."""
 
 LOOK_S = 4.0
-"""How often a user who waits looks at the job, at least: a look costs more than all else."""
+"""Longest time in seconds between a waiting user's reads of the job. Reads are the largest cost."""
 
 
 PATIENCE_S = 300.0
-"""A user waits so long for a job that a lying worker has touched."""
+"""Seconds that a user waits for a job that a lying worker has touched."""
 
 ROUNDS = 3
-"""A choosy user asks so often in the end for a retry."""
+"""Number of retries that a choosy user requests at the end."""
 
 FEW = 20
-"""Items that a client sends along with the submission."""
+"""Largest number of items that a client sends within the submission."""
 
 
 def few_items(job: JobDef) -> list[Json] | None:
-    """The items of a job that sends them along, None for one that brings them before."""
+    """Return the items of a job that are sent within the submission, or None if they are written
+    before it."""
     return list(range(job.items)) if job.items is not None and job.items <= FEW else None
 
 
 async def bring_items(world: World, job: JobDef) -> None:
-    """Write the plan's parts, as a client does before it submits a job that brings its items."""
+    """Write the plan's parts, as a client does before it submits a job with separate items."""
     patience = Patience(world.rng(f"client/{job.id}"))
     for stage in job.roots():
         writer = PartWriter(world.objects, patience, job.id, stage.name, 0)
@@ -79,8 +78,8 @@ async def bring_items(world: World, job: JobDef) -> None:
 
 
 class User:
-    """The user of one job; `pace` stretches the pauses between requests. A user who is `choosy`
-    retries some of the failed tasks only, or asks for two retries at once."""
+    """The user of one job. `pace` stretches the pauses between requests. A `choosy` user retries
+    only some of the failed tasks, or asks for two retries at once."""
 
     def __init__(
         self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False
@@ -101,7 +100,7 @@ class User:
         }
 
     async def use(self) -> None:
-        """Submit the job, meddle with it, and wait for its end."""
+        """Submit the job, make random requests for it, and wait for its end."""
         rng = self._world.rng(self._name)
         await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
         if few_items(self._job) is None:
@@ -133,15 +132,15 @@ class User:
             await request
 
     async def _see_to_the_end(self) -> JobState | None:
-        """Wait for the end of the job; None if the ledger cannot have it, since the store has
-        damaged it."""
+        """Wait for the end of the job. Returns None if the ledger cannot have it, because the store
+        has damaged it."""
         waited_s = 0.0
         while True:
             record = await self._world.find(self._job.id)
             if record is not None and record.state.ended:
                 return record.state
             if self._job.id in self._world.watch.trust.touched:
-                # A lying worker may hold up a job that it was given, until its user cancels it.
+                # A lying worker may delay a job whose messages it had, until its user cancels it.
                 waited_s += max(LOOK_S, self._pace / 10)
                 if waited_s > PATIENCE_S * self._pace:
                     is_damaged = self._job.id in self._world.damage.jobs
@@ -155,8 +154,8 @@ class User:
             await asyncio.sleep(max(LOOK_S, self._pace / 10))
 
     def _is_explained(self) -> bool:
-        """Whether `job why` names trouble of the job. A job that hangs without a cause breaks I7,
-        so its user does not help it."""
+        """Return whether `job why` reports a problem of the job. A job that hangs without a cause
+        breaks I7, so its user does not help it."""
         manager = self._world.manager
         live = manager.lives.get(self._job.id) if manager else None
         return bool(manager and (manager.quarantine.of(self._job.id) or (live and live.trouble)))
@@ -196,7 +195,7 @@ class User:
         return self._start(retry, "retry", lambda _: answered())
 
     async def _choice(self, manager: Manager, seed: float) -> dict[StageName, TaskSet] | None:
-        """Some of the failed tasks; None, which is all of them, if there are none."""
+        """Return some of the failed tasks. None, for all of them, if no task failed."""
         rng = random.Random(seed)  # noqa: S311 - simulation
         failed = await failed_tasks(manager.ports, await manager.ports.ledger.job(self._job.id))
         some = {
@@ -218,11 +217,11 @@ class User:
             except (Malformed, NotFound) as error:
                 if self._job.id not in self._world.damage.jobs:
                     raise
-                return Refused(str(error))  # the user reads which object is damaged
+                return Refused(str(error))  # The user reads which object is damaged.
             except Unreachable as error:
                 if verb != "retry" or self._job.id not in self._world.watch.trust.touched:
                     raise
-                return Refused(str(error))  # a lie may have changed the counts of the job
+                return Refused(str(error))  # A lie may have changed the counts of the job.
 
         async def ask() -> object:
             answer = await self._world.ask(asked, f"{verb} {self._job.id}")
@@ -240,7 +239,7 @@ PROMISE = "Once for each due time"
 
 
 class Keeper:
-    """Of one schedule of one job, in one world."""
+    """The user of one schedule of one job, in one world."""
 
     def __init__(self, world: World, plan: Plan, faults: Faults) -> None:
         self._world = world
@@ -271,16 +270,16 @@ class Keeper:
         self._items = rng.choice([1, 3])
 
     async def use(self) -> None:
-        """Add the schedule, leave it alone for a while, and wait until its last run has ended."""
+        """Add the schedule, wait for a while, and wait until its last run has ended."""
         lines = "".join(f"{item}\n" for item in range(self._items))
         await self._world.objects.put(INPUT, lines.encode())
         first = await self._keep(self._definition, replacing=False)
         await asyncio.sleep(self._lasts_s)
-        # Not due for a long time, so that what waits still runs.
+        # The next run is not due for a long time, so runs that wait can still start.
         at_s = self._world.clock.now_s() + LATER_S
         last = await self._keep(replace(self._definition, when=When(at_s=at_s)), replacing=True)
         while True:
-            # While it is being rebuilt, the ledger knows of none of them.
+            # While it is being rebuilt, the ledger has none of the jobs.
             if not (await self._shown()).unfinished and not self._world.rebuilding:
                 break
             await asyncio.sleep(SCHEDULES_LOOK_S)
@@ -308,7 +307,8 @@ class Keeper:
         return found
 
     async def _check(self, first: Schedule, until_s: float) -> None:
-        """Each job is of a due time, each due time has one, and the history says the same."""
+        """Check that each job belongs to a due time, that each due time has one job, and that the
+        history agrees."""
         schedule = await self._shown()
         found = await self._world.ledger.jobs(limit=10_000)
         records = [one for one in found if one.job.token.startswith("schedule/")]
@@ -331,7 +331,8 @@ class Keeper:
                 due_s += period_s
 
     def _must_be_whole(self, first: Schedule, until_s: float, period_s: float) -> bool:
-        """Whether each due time must have run: no policy, bound or clock says otherwise."""
+        """Return whether each due time must have run, because no policy, limit, or clock prevents
+        it."""
         definition = self._definition
         return (
             definition.missed is Missed.RUN_ALL

@@ -1,12 +1,11 @@
-"""The rights of a worker's role on AWS, enforced at the ports of simulated workers.
+"""The rights of a worker's role on AWS, enforced at the ports of simulated workers, and the record
+for promise I8: a lying worker harms only jobs whose messages it had.
 
 Invariant: a call outside these rights has no effect. `tests/sim/test_worker_rights.py` compares the
 key patterns and queue actions with the stack template.
 
-The knowledge needed to check promise I8: a lying worker harms only jobs whose messages it had.
-
-Invariant: a job is touched once a lying worker has received one of its messages, before or after it
-began to lie. The promises of a touched job are not checked; those of every other job are.
+A job is touched once a lying worker has received one of its messages, before or after it began to
+lie. The promises of a touched job are not checked. Those of every other job are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The whole grid in one process and in virtual time: the same manager, fleet and worker objects
-as everywhere, on in-memory services, with every port call a place where something may go wrong.
+"""The whole grid in one process and in virtual time: the product's manager, fleet, and worker
+objects on in-memory services. Every port call may fail.
 
-Invariant: a world is a function of its seed and its arguments; running it again gives the same
-event log byte for byte.
+Invariant: a world is a function of its seed and its arguments. A second run gives the same event
+log byte for byte.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 EPOCH_S = 1_700_000_000.0
 RESTART_S = 3.0
-"""From the death of a manager to the start of the next, on average."""
+"""Average seconds from the death of a manager to the start of the next one."""
 
 DIRECTORY = Directory((Target("everybody", "webhook", "https://target.invalid/"),))
 
@@ -69,7 +69,7 @@ RunnerFactory = Callable[["World", Callable[[], None], Objects], Runner]
 
 @dataclass(slots=True)
 class Post:
-    """A manager in its process."""
+    """A manager and its process."""
 
     manager: Manager
     actor: Actor
@@ -79,15 +79,19 @@ class Post:
 
 @dataclass(slots=True)
 class World:
-    """A grid to be run on the current SimLoop. `script` says what simulated tasks do;
-    `make_runner` replaces them by something else (real handlers). Each process's wall clock is off
-    by up to `skew_s`; the services' is right. Without `watched` nothing looks whether the steps of
-    the protocol are kept, which costs a worker of thousands as much as its own work. With
-    `accounting` the managers keep an account of what the grid uses, and with `reports` too record
-    what those need. The ledger is that of every
-    grid, in a SQLite that lives in memory; without `sql` it is SimLedger, which answers the same
-    for a tenth of the time. With `schedules` the managers run jobs when they are due. With
-    `notifies` they notify a target of each job's end."""
+    """A grid to run on the current SimLoop.
+
+    `script` defines simulated tasks, and `make_runner` replaces them, for example by real handlers.
+    Each process's wall clock is off by up to `skew_s`. The services' clock is right.
+
+    Without `watched`, the steps of the protocol are not checked. For a worker with thousands of
+    tasks, these checks cost as much as its own work. With `accounting`, the managers record the
+    usage of the grid. With `reports`, they also record the data of reports.
+
+    The ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql` it is
+    SimLedger, which gives the same answers in a tenth of the time. With `schedules`, the managers
+    run jobs when they are due. With `notifies`, they notify a target of each job's end.
+    """
 
     seed: int
     pools: Sequence[Pool]
@@ -117,9 +121,10 @@ class World:
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
-    """Rebuilds of the ledger that are due or under way: until then it need not be whole."""
+    """Rebuilds of the ledger that are due or in progress. Until they end, the ledger may be
+    incomplete."""
     rebuilds: int = field(init=False, default=0)
-    """Rebuilds of the ledger so far."""
+    """Number of rebuilds of the ledger so far."""
     _state: FleetState = field(init=False, default_factory=FleetState)
 
     def __post_init__(self) -> None:
@@ -154,7 +159,8 @@ class World:
             self.queue.lapsed = self.watch.lapsed
 
     def rng(self, name: str) -> random.Random:
-        """An independent stream of the seed. A text seed is hashed the same in every process."""
+        """Return an independent random source of the seed. A text seed is hashed the same way in
+        every process."""
         return random.Random(f"{self.seed}/{name}")  # noqa: S311 - simulation
 
     @property
@@ -163,7 +169,7 @@ class World:
         return [(one.at_s, one.job, one.stage, one.task) for one in self.watch.starts]
 
     def note(self, actor: str, event: str) -> None:
-        """Say in the log what is no port call."""
+        """Log an event that is not a port call."""
         if self.log is not None:
             self.log.add(actor, event)
 
@@ -171,7 +177,8 @@ class World:
 
     @property
     def post(self) -> Post | None:
-        """The living manager that leads, the youngest where several believe so, or none does."""
+        """Return the living manager that leads: the youngest if several believe so, or if none
+        does."""
         living = [post for post in self.posts if post.actor.alive]
         leading = [post for post in living if post.manager.is_leader.is_set()]
         known = leading or living
@@ -182,16 +189,16 @@ class World:
         return self.post.manager if self.post else None
 
     def living_leads(self) -> list[Actor]:
-        """The managers that believe that they lead."""
+        """Return the managers that believe that they lead."""
         return [one.actor for one in self.posts if one.manager.is_leader.is_set()]
 
     @property
     def last_owner(self) -> str:
-        """As whom the manager that was started last holds the lease."""
+        """Return the owner name under which the last started manager holds the lease."""
         return f"manager-{self.managers}"
 
     def start_manager(self) -> asyncio.Task[None]:
-        """Start a manager, the first, the next, or one more beside the one that leads."""
+        """Start a manager: the first, the next, or another one next to the leader."""
         self.managers += 1
         owner = self.last_owner
         actor = Actor(owner)
@@ -236,7 +243,7 @@ class World:
         return task
 
     async def _notified(self, _target: Target, one: Notification) -> None:
-        """A target has received a notification, whose fact must be in the bucket by then."""
+        """Check that the fact of a received notification is already in the bucket."""
         round_ = json.loads(one.body)["job"]["round"]
         key = object_keys.final(JobId(one.job), round_)
         there = await self.objects.head(key)
@@ -248,19 +255,21 @@ class World:
         self.watch.notified(one.job, one.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
-        """A manager has called an instance unhealthy."""
+        """Record that a manager has called an instance unhealthy."""
         worker = self.workers.get(instance)
         if worker is not None:
             self.watch.replaced(worker.actor, cause)
 
     def _ended(self, post: Post) -> None:
-        """Whether killed, stopped or deposed: its process is gone, with all that it was asked."""
+        """Remove a manager that was killed, stopped, or deposed. Its process and its open requests
+        end."""
         self.posts.remove(post)
         self._look_at_death(post.actor, post.task)
         post.actor.kill()
 
     def _look_at_death(self, actor: Actor, life: asyncio.Task[None]) -> None:
-        """A process may end because no service answers it; anything else is a bug in it."""
+        """Check the end of a process: it may end because no service answers. Any other error is a
+        bug."""
         error = None if life.cancelled() else life.exception()
         if error is not None and actor.alive and not _of_services(error):
             crash = Crashed(f"{actor.name} ended with an error of its own: {error!r}")
@@ -275,7 +284,7 @@ class World:
         return wrap(inner, port, actor, self.faults, self.log, watch, rights)
 
     async def supervise(self) -> None:
-        """Start a manager, and the next one some time after it ends, for ever."""
+        """Start a manager, and after each end the next one some time later, for ever."""
         rng = self.rng("supervisor")
         while True:
             await asyncio.wait([self.start_manager()])
@@ -287,7 +296,7 @@ class World:
         return worker
 
     def runner(self, die: Callable[[], None], objects: Objects) -> Runner:
-        """A runner for one worker."""
+        """Return a runner for one worker."""
         if self.make_runner is not None:
             return self.make_runner(self, die, objects)
         assert self.script is not None
@@ -308,8 +317,8 @@ class World:
     # --- The user --------------------------------------------------------------------------------
 
     async def ask(self, call: Callable[[Manager], object], name: str) -> object:
-        """Make a request of whichever manager leads, again and again until it is answered, as a
-        person would. A request that the manager refuses is answered."""
+        """Send a request to the current leader, and repeat it until it is answered, as a person
+        would. A request that the manager refuses counts as answered."""
         while True:
             post = self.post
             if post and post.manager.is_leader.is_set():
@@ -328,7 +337,7 @@ class World:
         await self.ask(lambda m: m.requests.submit(job), f"submit {job.id}")
 
     async def find(self, job: JobId) -> JobRecord | None:
-        """The job as the ledger has it now; None while that knows of none."""
+        """Return the job in the ledger now, or None if the ledger does not have it."""
         if not isinstance(self.ledger, SimLedger):
             return await self.ledger.find(job)
         try:
@@ -337,7 +346,7 @@ class World:
             return None
 
     async def rows(self, job: JobId) -> JobRows:
-        """The job and its stages as the ledger has them now; NotFound."""
+        """Return the job and its stages in the ledger now. Raises NotFound."""
         if not isinstance(self.ledger, SimLedger):
             return await self.ledger.seen(job)
         return await self.ledger.rows(job)
@@ -351,13 +360,13 @@ class World:
             await asyncio.sleep(1.0)
 
     async def groups(self) -> Sequence[GroupView]:
-        """The fleet as the leader sees it."""
+        """Return the fleet of the leader."""
         assert self.manager is not None
         return await self.manager.ports.fleet.describe()
 
 
 def _sql_ledger() -> FollowedLedger:
-    # A forecast does without, and importing SQLAlchemy takes longer than many of them.
+    # A forecast does not need it, and importing SQLAlchemy takes longer than many forecasts.
     from batchlab.adapters.sql.ledger import open_memory_as
     from batchlab.sim.cached_ledger import FollowedLedger
 
@@ -403,7 +412,7 @@ class SimWorker:
         life.add_done_callback(self._over)
 
     def begin_to_lie(self, rng: random.Random, pace: float) -> None:
-        """From now on the worker also lies; in half the cases it no longer receives messages."""
+        """Make the worker lie from now on. In half the cases it no longer receives messages."""
         world = self._world
         world.watch.trust.begins_to_lie(self.actor)
         self.rights.deaf = rng.random() < 0.5
@@ -423,13 +432,13 @@ class SimWorker:
         self.actor.spawn(insider.lie(pace), name=f"insider {self.instance}")
 
     def stop(self, grace_s: float) -> None:  # noqa: ARG002 - the launcher keeps the deadline
-        """SIGTERM."""
+        """Simulate SIGTERM."""
         if self.ended is None:
             self._world.watch.leaves(self.actor)
             self.worker.drain()
 
     def kill(self, reason: str) -> None:
-        """SIGKILL, from outside."""
+        """Simulate SIGKILL from outside."""
         if self.ended is None:
             self.ended = reason
             self._world.watch.killed(self.actor)
@@ -439,7 +448,7 @@ class SimWorker:
         self.kill("exit -9")
 
     def _over(self, life: asyncio.Task[None]) -> None:
-        """It has drained, or a fault has killed its actor."""
+        """Return whether the worker has drained or a fault has killed its actor."""
         if self.ended is None:
             self._world._look_at_death(self.actor, life)
             crashed = life.cancelled() or life.exception()

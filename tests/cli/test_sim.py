@@ -179,8 +179,11 @@ def test_an_interrupted_campaign_tells_what_it_knows(
         (("fuzz", "--seeds", "0"), "--seeds"),
         (("replay", "7", "--weather", "fog"), "The weather 'fog' does not exist."),
         (("replay", "7", "--log", "/nowhere/a.log"), "/nowhere/a.log cannot be written"),
-        (("replay", "7", "--only", "manager:3:spilled"), "There is no fault 'spilled'."),
-        (("replay", "7", "--only", "manager"), "'manager' is no fault"),
+        (
+            ("replay", "7", "--only", "manager:3:spilled"),
+            "The kind of fault 'spilled' does not exist.",
+        ),
+        (("replay", "7", "--only", "manager"), "'manager' is not a fault"),
         (("replay", "seven"), "SEED"),
     ],
 )

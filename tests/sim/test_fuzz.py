@@ -192,10 +192,10 @@ def test_faults_can_be_written_and_read_and_a_shell_leaves_them_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "'' is no fault"),
-        ("manager", "'manager' is no fault"),
-        ("manager:x:lost", "'manager:x:lost' is no fault"),
-        ("manager:1:lost,", "'' is no fault"),
+        ("", "'' is not a fault"),
+        ("manager", "'manager' is not a fault"),
+        ("manager:x:lost", "'manager:x:lost' is not a fault"),
+        ("manager:1:lost,", "'' is not a fault"),
         ("manager:1:spilled", "no fault 'spilled'"),
     ],
 )
