@@ -1,5 +1,5 @@
-"""The stack on AWS: what it is to be, how it gets there, what it is, and how it ends.
+"""The CloudFormation stack on AWS: plan, apply, status, destroy, releases, and leftovers.
 
-Invariant: nothing is changed that was not shown before, and no data is deleted that nobody has
-agreed to lose. CloudFormation's template is `backends/aws/stack.yaml`.
+Invariant: every change is shown before it is made, and data is deleted only with the user's
+agreement. The CloudFormation template is `backends/aws/stack.yaml`.
 """

@@ -1,8 +1,8 @@
-"""One AWS account in one region, as boto3's own chain finds it: `Account.open(region)`.
+"""One AWS account in one region, with the credentials that boto3 finds: `Account.open(region)`.
 
-Invariant: whatever AWS refuses is a sentence that says who may not do what. Calls are tried again
-by botocore's standard mode: throttling and lost connections, with jitter, ten times in all. Whoever
-waits for a call that nothing answers hears of it.
+Invariant: every refusal by AWS becomes one sentence that names the caller and the permission.
+botocore's standard mode retries throttled calls and lost connections, with jitter, up to ten
+attempts in total. `notes` receives a line for each attempt without an answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 
 ATTEMPTS = 10
 DOCS = "docs/deploy.md"
-"""What a deployer must be allowed to do is listed there."""
+"""Documentation of the permissions that a deployer needs."""
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+){1,2}-\d")
 _NOT_ALLOWED = re.compile(
@@ -33,29 +33,29 @@ _OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
 
 class Notes(Protocol):
-    """Hears of one thing that may take long, and decides what of it is worth a line."""
+    """Receiver of the progress of one call that may take long. It decides which lines to show."""
 
     def say(self, text: str) -> None: ...
 
 
 @dataclass
 class Account:
-    """Clients of the services in one region, made when they are asked for; a context manager."""
+    """Clients of the services in one region, created on first use. A context manager."""
 
     region: str
     id: str = ""
     who: str = ""
-    """The ARN that calls are made as."""
+    """The ARN of the caller."""
     notes: Callable[[], Notes] | None = field(default=None, repr=False)
-    """Makes who hears of a call that is tried again because nothing answers, one for each call."""
+    """Creates the receiver of retry messages. It is called once for each call to AWS."""
     _clients: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(
         cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None
     ) -> Account:
-        """The account that the environment's credentials belong to, asked of STS; UsageError where
-        there is no region or there are no credentials."""
+        """Return the account of the environment's credentials, read from STS. Raises UsageError
+        without a region or credentials."""
         account = cls(chosen_region(region), notes=notes)
         with asked("AWS"):
             told = account.client("sts").get_caller_identity()
@@ -63,7 +63,7 @@ class Account:
         return account
 
     def client(self, service: str) -> Any:
-        """boto3's client."""
+        """Return boto3's client."""
         if service not in self._clients:
             made = self._clients[service] = _client(service, self.region)
             if self.notes:
@@ -72,18 +72,19 @@ class Account:
 
     @property
     def is_real(self) -> bool:
-        """Whether this is AWS, not what AWS_ENDPOINT_URL has put in its place."""
+        """Return whether this is AWS, not an emulator named in AWS_ENDPOINT_URL."""
         host = urlsplit(self.client("cloudformation").meta.endpoint_url).hostname or ""
         return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
     @property
     def arn(self) -> str:
-        """How the account's ARNs begin, the service left out: "arn:aws:{}:eu-west-1:123…:"."""
+        """Return the first part of the account's ARNs, without the service:
+        "arn:aws:{}:eu-west-1:123…:"."""
         partition = self.who.split(":")[1] if self.who.startswith("arn:") else "aws"
         return f"arn:{partition}:{{}}:{self.region}:{self.id}:"
 
     def pages(self, service: str, operation: str, key: str, **asking: Any) -> Iterator[Any]:
-        """What all pages of a listing have under `key`; BackendError."""
+        """Yield the items under `key` of all pages of a listing. Raises BackendError."""
         with asked(operation):
             for page in self.client(service).get_paginator(operation).paginate(**asking):
                 yield from page.get(key) or ()
@@ -101,7 +102,7 @@ class Account:
 
 
 def chosen_region(named: str | None) -> str:
-    """The region that is named, or that boto3 finds; UsageError where there is none."""
+    """Return the given region, or the one that boto3 finds. Raises UsageError without a region."""
     optional_dependencies.need("aws", "What asks AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
@@ -109,7 +110,7 @@ def chosen_region(named: str | None) -> str:
     if named and not _REGION.fullmatch(named):
         raise UsageError(f"{named!r} is not a region.", remedy="Write for example eu-west-1.")
     try:
-        # boto3 does not read AWS_REGION, which all other tools of AWS do.
+        # boto3 does not read AWS_REGION, which all other AWS tools do.
         region = named or os.environ.get("AWS_REGION") or boto3.Session().region_name
     except ProfileNotFound as error:
         raise UsageError(f"{error}.", remedy="Set AWS_PROFILE to one of ~/.aws/config.") from error
@@ -129,17 +130,17 @@ def _client(service: str, region: str) -> Any:
         connect_timeout=CONNECT_S,
         read_timeout=ANSWER_S,
         retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
-        # No proxy reaches this machine's own address.
+        # A proxy cannot reach this machine's own address.
         proxies={} if here else None,
     )
     with asked("AWS"):
-        # boto3's stubs know each service by its own type.
+        # boto3's stubs have a separate type for each service.
         make: Any = session(region).client
         return make(service, config=config)
 
 
 def _tell_of_tries(client: Any, notes: Callable[[], Notes]) -> None:
-    """Has each call of the client tell of its tries that nothing has answered."""
+    """Report each attempt of the client's calls that got no answer."""
     now: list[Notes] = []
 
     def begin(**_: Any) -> None:
@@ -148,7 +149,7 @@ def _tell_of_tries(client: Any, notes: Callable[[], Notes]) -> None:
     def tried(
         attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any
     ) -> None:
-        # What answers, also with an error, is no reason to doubt; the last try ends in a sentence.
+        # An error response is also an answer. The last attempt raises an error itself.
         if caught_exception is not None and attempts < ATTEMPTS:
             for one in now:
                 one.say(f"{endpoint.host} does not answer; tried {attempts} of {ATTEMPTS} times.")
@@ -158,7 +159,7 @@ def _tell_of_tries(client: Any, notes: Callable[[], Notes]) -> None:
 
 
 class Missing(NotFound):
-    """What a call was about is not there, or not yet."""
+    """The object of a call does not exist, or not yet."""
 
 
 def _never(_code: str, _message: str) -> bool:
@@ -167,8 +168,8 @@ def _never(_code: str, _message: str) -> bool:
 
 @contextmanager
 def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterator[None]:
-    """Turns botocore's errors into batchlab's; `what` is the subject of their sentence. Missing
-    where `is_missing` says so of an error's code and message."""
+    """Convert botocore's errors to batchlab's. `what` is the subject of their messages. Raises
+    Missing if `is_missing` is true for an error's code and message."""
     from botocore.exceptions import (
         ClientError,
         NoCredentialsError,
@@ -189,7 +190,7 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
             raise
         except PartialCredentialsError as error:
             raise UsageError(
-                f"Of the credentials for AWS a part is missing: {error.kwargs['cred_var']}.",
+                f"A part of the AWS credentials is missing: {error.kwargs['cred_var']}.",
                 remedy="Set that too, or leave the other part out.",
             ) from error
         except NoCredentialsError as error:
@@ -210,7 +211,7 @@ def asked(what: str, is_missing: Callable[[str, str], bool] = _never) -> Iterato
 
 @contextmanager
 def _placed() -> Iterator[None]:
-    """What does not answer is named, with what to do about it."""
+    """Return the error for an endpoint that does not answer, with the remedy."""
     try:
         yield
     except Unreachable as error:
@@ -225,12 +226,12 @@ def _placed() -> Iterator[None]:
 
 
 def message_of(error: Any) -> str:
-    """What AWS says."""
+    """Return the message of AWS."""
     return str(error.response.get("Error", {}).get("Message", "")).strip()
 
 
 def refusal(error: Any) -> BackendError | UsageError | None:
-    """The error as one of permissions or credentials, None where it is neither."""
+    """Return the error as one of permissions or credentials, or None if it is neither."""
     code, message = code_of(error), message_of(error)
     operation = error.operation_name
     if code in _OLD_KEYS:

@@ -1,8 +1,8 @@
-"""Brings a stack to what it is to be, in two phases: `apply`.
+"""`apply`: creates or updates a stack in two phases.
 
-Invariant: it begins from whatever state the stack is in, so a second one takes up what a first has
-left. First everything is made without a release, by which nothing can boot yet; then the release
-is in the stack's own bucket, and the stack is told which one it is.
+Invariant: it starts from any state of the stack, so a second run continues where the first one
+stopped. The first phase creates everything without a release, so no instance can boot yet. The
+second phase uploads the release to the stack's own bucket and sets it as the stack's parameter.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from batchlab.runtime.home import Home
 
 
 class Front(Protocol):
-    """The person in front: is told, is asked, and may watch."""
+    """The user interface of an operation: messages, questions, and progress."""
 
     def say(self, text: str) -> None: ...
 
     def agrees(self, question: str) -> bool:
-        """Whether they want that; asked before anything is changed."""
+        """Return whether the user agrees. The question comes before any change."""
 
     def show(self, plan: Plan) -> None: ...
 
     def watching(self, what: str, total: int) -> AbstractContextManager[Callable[[Event], None]]:
-        """Shows an operation on `total` resources as its events come."""
+        """Show the events of an operation on `total` resources as they occur."""
 
 
 class StackFailed(BackendError):
-    """An operation has failed; `cause` is the reason that all others follow from."""
+    """An operation failed. `cause` is the failure that caused all others."""
 
     def __init__(self, state: State, cause: Cause | None) -> None:
         why = f": {cause.resource} ({cause.type}): {cause.reason.rstrip('.')}" if cause else ""
@@ -60,7 +60,8 @@ class StackFailed(BackendError):
 
 @dataclass(slots=True)
 class Apply:
-    """One run of it. `archive` gives the release's path, and makes it when that is first asked."""
+    """One run of `apply`. `archive` returns the release's path, and builds the release on its first
+    call."""
 
     stack: Stack
     wanted: Settings
@@ -69,10 +70,11 @@ class Apply:
     front: Front
     archive: Callable[[], Path]
     is_renewed: bool = field(default=False, init=False)
-    """Whether there may be instances of what was deployed before."""
+    """Whether instances of an earlier deployment may exist."""
 
     def run(self) -> AwsDeployment | None:
-        """The deployment, None where the person has declined; StackFailed, BackendError."""
+        """Apply the settings, and return the deployment, or None if the user declined. Raises
+        StackFailed and BackendError."""
         state = self._at_rest()
         if state and must_go(state):
             if not self._cleared(state):
@@ -98,7 +100,7 @@ class Apply:
     # --- Before ----------------------------------------------------------------------------------
 
     def _at_rest(self) -> State | None:
-        """The stack once no operation is going on, and no rollback hangs."""
+        """Return the stack once no operation is in progress and no rollback has failed."""
         state = self.stack.state()
         if state and state.is_moving:
             self.front.say(f"The stack {state.name} is {state.status}: following that first.")
@@ -120,7 +122,7 @@ class Apply:
         return state
 
     def _cleared(self, state: State) -> bool:
-        """Whether a stack that nothing else can be done with is gone."""
+        """Delete a stack that allows no other operation. Return False if the user declined."""
         self._explain(state)
         if state.status != "ROLLBACK_COMPLETE":
             raise Refused(
@@ -153,7 +155,7 @@ class Apply:
             if not self.front.agrees(f"Create the stack {self.stack.name}?"):
                 return None
             settings.write(self.home, self.wanted)
-            # One that cannot be made is known before anything costs money.
+            # A release that cannot be built fails here, before anything costs money.
             self.archive()
             made = self._executed(plan, "creating")
         self.stack.protect(on=True)
@@ -201,8 +203,8 @@ class Apply:
         return StackFailed(state, self.stack.cause(state.id, self.stack.events(state.id, since)))
 
     def _refresh(self, state: State) -> None:
-        """Replace instances of an older launch template, one by one; what works on tasks is waited
-        for."""
+        """Replace instances with an older launch template, one after another. Workers may finish
+        their tasks first."""
         scaling = self.stack.account.client("autoscaling")
         groups = [outputs.of(state, "ManagerGroup"), *outputs.pool_groups(state)]
         told = self.stack.account.pages(
@@ -215,7 +217,7 @@ class Apply:
             if not group.get("Instances"):
                 continue
             name = group["AutoScalingGroupName"]
-            # The manager is alone in its group: it has to go before the next one comes.
+            # The manager is alone in its group, so it must end before the next one starts.
             healthy = 0 if name == groups[0] else 90
             wishes: dict[str, Any] = {
                 "MinHealthyPercentage": healthy,
@@ -244,14 +246,14 @@ def _is_at_it(code: str, _message: str) -> bool:
 
 
 def python_of(archive: Path) -> str:
-    """The Python that a release is for; UsageError where it is none."""
+    """Return the Python version of a release. Raises UsageError if the file is not a release."""
     try:
         with tarfile.open(archive) as opened:
             member = opened.extractfile("version")
             lines = member.read().decode().splitlines() if member else []
     except (tarfile.TarError, KeyError, OSError) as error:
         raise UsageError(
-            f"{archive} is no release: {error}.",
+            f"{archive} is not a release: {error}.",
             remedy="Name an archive from aws/releases in the grid's folder.",
         ) from error
     return next((one.partition("=")[2] for one in lines if one.startswith("PYTHON=")), "")

@@ -1,6 +1,6 @@
-"""How a stack ends.
+"""Deletion of a stack.
 
-Invariant: data goes only where somebody has said so in as many words; what stays is listed.
+Invariant: data is deleted only with the user's explicit consent. Resources that remain are listed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from batchlab.deploy.stack import Stack
 from batchlab.deploy.stack_records import Resource, State
 
 BATCH = 50
-"""SetInstanceProtection's limit."""
+"""Maximum of SetInstanceProtection."""
 QUIET_S = 600.0
-"""So long the instances of all groups may take to end: they drain for two minutes at most."""
+"""Seconds that the instances of all groups may take to end. They drain for at most two minutes."""
 
 _BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
@@ -37,8 +37,8 @@ _FATES = {"Retain": "kept", "RetainExceptOnCreate": "kept", "Snapshot": "snapsho
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A part of a stack that holds data, and what CloudFormation does with it: "deleted", "kept",
-    or "snapshot" for a database that leaves a last one behind."""
+    """A resource of a stack that holds data, and its fate in CloudFormation: "deleted", "kept", or
+    "snapshot" for a database that leaves a last snapshot."""
 
     resource: Resource
     fate: str
@@ -46,14 +46,14 @@ class Holding:
 
 
 def holdings(stack: Stack) -> list[Holding]:
-    """What of the stack holds data now."""
+    """Return the resources of the stack that hold data now."""
     declared = stack.template()["Resources"]
     found = []
     for one in stack.resources():
         if one.status == "CREATE_FAILED":
-            continue  # what has that name, if anything does, is somebody else's
+            continue  # A resource with this name belongs to another owner.
         policy = declared.get(one.id, {}).get("DeletionPolicy", "")
-        # For a database alone CloudFormation's own default is a snapshot.
+        # CloudFormation's default is a snapshot for databases, and deletion for all else.
         usual = "Snapshot" if one.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
         if one.type == _BUCKET and removal.has_data(stack.account, one.physical):
@@ -67,7 +67,7 @@ def holdings(stack: Stack) -> list[Holding]:
 
 @dataclass(slots=True)
 class Destroy:
-    """One run of it; with `delete_data` whatever it holds goes too."""
+    """One run of `destroy`. With `delete_data` it also deletes the data."""
 
     stack: Stack
     front: Front
@@ -75,12 +75,13 @@ class Destroy:
     sleep: Callable[[float], None] = time.sleep
 
     def run(self) -> list[Resource] | None:
-        """What stays; None where the person in front has declined. Refused while data would be
-        lost and nobody has said that it may; StackFailed, BackendError."""
+        """Destroy the stack, and return the resources that remain, or None if the user declined.
+        Raises Refused if data would be lost without `delete_data`, StackFailed, and
+        BackendError."""
         state = self.stack.state()
         if state is None:
             raise Refused(
-                f"There is no stack {self.stack.name} in {self.stack.account.region}.",
+                f"The stack {self.stack.name} does not exist in {self.stack.account.region}.",
                 remedy="`--stack` and `--region` name another.",
             )
         if state.is_moving:
@@ -126,12 +127,12 @@ class Destroy:
         return f"Destroy the stack {state.name}, and with it {gone}?"
 
     def _quiet(self, state: State) -> None:
-        """End all instances: a manager would launch others and protect them, a worker would write
-        into a bucket that is being emptied, and a protected one would keep its group."""
+        """End all instances. A manager would launch and protect others, a worker would write into a
+        bucket that is being emptied, and a protected instance would keep its group."""
         names = [one.physical for one in self.stack.resources() if one.type == _GROUP]
         if not names:
             return
-        # The manager first, which has the say on the others.
+        # The manager ends first, because it sets the capacity of the other groups.
         workers = outputs.pool_groups(state)
         managers = [one for one in self._groups(names) if _name(one) not in workers]
         for some in (managers, self._groups(names)):
@@ -158,7 +159,7 @@ class Destroy:
                 self.front.say(f"{left} instances are ending.")
             for group in groups:
                 if self._unprotected(group):
-                    # It may have given up on them for being protected.
+                    # The group may have given up on its instances because they were protected.
                     self._to_zero(group)
             if time.monotonic() > give_up_s:
                 raise Unreachable(
@@ -168,7 +169,7 @@ class Destroy:
             self.sleep(2.0)
 
     def _unprotected(self, group: Mapping[str, Any]) -> bool:
-        """Whether there were instances that scaling in would have left alone."""
+        """Remove the scale-in protection of instances. Return whether any was protected."""
         scaling = self.stack.account.client("autoscaling")
         guarded = [one["InstanceId"] for one in _instances(group) if one["ProtectedFromScaleIn"]]
         for begin in range(0, len(guarded), BATCH):
@@ -192,7 +193,8 @@ class Destroy:
         return list(told)
 
     def _release_databases(self, held: list[Holding]) -> None:
-        """CloudFormation does not delete a database that is protected on its own account."""
+        """Turn off the deletion protection of databases, without which CloudFormation cannot delete
+        them."""
         rds = self.stack.account.client("rds")
         for one in held:
             if one.resource.type != _DATABASE or one.fate == "kept":
@@ -206,7 +208,7 @@ class Destroy:
                     )
 
     def _emptied(self, held: list[Holding]) -> None:
-        """Empty what CloudFormation could not delete otherwise: a bucket with nothing but releases
+        """Empty the buckets that CloudFormation must delete. A bucket with nothing but releases
         holds no data."""
         kept = [] if self.delete_data else [one.resource for one in held]
         for one in self.stack.resources():
@@ -229,7 +231,7 @@ class Destroy:
         return [one for one in stays if not self._removed(one)]
 
     def _snapshots(self, held: list[Holding]) -> Iterator[Resource]:
-        """The last ones of databases that are gone."""
+        """Yield the last snapshots of deleted databases."""
         for one in held:
             if one.fate != "snapshot":
                 continue
@@ -244,7 +246,8 @@ class Destroy:
                 yield Resource(one.resource.id, "AWS::RDS::DBSnapshot", name, told["Status"])
 
     def _forget_logs(self, held: list[Holding]) -> None:
-        """End what RDS has made anew for its last words, after the stack's own log groups went."""
+        """Delete the log groups that RDS created again for its last messages, after the stack's own
+        were deleted."""
         account = self.stack.account
         for one in held:
             if one.resource.type != _DATABASE or one.fate == "kept":
@@ -258,12 +261,12 @@ class Destroy:
                     thing = Thing(name, "logs:log-group", name, self.stack.name)
                     removal.remove(account, thing, self.front.say)
             except BackendError as error:
-                # The stack is gone all the same.
+                # The stack is deleted in any case.
                 self.front.say(f"There may be logs left below {prefix}: {error}")
 
     def _removed(self, resource: Resource) -> bool:
-        """Whether what CloudFormation has kept is gone too: that was asked for, or it is a bucket
-        without data."""
+        """Remove a resource that CloudFormation has kept, if the user asked for that or if it is a
+        bucket without data. Return whether it was removed."""
         kind = _KINDS.get(resource.type)
         if kind is None:
             return False
@@ -277,7 +280,8 @@ class Destroy:
 
 
 def _is_gone(code: str, _message: str) -> bool:
-    """Somebody has deleted the database by hand, which CloudFormation does not mind."""
+    """Return whether the database does not exist, because a user deleted it. CloudFormation ignores
+    that."""
     return code.startswith("DBInstanceNotFound")
 
 

@@ -1,6 +1,6 @@
-"""Why a stack has failed: the one event that all others follow from, and what to do about it.
+"""Cause of a stack's failure: the one event that caused all others, and the remedy.
 
-Invariant: the reason is AWS's, word for word; only the advice is ours.
+Invariant: the reason is AWS's, word for word. Only the advice is batchlab's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 _FAILED = ("CREATE_FAILED", "UPDATE_FAILED", "DELETE_FAILED", "IMPORT_FAILED")
 _BEGINS = ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS")
 _FOLLOWS = re.compile(r"^Resource (creation|update|deletion|creation Initiated)? ?cancelled", re.I)
-"""What CloudFormation says of resources that it stops because another has failed."""
+"""CloudFormation's reasons for resources that it stops because another one has failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in a stack's operation; `at_s` is in epoch seconds."""
+    """An event of a stack's operation. `at_s` is in epoch seconds."""
 
     id: str
     at_s: float
@@ -26,7 +26,7 @@ class Event:
     status: str
     reason: str = ""
     is_of_stack: bool = False
-    """Whether it is about the stack itself."""
+    """Return whether the event is about the stack itself."""
 
     @property
     def begins_operation(self) -> bool:
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why an operation failed. `reason` is AWS's; `remedy` says what to do next."""
+    """Cause of a failed operation. `reason` is AWS's, and `remedy` is the next step."""
 
     resource: str
     type: str
@@ -130,12 +130,12 @@ _DENIED = re.compile(
 
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
-    """The first failure of a resource in time that is not the consequence of another; None where
-    nothing has failed."""
+    """Return the earliest failure of a resource that another failure did not cause, or None without
+    a failure."""
     ordered = sorted(events, key=lambda one: one.at_s)
     failed = [one for one in ordered if one.has_failed and not one.is_of_stack]
     own = [one for one in failed if not _FOLLOWS.match(one.reason)]
-    # AWS refuses some stacks as a whole, before it has begun with any resource.
+    # AWS refuses some stacks as a whole, before it begins with any resource.
     whole = [
         one
         for one in ordered
@@ -147,7 +147,7 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
 
 
 def advice(reason: str) -> str:
-    """What to do about a reason of AWS's."""
+    """Return the remedy for one of AWS's reasons."""
     if denied := _DENIED.search(reason):
         action = f" {denied['action']}" if denied["action"] else " what the reason names"
         return f"Allow the deployer{action}: docs/deploy.md lists all that deploying needs."

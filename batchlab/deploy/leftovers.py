@@ -1,7 +1,7 @@
-"""What stacks have left behind in an account and region, by AWS's tags and by names.
+"""Leftovers of stacks in an account and region, found by AWS's tags and by names.
 
-Invariant: a tag says whose something is, and a name only makes one think so: what is known by its
-name alone is removed by whoever names it, and by nothing else.
+Invariant: a tag proves the owner of a resource, and a name only suggests it. So a resource known
+only by its name is removed only if the user names it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from batchlab.deploy.stack import TAG, Stack
 
 _STACK = r"(?P<stack>[A-Za-z][A-Za-z0-9-]*)"
 _DOMAIN = re.compile(rf"{_STACK}-LedgerDomain-[0-9A-Za-z]+")
-"""As CloudFormation calls the domain of a stack."""
+"""CloudFormation's name for the domain of a stack."""
 _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(postgresql|upgrade)")
-"""As RDS calls what the database of a stack logs."""
+"""RDS's name for the logs of a stack's database."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Something of a stack's. `is_used` while its stack is there and has it; `is_guessed` where its
-    name alone says whose it is."""
+    """A resource of a stack. `is_used` if its stack exists and has it. `is_guessed` if only its
+    name suggests its stack."""
 
     thing: Thing
     is_used: bool
@@ -35,15 +35,15 @@ class Left:
 
 
 class Leftovers:
-    """Looks through one account in one region; each stack is asked for once."""
+    """Search of one account in one region. Each stack is read once."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
 
     def tagged(self) -> Iterator[Left]:
-        """Everything that has the tag of a stack of batchlab's, by AWS's own list of tagged
-        resources. IAM's roles are not in it, nor what can have no tags."""
+        """Yield the resources with a batchlab stack's tag, from AWS's list of tagged resources. It
+        does not contain IAM roles or resources that cannot have tags."""
         for one in self._account.pages(
             "resourcegroupstaggingapi",
             "get_resources",
@@ -56,9 +56,9 @@ class Leftovers:
                 yield Left(thing, _is_used(thing, self._parts_of(thing.stack)))
 
     def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Left]:
-        """What is called as if it were a stack's, and has no tag: SimpleDB's domains, which can
-        have none, and logs of a database that is gone. `known` are the names of `tagged`. `say`
-        hears of what could not be asked for."""
+        """Yield the resources without a tag whose names look like a stack's: SimpleDB domains,
+        which cannot have tags, and logs of a deleted database. `known` are the names of `tagged`.
+        `say` receives a message for each listing that fails."""
         for what, look in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
                 found = [one for one in look() if one.name not in known]
@@ -87,13 +87,13 @@ class Leftovers:
         told = self._account.pages("rds", "describe_db_instances", "DBInstances")
         living = {one["DBInstanceIdentifier"] for one in told}
         for one, match in ours:
-            # Somebody may call a database so whom no stack of ours has heard of.
+            # A database with such a name may exist outside batchlab's stacks.
             if match["database"] not in living:
                 name = one["logGroupName"]
                 yield Thing(str(one.get("arn", name)), "logs:log-group", name, match["stack"])
 
     def _parts_of(self, name: str) -> list[str] | None:
-        """The physical ids of what the stack has, None where there is no such stack."""
+        """Return the physical ids of the stack's resources, or None if the stack does not exist."""
         if name not in self._parts:
             stack = Stack(self._account, name)
             is_there = bool(name) and stack.state() is not None
@@ -102,8 +102,8 @@ class Leftovers:
 
 
 def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
-    """What is removed where somebody says so, `names` being those that they have named; NotFound or
-    Refused for one of these that is not left behind."""
+    """Return the resources to remove. `names` are the user's choice of resources known only by
+    name. Raises NotFound or Refused for a name that is not a leftover."""
     guessed: Mapping[str, Left] = {one.thing.name: one for one in found if one.is_guessed}
     for name in names:
         if name not in guessed:
@@ -124,14 +124,15 @@ def chosen(found: Sequence[Left], names: Sequence[str]) -> list[Left]:
 def _is_used(thing: Thing, owned: list[str] | None) -> bool:
     if owned is None:
         return False
-    # What groups launch, and what is taken of a disk or database, is nobody's part.
+    # Instances, volumes, and network interfaces are not listed as resources of a stack. Snapshots
+    # of databases outlive it.
     if thing.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
         return thing.kind != "rds:snapshot"
     return any(part in (thing.arn, thing.name) or part.endswith(f"/{thing.name}") for part in owned)
 
 
 def remove_left(account: Account, left: Left, say: removal.Say) -> str:
-    """ "" once it is removed, else why it is not."""
+    """Remove a leftover. Return "" on success, else the error message."""
     try:
         removal.remove(account, left.thing, say)
     except BackendError as error:

@@ -1,4 +1,4 @@
-"""A stack's outputs as the deployment that `--backend aws` works with."""
+"""Conversion of a stack's outputs to the deployment that `--backend aws` uses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from batchlab.runtime import factory
 from batchlab.runtime.aws.deployment import AwsDeployment, Database
 
 IAM_USER = "batchlab_iam"
-"""As the stack's template calls the database user of a token."""
+"""The template's name for the database user of an IAM token."""
 
 
 def of(state: State, name: str) -> str:
-    """One output; BackendError where the stack has none of that name."""
+    """Return one output. Raises BackendError if the stack does not have it."""
     if found := state.outputs.get(name):
         return found
     raise BackendError(
@@ -24,13 +24,14 @@ def of(state: State, name: str) -> str:
 
 
 def pool_groups(state: State) -> list[str]:
-    """The names of the Auto Scaling groups of its workers."""
+    """Return the names of the Auto Scaling groups of the workers."""
     return [one for one in state.outputs.get("PoolGroups", "").split(",") if one]
 
 
 def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
-    """What outputs and parameters of the stack say, with the `python` of its release, which they do
-    not; BackendError where something is missing."""
+    """Return the deployment from the outputs and parameters of the stack. The caller gives the
+    `python` of its release, which they do not contain. Raises BackendError if an output is
+    missing."""
     ledger = of(state, "Ledger")
     database = None
     if ledger == "postgres":

@@ -1,7 +1,6 @@
-"""What would be changed, and what it costs, before anything is.
+"""Plan of a stack's changes and costs, made before any change.
 
-Invariant: a plan that is not carried out leaves nothing behind: no change set, no empty stack, no
-bucket.
+Invariant: a plan that is not executed leaves no change set, no empty stack, and no bucket behind.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ WITH_SIMPLEDB = (
 )
 """https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
 FOLDER = "deploy/"
-"""Where in the stack's own bucket a template lies that is too large for a request."""
+"""Folder in the stack's own bucket for a template that is too large for a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the stack would cost per hour; None where that is not known, and `note` says why."""
+    """Hourly cost of the stack. It is None if unknown, and `note` gives the reason."""
 
     hourly: Hourly | None
     note: str = ""
@@ -53,7 +52,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A change set that AWS has worked out, what it is for, and what the stack will cost."""
+    """A change set that AWS has computed, with its settings and the cost of the stack."""
 
     settings: Settings
     account: str
@@ -62,7 +61,7 @@ class Plan:
     is_new: bool
     change_set: ChangeSet
     parameters: Mapping[str, str]
-    """All of the stack's, defaults too."""
+    """All parameters of the stack, including defaults."""
     cost: Cost
     template_bytes: int
 
@@ -104,8 +103,8 @@ def planned(
     home: Home | None = None,
     release: str | None = None,
 ) -> Iterator[Plan]:
-    """The plan that makes of the stack, which is in `state`, what is wanted; gone after the block
-    unless it was executed in it. Without a `release` the one that is deployed stays."""
+    """Yield the plan that changes the stack, now in `state`, to the wanted settings. After the
+    block, it is deleted unless it was executed. Without a `release`, the deployed one stays."""
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
     base = deployed.get("PoolName", pool_templates.BASE)
@@ -134,14 +133,14 @@ def planned(
             len(body.encode()),
         )
     finally:
-        # One that was executed AWS deletes by itself, and the stack is not new any more.
+        # AWS deletes an executed change set itself, and the stack is then not new any more.
         stack.withdraw(change_set, is_new=is_new)
 
 
 def _check_region(region: str, ledger: str) -> None:
     if ledger == "simpledb" and region not in WITH_SIMPLEDB:
         raise UsageError(
-            f"There is no SimpleDB in {region}.",
+            f"SimpleDB does not exist in {region}.",
             remedy="Say --ledger postgres or sqlite, or one of the regions that have it: "
             f"{', '.join(WITH_SIMPLEDB)}.",
         )
@@ -157,7 +156,7 @@ def _sent(
         elif name in given:
             sent.append({"ParameterKey": name, "ParameterValue": given[name]})
         elif name in deployed and (name == RELEASE or text_of(form.get("NoEcho")) == "true"):
-            # What AWS does not tell us cannot be said again.
+            # AWS does not return secret values, so they cannot be sent again.
             sent.append({"ParameterKey": name, "UsePreviousValue": True})
     return sent
 
@@ -168,7 +167,7 @@ def _effective(expanded: Template, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def shape_of(made: Template) -> StackShape:
-    """What of the stack is billed by the piece, as the template has it."""
+    """Return the numbers of resources in the template that are billed per unit."""
     kinds = [
         (one["Type"], one.get("Properties", {}).get("VpcEndpointType"))
         for one in made["Resources"].values()
@@ -176,12 +175,13 @@ def shape_of(made: Template) -> StackShape:
     return StackShape(
         interface_endpoints=kinds.count(("AWS::EC2::VPCEndpoint", "Interface")),
         alarms=kinds.count(("AWS::CloudWatch::Alarm", None)),
-        pool_alarms=0,  # counted with the others
+        pool_alarms=0,  # These are counted with the others.
     )
 
 
 def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: StackShape) -> Cost:
-    """What a stack with these parameters costs in the region, or where the price book is from."""
+    """Return the cost of a stack with these parameters, at the region's prices or at those of the
+    price book's region."""
     book = price_book.load(home.path if home else None)
     note = ""
     try:
@@ -197,8 +197,8 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
 
 
 def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
-    """The template that the settings make, with their values as its defaults, and what its stack
-    would cost; AWS is not asked. UsageError for settings that it does not take."""
+    """Return the template with the settings as its defaults, and the cost of its stack, without
+    calls to AWS. Raises UsageError for settings that the template does not accept."""
     given = settings.parameters(wanted, source)
     made = pool_templates.expand(source, [pool.name for pool in wanted.pools])
     region = wanted.region or price_book.load(home.path).region
@@ -210,8 +210,9 @@ def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, 
 
 @contextmanager
 def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[str, str]]:
-    """How CreateChangeSet is told the template: in the request while it fits, else from the stack's
-    own bucket, or from one that lives for this block where there is no stack yet."""
+    """Yield the template's arguments for CreateChangeSet. A small template is sent in the request.
+    A larger one is read from the stack's own bucket, or for a new stack from a bucket that exists
+    during this block."""
     if len(body.encode()) <= INLINE_BYTES:
         yield {"TemplateBody": body}
         return
@@ -248,7 +249,7 @@ def _lent_bucket(account: Account, stack: str) -> Iterator[str]:
         )
     try:
         with asked(f"Bucket {bucket!r}"):
-            # Found by its tag, should this process be killed before it is gone.
+            # If this process is killed, `batchlab gc --aws` finds the bucket by its tag.
             s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": stack}]})
         yield bucket
     finally:

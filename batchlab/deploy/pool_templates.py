@@ -1,12 +1,13 @@
-"""The template of a stack with any pools, made from the template of a stack with one.
+"""The template of a stack with several pools, made from the template of a stack with one.
 
-Invariant: a pool's resources have the same logical ids whatever other pools there are and in which
-order they are named, so adding or removing one never replaces another's.
+Invariant: a pool's logical ids depend neither on other pools nor on their order, so adding or
+removing one pool never replaces another pool's resources.
 
-In the file, what exists once per pool has `Metadata: {batchlab: {per: pool}}` and a logical id
-that begins with "Pool"; so do a pool's parameters, conditions and rules. For the pool `base` they
-stay as they are; for another, "PoolQueue" becomes "PoolBigQueue". Where something shared mentions
-them, the element of the innermost list that does is repeated for each pool.
+In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a
+logical id that begins with "Pool". Parameters, conditions, and rules of a pool have such ids, too.
+For the pool `base` they keep their ids. For another pool, "PoolQueue" becomes "PoolBigQueue". If a
+shared part refers to them, the element of the innermost list with the reference is repeated for
+each pool.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _NAMED = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
 
 
 def word(pool: str) -> str:
-    """The pool's name as part of a logical id: "gpu-large" is "GpuLarge"."""
+    """Return the pool's name as part of a logical id: "gpu-large" is "GpuLarge"."""
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
 
 
 def renamed(name: str, pool: str, base: str = BASE) -> str:
-    """What a logical id or parameter that begins with "Pool" is called for this pool."""
+    """Return this pool's name for a logical id or parameter that begins with "Pool"."""
     return name if pool == base else f"{PREFIX}{word(pool)}{name.removeprefix(PREFIX)}"
 
 
 def parameters_of(template: Template) -> list[str]:
-    """The template's parameters that exist once per pool."""
+    """Return the template's parameters that exist once per pool."""
     return [name for name in template.get("Parameters", {}) if _is_pools(name)]
 
 
@@ -48,10 +49,10 @@ def _is_pools(name: str) -> bool:
 
 
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
-    """A template with exactly these pools; UsageError where their names do not fit together.
+    """Return a template with exactly these pools. Raises UsageError if their names collide.
 
-    `base` is the pool that is called without its name. Metadata that only tools for the file read
-    is left out.
+    `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is
+    left out.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Say --pool default:0-10x2.")
@@ -119,7 +120,8 @@ class _Expansion:
         return _mapped(node, self._for(pool))
 
     def _spread(self, node: Any) -> tuple[Any, bool]:
-        """The node with list elements repeated, and whether it still mentions a pool's part."""
+        """Return the node with list elements repeated, and whether it still refers to a pool's
+        part."""
         if isinstance(node, dict):
             made, is_open = {}, False
             for key, value in node.items():
@@ -141,18 +143,18 @@ class _Expansion:
 
     def _spread_in(self, key: str, value: Any) -> tuple[Any, bool]:
         if key.startswith("Fn::") and isinstance(value, list):
-            # Each place of a function's arguments has its meaning: none is repeated.
+            # Arguments of a function have fixed positions, so none is repeated.
             parts = [self._spread(part) for part in value]
             return [one for one, _ in parts], any(is_open for _, is_open in parts)
         return self._spread(value)
 
     def _follow_element(self, element: Any, pool: str) -> Any:
-        if isinstance(element, str):  # of a DependsOn
+        if isinstance(element, str):  # A DependsOn.
             return self._for(pool)(element)
         return self._follow(element, pool)
 
     def _mentioned(self, node: dict[str, Any]) -> bool:
-        """Whether this node itself, not one below it, mentions a pool's part."""
+        """Return whether this node itself, without the nodes below it, refers to a pool's part."""
         found = False
 
         def see(name: str) -> str:
@@ -166,7 +168,7 @@ class _Expansion:
         return found
 
     def _interface(self, held: dict[str, Any]) -> dict[str, Any]:
-        """The parameters' groups and labels that the console shows."""
+        """Return the groups and labels of parameters that the console shows."""
         made = copy.deepcopy(held)
         for group in made.get("ParameterGroups", ()):
             group["Parameters"] = [
@@ -191,14 +193,14 @@ def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
 
 
 def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
-    """Without what is written beside a resource for checkov, cfn-lint and this module."""
+    """Return the resource without the metadata for checkov, cfn-lint, and this module."""
     kept = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
     made = {key: value for key, value in resource.items() if key != "Metadata"}
     return {**made, "Metadata": kept} if kept else made
 
 
 def _mentions(key: str, value: Any, rename: _Rename) -> Any:
-    """`value` under `key` with every logical id that it names directly renamed."""
+    """Return `value` under `key` with every logical id that it names directly renamed."""
     if key in ("Ref", "Condition") and isinstance(value, str):
         return rename(value)
     if key == "DependsOn":
@@ -221,7 +223,7 @@ def _mentions(key: str, value: Any, rename: _Rename) -> Any:
 
 
 def _mapped(node: Any, rename: _Rename) -> Any:
-    """A copy of the node with all logical ids that it mentions renamed."""
+    """Return a copy of the node with all logical ids renamed."""
     if isinstance(node, dict):
         return {key: _mapped(_mentions(key, value, rename), rename) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,7 +1,7 @@
 """A release: one archive with everything that an instance needs to become a manager or a worker.
 
-Invariant: its name is the SHA-256 of what is in it, and the same code, packages and target give
-the same archive. An instance asks no package index for anything of ours, only the stack's bucket.
+Invariant: its name is the SHA-256 of its content. The same code, packages, and target give the same
+archive. An instance installs from the stack's bucket, not from a package index.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from batchlab.runtime import environment
 
 SUFFIX = ".tar.gz"
 PREFIX = "boot/"
-"""Where the stack's bucket keeps releases; its lifecycle rules leave them alone."""
+"""Folder of releases in the stack's bucket. Its lifecycle rules do not delete them."""
 DATABASE_CA = "database-ca.pem"
 _MIB = 1024 * 1024
 
@@ -43,12 +43,12 @@ def build_release(
     variables: Mapping[str, str] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write `<folder>/<sha256>.tar.gz` for instances of that architecture and Python (with "" the
-    one that runs here), with `packages` of PyPI for users' tasks, the certificates that the
-    database's is checked against, and `variables` for the environment of manager and workers; its
-    path. `say` hears of what takes long.
+    """Write `<folder>/<sha256>.tar.gz` for instances with the architecture and Python version, and
+    return its path. An empty version means the running Python. The archive contains the PyPI
+    `packages` of users' tasks, the certificates of the database, and `variables` for the
+    environment of manager and workers. `say` receives progress messages.
 
-    BackendError where a package cannot be had, UsageError for what cannot be meant.
+    Raises BackendError if a package is not available, and UsageError for invalid arguments.
     """
     target = Target.of(architecture, python)
     with tempfile.TemporaryDirectory(prefix="batchlab-release-") as made:
@@ -71,17 +71,18 @@ def build_release(
 
 
 def release_of(archive: Path) -> str:
-    """The stack's parameter `Release`, from an archive's name."""
+    """Return the value of the stack's parameter `Release` from an archive's name."""
     return archive.name.removesuffix(SUFFIX)
 
 
 def key_of(release: str) -> str:
-    """Where the bucket has a release."""
+    """Return the key of a release in the bucket."""
     return f"{PREFIX}{release}{SUFFIX}"
 
 
 def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[str], None]) -> str:
-    """Put the archive into the stack's bucket, unless it is there; its key. BackendError."""
+    """Upload the archive to the stack's bucket unless it exists there, and return its key. Raises
+    BackendError."""
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:
@@ -106,7 +107,7 @@ def _boot_files() -> dict[str, bytes]:
 
 
 def _version(target: Target) -> bytes:
-    """What boot.sh reads as shell variables."""
+    """Return the shell variables that boot.sh reads."""
     lines = [
         f"VERSION={metadata.version('batchlab')}",
         f"PYTHON={target.python}",
@@ -125,7 +126,7 @@ def _read(certificates: Path) -> bytes:
         ) from error
     if b"-----BEGIN CERTIFICATE-----" not in found:
         raise UsageError(
-            f"{certificates} has no certificates in PEM form.",
+            f"{certificates} does not contain certificates in PEM form.",
             remedy="Name the bundle that AWS publishes for RDS in the stack's region.",
         )
     return found
@@ -133,7 +134,7 @@ def _read(certificates: Path) -> bytes:
 
 def _write(folder: Path, content: dict[str, bytes]) -> Path:
     packed = BytesIO()
-    # Wheels are compressed already, and a compressor's version would change the archive.
+    # Wheels are compressed already, and the compressor's version would change the archive.
     with (
         gzip.GzipFile("", "wb", compresslevel=0, fileobj=packed, mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w", format=tarfile.GNU_FORMAT) as archive,

@@ -1,6 +1,7 @@
-"""Ends single things on AWS: buckets with all versions of their objects, queues, groups, and more.
+"""Removal of single AWS resources: buckets with all versions of their objects, queues, groups, and
+more.
 
-Invariant: only what is named is removed, and what cannot be is told, not left out.
+Invariant: only the given resource is removed, and each failure is reported.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from batchlab.deploy import plan, release
 from batchlab.deploy.account import Account, asked
 
 BATCH = 1000
-"""DeleteObjects' limit."""
+"""Maximum of DeleteObjects."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One resource by its ARN; `kind` is its service and type, as in "sqs:queue"."""
+    """One resource by its ARN. `kind` is its service and type, as in "sqs:queue"."""
 
     arn: str
     kind: str
@@ -36,7 +37,7 @@ _NAMED_ALONE = {"s3": "s3:bucket", "sns": "sns:topic", "sqs": "sqs:queue"}
 
 
 def thing_of(arn: str, stack: str) -> Thing:
-    """What an ARN names."""
+    """Return the resource of an ARN."""
     service, rest = arn.split(":", 5)[2], arn.split(":", 5)[5]
     if service in _NAMED_ALONE:
         return Thing(arn, _NAMED_ALONE[service], rest, stack)
@@ -48,7 +49,8 @@ def thing_of(arn: str, stack: str) -> Thing:
 
 
 def remove(account: Account, thing: Thing, say: Say) -> None:
-    """End it; BackendError where AWS refuses, or where it is of a kind that is left to people."""
+    """Remove the resource. Raises BackendError if AWS refuses, or if users must remove this kind
+    themselves."""
     remover = _REMOVERS.get(thing.kind)
     if remover is None:
         raise BackendError(
@@ -59,11 +61,12 @@ def remove(account: Account, thing: Thing, say: Say) -> None:
 
 
 OURS = (release.PREFIX, plan.FOLDER)
-"""What in a stack's bucket is no data of its users: releases, templates."""
+"""Folders in a stack's bucket that hold no data of its users: releases and templates."""
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Whether there is any version of any object that is not `OURS`; none where it is gone."""
+    """Return whether the bucket has a version of an object outside `OURS`. A deleted bucket has
+    none."""
     try:
         with asked(f"Bucket {bucket!r}"):
             told = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
@@ -74,9 +77,8 @@ def has_data(account: Account, bucket: str) -> bool:
 
 
 def empty(account: Account, bucket: str, say: Say) -> int:
-    """Delete every version of every object, and say how many there were so far now and then;
-    returns how many, none where the bucket is gone. BackendError with the first object that
-    stays."""
+    """Delete every version of every object, report the count after each batch, and return it. A
+    deleted bucket has none. Raises BackendError with the first object that cannot be deleted."""
     s3 = account.client("s3")
     count = 0
     with suppress(NotFound), asked(f"Bucket {bucket!r}"):
@@ -126,7 +128,8 @@ def _group(account: Account, thing: Thing, _say: Say) -> None:
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
-    """A remover that is one call with the thing's name, in a list where the parameter is one."""
+    """Return a remover that makes one call with the resource's name, as a list if the parameter is
+    plural."""
 
     def call(account: Account, thing: Thing, _say: Say) -> None:
         name = thing.arn if service in ("secretsmanager", "sns") else thing.name
@@ -148,7 +151,7 @@ _REMOVERS: Mapping[str, Callable[[Account, Thing, Say], None]] = {
     "logs:log-group": _calling("logs", "delete_log_group", "logGroupName"),
     "rds:snapshot": _calling("rds", "delete_db_snapshot", "DBSnapshotIdentifier"),
     "sdb:domain": _calling("sdb", "delete_domain", "DomainName"),
-    # For seven days it can be had back.
+    # The secret can be restored for seven days.
     "secretsmanager:secret": _calling(
         "secretsmanager", "delete_secret", "SecretId", RecoveryWindowInDays=7
     ),

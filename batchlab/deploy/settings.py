@@ -1,8 +1,8 @@
-"""What a stack is to be: its pools, and the parameters of its template.
+"""Settings of a stack: its pools, and the parameters of its template.
 
-Invariant: settings that load can be deployed as far as that can be known without asking AWS. Kept
-in `aws/settings.json` in the home, so that the next plan begins where the last one ended; whoever
-has no such file gets them from the stack itself.
+Invariant: settings that load can be deployed, as far as that can be checked without AWS. The home
+stores them in `aws/settings.json`, and the next plan begins with them. Without this file, they are
+read from the stack itself.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from batchlab.runtime.home import Home
 
 STACK = "batchlab"
 RELEASE = "Release"
-"""The one parameter that is no setting: which release runs, by its archive's SHA-256."""
+"""The parameter that is not a setting: the release, by its archive's SHA-256."""
 
-# With both as long as they may be, the queue of a pool's dead letters has the 80 characters that
-# SQS takes. RDS, whose database is called after the stack, takes no two hyphens in a row.
+# With the longest stack and pool names, the name of a pool's dead-letter queue has the 80
+# characters that SQS allows. RDS does not allow two hyphens in a row, and the database is named
+# after the stack.
 _STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
 _TAKEN = re.compile(r".+-(tasks|pool)(-.*)?")
-"""Names of stacks whose queues or groups match the patterns of another stack's rights: the stack
+"""Names of stacks whose queues or groups match the patterns in another stack's rights: the stack
 `x` may use the queues `x-tasks-*` and the groups `x-pool-*`."""
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _POOL = {"name", "min_size", "max_size", "slots", "types", "parameters"}
 _IS_NAME = re.compile(r"Pool(\w*)Name")
 _MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}
-"""EC2's word for a processor, which the catalogue and Amazon's images use, and `uname -m`'s, which
-a release goes by."""
+"""Processor names by EC2, used in the instance catalog and in Amazon's images, with those of `uname
+-m`, used in releases."""
 _AMAZONS = "resolve:ssm:/aws/service/ami-amazon-linux-latest/"
 _MANAGERS = {"x86_64": "t3.small", "arm64": "t4g.small"}
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """A pool of workers. Without `types` they are the template's own; `parameters` are others of
-    the template's that begin with "Pool", by their names there."""
+    """A pool of workers. Without `types`, the template's default types apply. `parameters` are
+    other template parameters that begin with "Pool", by their names in the file."""
 
     name: str
     min_size: int = 0
@@ -58,7 +59,7 @@ class PoolSettings:
     parameters: tuple[tuple[str, str], ...] = ()
 
     def given(self) -> dict[str, str]:
-        """Its parameters, by their names in a template with one pool."""
+        """Return its parameters, by their names in a template with one pool."""
         given = {
             "PoolName": self.name,
             "PoolMin": str(self.min_size),
@@ -72,10 +73,12 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A stack. `parameters` are those that are not a pool's; what is not named has its default.
-    `packages` are PyPI's that users' tasks need, `database_ca` a file of certificates that the
-    database's is checked against, `environment` variables of manager and workers: all of them go
-    into the release."""
+    """A stack.
+
+    `parameters` are those that are not a pool's. Others have their defaults. The release contains
+    `packages` (from PyPI, for users' tasks), `database_ca` (a file of certificates to verify the
+    database's), and `environment` (variables of manager and workers).
+    """
 
     stack: str = STACK
     region: str = ""
@@ -87,22 +90,23 @@ class Settings:
 
     @property
     def architecture(self) -> str:
-        """What its release is for, by its pools' types; x86_64 where none is named."""
+        """Return the architecture of the release, from the pools' types. Without types it is
+        x86_64."""
         return next((processor_of(one) for pool in self.pools for one in pool.types), "x86_64")
 
     @property
     def machine(self) -> str:
-        """The same as `uname -m` says it on an instance."""
+        """Return the architecture as `uname -m` prints it on an instance."""
         return _MACHINES[self.architecture]
 
     def with_parameters(self, given: Mapping[str, str]) -> Settings:
-        """With these in place of, or beside, those there are."""
+        """Return the settings with these parameters added or replaced."""
         return replace(self, parameters=tuple(sorted({**dict(self.parameters), **given}.items())))
 
 
 def processor_of(instance_type: str) -> str:
-    """x86_64 or arm64: as the catalogue says, else by AWS's names, where a g right after the
-    generation stands for Graviton (https://docs.aws.amazon.com/ec2/latest/instancetypes)."""
+    """Return x86_64 or arm64. For a type outside the catalog, the name decides: a g right after the
+    generation means Graviton (https://docs.aws.amazon.com/ec2/latest/instancetypes)."""
     known = instance_types.load().types.get(instance_type)
     if known:
         return known.architecture
@@ -114,7 +118,7 @@ def path_in(home: Home) -> Path:
 
 
 def read(home: Home) -> Settings | None:
-    """What was kept in this home, None where nothing was; UsageError."""
+    """Return the settings stored in this home, or None. Raises UsageError."""
     path = path_in(home)
     try:
         return parse(json.loads(path.read_text()), str(path))
@@ -132,7 +136,7 @@ def read(home: Home) -> Settings | None:
 
 
 def write(home: Home, settings: Settings) -> None:
-    """Keep them; whole or not at all."""
+    """Write the settings atomically."""
     home.make()
     path = path_in(home)
     path.parent.mkdir(exist_ok=True)
@@ -140,7 +144,7 @@ def write(home: Home, settings: Settings) -> None:
 
 
 def load(path: Path) -> Settings:
-    """Settings in a YAML file that a person has written; UsageError says what is wrong."""
+    """Return the settings in a user's YAML file. Raises UsageError for invalid ones."""
     try:
         found = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -154,7 +158,7 @@ def load(path: Path) -> Settings:
 
 
 def document(settings: Settings) -> dict[str, Any]:
-    """As `parse` takes it."""
+    """Return the settings in the form that `parse` accepts."""
     made = asdict(settings)
     made["parameters"] = dict(settings.parameters)
     made["packages"] = list(settings.packages)
@@ -166,14 +170,14 @@ def document(settings: Settings) -> dict[str, Any]:
 
 
 def parse(found: Any, where: str) -> Settings:
-    """The settings of a YAML or JSON object; UsageError with the key that is wrong."""
+    """Return the settings of a YAML or JSON object. Raises UsageError with the invalid key."""
     known = {"stack", "region", "pools", "parameters", "packages", "database_ca", "environment"}
     fields = _object(found, known, where)
     pools = []
     for one in fields.pop("pools", None) or []:
         pool = _object(one, _POOL, f"{where}: pools")
         for figure in ("min_size", "max_size", "slots"):
-            # To Python, true is a number.
+            # In Python, True is an int.
             if figure in pool and type(pool[figure]) is not int:
                 raise UsageError(
                     f"{where}: {figure} is {pool[figure]!r}, not a whole number.",
@@ -183,7 +187,7 @@ def parse(found: Any, where: str) -> Settings:
         pool["parameters"] = _parameters(pool.pop("parameters", None), where)
         if "name" not in pool:
             raise UsageError(
-                f"{where}: a pool has no name.", remedy="Say name: in each of the pools."
+                f"{where}: a pool lacks a name.", remedy="Say name: in each of the pools."
             )
         pools.append(PoolSettings(**{**pool, "name": str(pool["name"])}))
     fields["parameters"] = _parameters(fields.pop("parameters", None), where)
@@ -213,7 +217,8 @@ def _object(found: Any, known: set[str], where: str) -> dict[str, Any]:
         )
     if unknown := set(found) - known:
         raise UsageError(
-            f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, which is no setting.",
+            f"{where} has {', '.join(map(repr, sorted(map(str, unknown))))}, "
+            "which is not a setting.",
             remedy=f"There are {', '.join(sorted(known))}.",
         )
     return dict(found)
@@ -229,20 +234,20 @@ def _parameters(found: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def text_of(value: Any) -> str:
-    """A parameter's value as CloudFormation has it: text, lists with commas."""
+    """Return a parameter's value as CloudFormation's text, with commas in lists."""
     if isinstance(value, list):
         return ",".join(map(text_of, value))
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def from_stack(name: str, region: str, deployed: Mapping[str, str]) -> tuple[Settings, str]:
-    """The settings of a stack that is there, by its parameters, and the pool that is called without
-    its name."""
+    """Return the settings of an existing stack from its parameters, and its base pool, whose ids do
+    not contain its name."""
     names = {key: pool for key, pool in deployed.items() if _IS_NAME.fullmatch(key)}
     base = names.get("PoolName", BASE)
     rest = {key: value for key, value in deployed.items() if key != RELEASE}
     pools = []
-    # Longest first: those of "PoolBig…" begin with "Pool" too.
+    # The longest comes first, because "PoolBig…" also begins with "Pool".
     for key in sorted(names, key=len, reverse=True):
         begin = key.removesuffix("Name")
         own = {f"Pool{k.removeprefix(begin)}": rest.pop(k) for k in list(rest) if _is(k, begin)}
@@ -263,8 +268,9 @@ def _pool(own: dict[str, str]) -> PoolSettings:
 
 
 def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """All parameters that the settings give a value, by their names in the expanded template;
-    UsageError for one that the file `template` does not have or take, or that is missing."""
+    """Return all parameters that the settings give a value, by their names in the expanded
+    template. Raises UsageError for one that is missing, or that the file `template` does not have
+    or accept."""
     given, declared = values(settings, template, base), template.get("Parameters", {})
     for name, form in declared.items():
         if "Default" not in form and name not in (*given, *parameters_of(template), RELEASE):
@@ -274,7 +280,7 @@ def parameters(settings: Settings, template: Template, base: str = BASE) -> dict
 
 
 def values(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """The same of settings that may be a part of the stack's: each is looked at by itself."""
+    """Return the parameters of settings that may be incomplete. Each is checked by itself."""
     check(settings)
     per_pool = parameters_of(template)
     declared = template.get("Parameters", {})
@@ -294,8 +300,9 @@ def values(settings: Settings, template: Template, base: str = BASE) -> dict[str
 def _check_machines(
     settings: Settings, given: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """UsageError where images, or the manager, are of another processor than the pools' types: no
-    such instance would launch, or boot the release. An AMI by its id is taken as it is."""
+    """Raise UsageError if the images or the manager have another processor than the pools' types.
+    Such an instance could not launch, or not boot the release. An AMI given by its id is not
+    checked."""
     if not any(pool.types for pool in settings.pools):
         return
     wanted, wrong = settings.architecture, {}
@@ -326,7 +333,7 @@ def _no_parameter(name: str, known: Sequence[str]) -> UsageError:
 
 
 def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
-    """The value, once it is one that CloudFormation would take."""
+    """Return the value if CloudFormation accepts it. Raises UsageError."""
     allowed = [text_of(one) for one in form.get("AllowedValues", ())]
     wrong = f"{name} cannot be {value!r}"
     if allowed and value not in allowed:
@@ -335,7 +342,7 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
         try:
             number = float(value)
         except ValueError:
-            raise UsageError(f"{wrong}: it is no number.", remedy="Write a number.") from None
+            raise UsageError(f"{wrong}: it is not a number.", remedy="Write a number.") from None
         if not form.get("MinValue", number) <= number <= form.get("MaxValue", number):
             least, most = form.get("MinValue", "-∞"), form.get("MaxValue", "∞")
             raise UsageError(f"{wrong}.", remedy=f"It is from {least} to {most}.")
@@ -347,7 +354,7 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
 
 
 def check(settings: Settings) -> None:
-    """UsageError unless the names and figures are ones that AWS takes."""
+    """Raise UsageError unless AWS accepts the names and numbers."""
     if not _STACK_NAME.fullmatch(settings.stack):
         raise UsageError(
             f"The stack cannot be called {settings.stack!r}.",
@@ -389,13 +396,14 @@ def check(settings: Settings) -> None:
         for one in pool.types:
             if not _TYPE.fullmatch(one):
                 raise UsageError(
-                    f"{one!r} is no instance type.", remedy="Write for example m7i.large."
+                    f"{one!r} is not an instance type.", remedy="Write for example m7i.large."
                 )
     _check_architectures(settings)
 
 
 def _check_architectures(settings: Settings) -> None:
-    """One release, and one image, is for one kind of processor."""
+    """Check that all types have one processor architecture, because one release and one image have
+    one."""
     kinds = {processor_of(one): one for pool in settings.pools for one in pool.types}
     if len(kinds) > 1:
         raise UsageError(

@@ -1,7 +1,7 @@
-"""CloudFormation as far as one stack needs it: its state, change sets, events, its end.
+"""CloudFormation operations on one stack: its state, change sets, events, and deletion.
 
-Invariant: what AWS has not heard of yet, just after it was told, is asked for again for a while,
-not taken for missing.
+Invariant: AWS may not find a new object right after its creation. So reads of it are repeated for a
+while before it counts as missing.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from batchlab.deploy.stack_records import (
 from batchlab.deploy.template import Template, parse
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
-"""That the stack makes roles has to be said in as many words; `plan` shows which."""
+"""The template creates IAM roles, which the request must confirm. `plan` shows the roles."""
 TAG = "batchlab.stack"
 
 SETTLES_S = 60.0
-"""So long AWS may not know of what it has just been told."""
+"""Seconds for which AWS may not find a new object."""
 POLL_S = 3.0
 HERE_POLL_S = 0.1
-"""With an emulator, which counts no requests."""
+"""Poll interval with an emulator, which does not limit requests."""
 
 _POINTS_ON = "DescribeEvents"
-"""Where a reason says this, the reason is there."""
+"""A reason with this text has its details in DescribeEvents."""
 _NOTHING_NEW = ("didn't contain changes", "No updates are to be performed")
 
 
 class Stack:
-    """The stack called `name` in an account. Waiting is done by `sleep`, in seconds."""
+    """The stack called `name` in an account. `sleep` waits for a number of seconds."""
 
     def __init__(
         self,
@@ -66,8 +66,7 @@ class Stack:
     # --- As it is --------------------------------------------------------------------------------
 
     def state(self, stack: str | None = None) -> State | None:
-        """The stack of this name, or of this id, which finds deleted ones too; None where there is
-        none."""
+        """Return the stack with this name or id, or None. An id also finds deleted stacks."""
         try:
             with asked("DescribeStacks", _is_missing):
                 told = self._cloud.describe_stacks(StackName=stack or self.name)["Stacks"]
@@ -78,7 +77,7 @@ class Stack:
         return state_of(told[0])
 
     def resources(self) -> list[Resource]:
-        """What it has; BackendError."""
+        """Return the resources of the stack. Raises BackendError."""
         told = self.account.pages(
             "cloudformation",
             "list_stack_resources",
@@ -93,16 +92,16 @@ class Stack:
                 one["ResourceStatus"],
             )
             for one in told
-            # One without an id has never come to be.
+            # A resource without an id was never created.
             if one["ResourceStatus"] != "DELETE_COMPLETE" and one.get("PhysicalResourceId")
         ]
 
     def template(self) -> Template:
-        """The template that was deployed last."""
+        """Return the last deployed template."""
         with asked("GetTemplate"):
             told = self._cloud.get_template(StackName=self.name, TemplateStage="Original")
         body = told["TemplateBody"]
-        # botocore reads JSON by itself.
+        # botocore parses JSON itself.
         return parse(body, self.name) if isinstance(body, str) else dict(body)
 
     # --- Change sets -----------------------------------------------------------------------------
@@ -114,8 +113,9 @@ class Stack:
         *,
         is_new: bool,
     ) -> ChangeSet:
-        """A change set, once AWS has worked it out; one that changes nothing is empty. `template`
-        is TemplateBody or TemplateURL. BackendError with AWS's reason where it cannot be."""
+        """Create a change set, and return it once AWS has computed it. It is empty if it changes
+        nothing. `template` is TemplateBody or TemplateURL. Raises BackendError with AWS's reason if
+        AWS cannot make the changes."""
         with _lacking(), asked("CreateChangeSet"):
             made = self._cloud.create_change_set(
                 StackName=self.name,
@@ -145,7 +145,7 @@ class Stack:
             remedy=f"Nothing was changed. {cause.remedy if cause else advice(reason)}",
         )
 
-    # With the stack's name beside a change set's ARN, IAM is asked about the stack.
+    # With the stack's name next to a change set's ARN, IAM checks the rights on the stack.
 
     def _worked_out(self, change_set: str) -> tuple[str, str]:
         begun_s = self._clock()
@@ -158,7 +158,8 @@ class Stack:
             except Missing as error:
                 if self._clock() - begun_s > SETTLES_S:
                     raise Unreachable(
-                        f"CloudFormation does not find what it has made: {error.message}"
+                        "CloudFormation does not find the change set that it has created: "
+                        f"{error.message}"
                     ) from error
             else:
                 if told["Status"] in ("CREATE_COMPLETE", "FAILED"):
@@ -176,8 +177,8 @@ class Stack:
             yield change_of(one["ResourceChange"])
 
     def withdraw(self, change_set: ChangeSet, *, is_new: bool) -> None:
-        """Delete the change set, and with it a stack that was there only for it. One that has been
-        executed is AWS's to delete."""
+        """Delete the change set, and a stack that was created only for it. AWS deletes an executed
+        change set itself."""
         if change_set.id in self._executed:
             return
         try:
@@ -196,14 +197,14 @@ class Stack:
         begun_s = self._clock()
         while (there := self.state(stack_id)) and there.status != "DELETE_COMPLETE":
             if self._clock() - begun_s > SETTLES_S:
-                raise Unreachable(f"The empty stack {self.name} is {there.status} still.")
+                raise Unreachable(f"The empty stack {self.name} is still {there.status}.")
             self._sleep(self._poll_s)
 
     # --- Operations ------------------------------------------------------------------------------
 
     def execute(self, change_set: ChangeSet) -> None:
-        """Begin to change the stack; `follow` sees how it goes."""
-        # Before it is true: a stack that is perhaps being made must not be deleted as empty.
+        """Begin to change the stack. `follow` waits for the end."""
+        # Set before the call: a stack whose creation may have begun must not be deleted as empty.
         self._executed.add(change_set.id)
         with asked("ExecuteChangeSet"):
             self._cloud.execute_change_set(
@@ -213,15 +214,15 @@ class Stack:
             )
 
     def protect(self, *, on: bool) -> None:
-        """Termination protection."""
+        """Turn termination protection on or off."""
         with asked("UpdateTerminationProtection"):
             self._cloud.update_termination_protection(
                 StackName=self.name, EnableTerminationProtection=on
             )
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
-        """Begin to delete the stack; `retain` are logical ids that stay, of one whose deletion has
-        failed."""
+        """Begin to delete the stack. `retain` are logical ids to keep, for a stack whose deletion
+        has failed."""
         with asked("DeleteStack"):
             self._cloud.delete_stack(
                 StackName=stack_id,
@@ -230,7 +231,7 @@ class Stack:
             )
 
     def resume_rollback(self) -> None:
-        """Have a rollback that has failed go on."""
+        """Continue a rollback that has failed."""
         with asked("ContinueUpdateRollback"):
             self._cloud.continue_update_rollback(
                 StackName=self.name, ClientRequestToken=_token("rollback")
@@ -239,12 +240,13 @@ class Stack:
     # --- Events ----------------------------------------------------------------------------------
 
     def mark(self, stack_id: str) -> str:
-        """The newest event so far, to `follow` from there; empty where there is none yet."""
+        """Return the id of the newest event, from which `follow` continues, or "" without
+        events."""
         return next((one.id for one in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
-        """The events of the operation that was begun last, oldest first, and the id of the event
-        before them, empty where there is none. A rollback is part of what it rolls back."""
+        """Return the events of the last operation, oldest first, and the id of the event before
+        them, or "" without one. A rollback belongs to the operation that it rolls back."""
         found: list[Event] = []
         for one in self._events(stack_id):
             if found and found[-1].begins_operation:
@@ -253,7 +255,7 @@ class Stack:
         return "", found[::-1]
 
     def events(self, stack_id: str, since: str = "") -> list[Event]:
-        """Those after the event `since`, oldest first."""
+        """Return the events after the event `since`, oldest first."""
         found = []
         for one in self._events(stack_id):
             if one.id == since:
@@ -262,16 +264,18 @@ class Stack:
         return found[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
-        """Why the operation with these events has failed; None where nothing has."""
+        """Return the cause of failure of the operation with these events, or None without a
+        failure."""
         found = root_cause(events)
         if found and (_POINTS_ON in found.reason or "alidation fail" in found.reason):
-            # Some of what cannot be made CloudFormation sees before it begins, and tells elsewhere.
+            # CloudFormation validates some resources before it begins, and reports those errors
+            # elsewhere.
             return self._refused(StackName=stack_id) or found
         return found
 
     def _refused(self, **asking: str) -> Cause | None:
-        """The first of what CloudFormation has found wrong before it began."""
-        if not hasattr(self._cloud, "describe_events"):  # boto3 of before November 2025
+        """Return the first error that CloudFormation has found before it began."""
+        if not hasattr(self._cloud, "describe_events"):  # This is boto3 from before November 2025.
             return None
         with asked("DescribeEvents"):
             told = self._cloud.describe_events(**asking, Filters={"FailedEvents": True})
@@ -282,7 +286,7 @@ class Stack:
         return None
 
     def _events(self, stack_id: str) -> Iterator[Event]:
-        """Newest first; none for a stack that AWS has not heard of yet."""
+        """Yield the events, newest first, and none for a stack that AWS does not find yet."""
         pages = self._cloud.get_paginator("describe_stack_events").paginate(StackName=stack_id)
         try:
             with asked("DescribeStackEvents", _is_missing):
@@ -292,15 +296,16 @@ class Stack:
             return
 
     def follow(self, stack_id: str, since: str, see: Callable[[Event], None]) -> State:
-        """Wait for the end of the operation that has begun after the event `since`; `see` gets its
-        events, oldest first, each once."""
+        """Wait for the end of the operation that began after the event `since`. `see` receives each
+        of its events once, oldest first."""
         last, has_ended = since, False
         while True:
             for event in self.events(stack_id, last):
                 last = event.id
                 has_ended |= event.is_of_stack and event.ends_operation
                 see(event)
-            # Asked only then: just after the beginning it may still be what it was before.
+            # Read only after the last event: right after the beginning, the state may still be the
+            # old one.
             if has_ended:
                 state = self.state(stack_id)
                 if state and not state.is_moving:
@@ -310,7 +315,7 @@ class Stack:
 
 @contextmanager
 def _lacking() -> Iterator[None]:
-    """An emulator names the types that it lacks; what to leave out for them is said here."""
+    """Add a remedy to an emulator's error about resource types that it lacks."""
     try:
         yield
     except Refused as error:
@@ -318,7 +323,7 @@ def _lacking() -> Iterator[None]:
             raise
         raise Refused(
             error.message,
-            remedy="What stands in AWS's place lacks them: try --egress endpoints, --ledger "
+            remedy="The emulator of AWS lacks them: try --egress endpoints, --ledger "
             "sqlite and --budget 0 there.",
         ) from error
 

@@ -1,8 +1,9 @@
-"""What CloudFormation tells of a stack, as frozen values.
+"""Records of CloudFormation's answers about a stack, and the operations that each stack state
+allows.
 
-What can be done with a stack in each of CloudFormation's states, by AWS's documentation:
+The states follow AWS's documentation:
 docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html (status codes), and
-the API reference's pages of ContinueUpdateRollback, RollbackStack and DeleteStack.
+the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ REVIEW = "REVIEW_IN_PROGRESS"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A stack as DescribeStacks tells it. Times are epoch seconds."""
+    """A stack from DescribeStacks. Times are epoch seconds."""
 
     id: str
     name: str
@@ -32,23 +33,25 @@ class State:
 
     @property
     def is_moving(self) -> bool:
-        """Whether an operation is going on; a stack that only awaits a change set is at rest."""
+        """Return whether an operation is in progress. A stack that only awaits a change set is at
+        rest."""
         return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing of it has ever been made."""
+        """Return whether no resource of the stack was ever created."""
         return self.status == REVIEW
 
     @property
     def has_succeeded(self) -> bool:
-        """Whether the last operation did what it was to do."""
+        """Return whether the last operation succeeded."""
         return self.status in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "DELETE_COMPLETE")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One resource's part in a change set. `replacement` is True, False, Conditional, or empty."""
+    """The change of one resource in a change set. `replacement` is True, False, Conditional, or
+    empty."""
 
     action: str
     id: str
@@ -60,7 +63,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """One that AWS has worked out; without changes it cannot be executed."""
+    """A computed change set. Without changes it cannot be executed."""
 
     id: str
     stack_id: str
@@ -69,7 +72,7 @@ class ChangeSet:
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A part of a stack that is there."""
+    """An existing resource of a stack."""
 
     id: str
     type: str
@@ -139,24 +142,24 @@ NEXT = {
     "can never be deleted `aws cloudformation delete-stack --stack-name {stack} "
     "--retain-resources ID` leaves to you.",
 }
-"""What to do next, by the state in which an operation has left the stack."""
+"""The next step, by the state in which an operation has left the stack."""
 
 _TO_GO = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED")
 _BROKEN = ("UPDATE_ROLLBACK_FAILED", "UPDATE_FAILED", "IMPORT_ROLLBACK_FAILED")
 
 
 def next_step(state: State) -> str:
-    """What to do; "" where there is nothing to be put right."""
+    """Return the next step, or "" if none is needed."""
     return NEXT.get(state.status, "").replace("{stack}", state.name)
 
 
 def must_go(state: State) -> bool:
-    """Whether nothing can be done with it any more but to delete it."""
+    """Return whether the stack can only be deleted."""
     return state.status in _TO_GO
 
 
 def refuse_unchangeable(state: State) -> None:
-    """Refused unless CloudFormation would take an update now."""
+    """Raise Refused unless CloudFormation accepts an update now."""
     if state.is_moving:
         raise Refused(
             f"The stack {state.name} is {state.status}.",

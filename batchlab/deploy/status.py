@@ -1,4 +1,5 @@
-"""What a stack is now: its groups, queues and alarms, and what differs from what the home knows."""
+"""Status of a stack: its groups, queues, and alarms, and its differences from the home's deployment
+file."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from batchlab.runtime.aws.deployment import AwsDeployment
 from batchlab.runtime.home import Home
 
 ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
-"""What follows the name of a group in the names of its alarms."""
+"""Suffixes of alarm names after the name of a group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """An Auto Scaling group; `instances` are those in service, by id."""
+    """An Auto Scaling group. `instances` are the ids of those in service."""
 
     name: str
     smallest: int
@@ -32,14 +33,14 @@ class Group:
     desired: int
     instances: tuple[str, ...]
     others: int
-    """Instances that come or go."""
+    """Number of instances that start or end."""
     refresh: str
-    """What its last instance refresh is at; empty where there was none."""
+    """Status of the last instance refresh, or "" without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue and how many messages it has, which AWS knows approximately."""
+    """A queue and its approximate numbers of messages."""
 
     name: str
     visible: int
@@ -56,7 +57,8 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`drift` names the fields in which the home's deployment.json differs from the stack."""
+    """Status of a stack. `drift` lists the fields in which the home's deployment.json differs from
+    the stack."""
 
     state: State
     cause: Cause | None
@@ -68,7 +70,7 @@ class Status:
 
     @property
     def manager(self) -> str:
-        """The instance of the manager, empty where none is in service."""
+        """Return the id of the manager's instance, or "" if none is in service."""
         name = self.deployment.manager_group if self.deployment else ""
         found = (one.instances for one in self.groups if one.name == name and one.instances)
         return next(found, ("",))[0]
@@ -96,7 +98,7 @@ def _fields(one: Any) -> dict[str, Any]:
 
 
 def look(stack: Stack, state: State, home: Home) -> Status:
-    """The stack's status; what the home knows of it is not changed."""
+    """Return the stack's status. The home's files are not changed."""
     account = stack.account
     cause = None
     if not state.has_succeeded and not state.is_moving and not state.is_new:
@@ -117,7 +119,7 @@ def look(stack: Stack, state: State, home: Home) -> Status:
 
 
 def _python(home: Home) -> str:
-    """What the home knows and the stack does not say."""
+    """Return the Python version in the home's deployment file. The stack does not have it."""
     try:
         kept = deployment.read(home)
     except BackendError:
@@ -126,7 +128,7 @@ def _python(home: Home) -> str:
 
 
 def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
-    """The fields in which the file in the home differs from the stack's outputs."""
+    """Yield the fields in which the home's file differs from the stack's outputs."""
     try:
         kept = deployment.read(home)
     except BackendError:
@@ -182,7 +184,7 @@ def _queues(account: Account, found: AwsDeployment) -> Iterator[Queue]:
         "ApproximateNumberOfMessagesDelayed",
     )
     for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=found.prefix):
-        # A stack whose name begins alike has queues with this prefix too.
+        # Queues of a stack whose name begins with this one's have this prefix too.
         if url.rpartition("/")[2] not in names:
             continue
         with asked(f"Queue {url!r}"):

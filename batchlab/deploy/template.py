@@ -1,13 +1,13 @@
-"""CloudFormation's templates as values: read from YAML, written as JSON.
+"""CloudFormation templates as values: read from YAML, written as compact JSON, or rendered for
+emulators.
 
-Invariant: what is written means to CloudFormation what the file does, as JSON without blanks: a
-request holds 51,200 bytes of template, and comments and indents are a good third of the file.
+Invariant: the written template has the same meaning as the file. It is JSON without blanks, because
+a request holds 51,200 bytes of template, and comments and indentation take more than a third of the
+file.
 
-A template as its conditions leave it, for what stands in AWS's place.
-
-Invariant: it makes the same as the template it is made from, with these parameters. Emulators
-refuse a template for a type that they lack, whatever conditions say, and know fewer functions in
-conditions than AWS does; for AWS itself nothing is rendered.
+A rendered template creates the same resources as its source with the same parameters. Emulators
+refuse a template with a type that they lack, whatever its conditions are, and support fewer
+functions in conditions than AWS. Templates for AWS itself are not rendered.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from batchlab.core.errors import BatchlabError, UsageError
 Template = dict[str, Any]
 
 INLINE_BYTES = 51_200
-"""CreateChangeSet's limit for TemplateBody."""
+"""Maximum size of TemplateBody in CreateChangeSet."""
 STORED_BYTES = 1_048_576
-"""Its limit for TemplateURL."""
+"""Maximum size of a template behind TemplateURL."""
 LIMITS = {"Resources": 500, "Parameters": 200, "Outputs": 200, "Mappings": 200}
-"""How many of each a template may have."""
+"""Maximum numbers of entries in the sections of a template."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows CloudFormation's short forms, !Ref and the others, and takes dates for text as AWS
-    does: a policy's Version is one."""
+    """YAML loader that supports CloudFormation's short forms such as !Ref. It reads dates as text,
+    as AWS does: the Version of a policy is one."""
 
 
 def _short_form(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
@@ -62,12 +62,12 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def shipped() -> Path:
-    """The stack's template in this installation."""
+    """Return the stack's template in this installation."""
     return package_data.folder("backends") / "aws" / "stack.yaml"
 
 
 def load(path: Path) -> Template:
-    """The template in a file, YAML or JSON; UsageError where it is none."""
+    """Return the template in a YAML or JSON file. Raises UsageError if it is not a template."""
     try:
         return parse(path.read_text(), str(path))
     except OSError as error:
@@ -80,21 +80,21 @@ def load(path: Path) -> Template:
 
 
 def parse(text: str, where: str) -> Template:
-    """The template in a text, YAML or JSON; UsageError where it is none."""
+    """Return the template in a YAML or JSON text. Raises UsageError if it is not a template."""
     try:
         found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}.", remedy="Put that line right.") from error
     if not isinstance(found, dict) or not isinstance(found.get("Resources"), dict):
         raise UsageError(
-            f"{where} is no CloudFormation template: it has no Resources.",
+            f"{where} is not a CloudFormation template: it lacks Resources.",
             remedy="backends/aws/stack.yaml is one.",
         )
     return found
 
 
 def body(template: Template) -> str:
-    """The template as short as it can be; UsageError where CloudFormation would refuse it."""
+    """Return the template as compact JSON. Raises UsageError if CloudFormation would refuse it."""
     for section, most in LIMITS.items():
         if (count := len(template.get(section, ()))) > most:
             raise UsageError(
@@ -115,8 +115,8 @@ _NAMED = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
 def rendered(template: Template, values: Mapping[str, str]) -> Template:
-    """The template without conditions, and without what they exclude; `values` are those of all
-    parameters and of AWS's own that conditions may ask for, such as AWS::Region."""
+    """Return the template without conditions and the parts that they exclude. `values` has all
+    parameters and the pseudo parameters that conditions may use, such as AWS::Region."""
     return _Rendering(template, values).made()
 
 
@@ -144,7 +144,7 @@ class _Rendering:
         return self._test(self._template["Conditions"][name])
 
     def _chosen(self, node: Any) -> Any:
-        """The node with every Fn::If decided."""
+        """Return the node with every Fn::If evaluated."""
         if isinstance(node, list):
             return [self._chosen(one) for one in node]
         if not isinstance(node, dict):
@@ -166,7 +166,7 @@ class _Rendering:
             return not next(tests)
         if name in ("Fn::And", "Fn::Or"):
             return all(tests) if name == "Fn::And" else any(tests)
-        raise BatchlabError(f"The stack's template is flawed: {name} is no condition.")
+        raise BatchlabError(f"The stack's template is flawed: {name} is not a condition.")
 
     def _text(self, node: Any) -> str:
         if isinstance(node, str):

@@ -1,7 +1,8 @@
-"""The wheels that an instance installs without any index: batchlab's own, and all that it needs.
+"""Wheels for an instance, which installs without a package index: batchlab's own and its
+dependencies.
 
-Invariant: a version is the one that is installed beside the command, wherever that has one, so
-what was tried here is what runs there.
+Invariant: a package that is installed next to the command has the same version on instances, so
+instances run the tested versions.
 """
 
 from __future__ import annotations
@@ -29,33 +30,34 @@ from batchlab.runtime.compose import images
 
 ARCHITECTURES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")
-"""Those that Amazon Linux 2023 has in its own repositories, and batchlab runs on."""
+"""Python versions in the repositories of Amazon Linux 2023 that batchlab supports."""
 INSTALLER = "pip==25.3"
-"""What installs the others: an instance's own Python need not have it."""
+"""The installer of the other wheels. An instance's own Python may lack it."""
 
 _GLIBC = 34
 """Amazon Linux 2023 has glibc 2.34."""
 _OLDEST_GLIBC = 5
 _MISSING = re.compile(r"No matching distribution found for (\S+)")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The oldest time that a zip file can tell."""
+"""The earliest time that a zip file can store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the wheels are for: Linux with glibc, of an architecture and a Python ("3.12")."""
+    """Target of the wheels: Linux with glibc, of an architecture and a Python version ("3.12")."""
 
     architecture: str
     python: str
 
     @classmethod
     def of(cls, architecture: str, python: str) -> Target:
-        """UsageError for one that no instance of ours has; with "" the Python that runs here."""
-        # Functions travel as their bytecode, which only the same Python understands.
+        """Return the target. An empty version means the running Python. Raises UsageError for one
+        that instances do not have."""
+        # Functions are sent as bytecode, which only the same Python version can run.
         python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
         if architecture not in ARCHITECTURES:
             raise UsageError(
-                f"There is no architecture {architecture!r}.",
+                f"The architecture {architecture!r} is not supported.",
                 remedy=f"Name one of {', '.join(ARCHITECTURES)}.",
             )
         if python not in PYTHONS:
@@ -69,7 +71,7 @@ class Target:
         return f"Python {self.python} on {self.architecture}"
 
     def markers(self) -> dict[str, str]:
-        """The environment that requirements' markers are judged in."""
+        """Return the environment for evaluating the markers of requirements."""
         return {
             "implementation_name": "cpython",
             "implementation_version": f"{self.python}.0",
@@ -85,8 +87,9 @@ class Target:
         }
 
     def pip(self) -> list[str]:
-        """pip's options for wheels of this target."""
-        # By name each: pip does not know that a newer glibc runs what was built for an older one.
+        """Return pip's options for wheels of this target."""
+        # All platforms are named: pip does not know that a newer glibc runs wheels for an older
+        # one.
         names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
         names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
         platforms = [f"--platform={name}_{self.architecture}" for name in names]
@@ -100,7 +103,8 @@ class Target:
 
 
 def own_wheel(folder: Path) -> Path:
-    """Write batchlab's wheel, from the files and metadata of the package that runs; its path."""
+    """Write batchlab's wheel from the files and metadata of the running package, and return its
+    path."""
     installed = metadata.distribution("batchlab")
     version = installed.version
     info = f"batchlab-{version}.dist-info"
@@ -119,7 +123,7 @@ def own_wheel(folder: Path) -> Path:
     record.append(f"{info}/RECORD,,\n")
     content[f"{info}/RECORD"] = "\n".join(record).encode()
     path = folder / f"batchlab-{version}-py3-none-any.whl"
-    # Not compressed, which would depend on the version of the library that does it.
+    # Not compressed: the version of the compression library would change the file.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
         for name, body in content.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -129,15 +133,15 @@ def own_wheel(folder: Path) -> Path:
 
 
 def _digest(body: bytes) -> str:
-    """As a wheel's RECORD has it."""
+    """Return the hash in the form of a wheel's RECORD."""
     encoded = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=")
     return f"sha256={encoded.decode()}"
 
 
 def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[str]:
-    """Bring the wheels of everything that batchlab and `packages` need, from the index that pip is
-    set up for; what they are, as "name==version". BackendError with pip's reason, UsageError for
-    a package whose name is none."""
+    """Download the wheels of batchlab's and `packages`' dependencies from pip's configured index,
+    and return them as "name==version". Raises BackendError with pip's reason, and UsageError for an
+    invalid package name."""
     with _Pip(target, folder) as pip:
         pins, missing = _closure([*images.requirements(), *packages], target, pip)
         pip.download([*pins, INSTALLER])
@@ -147,8 +151,8 @@ def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[st
 def _closure(
     roots: Sequence[str], target: Target, pip: _Pip
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """What is needed in the target: pins of what is installed here too, and those of what is not,
-    which are fetched on the way."""
+    """Return the dependencies for the target: pins of those that are installed here, and those of
+    the others, which are downloaded to read their metadata."""
     pins: dict[str, str] = {}
     fetched: dict[str, metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
@@ -178,7 +182,7 @@ def _requirement(line: str) -> Requirement:
         return Requirement(line)
     except InvalidRequirement as error:
         raise UsageError(
-            f"{line!r} is no requirement of a package.", remedy="Write for example 'pandas>=2'."
+            f"{line!r} is not a requirement of a package.", remedy="Write for example 'pandas>=2'."
         ) from error
 
 
@@ -189,8 +193,7 @@ def _needed(found: metadata.Distribution, target: Target, extra: str) -> list[Re
 
 
 class _Pip:
-    """pip, to download into `folder` for the target: of this environment, or of one that is made
-    for it."""
+    """pip of this environment, or of a temporary one. It downloads into `folder` for the target."""
 
     def __init__(self, target: Target, folder: Path) -> None:
         self._target = target
@@ -205,7 +208,7 @@ class _Pip:
         self._made.cleanup()
 
     def one(self, requirement: str, name: str) -> metadata.Distribution:
-        """Download what is not installed here; what its wheel says of itself."""
+        """Download a package that is not installed here, and return the metadata of its wheel."""
         self.download([requirement])
         for path in self._folder.glob("*.whl"):
             if parse_wheel_filename(path.name)[0] == name:
@@ -216,11 +219,11 @@ class _Pip:
                     }  # fmt: skip
                     text = wheel.read(f"{info}/METADATA").decode()
                 return _Told(text)
-        raise BackendError(f"pip says that it has fetched {requirement}, and there is no wheel.")
+        raise BackendError(f"pip reports a download of {requirement}, but its wheel is missing.")
 
     def download(self, requirements: Sequence[str]) -> None:
-        """Bring the wheel of each; one that is published as source alone is built here, if it is
-        for any platform. BackendError with the reason in a sentence."""
+        """Download a wheel of each requirement. A package that has only a source distribution is
+        built here, if its wheel fits any platform. Raises BackendError with the reason."""
         wanted = list(requirements)
         while wanted:
             told = self._run("download", *self._target.pip(), *wanted)
@@ -243,7 +246,7 @@ class _Pip:
             wheel.replace(self._folder / wheel.name)
 
     def _run(self, command: str, *options: str, folder: str = "") -> str | None:
-        """What pip says where it fails, else None."""
+        """Run pip, and return its error output, or None on success."""
         done = subprocess.run(
             [
                 self._interpreter(),
@@ -264,7 +267,7 @@ class _Pip:
             capture_output=True,
             text=True,
             check=False,
-            # Else a wheel that is built here has the time of day in it.
+            # Otherwise a wheel that is built here contains the time of day.
             env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
         )
         return (done.stderr or done.stdout).strip() if done.returncode else None
@@ -291,7 +294,8 @@ class _Pip:
         )
         if done.returncode:
             raise BackendError(
-                f"There is no pip to fetch packages with: {pip_reason(done.stdout.strip())}.",
+                "pip is missing, so packages cannot be downloaded: "
+                f"{pip_reason(done.stdout.strip())}.",
                 remedy=f"Install pip for {sys.executable}.",
             )
         self._python = os.fspath(Path(self._made.name) / "bin" / "python")
@@ -299,7 +303,7 @@ class _Pip:
 
 
 class _Told(metadata.Distribution):
-    """A distribution that is known from its METADATA alone."""
+    """A distribution with only its METADATA."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -81,7 +81,7 @@ def test_what_cannot_be_is_refused_without_credentials_too(nobody: Run, tmp_path
     [
         (("--set", "Colour=red"), "The stack has no parameter 'Colour'."),
         (("--ledger", "paper"), "Ledger cannot be 'paper'."),
-        (("--pool", "default:0-4x2@large"), "'large' is no instance type."),
+        (("--pool", "default:0-4x2@large"), "'large' is not an instance type."),
         (("--stack", "Grid"), "The stack cannot be called 'Grid'."),
         (("--alarm-email", "nobody"), "AlarmEmail cannot be 'nobody'."),
     ],

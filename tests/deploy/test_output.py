@@ -204,7 +204,7 @@ def test_a_release_tells_its_python(tmp_path: Path) -> None:
     assert python_of(release(tmp_path)) == "3.12"
     damaged = tmp_path / "x.tar.gz"
     damaged.write_bytes(b"no")
-    with pytest.raises(UsageError, match="is no release"):
+    with pytest.raises(UsageError, match="is not a release"):
         python_of(damaged)
 
 

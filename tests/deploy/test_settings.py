@@ -63,11 +63,11 @@ def test_a_persons_yaml_is_read(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("- a\n", "is not an object"),
-        ("pols: []\n", "'pols', which is no setting"),
-        ("pools: [{name: a, min: 1}]\n", "'min', which is no setting"),
+        ("pols: []\n", "'pols', which is not a setting"),
+        ("pools: [{name: a, min: 1}]\n", "'min', which is not a setting"),
         ("pools: [{name: a, slots: two}]\n", "slots is 'two'"),
         ("pools: [{name: a, slots: true}]\n", "slots is True"),
-        ("pools: [{slots: 1}]\n", "a pool has no name"),
+        ("pools: [{slots: 1}]\n", "a pool lacks a name"),
         ("pools: [{name: a, types: m7i.large}]\n", "not a list"),
         ("parameters: [a]\n", "not names with values"),
         ("packages: duckdb\n", "not a list"),
@@ -145,7 +145,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"pools": (PoolSettings("p" * 41),)}, "cannot be called"),
         ({"pools": (PoolSettings("a", 3, 2),)}, "3 to 2 instances"),
         ({"pools": (PoolSettings("a", 0, 0),)}, "0 to 0 instances"),
-        ({"pools": (PoolSettings("a", types=("m7i",)),)}, "no instance type"),
+        ({"pools": (PoolSettings("a", types=("m7i",)),)}, "not an instance type"),
         (
             {"pools": (PoolSettings("a", types=("m7i.large", "m7g.large")),)},
             "different processors (x86_64 and arm64)",
@@ -156,7 +156,7 @@ def test_pools_whose_names_begin_alike_are_told_apart() -> None:
         ({"parameters": (("Ledger", "oracle"),)}, "one of 'sqlite', 'postgres', 'simpledb'"),
         ({"parameters": (("LogDays", "8"),)}, "one of '7', '30', '90'"),
         ({"parameters": (("BudgetUsd", "-1"),)}, "from 0 to"),
-        ({"parameters": (("BudgetUsd", "many"),)}, "no number"),
+        ({"parameters": (("BudgetUsd", "many"),)}, "not a number"),
         ({"parameters": (("AlarmEmail", "me"),)}, "It is An address"),
         (
             {"pools": (PoolSettings("a", parameters=(("PoolMx", "1"),)),)},

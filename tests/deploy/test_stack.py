@@ -100,7 +100,7 @@ def test_one_that_is_never_found_is_told_and_nothing_is_left(stack: Stack, stub:
     for _ in range(22):  # 60 s, one every 3 s
         missing(stub, "describe_change_set", "ChangeSetNotFound")
     missing(stub, "delete_change_set", "ChangeSetNotFound")
-    with pytest.raises(Unreachable, match="does not find what it has made"):
+    with pytest.raises(Unreachable, match="does not find the change set that it has created"):
         stack.propose({"TemplateBody": "{}"}, [], is_new=True)
 
 

@@ -196,7 +196,7 @@ def test_faults_can_be_written_and_read_and_a_shell_leaves_them_alone() -> None:
         ("manager", "'manager' is not a fault"),
         ("manager:x:lost", "'manager:x:lost' is not a fault"),
         ("manager:1:lost,", "'' is not a fault"),
-        ("manager:1:spilled", "no fault 'spilled'"),
+        ("manager:1:spilled", "fault 'spilled' does not exist"),
     ],
 )
 def test_what_is_no_fault_is_refused_with_a_remedy(text: str, told: str) -> None:
