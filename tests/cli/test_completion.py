@@ -120,7 +120,7 @@ def test_jobs_and_schedules_of_a_grid_that_is_up(
 def test_a_manager_that_does_not_answer_is_not_waited_for(
     complete: Complete, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(options, "COMPLETION_TIMEOUT_S", 0.01)
     monkeypatch.setattr(Manager, "do_GET", lambda self: threading.Event().wait(0.2))
     monkeypatch.setenv("BATCHLAB_HOME", str(home.path))
     assert complete("batchlab job show s") == []

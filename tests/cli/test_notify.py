@@ -58,16 +58,16 @@ def test_targets_are_listed(run: Run) -> None:
 
 def test_nobody_is_a_sentence(run: Run) -> None:
     FakeClient.answers = {"notify_targets": [], "notifications": []}
-    assert run("notify", "list")[2].startswith("Nobody is notified: ")
-    assert run("notify", "log")[2] == "Nobody has been notified yet.\n"
+    assert run("notify", "list")[2].startswith("There are no targets: ")
+    assert run("notify", "log")[2] == "There are no notifications yet.\n"
     assert run("notify", "log", "--json")[1] == "[]\n"
 
 
 def test_a_test_that_fails_says_so_and_exits_with_1(run: Run) -> None:
     FakeClient.answers = {"notify_test": {"target": "ops", "error": ""}}
-    assert run("notify", "test", "ops") == (0, "ops was told.\n", "")
+    assert run("notify", "test", "ops") == (0, "ops was notified.\n", "")
     FakeClient.answers = {"notify_test": {"target": "ops", "error": "It is away."}}
-    assert run("notify", "test", "ops") == (1, "", "ops was not told: It is away.\n")
+    assert run("notify", "test", "ops") == (1, "", "ops was not notified: It is away.\n")
     code, out, _ = run("notify", "test", "ops", "--json")
     assert (code, json.loads(out)["error"]) == (1, "It is away.")
 
