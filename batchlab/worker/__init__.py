@@ -1,1 +1,1 @@
-"""The worker: picks bundles from its pool's queue, runs them in slots, commits and forwards."""
+"""The worker: receives bundles from its pool's queue, runs, commits, and forwards them."""

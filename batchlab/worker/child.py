@@ -1,12 +1,13 @@
-"""The warm child process in which user code runs, a bundle's tasks at a time.
+"""The warm child process that runs user code, one bundle's tasks per request.
 
-Invariant: a task's answer is in the pipe before the next task starts, and the board names the
-running one, so whatever kills this process costs at most the task that killed it. Imports the
-standard library and a few light modules of ours only: start-up is part of every first task.
+Invariant: a task's answer is in the pipe before the next task starts, and the shared memory names
+the running task. A crash of this process therefore costs at most the task that caused it. This
+module imports only the standard library and a few light modules, because its start-up delays the
+first task.
 
-Lines of JSON: a request in; out come ["ok", task, run_s, value, extra] or ["failed", task, run_s,
-fault, extra] for each task, instead of them ["import", fault, extra] where the handler cannot be
-loaded, and ["end", why] last.
+Requests and answers are lines of JSON. The answer to a task is ["ok", task, run_s, value, extra] or
+["failed", task, run_s, fault, extra]. If the handler cannot be loaded, the only answer is
+["import", fault, extra]. The last line of each request is ["end", why].
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ from batchlab.worker.shared_memory import IMPORTING, Board
 from batchlab.worker.task_executor import Bench, Request
 
 EXIT_PIPE_LOST = 81
-"""Exit code of a child that cannot answer any more, because a task closed its files."""
+"""Exit code of a child that cannot answer because a task closed its pipes."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class RequestLine(TypedDict):
-    """What a child is asked for at once: tasks in order, and how long further ones may start."""
+    """One request to a child: tasks in order, and the limits for starting them."""
 
     request: Request
     items: list[tuple[int, Any]]
     log: str
     left_s: float | None
-    """Seconds until no further task may start, None without such a limit."""
+    """Seconds during which tasks may start; None for no limit."""
     must_start: bool
-    """The first task starts whatever `left_s` says."""
+    """Start the first task even if `left_s` is used up."""
     memory_bytes: int | None
 
 
 class Child:
-    """Serves requests until the pipe is closed."""
+    """Loop of a child process: it serves requests until the pipe is closed."""
 
     def __init__(self, requests: int, answers: int, board: Board) -> None:
         self._requests = requests
@@ -93,7 +94,7 @@ class Child:
             self._answer(json.dumps(["import", problem.fault, {"span": span}]))
             return "import"
         self._exit_if_forked()
-        # Taken after loading: what a module sets for itself stays.
+        # Read after the handler is loaded, so that settings made by its modules stay.
         habits = Habits()
         memory = Memory(asked["memory_bytes"])
         must_start = asked["must_start"]
@@ -112,7 +113,7 @@ class Child:
         return "done"
 
     def _task(self, bench: Bench, task: int, item: Any, log_at: int) -> int:
-        """Run one task and answer; returns where the next one's output begins."""
+        """Run one task and write its answer. Return the log offset of the next task's output."""
         extra: dict[str, Any] = {}
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)
@@ -140,13 +141,13 @@ class Child:
         return end
 
     def _exit_if_forked(self) -> None:
-        # A handler that forks and returns twice would answer twice.
+        # A handler that forks may return in both processes; only the original one answers.
         if os.getpid() != self._pid:
             os._exit(0)
 
     def _answer(self, text: str) -> None:
-        # A handler may have closed our pipes, and a later open may have got their numbers: ending
-        # is better than writing into a file of the user's.
+        # A handler may have closed the pipe, and a later open may have reused its number. The
+        # process exits rather than write into a user's file.
         data = text.encode() + b"\n"
         try:
             if os.fstat(self._answers).st_ino != self._inodes[1]:
@@ -161,33 +162,33 @@ class Child:
             if os.fstat(self._requests).st_ino == self._inodes[0]:
                 return
         except OSError:
-            pass  # closed, which is as bad as reused
-        # Every task has answered, so nobody is blamed: another child takes the next request.
+            pass  # The descriptor is closed: exit as if it had been reused.
+        # Every task has answered, so no task fails: another child serves the next request.
         os._exit(EXIT_PIPE_LOST)
 
 
 class Output:
-    """File descriptors 1 and 2, sys.stdout and sys.stderr: all of them the execution's log.
+    """Redirection of file descriptors 1 and 2, sys.stdout, and sys.stderr to the execution's log.
 
-    Line buffered, so that what a task printed before it crashed is there to be read.
+    The streams are line buffered, so the log holds what a task printed before it crashed.
     """
 
     def __init__(self) -> None:
         self._log = ""
         self._cwd = ""
         self._inode = 0
-        # They stay the same whatever is behind the descriptors.
+        # The stream objects stay the same when the descriptors are redirected.
         self._streams: tuple[IO[str], IO[str]] = (_stream(1), _stream(2))
         sys.stdout, sys.stderr = self._streams
 
     def attach(self, log: str, cwd: str) -> None:
         self._redirect(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
         os.chdir(cwd)
-        # As the kernel names it, whatever links lead there.
+        # getcwd returns the kernel's name of the folder, with links resolved.
         self._log, self._cwd = log, os.getcwd()  # noqa: PTH109
 
     def detach(self) -> None:
-        """Let go of the execution's folder: it is about to be removed."""
+        """Leave the execution's folder, because the worker is about to remove it."""
         os.chdir("/")
         self._redirect(os.open(os.devnull, os.O_WRONLY))
 
@@ -205,13 +206,16 @@ class Output:
         return os.fstat(1).st_size
 
     def settle(self, log_at: int) -> int:
-        """After a task: what it printed is in the log, cut to its share, and what it did to the
-        streams, the descriptors or the current folder is undone. Returns the log's size."""
+        """Restore the output state after a task, and return the log's size.
+
+        Flush the streams, trim the task's output to its share, and undo what the task did to the
+        streams, the descriptors, or the current folder.
+        """
         out, err = self._streams
         try:
             out.flush()
             err.flush()
-            if os.getcwd() != self._cwd:  # noqa: PTH109 - half of what it takes to go there
+            if os.getcwd() != self._cwd:  # noqa: PTH109 - twice as fast as calling chdir
                 os.chdir(self._cwd)
             if not (sys.stdout is out and sys.stderr is err):
                 sys.stdout, sys.stderr = out, err
@@ -223,7 +227,7 @@ class Output:
                     else first.st_size
                 )
         except (OSError, ValueError):
-            os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - it may have removed the folder
+            os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - the task may have removed it
         self.attach(self._log, self._cwd)
         return self.size()
 
@@ -236,9 +240,9 @@ def _stream(fd: int) -> IO[str]:
 
 
 class Habits:
-    """What the kernel keeps for this process and a task may have changed: its umask, its alarms.
+    """Kernel state of this process that a task may change: the umask and alarms.
 
-    Python's own state (modules, os.environ) is left alone: handlers keep things there on purpose.
+    Python's own state (modules, os.environ) is not restored: handlers use it on purpose.
     """
 
     def __init__(self) -> None:
@@ -247,14 +251,14 @@ class Habits:
 
     def restore(self) -> None:
         os.umask(self._umask)
-        # Or it would ring for the next task, which has no handler for it.
+        # A pending alarm would signal the next task, which has no handler for it.
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Memory:
-    """Whether this process should make room for a fresh one between two tasks.
+    """Memory growth of this process, which decides when a fresh process must replace it.
 
-    Python seldom gives memory back, so that a task would be charged for its predecessors.
+    Python seldom returns memory to the system, so a task would be charged for earlier tasks.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:
@@ -275,10 +279,10 @@ def _resident() -> int:
 
 
 def die_with(life: int) -> None:
-    """End this process and its descendants when the worker ends, however it ends."""
-    # The kernel signals the pipe's end to the whole process group. The parent-death signal is only
-    # for kernels that cannot: it reaches this process alone, and may come first, and then the
-    # pipe's end finds nobody left to pass it on to the programs that a task has started.
+    """Kill this process and its descendants when the worker exits for any reason."""
+    # The kernel signals the end of the pipe to the whole process group. The parent-death signal is
+    # the fallback for kernels without this feature. It reaches only this process, so programs that
+    # a task started would survive. It is therefore not used in addition.
     try:
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
@@ -289,12 +293,12 @@ def die_with(life: int) -> None:
     try:
         os.read(life, 1)
     except BlockingIOError:
-        return  # nothing to read, but somebody could write: the worker lives
+        return  # The write end of the pipe is open, so the worker is alive.
     os._exit(0)
 
 
 def main() -> None:
-    """Started by child_process.ChildProcess only."""
+    """Run the child. `child_process.ChildProcess` starts this process with its arguments."""
     requests, answers, life = (int(text) for text in sys.argv[1:4])
     board, code = sys.argv[4:6]
     for fd in (requests, answers, life):
@@ -305,7 +309,7 @@ def main() -> None:
     if code:
         sys.path.insert(0, code)
     Child(requests, answers, Board(board)).serve()
-    # Not sys.exit: threads that a handler left behind would be waited for.
+    # sys.exit would wait for threads that a handler left running.
     os._exit(0)
 
 

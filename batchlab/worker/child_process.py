@@ -1,11 +1,7 @@
-"""The worker's end of a warm child process: its pipes, its board, and its death.
+"""The worker's side of its warm child processes: pipes, shared memory, exit, and the pool.
 
-Invariant: nothing here blocks the event loop, and a child that has ended is always waited for,
-its process group killed first.
-
-The warm children of one worker, idle and busy.
-
-Invariant: there are never more of them than slots, and a child only ever serves one code folder.
+Invariants: nothing here blocks the event loop. Each ended child is reaped after its process group
+is killed. A worker has at most as many children as slots, and a child serves only one code folder.
 """
 
 from __future__ import annotations
@@ -44,10 +40,13 @@ def _parsed(line: bytearray) -> Any:
 
 
 class ChildProcess:
-    """One child, bound to one folder of code. Ended by `kill`, forgotten by `close`."""
+    """One child process, bound to one folder of code.
+
+    `kill` ends the process, and `close` then removes its files.
+    """
 
     def __init__(self, folder: Path, digest: str, code: Path | None) -> None:
-        """Start it; it boots while the first request is already on its way. OSError."""
+        """Start the process without waiting for it. Raise OSError if it cannot start."""
         self.digest = digest
         self._folder = folder
         self._loop = asyncio.get_running_loop()
@@ -55,19 +54,20 @@ class ChildProcess:
         self._read_s = 0.0
         self._eof = False
         self.spoilt = False
-        """A handler wrote into the pipe; answers are good up to there."""
+        """A handler wrote into the pipe. Only the answers before that are valid."""
         self._closed = False
         self._unsent = bytearray()
         folder.mkdir(parents=True, exist_ok=True)
         self.board = Board(folder / "board", create=True)
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
-        # Never written to: its end is the news.
+        # Nothing is written to this pipe: the child watches for its end.
         life, self._life = os.pipe()
         theirs = (requests, answers, life)
         try:
             with (folder / "boot.log").open("wb") as log:
-                # Not in a thread: a parent-death signal would mean the end of that thread.
+                # Started in the main thread, because a parent-death signal is sent when the
+                # starting thread ends.
                 self._process = subprocess.Popen(
                     [
                         sys.executable,
@@ -98,13 +98,13 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is that of its process group too."""
+        """The process id, which is also the id of its process group."""
         return self._process.pid
 
-    # --- Talking ---
+    # --- Requests and answers ---
 
     def send(self, line: RequestLine) -> None:
-        """Hand over a request; what the pipe does not take at once follows by itself."""
+        """Send a request. The event loop writes what the pipe does not take at once."""
         self._unsent += json.dumps(line).encode() + b"\n"
         self._writable()
 
@@ -116,15 +116,15 @@ class ChildProcess:
             self._loop.add_writer(self._requests, self._writable)
             return
         except BrokenPipeError:
-            self._unsent.clear()  # it is dead, which the end of its answers tells
+            self._unsent.clear()  # The child is dead: its answers end, which `answers` reports.
         self._loop.remove_writer(self._requests)
 
     async def answers(self, wait_s: float, *, gather_s: float) -> list[Any]:
-        """Lines that have come, [] where none has come within `wait_s` or the child has ended.
+        """Return the lines received within `wait_s`, or [] if there are none or the child ended.
 
-        Those of `gather_s` since the last ones were read come together.
+        Lines that arrive within `gather_s` of the previous read are returned together.
         """
-        # A wake-up costs as much as ten tiny tasks.
+        # A wake-up costs as much as ten tiny tasks, so answers are read in batches.
         gap_s = self._loop.time() - self._read_s
         if gap_s < gather_s:
             await asyncio.sleep(gather_s - gap_s)
@@ -136,7 +136,7 @@ class ChildProcess:
         return self._lines()
 
     def _read(self) -> bool:
-        """Whether something new has come."""
+        """Read into the buffer and return whether new data arrived."""
         if self._eof:
             return False
         try:
@@ -148,7 +148,7 @@ class ChildProcess:
         return True
 
     async def _readable(self, wait_s: float) -> None:
-        """Wait for news, or as long; after the end of the pipe, only as long."""
+        """Wait up to `wait_s` for data. After the end of the pipe, wait the whole time."""
         woken = self._loop.create_future()
         timer = self._loop.call_later(wait_s, _wake, woken)
         if not self._eof:
@@ -176,24 +176,24 @@ class ChildProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it has died; its answers are then complete once `answers` gave none."""
+        """Whether the process has exited. Its answers are complete once `answers` returns []."""
         if self._process.returncode is not None:
             return True
-        # Not waited for yet: until its group is killed, its number must stay its own.
+        # The process is not reaped here: its id must stay reserved until its group is killed.
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, look) is not None
 
     async def kill(self) -> tuple[int, list[Any]]:
-        """End it and its descendants at once; returns its exit code and its last answers.
+        """Kill the process and its descendants. Return its exit code and its last answers.
 
-        An exit code of its own from before is kept. Safe to call again.
+        If the process had already exited, this is its own exit code. Repeated calls are safe.
         """
         if self._process.returncode is None:
             kill_family(self.pid)
-            while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD is not ours to take
+            while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
                 await asyncio.sleep(_REAP_STEP_S)
         if not self._closed:
-            # A descendant that got away may hold the pipe open, so its end is not waited for.
+            # A surviving descendant may hold the pipe open, so do not wait for its end.
             while self._read():
                 pass
             self._close()
@@ -207,12 +207,13 @@ class ChildProcess:
             os.close(fd)
 
     def close(self) -> None:
-        """Remove its files; after `kill`."""
+        """Remove the files of the process. Call `kill` first."""
         self.board.close()
-        shutil.rmtree(self._folder, ignore_errors=True)  # a few bytes that `close` tries again
+        # The folder is small, and closing the runner removes what remains.
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def check_booted(self, code: int) -> None:
-        """BackendError where it died before it could do anything: no task is to blame."""
+        """Raise BackendError if the process died during start-up, which is no task's fault."""
         if self.board.task == BOOTING:
             said = (self._folder / "boot.log").read_text(errors="replace").strip()[-500:]
             raise BackendError(f"A task process could not start ({describe_exit(code)}): {said}")
@@ -224,7 +225,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """`exit 3`, `exit -11 (SIGSEGV)`."""
+    """Return an exit code as text, such as `exit 3` or `exit -11 (SIGSEGV)`."""
     if code >= 0:
         return f"exit {code}"
     try:
@@ -234,7 +235,7 @@ def describe_exit(code: int) -> str:
 
 
 def describe_crash(code: int, times: int) -> str:
-    """What a task did whose process has ended so, and how often it was SIGKILLed before."""
+    """Return the reason of a crash with exit code `code` after `times` deaths by SIGKILL."""
     if code == EXIT_PIPE_LOST:
         return "closed the file descriptors of its process"
     told = f"killed its process: {describe_exit(code)}"
@@ -245,15 +246,18 @@ def describe_crash(code: int, times: int) -> str:
 
 
 def monotonic_s() -> float:
-    """The clock of the boards: the system's, whatever Clock the worker was given."""
+    """Return the system's monotonic time, the clock of the shared memory.
+
+    The `Clock` of a worker may differ from it.
+    """
     return time.monotonic()
 
 
 class Children:
-    """Hands out one child per run."""
+    """Pool of warm children, idle and busy. Each run uses one child."""
 
     def __init__(self, folder: Path, slots: int) -> None:
-        """`folder` gets a small folder for each child."""
+        """Keep a small folder for each child below `folder`."""
         self.closed = False
         self._folder = folder
         self._slots = slots
@@ -263,7 +267,7 @@ class Children:
         self._quiet = asyncio.Event()
 
     async def take(self, digest: str, code: Path | None) -> ChildProcess:
-        """A warm child for this code, else a fresh one. OSError where none can be started."""
+        """Return an idle child for this code, or start one. Raise OSError if it cannot start."""
         for child in reversed(self._idle):
             if child.digest == digest and not child.ended:
                 self._idle.remove(child)
@@ -278,13 +282,13 @@ class Children:
         return child
 
     def give_back(self, child: ChildProcess) -> None:
-        """It waits for its next request."""
+        """Make a child available for the next request."""
         self._busy.remove(child)
         self._idle.append(child)
         self._tell()
 
     async def bury(self, child: ChildProcess) -> None:
-        """End it, whatever it does."""
+        """Kill a child, idle or busy, and remove its files."""
         for group in (self._idle, self._busy):
             if child in group:
                 group.remove(child)
@@ -297,7 +301,7 @@ class Children:
             self._quiet.set()
 
     async def close(self) -> None:
-        """End them all. Runs that are under way see `closed` and end as if they were killed."""
+        """Kill all children. Active runs see `closed` and end as if they were killed."""
         self.closed = True
         while self._busy:
             self._quiet.clear()

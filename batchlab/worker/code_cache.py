@@ -1,12 +1,9 @@
-"""The user's code as a zip that is named by its content: packed, verified, unpacked.
+"""User code as content-addressed zips, and the cache of unpacked code on an instance.
 
-Invariant: the same folder packs to the same bytes, and a folder of unpacked code is either absent
-or complete and exactly what its digest says. Nothing in a zip can write outside of that folder.
-
-Code folders and pickled functions on this instance, each fetched once.
-
-Invariant: code that cannot be had is the job's failure, with a sentence; a store that does not
-answer is not, and propagates.
+Invariants: the same folder packs to the same bytes. A folder of unpacked code is either absent or
+complete, and its content matches its digest. No entry of a zip can write outside that folder.
+Missing or damaged code fails the job with a reason. An unavailable object store raises
+BackendError instead.
 """
 
 from __future__ import annotations
@@ -38,47 +35,48 @@ _SKIPPED = frozenset(
     {"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 )
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
-"""Files by which a virtual environment, a grid's home and fetched results are known: whatever
-they are called, they would change a job's code with every run."""
+"""Files that identify a virtual environment, a grid's home folder, and fetched results. Such
+folders are skipped under any name, because they would change a job's code with every run."""
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
-"""What zipfile raises for a zip that is damaged, encrypted, or packed in a way it does not know."""
+"""Errors of zipfile for a zip that is damaged, encrypted, or packed by an unknown method."""
 _BAD_NAMES = (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EILSEQ, None)
-"""The zip's own fault: names that clash or are too long, and what bz2 says of bad data. All else
-is this machine's."""
+"""OSErrors caused by the zip: names that conflict or are too long, and bad bz2 data (no errno).
+This machine causes all other OSErrors."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 1024 * 1024
 
 
 def key(data: bytes) -> str:
-    """The object key of a code zip."""
+    """Return the object key of a code zip."""
     return object_keys.code(hashlib.sha256(data).hexdigest())
 
 
 def digest_of(code_key: str) -> str:
-    """The digest that a code zip's key promises; UsageError where it is no such key."""
+    """Return the digest in the key of a code zip. Raise UsageError for any other key."""
     digest = code_key.removeprefix("code/").removesuffix(".zip")
     if (
         code_key != object_keys.code(digest)
         or len(digest) != 64
         or set(digest) - set("0123456789abcdef")
     ):
-        raise UsageError(f"{code_key!r} is no key of a code zip.")
+        raise UsageError(f"{code_key!r} is not the key of a code zip.")
     return digest
 
 
 def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = None) -> bytes:
-    """The files of `folder` as a zip, the same for the same content and modes.
+    """Pack the files of `folder` as a zip. The same content and modes give the same bytes.
 
-    Caches, virtual environments, version control and folders that batchlab made stay out, and so
-    does `data` (absolute paths): the job's input, which reaches the tasks by itself.
-    UsageError for a link that leaves the folder, for what is neither file nor folder or cannot be
-    read, for a name that no worker would unpack, and beyond `most_bytes` (512 MiB) or 20,000 files.
+    Caches, virtual environments, version control, and folders made by batchlab are left out. The
+    job's input, `data` (absolute paths), is also left out, because tasks receive it separately.
+
+    Raise UsageError for a link that leaves the folder, a special or unreadable file, a name that
+    workers cannot unpack, more than `most_bytes` (by default 512 MiB), or more than 20,000 files.
     """
     root = folder.resolve()
     if not root.is_dir():
         raise UsageError(
             f"The code folder {folder} does not exist.",
-            remedy="Name the folder that the job's code is in.",
+            remedy="Name the folder that contains the job's code.",
         )
     left_out = {path.resolve() for path in data}
     try:
@@ -86,24 +84,24 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder} cannot be read: {error.strerror}.",
-            remedy="Make it readable for you, or keep it out of the code folder.",
+            remedy="Make it readable, or move it out of the code folder.",
         ) from error
 
 
 def _chosen(folder: Path, root: Path, left_out: Collection[Path], most_bytes: int) -> list[Path]:
-    """The files to pack, in the order of their names."""
+    """Return the files to pack, sorted by name."""
     files: list[Path] = []
     total = 0
     for path in _files(root, root):
         if path not in left_out:
             files.append(path)
             total += path.stat().st_size
-        # Not at the end: it may be somebody's whole disk.
+        # Checked during the walk, because the folder may be a whole disk.
         if len(files) > MAX_FILES or total > most_bytes:
             raise UsageError(
-                f"The code folder {folder} holds too much: "
+                f"The code folder {folder} is too large: "
                 f"the limits are {MAX_FILES} files and {most_bytes / 2**20:.0f} MiB.",
-                remedy="Keep data out of it: data is the job's input.",
+                remedy="Move data out of it and declare the data as the job's input.",
             )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
@@ -115,7 +113,7 @@ def _packed(files: Collection[Path], root: Path) -> bytes:
             info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
             mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
             info.external_attr = (stat.S_IFREG | mode) << 16
-            info.create_system = 3  # Unix, whatever it is packed on
+            info.create_system = 3  # Unix on every platform, for equal bytes
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, path.read_bytes())
     return buffer.getvalue()
@@ -127,13 +125,13 @@ def _files(folder: Path, root: Path) -> Iterator[Path]:
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise UsageError(
-                f"{path} is a link that leaves the code folder, or leads to a folder or nowhere.",
-                remedy="Put the files themselves there, or name a folder without it in 'code'.",
+                f"{path} is a link out of the code folder, a link to a folder, or a broken link.",
+                remedy="Replace it with the files, or name another folder in 'code'.",
             )
         if not _is_portable(path.name):
             raise UsageError(
-                f"{str(path)!r} has a backslash in its name, or one that is not UTF-8.",
-                remedy="Rename it, or name a folder without it in 'code'.",
+                f"{str(path)!r} has a backslash in its name, or its name is not UTF-8.",
+                remedy="Rename it, or name another folder in 'code'.",
             )
         if path.is_dir():
             yield from _files(path, root)
@@ -152,10 +150,10 @@ def _is_portable(name: str) -> bool:
 
 
 def unpack(data: bytes, digest: str, target: Path) -> None:
-    """Make `target` hold the zip's files, or leave it alone where it exists already.
+    """Unpack a zip into the folder `target`, unless the folder exists.
 
-    Any number of processes may do so at once. UsageError where `data` does not have that digest,
-    is no zip, is too large unpacked, or names anything outside of its folder.
+    Several processes may call this at once. Raise UsageError if `data` does not match `digest`, is
+    not a zip, is too large when unpacked, or contains a name outside its folder.
     """
     if target.is_dir():
         return
@@ -170,7 +168,7 @@ def unpack(data: bytes, digest: str, target: Path) -> None:
     except _BAD_ZIP as error:
         raise UsageError(f"The code zip cannot be read: {error}.") from error
     except OSError as error:
-        # Where it is there now, another process was faster: what is there has the same digest.
+        # If the folder exists now, another process has unpacked the same digest.
         if not target.is_dir():
             if error.errno in _BAD_NAMES:
                 raise UsageError(
@@ -178,14 +176,14 @@ def unpack(data: bytes, digest: str, target: Path) -> None:
                 ) from error
             raise
     finally:
-        shutil.rmtree(staged, ignore_errors=True)  # gone already, unless something failed above
+        shutil.rmtree(staged, ignore_errors=True)  # It exists only after a failure.
 
 
 def _extract(data: bytes, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         if len(entries) > MAX_FILES:
-            raise UsageError(f"The code zip holds {len(entries)} files; the limit is {MAX_FILES}.")
+            raise UsageError(f"The code zip has {len(entries)} files; the limit is {MAX_FILES}.")
         left = MAX_BYTES
         for entry in entries:
             target = folder / _safe(entry)
@@ -204,14 +202,14 @@ def _safe(entry: zipfile.ZipInfo) -> PurePosixPath:
     name = PurePosixPath(entry.filename)
     mode = entry.external_attr >> 16
     if not name.name or name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
-        raise UsageError(f"The code zip names {entry.filename!r}, which leaves its folder.")
+        raise UsageError(f"The code zip names {entry.filename!r}, which is outside its folder.")
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UsageError(f"The code zip holds {entry.filename!r}, which is a link or a device.")
+        raise UsageError(f"The code zip has {entry.filename!r}, which is a link or a device.")
     return name
 
 
 def _copy(source: IO[bytes], file: IO[bytes], left: int) -> int:
-    """Copies, counting what really comes out: the sizes in a zip's directory may lie."""
+    """Copy a file and return the remaining byte limit. Sizes in a zip's directory may be wrong."""
     while chunk := source.read(_CHUNK):
         left -= len(chunk)
         if left < 0:
@@ -221,7 +219,7 @@ def _copy(source: IO[bytes], file: IO[bytes], left: int) -> int:
 
 
 class Library:
-    """What the jobs of one worker run."""
+    """Code folders and pickled functions of a worker's jobs, each fetched once per instance."""
 
     def __init__(self, objects: Objects, scratch: Scratch, off_loop: OffLoop) -> None:
         self._objects = objects
@@ -231,9 +229,9 @@ class Library:
         self._functions: dict[str, Path] = {}
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
-        """The digest and the unpacked folder of a code zip; ("", None) for a job without one.
+        """Return the digest and the unpacked folder of a code zip, or ("", None) if there is none.
 
-        Problem of kind "import" where the zip is gone or damaged.
+        Raise Problem of kind "import" if the zip is missing or damaged.
         """
         if key is None:
             return "", None
@@ -245,15 +243,18 @@ class Library:
                     data = await self._objects.get(key)
                     await self._off_loop(unpack, data, digest, folder)
         except (NotFound, UsageError) as error:
-            raise Problem("import", f"The job's code cannot be had: {error}") from error
+            raise Problem("import", f"The job's code cannot be fetched: {error}") from error
         return digest, folder
 
     def at_hand(self, key: str) -> Path | None:
-        """The file of a pickled function that has been fetched before, None of any other."""
+        """Return the file of a pickled function, or None if it has not been fetched."""
         return self._functions.get(key)
 
     async def function(self, key: str) -> Path:
-        """The file of a pickled function. Problem of kind "import" where it is gone."""
+        """Return the file of a pickled function. Fetch it on first use.
+
+        Raise Problem of kind "import" if the object does not exist.
+        """
         path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
         try:
             async with self._lock(key):
@@ -261,7 +262,7 @@ class Library:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     await self._objects.download(key, path)
         except NotFound as error:
-            raise Problem("import", f"The job's function cannot be had: {error}") from error
+            raise Problem("import", f"The job's function cannot be fetched: {error}") from error
         self._functions[key] = path
         return path
 

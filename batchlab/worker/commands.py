@@ -1,7 +1,7 @@
-"""A task that is a program: its placeholders filled in, its outputs taken in.
+"""Tasks that run a program: placeholders, execution, and output files.
 
-Invariant: no shell sees an argument, and a program's success means that every output it was told
-to write is there. Imported by every child process: standard library only.
+Invariants: arguments never pass through a shell. A program succeeds only if all its declared
+outputs exist. Every child process imports this module, so it imports only light modules.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _POLL_MS = 50
 def run(
     template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
 ) -> File | list[File] | dict[str, File | list[File]] | None:
-    """Run it to its end. Its only output's File, or a dict of them by name, or None.
+    """Run a program and return its outputs: one File, a dict of Files by name, or None.
 
-    An output whose name ends in a slash is a folder and gives a list. Problem where it fails.
+    An output whose name ends in a slash is a folder, returned as a list of Files. Raise Problem if
+    the program fails.
     """
     call = prepare(template, stdout, code, item, ctx)
     _execute(call)
@@ -42,8 +43,7 @@ def run(
 
 
 class Call(NamedTuple):
-    """A program that is ready to be run: in the folder `cwd`, with `stdout` the file that takes its
-    standard output (None: the log), to write the outputs of these names."""
+    """A prepared program. `stdout` is the file for its standard output; None means the log."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 def prepare(
     template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
 ) -> Call:
-    """Everything that comes before the program runs. Problem where it cannot be."""
+    """Prepare the arguments, environment, and folders of a program. Raise Problem on failure."""
     if problems := placeholders.check(template):
         raise Problem("import", problems[0])
     names = placeholders.outputs(template)
@@ -96,7 +96,7 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
 
 
 def _flat(items: list[Any]) -> Iterator[Any]:
-    """Upstream results in order; one that is a list of Files counts as those files."""
+    """Yield upstream results in order. Expand each list of Files."""
     for one in items:
         if isinstance(one, list) and one and all(isinstance(part, File) for part in one):
             yield from one
@@ -105,7 +105,7 @@ def _flat(items: list[Any]) -> Iterator[Any]:
 
 
 def _path(item: Any, name: str, ctx: Context) -> str:
-    """Where the item lies; a JSON value is written to a file first, its Files as their paths."""
+    """Return the path of an item. Write a JSON value to a file first, with Files as paths."""
     if isinstance(item, File):
         return str(item.path)
     path = ctx.made("in") / name
@@ -116,12 +116,12 @@ def _path(item: Any, name: str, ctx: Context) -> str:
 def _as_path(value: object) -> str:
     if isinstance(value, File):
         return str(value.path)
-    raise Problem("input", f"A command cannot be given an item of type {type(value).__name__}.")
+    raise Problem("input", f"A command does not accept an item of type {type(value).__name__}.")
 
 
 def _param(key: str, ctx: Context) -> str:
     if key not in ctx.params:
-        raise Problem("import", f"The command names {{params.{key}}}; the job has no such one.")
+        raise Problem("import", f"The command uses {{params.{key}}}; the job does not define it.")
     value = ctx.params[key]
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -132,7 +132,7 @@ def _param(key: str, ctx: Context) -> str:
 def _environment(code: str) -> dict[str, str]:
     environment = dict(os.environ)
     if code:
-        # The job's own programs and modules are found by their names.
+        # The job's own programs and modules can then be called by name.
         for name in ("PATH", "PYTHONPATH"):
             before = environment.get(name)
             environment[name] = f"{code}{os.pathsep}{before}" if before else code
@@ -140,7 +140,7 @@ def _environment(code: str) -> dict[str, str]:
 
 
 def _execute(call: Call) -> None:
-    import subprocess  # slow to import, and most tasks are Python
+    import subprocess  # Imported here because it is slow, and most tasks are Python.
 
     program, *arguments = call.arguments
     with ExitStack() as stack:
@@ -167,7 +167,7 @@ def _execute(call: Call) -> None:
 
 
 def _program(name: str, environment: dict[str, str]) -> str:
-    # Looked up here: Popen itself would search the PATH of this process, not of `environment`.
+    # Popen would search the PATH of this process, not the PATH in `environment`.
     import shutil
 
     if "/" in name:
@@ -182,9 +182,11 @@ def _cannot_run(name: str, error: OSError) -> Problem:
     if error.errno == errno.ENOENT:
         reason = f"program {name!r} is not installed on the worker"
     elif error.errno == errno.E2BIG:
-        reason = f"program {name!r} got longer arguments than the system takes: use {{inputs_list}}"
+        reason = (
+            f"the arguments of program {name!r} are too long for the system: use {{inputs_list}}"
+        )
     else:
-        reason = f"program {name!r} cannot be run: {error.strerror}"
+        reason = f"program {name!r} cannot run: {error.strerror}"
     return Problem("import", reason, error=type(error).__name__)
 
 
@@ -198,9 +200,9 @@ def _how(code: int) -> str:
 
 
 def _relay(process: subprocess.Popen[bytes]) -> str:
-    """Pass standard error on to the log as it comes; returns its last line.
+    """Copy standard error to the log until the process ends. Return its last line.
 
-    The end of the process counts, not of the pipe, which a descendant may hold open for long.
+    The end of the pipe does not count, because a descendant may keep the pipe open.
     """
     import select
 

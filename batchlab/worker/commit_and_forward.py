@@ -1,8 +1,8 @@
-"""How a bundle, or a part of one, leaves a worker's hands: committed and passed on, or sent again.
+"""Completion of a bundle or a part of one: commit and forward its outcome, or send it again.
 
-Invariant: a message is deleted only after its outcome is committed and forwarded, or after a
-fresh copy of it has been sent, or when its job is cancelled or paused (the manager then knows what
-is outstanding). So a crash between any two lines costs time, never a task.
+Invariant: a message is deleted only in three cases. Its outcome is committed and forwarded, a fresh
+copy of it has been sent, or its job is cancelled or paused (the manager then knows the outstanding
+tasks). A crash between any two lines therefore loses no task.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from batchlab.worker.worker_counters import Deeds
 log = logging.getLogger(__name__)
 
 OTHERS_S = 30.0
-"""For so long what only a newer worker can run comes to none of the older ones."""
+"""Delay in seconds of a message that only a newer worker can read."""
 
 
 class Closing:
-    """Of one worker; `hands` are all bundles that it has in hand."""
+    """Commits, forwards, and returns bundles of one worker. `hands` has its in-flight messages."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Closing:
         *,
         cancelled: bool = False,
     ) -> Outcome:
-        """Commit what the tasks came to; the outcome that counts, which may be somebody else's."""
+        """Commit the results. Return the outcome that counts, which may be another worker's."""
         spans = [s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks]
         log = hand.handle.log, spans
         outcome = self._settled(hand, job, started_s, ran, log, cancelled=cancelled)
@@ -85,17 +85,20 @@ class Closing:
         items: Sequence[Json],
         kept: Bundle,
     ) -> bool:
-        """Commit and forward all of a bundle but what is `kept`, which still runs; its message
-        stays. False where somebody else's outcome counts: the run meets that at its end too."""
+        """Commit and forward a bundle except the part `kept`, which still runs.
+
+        The message stays in flight. Return False if another worker's outcome counts; the run finds
+        that outcome at its end.
+        """
         spans = [s for s in hand.handle.log_spans if s[0] not in kept.tasks]
-        # It is stored when the run has ended.
+        # The log itself is stored when the run has ended.
         log = object_keys.log(hand.bundle, hand.execution, hand.key) if spans else "", spans
         draft = self._settled(hand, job, started_s, ran, log, kept=kept.tasks)
         outcome = await self._commit(hand, draft)
         if outcome != draft:
             return False
         lines.failures(outcome)
-        # The part that is kept needs no message.
+        # The kept part needs no message, because this worker runs it.
         others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
         await self._forward(hand, job, outcome, replace(outcome, follows=others), items)
         return True
@@ -140,13 +143,15 @@ class Closing:
     async def finish(
         self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
     ) -> None:
-        """Forward what was committed, whoever committed it, then delete the message."""
+        """Forward the committed outcome, which may be another worker's, and delete the message."""
         await self._forward(hand, job, outcome, outcome, items, goes_along=True)
         await self.delete(hand)
 
     async def forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
-        """As `finish`, where it was committed before, by somebody who may have forwarded it long
-        ago."""
+        """Forward an outcome that was committed earlier, and delete the message.
+
+        Follow-ups that have a committed outcome are not sent again.
+        """
         if outcome.execution != hand.execution:
             self._met_twice(hand, "message", 0.0)
         follows = await uncommitted(self._objects, outcome.follows, self._patience, hand.key)
@@ -163,18 +168,20 @@ class Closing:
         *,
         goes_along: bool = False,
     ) -> None:
-        """Send what follows, as `left` has it of the outcome, and tell of the outcome; with
-        `goes_along` in no hurry while something else runs here."""
+        """Send the follow-ups in `left`, then the event of `outcome`.
+
+        With `goes_along`, the event may wait for a heartbeat while other bundles run here.
+        """
         known = None
         if items is not None and left.follows:
             known = dict(zip(hand.bundle.tasks, items, strict=True))
         with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
             now_s, trace = self._clock.now_s(), forward.context
             messages = follow_ups(job, left, hand.key, now_s=now_s, items=known, trace=trace)
-            # Follow-ups first, the event second: the manager may end a stage only when what follows
-            # from it is on its way, and it learns of the follow-ups from this very event.
+            # Follow-ups are sent before the event. The manager may end a stage only when its
+            # follow-ups have been sent, and it learns of them from this event.
             await self._outbox.send(messages)
-            # The sign of life that comes with what runs can go along.
+            # Another running bundle causes a heartbeat soon, which can carry the event.
             others = goes_along and any(
                 not (one.committing or one is hand) for one in self._hands.values()
             )
@@ -191,9 +198,9 @@ class Closing:
         delay_s: float = 0.0,
         watchdog: bool = False,
     ) -> None:
-        """Give the bundle back as a fresh message, then delete this one.
+        """Return the bundle to the queue as a fresh message, then delete this one.
 
-        Making this one visible would count a receive, and enough of those look like poison.
+        Making this message visible would increase its receive count, which suggests a poison task.
         """
         losses = hand.bundle.losses + hand.message.receive_count - 1
         bundle = replace(hand.bundle, losses=losses)
@@ -211,9 +218,11 @@ class Closing:
         await self.delete(hand)
 
     async def leave_to_others(self, queue: str, message: Message, error: TooNew) -> None:
-        """What a later batchlab has sent is for a worker that knows it: there will be one, or this
-        one would not be here. It is sent again as it is, since receives would make it look like
-        poison; what others have received before keeps its count."""
+        """Leave a message of a newer batchlab version to a worker that can read it.
+
+        A message received for the first time is sent again unchanged, because a higher receive
+        count suggests a poison task. Any other message becomes visible later and keeps its count.
+        """
         log.warning("message %s is left for a newer worker: %s", message.id, error)
         try:
             if message.receive_count > 1:
@@ -224,11 +233,11 @@ class Closing:
             await self._outbox.send([Addressed(queue, copy)])
             await self._outbox.delete(queue, message.receipt)
         except BackendError as problem:
-            log.warning("it comes back when its visibility runs out: %s", problem)
+            log.warning("the message returns when its visibility timeout ends: %s", problem)
 
     async def delete(self, hand: Hand) -> None:
-        """Delete its message, unless that is no longer ours to delete."""
+        """Delete the message unless this worker no longer holds its receipt."""
         if hand.receipt is not None:
             receipt, hand.receipt = hand.receipt, None
-            # Where nothing else is to be done here, those who wait for this one go first.
+            # If this worker has no other message, events and follow-ups are sent before deletes.
             await self._outbox.delete(hand.queue, receipt, hurry=len(self._hands) > 1)

@@ -1,8 +1,8 @@
-"""What tasks find around them on a worker: Python, packages, platform, image, names of variables.
+"""Environment of the tasks on a worker: Python, packages, platform, image, and variable names.
 
-Invariant: no value of an environment variable is kept but those of a few that everybody may know
-(`SETTINGS`): a secret may be in any other. Each worker stores it once, beside the outcomes that
-name the worker, so that an outcome is as it was, and one without it is no error.
+Invariant: values are stored only for the few environment variables in `SETTINGS`, because any other
+variable may contain a secret. Each worker stores its environment once as a separate object, and
+outcomes name the worker. An outcome without a stored environment is valid.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS = (
     "PYTHONDEVMODE",
     "PYTHONWARNINGS",
 )
-"""Variables that change what programs do, and whose values are nobody's secret."""
+"""Variables that change how programs behave and whose values are not secret."""
 
 MOST_NAMES = 200
 MOST_PACKAGES = 2000
@@ -98,8 +98,8 @@ _SESSIONS = ("AWS_", "BATCHLAB_", "DBUS_", "GIT_", "LESS", "PYTEST_", "SSH_", "T
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """`packages` has the version of each by its normalised name; `variables` are the names of those
-    that a program may have been given on purpose."""
+    """Environment of one worker. `packages` maps normalized names to versions, and `variables` has
+    the names of variables that may have been set on purpose."""
 
     python: str
     implementation: str
@@ -113,7 +113,7 @@ class Environment:
 
     @property
     def minor(self) -> str:
-        """Python's version as pickled functions care for it: 3.12."""
+        """Python's minor version, such as 3.12, on which pickled functions depend."""
         return ".".join(self.python.split(".")[:2])
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class Environment:
 
 
 def here(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environment:
-    """That of this process; reads the names of installed packages, a few milliseconds."""
+    """Return the environment of this process. Listing the packages takes a few milliseconds."""
     from batchlab import __version__
 
     names = [name for name in environ if not _is_of_a_session(name)]
@@ -155,10 +155,9 @@ def _is_of_a_session(name: str) -> bool:
 
 
 def packages(path: list[str]) -> dict[str, str]:
-    """Version by name of what is installed in the folders of `path`; the first one counts.
+    """Return the versions of installed packages by name. The first folder in `path` wins.
 
-    By the names of folders: reading each package's metadata, as importlib does, takes a hundred
-    times as long.
+    Versions come from folder names, which is 100 times as fast as reading metadata with importlib.
     """
     found: dict[str, str] = {}
     for folder in path:
@@ -172,26 +171,25 @@ def packages(path: list[str]) -> dict[str, str]:
 
 def _metadata(folder: str) -> list[str]:
     try:
-        names = os.listdir(folder or ".")  # noqa: PTH208 - names are all that is wanted
+        names = os.listdir(folder or ".")  # noqa: PTH208 - only names are needed
     except OSError:
-        return []  # a zip, or a folder that is not there
+        return []  # The entry is a zip or does not exist.
     return [name for name in names if name.endswith((".dist-info", ".egg-info"))]
 
 
-# --- Stored --------------------------------------------------------------------------------------
+# --- Storage -------------------------------------------------------------------------------------
 
 
 async def record(
     objects: Objects, worker: str, environment: Environment, patience: Patience
 ) -> None:
-    """Store it for everything that `worker` does: one request."""
+    """Store the environment of `worker` with one request."""
     data = json_format.to_bytes(to_json(environment))
     await patience(partial(objects.put, object_keys.environment(worker), data))
 
 
 async def of(objects: Objects, worker: str, patience: Patience) -> Environment | None:
-    """Return the environment of a worker; None if it has stored none that can be read, or it has
-    expired."""
+    """Return the stored environment of a worker, or None if it is missing or unreadable."""
     try:
         data = await patience(partial(objects.get, object_keys.environment(worker)))
         return from_json(json_format.loads(data))
@@ -204,8 +202,10 @@ def to_json(environment: Environment) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Environment:
-    """Return the environment in a document; Malformed if it cannot be read. What a later batchlab
-    has added is passed over."""
+    """Return the environment in a document. Raise Malformed if it cannot be read.
+
+    Fields added by a newer batchlab version are ignored.
+    """
     try:
         fields = known(Environment, doc)
         made = Environment(**{**fields, "variables": tuple(fields.get("variables", ()))})
@@ -217,14 +217,14 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
         raise Malformed(f"An environment cannot be read: {json_format.brief(error)}.") from error
 
 
-# --- Compared ------------------------------------------------------------------------------------
+# --- Comparison ----------------------------------------------------------------------------------
 
 NAMED = 8
-"""Packages and variables that are named before the rest is counted."""
+"""Number of packages or variables that are named before the rest is counted."""
 
 
 def differences(there: Environment, now: Environment) -> list[str]:
-    """What is not here as it was on the worker, a sentence each, the likeliest reason first."""
+    """Return one sentence for each difference from the worker, most relevant first."""
     found = []
     if (there.implementation, there.python) != (now.implementation, now.python):
         found.append(

@@ -1,8 +1,8 @@
-"""One execution of a bundle in child processes: the tasks, their limits, and who is to blame.
+"""One execution of a bundle in child processes: its tasks, their limits, and causes of failures.
 
-Invariant: every task ends in exactly one Ran, or in none because the run was told to end. A child
-that dies takes one task with it, the one that was running; the rest goes on in a fresh child. It is
-one file, since every step shares which tasks are left and what the child is doing.
+Invariant: every task ends in exactly one Ran, or in none if the run is stopped. A child that dies
+fails only the task that was running. The other tasks continue in a fresh child. All steps share
+the remaining tasks and the state of the child, so they are one class.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GATHER_PART = 1 / 4
 
 
 class Execution:
-    """Drives `work`; what has ended comes out of `ended`, and None at last."""
+    """Execution of `work`. The queue `ended` receives results, and None at the end."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Execution:
         sampler: Sampler,
     ) -> None:
         self.ended: asyncio.Queue[list[Ran] | asyncio.Task[Ran] | None] = asyncio.Queue()
-        """Tasks of asyncio stand for results that are still being stored."""
+        """Lists of results, and asyncio tasks for results that are still being stored."""
         self._work = work
         self._handle = handle
         self._folder = folder
@@ -73,17 +73,18 @@ class Execution:
         self._began_s = clock.monotonic_s()
         self._child: ChildProcess | None = None
         self._busy = False
-        """The child has a request and has not said that it is done with it."""
+        """The child has a request and has not reported its end."""
         self._left = dict.fromkeys(work.bundle.tasks)
         self._pending: dict[int, Json] = {}
-        """Those of `_left` whose inputs are here and that no child has ended yet."""
+        """Tasks of `_left` whose inputs are local and that have not ended."""
         self._started = False
         self._pace_s = 0.0
-        """What a task took on average, of those that answered last."""
+        """Average seconds per task in the most recent batch of answers."""
         self._barren = 0
-        """Requests in a row that ended no task."""
+        """Number of consecutive requests that ended no task."""
         self._slain: Counter[int] = Counter()
-        """How often each task's process was ended by SIGKILL, which no limit of ours had sent."""
+        """Number of times that each task's process died by a SIGKILL that this worker did not
+        send."""
         own = Own.of(work.job)
         self._inputs = materialization.Inputs(objects, folder, asyncio.to_thread, own, files)
         self._storing: set[asyncio.Task[Ran]] = set()
@@ -91,7 +92,7 @@ class Execution:
         handle.peek = self._peek
 
     async def drive(self) -> None:
-        """Run the tasks. BackendError where a port or this machine cannot do its part."""
+        """Run the tasks. Raise BackendError if a port or this machine fails."""
         try:
             await self._drive()
             await self._keep_log()
@@ -109,13 +110,13 @@ class Execution:
             self.ended.put_nowait(None)
 
     async def drop(self) -> None:
-        """Drop what is still being stored."""
+        """Cancel uploads that are still in progress."""
         for task in self._storing:
             task.cancel()
         await asyncio.gather(*self._storing, return_exceptions=True)
 
     async def clean(self) -> None:
-        """Remove the folder; after `drop`."""
+        """Remove the folder. Call `drop` first."""
         await asyncio.to_thread(_remove, self._folder)
 
     async def _drive(self) -> None:
@@ -145,12 +146,12 @@ class Execution:
                 await asyncio.gather(ahead, return_exceptions=True)
 
     def _ahead(self, chunk: Chunk) -> Task[Chunk] | Chunk:
-        """The chunk, or the task that fetches what it refers to."""
+        """Return the chunk, or a task that fetches its inputs if it refers to objects."""
         refers = materialization.refers(chunk)
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
     def _at_hand(self) -> tuple[Request, str, Path | None] | None:
-        """What `_prepare` gives, where nothing has to be fetched for it."""
+        """Return the result of `_prepare` if it needs no fetch, else None."""
         key = materialization.function_key(self._work)
         function = self._library.at_hand(key) if key else None
         if self._work.job.code or (key and function is None):
@@ -169,7 +170,7 @@ class Execution:
         return request, digest, code
 
     async def _unless_told(self, doing: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
-        """The result, or None where the run is told to start nothing any more before it is."""
+        """Return the result, or None if the run is stopped before it is ready."""
         task = doing if isinstance(doing, asyncio.Task) else asyncio.create_task(doing)
         try:
             while not task.done():
@@ -205,7 +206,10 @@ class Execution:
     # --- With a child --------------------------------------------------------------------------
 
     async def _some(self, request: Request, digest: str, code: Path | None) -> bool:
-        """Let a child run pending tasks until it ends or dies; False where the run is over."""
+        """Send the pending tasks to a child and take its answers until it finishes or dies.
+
+        Return False if the run is over.
+        """
         left_s = self._left_s()
         spent = left_s is not None and left_s <= 0 and self._started
         if self._told or spent or self._handle.until_s <= self._clock.monotonic_s():
@@ -236,7 +240,8 @@ class Execution:
             return True
         self._barren = self._barren + 1 if len(self._left) == before else 0
         if self._barren > 1 and self._pending:
-            # Nobody was running, twice: without somebody to blame this would never end.
+            # Two requests ended without a running task. The first pending task is failed, because
+            # the execution would otherwise never end.
             reason = "ended its process before it could begin"
             self._blame(Verdict(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
@@ -247,7 +252,7 @@ class Execution:
             await self._children.bury(child)
 
     async def _watch(self, child: ChildProcess) -> str:
-        """Take its answers until it has no more; why that is, in one word."""
+        """Take answers until the request ends. Return the reason in one word."""
         while True:
             wait_s = self._limits.wait_s(child)
             gather_s = min(wait_s, self._gathering_s())
@@ -255,7 +260,7 @@ class Execution:
             if end := self._take(lines):
                 return end
             if child.spoilt and self._pending:
-                # Tasks answer in order, so it was the first that has not.
+                # Tasks answer in order, so the first pending task wrote into the pipe.
                 task, reason = next(iter(self._pending)), "wrote into its process's pipe"
                 return await self._lost(child, Verdict(task, FailureKind.CRASH, reason, 0.0))
             if self._killed or (not lines and child.ended):
@@ -268,19 +273,19 @@ class Execution:
     def _gathering_s(self) -> float:
         left_s = self._left_s()
         if self._pending and (self._told or (left_s is not None and left_s < 2 * _GATHER_MOST_S)):
-            # What has ended or begun meanwhile would be given away with the rest, and run twice.
+            # Tasks that end or start during a long wait would be handed off and run twice.
             return _GATHER_LEAST_S
         return gathering_s(len(self._pending), self._pace_s)
 
     def _allow(self, child: ChildProcess) -> None:
-        # In the child's clock, which need not be ours.
+        # `until_s` is converted to the child's clock, which may differ from the worker's.
         until_s = boot_s() + self._handle.until_s - self._clock.monotonic_s()
         child.board.allow(stop=self._told, until_s=until_s)
         task = child.board.task
         self._handle.running = task if task >= 0 else None
 
     async def _cut_log(self, child: ChildProcess) -> None:
-        """A task that still prints must not fill the disk before its end."""
+        """Trim the output of the running task, so that it does not fill the disk."""
         task, log_at = child.board.task, child.board.log_at
         if (
             task >= 0
@@ -290,7 +295,7 @@ class Execution:
             await asyncio.to_thread(task_log.trim, str(self._log), log_at)
 
     async def _lost(self, child: ChildProcess, verdict: Verdict | None) -> str:
-        """Bury a child that has died, or that is to die for what its task did."""
+        """Kill a child that has died or broke a limit, and fail the task that caused it."""
         code, last = await child.kill()
         self._take(last)
         task, since_s = child.board.running()
@@ -303,7 +308,8 @@ class Execution:
             return "told"
         if verdict is None:
             if code == -signal.SIGKILL and task in self._pending:
-                # By somebody outside, or by the kernel for memory: perhaps not the task's fault.
+                # The SIGKILL came from another program, or from the kernel when memory ran out.
+                # It may not be the task's fault, so the task is tried again.
                 self._slain[task] += 1
                 if self._slain[task] < LOSS_LIMIT:
                     return "slain"
@@ -317,12 +323,12 @@ class Execution:
         if verdict.task == IMPORTING:
             self._fail_left(fault(verdict.kind, verdict.sentence, exit_code=exit_code))
         elif verdict.task in self._pending:
-            # Not in it: its answer was on the way when its time was up.
+            # A task that is not pending sent its answer just before its limit.
             self._blame(verdict, exit_code)
         return "lost"
 
     def _span(self, task: int, log_at: int) -> None:
-        """Keep what a task printed that never came to its end."""
+        """Record the output of a task that did not end."""
         if task >= 0 and task in self._pending and self._log_size() > log_at:
             end = task_log.trim(str(self._log), log_at)
             self._handle.log_spans.append((task, log_at, end))
@@ -337,7 +343,7 @@ class Execution:
             return None
         start = max(log_at, size - most)
         data = task_log.read(str(self._log), start, size - start)
-        # Else the next one's output may be in it.
+        # If the running task changed, the data may contain the next task's output.
         return Peek(task, log_at, start, data) if child.board.task == task else None
 
     def _log_size(self) -> int:
@@ -349,7 +355,7 @@ class Execution:
     # --- Ends of tasks -------------------------------------------------------------------------
 
     def _take(self, lines: list[Any]) -> str | None:
-        """Turn a child's answers into ends of tasks; why it ended where it has."""
+        """Turn a child's answers into results. Return the end reason if the request has ended."""
         batch: list[Ran] = []
         why: str | None = None
         for line in lines:
@@ -368,7 +374,7 @@ class Execution:
     def _end_one(self, line: list[Any], batch: list[Ran]) -> None:
         word, task, run_s, payload, extra = line
         if task not in self._pending:
-            return  # said by a process that a handler forked off; the task has ended before
+            return  # A process forked by the handler sent it. The task has already ended.
         del self._pending[task], self._left[task]
         if word == "ok":
             ran = Ran(task, run_s, payload)
@@ -392,7 +398,7 @@ class Execution:
             async with self._uploads:
                 await materialization.upload(self._objects, uploads)
         except (NotFound, FileNotFoundError) as error:
-            reason = f"Its output was gone before it could be stored: {error}"
+            reason = f"Its output disappeared before it could be stored: {error}"
             found = materialization.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
             ran = Ran(ran.task, ran.run_s, failure=found)
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
@@ -405,7 +411,7 @@ class Execution:
         self.ended.put_nowait([ran])
 
     def _fail_left(self, why: Fault) -> None:
-        """What concerns the whole bundle ends every task that has not ended."""
+        """Fail every task that has not ended."""
         self.ended.put_nowait(
             [Ran(task, 0.0, failure=materialization.failure(task, why, 0.0)) for task in self._left]
         )
@@ -414,7 +420,7 @@ class Execution:
 
     async def _keep_log(self) -> None:
         if self._killed:
-            # In a hurry: results that are not stored yet are not waited for.
+            # A killed run does not wait for results that are not stored yet.
             for task in self._storing:
                 task.cancel()
         if self._handle.log_spans and self._log.is_file():
@@ -424,12 +430,13 @@ class Execution:
 
 
 def gathering_s(left: int, pace_s: float) -> float:
-    """How long answers come together while `left` tasks of about `pace_s` each have not answered.
+    """Return the seconds to wait for further answers while `left` tasks have not answered.
 
-    A small part of the time to the last of them, so that a bundle's end is not slept through.
+    It is a small part of the expected remaining time, `left` times `pace_s`, so that the end of a
+    bundle is noticed soon.
     """
     if not left:
-        return 0.0  # there is only one word to come
+        return 0.0  # Only the "end" line is missing.
     return min(_GATHER_MOST_S, max(_GATHER_LEAST_S, left * pace_s * _GATHER_PART))
 
 
@@ -443,6 +450,6 @@ def _make(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Something a task left running may still write there: what stays is disk space until the
-    # instance ends, not an error.
+    # A program that a task left running may still write there. Remaining files only use disk space
+    # until the instance ends, so errors are ignored.
     shutil.rmtree(folder, ignore_errors=True)

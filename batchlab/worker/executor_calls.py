@@ -1,8 +1,8 @@
-"""An executor's calls as a worker makes them: what a call raises travels as a value.
+"""Handler for the calls of an executor, which returns a call's exception as a value.
 
-Invariant: for the grid the task of a call succeeds unless its process dies. A call's exception is
-its caller's business, and comes back as the object it is. Unpickled by child processes: standard
-library and cloudpickle only.
+Invariant: the task of a call succeeds unless its process dies. The caller receives the exception of
+its call as the original object. Child processes unpickle these classes, so this module imports only
+the standard library, cloudpickle, and `handlers`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from batchlab.worker import handlers
 _SHARED = (FunctionType, BuiltinFunctionType, type)
 
 _prepared = ""
-"""Whose initializer this process has run last."""
+"""Owner of the initializer that this process ran last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """A call's exception: in one line, as a traceback, and pickled where that is possible.
+    """A call's exception: in one line, as a traceback, and pickled if possible.
 
-    `initializer` says that the call was not made, because the initializer raised this.
+    `initializer` is true if the initializer raised it, so the call was not made.
     """
 
     told: str
@@ -37,7 +37,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """A pickled call without arguments, run before the first call of `owner` in a process."""
+    """A pickled function that runs before the first call of `owner` in a process."""
 
     owner: str
     pickled: bytes
@@ -46,8 +46,8 @@ class Initializer:
 class Calls:
     """The handler of an executor's job.
 
-    An item is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. The
-    function may be a number: its place among `functions`, those that several calls share, pickled.
+    An item is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number
+    in place of the function is an index of `functions`, the pickled functions that calls share.
     """
 
     def __init__(self, functions: Sequence[bytes], initializer: Initializer | None) -> None:
@@ -69,12 +69,13 @@ class Calls:
             if len(args) == 1 and type(args[0]) is tuple:
                 return function(*args[0][0], **args[0][1])
             return function(*args)
-        except BaseException as error:  # noqa: BLE001 - all of them are the caller's
+        except BaseException as error:  # noqa: BLE001 - the caller receives every exception
             return _raised(error, initializer=not ready)
 
     def _prepare(self) -> None:
         global _prepared
-        # Processes are shared: where another executor's has run in between, ours runs again.
+        # Executors share processes. If another executor's initializer ran in between, this one
+        # runs again.
         if self._initializer and self._initializer.owner != _prepared:
             pickle.loads(self._initializer.pickled)()  # noqa: S301 - the user's own code
             _prepared = self._initializer.owner
@@ -83,14 +84,14 @@ class Calls:
         if number in self._loaded:
             return self._loaded[number]
         function: Callable[..., Any] = pickle.loads(self._functions[number])  # noqa: S301 - as above
-        # Any other callable may keep something from call to call, and shall be as it was sent.
+        # Other callables may change their state during a call, so each call unpickles a fresh one.
         if isinstance(function, _SHARED):
             self._loaded[number] = function
         return function
 
 
 class Starred:
-    """`function(*item)`."""
+    """Callable that calls `function(*item)`."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -101,7 +102,7 @@ class Starred:
 
 
 class Timed:
-    """`function()`, and for how many seconds it ran."""
+    """Callable that returns the result of `function()` and its duration in seconds."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.function = function
@@ -118,10 +119,10 @@ def _raised(error: BaseException, *, initializer: bool) -> Raised:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    import cloudpickle  # takes as long as Python's start, and few calls raise
+    import cloudpickle  # Imported here because it takes as long as Python's start.
 
     try:
         data: bytes = cloudpickle.dumps(error)
-    except Exception:  # noqa: BLE001 - an exception may carry anything, and its text says enough
-        return None
+    except Exception:  # noqa: BLE001 - an exception may contain any object
+        return None  # The caller then gets the text of the exception.
     return data

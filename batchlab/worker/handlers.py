@@ -1,7 +1,7 @@
-"""The user's handler: found, called in one of two ways, and its exceptions put into words.
+"""Loading of user handlers, and descriptions of their exceptions.
 
-Invariant: whatever user code raises becomes a failure with a sentence, never an exception here.
-Imported by every child process: standard library only.
+Invariant: every exception of user code becomes a failure with a reason. Every child process imports
+this module, so it imports only the standard library and light modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.task_context import Context
 
 Call = Callable[[Any, Context], Any]
 Fault = dict[str, Any]
-"""The fields of a model.Failure but for the task, as they travel from the child."""
+"""The fields of a `model.Failure` except the task, as a child sends them."""
 
 _HERE = str(Path(__file__).resolve().parent.parent) + "/"
 _REASON = 400
@@ -27,7 +27,7 @@ _TRACE = 12_000
 
 
 class Problem(Exception):
-    """A failure whose kind and sentence are known where it is found."""
+    """A failure with a known kind and reason."""
 
     def __init__(self, kind: str, reason: str, *, error: str = "", code: int | None = None) -> None:
         super().__init__(reason)
@@ -42,7 +42,7 @@ def fault(
     traceback: str = "",
     exit_code: int | None = None,
 ) -> Fault:
-    """The fields of a Failure, with text that any store and any terminal can hold."""
+    """Return the fields of a Failure. Texts are shortened, and unprintable characters escaped."""
     return {
         "kind": kind,
         "reason": _visible(" ".join(_clip(reason, _REASON).split())),
@@ -53,7 +53,7 @@ def fault(
 
 
 def _visible(text: str) -> str:
-    """`text` with what cannot be printed escaped: half characters, colours, NUL."""
+    """Escape unprintable characters in `text`: lone surrogates, color codes, NUL."""
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
@@ -68,29 +68,33 @@ def _clip(text: str, limit: int) -> str:
     return f"{text[:head]} [...] {text[head - limit :]}"
 
 
-# --- Finding -------------------------------------------------------------------------------------
+# --- Loading -------------------------------------------------------------------------------------
 
 
 def load(handler: str, function: str | None) -> Call:
-    """The handler `module:function`, or the function pickled in the file `function`.
+    """Load the handler `module:function`, or the function pickled in the file `function`.
 
-    Problem of kind "import" where there is none. It takes (item, ctx) whatever the user's takes.
+    The returned callable always takes (item, ctx). Raise Problem of kind "import" on failure.
     """
     try:
         found = find(handler, function)
         if not callable(found):
-            raise Problem("import", f"{handler} is no function but of type {type(found).__name__}.")
-        # What was pickled goes by a key that nobody has given it.
+            raise Problem(
+                "import", f"{handler} is not a function: its type is {type(found).__name__}."
+            )
+        # The handler name of a pickled function is an object key, which means nothing to users.
         return _adapted("The function" if function else handler, found)
     except Problem:
         raise
-    except BaseException as error:  # user code runs on import
+    except BaseException as error:  # User code runs on import and may raise anything.
         raise _import_problem("the function" if function else handler, error) from error
 
 
 def find(handler: str, function: str | None) -> Any:
-    """What `handler` names, or the file `function` holds, as its author wrote it. Raises whatever
-    the author's code does."""
+    """Return the object named by `handler`, or unpickled from the file `function`.
+
+    Exceptions of the user's code propagate.
+    """
     return _unpickled(Path(function)) if function else _imported(handler)
 
 
@@ -121,7 +125,7 @@ def _instead(module: Any) -> str:
 
 @lru_cache(maxsize=4)
 def _unpickled(path: Path) -> Any:
-    import cloudpickle  # noqa: F401 - a function pickled by it is rebuilt by its help
+    import cloudpickle  # noqa: F401 - unpickling a function needs it
 
     return pickle.loads(path.read_bytes())  # noqa: S301 - the job's own code, run as such
 
@@ -149,12 +153,12 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
 
 
 def _adapted(handler: str, found: Callable[..., Any]) -> Call:
-    import inspect  # slow to import, and start-up does not need it
+    import inspect  # Imported here because it is slow, and start-up does not need it.
 
     try:
         parameters = list(inspect.signature(found).parameters.values())
     except (ValueError, TypeError):
-        return lambda item, _: found(item)  # a compiled function does not say
+        return lambda item, _: found(item)  # A compiled function has no signature.
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [p for p in parameters if p.kind in places]
     required = [p for p in by_place if p.default is p.empty]
@@ -168,17 +172,17 @@ def _adapted(handler: str, found: Callable[..., Any]) -> Call:
             f"{handler} cannot be called as a handler: it must take (item) or (item, ctx), "
             f"and takes {inspect.signature(found)}.",
         )
-    # A second parameter with a default is the user's own option, unless its name says otherwise.
+    # A second parameter with a default is the user's own option unless it is named like a context.
     if len(required) == 2 or (len(by_place) > 1 and by_place[1].name in ("ctx", "context")):
         return found
     return lambda item, _: found(item)
 
 
-# --- Failing -------------------------------------------------------------------------------------
+# --- Failures ------------------------------------------------------------------------------------
 
 
 def explain(error: BaseException) -> Fault:
-    """What a handler's exception says to a person."""
+    """Describe a handler's exception."""
     try:
         return _explain(error)
     except BaseException as second:  # noqa: BLE001 - an exception's own __str__ may do anything
@@ -208,13 +212,13 @@ def _explain(error: BaseException) -> Fault:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error}"  # with file and line, but not the line itself
+        return f"{type(error).__name__}: {error}"  # This has the file and line number, no source.
     lines = traceback.format_exception_only(type(error), error)
     return " ".join("".join(lines).split())
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback with the user's frames only."""
+    """Return the traceback with only the user's frames."""
     whole = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
     left: list[traceback.TracebackException | None] = [whole]

@@ -1,7 +1,7 @@
-"""A worker's signs of life: who it is, how busy, and which messages it holds.
+"""Heartbeats of a worker: its identity, its busy slots, and the messages it holds.
 
-Invariant (I6): soon after anything is taken or let go, the manager can know it, so that it can give
-back what an instance held when that dies.
+Invariant (I6): the worker reports each received or released message soon. When an instance dies,
+the manager can therefore return its messages to the queue.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ MOMENT_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who the worker is: `worker` is new at every start, `instance` names its machine."""
+    """Identity of a worker. `worker` is new at every start, and `instance` names its machine."""
 
     worker: str
     instance: str
     pool: str
     slots: int
     key: str = field(default="", repr=False)
-    """A random secret of the instance, by which the manager knows its workers again."""
+    """A random secret of the instance, by which the manager recognizes its workers."""
 
 
 class Beats:
-    """Tells of `hands`, a dict shared with the worker's loop."""
+    """Sender of heartbeats. The dict `hands` of in-flight messages is shared with the loop."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Beats:
         outbox.signs = self
 
     def due(self) -> None:
-        """Something has changed: beat soon."""
+        """Request a heartbeat soon, after a change."""
         self._due.set()
 
     async def keep(self) -> None:
-        """Beat for ever: soon after a change, and now and then without one."""
+        """Send heartbeats forever: soon after each change, and at intervals without changes."""
         while True:
             beat = self._beat(self._held())
             try:
@@ -73,7 +73,7 @@ class Beats:
             except BackendError as error:
                 heed_cancellation()
                 self._told = None
-                log.warning("no sign of life could be sent: %s", error)
+                log.warning("the heartbeat could not be sent: %s", error)
             await asyncio.sleep(self._settings.beat_gap_s)
             with suppress(TimeoutError):
                 held = self._told is None or self._told.held
@@ -83,10 +83,10 @@ class Beats:
                     await self._change()
 
     async def _change(self) -> None:
-        """Wait until there is something else to tell."""
+        """Wait until the state differs from the last heartbeat."""
         while True:
             await self._due.wait()
-            # A bundle that ends as soon as it has begun is not worth a message.
+            # A bundle that ends immediately after its start needs no heartbeat.
             await asyncio.sleep(MOMENT_S)
             self._due.clear()
             if self._is_news:
@@ -101,22 +101,22 @@ class Beats:
         return told is None or (told.held, told.leaving) != (held, self.leaving)
 
     def news(self) -> Beat | None:
-        """See outbox.SignsOfLife."""
+        """See `outbox.SignsOfLife`."""
         held = self._held()
         return self._beat(held) if self._differs(held) else None
 
     def heard(self, beat: Beat) -> None:
-        """See outbox.SignsOfLife."""
+        """See `outbox.SignsOfLife`."""
         if self._told is None or self._told.number < beat.number:
             self._told = beat
 
     async def last(self) -> None:
-        """Say that everything has been given back, where somebody hears it."""
+        """Send the final heartbeat: the worker holds no messages and exits."""
         try:
             await self._outbox.event(self._beat(self._held(), gone=True))
         except BackendError as error:
-            # It is so, and the fleet sees it too: no reason to end in an error.
-            log.warning("the last sign of life could not be sent: %s", error)
+            # The worker exits anyway, and the fleet notices its end too.
+            log.warning("the final heartbeat could not be sent: %s", error)
 
     def _held(self) -> tuple[Held, ...]:
         return tuple(

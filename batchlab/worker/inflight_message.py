@@ -1,4 +1,4 @@
-"""A message in a worker's hands, from its receive to its delete."""
+"""In-flight message of a worker, from its receive to its delete."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from batchlab.worker.runner import Handle
 
 @dataclass(slots=True)
 class Hand:
-    """All times monotonic. `receipt` is None once the message is no longer ours to delete: it was
-    handed over to a watchdog, or given back."""
+    """In-flight message with monotonic times. `receipt` is None if the worker may not delete the
+    message, because a watchdog message replaced it or the worker returned it."""
 
     queue: str
     message: Message
@@ -25,25 +25,25 @@ class Hand:
     extended_s: float
     receipt: str | None
     key: CommitKey = UNSEALED
-    """The commit key of its job, once that has been checked."""
+    """The commit key of its job, set once it is verified."""
     control: Control = Control.RUN
     handle: Handle = field(default_factory=Handle)
     waiting: asyncio.Future[bool] | None = None
     slots: int = 1
     alone: bool = False
-    """Its next start decides whether it is poison: nobody is to be beside it then."""
+    """Its next start decides whether it is a poison task, so it must run alone."""
     running: bool = False
     committing: bool = False
     shedding: bool = False
-    """What waits behind the running task is being given away, or has been."""
+    """The tasks behind the running task are being handed off, or have been."""
     part: Bundle | None = None
-    """What is left of the message's bundle, once the rest has been given away."""
+    """The remaining part of the message's bundle after the other tasks were handed off."""
     trace: str = ""
-    """What is done for it goes below this, a traceparent; "" where its job is not traced."""
+    """Parent of its spans, a traceparent; "" if its job is not traced."""
     marked_s: float | None = None
-    """When the running marker of a bundle that runs for long was last refreshed."""
+    """When the running marker of a long-running bundle was last refreshed."""
     handed_over: bool = False
-    """Its watchdog message is on the way."""
+    """Its watchdog message has been sent."""
 
     @property
     def bundle(self) -> Bundle:
@@ -51,6 +51,6 @@ class Hand:
 
     @property
     def suspicion(self) -> int:
-        """Deliveries before this one that ended without an outcome."""
+        """Number of earlier deliveries that ended without an outcome."""
         again = self.message.receive_count - 1
         return self.bundle.losses + again + (1 if self.task.watchdog else 0)

@@ -1,13 +1,9 @@
-"""Child processes for a caller that blocks until a task has ended, such as the simulator.
+"""Runner that executes real handlers in child processes for the simulator.
 
-Invariant: a task that ends its process, or breaks a real limit of its stage, is a failed task. The
-caller's event loop stands still meanwhile, so its time does not pass.
+The caller defines how much virtual time each task takes, and blocks while a child runs a task.
 
-Runs real handlers in child processes, each task taking as long as its caller says.
-
-For the simulator: with its loop, time is virtual and everything else is what a worker's child
-process does. Invariant: virtual time stands still while a child runs a task. What a task prints
-goes to the standard error of the simulator.
+Invariants: virtual time does not pass while a child runs a task. A task that ends its process or
+breaks a real limit of its stage fails. Output of tasks goes to the simulator's standard error.
 """
 
 from __future__ import annotations
@@ -41,31 +37,32 @@ from batchlab.worker.task_executor import Request
 T = TypeVar("T")
 
 Answer = list[Any]
-"""A line of a child: see worker.child."""
+"""An answer line of a child: see `worker.child`."""
 
 
 MOST_CHILDREN = 8
 
 
 class InlineChildren:
-    """Runs requests of one task in child processes, one at a time.
+    """Child processes for requests of one task, one request at a time.
 
-    The runners of all simulated workers share it, since a killed one closes nothing.
+    The runners of all simulated workers share them, because a killed worker closes nothing.
     """
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="batchlab-children-"))
         self._children = Children(self._folder, MOST_CHILDREN)
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
-        # Real pipes need a loop in real time, and the caller's may have another time.
+        # Real pipes need an event loop in real time, and the caller's loop may use virtual time.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
     def ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
-        """Return the child's answer, None if the request had no task and the handler loads.
+        """Return the child's answer, or None if the request has no task and the handler loads.
 
-        A crash or a broken limit is answered like a failed task. BackendError if no child starts.
+        A crash or a broken limit gives the answer of a failed task. Raise BackendError if no child
+        can start.
         """
         log = Path(request["log"])
         before = log.stat().st_size if log.exists() else 0
@@ -79,12 +76,12 @@ class InlineChildren:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the children and the thread."""
+        """Kill the children and stop the thread."""
         self._wait(self._children.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)  # empty but for what a task left there
+        shutil.rmtree(self._folder, ignore_errors=True)  # A task may still write there.
 
     def _wait(self, doing: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(doing, self._loop).result()
@@ -95,7 +92,7 @@ class InlineChildren:
         except OSError as error:
             raise BackendError(f"A task process could not start: {error}") from error
         answer, is_alive = await self._answer(stage, child, request)
-        # Memory that Python does not return would be charged to the next task.
+        # Python seldom returns memory, so the next task would be charged for this task's memory.
         if is_alive and stage.memory_bytes is None:
             self._children.give_back(child)
         else:
@@ -105,7 +102,7 @@ class InlineChildren:
     async def _answer(
         self, stage: StageDef, child: ChildProcess, request: RequestLine
     ) -> tuple[Answer | None, bool]:
-        """Return the answer, and whether the child still lives."""
+        """Return the answer, and whether the child is still alive."""
         limits = Limits(stage, self._sampler)
         child.board.allow(stop=False, until_s=math.inf)
         child.send(request)
@@ -157,7 +154,8 @@ class _Run:
 
 
 class InlineRunner:
-    """`duration_s(work, task)` is how long that task takes; it is asked once for each start."""
+    """The Runner of the simulator. It calls `duration_s(work, task)` once per start for the
+    virtual duration of the task."""
 
     def __init__(
         self,
@@ -174,7 +172,7 @@ class InlineRunner:
         self._children = children
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See worker.runner."""
+        """See `runner.Runner`."""
         began_s = self._clock.monotonic_s()
         folder = self._scratch.execution(work.execution)
         try:
@@ -195,11 +193,11 @@ class InlineRunner:
                 yield ran
         finally:
             handle.running = None
-            shutil.rmtree(folder, ignore_errors=True)  # most executions have none
+            shutil.rmtree(folder, ignore_errors=True)  # Most executions have no folder.
 
     async def close(self) -> None:
-        """Remove scratch files."""
-        shutil.rmtree(self._scratch.root, ignore_errors=True)  # gone where it was called before
+        """Remove scratch files. Repeated calls are safe."""
+        shutil.rmtree(self._scratch.root, ignore_errors=True)
 
     async def _prepare(self, work: Work, handle: Handle, folder: Path) -> _Run:
         _, code = await self._library.code(work.job.code)
@@ -211,7 +209,7 @@ class InlineRunner:
         one = _Run(work, handle, request, code, inputs)
         answer = self._ask(one, [])
         if answer:
-            # Without a task, an answer says why the handler cannot be loaded.
+            # The request had no task, so the answer is the reason why the handler does not load.
             problem = Problem(FailureKind.CRASH, "")
             problem.fault = answer[1] if answer[0] == "import" else answer[3]
             raise problem
@@ -235,7 +233,7 @@ class InlineRunner:
         return not (handle.stop or handle.kill or now_s >= handle.until_s or (started and spent))
 
     async def _task(self, one: _Run, task: int, item: Json) -> Ran | None:
-        """How the task ends; None where it is killed."""
+        """Return the result of the task, or None if it is killed."""
         [(_, ready)] = await one.inputs.fetch([(task, item)])
         if isinstance(ready, Failure):
             return Ran(task, 0.0, failure=ready)
@@ -260,7 +258,7 @@ class InlineRunner:
         return Ran(task, run_s, payload)
 
     async def _pass(self, duration_s: float, handle: Handle) -> bool:
-        """Let time pass, looking now and then whether somebody kills the task; False then."""
+        """Let virtual time pass. Return False if the task is killed meanwhile."""
         until_s = self._clock.monotonic_s() + duration_s
         look_s = min(_LONGEST_LOOK_S, max(_SHORTEST_LOOK_S, duration_s / 10))
         while not handle.kill:

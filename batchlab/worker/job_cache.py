@@ -1,10 +1,8 @@
-"""The definitions of the jobs that a worker has to do with.
+"""Caches of a worker: the definitions and the control objects of its jobs.
 
-What a worker knows of its jobs' control objects, and for how long it may rely on it.
-
-Invariant (I4): a task of a job starts only within `lease_s` after a look at the control object
-that allowed it. So the manager, having written "cancel", knows after `lease_s` that no further
-task can start, however slow, paused or cut off a worker is, and without asking any.
+Invariant (I4): a task starts only within `lease_s` after a read of its job's control object that
+allowed it. `lease_s` after the manager writes "cancel", no further task can start, even on a slow,
+paused, or disconnected worker. The manager does not need to ask the workers.
 """
 
 from __future__ import annotations
@@ -29,12 +27,15 @@ KEYS_KEPT = 4096
 
 
 class WrongKeyError(BackendError):
-    """A message has another commit key than the definition of its job asks for."""
+    """The commit key of a message does not match the definition of its job."""
 
 
 class Jobs:
-    """Each is read once. What a message says of its job counts only if its commit key is the job's:
-    whoever may send to the queue could name any job."""
+    """Cache of job definitions, each read once.
+
+    The commit key of a message must match its job, because any sender to the queue could name any
+    job.
+    """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -42,7 +43,7 @@ class Jobs:
         self._jobs: dict[JobId, JobDef] = {}
         self._keys: dict[JobId, CommitKey] = {}
         self._reading: dict[JobId, asyncio.Lock] = {}
-        """Messages of one job that come together read its definition once."""
+        """Locks, so that concurrent messages of one job read its definition once."""
 
     def knows(self, job: JobId) -> bool:
         """Whether the definition of the job has been read."""
@@ -68,8 +69,11 @@ class Jobs:
                 self._reading.pop(job, None)
 
     def _known(self, job: JobId, key: CommitKey) -> JobDef | None:
-        """Return the job unless it is to be read: for another commit key it is read again, since it
-        may have been removed and submitted anew."""
+        """Return the cached job, or None if it must be read.
+
+        A different commit key requires a new read, because the job may have been removed and
+        submitted again.
+        """
         known = self._jobs.get(job)
         return known if known and (key == self.key_of(job) or not known.commit_hash) else None
 
@@ -89,7 +93,7 @@ class Jobs:
 
 
 CLOCKS_S = 60.0
-"""By so much the clocks of two machines may differ."""
+"""Assumed largest difference in seconds between the clocks of two machines."""
 
 
 @dataclass(slots=True)
@@ -99,11 +103,11 @@ class _Entry:
     asked_s: float
     watchers: int = 0
     is_new: bool = False
-    """The object was not there yet."""
+    """The control object did not exist yet."""
 
 
 class Controls:
-    """Polls the control objects of the jobs in hand by ETag, at a third of the lease."""
+    """Poller of the control objects of in-flight jobs, by ETag, every third of the lease."""
 
     def __init__(
         self,
@@ -113,9 +117,9 @@ class Controls:
         on_look: Callable[[JobId, Control, float], None],
         on_tail: Callable[[JobId], None] = lambda _: None,
     ) -> None:
-        """`on_look(job, control, until_s)` is called after every look at a watched job; tasks
-        may start until the monotonic time `until_s`. `on_tail(job)` is called when a look finds
-        that somebody has asked anew for what its tasks print."""
+        """Set the callbacks. `on_look(job, control, until_s)` is called after every read of a
+        control object, and tasks may start until the monotonic time `until_s`. `on_tail(job)` is
+        called when a read finds a new request for the live logs of the job."""
         self._objects = objects
         self._clock = clock
         self._lease_s = lease_s
@@ -124,13 +128,13 @@ class Controls:
         self._entries: dict[JobId, _Entry] = {}
 
     async def look(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """A fresh look: the control word, and until when (monotonic) it may be relied on.
+        """Read the control object. Return its word and the monotonic time until it is valid.
 
-        The object may not be there yet: not where the job `is_new`, nor while its definition is
-        there. Else somebody has removed the job.
+        A missing object means RUN if the job `is_new` or its definition exists. Otherwise the job
+        has been removed, which means CANCEL.
         """
         entry = self._entries.get(job)
-        # The lease counts from before the request: the answer may be as old as the question.
+        # The lease starts before the request, because the answer may be as old as the request.
         asked_s = self._clock.monotonic_s()
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
@@ -141,8 +145,8 @@ class Controls:
                 changed, tail = (word.control, found.etag, False), word.tail
                 is_news = entry is not None and asked_s - entry.asked_s <= self._lease_s
                 if not is_news and word.tail_s is not None:
-                    # It may be of long ago. Where the clocks differ by more, whoever asks now is
-                    # heard the next time.
+                    # The request for live logs may be old. If the clocks differ by more than the
+                    # tolerance, the next renewal of the request is noticed instead.
                     old_s = self._clock.now_s() - word.tail_s
                     tail *= abs(old_s) <= ASKED_S + CLOCKS_S
         except NotFound:
@@ -155,7 +159,7 @@ class Controls:
             said, etag, is_new = changed
             watchers = entry.watchers if entry else 0
             entry = self._entries[job] = _Entry(said, etag, asked_s, watchers, is_new)
-        elif entry is None:  # forgotten while the request was under way
+        elif entry is None:  # `poll` removed the entry during the request.
             return await self.look(job)
         else:
             entry.asked_s = max(entry.asked_s, asked_s)
@@ -166,21 +170,21 @@ class Controls:
         return entry.control, until_s
 
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """The last look where it is younger than a third of the lease, else a fresh one."""
+        """Return the last read if it is younger than a third of the lease, else read again."""
         entry = self._entries.get(job)
         if entry and self._clock.monotonic_s() - entry.asked_s < self._lease_s / 3:
             return entry.control, entry.asked_s + self._lease_s
         return await self.look(job, is_new=is_new)
 
     def watch(self, job: JobId) -> None:
-        """Keep looking at this job; `current` must have been awaited before."""
+        """Poll this job. `current` must have been awaited before."""
         self._entries[job].watchers += 1
 
     def unwatch(self, job: JobId) -> None:
         self._entries[job].watchers -= 1
 
     async def poll(self) -> None:
-        """Look at every watched job for ever; forget those nobody watches."""
+        """Read the control object of every watched job forever. Remove old unwatched entries."""
         while True:
             heed_cancellation()
             await asyncio.sleep(self._lease_s / 3)
@@ -192,6 +196,6 @@ class Controls:
                 try:
                     await self.look(job)
                 except BackendError:
-                    # No answer: the lease runs out by itself, which stops new tasks. That is the
-                    # safe side, so an outage needs no handling of its own here.
+                    # Without an answer the lease expires, which stops new tasks. This is safe, so
+                    # an outage needs no further handling.
                     continue

@@ -1,9 +1,8 @@
-"""What running tasks have printed so far, stored while somebody asks for it.
+"""Live logs: the recent output of running tasks, stored while a client follows them.
 
-Invariant: nobody pays where nobody looks. A request comes with the control object, which a worker
-reads anyway, and holds for ASKED_S; meanwhile a worker makes one PUT per step at the most, and none
-where nothing new was printed. The time counts from when the worker saw it; clocks are compared, and
-roughly, only to tell what a worker meets that has not looked at the job before (see controls).
+Invariant: live logs cause no requests unless a client follows them. The client's request is part of
+the control object, which a worker reads anyway, and is valid for ASKED_S from that read. A worker
+then makes at most one PUT per job and step, and none without new output.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from batchlab.worker.inflight_message import Hand
 log = logging.getLogger(__name__)
 
 TASK_BYTES = 64 * 1024
-"""The most that is stored of one running task, its end; of all that a worker runs, WORKER_BYTES."""
+"""Size limit of the stored output of one running task. The end of the output is stored."""
 WORKER_BYTES = 256 * 1024
+"""Size limit of the stored output of all tasks that a worker runs for one job."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class _Asked:
 
 
 class Tails:
-    """Of one worker; `hands` is shared with its loop. A step takes `every_s`."""
+    """Live logs of one worker, stored every `every_s`. `hands` is shared with the worker's loop."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Tails:
         self._wanted = asyncio.Event()
 
     def asked(self, job: JobId) -> None:
-        """Somebody wants to see what this job's tasks print."""
+        """Store the live logs of this job for the next ASKED_S seconds."""
         until_s = self._clock.monotonic_s() + ASKED_S
         if job in self._jobs:
             self._jobs[job].until_s = until_s
@@ -65,7 +65,7 @@ class Tails:
         self._wanted.set()
 
     async def keep(self) -> None:
-        """Store, for ever, what is asked for; asleep while nothing is."""
+        """Store the requested live logs forever. Sleep while there is no request."""
         while True:
             heed_cancellation()
             await self._wanted.wait()
@@ -84,15 +84,15 @@ class Tails:
         try:
             tails = self._now(job)
         except (OSError, ValueError) as error:
-            log.warning("what tasks of %s print could not be read: %s", job, error)
-            return  # it is for whoever looks on: no reason to end a worker
+            log.warning("live logs of %s could not be read: %s", job, error)
+            return  # Live logs are optional, so an error here must not stop the worker.
         if tails == asked.stored:
             return
         try:
             await self._objects.put(object_keys.tail(job, self._worker), to_bytes(tails))
         except BackendError as error:
-            log.warning("what tasks of %s print could not be stored: %s", job, error)
-            return  # the next step tries again
+            log.warning("live logs of %s could not be stored: %s", job, error)
+            return  # The next step tries again.
         asked.stored = tails
 
     def _now(self, job: JobId) -> list[Tail]:

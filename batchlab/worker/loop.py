@@ -1,8 +1,8 @@
-"""The worker's loop: a bundle's life from the receive to the delete, steps 1 to 4 of the protocol.
+"""The worker's loop: steps 1 to 4 of the protocol, from the receive of a bundle to its delete.
 
-Invariant: what has been received is in hand until it has left as `closing` says: committed and
-passed on, or sent again. What goes wrong on the way is either one bundle's, which is given back
-then, or it ends the whole worker. It is one file, since every step shares the hands and the slots.
+Invariant: a received message stays in flight until its bundle is committed and forwarded, or sent
+again. An error either concerns one bundle, which is then returned to the queue, or stops the whole
+worker. All steps share the in-flight messages and the slots, so they are one class.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from batchlab.worker.worker_counters import Deeds
 log = logging.getLogger(__name__)
 
 OUTAGE_S = 1.0
-"""Wait before the next try of a receive that failed."""
+"""Seconds between a failed receive and the next try."""
 
 HEAD_START_S = 0.01
-"""By so much what was waited for is ahead of the next receive, once every slot has something."""
+"""Delay in seconds of the next receive after a long poll has filled every slot."""
 
 
 class Worker:
-    """One worker process; `run` returns after `drain`, with nothing left in hand."""
+    """One worker process. `run` returns after `drain`, when no message is in flight."""
 
     def __init__(
         self,
@@ -119,14 +119,16 @@ class Worker:
         )
 
     def drain(self, notice: Notice | None = None) -> None:
-        """Stop receiving; finish or give back what is in hand, by the notice's time where there
-        is one; then `run` returns (I6)."""
+        """Stop receiving, and finish or return the in-flight messages. Then `run` returns (I6).
+
+        The time of the notice, if it has one, limits how long this may take.
+        """
         self._departure.told(notice)
         self._draining.set()
         self._beats.leaving = True
 
     async def run(self) -> None:
-        """Work until drained. A bug in any part ends the whole worker: half a worker is worse."""
+        """Work until drained. An unexpected error in any part stops the whole worker."""
         async with asyncio.TaskGroup() as group:
             fetcher = group.create_task(self._fetch(group), name="fetch")
             others = [
@@ -172,41 +174,40 @@ class Worker:
                 )
             except BackendError as error:
                 heed_cancellation()
-                # However long it lasts: what runs here must not be lost to an outage of the queue.
+                # Retried without limit: an outage of the queue must not stop running tasks.
                 log.warning("no messages can be received: %s", error)
                 await asyncio.sleep(OUTAGE_S)
                 continue
-            # First what can be run here: a drain must find it in hand.
+            # Readable messages are registered first, so that a drain finds them.
             newer = [(one, why) for one in messages if (why := self._take(one, group))]
             for message, why in newer:
                 await self._closing.leave_to_others(self._tasks_queue, message, why)
             waited_s = self._clock.monotonic_s() - asked_s
             if messages and self._busy >= self._slots.total and waited_s > HEAD_START_S:
-                # The queue was empty until now, so asking again would mostly find nothing, and hold
-                # up what is to run. A slot that becomes free ends the wait: its next bundle may
+                # The queue was empty until now, so another receive would probably find nothing and
+                # delay the new bundles. A free slot ends this wait, because its next bundle may
                 # already be in the queue.
                 self._room.clear()
                 await set_within(self._room, HEAD_START_S)
 
     @property
     def _busy(self) -> int:
-        """Slots that have something to run. What is being committed takes none any more, so that
-        the next bundle runs meanwhile."""
+        """Number of slots in use or requested. A bundle that is being committed uses no slot."""
         return sum(hand.slots for hand in self._hands.values() if not hand.committing)
 
     def _free_hands(self) -> int:
-        """How many more messages may be in hand; what is being committed may not pile up."""
+        """Return how many more messages may be received. Commits in progress are limited too."""
         wanted = self._slots.total + self._prefetch - self._busy
         return min(wanted, 3 * self._slots.total + 1 - len(self._hands))
 
     def _take(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
-        """Take it in hand; what it is that only a newer worker can run."""
+        """Start to process a message. Return the error if only a newer worker can read it."""
         try:
             task = read_task_message(message.body)
         except TooNew as error:
             return error
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with somebody's bytes
-            # Not ours to judge: it comes back until it goes to the dead letters, where the
+        except Exception as error:  # noqa: BLE001 - a malformed body may cause any error
+            # The message returns until the queue moves it to the dead-letter queue, where the
             # manager reports it.
             log.error("message %s is not a bundle: %s", message.id, error)
             return None
@@ -242,13 +243,13 @@ class Worker:
             await self._serve(hand, job)
         except TooNew as error:
             await self._suspects.withdraw(hand)
-            if hand.receipt is not None:  # else it is handed over, or somebody else's by now
+            if hand.receipt is not None:  # None: a watchdog or another worker has the bundle.
                 hand.receipt = None
                 await self._closing.leave_to_others(hand.queue, hand.message, error)
         except BackendError as error:
-            # The message comes back by itself; sooner than its timeout, but not at once, since
-            # whatever did not answer us needs a moment.
-            log.warning("the bundle is given back: %s", error)
+            # The message returns before its visibility timeout ends, but with a short delay, so
+            # that the failing service can recover.
+            log.warning("the bundle is returned to the queue: %s", error)
             await self._suspects.withdraw(hand)
             await self._tenure.give_back_later(hand)
         finally:
@@ -264,8 +265,10 @@ class Worker:
     # --- One bundle ------------------------------------------------------------------------------
 
     async def _admitted(self, hand: Hand) -> JobDef | None:
-        """Return the job of a message whose commit key is right, once a look at its control object
-        has been had; None if the message is to be dropped."""
+        """Return the job of a message after checking its commit key and reading its control object.
+
+        Return None if the message must be dropped.
+        """
         name, key = hand.bundle.job, hand.task.key
         look = partial(self._controls.current, name, is_new=not self._jobs.knows(name))
         try:
@@ -275,9 +278,9 @@ class Worker:
             else:
                 job, _ = await both(self._jobs.of(name, key), self._patience(look))
         except NotFound:
-            return None  # somebody has removed the job
+            return None  # The job has been removed.
         except (Malformed, WrongKeyError) as error:
-            # The manager finds the bundle silent, and then looks at the objects of the job.
+            # The manager notices that the bundle does not end, and then checks the job.
             log.warning("message %s is dropped: %s", hand.message.id, error)
             return None
         hand.key = key if job.commit_hash else UNSEALED
@@ -287,7 +290,7 @@ class Worker:
         try:
             stage = job.stage(hand.bundle.stage)
         except KeyError:
-            log.error("message %s is of a stage that its job does not have", hand.message.id)
+            log.error("message %s names a stage that its job does not have", hand.message.id)
             return
         if await self._not_wanted(hand) or await self._too_early(hand, job):
             return
@@ -308,7 +311,7 @@ class Worker:
                 await self._closing.forward_again(hand, job, done)
                 return
         elif hand.bundle.attempt > 1 and (done := await self._suspects.outcome(hand)):
-            # A retry waits in the queue for its backoff, and a copy of it may have been sent since.
+            # A retry waits in the queue for its backoff. A copy of it may have finished meanwhile.
             await self._closing.forward_again(hand, job, done)
             return
         items: Sequence[Json]
@@ -334,15 +337,16 @@ class Worker:
         beside = min(stage.slots, self._slots.total)
         is_apart = False
         if hand.alone and beside < self._slots.total:
-            # With nobody beside it, it can kill nobody else's start. But not at any price: a
-            # neighbour may run for half a day.
+            # A poison task that runs alone cannot crash other bundles. The wait for all slots is
+            # limited, because another bundle may run for half a day.
             is_apart = await self._ask(hand, self._slots.total, self._settings.visibility_s)
-            self._room.set()  # for what it does not need after all
+            self._room.set()  # Its slot demand may have decreased.
         if not is_apart:
-            # One that needs several slots keeps its place: sent away, it would never get them all.
+            # A bundle that needs several slots keeps its place in the waiting list. If it were sent
+            # again, it might never get them.
             longest_s = 2 * self._settings.quick_s if beside == 1 else None
             if not await self._ask(hand, beside, longest_s):
-                # Prefetched behind a long bundle: an idle worker may take it sooner than we can.
+                # The bundle was prefetched behind a long one. An idle worker may run it sooner.
                 self._prefetch = 0
                 await self._closing.send_again(hand, job, items=items)
                 return
@@ -362,8 +366,8 @@ class Worker:
             items = [item for task, item in told if task in hand.part.tasks]
         cancelled = hand.control is Control.CANCEL
         if not ran and not cancelled:
-            # Nothing ended, so there is nothing to commit; an outcome without a task in it would
-            # have to name itself as its follow.
+            # No task has ended, so there is nothing to commit. The follow-up of an outcome without
+            # tasks would be the bundle itself.
             await self._suspects.withdraw(hand)
             await self._closing.send_again(hand, job, items=items)
             return
@@ -371,7 +375,7 @@ class Worker:
         await self._closing.finish(hand, job, outcome, items)
 
     async def _ask(self, hand: Hand, slots: int, longest_s: float | None) -> bool:
-        """Whether so many slots are its own, within so many seconds."""
+        """Wait up to `longest_s` for slots. Return whether the bundle got them."""
         hand.slots = slots
         hand.waiting = self._slots.ask(slots)
         if self._draining.is_set():
@@ -416,13 +420,16 @@ class Worker:
         return await self._shedding.run(hand, job, items, started_s, runs)
 
     async def _not_wanted(self, hand: Hand) -> bool:
-        """Drop the message of a cancelled or paused job; its outstanding bundles are in the
-        ledger, and are sealed, or sent again on resume."""
+        """Drop the message if its job is cancelled or paused, and return whether it was dropped.
+
+        The ledger has the outstanding bundles. The manager seals them, or sends them again on
+        resume.
+        """
         if hand.control is Control.RUN:
             control, _ = await self._controls.current(hand.bundle.job)
             if control is Control.RUN:
                 return False
-        # A look that is a moment old must not drop a message that `resume` has just sent.
+        # Read again: an outdated control word must not drop a message that `resume` has just sent.
         control, _ = await self._controls.look(hand.bundle.job)
         if control is Control.RUN:
             return False
@@ -430,7 +437,8 @@ class Worker:
         return True
 
     async def _too_early(self, hand: Hand, job: JobDef) -> bool:
-        """A wait longer than SQS's longest delay goes on in another delayed message."""
+        """Send the message again with a delay if its start time has not come, and return whether
+        it was sent. A wait may exceed SQS's maximum delay."""
         wait_s = (hand.task.not_before_s or 0.0) - self._clock.now_s()
         if wait_s <= 0.5:
             return False

@@ -1,7 +1,7 @@
-"""Inputs in, outputs out: what a task's item refers to becomes local, what it wrote is stored.
+"""Download of the objects that a task's item refers to, and upload of its outputs.
 
-Invariant: an input that is gone or finds no room fails its own task; a service that does not
-answer is nobody's failure and propagates (BackendError).
+Invariant: an input that is missing or does not fit on the disk fails its own task. An unavailable
+service fails no task, and its BackendError propagates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from batchlab.worker.runner import Work
 from batchlab.worker.task_executor import Request, local_ref
 
 OffLoop = Callable[..., Awaitable[Any]]
-"""Runs a blocking function: in a thread, or on the spot where the loop has no threads."""
+"""Call of a blocking function, in a thread or directly if the event loop has no threads."""
 
 _PIECE_BYTES = 8 * 1024 * 1024
 _AT_ONCE = 16
@@ -37,7 +37,7 @@ _DEEPEST = 8
 
 
 def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> Request:
-    """What the tasks of `work` have in common; a child's current folder is `folder`/cwd."""
+    """Return the common request for the tasks of `work`. A child runs in `folder`/cwd."""
     stage = work.stage
     return Request(
         handler=stage.handler,
@@ -57,16 +57,16 @@ def request(work: Work, folder: Path, *, function: Path | None, code: Path | Non
 
 
 def function_key(work: Work) -> str | None:
-    """The key of the stage's pickled function, None where it has none."""
+    """Return the key of the stage's pickled function, or None if it has none."""
     handler = work.stage.handler or ""
     return handler.removeprefix("pickle:") if handler.startswith("pickle:") else None
 
 
 def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[int, Json]]]:
-    """The tasks in order, cut so that a chunk's inputs can be fetched while the one before runs.
+    """Split the tasks into chunks. A chunk's inputs are fetched while the previous chunk runs.
 
-    Items that need nothing fetched do not count. The first chunk is one task, so that it starts
-    soon; then chunks double up to 16 tasks or 256 MiB.
+    The first chunk has one task, so that it starts soon. Chunks then double up to 16 tasks or
+    256 MiB. Items without inputs to fetch do not count.
     """
     chunk: list[tuple[int, Json]] = []
     limit, count, size = 1, 0, 0
@@ -84,7 +84,7 @@ def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[i
 
 
 def refers(chunk: Iterable[tuple[int, Json]]) -> bool:
-    """Whether any of these needs something fetched."""
+    """Return whether any of these items refers to an object."""
     return any(_refers(item) for _, item in chunk)
 
 
@@ -95,7 +95,7 @@ def _bytes(reference: Json) -> int:
 
 
 class Inputs:
-    """Fetches the objects that the items of one execution refer to.
+    """Downloader of the objects that the items of one execution refer to.
 
     Objects in `files` are used in place. All others are downloaded into the task's folder.
     """
@@ -115,11 +115,11 @@ class Inputs:
         self._off_loop = off_loop
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self.fetched: set[int] = set()
-        """Tasks that got a folder for their inputs."""
+        """Tasks that have a folder for their inputs."""
         self._headers: dict[tuple[str, int, int], bytes] = {}
 
     async def fetch(self, chunk: Iterable[tuple[int, Json]]) -> list[tuple[int, Json | Failure]]:
-        """The chunk with local references, and a Failure for each item that cannot be had."""
+        """Return the chunk with local references, and a Failure for each missing input."""
         items = dict(chunk)
         needy = [task for task, item in items.items() if _refers(item)]
         self.fetched.update(needy)
@@ -131,12 +131,12 @@ class Inputs:
         try:
             return task, await self._local(item, folder, _DEEPEST)
         except NotFound as error:
-            return task, _failure(task, f"Its input is gone: {error}", error)
+            return task, _failure(task, f"Its input does not exist: {error}", error)
         except (BackendError, OSError) as error:
             reason = no_room(error)
             if reason is None:
                 raise
-            # At once: the next bundle begins before this one's folder is cleaned.
+            # Removed at once, because the next bundle starts before this folder is cleaned.
             await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
             return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
         except (ValueError, ForeignReference) as error:
@@ -192,7 +192,7 @@ class Inputs:
         if not header:
             return b""
         place = (key, header[0], header[1])
-        # Every part of a file needs it: once per execution is enough.
+        # Every part of a file needs its header, so it is fetched once per execution.
         if place not in self._headers:
             self._headers[place] = await self._objects.get_range(*place)
         return self._headers[place]
@@ -217,9 +217,10 @@ def _append(path: Path, data: bytes) -> None:
 
 
 async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Every result; where some failed, an error, one that names a reason of the task's own last.
+    """Return every result, or raise an error after all calls have ended.
 
-    asyncio.gather alone would leave the others running behind the first error's back.
+    An error of a service is preferred to NotFound. `asyncio.gather` alone would leave the other
+    calls running after the first error.
     """
     results = await asyncio.gather(*calls, return_exceptions=True)
     errors = [one for one in results if isinstance(one, BaseException)]
@@ -233,12 +234,12 @@ def _failure(task: int, reason: str, error: Exception) -> Failure:
 
 
 def failure(task: int, found: Fault, run_s: float) -> Failure:
-    """The Failure that a child, or whoever ran the task, described."""
+    """Return the Failure of a task from the fields in `found`."""
     return Failure(task, run_s=run_s, **{**found, "kind": FailureKind(found["kind"])})
 
 
 def no_room(error: BaseException) -> str | None:
-    """What the system says where `error` comes from a full disk or quota, else None."""
+    """Return the system's message if a full disk or quota caused `error`, else None."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -248,8 +249,8 @@ def no_room(error: BaseException) -> str | None:
 
 
 async def upload(objects: Objects, uploads: Iterable[tuple[str, str]]) -> None:
-    """Store each (path, key). The keys are of this execution only."""
+    """Store each (path, key). Only this execution uses these keys."""
     for path, key in uploads:
-        # If the key exists, an earlier try of this request has written it, whose answer was lost.
+        # If the key exists, an earlier try of this request has written it and its answer was lost.
         with suppress(AlreadyExists):
             await objects.upload(key, Path(path), if_absent=True)

@@ -1,9 +1,9 @@
-"""Group commit for everything a worker sends: calls that come together share one request.
+"""Batching of everything a worker sends: concurrent calls share one request.
 
-Invariant: a caller returns only when what it handed in has been accepted by the service. While
-one request is under way, what arrives waits and goes out together, so batching adds no delay. What
-nobody is in a hurry for waits for another one to go with: some events for `LINGER_S`, deletes for a
-moment. What nobody waits for stays here until it has been accepted.
+Invariant: a call returns only when the service has accepted its entry. Entries that arrive during a
+request go out together in the next one, so batching adds no delay. Entries that are not urgent wait
+for others: events up to `LINGER_S`, deletes up to `STEP_BACK_S`. Reports of duplicates stay here
+until the service has accepted them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ T = TypeVar("T")
 
 WHOLE_BYTES = 2_000
 WHOLE_VALUES = 16
-"""An outcome no larger than this is sent as it is, and not only counted."""
+"""Size limits of an outcome that is sent whole. A larger one is sent as a summary."""
 EVENT_BYTES = 200_000
-"""A completion larger than this (very many follows) is sent as a key to fetch."""
+"""A completion larger than this (very many follow-ups) is sent as an object key."""
 TRACE_BYTES = 250
-"""What a trace adds to an event, about."""
+"""Approximate size of a trace in an event."""
 DUPLICATES_AT_ONCE = 200
-"""Beside the events, as far as one message has room for them."""
+"""Most reports of duplicates in one message, so that they fit in with the events."""
 MOST_DUPLICATES = 2_000
-"""That wait to be told of."""
+"""Most reports of duplicates that wait to be sent."""
 
 LINGER_S = 0.02
 
@@ -46,17 +46,17 @@ _Event = tuple[Outcome | Beat, str]
 
 
 class SignsOfLife(Protocol):
-    """Beats that may go along with other events."""
+    """Source of heartbeats that can be sent along with other events."""
 
     def news(self) -> Beat | None:
-        """A beat, where it would tell what has not been told."""
+        """Return a heartbeat if the state differs from the last one sent, else None."""
 
     def heard(self, beat: Beat) -> None:
-        """It has been told."""
+        """Record that a heartbeat has been sent."""
 
 
 class _Group(Generic[T]):
-    """Hands all that has been put in since the last flush to `flush`, one flush at a time."""
+    """Batches of entries. `flush` gets all entries since the last flush, one flush at a time."""
 
     def __init__(
         self, flush: Callable[[Sequence[T]], Awaitable[None]], linger_s: float = LINGER_S
@@ -100,7 +100,7 @@ class _Group(Generic[T]):
 
 
 class Outbox:
-    """Sends, events and deletes of one worker, coalesced."""
+    """Batched sends, events, and deletes of one worker."""
 
     def __init__(
         self,
@@ -110,8 +110,11 @@ class Outbox:
         deeds: Deeds | None = None,
         key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
     ) -> None:
-        """`key_of` gives the commit key of a job whose messages were received. The counts of
-        `tally` (the worker's requests) and of `deeds` (what it did) are sent with its beats."""
+        """Set the sources of an event's content.
+
+        `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the
+        counts of `tally` (the worker's requests) and `deeds` (the worker's results).
+        """
         self._queue = queue
         self._patience = patience
         self._key_of = key_of
@@ -124,25 +127,30 @@ class Outbox:
         self.signs: SignsOfLife | None = None
 
     async def send(self, messages: Sequence[Addressed]) -> None:
-        """Send to whatever queues they are addressed to."""
+        """Send each message to the queue it is addressed to."""
         for name, outgoing in by_queue(messages).items():
             group = self._sends.setdefault(name, _Group(partial(self._flush_sends, name)))
             await group.put(outgoing)
 
     async def delete(self, queue: str, receipt: str, *, hurry: bool = True) -> None:
-        """Delete a message; without `hurry` a moment later, so that whoever hears of what was done
-        with it goes first. A refused receipt is no error: the message is somebody else's now."""
+        """Delete a message. Without `hurry`, wait a moment, so that its event is sent first.
+
+        A refused receipt is not an error, because another worker may have the message now.
+        """
         flush = partial(self._flush_deletes, queue)
         group = self._deletes.setdefault(queue, _Group(flush, STEP_BACK_S))
         await group.put(receipt, hurry=hurry)
 
     async def event(self, event: Outcome | Beat, trace: str = "", *, hurry: bool = True) -> None:
-        """Tell of a committed outcome, or a beat, on the events queue. `trace` is where the trace
-        of a bundle goes on. Without `hurry` it goes with the next one, if that comes soon."""
+        """Send a committed outcome or a heartbeat to the events queue.
+
+        `trace` is the parent of further spans of the bundle. Without `hurry`, wait up to `LINGER_S`
+        for another event.
+        """
         await self._events.put((event, trace), hurry=hurry)
 
     def met_twice(self, duplicate: Duplicate) -> None:
-        """Tell of it along with the next event; while none can be sent, of the first ones only."""
+        """Report a duplicate with the next event. Drop it if too many reports are waiting."""
         if len(self._duplicates) < MOST_DUPLICATES:
             self._duplicates.append(duplicate)
 
@@ -160,7 +168,7 @@ class Outbox:
         if along:
             events, beats = [*events, (along, "")], [along]
         packed = _pack(events, self._key_of)
-        # Where the beat is: the manager believes these counts by the key in it.
+        # The counts go with the heartbeat, because its key lets the manager trust them.
         at = max((n for n, one in enumerate(packed) if one.beats), default=-1)
         if self._tally and beats and (made := self._tally.read()):
             last = beats[-1]
@@ -176,7 +184,7 @@ class Outbox:
             Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed
         ]
         await send_to(self._queue, object_keys.EVENTS, bodies, self._patience)
-        # Only now. What is told twice counts once.
+        # Removed only after the send. The manager counts a repeated report once.
         del self._duplicates[: len(duplicates)]
         if self._deeds and deeds:
             self._deeds.told(deeds)
@@ -210,7 +218,7 @@ def _pack(events: Sequence[_Event], key_of: Callable[[JobId], CommitKey]) -> lis
 
 
 def _one(event: Outcome | Beat, key_of: Callable[[JobId], CommitKey]) -> tuple[Events, int]:
-    """A single event, and about how many bytes it takes."""
+    """Return a single event and its approximate size in bytes."""
     if isinstance(event, Beat):
         held = sum(200 + len(one.receipt or "") for one in event.held)
         return Events(beats=(event,)), 200 + held

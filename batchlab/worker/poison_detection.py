@@ -1,9 +1,10 @@
-"""Care with bundles that came back without an outcome: some of them kill their workers.
+"""Poison detection: it finds tasks that crash their workers.
 
-Invariant (I7): such a bundle is halved until its tasks stand alone; a task alone that LOSS_LIMIT
-workers have started, all of them silent since, is FAILED. Only starts that were written down count,
-so a message that lay prefetched in a dying worker is not blamed, and a task's own retries are
-untouched. A worker that lives renews what it wrote: copies that run side by side blame nobody.
+Invariant (I7): a bundle that returned without an outcome is halved until its tasks are alone in
+their bundles. A lone task fails after LOSS_LIMIT workers have started it and then died. Only
+recorded starts count, so a message that a dying worker had only prefetched is not counted. Retries
+of the task are not affected. A live worker renews its start markers, so concurrent copies of a task
+do not count as deaths.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
-    """The content of the start or running marker `name`. Who lists the bucket finds the names of
-    markers, so the content is sealed too."""
+    """Return the content of the start or running marker `name`.
+
+    Names of markers are visible in the bucket's list, so the content is sealed too.
+    """
     doc: dict[str, Json] = {"v": json_format.VERSION, "worker": worker, "at_s": now_s}
     if key:
         doc["seal"] = seal(key, "marker", name, worker, repr(now_s))
@@ -39,8 +42,10 @@ def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
 
 
 def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
-    """When the marker `name` was written, seconds of the epoch; None if it cannot be read, or its
-    seal is wrong: any worker can write over it."""
+    """Return when the marker `name` was written, in seconds since the epoch.
+
+    Return None if it cannot be read or its seal is wrong, because any worker can overwrite it.
+    """
     try:
         doc = json_format.loads(data)
         at_s, worker = float(figure(doc["at_s"])), label(doc["worker"])
@@ -52,11 +57,11 @@ def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
 
 
 class RunsElsewhereError(BackendError):
-    """Too many have started the bundle to start it once more, but some of them may live."""
+    """LOSS_LIMIT workers have started the bundle, but some of them may be alive."""
 
 
 class Suspects:
-    """The careful path of one worker."""
+    """Poison detection of one worker."""
 
     def __init__(
         self,
@@ -67,8 +72,10 @@ class Suspects:
         stale_s: float,
         leaving: asyncio.Event,
     ) -> None:
-        """A start that is not renewed for `stale_s` is one of a worker that has died; once
-        `leaving` is set, nobody waits for that."""
+        """Treat a start that is not renewed for `stale_s` as one of a dead worker.
+
+        Once `leaving` is set, the worker does not wait that long.
+        """
         self._objects = objects
         self._clock = clock
         self._patience = patience
@@ -76,10 +83,10 @@ class Suspects:
         self._stale_s = stale_s
         self._leaving = leaving
         self._begun: dict[str, Hand] = {}
-        """The starts that this worker has written and not come to an end with, by execution."""
+        """In-flight messages whose start this worker has recorded, by execution."""
 
     async def keep(self) -> None:
-        """Renew the starts of what runs, for ever."""
+        """Renew the start markers of running bundles forever."""
         for number in count(1):
             heed_cancellation()
             await asyncio.sleep(self._stale_s / 4)
@@ -89,15 +96,18 @@ class Suspects:
                 try:
                     await self._write(hand, str(number))
                 except BackendError as error:
-                    log.warning("a start is not renewed: %s", error)
+                    log.warning("a start marker could not be renewed: %s", error)
 
     async def outcome(self, hand: Hand) -> Outcome | None:
         """Return the committed outcome of the bundle."""
         return await committed(self._objects, hand.bundle, self._patience, hand.key)
 
     async def verdict(self, hand: Hand) -> Outcome | None:
-        """What has become of the bundle: its outcome if there is one or must be one now, None
-        where it should be run. RunsElsewhereError where that is to be asked again later."""
+        """Return the outcome of the bundle, or None if the bundle must run.
+
+        Commit an outcome if the bundle must be halved or fails as poison. Raise RunsElsewhereError
+        if that cannot be decided yet.
+        """
         bundle = hand.bundle
         done = await self.outcome(hand)
         if done:
@@ -115,7 +125,7 @@ class Suspects:
             if killed >= settlement.LOSS_LIMIT:
                 judged = settlement.poisoned(
                     bundle,
-                    f"killed its worker {killed} times: each started it and ended without a word",
+                    f"killed its worker {killed} times: each started it and died without a result",
                     execution=hand.execution,
                     worker=self._worker,
                     now_s=now_s,
@@ -125,9 +135,9 @@ class Suspects:
         return await commit(self._objects, judged, self._patience, hand.key)
 
     async def _killed(self, hand: Hand) -> int:
-        """How many workers have started it and died, where that is enough to condemn it.
+        """Return how many workers have started the bundle and, once they are enough, have died.
 
-        Told by what changes and not by the times in it: clocks differ.
+        A death is detected by an unchanged marker, not by its time, because clocks differ.
         """
         bundle = hand.bundle
         before = await self._starts(bundle, hand.key)
@@ -141,20 +151,22 @@ class Suspects:
         return len(dead)
 
     async def _starts(self, bundle: Bundle, key: CommitKey) -> Mapping[str, frozenset[str]]:
-        """Return the versions of the starts by worker. Forged and withdrawn starts do not count,
-        and this worker's own starts only while they run."""
+        """Return the versions of the start markers by worker.
+
+        Forged and withdrawn starts do not count. This worker's own starts count while they run.
+        """
         versions: dict[str, frozenset[str]] = defaultdict(frozenset)
         withdrawn: set[str] = set()
         async for page in self._objects.list(object_keys.starts(bundle)):
             for info in page:
                 marked = object_keys.started_by(bundle, info.key, key)
                 if marked is None:
-                    log.warning("a start marker has a wrong seal and counts for nothing")
+                    log.warning("a start marker has a wrong seal and is ignored")
                     continue
                 execution, then = marked
                 if then == object_keys.WITHDRAWN:
                     withdrawn.add(execution)
-                # Workers of release 0.1.0 renew a marker by writing over it.
+                # Workers of release 0.1.0 renew a marker by overwriting it.
                 versions[execution] |= {f"{then} {info.etag}"}
         found: dict[str, frozenset[str]] = defaultdict(frozenset)
         for execution, seen in versions.items():
@@ -164,9 +176,9 @@ class Suspects:
         return found
 
     async def begin(self, hand: Hand) -> None:
-        """Write down that a suspect is being started, before it is.
+        """Record the start of a suspect bundle before it starts.
 
-        A worker that dies in between counts as one that has started it: nobody can tell.
+        If the worker dies between the record and the start, the start counts anyway.
         """
         if len(hand.bundle.tasks) == 1:
             self._begun[hand.execution] = hand
@@ -175,27 +187,29 @@ class Suspects:
     async def _write(self, hand: Hand, then: str = "") -> None:
         name = object_keys.start(hand.bundle, hand.execution, hand.key, then)
         data = marker(self._worker, self._clock.now_s(), name, hand.key)
-        # If it exists, an earlier try of this call has written it: only this worker knows the name.
+        # Only this worker uses the name, so an existing object is from an earlier try of this call.
         with suppress(AlreadyExists):
             await self._objects.put(name, data, if_absent=True)
 
     def end(self, hand: Hand) -> None:
-        """It has ended, in whatever way but the death of this worker."""
+        """Stop renewing the start marker, because the bundle has ended."""
         self._begun.pop(hand.execution, None)
 
     async def withdraw(self, hand: Hand) -> None:
-        """The start came to nothing through no fault of the task: the worker is leaving, or a
-        service did not answer."""
+        """Withdraw the recorded start.
+
+        The run ended without a fault of the task: the worker is leaving, or a service failed.
+        """
         self.end(hand)
         if hand.suspicion and len(hand.bundle.tasks) == 1:
             try:
                 await self._write(hand, object_keys.WITHDRAWN)
             except BackendError as error:
-                # One start too many is counted; it takes three to condemn.
-                log.warning("its start is not taken back: %s", error)
+                # One start too many is counted. A task fails only after LOSS_LIMIT starts.
+                log.warning("its start marker could not be withdrawn: %s", error)
 
     async def runs_elsewhere(self, hand: Hand, stale_s: float) -> bool:
-        """Whether a handed-over bundle's worker still refreshes its running marker."""
+        """Return whether another worker still refreshes the running marker of the bundle."""
         name = object_keys.running(hand.bundle, hand.key)
         try:
             data = await self._patience(partial(self._objects.get, name))
@@ -203,5 +217,5 @@ class Suspects:
             return False
         at_s = marked_s(data, name, hand.key)
         if at_s is None:
-            log.warning("a running marker has a wrong seal and counts for nothing")
+            log.warning("a running marker has a wrong seal and is ignored")
         return at_s is not None and self._clock.now_s() - at_s < stale_s

@@ -1,7 +1,7 @@
-"""Runs tasks in warm child processes, which may crash, hang or leak without harm to the worker.
+"""Runner in warm child processes, which may crash, hang, or leak without harm to the worker.
 
-Invariant: up to `slots` runs at once, each with a child of its own; nothing a task does raises
-here or outlives its run.
+Invariant: at most `slots` runs are active, each with its own child. A task cannot raise an
+exception here, and its processes do not outlive its run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from batchlab.worker.resource_limits import TICK_S
 from batchlab.worker.runner import Handle, Scratch, Work
 
 CLEAN_AFTER_S = 0.02
-"""What an execution leaves is removed so much after its end."""
+"""Delay in seconds before the folder of an ended execution is removed."""
 
 
 class ProcessRunner:
-    """The Runner of every backend but the simulator."""
+    """The Runner of every backend except the simulator."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ProcessRunner:
         slots: int,
         files: LocalFiles | None = None,
     ) -> None:
-        # Children have current folders of their own.
+        # Children have other current folders, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())
         self._objects = objects
         self._files = files
@@ -48,7 +48,7 @@ class ProcessRunner:
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """See worker.runner."""
+        """See `runner.Runner`."""
         async with self._slots:
             execution = Execution(
                 work,
@@ -76,8 +76,10 @@ class ProcessRunner:
                 cleaning.add_done_callback(self._cleaning.discard)
 
     async def close(self) -> None:
-        """End every child, remove their folders and those of executions. Unpacked code stays: it
-        is named by its content, and saves the next start a download."""
+        """Kill every child, and remove the folders of children and executions.
+
+        Unpacked code stays, because it saves a download at the next start.
+        """
         await self._children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
         for name in ("children", "run", "functions"):
@@ -85,7 +87,7 @@ class ProcessRunner:
 
 
 async def _clean(execution: Execution) -> None:
-    # Not waited for: the results are, and they go first.
+    # The delay lets the results be committed first.
     await asyncio.sleep(CLEAN_AFTER_S)
     await execution.clean()
 
@@ -97,5 +99,5 @@ async def _ended(execution: Execution) -> AsyncGenerator[Ran, None]:
                 yield ran
             continue
         await asyncio.wait({entry})
-        if not entry.cancelled():  # by a kill, which does not wait for what is not stored yet
+        if not entry.cancelled():  # A kill cancels uploads that are in progress.
             yield entry.result()

@@ -1,7 +1,7 @@
-"""What a running task may use, and how it is found to have used more.
+"""Time and memory limits of running tasks.
 
-Invariant: a verdict names the task it is about, for by the time its process is killed another one
-may be running there.
+Invariant: a verdict names its task, because another task may be running in the process by the time
+the process is killed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from batchlab.worker.child_process import monotonic_s
 from batchlab.worker.shared_memory import IMPORTING, Board
 
 TICK_S = 0.04
-"""How often a running child is looked at."""
+"""Seconds between two checks of a running child."""
 
 _IMPORT_S = 60.0
-"""Loading a handler may take this long, or its stage's timeout where that is longer."""
+"""Time limit for loading a handler. A longer timeout of the stage replaces it."""
 
 
 class Verdict(NamedTuple):
-    """What `task` (or IMPORTING) is ended for."""
+    """The reason why `task` (or IMPORTING) is ended."""
 
     task: int
     kind: FailureKind
@@ -30,31 +30,31 @@ class Verdict(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """The reason of the failure."""
+        """The reason as the text of a failure."""
         return f"Loading the handler {self.reason}." if self.task == IMPORTING else self.reason
 
 
 class Watched(Protocol):
-    """A process in which tasks run."""
+    """A process that runs tasks."""
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
 
     @property
     def board(self) -> Board:
-        """Where it says what runs."""
+        """The shared memory that names the running task."""
 
 
 class Memory(Protocol):
-    """Says what a process, and all that it has started, takes of the machine's memory."""
+    """Measurement of the memory of a process group."""
 
     def resident_bytes(self, group: int, since_s: float) -> int:
-        """At some time after `since_s` (monotonic)."""
+        """Return the memory of the group, measured after `since_s` (monotonic)."""
 
 
 class Limits:
-    """The limits of one stage."""
+    """Limits of one stage."""
 
     def __init__(self, stage: StageDef, sampler: Memory) -> None:
         self._timeout_s = stage.timeout_s
@@ -62,14 +62,14 @@ class Limits:
         self._sampler = sampler
 
     def wait_s(self, child: Watched) -> float:
-        """How long nobody need look at the child."""
+        """Return the seconds until the next check of the child."""
         task, since_s = child.board.running()
         if task < 0 or self._timeout_s is None:
             return TICK_S
         return min(TICK_S, max(0.001, since_s + self._timeout_s - monotonic_s()))
 
     def broken(self, child: Watched) -> Verdict | None:
-        """Whether what runs now has gone beyond a limit."""
+        """Return a verdict if the running task exceeds a limit, else None."""
         task, since_s = child.board.running()
         ran_s = monotonic_s() - since_s
         if task == IMPORTING and self._timeout_s is not None:
@@ -81,7 +81,7 @@ class Limits:
         if self._timeout_s is not None and ran_s >= self._timeout_s:
             reason = f"ran longer than its timeout of {self._timeout_s:g} s"
             return Verdict(task, FailureKind.TIMEOUT, reason, ran_s)
-        # A look at /proc costs more than a short task does.
+        # Reading /proc costs more than a short task, so memory is checked only after a while.
         if self._memory_bytes is None or ran_s < TICK_S / 2:
             return None
         if self._sampler.resident_bytes(child.pid, since_s) > self._memory_bytes:

@@ -1,7 +1,7 @@
-"""The seam between the worker's protocol and the place where user code runs.
+"""Interface between the worker's protocol and the code that runs tasks.
 
-The worker loop decides what runs, commits and forwards; a Runner only runs it. The same loop
-drives warm child processes, real handlers inside the simulator, and simulated durations.
+The worker's loop selects, commits, and forwards bundles. A Runner only runs them. The same loop
+works with warm child processes, real handlers inside the simulator, and simulated durations.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from batchlab.core.protocol.seals import UNSEALED, CommitKey
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One execution of a bundle, ready to run: `items` has one input per index of `bundle.tasks`.
+    """One execution of a bundle, ready to run. `items` has one input per index of `bundle.tasks`.
 
     Items are encoded values (`protocol.values`): inline JSON, or references to objects that the
-    runner fetches. `budget_s` asks to start no further task once that long has passed (the first
-    task always starts); None runs them all.
+    runner fetches. After `budget_s`, no further task starts; the first task always starts. With
+    None, all tasks run.
     """
 
     job: JobDef
@@ -33,13 +33,13 @@ class Work:
     items: Sequence[Json]
     budget_s: float | None = None
     key: CommitKey = UNSEALED
-    """The commit key of the job: the names of files and logs are sealed with it."""
+    """The commit key of the job, which seals the names of files and logs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """What a running task has printed so far: from byte `start` of the execution's log, in which
-    its output begins at byte `log_at`."""
+    """Recent output of a running task, from byte `start` of the execution's log. The output of the
+    task begins at byte `log_at`."""
 
     task: int
     log_at: int
@@ -49,14 +49,15 @@ class Peek:
 
 @dataclass(slots=True)
 class Handle:
-    """Steering of one `Runner.run` from outside, shared by both sides.
+    """Control of one `Runner.run`, shared by the worker and the runner.
 
-    `until_s` (monotonic) is how long it may go on starting tasks without a fresh look at the job's
-    control object; the worker keeps moving it. `stop` asks to start no further task; `kill` to
-    end the running one at once too (it then yields no `Ran`). `running` is the task that runs
-    now, None between tasks. `log` and `log_spans` are filled when the run has ended (see Outcome).
-    `peek(n)` reads the last n bytes at most of what the running task has printed, None between
-    tasks; a runner without a log has none.
+    The worker sets three fields. No task starts after `until_s` (monotonic), which moves on with
+    each read of the job's control object. With `stop`, no further task starts. With `kill`, the
+    running task is also killed and yields no `Ran`.
+
+    The runner sets the others. `running` is the running task, None between tasks. `log` and
+    `log_spans` are set at the end of the run (see `Outcome`). `peek(n)` returns at most the last n
+    bytes of the running task's output, or None between tasks. It is None without a log.
     """
 
     stop: bool = False
@@ -69,23 +70,23 @@ class Handle:
 
 
 class Runner(Protocol):
-    """Where tasks run."""
+    """Runs the tasks of a bundle."""
 
     def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
-        """Run the tasks in order, one at a time, yielding each soon after it ends.
+        """Run the tasks in order, one at a time, and yield each result soon after its task ends.
 
-        Ends early after `handle.stop`, `handle.kill`, or when the budget is used up; tasks never
-        yielded were not run to an end. Never raises for what user code does: that is a Failure.
-        Port errors (BackendError) do propagate; the worker then gives the bundle back.
+        The run ends early after `handle.stop`, `handle.kill`, or a used-up budget. Tasks without a
+        result did not run to their end. An error of user code is a Failure in the result. Errors of
+        ports (BackendError) propagate, and the worker then returns the bundle to the queue.
         """
 
     async def close(self) -> None:
-        """End every child process and remove scratch files."""
+        """Kill every child process and remove scratch files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Folders of one instance: unpacked code by hash, and one folder per execution."""
+    """Scratch folders of one instance: unpacked code by digest, and one folder per execution."""
 
     root: Path
 

@@ -1,4 +1,4 @@
-"""The worker's time constants; a backend names them in its descriptor."""
+"""Time settings of a worker, which a backend sets in its descriptor."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from batchlab.core.ports import MAX_VISIBILITY_S
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Seconds throughout.
+    """Time settings in seconds.
 
-    `visibility_s` is extended at a third of it. `control_lease_s` is how long a worker may start
-    tasks of a job after it last looked at the job's control object; a cancellation is acknowledged
-    after that long. `beat_s` is the longest silence towards the manager while something is in
-    hand, `idle_beat_s` while nothing is; `beat_gap_s` the least time between two beats. `drain_s`
-    is what a draining worker gives its running tasks. `hand_over_s` after the receive a running
-    bundle is handed over to a watchdog message, before SQS's cap of 12 h takes the receipt away;
-    the watchdog comes back every `watchdog_s`. Bundles that end within `quick_s` are prefetched,
-    one per slot: a longer one would keep the prefetched message from an idle worker.
+    - `visibility_s`: visibility timeout of messages, extended after each third of it.
+    - `control_lease_s`: how long tasks of a job may start after a read of its control object. A
+      cancellation is acknowledged after this time.
+    - `beat_s`, `idle_beat_s`: longest time between heartbeats, with and without in-flight messages.
+    - `beat_gap_s`: shortest time between two heartbeats.
+    - `wait_s`: long-poll time of a receive.
+    - `drain_s`: time that a draining worker gives its running tasks.
+    - `hand_over_s`: age at which a watchdog message replaces the message of a running bundle,
+      because SQS limits the visibility to 12 h.
+    - `watchdog_s`: delay of each watchdog message.
+    - `quick_s`: if bundles end within this time, one further bundle per slot is prefetched. Behind
+      a longer bundle, a prefetched message would be kept from an idle worker.
     """
 
     visibility_s: float = 30.0
@@ -34,10 +38,10 @@ class WorkerSettings:
 
     @property
     def marker_s(self) -> float:
-        """How often a handed-over bundle's running marker is refreshed."""
+        """Seconds between two refreshes of the running marker of a handed-over bundle."""
         return self.watchdog_s / 6
 
     @property
     def marker_stale_s(self) -> float:
-        """A marker older than this says that its worker is gone. Well above clock skew."""
+        """Age in seconds of a marker whose worker counts as dead, well above clock skew."""
         return self.watchdog_s / 2

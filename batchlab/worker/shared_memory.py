@@ -1,7 +1,7 @@
-"""A page of memory that a child process and its worker share.
+"""Memory page shared by a child process and its worker.
 
-Invariant: the child writes what it is doing before it does it, without a system call, so that
-whatever ends the child, the worker knows which task was running, and since when.
+Invariant: the child records each step before the step begins, without a system call. However the
+child ends, the worker knows the running task and its start time.
 """
 
 from __future__ import annotations
@@ -21,26 +21,31 @@ _TASK, _SINCE, _LOG_AT, _STOP, _UNTIL = range(5)
 
 
 def boot_s() -> float:
-    """Seconds since the machine started, with the time in which it was suspended where the system
-    can tell: a lease must not outlast a closed lid."""
+    """Return the seconds since the machine started, including suspended time if the system has it.
+
+    A lease must expire while the machine is suspended.
+    """
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 class Board:
-    """Times are the system's monotonic clock, which all processes of a machine share. Tasks may be
-    started until a time of `boot_s`."""
+    """State of a child process in a shared page.
+
+    Times are of the system's monotonic clock, which all processes of a machine share. Only the time
+    until which tasks may start is a time of `boot_s`.
+    """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
-        """`create` makes the file anew. OSError where that is not possible."""
+        """Map the file, and create it first with `create`. Raise OSError on failure."""
         path = Path(path)
         if create:
-            # Written, not truncated to size: on a full disk that fails here, with an error, and
-            # not by a signal at the first access.
+            # The bytes are written, so a full disk causes an error here. A truncated file would
+            # cause a signal at the first access.
             path.write_bytes(bytes(_BYTES))
         with path.open("r+b") as file:
-            # mmap keeps a copy of the descriptor, with this offset: what a handler writes into
-            # descriptors that it does not know goes behind the page.
+            # mmap keeps a copy of the descriptor with this offset. If a handler writes into an
+            # unknown descriptor, the data goes behind the page.
             os.lseek(file.fileno(), 0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), _BYTES)
         page = memoryview(self._map)
@@ -54,17 +59,17 @@ class Board:
     # --- The child's side ---
 
     def mark(self, task: int, since_s: float, log_at: int = 0) -> None:
-        """`task` (or IMPORTING) begins; its output begins at byte `log_at` of the log."""
+        """Record that `task` (or IMPORTING) starts and that its log begins at byte `log_at`."""
         self._floats[_SINCE] = since_s
         self._ints[_LOG_AT] = log_at
         self._ints[_TASK] = task
 
     def rest(self) -> None:
-        """Nothing of the user's runs."""
+        """Record that no user code runs."""
         self._ints[_TASK] = IDLE
 
     def may_start(self) -> bool:
-        """Whether another task may be started."""
+        """Return whether another task may start."""
         return not self._ints[_STOP] and boot_s() < self._floats[_UNTIL]
 
     # --- The worker's side ---
@@ -79,14 +84,14 @@ class Board:
         return self._ints[_LOG_AT]
 
     def running(self) -> tuple[int, float]:
-        """The running task and since when, read so that they belong together."""
+        """Return the running task and its start time, read consistently."""
         while True:
             task, since_s = self._ints[_TASK], self._floats[_SINCE]
             if task == self._ints[_TASK]:
                 return task, since_s
 
     def allow(self, *, stop: bool, until_s: float) -> None:
-        """Whether further tasks may be started, and until when (`boot_s`)."""
+        """Set whether and until when (a time of `boot_s`) further tasks may start."""
         self._floats[_UNTIL] = until_s
         self._ints[_STOP] = stop
 

@@ -1,4 +1,4 @@
-"""A worker's end: it asks whether its instance may go on, and leaves in the time it has (I6)."""
+"""Shutdown of a worker: termination notices, and the drain within the remaining time (I6)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from batchlab.worker.work_handoff import Slots
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
-"""How often AWS recommends to ask for a Spot interruption notice."""
+"""Seconds between two checks for a Spot interruption notice, as AWS recommends."""
 
 LEAVE_S = 5.0
-"""What committing and giving back may take, once the last task has been ended."""
+"""Seconds reserved to commit and return bundles after the last task has ended."""
 
 
 async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
-    """Ask until there is a notice, and then `leave`.
+    """Poll until there is a notice, then call `leave`.
 
-    Whoever cannot be asked is asked again; that is logged when it begins and when it ends.
+    A failed poll is repeated. The log records the first failure and the recovery.
     """
     silent = False
     while True:
@@ -33,11 +33,11 @@ async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
         except BackendError as error:
             heed_cancellation()
             if not silent:
-                log.warning("nobody says whether this instance may go on: %s", error)
+                log.warning("termination notices cannot be read: %s", error)
             silent = True
         else:
             if silent:
-                log.info("there is somebody again who says whether this instance may go on")
+                log.info("termination notices can be read again")
             silent = False
             if notice is not None:
                 log.warning("leaving: %s", notice.why)
@@ -47,8 +47,10 @@ async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
 
 
 class Departure:
-    """How a worker leaves: what waits is given back at once, what runs may take the shortest of the
-    times that it was told of. `hands` is a dict shared with the worker's loop."""
+    """Drain of a worker. Waiting bundles are returned at once, and running tasks get a time limit.
+
+    `hands` has the in-flight messages and is shared with the worker's loop.
+    """
 
     def __init__(
         self, clock: Clock, drain_s: float, hands: Mapping[str, Hand], slots: Slots
@@ -61,10 +63,10 @@ class Departure:
         self._due_s: float | None = None
 
     def told(self, notice: Notice | None) -> None:
-        """It is to leave: by the notice's time, or within `drain_s` where nobody says when.
+        """Set the time limit: the notice's time, or `drain_s` if there is none.
 
-        Told again, an earlier end holds from then on, and a later one changes nothing: after a
-        Spot notice of two minutes, a SIGTERM still means soon.
+        The earliest limit of several notices applies. For example, a SIGTERM after a two-minute
+        Spot notice shortens the limit.
         """
         left_s = self._drain_s
         if notice is not None and notice.by_s is not None:
@@ -79,14 +81,14 @@ class Departure:
         self._due_s = due_s
 
     def hand_back(self) -> None:
-        """Let no further task start."""
+        """Prevent further starts of tasks, and return waiting bundles."""
         for hand in list(self._hands.values()):
             hand.handle.stop = True
             if hand.waiting:
                 self._slots.refuse(hand.waiting)
 
     async def over(self, empty: asyncio.Event) -> None:
-        """Wait until nothing is in hand; what still runs when the time is up is ended."""
+        """Wait until no message is in flight. Kill running tasks when the time is up."""
         if not await set_within(empty, self._left_s):
             self._end()
             await empty.wait()

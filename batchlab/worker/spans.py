@@ -1,11 +1,8 @@
-"""The tasks of a bundle in its trace: a span for some of them, numbers for all.
+"""Trace spans and log lines of a bundle.
 
-Invariant: a bundle has so many spans at the most, however many tasks it has. Those that failed
-come first, then those that took longest.
-
-What a worker's log tells of a bundle: the ids in every line, and the attempts that failed.
-
-Invariant: nothing of what users' code said gets into the log; that is in the outcome.
+Invariants: a bundle has at most TASK_SPANS task spans, for failed tasks first and then for the
+longest ones. Totals cover all tasks. The worker's log contains no text from user code; the outcome
+has it.
 """
 
 from __future__ import annotations
@@ -22,11 +19,11 @@ from batchlab.worker.inflight_message import Hand
 TASK_SPANS = 16
 
 Ended = tuple[Ran, float]
-"""A task, and when it has ended (seconds of the epoch)."""
+"""A result and its end time in seconds since the epoch."""
 
 
 async def noted(runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock) -> AsyncIterator[Ran]:
-    """The same, with the time of each noted in `ended`."""
+    """Yield the results, and append each with its end time to `ended`."""
     async for ran in runs:
         ended.append((ran, clock.now_s()))
         yield ran
@@ -35,7 +32,7 @@ async def noted(runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock) -> A
 def tell(
     tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float
 ) -> None:
-    """Say below `running`, which began at `started_s`, what its tasks came to."""
+    """Record totals in the span `running`, which began at `started_s`, and spans of tasks."""
     failed = sum(ran.failure is not None for ran, _ in ended)
     running.note(
         succeeded=len(ended) - failed,
@@ -49,7 +46,7 @@ def tell(
             "task",
             running.context,
             bundle,
-            # Its process measured it, by a watch of its own.
+            # The child measured `run_s` with its own clock.
             start_s=max(started_s, end_s - ran.run_s),
             end_s=end_s,
             error=ran.failure.kind.value if ran.failure else "",
@@ -60,11 +57,11 @@ def tell(
 log = logging.getLogger(__name__)
 
 FAILURES_LOGGED = 10
-"""Failed tasks of a bundle that get a line each."""
+"""Most failed tasks of a bundle that get their own log line."""
 
 
 def about(hand: Hand) -> None:
-    """Every further line of this asyncio task is about the bundle in hand."""
+    """Add the bundle's ids to all further log lines of this asyncio task."""
     bundle = hand.bundle
     alone = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
     logs.note(
@@ -79,11 +76,11 @@ def about(hand: Hand) -> None:
 
 
 def failures(outcome: Outcome) -> None:
-    """The attempts in it that failed."""
+    """Log the failed attempts of an outcome."""
     for one in outcome.failed[:FAILURES_LOGGED]:
         what = f"{one.kind}: {one.error}" if one.error else one.kind
         follows = "for good" if one.final else "and is tried again"
         log.info("the task failed (%s) %s", what, follows, extra={"task": one.task})
     more = len(outcome.failed) - FAILURES_LOGGED
     if more > 0:
-        log.info("and %d tasks more failed", more)
+        log.info("%d more tasks failed", more)

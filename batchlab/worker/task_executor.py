@@ -1,7 +1,7 @@
-"""Runs the tasks of one execution, one after the other, in whichever process it is made.
+"""Executor of an execution's tasks, one after the other, in the calling process.
 
-Invariant: what a task gives back is encoded and names only objects that `Done.uploads` brings into
-the store. Imported by every child process: standard library only.
+Invariant: results are encoded and refer only to objects that `Done.uploads` stores. Every child
+process imports this module, so it imports only the standard library and light modules.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from batchlab.worker import commands, handlers
 Json = Any
 
 INLINE_BYTES = 32 * 1024
-"""Encoded values up to this size stay inline; larger ones become objects of their own."""
+"""Encoded values up to this size stay inline. Larger ones are stored as objects."""
 
 INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
-"""Weight of the values of one execution that stay inline together; further ones become objects. The
-rest of the outcome's bound is for failures, and for executions that need several processes."""
+"""Total weight of an execution's inline values; further ones are stored as objects. The rest of the
+outcome's limit is for failures, and for executions that need several processes."""
 LEAST_APART = 256
-"""Shorter values stay inline always: a reference is about as long."""
+"""Shorter values always stay inline, because a reference is about as long."""
 
 _SHORT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -35,46 +35,46 @@ _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Request(TypedDict):
-    """What the tasks of an execution have in common, as it travels to a child."""
+    """Common data of an execution's tasks, as sent to a child."""
 
     handler: str | None
     """`module:function`, or the name of a pickled function."""
     function: str | None
-    """The file a pickled function was fetched into."""
+    """The file of the fetched pickled function."""
     command: list[str]
     stdout: str | None
     code: str
-    """The folder of unpacked code, "" where the job has none."""
+    """The folder of unpacked code; "" if the job has none."""
     params_json: str
     job: str
     stage: str
     attempt: int
     folder: str
-    """The execution's folder; a task's own is below it, named by its index."""
+    """The execution's folder. The folder of a task is below it, named by the task's index."""
     cwd: str
-    """The current folder while tasks run, "" where they must not rely on one."""
+    """The current folder while tasks run; "" if they must not rely on one."""
     prefix: str
-    """Of the keys of this execution's files, with the final slash."""
+    """Key prefix of this execution's files, with the final slash."""
     objects: bool
-    """Any Python object may be item and result (the Python API), not only JSON."""
+    """Items and results may be any Python object (the Python API), not only JSON."""
 
 
 class Done(NamedTuple):
-    """A task's success: its encoded value as JSON text, and files (path, key) to store first."""
+    """A task's result: its encoded value as JSON text, and files (path, key) to store first."""
 
     text: str
     uploads: list[tuple[str, str]]
 
 
 class Bench:
-    """Holds the handler between tasks. Problem where it cannot be loaded."""
+    """Executor of tasks, which keeps the loaded handler. Raises Problem if it cannot be loaded."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._pickles = request["objects"]
         self._room = INLINE_WEIGHT
         self.touched = False
-        """Whether the last task has made itself a folder, which somebody has to remove."""
+        """Whether the last task created its folder, which the worker must remove."""
         handler = request["handler"]
         try:
             self._call = handlers.load(handler, request["function"]) if handler else self._command
@@ -86,7 +86,7 @@ class Bench:
         )
 
     def run(self, task: int, item: Json) -> Done:
-        """Run one task. `item` is encoded, its references local. Raises whatever user code does."""
+        """Run one task. `item` is encoded with local references. User exceptions propagate."""
         ctx = context(self._request, task)
         try:
             value = self._call(
@@ -99,11 +99,11 @@ class Bench:
             self.touched = ctx.touched
 
     def explain(self, error: BaseException) -> handlers.Fault:
-        """What to say of an exception that `run` raised."""
+        """Describe an exception that `run` raised."""
         return self._tidy(handlers.explain(error))
 
     def _tidy(self, fault: handlers.Fault) -> handlers.Fault:
-        # Where this worker keeps things helps nobody, and differs from worker to worker.
+        # Paths of this worker are removed: they differ between workers and do not help users.
         for path in (self._request["code"], self._request["folder"]):
             if path:
                 for field in ("reason", "traceback"):
@@ -131,7 +131,7 @@ class Bench:
 
 
 def context(request: Request, task: int) -> Context:
-    """What the task of that index is told of itself."""
+    """Return the context of the task with that index."""
     return Context(
         job=request["job"],
         stage=request["stage"],
@@ -144,7 +144,7 @@ def context(request: Request, task: int) -> Context:
 
 
 def decoded(item: Json, *, pickles: bool) -> Any:
-    """The item as its handler gets it, Files for local references. Problem of kind "input"."""
+    """Decode an item, with Files for local references. Raise Problem of kind "input"."""
     try:
         return values.decode(item, _open, pickles=pickles)
     except Exception as error:
@@ -153,7 +153,7 @@ def decoded(item: Json, *, pickles: bool) -> Any:
 
 
 def local_ref(path: str, name: str, origin: Json) -> Json:
-    """A reference whose content was fetched to `path`."""
+    """Return a reference whose content was fetched to `path`."""
     return {"$file": path, "name": name, "origin": origin}
 
 
@@ -162,7 +162,7 @@ def _open(reference: Json) -> File:
 
 
 class Outputs:
-    """The files that a task's result refers to, and the keys they get."""
+    """Files that a task's result refers to, with their keys."""
 
     def __init__(self, prefix: str, ctx: Context) -> None:
         self.uploads: list[tuple[str, str]] = []
@@ -172,14 +172,14 @@ class Outputs:
         self._names: set[str] = set()
 
     def file(self, file: File) -> Json:
-        """The reference that stands for `file` in the result; NotAValue where there is none."""
+        """Return the reference to `file` in the result. Raise NotAValue if it is not a file."""
         origin = file.origin()
         if origin is not None:
             return origin
         if file.path in self._refs:
             return self._refs[file.path]
         if not file.path.is_file():
-            what = "is no regular file" if os.path.lexists(file.path) else "does not exist"
+            what = "is not a regular file" if os.path.lexists(file.path) else "does not exist"
             raise values.NotAValue(f"The result names the file {file.path}, which {what}.")
         name = self._name(file)
         path = self._own(file.path, name)
@@ -189,7 +189,7 @@ class Outputs:
         return ref
 
     def value(self, text: str) -> str:
-        """Store an encoded value as an object of its own; returns the reference's text."""
+        """Add an encoded value as an object, and return the text of its reference."""
         path = self._ctx.made("value") / "value.json"
         path.write_text(text)
         key = f"{self._prefix}.value.json"
@@ -197,14 +197,14 @@ class Outputs:
         return _dumps(values.value_ref(key, hashlib.sha256(text.encode()).hexdigest()))
 
     def _name(self, file: File) -> str:
-        """Where it lies below `out`, else its own name; made different from those before."""
+        """Return a unique name: the path relative to `out`, or else the file's own name."""
         out = self._ctx.folder / "out"
         inside = file.path.is_relative_to(out)
         plain = file.path.relative_to(out).as_posix() if inside else file.name
         if problem := name_problem(plain):
             raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
         name, number = plain, 1
-        # A key may neither repeat nor be the folder of another.
+        # A key must not repeat, and must not be the folder of another key.
         while any(f"{a}/".startswith(f"{b}/") for u in self._names for a, b in _both(u, name)):
             number += 1
             name = f"{number}-{plain}"
@@ -212,7 +212,7 @@ class Outputs:
         return name
 
     def _own(self, path: Path, name: str) -> Path:
-        """A copy that no other task can change before it is stored."""
+        """Return a path in the task's folder, where no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
         target = self._ctx.made("kept") / name

@@ -1,7 +1,7 @@
-"""The log file of one execution, to which everything a task prints is appended.
+"""Log file of one execution, to which the output of all its tasks is appended.
 
-Invariant: no task keeps more of it than its share, so a chatty one cannot fill the disk. Imported
-by every child process.
+Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. Every child
+process imports this module.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import os
 import re
 
 TASK_BYTES = 1024 * 1024
-"""What one task may keep of its output: the first and the last half of it."""
+"""Size limit of one task's output. The first and the last half of this size are kept."""
 _EXECUTION_BYTES = 64 * 1024 * 1024
 _LEAST_BYTES = 4096
 _STRAY = re.compile("[\udc80-\udcff]")
-# How far a running task may go beyond its share before the worker cuts it.
+# The output of a running task may reach this multiple of its share before the worker trims it.
 _SLACK = 16
 
 
 def share(start: int) -> int:
-    """Bytes a task may keep whose output begins at `start`: little once the log has grown long."""
+    """Return the size limit of output that begins at `start`. It is small in a long log."""
     return min(TASK_BYTES, max(_LEAST_BYTES, _EXECUTION_BYTES - start))
 
 
 def read(path: str, start: int, length: int) -> bytes:
-    """That part of a log; b"" where there is none yet."""
+    """Return a part of a log, or b"" if the log does not exist yet."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -36,20 +36,20 @@ def read(path: str, start: int, length: int) -> bytes:
 
 
 def text(data: bytes) -> str:
-    """What was printed, as text of just as many bytes: each that is no UTF-8 becomes a `?`."""
+    """Decode output as text of the same number of bytes. Invalid UTF-8 bytes become `?`."""
     return _STRAY.sub("?", data.decode("utf-8", "surrogateescape"))
 
 
 def overflowing(size: int, start: int) -> bool:
-    """Whether a task that still runs has printed so much that it cannot wait for its end."""
+    """Return whether a running task has printed so much that its output must be trimmed now."""
     return size - start > _SLACK * share(start)
 
 
 def trim(path: str, start: int) -> int:
-    """Cut what follows `start` to its share, head and tail; returns the log's size then.
+    """Trim the output after `start` to its share, head and tail. Return the new size of the log.
 
-    Everybody appends (O_APPEND), so what is written meanwhile lands behind the tail, or is cut
-    with the middle where it comes between reading the size and truncating.
+    All writers append (O_APPEND), so output written meanwhile follows the tail. Output written
+    between reading the size and truncating is lost with the middle.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     try:

@@ -1,9 +1,9 @@
-"""How long a message stays ours: heartbeats on its visibility, and the hand-over before the cap.
+"""Visibility heartbeat of in-flight messages, and their hand-over to watchdog messages.
 
-Invariant: the visibility of everything in hand is extended at a third of the timeout, all of a
-tick in one batched call. SQS counts at most 12 h from the receive; a bundle that runs longer is
-handed over before that to a delayed watchdog message, which runs it again only if the running
-marker has gone stale.
+Invariant: the visibility of every in-flight message is extended after each third of the timeout, in
+batched calls. SQS limits the visibility to 12 h from the receive. Before that, a delayed watchdog
+message replaces the message of a running bundle. A worker that receives the watchdog message runs
+the bundle again only if its running marker is stale.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from batchlab.worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 RETURN_S = 2.0
-"""Visibility left to a message that is given back because a service did not answer, times its
-receives so far: an outage must not use up the receives before the dead letters."""
+"""Seconds until a message returns after a service failed, multiplied by its receive count. An
+outage must not move the message to the dead-letter queue."""
 
 
 class Tenure:
-    """Keeps what is in `hands`, a dict shared with the worker's loop."""
+    """Visibility heartbeat of the messages in `hands`, shared with the worker's loop."""
 
     def __init__(
         self,
@@ -53,20 +53,20 @@ class Tenure:
         self._settings = settings
 
     async def keep(self, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]) -> None:
-        """Extend, hand over and mark for ever."""
+        """Extend visibilities, hand over long-running bundles, and refresh markers forever."""
         while True:
             heed_cancellation()
             await asyncio.sleep(self._settings.visibility_s / 6)
             try:
                 await self._extend()
             except BackendError as error:
-                # The next tick tries again; two thirds of the timeout are still left.
+                # The next tick tries again. At least half of the timeout is left.
                 log.warning("visibility could not be extended: %s", error)
             for hand in list(self._hands.values()):
                 try:
                     await self._hand_over(hand, job_of)
                 except BackendError as error:
-                    log.warning("what runs for long is not handed over yet: %s", error)
+                    log.warning("a long-running bundle could not be handed over yet: %s", error)
 
     async def _extend(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -87,7 +87,8 @@ class Tenure:
                 for hand in batch:
                     hand.extended_s = now_s
                     if hand.receipt in refused:
-                        # Somebody else may have it now. Work goes on: the commit decides.
+                        # Another worker may have the message now. The run continues, because the
+                        # first commit decides.
                         hand.receipt = None
 
     async def _hand_over(
@@ -123,7 +124,7 @@ class Tenure:
         hand.marked_s = self._clock.monotonic_s()
 
     async def give_back_later(self, hand: Hand) -> None:
-        """Make the message visible again in a moment."""
+        """Make the message visible again after a short delay."""
         receipt, hand.receipt = hand.receipt, None
         if receipt is None:
             return
@@ -131,4 +132,4 @@ class Tenure:
             wait_s = RETURN_S * hand.message.receive_count
             await self._queue.change_visibility(hand.queue, [(receipt, wait_s)])
         except BackendError as error:
-            log.warning("a message returns only when its visibility runs out: %s", error)
+            log.warning("a message returns only when its visibility timeout ends: %s", error)

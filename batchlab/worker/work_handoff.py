@@ -1,11 +1,9 @@
-"""What waits behind a long task is given away while that still runs.
+"""Handoff of the tasks that wait behind a long task, and the slots of an instance.
 
-Invariant: the bundle's outcome is committed and told of before its worker goes on, and names among
-what follows the part that the worker keeps. The message stays in hand until that part's own outcome
-is told too: if the worker dies, whoever gets the message finds the first outcome, and forwards it
-again.
-
-Task slots of one instance: a first-come, first-served counter that can be closed.
+Invariant: the outcome of the bundle is committed and reported first. It names the part that this
+worker keeps among its follow-ups. The message stays in flight until the outcome of that part is
+also reported. If the worker dies, the next receiver of the message finds the first outcome and
+forwards it again.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from batchlab.worker.commit_and_forward import Closing
 from batchlab.worker.inflight_message import Hand
 
 LOOK_S = 0.1
-"""Between two tasks there is nobody to keep: soon the next one runs, or the run has ended."""
+"""Seconds until the next check if no task is running at the moment."""
 
 
 class Shedding:
-    """Of one worker."""
+    """Handoff of waiting tasks by one worker."""
 
     def __init__(self, closing: Closing) -> None:
         self._closing = closing
@@ -39,18 +37,20 @@ class Shedding:
         started_s: float,
         runs: AsyncIterator[Ran],
     ) -> list[Ran]:
-        """What the tasks that stay in hand come to: all, or those of `hand.part`. BackendError
-        where what was committed could not be told of."""
+        """Collect the results of the tasks that stay here: all tasks, or those of `hand.part`.
+
+        Raise BackendError if a committed outcome could not be forwarded.
+        """
         ran: list[Ran] = []
         watching = self._watch(hand, job, items, ran, started_s)
         watch = asyncio.create_task(watching, name=f"shedding {hand.bundle.id}")
         try:
             async for one in runs:
-                ran.append(one)  # noqa: PERF401 - it is looked at while it grows
+                ran.append(one)  # noqa: PERF401 - `_watch` reads the list while it grows
         finally:
             if not hand.shedding:
                 watch.cancel()
-            # A commit that is under way must not be forgotten.
+            # Wait for a commit that is in progress.
             await asyncio.wait({watch})
         if hand.shedding:
             watch.result()
@@ -64,7 +64,7 @@ class Shedding:
         ran: Sequence[Ran],
         started_s: float,
     ) -> None:
-        """Shed once the budget is used up, where something waits behind the task that runs then."""
+        """Hand off the tasks behind the running one once the budget is used up."""
         await asyncio.sleep(BUDGET_S)
         while (running := hand.handle.running) is None or not _after(hand, ran, running):
             if hand.handle.stop or len(ran) >= len(hand.bundle.tasks):
@@ -88,20 +88,23 @@ class Shedding:
         bundle = hand.bundle
         kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
         if await self._closing.shed(hand, job, started_s, ran, items, kept):
-            # Only now: where a beat names the part, the manager may do without the bundle's
-            # message. Where somebody else was faster, this run comes to the same at its end.
+            # Set only after the commit: once a heartbeat names the part, the manager no longer
+            # needs the message. If another worker's outcome counts, this run finds it at its end.
             hand.part = kept
 
 
 def _after(hand: Hand, ran: Sequence[Ran], running: int) -> TaskSet:
-    """What has neither ended nor begun: tasks begin in order."""
+    """Return the tasks that have not started. Tasks start in order."""
     left = hand.bundle.tasks - TaskSet.of(r.task for r in ran)
     return left - TaskSet.span(0, running + 1)
 
 
 class Slots:
-    """`total` slots. A waiter is served in its turn even where a later, smaller one would fit:
-    otherwise a stage that needs all slots would starve beside one that needs few."""
+    """Task slots of one instance, served first come, first served.
+
+    A later waiter that needs fewer slots does not go first. Otherwise, a stage that needs all slots
+    would starve.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -109,7 +112,7 @@ class Slots:
         self._waiters: deque[tuple[int, asyncio.Future[bool]]] = deque()
 
     def ask(self, count: int) -> asyncio.Future[bool]:
-        """A future that becomes True when `count` slots are ours (at most `total` are given)."""
+        """Return a future that becomes True when the caller has `count` slots, at most `total`."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append((min(count, self.total), future))
         self._serve()
@@ -120,7 +123,7 @@ class Slots:
         self._serve()
 
     def refuse(self, waiter: asyncio.Future[bool]) -> None:
-        """Send a waiter away with False; one that has its slots already keeps them."""
+        """Resolve a waiter with False. A waiter that has its slots keeps them."""
         if not waiter.done():
             waiter.set_result(False)
             self._serve()
@@ -128,7 +131,7 @@ class Slots:
     def _serve(self) -> None:
         while self._waiters:
             count, future = self._waiters[0]
-            if future.done():  # refused while it waited
+            if future.done():  # It was refused.
                 self._waiters.popleft()
                 continue
             if count > self.free:

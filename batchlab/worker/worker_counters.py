@@ -1,6 +1,6 @@
-"""What a worker has done since its start, in numbers, as it tells its manager along with its beats.
+"""Counters of a worker since its start, sent to the manager with its heartbeats.
 
-Invariant: a number never goes down, so that the last one heard is the whole.
+Invariant: a counter never decreases, so the last value received is the total.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from batchlab.core.model import Outcome
 
 
 class Deeds:
-    """Of one worker."""
+    """Counters of one worker."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._told: Mapping[str, int] = {}
 
     def committed(self, draft: Outcome, counts: Outcome) -> None:
-        """It has tried to commit `draft`; `counts` is the outcome that does, another's perhaps."""
+        """Count a commit of `draft`. `counts` is the outcome that was committed first."""
         if counts is not draft and counts.execution != draft.execution:
             self._counts["duplicate"] += 1
             return
@@ -27,9 +27,9 @@ class Deeds:
             self._counts[f"{'failed' if one.final else 'retried'}.{one.kind.value}"] += 1
 
     def news(self) -> Mapping[str, int]:
-        """All of it, where there is something that was not told before."""
+        """Return all counters if any changed since the last report, else {}."""
         return {} if self._counts == self._told else dict(self._counts)
 
     def told(self, news: Mapping[str, int]) -> None:
-        """That has reached the manager's queue."""
+        """Record that these counters have been sent."""
         self._told = news

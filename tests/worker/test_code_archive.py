@@ -104,7 +104,7 @@ def test_too_much_code_is_refused_where_it_is_packed(
 @pytest.mark.parametrize("name", ["/abs", "../up", "a/../../up", "..", "a\\b"])
 def test_a_name_that_leaves_the_folder_is_not_unpacked(tmp_path: Path, name: str) -> None:
     data = a_zip("fine.py", name)
-    with pytest.raises(UsageError, match="leaves its folder"):
+    with pytest.raises(UsageError, match="outside its folder"):
         code_cache.unpack(data, digest(data), tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["deep"]
 

@@ -183,7 +183,7 @@ def test_an_exit_code_is_a_failure_with_the_last_line_of_stderr(tmp_path: Path) 
             "program 'no-such-program' is not installed on the worker",
         ),
         (("/no/such/program",), "import", "is not installed on the worker"),
-        (("/etc/passwd",), "import", "cannot be run: Permission denied"),
+        (("/etc/passwd",), "import", "cannot run: Permission denied"),
         (("true", "{output:a}"), "result", "The command did not write its output 'a'."),
         (("true", "{inptu}"), "import", "There is no placeholder {inptu}"),
         (("true", "{params.gone}"), "import", "{params.gone}"),
@@ -208,7 +208,7 @@ def test_more_arguments_than_the_system_takes_are_explained(tmp_path: Path) -> N
             params = {"long": "x" * 300_000}
             failure = await rig.failure(0, command=("true", "{params.long}"), params=params)
             assert failure.kind is FailureKind.IMPORT
-            assert "longer arguments than the system takes" in failure.reason
+            assert "are too long for the system" in failure.reason
 
     go(main())
 

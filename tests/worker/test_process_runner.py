@@ -156,7 +156,7 @@ def test_sys_exit_is_a_failure_with_its_code(
         ("generator", "result is of type generator"),
         ("surrogate", "UTF-8 cannot hold"),
         ("missing", "/nowhere/at/all, which does not exist"),
-        ("folder", "0/scratch, which is no regular file"),
+        ("folder", "0/scratch, which is not a regular file"),
     ],
 )
 def test_a_result_that_cannot_travel_is_a_failure_that_says_why(
@@ -192,7 +192,7 @@ BROKEN = {
         ("script:run", "called sys.exit(3): keep what a script does under"),
         ("syntax:run", "SyntaxError"),
         ("good:walk", "has no function 'walk'; it has none, run, three."),
-        ("good:number", "good:number is no function but of type int"),
+        ("good:number", "good:number is not a function: its type is int"),
         ("good:three", "it must take (item) or (item, ctx), and takes (a, b, c)"),
         ("good:none", "it must take (item) or (item, ctx), and takes ()"),
     ],
@@ -266,7 +266,7 @@ def test_code_that_cannot_be_had_is_a_failure_of_the_tasks(tmp_path: Path, gone:
             [ran] = [one async for one in rig.runner.run(work, Handle())]
             assert ran.failure is not None
             assert ran.failure.kind is FailureKind.IMPORT
-            assert "The job's code cannot be had" in ran.failure.reason
+            assert "The job's code cannot be fetched" in ran.failure.reason
 
     go(main())
 

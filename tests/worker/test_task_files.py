@@ -148,7 +148,7 @@ def test_a_vanished_input_fails_its_own_task_only(tmp_path: Path, reference: str
             failure = by_task[1].failure
             assert failure is not None
             assert failure.kind is FailureKind.INPUT
-            assert "Its input is gone" in failure.reason
+            assert "Its input does not exist" in failure.reason
             assert by_task[0].value == by_task[2].value == ["here", 4, "here", "here"]
 
     go(main())
@@ -301,7 +301,7 @@ def test_an_output_that_is_gone_before_it_is_stored_is_a_failure(tmp_path: Path)
     async def main() -> None:
         async with opened(tmp_path, Late()) as rig:
             got = await rig.values([["save", "a"], "fine"])
-            assert "result: Its output was gone before it could be stored" in got[0]
+            assert "result: Its output disappeared before it could be stored" in got[0]
             assert got[1] == "fine"
 
     go(main())

@@ -71,7 +71,7 @@ CODE = [
         "dangling link", "has a link to nowhere", "is a link that leaves", link("gone", "nowhere")
     ),
     Case("code pipe", "has a pipe in the code folder", "is neither a file nor a folder", code_pipe),
-    Case("huge code", "has 600 MB beside the code", "Keep data out of it", endless_code),
+    Case("huge code", "has 600 MB beside the code", "Move data out of it", endless_code),
     Case(
         "backslash",
         "has a backslash in a name",

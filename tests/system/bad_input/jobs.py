@@ -181,7 +181,7 @@ LOADING = [
     Job(
         "not callable",
         "names a number as handler",
-        "is no function but of type int",
+        "is not a function: its type is int",
         code("one = 5"),
     ),
     Job(
@@ -196,7 +196,7 @@ LOADING = [
         "program 'frobnicate' is not installed on the worker",
         command("[frobnicate, '{input}']"),
     ),
-    Job("folder", "runs a folder", "program '/tmp' cannot be run", command("[/tmp]")),
+    Job("folder", "runs a folder", "program '/tmp' cannot run", command("[/tmp]")),
     Job("exit 3", "runs a command that fails", "exit code 3", command("[sh, -c, 'exit 3']")),
     Job(
         "signal",

@@ -132,7 +132,7 @@ TAMPERED = [
     Tampered(
         "code gone",
         "deletes the code from the bucket",
-        "The job's code cannot be had",
+        "The job's code cannot be fetched",
         _then(Path.unlink, CODE),
     ),
     Tampered(
@@ -147,19 +147,19 @@ TAMPERED = [
     Tampered(
         "zip up",
         "has a zip that leaves its folder",
-        "which leaves its folder",
+        "which is outside its folder",
         _with(_zip(WORK, ("../../evil.py", ""))),
     ),
     Tampered(
         "zip root",
         "has a zip with an absolute path",
-        "which leaves its folder",
+        "which is outside its folder",
         _with(_zip(WORK, ("/tmp/evil.py", ""))),
     ),
     Tampered(
         "zip backslash",
         "has a zip with a path of Windows",
-        "which leaves its folder",
+        "which is outside its folder",
         _with(_zip(WORK, ("..\\evil.py", ""))),
     ),
     Tampered(
