@@ -1,12 +1,11 @@
-"""What every change of a group leaves behind: activities, notices, the dead.
+"""Records of every change of a group: activities, notices, and terminated instances.
 
-A plain pool's activities are told in a short form, those of a group of AWS's kind in AWS's words,
-sentences that begin with a time and are two spaces apart.
+Activities of a plain pool have a short form. Activities of an Auto Scaling group have AWS's
+wording: sentences that begin with a time and are separated by two spaces.
 
-Moments that survive a restart and still never go back.
-
-The monotonic clock starts anew with every process, the wall clock may jump. So this one is the
-wall clock as it stood at the start, carried on by the monotonic clock.
+The `SteadyClock` gives times that are valid after a restart and never go back. The monotonic clock
+starts again with every process, and the wall clock may jump, so it adds the monotonic clock's
+progress to the wall clock's value at the start.
 """
 
 from __future__ import annotations
@@ -22,30 +21,33 @@ from batchlab.fleet.group_state import ActivityLog, Group
 
 
 class SteadyClock:
-    """Seconds of the epoch that grow by the monotonic clock alone."""
+    """Clock in seconds since the epoch that advances with the monotonic clock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._ahead_s = clock.now_s() - clock.monotonic_s()
 
     def now_s(self) -> float:
-        """May differ from the wall clock by as much as that was set since the start."""
+        """Return the time. It differs from the wall clock if that was set since the start."""
         return self._clock.monotonic_s() + self._ahead_s
 
 
 KEEP_NOTICES = 1_000
 KEEP_REASONS = 4
-"""AWS's causes are bounded too, at 1,023 characters."""
+"""Most reasons in a cause. AWS also limits causes, to 1,023 characters."""
 
 
 def stamp(at_s: float) -> str:
-    """A moment as AWS writes it in a cause."""
+    """Format a time as in AWS's causes."""
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Record:
-    """`dead` collects who ended, `notices` who waits in a hook (the newest thousand, as nobody need
-    take them), `unsaved` says whether anything changed; the caller empties all three."""
+    """Activities and other records of changes.
+
+    `dead` has the instances that ended, and `notices` the newest 1,000 notifications of waiting
+    instances. `unsaved` is true if anything changed. The caller resets all three.
+    """
 
     def __init__(self, log: ActivityLog, clock: Clock, ids: Ids) -> None:
         self.log = log
@@ -57,11 +59,11 @@ class Record:
         self._clock = clock
 
     def now_s(self) -> float:
-        """Wall clock."""
+        """Return the wall clock's time."""
         return self._clock.now_s()
 
     def note(self, pool: str, description: str, cause: str, status: str = "Successful") -> int:
-        """Record an activity, return its id."""
+        """Record an activity and return its id."""
         self.unsaved = True
         return self.log.add(pool, self.now_s(), description, cause, status)
 
@@ -74,18 +76,20 @@ class Record:
         self.log.settle(name, activity, status, now_s, more=more, message=message)
 
     def mark(self, group: Group, activity: int, status: str) -> None:
-        """Say what an activity waits for."""
+        """Set the status of an activity in progress."""
         self.unsaved = True
         self.log.mark(group.pool.name, activity, status)
 
     def told(self, asg: Asg, *sentences: str) -> str:
-        """A cause in AWS's words: why desired capacity is what it is, then what follows from it."""
+        """Return a cause in AWS's wording: reasons of the desired capacity, then `sentences`."""
         at = stamp(self.now_s())
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
 
     def explain(self, asg: Asg, sentence: str) -> None:
-        """Remember why desired capacity is what it is, until it is reached; if it never is, only
-        the latest reasons are kept."""
+        """Store the reason of the desired capacity until the capacity is reached.
+
+        Only the latest KEEP_REASONS reasons are kept.
+        """
         reasons = self.told(asg, sentence).split("  ")
         asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True

@@ -1,8 +1,8 @@
-"""The nouns of AWS's Auto Scaling API as frozen values.
+"""Types of AWS's Auto Scaling API as frozen values.
 
-Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default and AWS's unit:
-durations are seconds, moments are seconds of the epoch, percentages are 0–100. What AWS leaves
-out of an answer is None here.
+Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit.
+Durations are in seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields
+that AWS omits from an answer are None.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNHEALTHY = "Unhealthy"
 
 
 class Process(StrEnum):
-    """What a group does by itself, and what SuspendProcesses may stop."""
+    """Processes of a group, which SuspendProcesses may suspend."""
 
     LAUNCH = "Launch"
     TERMINATE = "Terminate"
@@ -39,7 +39,7 @@ class Process(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LaunchTemplate:
-    """A launch template by reference; `version` is a number, `$Latest` or `$Default`."""
+    """Reference to a launch template. `version` is a number, `$Latest`, or `$Default`."""
 
     launch_template_id: str = ""
     launch_template_name: str = ""
@@ -48,7 +48,7 @@ class LaunchTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One instance type that a mixed group may use; a weight counts in units of capacity."""
+    """An instance type of a mixed instances group. Its weight is in units of capacity."""
 
     instance_type: str
     weighted_capacity: int | None = None
@@ -57,20 +57,21 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class InstancesDistribution:
-    """How a mixed group is shared out over markets and types."""
+    """Distribution of a mixed instances group over markets and instance types."""
 
     on_demand_allocation_strategy: str = "prioritized"
     on_demand_base_capacity: int = 0
     on_demand_percentage_above_base_capacity: int = 100
     spot_allocation_strategy: str = "lowest-price"
     spot_instance_pools: int | None = None
-    """2 where the strategy is lowest-price and nothing else is said."""
+    """None means 2 with the strategy lowest-price."""
     spot_max_price: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MixedInstancesPolicy:
-    """AWS nests `launch_template.launch_template_specification`; here the two are one."""
+    """Mixed instances policy. `launch_template` is AWS's nested
+    `launch_template.launch_template_specification`."""
 
     launch_template: LaunchTemplate
     overrides: tuple[Override, ...] = ()
@@ -86,10 +87,10 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class GroupConfig:
-    """What CreateAutoScalingGroup sets and UpdateAutoScalingGroup changes, but desired capacity.
+    """Parameters of CreateAutoScalingGroup and UpdateAutoScalingGroup, except desired capacity.
 
-    Exactly one of `launch_template`, `mixed_instances_policy` and `launch_configuration_name` is
-    given. `passive` are parameters that are kept, given back and otherwise without effect (load
+    Exactly one of `launch_template`, `mixed_instances_policy`, and `launch_configuration_name` is
+    set. `passive` has parameters that are stored and returned without further effect (load
     balancers, subnets beyond their zones), as pairs of AWS's name and JSON text.
     """
 
@@ -114,7 +115,7 @@ class GroupConfig:
 
 @dataclass(frozen=True, slots=True)
 class InstanceDetails:
-    """An instance as DescribeAutoScalingGroups and DescribeAutoScalingInstances show it."""
+    """An instance in DescribeAutoScalingGroups and DescribeAutoScalingInstances."""
 
     instance_id: str
     auto_scaling_group_name: str
@@ -124,30 +125,30 @@ class InstanceDetails:
     health_status: str
     protected_from_scale_in: bool
     launch_template: LaunchTemplate | None = None
-    """With the number of the version that was launched."""
+    """The launch template with the number of the launched version."""
     launch_configuration_name: str = ""
     weighted_capacity: int | None = None
     market: Market = Market.ON_DEMAND
     launched_s: float = 0.0
     note: str = ""
-    """How it came to this state, in words; no field of AWS's."""
+    """The reason of its state as text. AWS does not have this field."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupDetails:
-    """A group as DescribeAutoScalingGroups shows it."""
+    """A group in DescribeAutoScalingGroups."""
 
     config: GroupConfig
     auto_scaling_group_arn: str
     desired_capacity: int
     created_time: float
     instances: tuple[InstanceDetails, ...]
-    """Without Terminated ones, and without those of the warm pool, as on AWS."""
+    """The instances except Terminated ones and those of the warm pool, as on AWS."""
     suspended_processes: tuple[tuple[Process, str], ...] = ()
-    """Each with AWS's SuspensionReason."""
+    """Suspended processes with AWS's SuspensionReason."""
     tags: tuple[Tag, ...] = ()
     status: str | None = None
-    """ "Delete in progress" while ForceDelete waits for its instances."""
+    """ "Delete in progress" while ForceDelete waits for the instances to end."""
     warm_pool_configuration: WarmPool | None = None
     warm_pool_size: int | None = None
     predicted_capacity: int | None = None
@@ -155,7 +156,7 @@ class GroupDetails:
 
 @dataclass(frozen=True, slots=True)
 class ActivityDetails:
-    """A scaling activity in AWS's words; `status_code` is AWS's ScalingActivityStatusCode."""
+    """A scaling activity in AWS's wording. `status_code` is a ScalingActivityStatusCode."""
 
     activity_id: str
     auto_scaling_group_name: str
@@ -174,7 +175,7 @@ class ActivityDetails:
 
 @dataclass(frozen=True, slots=True)
 class LifecycleHook:
-    """PutLifecycleHook's parameters, and GlobalTimeout, which follows from them."""
+    """Parameters of PutLifecycleHook, and the resulting GlobalTimeout."""
 
     auto_scaling_group_name: str
     lifecycle_hook_name: str
@@ -188,20 +189,21 @@ class LifecycleHook:
 
     @property
     def global_timeout(self) -> int:
-        """Seconds an instance may wait at most, however many heartbeats are recorded."""
+        """Maximum wait of an instance in seconds, with any number of recorded heartbeats."""
         return min(172_800, 100 * self.heartbeat_timeout)
 
 
 @dataclass(frozen=True, slots=True)
 class LifecycleNotification:
-    """That an instance waits in a hook: what AWS sends to the hook's target and to EventBridge."""
+    """Notification that an instance waits in a hook. AWS sends it to the hook's target and to
+    EventBridge."""
 
     hook: LifecycleHook
     instance_id: str
     lifecycle_action_token: str
     time: float
     origin: str = "EC2"
-    """Or "AutoScalingGroup", "WarmPool"."""
+    """ "EC2", "AutoScalingGroup", or "WarmPool"."""
     destination: str = "AutoScalingGroup"
 
 
@@ -210,7 +212,8 @@ class LifecycleNotification:
 
 @dataclass(frozen=True, slots=True)
 class StepAdjustment:
-    """Bounds are relative to the breach threshold; None is minus or plus infinity."""
+    """Step of a step scaling policy. Bounds are relative to the breach threshold, and None means
+    minus or plus infinity."""
 
     scaling_adjustment: int
     metric_interval_lower_bound: float | None = None
@@ -219,8 +222,8 @@ class StepAdjustment:
 
 @dataclass(frozen=True, slots=True)
 class TargetTracking:
-    """TargetTrackingConfiguration. The metric is a predefined one, or a customized one that is
-    carried as JSON text and understood by whoever supplies its value."""
+    """TargetTrackingConfiguration. A customized metric is JSON text, which the source of the
+    metric's value interprets."""
 
     target_value: float
     predefined_metric_type: str = ""
@@ -230,14 +233,14 @@ class TargetTracking:
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """PutScalingPolicy's parameters; `policy_arn` and `alarms` are filled in by the answer."""
+    """Parameters of PutScalingPolicy. The answer sets `policy_arn` and `alarms`."""
 
     auto_scaling_group_name: str
     policy_name: str
     policy_type: str = "SimpleScaling"
-    """Or StepScaling, TargetTrackingScaling."""
+    """SimpleScaling, StepScaling, or TargetTrackingScaling."""
     adjustment_type: str = ""
-    """ChangeInCapacity, ExactCapacity, PercentChangeInCapacity."""
+    """ChangeInCapacity, ExactCapacity, or PercentChangeInCapacity."""
     min_adjustment_magnitude: int | None = None
     scaling_adjustment: int | None = None
     cooldown: int | None = None
@@ -253,8 +256,8 @@ class ScalingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledAction:
-    """PutScheduledUpdateGroupAction's parameters. `recurrence` is cron with five fields, read in
-    `time_zone` (an IANA name; UTC where empty)."""
+    """Parameters of PutScheduledUpdateGroupAction. `recurrence` is a cron expression with five
+    fields in `time_zone` (an IANA name; UTC if empty)."""
 
     auto_scaling_group_name: str
     scheduled_action_name: str
@@ -276,20 +279,20 @@ class RefreshPreferences:
     min_healthy_percentage: int = 90
     max_healthy_percentage: int = 100
     instance_warmup: int | None = None
-    """None takes the group's default warm-up, then its health check grace period."""
+    """None means the group's default warm-up, or else its health check grace period."""
     skip_matching: bool = False
     auto_rollback: bool = False
     checkpoint_percentages: tuple[int, ...] = ()
     checkpoint_delay: int = 3600
     scale_in_protected_instances: str = "Wait"
-    """Or Refresh, Ignore."""
+    """Wait, Refresh, or Ignore."""
     standby_instances: str = "Wait"
-    """Or Terminate, Ignore."""
+    """Wait, Terminate, or Ignore."""
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredConfiguration:
-    """What a refresh moves the group to; one of the two."""
+    """Target configuration of an instance refresh. One of the two fields is set."""
 
     launch_template: LaunchTemplate | None = None
     mixed_instances_policy: MixedInstancesPolicy | None = None
@@ -297,7 +300,7 @@ class DesiredConfiguration:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRefresh:
-    """A refresh as DescribeInstanceRefreshes shows it; `status` in AWS's words."""
+    """An instance refresh in DescribeInstanceRefreshes, with AWS's values of `status`."""
 
     instance_refresh_id: str
     auto_scaling_group_name: str
@@ -317,24 +320,27 @@ class InstanceRefresh:
 
 @dataclass(frozen=True, slots=True)
 class WarmPool:
-    """PutWarmPool's parameters. The prepared capacity is max − desired where
-    `max_group_prepared_capacity` is None, else that number − desired, and at least `min_size`."""
+    """Parameters of PutWarmPool.
+
+    The prepared capacity is max − desired if `max_group_prepared_capacity` is None, otherwise that
+    number − desired. It is at least `min_size`.
+    """
 
     min_size: int = 0
     max_group_prepared_capacity: int | None = None
     pool_state: str = "Stopped"
-    """Or Running, Hibernated."""
+    """Stopped, Running, or Hibernated."""
     reuse_on_scale_in: bool = False
     status: str | None = None
-    """ "PendingDelete" while it empties."""
+    """ "PendingDelete" while its instances are terminated."""
 
 
-# --- What an instance reads about itself ----------------------------------------------------------
+# --- Instance metadata ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What the instance metadata service shows beyond the address and the credentials."""
+    """Data of the instance metadata service, without the address and the credentials."""
 
     instance_id: str
     instance_type: str
@@ -344,9 +350,9 @@ class Metadata:
     target_lifecycle_state: str
     """`autoscaling/target-lifecycle-state`: InService, Terminated, Standby, Warmed:Stopped, …"""
     spot_action: str = ""
-    """`spot/instance-action`: terminate; empty where there is none (the path answers 404)."""
+    """`spot/instance-action`: terminate; empty if there is none (the path answers 404)."""
     spot_time: float | None = None
-    """Epoch seconds at which it is ended by force."""
+    """When the instance is terminated by force, in seconds since the epoch."""
     rebalance_time: float | None = None
-    """`events/recommendations/rebalance`: epoch seconds at which it was recommended."""
+    """`events/recommendations/rebalance`: time of the recommendation (epoch seconds)."""
     tags: tuple[tuple[str, str], ...] = field(default=())

@@ -1,8 +1,8 @@
-"""AWS's Auto Scaling API over a launcher: its vocabulary, its defaults, its errors.
+"""AWS's Auto Scaling API over a launcher, with AWS's names, defaults, and errors.
 
-Requests change the state and return; `tick`, the only coroutine, carries it out. Call it about
-every second, and at once after a request. Every request raises a Fault (see `faults`) where AWS
-would answer 400. Lists come whole: paging belongs to the wire.
+Requests only change the state. `tick`, the only coroutine, applies the changes. Call it about every
+second, and immediately after a request. A request raises a Fault (see `errors`) if AWS would answer
+400. Lists are complete, because the server does the paging.
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ class AutoScaling(
     RefreshRequests,
     WarmPoolRequests,
 ):
-    """Every request by AWS's own name in snake case."""
+    """All requests, with AWS's names in snake case."""

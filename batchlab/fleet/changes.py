@@ -1,7 +1,7 @@
-"""Every change a group's state can go through, each with its activity, without input or output.
+"""Changes of a group's state, each with its activity, without I/O.
 
-Invariant: no change leaves a trace in one place only. Each opens or settles exactly one activity,
-and marks the state as unsaved.
+Invariant: a change is always recorded. Each opens or settles exactly one activity, and marks the
+state as unsaved.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Changes(Record):
     """The only writer of groups and their log."""
 
     def found(self, pool: Pool) -> Group:
-        """A new group for a plain pool."""
+        """Return a new group for a plain pool."""
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self.note(pool.name, "Creating group", f"a user request created the group with {limits}")
         return Group(pool, pool.min_size)
 
     def want(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
-        """Set desired capacity, and choose at once who leaves: I5 does not wait for a tick.
+        """Set desired capacity, and choose instances to terminate at once to keep I5.
 
-        `cooldown` seconds, where they are not the group's own, begin once that is carried out.
+        The cooldown starts when the capacity is reached. `cooldown` replaces the group's default.
         """
         before = group.desired
         if desired != before:
@@ -50,7 +50,10 @@ class Changes(Record):
         self.scale_in(group)
 
     def scale_in(self, group: Group) -> None:
-        """Take out whom `victims` names; say so once where protection leaves too many."""
+        """Take out the instances named by `victims`.
+
+        If scale-in protection keeps too many instances, record this once.
+        """
         if group.suspended(Process.TERMINATE):
             return
         size = weigh(group.staying())
@@ -74,7 +77,7 @@ class Changes(Record):
         group.stuck = stuck
 
     def admit(self, group: Group, size: int, now_s: float, place: Placement | None) -> Member:
-        """A new Pending member, to be launched, in a group that counts `size` without it."""
+        """Add a Pending member, to be launched, to a group that has `size` without it."""
         if group.asg is not None and place is not None:
             return self._admit_to_asg(group, size, now_s, place)
         name = self.ids.fresh("w")
@@ -128,8 +131,11 @@ class Changes(Record):
         return f"the last {group.failures} ended before they were ready: {group.reason}"
 
     def arrive(self, group: Group, member: Member) -> None:
-        """Into service, once the instance runs and its worker has reported; in a group of AWS's
-        kind, once it runs and the hooks on launch let it."""
+        """Put an instance into service if it is ready.
+
+        In a plain pool, its worker must have reported. In an Auto Scaling group, its launch hooks
+        must be completed.
+        """
         if not member.running or member.bond.asleep:
             return
         if member.state in WARMING:
@@ -142,7 +148,7 @@ class Changes(Record):
                 group.calm()
         elif (
             member.state is LifecycleState.PENDING
-            # No hook runs for one that comes back from standby.
+            # Hooks do not run for an instance that returns from standby.
             and not member.bond.moving
             and lifecycle_hooks.begin(self, group, member, LAUNCHING)
         ):
@@ -158,7 +164,7 @@ class Changes(Record):
         member.bond.moving, member.bond.warm = 0, False
 
     def move(self, member: Member, state: LifecycleState) -> None:
-        """Change a state where the note and the activity stay as they are."""
+        """Change a state, and keep the note and the activity."""
         member.move(state, note=member.instance.note)
         self.unsaved = True
 
@@ -172,7 +178,7 @@ class Changes(Record):
         why: str = "",
         dead: bool = False,
     ) -> None:
-        """Out of service for its health. One that is dead has no use for hooks."""
+        """Take an unhealthy instance out of service. Hooks do not run for a dead instance."""
         self._stumble(group, member, how, dead=dead)
         member.instance = replace(member.instance, healthy=False)
         if group.asg is not None and member.staying:
@@ -183,12 +189,12 @@ class Changes(Record):
         self.retire(group, member, why=why or f"a health check: {how}", note=note, hooked=not dead)
 
     def fail_launch(self, group: Group, member: Member, how: str) -> None:
-        """It never came to be, so there is no termination to record."""
+        """Record a failed launch. No instance exists, so no termination is recorded."""
         self._stumble(group, member, how)
         member.move(LifecycleState.TERMINATING, note=how)
 
     def abandon(self, group: Group, member: Member, how: str) -> None:
-        """A hook on launch gave it up: it is ended, and counts as one that never got ready."""
+        """Terminate an instance whose launch hook was abandoned. It counts as a failed start."""
         self.settle(group, member.launch, "Cancelled", message=how)
         self._stumble(group, member, how)
         why = "a lifecycle action that was abandoned"
@@ -197,9 +203,10 @@ class Changes(Record):
     def retire(
         self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True
     ) -> None:
-        """Begin to terminate. Protection guards against scale-in only, so it is not asked here.
+        """Start the termination of an instance, protected or not.
 
-        Hooks on termination are for instances that have been in service.
+        Protection applies only to scale-in. Termination hooks run only for instances that have been
+        in service.
         """
         if member.bond.moving:
             self.settle(group, member.bond.moving, "Cancelled")
@@ -225,7 +232,7 @@ class Changes(Record):
         member.end = self.note(group.pool.name, what, cause, "InProgress")
 
     def bury(self, group: Group, member: Member, *, note: str, now_s: float) -> None:
-        """It has ended."""
+        """Record that an instance has ended."""
         member.bond.waits.clear()
         member.move(LifecycleState.TERMINATED, note=note)
         member.running, member.since_s = False, now_s
@@ -233,24 +240,24 @@ class Changes(Record):
         self.dead.append(member.instance)
 
     def disown(self, instance: str) -> None:
-        """An instance lives that the state does not know."""
+        """Record the termination of a running instance that is missing in the state."""
         why = "no group knowing it"
         self.note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
 
     def resize(self, group: Group, by: int) -> None:
-        """Change desired capacity as part of what another activity tells of."""
+        """Change desired capacity as part of another activity."""
         group.desired += by
         self.unsaved = True
 
     def replace_first(self, group: Group, member: Member, why: str) -> None:
-        """Launch a successor; the instance goes as soon as that is in service."""
+        """Launch a replacement. The instance is terminated once the replacement is in service."""
         if member.staying and group.asg is not None:
             member.bond.leaving = why
             group.asg.replacing.append(f"an instance was launched in response to {why}")
             self.unsaved = True
 
     def call_healthy(self, member: Member) -> None:
-        """One that is called healthy before it was replaced stays."""
+        """Mark an instance as healthy unless its termination has started."""
         if member.end == 0 and not member.instance.healthy:
             member.instance = replace(member.instance, healthy=True)
             self.unsaved = True
@@ -260,7 +267,7 @@ class Changes(Record):
         self.unsaved = True
 
     def back_off(self, group: Group, now_s: float) -> None:
-        """Begin the next wait of a crash loop that has got longer."""
+        """Start the next wait of a crash loop if another launch has failed."""
         if group.failed and group.failures >= CRASH_LOOP:
             pause_s = wait_s(group.waits)
             group.waits += 1
@@ -271,7 +278,7 @@ class Changes(Record):
         group.failed = False
 
     def forget(self, group: Group, now_s: float) -> None:
-        """Drop who has been Terminated for more than a minute."""
+        """Remove instances that have been Terminated for more than KEEP_TERMINATED_S."""
         old = [
             name
             for name, member in group.members.items()
@@ -283,7 +290,7 @@ class Changes(Record):
             self.unsaved = True
 
     def stumble(self, group: Group, how: str) -> None:
-        """One more launch in a row came to nothing."""
+        """Count one more consecutive failed launch."""
         group.failures += 1
         group.reason, group.failed = how, True
         group.stumbled_s = self.steady.now_s()

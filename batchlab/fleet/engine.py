@@ -1,16 +1,14 @@
-"""Auto Scaling groups over a launcher: requests change the state, `tick` carries it out.
+"""Engine of Auto Scaling groups over a launcher: requests change the state, and `tick` applies it.
 
-Invariant (I5): desired capacity is within [min, max] after every call, and Pending plus InService
-instances are never more than max, save for protected ones that lowered limits left behind and for
-those of a group of AWS's kind that go as soon as their successors are in service.
+Invariant (I5): desired capacity is within [min, max] after every call. The number of Pending and
+InService instances is at most max, with two exceptions: protected instances after the limits were
+lowered, and instances of an Auto Scaling group that wait for their replacements.
 
-A tick, in order, and what a crash after each step costs:
-1. ask the launcher who lives; bury, replace and scale in accordingly: nothing;
-2. save, then ask the launcher to end who is Terminating: it is asked again after the restart;
-3. save the new instances as Pending, then launch them: those not launched are found missing and
-   replaced. Launching first would leave instances that no state knows.
-
-What a group of AWS's kind does by itself as time goes by, in a fixed order.
+The steps of a tick, and the effect of a crash after each:
+1. Ask the launcher for the running instances, then replace and scale in. A crash has no effect.
+2. Save, then ask the launcher to end Terminating instances. After a crash, it is asked again.
+3. Save the new instances as Pending, then launch them. After a crash, instances that were not
+   launched are found missing and replaced. If they were launched first, the state could miss them.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ def attend(
     metrics: Metrics | None,
     alarm_period_s: float,
 ) -> None:
-    """One look at everything that may be due."""
+    """Run all processes of an Auto Scaling group once, in a fixed order."""
     asg = group.asg
     assert asg is not None
     lifecycle_hooks.expire(changes, group)
@@ -64,7 +62,7 @@ def attend(
 
 
 def _rest(changes: Changes, group: Group) -> None:
-    """What ends once all that was wanted has been reached."""
+    """Start the cooldown, and clear causes and failures, once the desired capacity is reached."""
     asg = group.asg
     assert asg is not None
     members = group.members.values()
@@ -89,11 +87,11 @@ _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROC
 
 
 class Engine:
-    """Groups of both kinds over a launcher that no one else uses.
+    """Engine of plain pools and Auto Scaling groups over a launcher that it alone uses.
 
-    `sources` and `metrics` are for groups of AWS's kind. In a plain pool an instance that sends no
-    beat within `health.GRACE_S` plus its pool's `boot_s` of its launch is replaced. One that is
-    terminated has `drain_s` to finish before it is killed.
+    Auto Scaling groups need `sources` and `metrics`. In a plain pool, an instance is replaced if it
+    sends no heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its launch. A
+    terminated instance has `drain_s` to finish before it is killed.
     """
 
     def __init__(
@@ -125,15 +123,15 @@ class Engine:
         self._ticking = asyncio.Lock()
         for _, member in self._members():
             member.since_s = clock.monotonic_s()
-            # The manager before may have died between hearing of a death and acting on it.
+            # The previous manager may have died before it acted on the end of an instance.
             if member.state is LifecycleState.TERMINATED:
                 self._changes.dead.append(member.instance)
 
     async def tick(self) -> Sequence[Instance]:
-        """Converge one step; returns the instances found dead since the last call. A death is
-        reported at least once: after a restart, again.
+        """Run one step, and return the instances that ended since the last call.
 
-        BackendError where the launcher or the store fails; the next tick goes on from there.
+        The end of an instance is reported at least once, and again after a restart. Raise
+        BackendError if the launcher or the store fails. The next tick then continues.
         """
         async with self._ticking:
             known = await self._launcher.running()
@@ -154,8 +152,8 @@ class Engine:
             return dead
 
     def _attend(self, group: Group) -> None:
-        """Whatever a group of AWS's kind does as time goes by."""
-        assert self._sources is not None, "a group of AWS's kind needs its sources"
+        """Run the processes of an Auto Scaling group, and remove it once its deletion is done."""
+        assert self._sources is not None, "an Auto Scaling group needs its sources"
         attend(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
         gone = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
         if group.asg is not None and group.asg.deleting and gone:
@@ -163,8 +161,11 @@ class Engine:
             self._changes.unsaved = True
 
     def _orphans(self, known: Mapping[str, str | None]) -> list[str]:
-        """Living instances that the state does not know, newly found: the state is older than
-        they are, or a launch that was reported as failed did start something."""
+        """Return newly found running instances that are missing in the state.
+
+        The state may be older than the instances, or a launch started an instance although it was
+        reported as failed.
+        """
         ours = {
             m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED
         }
@@ -172,7 +173,7 @@ class Engine:
         return [name for name in strangers if name not in self._disowned]
 
     async def _end(self, orphans: Sequence[str]) -> None:
-        """Ask the launcher to end whom it was not yet asked about; one failure stops no other."""
+        """Ask the launcher to end instances. Try all before an error is raised."""
 
         async def end(member: Member) -> None:
             await self._launcher.terminate(member.instance.id, grace_s=self._drain_s)
@@ -243,7 +244,7 @@ class Engine:
             self._changes.arrive(group, member)
 
     async def _rest(self) -> None:
-        """Stop whom the warm pool keeps stopped."""
+        """Stop the instances that their warm pool keeps stopped."""
         for group, member in list(self._members()):
             if member.bond.resting:
                 hibernate = warm_pool.hibernates(group)

@@ -1,6 +1,6 @@
-"""What an Auto Scaling endpoint refuses, by AWS's own error codes.
+"""Errors of the Auto Scaling API, with AWS's error codes.
 
-Each `code` is the one on the wire; the message is AWS's where AWS's is known.
+Each `code` is the one in the response. The message is AWS's if it is known.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from batchlab.core.errors import Refused
 
 
 class Fault(Refused):
-    """A request that is refused; all are HTTP 400, as on AWS."""
+    """A refused request. All have HTTP status 400, as on AWS."""
 
     code: ClassVar[str] = "ValidationError"
 
 
 class ValidationError(Fault):
-    """A parameter is wrong, or names what does not exist."""
+    """A parameter is wrong, or names an object that does not exist."""
 
 
 class AlreadyExists(Fault):
@@ -27,7 +27,7 @@ class AlreadyExists(Fault):
 
 
 class LimitExceeded(Fault):
-    """More hooks, policies or actions than a group may have."""
+    """The group has the maximum number of hooks, policies, or actions."""
 
     code = "LimitExceeded"
 
@@ -39,24 +39,24 @@ class ResourceInUse(Fault):
 
 
 class ScalingActivityInProgress(Fault):
-    """A cooldown or an activity that is under way forbids it."""
+    """A cooldown or an activity in progress prevents the request."""
 
     code = "ScalingActivityInProgress"
 
 
 class InstanceRefreshInProgress(Fault):
-    """One refresh at a time."""
+    """Another instance refresh is in progress."""
 
     code = "InstanceRefreshInProgress"
 
 
 class ActiveInstanceRefreshNotFound(Fault):
-    """There is no refresh to cancel."""
+    """The group does not have an active refresh."""
 
     code = "ActiveInstanceRefreshNotFound"
 
 
 class IrreversibleInstanceRefresh(Fault):
-    """The refresh moves the group to nothing that could be taken back."""
+    """The instance refresh cannot be rolled back."""
 
     code = "IrreversibleInstanceRefresh"

@@ -1,4 +1,4 @@
-"""What a group is told from outside: launch templates, metrics, prices."""
+"""External data of a group: launch templates, metrics, and prices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from batchlab.fleet.api_types import LaunchTemplate, ScalingPolicy
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A launch template's version, as far as a launch needs it. `slots`, `boot_s` and `env` are
-    those of the Pool that the launcher is given."""
+    """The data of a launch template version that a launch needs. The launcher gets `slots`,
+    `boot_s`, and `env` in its Pool."""
 
     reference: LaunchTemplate
-    """Id, name and the number of the version."""
+    """The id, the name, and the number of the version."""
     instance_type: str = ""
     market: Market = Market.ON_DEMAND
     slots: int = 1
@@ -24,36 +24,39 @@ class Template:
 
 
 class Templates(Protocol):
-    """Where launch templates are kept; read at every launch, so that `$Latest` is the latest."""
+    """Store of launch templates. Every launch reads it, so `$Latest` is the latest version."""
 
     def template(self, reference: LaunchTemplate) -> Template:
-        """The version that is referred to; ValidationError where there is none."""
+        """Return the referenced version. Raise ValidationError if it does not exist."""
 
     def launch_configuration(self, name: str) -> Template:
-        """The launch configuration as a template; ValidationError where there is none."""
+        """Return a launch configuration as a template. Raise ValidationError if it is missing."""
 
 
 @runtime_checkable
 class Resting(Protocol):
-    """A launcher whose instances can be stopped and started again. A stopped one is still running
-    as far as `Launcher.running` is concerned: it has not ended. `terminate` ends it as well."""
+    """A launcher that can stop and restart instances.
+
+    `Launcher.running` includes stopped instances, because they have not ended. `terminate` ends
+    them too.
+    """
 
     async def stop(self, instance: str, *, hibernate: bool) -> None:
-        """Stop it, with `hibernate` keeping its memory; returns when it has stopped."""
+        """Stop an instance, and return when it has stopped. `hibernate` keeps its memory."""
 
     async def start(self, instance: str) -> None:
-        """Start it again; returns when it runs."""
+        """Start a stopped instance, and return when it runs."""
 
 
 class Metrics(Protocol):
-    """Where the value of a target-tracking policy's metric comes from."""
+    """Source of the metrics of target-tracking policies."""
 
     def value(self, policy: ScalingPolicy) -> float | None:
-        """The newest value, None where there is no data."""
+        """Return the newest value, or None without data."""
 
 
 class Prices(Protocol):
-    """What an instance costs; decides where a strategy is `lowest-price`."""
+    """Prices of instances, for the allocation strategy `lowest-price`."""
 
     def hourly(self, machine: Machine) -> float | None:
-        """Dollars an hour, None where nobody knows (the order of the overrides then decides)."""
+        """Return the dollars per hour. If it is None, the order of the overrides decides."""

@@ -1,4 +1,4 @@
-"""The Fleet port for plain pools: workers that are alike and report when they are ready."""
+"""The Fleet port for plain pools, whose workers are equal and report when they are ready."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from batchlab.fleet.termination import clamp
 
 
 class ManagedFleet(Engine):
-    """The Fleet port over a launcher that no one else uses, plus `ready`.
+    """The Fleet port, plus `ready`, over a launcher that it alone uses.
 
-    Activities are AWS's: one per launch and one per termination, whose status settles later, and
-    one per change of desired capacity.
+    Activities are as on AWS: one for each launch, termination, and change of desired capacity. The
+    status of launches and terminations becomes final later.
     """
 
     async def ensure(self, pool: Pool) -> None:
-        """Create the group with desired = min, or change it; Refused unless 0 ≤ min ≤ max, and
-        max is a number that somebody could mean."""
+        """Create the group with desired = min, or change it.
+
+        Raise Refused unless 0 ≤ min ≤ max ≤ MOST_INSTANCES.
+        """
         limits = check_limits(pool)
         group = self._groups.get(pool.name)
         if group is None:
@@ -34,11 +36,11 @@ class ManagedFleet(Engine):
         self._save()
 
     async def describe(self) -> Sequence[GroupView]:
-        """As the port says."""
+        """See the port."""
         return [group.view() for group in self._groups.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """As the port says. Who leaves is chosen at once; the next tick asks them to."""
+        """See the port. Instances to terminate are chosen at once, and the next tick ends them."""
         group = self._group(pool)
         check_desired(group.pool, desired)
         self._changes.want(group, desired, cause)
@@ -47,10 +49,10 @@ class ManagedFleet(Engine):
     async def terminate(
         self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
     ) -> None:
-        """As the port says, protected or not.
+        """See the port. Protected instances are terminated too.
 
-        Refused, and nothing done, where an instance is unknown or `decrement` would take desired
-        capacity below min. An instance that is ending already is left alone.
+        Raise Refused and change nothing if an instance is unknown, or if `decrement` would lower
+        the desired capacity below min. Ignore instances that are already ending.
         """
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
@@ -64,9 +66,9 @@ class ManagedFleet(Engine):
         self._save()
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """As the port says; Refused, and nothing done, unless all are InService, as on EC2.
+        """See the port. Raise Refused and change nothing unless all are InService, as on EC2.
 
-        Saved by the next tick, because protection may change with every bundle.
+        The next tick saves the change, because protection may change with every bundle.
         """
         group = self._group(pool)
         members = [self._member(group, name) for name in instances]
@@ -79,7 +81,7 @@ class ManagedFleet(Engine):
             self._changes.scale_in(group)
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """As the port says; Refused where it is unknown. One that is ending stays unhealthy."""
+        """See the port. Raise Refused if the instance is unknown. Ignore an ending instance."""
         found = self._find(instance)
         if found is None:
             raise Refused(f"there is no instance {instance!r}")
@@ -89,9 +91,9 @@ class ManagedFleet(Engine):
             self._save()
 
     async def ready(self, instance: str) -> None:
-        """The worker in `instance` reported for work; once is enough, again is harmless.
+        """Record that the worker in `instance` is ready. Repeated calls have no effect.
 
-        Silently nothing for an instance that is unknown or ending: a beat may come late.
+        Ignore an instance that is unknown or ending, because a heartbeat may arrive late.
         """
         found = self._find(instance)
         if found is not None:
@@ -100,13 +102,13 @@ class ManagedFleet(Engine):
             self._changes.arrive(group, member)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """As the port says; pool "" has those of no group (orphans that were terminated)."""
+        """See the port. Pool "" has the activities without a group (terminated orphans)."""
         return self._changes.log.newest(pool, limit)
 
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:
             raise Refused(
-                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists those there are."
+                f"there is no pool {pool!r}", remedy="`batchlab grid status` lists the pools."
             )
         return self._groups[pool]
 

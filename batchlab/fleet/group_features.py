@@ -1,6 +1,6 @@
-"""What a group of AWS's kind has beyond a plain pool's: configuration, hooks, policies, progress.
+"""State of an Auto Scaling group beyond that of a plain pool: configuration, hooks, and policies.
 
-All of it is saved. Moments ending in `_s` are those of the SteadyClock.
+All of it is saved. Times that end in `_s` are of the SteadyClock.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from batchlab.fleet.api_types import (
 
 @dataclass(slots=True)
 class Alarm:
-    """A target-tracking policy's two alarms: since when the metric has been above and below."""
+    """The two alarms of a target-tracking policy: since when the metric is above or below."""
 
     above_since_s: float | None = None
     below_since_s: float | None = None
     acted_s: float | None = None
-    """When the policy last changed desired capacity; it looks again a period later."""
+    """When the policy last changed desired capacity. It acts again after one period at the
+    earliest."""
 
 
 @dataclass(slots=True)
 class Rolling:
-    """An instance refresh under way."""
+    """An instance refresh in progress."""
 
     refresh: InstanceRefresh
     warmup: int
@@ -39,45 +40,45 @@ class Rolling:
     old: set[str] = field(default_factory=set)
     """Instances still to be replaced."""
     before: set[str] = field(default_factory=set)
-    """All that the group had when it began, so that a rollback knows the new ones."""
+    """All instances of the group at the start. A rollback replaces the others."""
     warm: set[str] = field(default_factory=set)
     """Instances of the warm pool that are replaced at the end."""
     total: int = 0
-    """How many there were to replace."""
+    """Number of instances to replace at the start."""
     checkpoint: int = 0
-    """Checkpoints reached so far."""
+    """Number of checkpoints reached."""
     paused_until_s: float = 0.0
     moved_s: float = 0.0
-    """When it last made progress."""
+    """When the refresh last made progress."""
 
 
 @dataclass(slots=True)
 class Asg:
-    """One group's own state."""
+    """Saved state of one Auto Scaling group."""
 
     config: GroupConfig
     created_s: float
     tags: dict[str, Tag] = field(default_factory=dict)
     hooks: dict[str, LifecycleHook] = field(default_factory=dict)
     suspended: dict[Process, str] = field(default_factory=dict)
-    """With AWS's SuspensionReason."""
+    """Suspended processes with AWS's SuspensionReason."""
     policies: dict[str, ScalingPolicy] = field(default_factory=dict)
     alarms: dict[str, Alarm] = field(default_factory=dict)
     scheduled: dict[str, ScheduledAction] = field(default_factory=dict)
     due_s: dict[str, float] = field(default_factory=dict)
-    """When each scheduled action is to run next."""
+    """When each scheduled action runs next."""
     refreshes: list[InstanceRefresh] = field(default_factory=list)
-    """Those that have ended, newest first."""
+    """Ended refreshes, newest first."""
     rolling: Rolling | None = None
     warm_pool: WarmPool | None = None
     deleting: bool = False
     cause: str = ""
-    """The sentence of AWS's that says why desired capacity is what it is, until it is reached."""
+    """Reason of the desired capacity in AWS's wording, until the capacity is reached."""
     replacing: list[str] = field(default_factory=list)
-    """Sentences for the next launches, each in response to one loss."""
+    """Reasons of the next launches, one for each lost instance."""
     cooling: int = 0
-    """Seconds of cooldown that begin once the activities under way have ended."""
+    """Seconds of cooldown that start once the activities in progress have ended."""
     cooled_s: float = 0.0
-    """When the cooldown that runs is over."""
+    """When the current cooldown ends."""
     barren_s: dict[str, float] = field(default_factory=dict)
-    """Capacity pools (`type/zone/market`) that had no capacity, and until when to avoid them."""
+    """Capacity pools (`type/zone/market`) without capacity, and until when to avoid them."""

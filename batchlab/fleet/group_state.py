@@ -1,8 +1,6 @@
-"""An Auto Scaling group as plain data: members, the table of allowed moves, activities.
+"""State of a group as plain data: members, allowed state changes, and activities.
 
-Invariant: a member changes state only through `move`, hence only along an arrow of MOVES.
-
-A group's state as AWS's answers show it.
+Invariant: a member changes state only through `move`, which allows only the changes in MOVES.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
     S.WARMED_RUNNING: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_STOPPED: frozenset({S.PENDING, S.TERMINATING}),
     S.WARMED_HIBERNATED: frozenset({S.PENDING, S.TERMINATING}),
-    # An instance found dead passes through here as well, so that a hook on leaving has one place.
+    # A dead instance also passes through TERMINATING, so termination hooks have one place.
     S.TERMINATING: frozenset({S.TERMINATING_WAIT, S.TERMINATED}),
     S.TERMINATING_WAIT: frozenset({S.TERMINATING_PROCEED, S.TERMINATED}),
     S.TERMINATING_PROCEED: frozenset({S.TERMINATED}),
@@ -58,7 +56,7 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
 }
 STARTING = frozenset({S.PENDING, S.PENDING_WAIT, S.PENDING_PROCEED})
 COUNTED = STARTING | {S.IN_SERVICE}
-"""The states that count towards desired capacity; I5 bounds their number."""
+"""The states that count towards desired capacity. I5 limits their number."""
 ENDING = frozenset({S.TERMINATING, S.TERMINATING_WAIT, S.TERMINATING_PROCEED})
 ON_STANDBY = frozenset({S.ENTERING_STANDBY, S.STANDBY})
 WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_PROCEED})
@@ -66,86 +64,87 @@ WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
 FINAL = frozenset({"Successful", "Failed", "Cancelled"})
-"""The statuses of activities that have ended."""
+"""Statuses of ended activities."""
 
 
 class Store(Protocol):
-    """Where a fleet keeps its state over a restart of the manager: one value, replaced whole."""
+    """Storage of a fleet's state over restarts of the manager. The state is a single value."""
 
     def load(self) -> bytes | None:
-        """What was saved last, None where nothing was."""
+        """Return the saved value, or None if there is none."""
 
     def save(self, data: bytes) -> None:
-        """Replace it atomically: after a crash `load` gives the old value or the new one."""
+        """Replace the value atomically. After a crash, `load` returns the old or the new value."""
 
 
 @dataclass(slots=True)
 class Wait:
-    """A lifecycle action that an instance waits for; moments are those of the SteadyClock."""
+    """A lifecycle action that an instance waits for, with times of the SteadyClock."""
 
     hook: LifecycleHook
     token: str
     until_s: float
-    """When it times out unless a heartbeat is recorded."""
+    """When the action times out unless a heartbeat is recorded."""
     at_most_s: float
-    """When it times out whatever is recorded."""
+    """When the action times out even if heartbeats are recorded."""
 
 
 @dataclass(slots=True)
 class Bond:
-    """What a member of a group of AWS's kind has beyond a plain pool's; all of it is saved."""
+    """Additional state of a member of an Auto Scaling group. All of it is saved."""
 
     template: LaunchTemplate | None = None
-    """With the number of its version."""
+    """The launch template with its version number."""
     launch_configuration: str = ""
     weight: int = 1
     weighted: bool = False
-    """Whether the weight was given, so that it is shown."""
+    """Whether the weight was configured, so that descriptions show it."""
     waits: list[Wait] = field(default_factory=list)
     in_service_s: float | None = None
-    """When it came into service, by the SteadyClock."""
+    """When the instance came into service, by the SteadyClock."""
     vouched: bool = False
-    """Somebody has completed a launch hook for it: it had come up."""
+    """A launch hook was completed for the instance, so it has started successfully."""
     leaving: str = ""
-    """Why it goes as soon as its successor is in service; it counts no longer."""
+    """Why the instance is terminated once its replacement is in service. It no longer counts."""
     rebalance_s: float | None = None
-    """When a rebalance was recommended, seconds of the epoch."""
+    """When a rebalance was recommended, in seconds since the epoch."""
     interrupted_by_s: float | None = None
-    """When a Spot interruption ends it by force, seconds of the epoch."""
+    """When a Spot interruption ends the instance by force, in seconds since the epoch."""
     moving: int = 0
-    """Id of the activity that moves it into standby or out of it, 0 while none does."""
+    """Id of the activity that moves the instance into or out of standby; 0 without one."""
     force: bool = False
-    """It is to be ended at once, whatever its state."""
+    """The instance must be killed at once in any state."""
     warm: bool = False
-    """It was launched into the warm pool, or returned to it, and has not been in service since."""
+    """The instance is in the warm pool or comes from it, and has not been in service since."""
     resting: bool = False
-    """The launcher is to stop it: its warm pool keeps stopped instances."""
+    """The launcher must stop the instance, because its warm pool keeps stopped instances."""
     asleep: bool = False
-    """The launcher has stopped it."""
+    """The launcher has stopped the instance."""
 
 
 @dataclass(slots=True)
 class Member:
-    """An instance with what its group alone knows about it.
+    """An instance with the data that only its group has.
 
-    The three flags below `ready` and `since_s` do not outlive the manager: the next one asks the
-    launcher again, gives the health-check grace period anew and repeats the request to terminate.
+    `running`, `asked`, `killed`, and `since_s` are not saved. The next manager asks the launcher
+    again, starts the health check grace period again, and repeats the request to terminate.
     """
 
     instance: Instance
     launch: int
-    """Id of the activity that launched it; `end` of the one that ended it, 0 before."""
+    """Id of the launch activity."""
     end: int = 0
+    """Id of the termination activity; 0 before the termination."""
     ready: bool = False
-    """The worker in it has reported for work."""
+    """The worker of the instance has reported that it is ready."""
     running: bool = False
-    """The launcher says that it lives."""
+    """The launcher reports the instance as running."""
     asked: bool = False
-    """The launcher was told to terminate it."""
+    """The launcher was asked to terminate the instance."""
     since_s: float = 0.0
-    """Monotonic seconds of its launch or, once Terminated, of its end."""
+    """Monotonic time of the launch or, once Terminated, of the end."""
     killed: bool = False
-    """The launcher was told to end it by force."""
+    """The launcher was asked to kill the instance."""
     bond: Bond = field(default_factory=Bond)
 
     @property
@@ -158,11 +157,11 @@ class Member:
 
     @property
     def staying(self) -> bool:
-        """Counted, and not about to be replaced."""
+        """Whether the member counts and is not being replaced."""
         return self.counted and not self.bond.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
-        """Change state; ValueError where the table has no such arrow, which is a defect."""
+        """Change the state. Raise ValueError if MOVES does not allow it, which is a bug."""
         if state not in MOVES[self.state]:
             raise ValueError(f"{self.instance.id} cannot go from {self.state} to {state}")
         self.instance = replace(self.instance, state=state, note=note)
@@ -170,38 +169,38 @@ class Member:
 
 @dataclass(slots=True)
 class Group:
-    """One Auto Scaling group. `members` are in order of launch, the newest last.
+    """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last.
 
-    `asg` is None for a plain pool, whose workers are alike and report that they are ready. The
-    crash-loop fields do not outlive the manager: whoever restarts it has often mended the cause
-    and should not wait.
+    `asg` is None for a plain pool, whose workers are equal and report that they are ready. The
+    crash-loop fields are not saved: the cause is often fixed before the manager is restarted, so
+    the new manager does not wait.
     """
 
     pool: Pool
     desired: int
     members: dict[str, Member] = field(default_factory=dict)
     stuck: int = 0
-    """How far above desired capacity scale-in protection held the group when last reported."""
+    """Last reported number of protected instances above the desired capacity."""
     failures: int = 0
-    """Instances in a row that ended before they were ready."""
+    """Number of consecutive instances that ended before they were ready."""
     reason: str = ""
-    """How the last of those ended."""
+    """How the last of those instances ended."""
     failed: bool = False
-    """One more did since the wait was last computed."""
+    """Another instance has failed since the last wait was computed."""
     waits: int = 0
-    """Waits of this crash loop so far; each is twice as long as the one before."""
+    """Number of waits of this crash loop. Each wait is twice as long as the previous one."""
     retry_s: float = 0.0
-    """Monotonic seconds before which a crash loop launches nothing."""
+    """Monotonic time of the next launch in a crash loop."""
     stumbled_s: float = 0.0
-    """When the last of those ended, by the SteadyClock."""
+    """When the last of those instances ended, by the SteadyClock."""
     asg: Asg | None = None
 
     def counted(self) -> list[Member]:
-        """The members that count towards desired capacity, the newest last."""
+        """Return the members that count towards desired capacity, the newest last."""
         return [member for member in self.members.values() if member.counted]
 
     def staying(self) -> list[Member]:
-        """Those of them that are not about to be replaced."""
+        """Return the counted members that are not being replaced."""
         return [member for member in self.members.values() if member.staying]
 
     def suspended(self, process: Process) -> bool:
@@ -213,18 +212,18 @@ class Group:
         )
 
     def calm(self) -> None:
-        """Forget a crash loop: an instance became ready, or the pool was changed."""
+        """End a crash loop, because an instance became ready or the pool was changed."""
         self.failures, self.reason, self.failed = 0, "", False
         self.waits, self.retry_s = 0, 0.0
 
 
 def weigh(members: Sequence[Member]) -> int:
-    """Their units of capacity."""
+    """Return the units of capacity of the members."""
     return sum(member.bond.weight for member in members)
 
 
 class ActivityLog:
-    """The last 200 activities of each pool; pool "" stands for the fleet as a whole."""
+    """The last 200 activities of each pool. Pool "" means the whole fleet."""
 
     def __init__(self) -> None:
         self._next = 1
@@ -232,7 +231,7 @@ class ActivityLog:
         self._written: dict[int, tuple[Activity, str]] = {}
 
     def add(self, pool: str, at_s: float, description: str, cause: str, status: str) -> int:
-        """Record one activity, return its id, which is greater than all before."""
+        """Record one activity and return its id. Ids increase."""
         number, self._next = self._next, self._next + 1
         kept = self._pools.setdefault(pool, {})
         ended_s = at_s if status in FINAL else None
@@ -244,9 +243,9 @@ class ActivityLog:
     def settle(
         self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = ""
     ) -> None:
-        """Give an activity in progress its final status and add to its cause.
+        """Give an activity in progress its final status, and append `more` to its cause.
 
-        One that is settled already, or no longer kept, is left alone.
+        Ignore an activity that has ended or is no longer stored.
         """
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
@@ -255,23 +254,23 @@ class ActivityLog:
             )
 
     def mark(self, pool: str, number: int, status: str) -> None:
-        """Change what an activity in progress waits for; one that has ended is left alone."""
+        """Change the status of an activity in progress. Ignore one that has ended."""
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(old, status=status)
 
     def get(self, pool: str, number: int) -> Activity | None:
-        """One activity, None where it is no longer kept."""
+        """Return an activity, or None if it is no longer stored."""
         return self._pools.get(pool, {}).get(number)
 
     def newest(self, pool: str | None, limit: int) -> Sequence[Activity]:
-        """Up to `limit` activities of one pool, or of all, newest first."""
+        """Return up to `limit` activities of one pool, or of all pools, newest first."""
         if pool is not None:
             return list(self._pools.get(pool, {}).values())[::-1][:limit]
         return sorted(self, key=lambda activity: activity.id, reverse=True)[:limit]
 
     def written(self, write: Callable[[Activity], str]) -> list[str]:
-        """What `write` makes of each, which is kept: of hundreds hardly one is new at a time."""
+        """Return the text of each activity. Texts are cached, because few activities are new."""
         before, self._written = self._written, {}
         for one in self:
             known = before.get(one.id)
@@ -284,7 +283,7 @@ class ActivityLog:
 
     @classmethod
     def restore(cls, activities: Sequence[Activity], following: int) -> ActivityLog:
-        """A log with these activities, whose next id is `following`."""
+        """Return a log with these activities, whose next id is `following`."""
         log = cls()
         for activity in activities:
             log._pools.setdefault(activity.pool, {})[activity.id] = activity
@@ -297,7 +296,7 @@ class ActivityLog:
 
 
 _PROGRESS = {"PreInService": 30, "InProgress": 50, "MidLifecycleAction": 60}
-"""AWS gives no rule; these are what it is seen to answer."""
+"""Progress percentages as observed on AWS, which does not document a rule."""
 
 
 def instance_details(group: Group, member: Member) -> InstanceDetails:
@@ -320,12 +319,12 @@ def instance_details(group: Group, member: Member) -> InstanceDetails:
 
 
 def activity_id(activity: Activity) -> str:
-    """Derived, hence the same after a restart."""
+    """Return the id of an activity in AWS's form, which is the same after a restart."""
     return str(uuid5(NAMESPACE_URL, f"{activity.pool}/{activity.id}"))
 
 
 def activity_details(activity: Activity, group: Group | None) -> ActivityDetails:
-    """AWS's details are the zone of the instance, as JSON text."""
+    """Return an activity in AWS's form. Its `details` are the instance's zone as JSON text."""
     instance = activity.description.rpartition(": ")[2]
     member = group.members.get(instance) if group else None
     zone = member.instance.machine.zone if member else ""

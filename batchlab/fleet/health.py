@@ -1,12 +1,11 @@
-"""What the launcher says of every instance, and what follows from it.
+"""Health checks, replacements, forced terminations, and standby.
 
-Replacements that launch before they terminate, and ends that cannot be put off.
+An instance that is `leaving` no longer counts, so its replacement is launched. It is terminated
+once enough other instances are in service. For zone balance and maximum lifetime, at most a tenth
+of the group's maximum leaves at a time, but at least one instance. The group may exceed its maximum
+by this number.
 
-An instance that is `leaving` counts no longer, so a successor is launched for it, and it goes as
-soon as enough others are in service. For zone balance and for age no more leave at a time than a
-tenth of the group's maximum, at least one: by so much the group may be larger than its maximum.
-
-Into standby and out of it: still of the group, counted no longer, and looked at by no check.
+An instance on standby belongs to the group, but it does not count and is not checked.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from batchlab.fleet.termination import CRASH_LOOP, narrow
 EC2_CHECK = "an EC2 health check indicating it has been terminated or stopped"
 USER_CHECK = "a user health-check"
 GRACE_S = 60.0
-"""From its launch to its first beat, beside its pool's `boot_s`."""
+"""Seconds from the launch to the first heartbeat, in addition to the pool's `boot_s`."""
 _UNKNOWN = "its launcher does not know it"
 
 
 def look(changes: Changes, group: Group, known: Mapping[str, str | None], now_s: float) -> None:
-    """Bring the state up to what the launcher says; `now_s` is monotonic."""
+    """Update the state from the launcher's list of instances. `now_s` is monotonic."""
     grace_s = GRACE_S + group.pool.boot_s
     for name, member in group.members.items():
         ended = known.get(name, _UNKNOWN)
@@ -62,8 +61,11 @@ def _bury(changes: Changes, group: Group, member: Member, ended: str, now_s: flo
 
 
 def _overlooked(changes: Changes, group: Group, member: Member) -> bool:
-    """Whether nobody looks at this instance: it is on standby, or its group was told not to look
-    or not to replace. It stays listed as it is."""
+    """Return whether the end of this instance is ignored.
+
+    This applies to an instance on standby, and to a group with suspended health checks or
+    replacements. The instance stays in the list.
+    """
     if group.asg is None or member.end:
         return False
     if member.state in ON_STANDBY or group.suspended(Process.HEALTH_CHECK):
@@ -75,14 +77,14 @@ def _overlooked(changes: Changes, group: Group, member: Member) -> bool:
 
 
 def mark_unhealthy(changes: Changes, member: Member) -> None:
-    """It is replaced as soon as ReplaceUnhealthy may."""
+    """Mark an instance as unhealthy. ReplaceUnhealthy then replaces it."""
     if member.instance.healthy:
         member.instance = replace(member.instance, healthy=False)
         changes.unsaved = True
 
 
 def replace_unhealthy(changes: Changes, group: Group) -> None:
-    """Take out whom somebody has called unhealthy. Those on standby are not looked at."""
+    """Replace instances that are marked as unhealthy, except those on standby."""
     if group.suspended(Process.REPLACE_UNHEALTHY) or group.suspended(Process.TERMINATE):
         return
     for member in group.members.values():
@@ -96,7 +98,7 @@ _AGE = "the maximum instance lifetime being exceeded"
 
 
 def enforce(changes: Changes, group: Group) -> None:
-    """End by force whose Spot notice is over; no hook puts that off, no suspension prevents it."""
+    """Kill instances whose Spot notice is over, regardless of hooks and suspended processes."""
     now_s = changes.steady.now_s()
     for member in group.members.values():
         by_s = member.bond.interrupted_by_s
@@ -107,7 +109,7 @@ def enforce(changes: Changes, group: Group) -> None:
 
 
 def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
-    """Let go who has a successor, and choose who is to have one."""
+    """Terminate instances that have a replacement, and choose instances to replace."""
     asg = group.asg
     assert asg is not None
     if asg.deleting or group.suspended(Process.TERMINATE):
@@ -121,7 +123,7 @@ def keep_up(changes: Changes, group: Group, sources: Sources) -> None:
 
 
 def _release(changes: Changes, group: Group, asg: Asg) -> None:
-    """During a refresh a successor must have warmed up as well."""
+    """Terminate replaced instances. During a refresh, replacements must also have warmed up."""
     in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
     able = [
@@ -156,8 +158,11 @@ def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
-    """One at a time, once everything else has come to rest: from the fullest zone, or from one that
-    the group has left, to the emptiest."""
+    """Replace one instance for zone balance if no other change is in progress.
+
+    Choose it from the fullest zone, or from a zone that the group no longer uses. Its replacement
+    goes to the emptiest zone.
+    """
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
@@ -185,7 +190,10 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
 
 
 def enter(changes: Changes, group: Group, member: Member, *, lower: bool) -> int:
-    """The activity's id. Without `lower` the group launches a replacement."""
+    """Move an instance into standby, and return the activity's id.
+
+    Without `lower`, the group launches a replacement.
+    """
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.bond.weight
     change = f", shrinking the capacity from {size} to {size - weight}" * lower
@@ -203,7 +211,7 @@ def enter(changes: Changes, group: Group, member: Member, *, lower: bool) -> int
 
 
 def arrive(changes: Changes, group: Group) -> None:
-    """Who is entering standby is there by the next tick: no load balancer drains it."""
+    """Complete moves into standby. They take one tick, because no load balancer must drain."""
     for member in group.members.values():
         if member.state is LifecycleState.ENTERING_STANDBY:
             changes.move(member, LifecycleState.STANDBY)
@@ -212,8 +220,10 @@ def arrive(changes: Changes, group: Group) -> None:
 
 
 def leave(changes: Changes, group: Group, member: Member) -> int:
-    """The activity's id; desired capacity grows by the instance, which is Pending until the next
-    tick has found it alive."""
+    """Move an instance out of standby, and return the activity's id.
+
+    Desired capacity grows by the instance. It is Pending until the next tick finds it running.
+    """
     assert group.asg is not None
     size, weight = weigh(group.staying()), member.bond.weight
     change = f", increasing the capacity from {size} to {size + weight}"

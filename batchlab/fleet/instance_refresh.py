@@ -1,8 +1,8 @@
-"""Instance refresh: replace a group's instances in steps, keeping enough of it ready.
+"""Instance refresh: replacement of a group's instances in steps, while enough capacity is ready.
 
-A new instance is ready once it has been in service for the warm-up. With a maximum healthy
-percentage above 100 successors are launched first; otherwise instances are terminated first, as
-many as the minimum healthy percentage allows, and one at a time where that allows none.
+A new instance is ready once it has been in service for the warm-up. If the maximum healthy
+percentage is above 100, replacements are launched first. Otherwise, instances are terminated first,
+as many as the minimum healthy percentage allows, or one at a time if it allows none.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from batchlab.fleet.group_state import ON_STANDBY, WARM, Group, Member, weigh
 from batchlab.fleet.placement import Sources, apply, configuration, template_of
 
 GIVE_UP_S = 3_600.0
-"""Without progress for so long a refresh fails."""
+"""Seconds without progress after which a refresh fails."""
 _WHY = "an instance refresh"
 _ROLLBACK = "RollbackInProgress"
 
 
 def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
-    """Whether it is what the configuration would launch today."""
+    """Return whether an instance has the template and type that `config` would launch now."""
     wanted = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy
     kinds = [override.instance_type for override in mixed.overrides] if mixed else []
@@ -35,7 +35,7 @@ def matches(member: Member, config: GroupConfig, sources: Sources) -> bool:
 
 
 def roll(changes: Changes, group: Group) -> None:
-    """One step."""
+    """Run one step of the group's refresh."""
     asg = group.asg
     if asg is None or asg.rolling is None:
         return
@@ -66,7 +66,7 @@ def _running(refresh: InstanceRefresh) -> str:
 
 
 def _strike_off(group: Group, rolling: Rolling) -> None:
-    """Whom the group no longer has, or whom the preferences leave alone."""
+    """Remove instances from the refresh that have ended or that the preferences ignore."""
     preferences = rolling.refresh.preferences
     for name in list(rolling.old):
         member = group.members.get(name)
@@ -80,14 +80,14 @@ def _strike_off(group: Group, rolling: Rolling) -> None:
 
 
 def _unready(group: Group, rolling: Rolling, now_s: float) -> int:
-    """Units of capacity that are not ready: missing, starting or warming up."""
+    """Return the units of capacity that are missing, starting, or warming up."""
     new = [m for m in group.staying() if m.instance.id not in rolling.before]
     warming = [m for m in new if not is_ready(m, rolling, now_s)]
     return max(0, group.desired - weigh(group.staying())) + weigh(warming)
 
 
 def is_ready(member: Member, rolling: Rolling, now_s: float) -> bool:
-    """Whether it is in service and, where it is new, has warmed up."""
+    """Return whether an instance is in service and, if it is new, has warmed up."""
     since_s = member.bond.in_service_s
     if member.state is not LifecycleState.IN_SERVICE or since_s is None:
         return False
@@ -106,7 +106,7 @@ def _measure(changes: Changes, group: Group, rolling: Rolling, now_s: float) -> 
 
 
 def _complete(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> bool:
-    """Whether all is done; a checkpoint that has been reached begins its pause."""
+    """Return whether the refresh is done. Start the pause of a checkpoint that is reached."""
     complete = rolling.refresh.percentage_complete
     if not rolling.old and not _unready(group, rolling, now_s):
         _succeed(changes, group, asg, rolling)
@@ -137,7 +137,7 @@ def _succeed(changes: Changes, group: Group, asg: Asg, rolling: Rolling) -> None
 
 
 def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
-    """The refresh has ended."""
+    """End the refresh with a status."""
     assert asg.rolling is not None
     ended = replace(
         asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s()
@@ -168,7 +168,7 @@ def _held(group: Group, rolling: Rolling) -> str:
 
 
 def roll_back(changes: Changes, group: Group, rolling: Rolling) -> None:
-    """Turn round: replace what is new by what the group's own configuration launches."""
+    """Roll back: replace the new instances with instances of the group's own configuration."""
     new = {m.instance.id for m in group.counted() if m.instance.id not in rolling.before}
     rolling.before = {m.instance.id for m in group.counted()}
     rolling.old, rolling.total, rolling.checkpoint = new, len(new), 0
@@ -185,7 +185,7 @@ def _set(changes: Changes, rolling: Rolling, **facts: Any) -> None:
 
 
 def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: float) -> None:
-    """Take the next ones out, or launch their successors first."""
+    """Terminate the next instances, or launch their replacements first."""
     preferences = rolling.refresh.preferences
     unready = _unready(group, rolling, now_s)
     able = _able(group, rolling)[: _until_checkpoint(rolling)]
@@ -206,7 +206,10 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: Rolling, now_s: 
 
 
 def _able(group: Group, rolling: Rolling) -> list[Member]:
-    """Old ones that may be replaced now, oldest first; one on standby only where it is to go."""
+    """Return old instances that may be replaced now, oldest first.
+
+    Instances on standby are included only if the preferences terminate them.
+    """
     preferences = rolling.refresh.preferences
     found = []
     for name, member in group.members.items():
@@ -222,7 +225,7 @@ def _able(group: Group, rolling: Rolling) -> list[Member]:
 
 
 def _until_checkpoint(rolling: Rolling) -> int:
-    """How many more may be replaced before the next checkpoint."""
+    """Return how many more instances may be replaced before the next checkpoint."""
     checkpoints = rolling.refresh.preferences.checkpoint_percentages
     if rolling.checkpoint >= len(checkpoints):
         return rolling.total
@@ -233,7 +236,7 @@ def _until_checkpoint(rolling: Rolling) -> int:
 def begin(
     changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources
 ) -> None:
-    """Start a refresh that has been checked."""
+    """Start a validated refresh."""
     members = group.members.values()
     here = [m for m in members if m.counted or m.state in ON_STANDBY]
     pool = [m for m in members if m.state in WARM]
@@ -256,5 +259,5 @@ def begin(
 
 
 def cancel(changes: Changes, rolling: Rolling) -> None:
-    """Replace no more; it is Cancelled once what has begun is ready."""
+    """Stop replacing. The refresh is Cancelled once the started replacements are ready."""
     _set(changes, rolling, status="Cancelling")

@@ -1,4 +1,4 @@
-"""Which instances a tick launches, and what becomes of a launch that fails."""
+"""Launches of instances in a tick, and failed launches."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from batchlab.fleet.placement import Placement, Sources
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """A member that is to be launched; `place` is None in a plain pool."""
+    """A member to launch. `place` is None in a plain pool."""
 
     group: Group
     member: Member
     place: Placement | None = None
     asleep: bool = False
-    """It exists and is to be started: it leaves the warm pool."""
+    """The instance is stopped in the warm pool and must be started."""
 
 
 def admit(
     changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
 ) -> list[Fresh]:
-    """New members for so many units of capacity."""
+    """Add members for `missing` units of capacity and for the warm pool."""
     if group.asg is None or sources is None:
         size = len(group.counted())
         return [Fresh(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
@@ -57,7 +57,7 @@ def admit(
 def admit_one(
     changes: Changes, group: Group, now_s: float, sources: Sources, *, warm_pool: bool = False
 ) -> Fresh | None:
-    """One new member; None, and a failed activity, where its template has gone."""
+    """Add one member. If its template does not exist, record a failed activity, return None."""
     assert group.asg is not None
     try:
         place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)
@@ -71,7 +71,7 @@ def admit_one(
 def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
     assert group.asg is not None
     reason = f"{fault.message} Launching EC2 instance failed."
-    # Told once for every wait of the crash loop, like any launch that fails.
+    # Recorded once for every wait of the crash loop, like any failed launch.
     changes.stumble(group, reason)
     what = f"Launching a new EC2 instance.  Status Reason: {reason}"
     changes.note(
@@ -80,10 +80,10 @@ def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
 
 
 def failed(changes: Changes, fresh: Fresh, error: str) -> None:
-    """The launcher could not: its capacity pool is avoided for a while."""
+    """Record a failed launch, and avoid its capacity pool for a while."""
     group, member = fresh.group, fresh.member
     if group.asg is not None:
         mixed_instances.avoid(group.asg, member.instance.machine, changes.steady.now_s())
-    # A request may have made it Terminating while its launch was under way.
+    # A request may have made the instance Terminating during its launch.
     if member.state not in ENDING:
         changes.fail_launch(group, member, f"its launch failed: {error}")

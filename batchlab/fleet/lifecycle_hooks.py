@@ -1,7 +1,7 @@
-"""Lifecycle hooks: an instance waits until somebody completes its actions, or they time out.
+"""Lifecycle hooks: an instance waits until its actions are completed or time out.
 
-All hooks of one transition wait at the same time. On launch, ABANDON ends the instance; on
-termination it only stops the other hooks from being waited for.
+All hooks of one transition wait at the same time. On launch, ABANDON terminates the instance. On
+termination, ABANDON ends the wait for the other hooks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from batchlab.fleet.changes import Changes
 
 SETTLING_S = 10.0
-"""An instance that ends by itself so soon after it came into service was never any good: the crash
-loop counts it. AWS has no such number; it replaces at any rate."""
+"""Seconds in service below which an instance that ends counts as a failed start in a crash loop.
+AWS has no such limit and always replaces the instance."""
 
 EC2 = "EC2"
 _PROCEED = {
@@ -35,14 +35,16 @@ _PROCEED = {
 
 
 def settled(member: Member, now_s: float) -> bool:
-    """Whether it counts as working: it has been in service for long enough, or since somebody
-    said that it had come up."""
+    """Return whether an instance started successfully.
+
+    It has been in service for SETTLING_S, or its launch hook was completed.
+    """
     since_s = member.bond.in_service_s
     return since_s is not None and (member.bond.vouched or now_s - since_s >= SETTLING_S)
 
 
 def begin(changes: Changes, group: Group, member: Member, transition: str) -> bool:
-    """Open an action for every hook of this transition; whether there are any."""
+    """Open an action for every hook of this transition. Return whether there are any."""
     assert group.asg is not None
     now_s = changes.steady.now_s()
     for hook in group.asg.hooks.values():
@@ -62,7 +64,7 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
 
 
 def _ends(member: Member, transition: str) -> tuple[str, str]:
-    """AWS's origin and destination of the transition."""
+    """Return AWS's origin and destination of the transition."""
     group, pool = "AutoScalingGroup", "WarmPool"
     if member.state is LifecycleState.WARMED_PENDING:
         return (EC2 if transition == LAUNCHING else group), pool
@@ -74,7 +76,7 @@ def _ends(member: Member, transition: str) -> tuple[str, str]:
 def find(
     group: Group, hook: str, *, instance: str | None = None, token: str | None = None
 ) -> tuple[Member, Wait] | None:
-    """The open action of this hook, by instance or by token."""
+    """Return the open action of this hook, by instance or by token."""
     for member in group.members.values():
         for wait in member.bond.waits:
             mine = wait.token == token if token else member.instance.id == instance
@@ -84,7 +86,7 @@ def find(
 
 
 def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
-    """Give the action its whole heartbeat timeout again, within the global timeout."""
+    """Restart the heartbeat timeout of an action, within the global timeout."""
     waits = member.bond.waits
     until_s = changes.steady.now_s() + wait.hook.heartbeat_timeout
     waits[waits.index(wait)] = replace(wait, until_s=until_s)
@@ -94,7 +96,7 @@ def heartbeat(changes: Changes, member: Member, wait: Wait) -> None:
 def complete(
     changes: Changes, group: Group, member: Member, wait: Wait, result: str, how: str
 ) -> None:
-    """Close the action; the last one, or ABANDON, lets the instance go on."""
+    """Close an action. The instance proceeds after the last one or after ABANDON."""
     waits = member.bond.waits
     waits.remove(wait)
     changes.unsaved = True
@@ -111,16 +113,16 @@ def complete(
 
 
 def expire(changes: Changes, group: Group) -> None:
-    """Close every action that has timed out, with its hook's default result."""
+    """Close every timed-out action with its hook's default result."""
     now_s = changes.steady.now_s()
     for member in list(group.members.values()):
-        # Abandoning one clears the others of the same instance.
+        # An abandoned action clears the other actions of its instance.
         while late := next((w for w in member.bond.waits if _late(w, now_s)), None):
             complete(changes, group, member, late, late.hook.default_result, "Heartbeat Timeout")
 
 
 def drop(changes: Changes, group: Group, hook: LifecycleHook) -> None:
-    """The hook is deleted: its open actions end with ABANDON on launch, CONTINUE on termination."""
+    """Close the actions of a deleted hook: ABANDON on launch, CONTINUE on termination."""
     result = ABANDON if hook.lifecycle_transition == LAUNCHING else CONTINUE
     for member in list(group.members.values()):
         found = find(group, hook.lifecycle_hook_name, instance=member.instance.id)

@@ -1,7 +1,7 @@
-"""A mixed group's shares: which market comes next, and which instance type within it.
+"""Market and instance type of the next instance in a mixed instances group.
 
-Spot capacity is not known in advance, so "optimal" is what has not failed: a capacity pool
-(type, zone, market) that refused a launch or was interrupted is avoided for a while.
+Spot capacity is not known in advance. A capacity pool (type, zone, market) that refused a launch or
+interrupted an instance is avoided for a while.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from batchlab.fleet.group_features import Asg
 from batchlab.fleet.group_state import Member, weigh
 
 BARREN_S = 300.0
-"""Seconds for which a capacity pool that failed is avoided; AWS gives no number."""
+"""Seconds for which a failed capacity pool is avoided. AWS does not document this time."""
 
 
 def pool_name(machine: Machine) -> str:
-    """The capacity pool's name in `Asg.barren_s`."""
+    """Return the capacity pool's name in `Asg.barren_s`."""
     return f"{machine.type}/{machine.zone}/{machine.market}"
 
 
 def avoid(asg: Asg, machine: Machine, now_s: float) -> None:
-    """This capacity pool failed, or took an instance back."""
+    """Avoid a capacity pool that failed or interrupted an instance."""
     asg.barren_s = {name: until_s for name, until_s in asg.barren_s.items() if until_s > now_s}
     asg.barren_s[pool_name(machine)] = now_s + BARREN_S
 
@@ -36,26 +36,28 @@ def is_barren(asg: Asg, machine: Machine, now_s: float) -> bool:
 
 
 def barren_zones(asg: Asg, now_s: float) -> set[str]:
-    """Zones in which some capacity pool failed lately."""
+    """Return the zones in which a capacity pool failed recently."""
     return {name.split("/")[1] for name, until_s in asg.barren_s.items() if until_s > now_s}
 
 
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
-    """Units of on-demand capacity among so many: the base first, then the percentage, rounded
-    up in favour of on-demand."""
+    """Return the on-demand units of `capacity`: the base, and a percentage of the rest.
+
+    The result is rounded up.
+    """
     base = min(shares.on_demand_base_capacity, capacity)
     above = (capacity - base) * shares.on_demand_percentage_above_base_capacity
     return base + math.ceil(above / 100)
 
 
 def market_to_add(shares: InstancesDistribution, members: Sequence[Member]) -> Market:
-    """Of which market the next instance is."""
+    """Return the market of the next instance."""
     wanted = wanted_on_demand(shares, weigh(members) + 1)
     return Market.ON_DEMAND if _on_demand(members) < wanted else Market.SPOT
 
 
 def market_to_remove(shares: InstancesDistribution, members: Sequence[Member]) -> Market:
-    """Of which market one is too many once capacity is lower by one."""
+    """Return the market to reduce when capacity decreases by one."""
     wanted = wanted_on_demand(shares, max(0, weigh(members) - 1))
     return Market.ON_DEMAND if _on_demand(members) > wanted else Market.SPOT
 
@@ -73,7 +75,7 @@ def preferred(
     zone: str,
     prices: Prices | None,
 ) -> list[Override]:
-    """The overrides in the order in which the allocation strategy takes them."""
+    """Return the overrides in the order of the allocation strategy."""
     if market is Market.ON_DEMAND:
         if shares.on_demand_allocation_strategy == "lowest-price":
             return _cheapest(overrides, zone, market, prices)
@@ -93,7 +95,7 @@ def preferred(
 def _cheapest(
     overrides: Sequence[Override], zone: str, market: Market, prices: Prices | None
 ) -> list[Override]:
-    """By price a unit; those without a price keep their order, after the others."""
+    """Sort by price per unit. Overrides without a price come last, in their order."""
 
     def cost(override: Override) -> float:
         machine = Machine(override.instance_type, zone, market)
@@ -104,7 +106,7 @@ def _cheapest(
 
 
 def _fewest(overrides: Sequence[Override], members: Sequence[Member]) -> list[Override]:
-    """Spread evenly: the type of which there are fewest Spot instances first."""
+    """Sort by the number of Spot instances of each type, fewest first."""
     spot = [m for m in members if m.instance.machine.market is Market.SPOT]
     have = Counter(member.instance.machine.type for member in spot)
     return sorted(overrides, key=lambda override: have[override.instance_type])

@@ -1,4 +1,4 @@
-"""Where and as what the next instance of a group is launched: zone, market, type, template."""
+"""Placement of the next instance of a group: zone, market, type, and template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchlab.fleet.group_state import Bond, Group
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What the launcher is given, and what the member keeps of it."""
+    """Placement of an instance: the launcher's arguments and the state of the new member."""
 
     pool: Pool
     machine: Machine
@@ -26,16 +26,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where launches get their facts from."""
+    """Sources of external data for launches."""
 
     templates: Templates
     prices: Prices | None
     zones: tuple[str, ...]
-    """Used by a group that names none."""
+    """Zones of a group that does not name any."""
 
 
 def configuration(asg: Asg) -> GroupConfig:
-    """The group's own, or the one a refresh moves it to: new instances have that already."""
+    """Return the configuration for new instances: the target of a refresh, or the group's own."""
     rolling = asg.rolling
     wanted = rolling.refresh.desired_configuration if rolling else None
     if wanted is None:
@@ -48,7 +48,7 @@ def apply(
     template: LaunchTemplate | None,
     mixed: MixedInstancesPolicy | None,
 ) -> GroupConfig:
-    """The configuration with another template or policy, which takes the old one's place."""
+    """Return the configuration with its template or policy replaced."""
     return replace(
         config,
         launch_template=template,
@@ -58,7 +58,7 @@ def apply(
 
 
 def template_of(config: GroupConfig, templates: Templates) -> Template:
-    """The template the group launches from; ValidationError where it does not exist."""
+    """Return the template of the configuration. Raise ValidationError if it does not exist."""
     if config.mixed_instances_policy is not None:
         return templates.template(config.mixed_instances_policy.launch_template)
     if config.launch_template is not None:
@@ -71,8 +71,10 @@ def zones_of(config: GroupConfig, sources: Sources) -> tuple[str, ...]:
 
 
 def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool) -> Placement:
-    """The next instance of this group. A capacity pool that failed lately is taken only where all
-    have."""
+    """Choose the next instance of this group.
+
+    A capacity pool that failed recently is used only if all have failed.
+    """
     config = configuration(asg)
     template = template_of(config, sources.templates)
     mixed = config.mixed_instances_policy
@@ -115,7 +117,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
 
 
 def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) -> list[str]:
-    """The zones with the fewest instances first, then with the fewest of this market."""
+    """Sort zones by number of instances, then by instances of this market, fewest first."""
     machines = [member.instance.machine for member in group.staying()]
     total = Counter(machine.zone for machine in machines)
     alike = Counter(machine.zone for machine in machines if machine.market is market)
@@ -129,7 +131,7 @@ def _mixed(
     zones: Sequence[str],
     prices: Prices | None,
 ) -> list[tuple[Override, str, Market]]:
-    """Every capacity pool of the market whose turn it is, best first: zone before type."""
+    """Return every capacity pool of the next market, sorted by zone and then by type."""
     members, shares = group.staying(), mixed.instances_distribution
     market = mixed_instances.market_to_add(shares, members)
     overrides = mixed.overrides or (Override(template.instance_type),)
@@ -143,7 +145,7 @@ def _mixed(
 
 
 def check(config: GroupConfig, sources: Sources) -> None:
-    """ValidationError where what the group launches from cannot be found."""
+    """Raise ValidationError if a template of the configuration does not exist."""
     given = [config.launch_template, config.mixed_instances_policy]
     count = sum(one is not None for one in given) + bool(config.launch_configuration_name)
     if count != 1:

@@ -1,6 +1,6 @@
-"""A fleet's state as bytes and back, over a restart and over a change of format.
+"""Encoding of a fleet's saved state, for restarts and changes of the format.
 
-Format 1 knew plain pools only and did not say when an activity ended.
+Format 1 has only plain pools and no end times of activities.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _bond_adapter() -> TypeAdapter[Bond]:
 
 
 def encode(groups: dict[str, Group], log: ActivityLog) -> bytes:
-    """The state as JSON."""
+    """Encode the state as JSON."""
     state = {
         "format": _FORMAT,
         "next_activity": log.following,
@@ -50,7 +50,7 @@ def _activity_text(a: Activity) -> str:
 
 
 def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
-    """The inverse of `encode`; BackendError for anything it did not write."""
+    """Decode the result of `encode`. Raise BackendError for any other data."""
     try:
         state = json.loads(data)
         if state["format"] not in (1, _FORMAT):
@@ -62,8 +62,8 @@ def decode(data: bytes) -> tuple[dict[str, Group], ActivityLog]:
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise BackendError(
             f"The fleet's saved state cannot be read: {error}.",
-            remedy="Move it away (fleet/groups.json in the grid's folder) to start anew; instances "
-            "still running are then terminated.",
+            remedy="Move fleet/groups.json out of the grid's folder to start with an empty fleet. "
+            "Running instances are then terminated.",
         ) from error
     return {group.pool.name: group for group in groups}, log
 

@@ -1,10 +1,9 @@
-"""Simple and step scaling: from a policy to a desired capacity, by AWS's rules of rounding.
+"""Scaling policies: simple and step scaling with AWS's rounding, and target tracking.
 
-Target tracking: capacity in proportion to a metric, out fast and in slowly.
-
-A policy has two alarms, as on AWS: the high one goes off when the metric has been above the target
-for 3 periods, the low one when it has been below nine tenths of it for 15. Any policy may scale
-out; only all together may scale in. Without data nothing happens.
+Target tracking changes capacity in proportion to a metric, fast when it scales out and slowly when
+it scales in. A policy has two alarms, as on AWS. The high alarm is for a metric above the target
+for 3 periods, and the low alarm for one below nine tenths of it for 15 periods. Any policy may
+scale out, but the group scales in only if all policies agree. Without data, nothing changes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from batchlab.fleet.termination import clamp
 
 
 def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
-    """Seconds in service after which an instance counts: the policy's own, else the group's, else
-    the default cooldown."""
+    """Return the warm-up of the policy, or of the group, or else the default cooldown."""
     if policy.estimated_instance_warmup is not None:
         return policy.estimated_instance_warmup
     if config.default_instance_warmup is not None:
@@ -32,12 +30,12 @@ def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
 
 
 def warm_capacity(group: Group, warm_after_s: float, now_s: float) -> int:
-    """Units that are in service and have warmed up."""
+    """Return the units of capacity that are in service and have warmed up."""
     return weigh([member for member in group.staying() if _warm(member, warm_after_s, now_s)])
 
 
 def is_warming(group: Group, warm_after_s: float, now_s: float) -> bool:
-    """Whether any instance is starting or warming up: then nothing is scaled in."""
+    """Return whether any instance is starting or warming up, which prevents scale-in."""
     staying = [member for member in group.staying() if member.state in COUNTED]
     return any(not _warm(member, warm_after_s, now_s) for member in staying)
 
@@ -49,7 +47,7 @@ def _warm(member: Member, warm_after_s: float, now_s: float) -> bool:
 
 
 def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) -> int:
-    """Desired capacity after this adjustment of `base` units, within the group's limits."""
+    """Return the desired capacity after an adjustment of `base` units, within the limits."""
     if policy.adjustment_type == "ExactCapacity":
         return clamp(group.pool, adjustment)
     change = adjustment
@@ -59,15 +57,20 @@ def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) ->
 
 
 def _percent(base: int, percent: int, least: int) -> int:
-    """Towards zero, but never to zero; at least so many where a least is given."""
+    """Return a percentage of `base`, rounded towards zero.
+
+    The magnitude is at least 1 unless the exact result is 0, and at least `least`.
+    """
     exact = abs(base * percent) / 100
     size = max(int(exact), 1 if exact else 0, least)
     return size if percent > 0 else -size
 
 
 def step_for(policy: ScalingPolicy, breach: float) -> StepAdjustment | None:
-    """The step in whose interval the breach lies: above the threshold the lower bound belongs to
-    it, below the threshold the upper one."""
+    """Return the step whose interval contains the breach.
+
+    The interval includes its lower bound above the threshold, and its upper bound below it.
+    """
     for step in policy.step_adjustments:
         low, high = step.metric_interval_lower_bound, step.metric_interval_upper_bound
         if breach >= 0:
@@ -87,7 +90,7 @@ LOW_SHARE = 0.9
 def track(
     changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, period_s: float
 ) -> None:
-    """Look at every target-tracking policy."""
+    """Evaluate all target-tracking policies and change desired capacity."""
     if group.suspended(Process.ALARM_NOTIFICATION) or asg.deleting:
         return
     now_s = changes.steady.now_s()
@@ -107,7 +110,7 @@ def track(
 def _observe(
     alarm: Alarm, policy: ScalingPolicy, metrics: Metrics | None, now_s: float
 ) -> float | None:
-    """The metric's value, and since when it has been above or below."""
+    """Read the metric, and record since when it is above or below the target."""
     value = metrics.value(policy) if metrics is not None else None
     target = _target(policy)
     high = value is not None and value > target
@@ -123,8 +126,10 @@ def _target(policy: ScalingPolicy) -> float:
 
 
 def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
-    """Rounded up: too much rather than too little. Instances that warm up are on their way to be
-    counted, so they are not in the capacity that the value speaks of."""
+    """Return the capacity that the metric's value requires, rounded up.
+
+    The value is relative to warm capacity, so instances that are warming up do not count.
+    """
     ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))
     return clamp(group.pool, math.ceil(ready * value / _target(policy)))
 

@@ -1,11 +1,9 @@
-"""Scheduled actions: limits and desired capacity set at a moment, once or again and again.
+"""Scheduled actions, and changes of a group's min, max, and desired capacity.
 
-They go by the wall clock. What fell due while nobody looked is done late, once; what fell due
-while ScheduledActions was suspended is not done.
+Scheduled actions use the wall clock. If the manager was not running, a missed action runs once and
+late. An action that was due while ScheduledActions was suspended does not run.
 
-A group's min, max and desired capacity: changed together, and what a fleet refuses of them.
-
-Invariant: a fleet over a launcher and one of EC2 refuse the same, in the same words.
+Invariant: a fleet over a launcher and an EC2 fleet refuse the same limits with the same messages.
 """
 
 from __future__ import annotations
@@ -24,11 +22,11 @@ from batchlab.fleet.group_state import Group
 from batchlab.fleet.termination import clamp
 
 MOST_INSTANCES = 99_999
-"""Of one group: more is a slip."""
+"""Most instances of one group. A larger number is probably a mistake."""
 
 
 def check_limits(pool: Pool, *, most: int = MOST_INSTANCES) -> str:
-    """The pool's limits in words; Refused unless 0 ≤ min ≤ max ≤ `most`."""
+    """Return the pool's limits as text. Raise Refused unless 0 ≤ min ≤ max ≤ `most`."""
     limits = f"min: {pool.min_size}, max: {pool.max_size}"
     if not 0 <= pool.min_size <= pool.max_size <= most:
         raise Refused(
@@ -39,7 +37,7 @@ def check_limits(pool: Pool, *, most: int = MOST_INSTANCES) -> str:
 
 
 def check_desired(pool: Pool, desired: int) -> None:
-    """Refused outside of the pool's limits."""
+    """Raise Refused if `desired` is outside the pool's limits."""
     if clamp(pool, desired) != desired:
         raise Refused(
             f"desired capacity {desired} of pool {pool.name!r} is outside"
@@ -49,7 +47,7 @@ def check_desired(pool: Pool, desired: int) -> None:
 
 
 def check_decrement(pool: Pool, desired: int, leaving: int) -> None:
-    """Refused where `leaving` less than `desired` is below the pool's min."""
+    """Raise Refused if `desired` minus `leaving` is below the pool's min."""
     if desired - leaving < pool.min_size:
         raise Refused(
             f"terminating {leaving} of pool {pool.name!r} would take its desired capacity"
@@ -66,8 +64,11 @@ def set_limits(
     *,
     cause: str,
 ) -> None:
-    """What is None stays, and desired capacity is moved into the limits. Limits that contradict
-    each other change nothing and leave a failed activity, since nobody is there to be told."""
+    """Set the sizes that are not None, and move desired capacity into the limits.
+
+    If min is above max, change nothing and record a failed activity, because no caller can receive
+    an error.
+    """
     asg = group.asg
     assert asg is not None
     low = asg.config.min_size if min_size is None else min_size
@@ -85,7 +86,7 @@ def set_limits(
 
 
 def first_s(action: ScheduledAction, now_s: float) -> float | None:
-    """When it runs first: at its start, else when it recurs; None where that never comes."""
+    """Return when an action first runs: its start time, or its first recurrence if any."""
     if action.start_time is not None:
         return action.start_time
     return _recurs_s(action, now_s)
@@ -101,9 +102,11 @@ def _recurs_s(action: ScheduledAction, after_s: float) -> float | None:
 
 
 def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """As AWS has it: a time of day that the change to summer time leaves out comes an hour later,
-    one that comes twice comes the first time."""
-    # No change of a clock is as long, so none of the times before is still to come.
+    """Return the next time of a cron expression, with AWS's rules for daylight saving.
+
+    A time that does not exist runs an hour later, and a time that occurs twice runs the first time.
+    """
+    # Clock changes are shorter than 3 hours, so no earlier time can still be due.
     before = datetime.fromtimestamp(after_s, zone).replace(tzinfo=None) - timedelta(hours=3)
     try:
         times = due_times.local_times(expression, before)
@@ -114,7 +117,7 @@ def _next_s(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
 
 
 def run_due(changes: Changes, group: Group) -> None:
-    """Do what is due, in order; forget what will not run again."""
+    """Run due actions in order. Remove actions that will not run again."""
     asg, now_s = group.asg, changes.now_s()
     assert asg is not None
     due = sorted((due_s, name) for name, due_s in asg.due_s.items() if due_s <= now_s)

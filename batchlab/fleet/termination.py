@@ -1,12 +1,11 @@
-"""Whom scale-in takes: the market that has one too many, then the zone with the most, then the
-group's termination policies, each of which narrows the choice that the one before has left.
+"""Decisions of a group as pure functions: which instances to terminate, and how many to launch.
 
-Where several are left AWS takes one at random; here it is the one that was launched first.
+Scale-in first chooses the market with too many instances, then the zone with the most. Then each
+termination policy of the group narrows the choice. If several instances remain, AWS takes one at
+random. This engine takes the one that was launched first.
 
-What an Auto Scaling group decides, as pure functions: whom to take out, how many to launch.
-
-Invariant (I5): carrying a decision out never takes a group above its desired capacity, and
-never takes a protected instance.
+Invariant (I5): the decisions never take a group above its desired capacity, and never terminate a
+protected instance.
 """
 
 from __future__ import annotations
@@ -24,26 +23,28 @@ from batchlab.fleet.placement import configuration
 
 HOUR_S = 3600.0
 PLAIN = "PendingThenNewest"
-"""The name of a plain pool's policy; a group of AWS's kind may have it too, which AWS's may not."""
+"""Name of a plain pool's policy. An Auto Scaling group may use it too, but not on AWS."""
 
 Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
 
 
 def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
-    """The unprotected ones, Pending before InService, newest before oldest.
+    """Return the unprotected members, Pending before InService, newest before oldest.
 
-    EC2's default policy takes the oldest launch template and then the oldest instance; in a plain
-    pool all are of one template, and the newest has the least warm state (code, child processes)
-    to lose.
+    EC2's default policy takes the oldest launch template and then the oldest instance. In a plain
+    pool, all instances have one template, and the newest one has the least warm state (code, child
+    processes) to lose.
     """
     unprotected = [member for member in reversed(members) if not member.instance.protected]
-    # The sort is stable, so the order by age survives within each state.
+    # The sort is stable, so it keeps the order by age within each state.
     return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)
 
 
 def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
-    """Whom scale-in takes from a group of AWS's kind, first come first. None is taken with whom
-    capacity would fall below what is desired (weights)."""
+    """Return the instances that scale-in takes from an Auto Scaling group, in order.
+
+    An instance is not taken if its weight would lower capacity below the desired capacity.
+    """
     staying = group.staying()
     taken: list[Member] = []
     while True:
@@ -61,7 +62,7 @@ def choose(group: Group, asg: Asg, now_s: float) -> list[Member]:
 
 
 def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: float) -> list[Member]:
-    """So many of these, by the default policy, whatever the group's own is."""
+    """Choose `count` members by the default policy, regardless of the group's policies."""
     left, taken = list(members), []
     for _ in range(min(count, len(left))):
         one = _default(asg, left, now_s)[0]
@@ -82,7 +83,7 @@ def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: fl
 
 
 def narrow(asg: Asg, able: Sequence[Member], now_s: float) -> Member:
-    """The one that the group's policies leave of these."""
+    """Choose one member by the group's termination policies."""
     for name in asg.config.termination_policies or ("Default",):
         able = POLICIES[name](asg, able, now_s) or able
     return able[0]
@@ -103,13 +104,12 @@ def _oldest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Membe
 def _newest(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
     del asg, now_s
     last = max(member.instance.launched_s for member in members)
-    # Launched in one tick, the one that was admitted last is the newest.
+    # If several were launched in one tick, the last one is the newest.
     return [m for m in members if m.instance.launched_s == last][-1:]
 
 
 def _oldest_template(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Of a launch configuration, then of another template than the current one, then of the
-    oldest version."""
+    """Return members with a launch configuration, another template, or else the oldest version."""
     del now_s
     config = configuration(asg)
     if config.launch_configuration_name:
@@ -140,7 +140,7 @@ def _version(member: Member) -> int:
 
 
 def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Of another launch configuration than the current one, the earliest launched."""
+    """Return the oldest member with another launch configuration than the current one."""
     current = configuration(asg).launch_configuration_name
     others = [
         member
@@ -151,7 +151,10 @@ def _oldest_configuration(asg: Asg, members: Sequence[Member], now_s: float) -> 
 
 
 def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Whose next hour of use begins first; whole seconds, as those launched together are equal."""
+    """Return the members whose next hour of use starts first.
+
+    Times are whole seconds, so instances that were launched together are equal.
+    """
     del asg
 
     def left_s(member: Member) -> int:
@@ -162,7 +165,7 @@ def _closest_to_hour(asg: Asg, members: Sequence[Member], now_s: float) -> Seque
 
 
 def _allocation_strategy(asg: Asg, members: Sequence[Member], now_s: float) -> Sequence[Member]:
-    """Of the type that the allocation strategy would take last today."""
+    """Return the members of the type that the allocation strategy would now choose last."""
     del now_s
     mixed = configuration(asg).mixed_instances_policy
     if mixed is None or not mixed.overrides:
@@ -180,7 +183,7 @@ def _rank(mixed: MixedInstancesPolicy, member: Member, members: Sequence[Member]
     strategy = shares.spot_allocation_strategy
     if machine.market is Market.ON_DEMAND or strategy == "capacity-optimized-prioritized":
         return place
-    # The strategies that spread take from the type of which there are most.
+    # Strategies that spread instances take from the type with the most instances.
     pools = shares.spot_instance_pools or 2
     beyond = strategy == "lowest-price" and place >= pools
     alike = sum(other.instance.machine == machine for other in members)
@@ -200,17 +203,17 @@ POLICIES: dict[str, Policy] = {
 
 
 CRASH_LOOP = 3
-"""So many instances in a row that end before they are ready make a crash loop."""
+"""Number of consecutive instances that end before they are ready, which starts a crash loop."""
 MAX_WAIT_S = 60.0
 
 
 def clamp(pool: Pool, desired: int) -> int:
-    """The nearest desired capacity that the pool's limits allow."""
+    """Return the nearest desired capacity within the pool's limits."""
     return max(pool.min_size, min(pool.max_size, desired))
 
 
 def victims(group: Group, now_s: float) -> Sequence[Member]:
-    """Whom scale-in takes, first come first; `now_s` by the SteadyClock."""
+    """Return the instances that scale-in takes, in order. `now_s` is of the SteadyClock."""
     if group.asg is None:
         excess = len(group.counted()) - group.desired
         return pending_then_newest(group.counted())[: max(0, excess)]
@@ -218,9 +221,9 @@ def victims(group: Group, now_s: float) -> Sequence[Member]:
 
 
 def shortfall(group: Group, now_s: float, steady_s: float) -> int:
-    """How many units of capacity to launch now; `now_s` is monotonic.
+    """Return how many units of capacity to launch now. `now_s` is monotonic.
 
-    In a crash loop that is one probe at a time, after its wait: the rest follow when it is ready.
+    In a crash loop, this is one instance at a time after each wait, until an instance is ready.
     """
     staying = group.staying()
     missing = max(0, group.desired - weigh(staying))
@@ -238,5 +241,5 @@ def _on_trial(group: Group, member: Member, steady_s: float) -> bool:
 
 
 def wait_s(waits: int) -> float:
-    """Seconds a crash loop waits after `waits` waits before: 1, 2, 4, … 60."""
+    """Return the seconds of the next wait after `waits` earlier ones: 1, 2, 4, … 60."""
     return doubled_s(1.0, MAX_WAIT_S, waits)

@@ -1,8 +1,7 @@
-"""The warm pool: instances that are launched ahead and wait, running or stopped, until the group
-grows.
+"""Warm pool: instances that are launched in advance and wait, running or stopped, for scale-out.
 
-They pass through the launch hooks twice, on their way into the pool and out of it. A launcher that
-cannot stop instances (sources.Resting) can keep running ones only.
+They pass through the launch hooks twice, when they enter the pool and when they leave it. A
+launcher that cannot stop instances (see `external_data.Resting`) keeps only running ones.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _pool(group: Group) -> WarmPool | None:
 
 
 def size(group: Group) -> int:
-    """How many instances the pool should have: what is prepared beyond desired capacity."""
+    """Return the target size of the pool: the prepared capacity beyond desired capacity."""
     pool = _pool(group)
     if pool is None or pool.status is not None:
         return 0
@@ -46,7 +45,7 @@ def size(group: Group) -> int:
 
 
 def room(group: Group, now_s: float) -> int:
-    """How many to launch into the pool now; in a crash loop one at a time, after its wait."""
+    """Return how many instances to launch into the pool now. A crash loop launches one a wait."""
     here = members(group)
     missing = max(0, size(group) - len(here))
     if group.failures < CRASH_LOOP:
@@ -56,15 +55,17 @@ def room(group: Group, now_s: float) -> int:
 
 
 def trim(changes: Changes, group: Group, asg: Asg) -> None:
-    """Terminate whom the pool has too many, by the default termination policy, and whom somebody
-    has called unhealthy; forget a pool that was deleted once it is empty."""
+    """Terminate unhealthy and surplus instances of the pool, by the default termination policy.
+
+    Remove a deleted pool once it is empty.
+    """
     if not group.suspended(Process.TERMINATE):
         here = members(group)
         for member in here:
             if not member.instance.healthy and not group.suspended(Process.REPLACE_UNHEALTHY):
                 changes.retire(group, member, why="a user health-check", note="terminated")
         here = members(group)
-        # Those that the group is about to take are not too many.
+        # Instances that the group is about to take are not surplus.
         owed = max(0, group.desired - weigh(group.staying()))
         excess = len(here) - owed - size(group)
         for member in take_by_default(asg, here, excess, changes.steady.now_s()):
@@ -75,8 +76,10 @@ def trim(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def arrive(changes: Changes, group: Group, member: Member) -> None:
-    """Into the pool, once it runs and the hooks let it. One that comes back from service has passed
-    the hooks on termination instead."""
+    """Put a running instance into the pool once its hooks are completed.
+
+    The launch hooks apply, or the termination hooks if the instance returns from service.
+    """
     if member.state is LifecycleState.WARMED_PENDING and not member.bond.resting:
         transition = TERMINATING if member.bond.moving else LAUNCHING
         if lifecycle_hooks.begin(changes, group, member, transition):
@@ -93,8 +96,8 @@ def arrive(changes: Changes, group: Group, member: Member) -> None:
 
 
 def lie_down(changes: Changes, group: Group, member: Member) -> None:
-    """It is in the pool, in the state that the pool keeps."""
-    # While the launcher stopped it, a request may have made it Terminating.
+    """Move an instance to the pool's state: running, stopped, or hibernated."""
+    # A request may have made the instance Terminating while the launcher stopped it.
     if member.state not in WARMING:
         return
     pool = _pool(group)
@@ -112,7 +115,7 @@ def hibernates(group: Group) -> bool:
 
 
 def leave(changes: Changes, group: Group, missing: int) -> list[Member]:
-    """Those of the pool that go into service for so many units of capacity, first come first."""
+    """Move instances from the pool into service for `missing` units of capacity, in order."""
     asg = group.asg
     assert asg is not None
     taken: list[Member] = []
@@ -136,14 +139,14 @@ def leave(changes: Changes, group: Group, missing: int) -> list[Member]:
 
 
 def takes_back(group: Group, member: Member) -> bool:
-    """Whether scale-in returns it to the pool instead of ending it."""
+    """Return whether scale-in returns an instance to the pool instead of terminating it."""
     pool = _pool(group)
     reuses = pool is not None and pool.reuse_on_scale_in and pool.status is None
     return reuses and member.state is LifecycleState.IN_SERVICE
 
 
 def take_back(changes: Changes, group: Group, member: Member, why: str) -> None:
-    """Scale-in returns it to the pool."""
+    """Return an instance to the pool for scale-in."""
     assert group.asg is not None
     member.bond.moving = changes.note(
         group.pool.name,

@@ -1,1 +1,1 @@
-"""AWS's Auto Scaling requests over the engine, a file for each kind."""
+"""AWS's Auto Scaling requests over the engine, with one file for each kind."""

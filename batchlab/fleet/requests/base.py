@@ -1,6 +1,6 @@
-"""What every kind of request needs: groups and instances by name, or AWS's refusal.
+"""Base class and validation of all requests.
 
-What AWS refuses before it changes anything; the messages are AWS's where they are known.
+Messages of errors are AWS's if they are known.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ SHORTEST_LIFETIME_S = 86_400
 
 
 class Requests(Engine):
-    """The parts that all requests share.
+    """Common part of all requests.
 
-    `zones` are used by a group that names only subnets. Without `metrics` no target-tracking policy
-    has data; its alarms look every `alarm_period_s`.
-    A terminated instance has `drain_s` to stop. `shortest_lifetime_s` is AWS's least
-    MaxInstanceLifetime, which a test may lower.
+    A group that names only subnets uses `zones`. Target-tracking policies need `metrics`, and the
+    period of their alarms is `alarm_period_s`. A terminated instance has `drain_s` to stop.
+    `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower.
     """
 
     def __init__(
@@ -75,8 +74,10 @@ class Requests(Engine):
         self._shortest_lifetime_s = shortest_lifetime_s
 
     def take_notifications(self) -> Sequence[LifecycleNotification]:
-        """Instances that have begun to wait in a hook since the last call, the newest thousand at
-        most. They are not saved: who starts anew finds the waiting instances by their state."""
+        """Return notifications of hooks since the last call, at most the newest 1,000.
+
+        They are not saved. After a restart, waiting instances are found by their state.
+        """
         notices = list(self._changes.notices)
         self._changes.notices.clear()
         return notices
@@ -108,7 +109,7 @@ class Requests(Engine):
         )
 
     def _instances(self, group: Group, instance_ids: Sequence[str]) -> list[Member]:
-        """These instances, each once, in the order given."""
+        """Return these instances, each once, in the given order."""
         for one in instance_ids:
             member = group.members.get(one)
             if member is None or member.state is LifecycleState.TERMINATED:
@@ -135,7 +136,7 @@ LONGEST_LIFETIME_S = 31_536_000
 
 
 def group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
-    """The configuration in its normal form."""
+    """Return the validated configuration in its normal form."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
@@ -196,7 +197,7 @@ def _shares(shares: InstancesDistribution) -> None:
 
 
 def desired(config: GroupConfig, capacity: int) -> None:
-    """Within the limits."""
+    """Raise ValidationError if the capacity is outside the group's limits."""
     if not config.min_size <= capacity <= config.max_size:
         raise ValidationError(
             f"Desired capacity:{capacity} must be between the specified min"
@@ -205,7 +206,7 @@ def desired(config: GroupConfig, capacity: int) -> None:
 
 
 def hook(one: LifecycleHook) -> None:
-    """Its transition, its timeout and its default result."""
+    """Validate a hook's transition, timeout, and default result."""
     one_of("LifecycleTransition", one.lifecycle_transition, (LAUNCHING, TERMINATING))
     if not 30 <= one.heartbeat_timeout <= 7200:
         raise ValidationError("HeartbeatTimeout must be between 30 and 7200 seconds.")
@@ -217,7 +218,7 @@ def result(name: str, value: str) -> None:
 
 
 def processes(names: Sequence[str]) -> list[Process]:
-    """These processes, all where none is named."""
+    """Return the named processes, or all if none is named."""
     known = [str(process) for process in Process]
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Groups: create, change, delete, describe, desired capacity, tags, activities, processes."""
+"""Requests for groups, desired capacity, tags, activities, and processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NEVER = {"launch_template": None, "mixed_instances_policy": None, "launch_confi
 
 
 class GroupRequests(Requests):
-    """As AWS's API reference says, under the same names."""
+    """Requests for groups, as in AWS's API reference."""
 
     def create_auto_scaling_group(
         self,
@@ -46,7 +46,10 @@ class GroupRequests(Requests):
         tags: Sequence[Tag] = (),
         lifecycle_hooks: Sequence[LifecycleHook] = (),
     ) -> None:
-        """Desired capacity None is min. AlreadyExists, ValidationError."""
+        """Create a group. A desired capacity of None means min.
+
+        Raise AlreadyExists or ValidationError.
+        """
         name = config.auto_scaling_group_name
         if name in self._groups:
             raise AlreadyExists(
@@ -70,8 +73,7 @@ class GroupRequests(Requests):
     def update_auto_scaling_group(
         self, name: str, changes: Mapping[str, Any], *, desired_capacity: int | None = None
     ) -> None:
-        """`changes` has fields of GroupConfig by name, only those that were given. Desired
-        capacity follows new limits."""
+        """Change the fields of GroupConfig in `changes`. Keep desired capacity in the limits."""
         group, asg = self._changeable(name)
         cleared = _NEVER if any(key in changes for key in _LAUNCHED_FROM) else {}
         config = self._checked(replace(asg.config, **{**cleared, **changes}))
@@ -96,8 +98,11 @@ class GroupRequests(Requests):
         return config
 
     def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
-        """ResourceInUse or ScalingActivityInProgress without `force_delete`; with it, instances
-        are ended without their hooks, and the group is gone when they are."""
+        """Delete a group.
+
+        If it has instances, raise ResourceInUse or ScalingActivityInProgress. With `force_delete`,
+        end them without their hooks; the group is removed when all have ended.
+        """
         group, asg = self._named(name)
         here = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
         if here and not force_delete:
@@ -124,7 +129,7 @@ class GroupRequests(Requests):
         self._save()
 
     def describe_auto_scaling_groups(self, names: Sequence[str] = ()) -> Sequence[GroupDetails]:
-        """All, or those of these names that exist, by name."""
+        """Return all groups, or the existing groups in `names`, sorted by name."""
         wanted = sorted(set(names) & set(self._groups)) if names else sorted(self._groups)
         return [
             self._details(group, group.asg)
@@ -152,7 +157,7 @@ class GroupRequests(Requests):
     def describe_auto_scaling_instances(
         self, instance_ids: Sequence[str] = ()
     ) -> Sequence[InstanceDetails]:
-        """All, warm ones included, or those of these ids that exist."""
+        """Return all instances, including warm ones, or the existing ones with these ids."""
         return [
             instance_details(group, member)
             for group, member in self._members()
@@ -164,7 +169,7 @@ class GroupRequests(Requests):
     def set_desired_capacity(
         self, name: str, desired_capacity: int, *, honor_cooldown: bool = False
     ) -> None:
-        """ScalingActivityInProgress where a cooldown is honoured that still runs."""
+        """Set desired capacity. Raise ScalingActivityInProgress if a cooldown applies."""
         group, asg = self._changeable(name)
         limits = (("above max", asg.config.max_size), ("below min", asg.config.min_size))
         for which, bound in limits:
@@ -181,14 +186,14 @@ class GroupRequests(Requests):
         self._save()
 
     def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
-        """ValidationError where there is no such group."""
+        """Create or replace tags. Raise ValidationError if the group does not exist."""
         _, asg = self._changeable(name)
         asg.tags |= {tag.key: tag for tag in tags}
         self._changes.unsaved = True
         self._save()
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:
-        """A key that is not there is no error."""
+        """Delete tags. Ignore keys that do not exist."""
         _, asg = self._changeable(name)
         asg.tags = {key: tag for key, tag in asg.tags.items() if key not in keys}
         self._changes.unsaved = True
@@ -201,7 +206,7 @@ class GroupRequests(Requests):
         activity_ids: Sequence[str] = (),
         include_deleted_groups: bool = False,
     ) -> Sequence[ActivityDetails]:
-        """Newest first, the last 200 of each group."""
+        """Return the last 200 activities of each group, newest first."""
         if name is not None and not include_deleted_groups:
             self._named(name)
         log = self._changes.log
@@ -213,7 +218,7 @@ class GroupRequests(Requests):
         return [one for one in details if not activity_ids or one.activity_id in activity_ids]
 
     def suspend_processes(self, name: str, processes: Sequence[str] = ()) -> None:
-        """All processes where none is named."""
+        """Suspend the named processes, or all if none is named."""
         _, asg = self._changeable(name)
         at = self._changes.now_s()
         for process in base.processes(processes):
@@ -223,7 +228,7 @@ class GroupRequests(Requests):
         self._save()
 
     def resume_processes(self, name: str, processes: Sequence[str] = ()) -> None:
-        """All processes where none is named."""
+        """Resume the named processes, or all if none is named."""
         group, asg = self._changeable(name)
         chosen = base.processes(processes)
         asg.suspended = {p: reason for p, reason in asg.suspended.items() if p not in chosen}

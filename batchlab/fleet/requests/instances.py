@@ -1,7 +1,4 @@
-"""Single instances: terminate, health, protection, standby; Spot notices and what they show.
-
-Lifecycle hooks and the actions that wait in them.
-"""
+"""Requests for single instances, Spot notices, instance metadata, and lifecycle hooks."""
 
 from __future__ import annotations
 
@@ -45,7 +42,10 @@ class InstanceRequests(Requests):
     def terminate_instance_in_auto_scaling_group(
         self, instance_id: str, *, should_decrement_desired_capacity: bool
     ) -> ActivityDetails:
-        """Protected or not. For one that is ending already, the activity that ends it."""
+        """Terminate an instance, protected or not, and return the activity.
+
+        If the instance is already ending, return its termination activity.
+        """
         group, asg, member = self._instance(instance_id)
         if member.state in WARM:
             raise ValidationError(f"The instance {instance_id} is in a warm pool.")
@@ -75,8 +75,11 @@ class InstanceRequests(Requests):
     def set_instance_health(
         self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
     ) -> None:
-        """An unhealthy one is replaced with the next tick. Within the group's grace period, which
-        begins when it comes into service, Unhealthy is not heard unless told otherwise."""
+        """Set the health of an instance. The next tick replaces an unhealthy one.
+
+        With `should_respect_grace_period`, Unhealthy is ignored during the group's grace period,
+        which starts when the instance comes into service.
+        """
         _, asg, member = self._instance(instance_id)
         if health_status not in (HEALTHY, UNHEALTHY):
             raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
@@ -96,7 +99,8 @@ class InstanceRequests(Requests):
     def set_instance_protection(
         self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool
     ) -> None:
-        """All or none: each must be in service or on standby."""
+        """Set the scale-in protection of all these instances, which must be in service or on
+        standby."""
         group, _ = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -113,7 +117,7 @@ class InstanceRequests(Requests):
     def enter_standby(
         self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
     ) -> Sequence[ActivityDetails]:
-        """All or none: each must be in service."""
+        """Move all these instances into standby. They must be in service."""
         group, asg = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -130,7 +134,7 @@ class InstanceRequests(Requests):
         return [self._activity(group, number) for number in moved]
 
     def exit_standby(self, name: str, instance_ids: Sequence[str]) -> Sequence[ActivityDetails]:
-        """All or none; desired capacity grows by them."""
+        """Move all these instances out of standby. Desired capacity grows by them."""
         group, asg = self._changeable(name)
         members = self._instances(group, instance_ids)
         for member in members:
@@ -147,7 +151,7 @@ class InstanceRequests(Requests):
         return [self._activity(group, number) for number in moved]
 
     def attach_instances(self, name: str, instance_ids: Sequence[str]) -> None:
-        """Always a ValidationError: there are no instances outside a group here."""
+        """Raise ValidationError, because this endpoint has no instances outside of groups."""
         self._changeable(name)
         raise ValidationError(
             f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but"
@@ -157,7 +161,7 @@ class InstanceRequests(Requests):
     def detach_instances(
         self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
     ) -> Sequence[ActivityDetails]:
-        """Always a ValidationError: what no group owns would be ended as an orphan."""
+        """Raise ValidationError, because an instance without a group is ended as an orphan."""
         del should_decrement_desired_capacity
         group, _ = self._changeable(name)
         self._instances(group, instance_ids)
@@ -166,11 +170,13 @@ class InstanceRequests(Requests):
             " Use EnterStandby, or TerminateInstanceInAutoScalingGroup."
         )
 
-    # Spot, and what an instance reads about itself
+    # Spot notices and instance metadata
 
     def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
-        """A Spot interruption: the instance is ended by force when the notice is over. Its group
-        replaces it after that, or at once where it has capacity rebalancing."""
+        """Interrupt a Spot instance: it is killed when the notice is over.
+
+        Its group then replaces it, or replaces it at once with capacity rebalancing.
+        """
         group, asg, member = self._spot(instance_id)
         now_s = self._changes.steady.now_s()
         member.bond.interrupted_by_s = now_s + notice_s
@@ -181,7 +187,7 @@ class InstanceRequests(Requests):
         self._save()
 
     def rebalance(self, instance_id: str) -> None:
-        """A rebalance recommendation, which only a group with capacity rebalancing acts on."""
+        """Recommend a rebalance. Only a group with capacity rebalancing replaces the instance."""
         group, asg, member = self._spot(instance_id)
         member.bond.rebalance_s = self._changes.now_s()
         self._changes.unsaved = True
@@ -198,7 +204,7 @@ class InstanceRequests(Requests):
         return group, asg, member
 
     def metadata(self, instance_id: str) -> Metadata:
-        """What the metadata service shows to the instance; ValidationError where it is unknown."""
+        """Return an instance's metadata. Raise ValidationError if the instance is unknown."""
         _, asg, member = self._instance(instance_id)
         machine, bond = member.instance.machine, member.bond
         return Metadata(
@@ -241,7 +247,7 @@ class HookRequests(Requests):
     """As AWS's API reference says, under the same names."""
 
     def put_lifecycle_hook(self, hook: LifecycleHook) -> None:
-        """Create or replace a hook. Instances that wait in it already keep the old timeouts."""
+        """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
         _, asg = self._changeable(hook.auto_scaling_group_name)
         base.hook(hook)
         if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MOST_HOOKS:
@@ -251,8 +257,7 @@ class HookRequests(Requests):
         self._save()
 
     def delete_lifecycle_hook(self, name: str, lifecycle_hook_name: str) -> None:
-        """Instances that wait in it go on: ABANDON for those that launch, CONTINUE for those that
-        terminate."""
+        """Delete a hook. Waiting instances proceed: ABANDON on launch, CONTINUE on termination."""
         group, asg = self._changeable(name)
         hook = asg.hooks.pop(lifecycle_hook_name, None)
         if hook is None:
@@ -267,7 +272,7 @@ class HookRequests(Requests):
     def describe_lifecycle_hooks(
         self, name: str, hook_names: Sequence[str] = ()
     ) -> Sequence[LifecycleHook]:
-        """By name; names that do not exist are left out."""
+        """Return the group's hooks, sorted by name. Ignore names that do not exist."""
         _, asg = self._named(name)
         return [
             asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names
@@ -282,7 +287,7 @@ class HookRequests(Requests):
         instance_id: str | None = None,
         lifecycle_action_token: str | None = None,
     ) -> None:
-        """By instance or by token, one of them is needed."""
+        """Complete an action, given by its instance or its token."""
         base.result("LifecycleActionResult", lifecycle_action_result)
         group, member, wait = self._action(
             name, lifecycle_hook_name, instance_id, lifecycle_action_token
@@ -301,7 +306,7 @@ class HookRequests(Requests):
         instance_id: str | None = None,
         lifecycle_action_token: str | None = None,
     ) -> None:
-        """The action has its whole heartbeat timeout again, within the global timeout."""
+        """Restart the heartbeat timeout of an action, within the global timeout."""
         _, member, wait = self._action(
             name, lifecycle_hook_name, instance_id, lifecycle_action_token
         )

@@ -1,7 +1,4 @@
-"""Scaling policies: put, describe, delete, execute; the metric of target tracking.
-
-Scheduled actions.
-"""
+"""Requests for scaling policies and scheduled actions."""
 
 from __future__ import annotations
 
@@ -29,10 +26,10 @@ ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
 
 
 class PolicyRequests(Requests):
-    """As AWS's API reference says, under the same names."""
+    """Requests for scaling policies, as in AWS's API reference."""
 
     def put_scaling_policy(self, policy: ScalingPolicy) -> ScalingPolicy:
-        """The policy with its ARN and, for target tracking, the names of its alarms."""
+        """Create or replace a policy. Return it with its ARN and the names of its alarms."""
         name, this = policy.auto_scaling_group_name, policy.policy_name
         _, asg = self._changeable(name)
         _check(policy)
@@ -50,7 +47,7 @@ class PolicyRequests(Requests):
         return asg.policies[this]
 
     def delete_policy(self, policy_name: str, *, name: str | None = None) -> None:
-        """`policy_name` may be an ARN, then the group's name is not needed."""
+        """Delete a policy. If `policy_name` is an ARN, the group's name is not needed."""
         _, asg, policy = self._policy(policy_name, name)
         del asg.policies[policy.policy_name], asg.alarms[policy.policy_name]
         self._changes.unsaved = True
@@ -63,7 +60,7 @@ class PolicyRequests(Requests):
         policy_names: Sequence[str] = (),
         policy_types: Sequence[str] = (),
     ) -> Sequence[ScalingPolicy]:
-        """By group and name; `policy_names` may be ARNs."""
+        """Return policies sorted by group and name. `policy_names` may be ARNs."""
         groups = [self._named(name)[0]] if name else [g for _, g in sorted(self._groups.items())]
         return [
             policy
@@ -83,8 +80,11 @@ class PolicyRequests(Requests):
         metric_value: float | None = None,
         breach_threshold: float | None = None,
     ) -> None:
-        """A simple or a step policy, at once; ScalingActivityInProgress where a simple one honours
-        a cooldown. A step policy needs the metric's value and the threshold it breaches."""
+        """Execute a simple or a step policy.
+
+        Raise ScalingActivityInProgress if a cooldown applies to a simple policy. A step policy
+        needs the metric's value and the breach threshold.
+        """
         group, asg, policy = self._policy(policy_name, name)
         self._changeable(group.pool.name)
         if policy.policy_type == TRACKING:
@@ -111,8 +111,11 @@ class PolicyRequests(Requests):
         self._save()
 
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
-        """Out from what has warmed up, so that two breaches in a row of the same size add once; in
-        only where nothing warms up."""
+        """Apply the step for a breach.
+
+        Scale out relative to warm capacity, so two consecutive breaches of the same size add
+        instances once. Scale in only if no instance is warming up.
+        """
         step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
@@ -170,16 +173,17 @@ def _check(policy: ScalingPolicy) -> None:
 
 
 MOST_ACTIONS = 125
-# What cron itself has, and AWS tells of; cronsim reads more, such as the last day of a month.
+# The syntax of cron that AWS documents. cronsim accepts more, such as the last day of a month.
 _TERM = r"(\*|(\d+|[A-Z]{3})(-(\d+|[A-Z]{3}))?)(/\d+)?"
 _FIELD = re.compile(rf"{_TERM}(,{_TERM})*", re.ASCII | re.IGNORECASE)
 
 
 class ScheduleRequests(Requests):
-    """As AWS's API reference says, under the same names. Times are seconds of the epoch."""
+    """Requests for scheduled actions, as in AWS's API reference. Times are in seconds since the
+    epoch."""
 
     def put_scheduled_update_group_action(self, action: ScheduledAction) -> None:
-        """Create or replace; AWS allows no two of a group at the same time."""
+        """Create or replace an action. As on AWS, two actions of a group need different times."""
         name, this = action.auto_scaling_group_name, action.scheduled_action_name
         _, asg = self._changeable(name)
         self._check(asg, action)
@@ -222,7 +226,7 @@ class ScheduleRequests(Requests):
             raise LimitExceeded(f"A group may have {MOST_ACTIONS} scheduled actions.")
 
     def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
-        """ValidationError where there is none."""
+        """Delete a scheduled action. Raise ValidationError if it does not exist."""
         _, asg = self._changeable(name)
         if scheduled_action_name not in asg.scheduled:
             raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
@@ -238,9 +242,11 @@ class ScheduleRequests(Requests):
         start_time: float | None = None,
         end_time: float | None = None,
     ) -> Sequence[ScheduledAction]:
-        """Those that have not run for the last time, by when they run next; `start_time` of a
-        recurring one is its next run, as AWS shows it. The two times bound that and are not heard
-        where names are given."""
+        """Return actions that will run again, sorted by their next run.
+
+        As on AWS, `start_time` of a result is its next run. The two times limit the next run, and
+        are ignored if names are given.
+        """
         groups = [self._named(name)[0]] if name else list(self._groups.values())
         found = []
         for asg in (group.asg for group in groups if group.asg is not None):
@@ -252,9 +258,9 @@ class ScheduleRequests(Requests):
 
 
 def _check_recurrence(expression: str, now_s: float) -> None:
-    """ValueError where it is no cron expression."""
+    """Raise ValueError if `expression` is not a cron expression."""
     for field in expression.split():
         if not _FIELD.fullmatch(field):
-            raise ValueError(f"{field!r} is no field of cron")
+            raise ValueError(f"{field!r} is not a cron field")
     with suppress(due_times.NeverDue):
         due_times.local_times(expression, datetime.fromtimestamp(now_s, UTC))

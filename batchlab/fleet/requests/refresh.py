@@ -1,7 +1,4 @@
-"""Instance refresh.
-
-The warm pool.
-"""
+"""Requests for instance refreshes and warm pools."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ _STEPLESS = ("$Latest", "$Default")
 
 
 class RefreshRequests(Requests):
-    """As AWS's API reference says, under the same names."""
+    """Requests for instance refreshes, as in AWS's API reference."""
 
     def start_instance_refresh(
         self,
@@ -45,7 +42,7 @@ class RefreshRequests(Requests):
         preferences: RefreshPreferences = DEFAULT_PREFERENCES,
         desired_configuration: DesiredConfiguration | None = None,
     ) -> str:
-        """The refresh's id. InstanceRefreshInProgress where there is one."""
+        """Start a refresh and return its id. Raise InstanceRefreshInProgress if one is active."""
         group, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress(
@@ -75,7 +72,7 @@ class RefreshRequests(Requests):
         return started.instance_refresh_id
 
     def cancel_instance_refresh(self, name: str) -> str:
-        """Its id. What it has begun to replace is replaced still."""
+        """Cancel the refresh and return its id. Started replacements are completed."""
         _, asg = self._changeable(name)
         if asg.rolling is None:
             raise _none(name)
@@ -84,8 +81,11 @@ class RefreshRequests(Requests):
         return asg.rolling.refresh.instance_refresh_id
 
     def rollback_instance_refresh(self, name: str) -> str:
-        """Its id. IrreversibleInstanceRefresh without a desired configuration, or where the group's
-        own template has no version of its own to go back to."""
+        """Roll the refresh back and return its id.
+
+        Raise IrreversibleInstanceRefresh if it has no desired configuration, or if the group's own
+        template has no fixed version.
+        """
         group, asg = self._changeable(name)
         if asg.rolling is None:
             raise _none(name)
@@ -105,7 +105,7 @@ class RefreshRequests(Requests):
     def describe_instance_refreshes(
         self, name: str, refresh_ids: Sequence[str] = ()
     ) -> Sequence[InstanceRefresh]:
-        """Newest first."""
+        """Return refreshes, newest first."""
         _, asg = self._named(name)
         running = [asg.rolling.refresh] if asg.rolling else []
         return [
@@ -148,10 +148,10 @@ def _check(preferences: RefreshPreferences, wanted: DesiredConfiguration | None)
 
 
 class WarmPoolRequests(Requests):
-    """As AWS's API reference says, under the same names."""
+    """Requests for warm pools, as in AWS's API reference."""
 
     def put_warm_pool(self, name: str, warm_pool: WarmPool) -> None:
-        """Create or change it; instances that are in it stay in the state they are in."""
+        """Create or change the warm pool. Instances in the pool keep their state."""
         _, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress(
@@ -178,7 +178,10 @@ class WarmPoolRequests(Requests):
         self._save()
 
     def delete_warm_pool(self, name: str, *, force_delete: bool = False) -> None:
-        """Its instances are terminated, with `force_delete` at once, else with the next tick."""
+        """Delete the warm pool. With `force_delete`, its instances are terminated at once.
+
+        Otherwise, the next tick terminates them.
+        """
         group, asg = self._changeable(name)
         if asg.warm_pool is None:
             raise ValidationError(f"No warm pool found for Auto Scaling group {name}")
@@ -189,6 +192,6 @@ class WarmPoolRequests(Requests):
         self._save()
 
     def describe_warm_pool(self, name: str) -> tuple[WarmPool | None, Sequence[InstanceDetails]]:
-        """Its configuration, None where there is none, and its instances."""
+        """Return the configuration, or None without a warm pool, and the instances."""
         group, asg = self._named(name)
         return asg.warm_pool, [instance_details(group, one) for one in warm.members(group)]
