@@ -77,7 +77,7 @@ def show_task(
             given = f"not to be had: {error.message}"
         rows = []
         for one in found:
-            there = await environment.of(objects, one.outcome.worker, patience)
+            there = await environment.load(objects, one.outcome.worker, patience)
             rows.append(_attempt(one, environment.to_json(there) if there else None))
         return {
             "job": bucket.job,

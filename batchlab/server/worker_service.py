@@ -117,7 +117,7 @@ async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) ->
 
     try:
         image = await asyncio.to_thread(imds.image) if imds else ""
-        found = await asyncio.to_thread(environment.here, image=image)
+        found = await asyncio.to_thread(environment.current, image=image)
         await environment.record(objects, worker, found, factory.patience())
     except BackendError as error:
         log.warning("the worker's environment could not be stored: %s", error)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from batchlab.worker import handlers, task_log
-from batchlab.worker.shared_memory import IMPORTING, Board
-from batchlab.worker.task_executor import Bench, Request
+from batchlab.worker.shared_memory import IMPORTING, ChildState
+from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor
 
 EXIT_PIPE_LOST = 81
 """Exit code of a child that cannot answer because a task closed its pipes."""
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 class RequestLine(TypedDict):
     """One request to a child: tasks in order, and the limits for starting them."""
 
-    request: Request
+    request: ExecutionRequest
     items: list[tuple[int, Any]]
     log: str
     left_s: float | None
@@ -49,7 +49,7 @@ class RequestLine(TypedDict):
 class Child:
     """Loop of a child process: it serves requests until the pipe is closed."""
 
-    def __init__(self, requests: int, answers: int, board: Board) -> None:
+    def __init__(self, requests: int, answers: int, board: ChildState) -> None:
         self._requests = requests
         self._answers = answers
         self._inodes = os.fstat(requests).st_ino, os.fstat(answers).st_ino
@@ -87,7 +87,7 @@ class Child:
         log_at = self._out.size()
         self._board.mark(IMPORTING, time.monotonic(), log_at)
         try:
-            bench = Bench(asked["request"])
+            executor = TaskExecutor(asked["request"])
         except handlers.Problem as problem:
             self._exit_if_forked()
             span = (log_at, self._out.settle(log_at))
@@ -95,8 +95,8 @@ class Child:
             return "import"
         self._exit_if_forked()
         # Read after the handler is loaded, so that settings made by its modules stay.
-        habits = Habits()
-        memory = Memory(asked["memory_bytes"])
+        habits = ProcessState()
+        memory = MemoryGrowth(asked["memory_bytes"])
         must_start = asked["must_start"]
         for task, item in asked["items"]:
             self._board.rest()
@@ -108,21 +108,21 @@ class Child:
             if memory.worn_out():
                 return "worn out"
             must_start = False
-            log_at = self._task(bench, task, item, log_at)
+            log_at = self._task(executor, task, item, log_at)
             habits.restore()
         return "done"
 
-    def _task(self, bench: Bench, task: int, item: Any, log_at: int) -> int:
+    def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int) -> int:
         """Run one task and write its answer. Return the log offset of the next task's output."""
         extra: dict[str, Any] = {}
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)
         try:
-            done = bench.run(task, item)
+            done = executor.run(task, item)
         except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
-            word, text = "failed", json.dumps(bench.explain(error))
+            word, text = "failed", json.dumps(executor.explain(error))
         else:
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
@@ -133,7 +133,7 @@ class Child:
         end = self._out.settle(log_at)
         if end > log_at:
             extra["span"] = (log_at, end)
-        if bench.touched:
+        if executor.touched:
             extra["folder"] = True
         self._answer(
             f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]'
@@ -239,7 +239,7 @@ def _stream(fd: int) -> IO[str]:
     return open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False)
 
 
-class Habits:
+class ProcessState:
     """Kernel state of this process that a task may change: the umask and alarms.
 
     Python's own state (modules, os.environ) is not restored: handlers use it on purpose.
@@ -255,7 +255,7 @@ class Habits:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-class Memory:
+class MemoryGrowth:
     """Memory growth of this process, which decides when a fresh process must replace it.
 
     Python seldom returns memory to the system, so a task would be charged for earlier tasks.
@@ -278,7 +278,7 @@ def _resident() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def die_with(life: int) -> None:
+def exit_with_worker(life: int) -> None:
     """Kill this process and its descendants when the worker exits for any reason."""
     # The kernel signals the end of the pipe to the whole process group. The parent-death signal is
     # the fallback for kernels without this feature. It reaches only this process, so programs that
@@ -303,12 +303,12 @@ def main() -> None:
     board, code = sys.argv[4:6]
     for fd in (requests, answers, life):
         os.set_inheritable(fd, False)
-    die_with(life)
+    exit_with_worker(life)
     faulthandler.enable(2)
     sys.argv = ["batchlab"]
     if code:
         sys.path.insert(0, code)
-    Child(requests, answers, Board(board)).serve()
+    Child(requests, answers, ChildState(board)).serve()
     # sys.exit would wait for threads that a handler left running.
     os._exit(0)
 

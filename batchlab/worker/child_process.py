@@ -21,7 +21,7 @@ from typing import Any
 from batchlab.core.errors import BackendError
 from batchlab.worker.child import EXIT_PIPE_LOST, RequestLine
 from batchlab.worker.process_table import kill_family
-from batchlab.worker.shared_memory import BOOTING, Board
+from batchlab.worker.shared_memory import BOOTING, ChildState
 
 _READ_BYTES = 1 << 18
 _REAP_STEP_S = 0.002
@@ -58,7 +58,7 @@ class ChildProcess:
         self._closed = False
         self._unsent = bytearray()
         folder.mkdir(parents=True, exist_ok=True)
-        self.board = Board(folder / "board", create=True)
+        self.board = ChildState(folder / "board", create=True)
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         # Nothing is written to this pipe: the child watches for its end.

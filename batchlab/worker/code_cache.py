@@ -218,7 +218,7 @@ def _copy(source: IO[bytes], file: IO[bytes], left: int) -> int:
     return left
 
 
-class Library:
+class CodeCache:
     """Code folders and pickled functions of a worker's jobs, each fetched once per instance."""
 
     def __init__(self, objects: Objects, scratch: Scratch, off_loop: OffLoop) -> None:

@@ -163,7 +163,7 @@ def _execute(call: Call) -> None:
         last = _relay(process)
         code_ = process.wait()
     if code_:
-        raise Problem("exit", _how(code_) + (f": {last}" if last else ""), code=code_)
+        raise Problem("exit", _exit_reason(code_) + (f": {last}" if last else ""), code=code_)
 
 
 def _program(name: str, environment: dict[str, str]) -> str:
@@ -190,7 +190,7 @@ def _cannot_run(name: str, error: OSError) -> Problem:
     return Problem("import", reason, error=type(error).__name__)
 
 
-def _how(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code > 0:
         return f"exit code {code}"
     try:

@@ -21,9 +21,9 @@ from batchlab.core.protocol.messages import Duplicate
 from batchlab.core.retry import Patience
 from batchlab.core.tracing import Tracer, span
 from batchlab.worker import spans as lines
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.outbox import Outbox
-from batchlab.worker.worker_counters import Deeds
+from batchlab.worker.worker_counters import WorkerCounters
 
 log = logging.getLogger(__name__)
 
@@ -31,34 +31,34 @@ OTHERS_S = 30.0
 """Delay in seconds of a message that only a newer worker can read."""
 
 
-class Closing:
-    """Commits, forwards, and returns bundles of one worker. `hands` has its in-flight messages."""
+class BundleFinisher:
+    """Commit, forwarding, and return of the bundles of one worker."""
 
     def __init__(
         self,
         worker: str,
-        hands: Mapping[str, Hand],
+        inflight_messages: Mapping[str, InflightMessage],
         objects: Objects,
         queue: Queue,
         clock: Clock,
         patience: Patience,
         outbox: Outbox,
-        deeds: Deeds,
+        counters: WorkerCounters,
         tracer: Tracer,
     ) -> None:
         self._worker = worker
-        self._hands = hands
+        self._inflight = inflight_messages
         self._objects = objects
         self._queue = queue
         self._clock = clock
         self._patience = patience
         self._outbox = outbox
-        self._deeds = deeds
+        self._counters = counters
         self._tracer = tracer
 
     async def commit(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
@@ -66,19 +66,19 @@ class Closing:
         cancelled: bool = False,
     ) -> Outcome:
         """Commit the results. Return the outcome that counts, which may be another worker's."""
-        spans = [s for s in hand.handle.log_spans if s[0] in hand.bundle.tasks]
-        log = hand.handle.log, spans
-        outcome = self._settled(hand, job, started_s, ran, log, cancelled=cancelled)
-        lines.failures(outcome)
-        committed = await self._commit(hand, outcome)
-        if committed.execution != hand.execution:
+        spans = [s for s in inflight.handle.log_spans if s[0] in inflight.bundle.tasks]
+        log = inflight.handle.log, spans
+        outcome = self._settled(inflight, job, started_s, ran, log, cancelled=cancelled)
+        lines.log_failures(outcome)
+        committed = await self._commit(inflight, outcome)
+        if committed.execution != inflight.execution:
             took_s = outcome.ended_s - outcome.started_s
-            self._met_twice(hand, "execution", took_s * job.stage(hand.bundle.stage).slots)
+            self._met_twice(inflight, "execution", took_s * job.stage(inflight.bundle.stage).slots)
         return committed
 
     async def shed(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
@@ -90,22 +90,25 @@ class Closing:
         The message stays in flight. Return False if another worker's outcome counts; the run finds
         that outcome at its end.
         """
-        spans = [s for s in hand.handle.log_spans if s[0] not in kept.tasks]
+        spans = [s for s in inflight.handle.log_spans if s[0] not in kept.tasks]
         # The log itself is stored when the run has ended.
-        log = object_keys.log(hand.bundle, hand.execution, hand.key) if spans else "", spans
-        draft = self._settled(hand, job, started_s, ran, log, kept=kept.tasks)
-        outcome = await self._commit(hand, draft)
+        log = (
+            object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else "",
+            spans,
+        )
+        draft = self._settled(inflight, job, started_s, ran, log, kept=kept.tasks)
+        outcome = await self._commit(inflight, draft)
         if outcome != draft:
             return False
-        lines.failures(outcome)
+        lines.log_failures(outcome)
         # The kept part needs no message, because this worker runs it.
         others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
-        await self._forward(hand, job, outcome, replace(outcome, follows=others), items)
+        await self._forward(inflight, job, outcome, replace(outcome, follows=others), items)
         return True
 
     def _settled(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
@@ -117,9 +120,9 @@ class Closing:
         now_s = self._clock.now_s()
         settled = settlement.settle(
             job,
-            hand.bundle,
+            inflight.bundle,
             ran,
-            execution=hand.execution,
+            execution=inflight.execution,
             worker=self._worker,
             started_s=started_s or now_s,
             ended_s=max(started_s, now_s),
@@ -130,37 +133,43 @@ class Closing:
         )
         return json_format.fitting(settled)
 
-    async def _commit(self, hand: Hand, draft: Outcome) -> Outcome:
-        with span(self._tracer, "commit", hand.trace, hand.bundle):
-            committed = await commit(self._objects, draft, self._patience, hand.key)
-        self._deeds.committed(draft, committed)
+    async def _commit(self, inflight: InflightMessage, draft: Outcome) -> Outcome:
+        with span(self._tracer, "commit", inflight.trace, inflight.bundle):
+            committed = await commit(self._objects, draft, self._patience, inflight.key)
+        self._counters.committed(draft, committed)
         return committed
 
-    def _met_twice(self, hand: Hand, kind: str, slot_s: float) -> None:
-        bundle = hand.bundle
-        self._outbox.met_twice(Duplicate(bundle.job, bundle.stage, kind, hand.execution, slot_s))
+    def _met_twice(self, inflight: InflightMessage, kind: str, slot_s: float) -> None:
+        bundle = inflight.bundle
+        self._outbox.met_twice(
+            Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s)
+        )
 
     async def finish(
-        self, hand: Hand, job: JobDef, outcome: Outcome, items: Sequence[Json] | None = None
+        self,
+        inflight: InflightMessage,
+        job: JobDef,
+        outcome: Outcome,
+        items: Sequence[Json] | None = None,
     ) -> None:
         """Forward the committed outcome, which may be another worker's, and delete the message."""
-        await self._forward(hand, job, outcome, outcome, items, goes_along=True)
-        await self.delete(hand)
+        await self._forward(inflight, job, outcome, outcome, items, goes_along=True)
+        await self.delete(inflight)
 
-    async def forward_again(self, hand: Hand, job: JobDef, outcome: Outcome) -> None:
+    async def forward_again(self, inflight: InflightMessage, job: JobDef, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.
 
         Follow-ups that have a committed outcome are not sent again.
         """
-        if outcome.execution != hand.execution:
-            self._met_twice(hand, "message", 0.0)
-        follows = await uncommitted(self._objects, outcome.follows, self._patience, hand.key)
-        await self._forward(hand, job, outcome, replace(outcome, follows=follows))
-        await self.delete(hand)
+        if outcome.execution != inflight.execution:
+            self._met_twice(inflight, "message", 0.0)
+        follows = await uncommitted(self._objects, outcome.follows, self._patience, inflight.key)
+        await self._forward(inflight, job, outcome, replace(outcome, follows=follows))
+        await self.delete(inflight)
 
     async def _forward(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         outcome: Outcome,
         left: Outcome,
@@ -174,16 +183,16 @@ class Closing:
         """
         known = None
         if items is not None and left.follows:
-            known = dict(zip(hand.bundle.tasks, items, strict=True))
-        with span(self._tracer, "forward", hand.trace, hand.bundle) as forward:
+            known = dict(zip(inflight.bundle.tasks, items, strict=True))
+        with span(self._tracer, "forward", inflight.trace, inflight.bundle) as forward:
             now_s, trace = self._clock.now_s(), forward.context
-            messages = follow_ups(job, left, hand.key, now_s=now_s, items=known, trace=trace)
+            messages = follow_ups(job, left, inflight.key, now_s=now_s, items=known, trace=trace)
             # Follow-ups are sent before the event. The manager may end a stage only when its
             # follow-ups have been sent, and it learns of them from this event.
             await self._outbox.send(messages)
             # Another running bundle causes a heartbeat soon, which can carry the event.
             others = goes_along and any(
-                not (one.committing or one is hand) for one in self._hands.values()
+                not (one.committing or one is inflight) for one in self._inflight.values()
             )
             await self._outbox.event(outcome, trace, hurry=not others)
 
@@ -191,7 +200,7 @@ class Closing:
 
     async def send_again(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         *,
         items: Sequence[Json] | None = None,
@@ -202,20 +211,20 @@ class Closing:
 
         Making this message visible would increase its receive count, which suggests a poison task.
         """
-        losses = hand.bundle.losses + hand.message.receive_count - 1
-        bundle = replace(hand.bundle, losses=losses)
+        losses = inflight.bundle.losses + inflight.message.receive_count - 1
+        bundle = replace(inflight.bundle, losses=losses)
         message = address(
             job,
             bundle,
-            hand.key,
+            inflight.key,
             items=items,
             delay_s=delay_s,
             now_s=self._clock.now_s(),
             watchdog=watchdog,
-            trace=hand.trace,
+            trace=inflight.trace,
         )
         await self._outbox.send([message])
-        await self.delete(hand)
+        await self.delete(inflight)
 
     async def leave_to_others(self, queue: str, message: Message, error: TooNew) -> None:
         """Leave a message of a newer batchlab version to a worker that can read it.
@@ -235,9 +244,9 @@ class Closing:
         except BackendError as problem:
             log.warning("the message returns when its visibility timeout ends: %s", problem)
 
-    async def delete(self, hand: Hand) -> None:
+    async def delete(self, inflight: InflightMessage) -> None:
         """Delete the message unless this worker no longer holds its receipt."""
-        if hand.receipt is not None:
-            receipt, hand.receipt = hand.receipt, None
+        if inflight.receipt is not None:
+            receipt, inflight.receipt = inflight.receipt, None
             # If this worker has no other message, events and follow-ups are sent before deletes.
-            await self._outbox.delete(hand.queue, receipt, hurry=len(self._hands) > 1)
+            await self._outbox.delete(inflight.queue, receipt, hurry=len(self._inflight) > 1)

@@ -124,7 +124,7 @@ class Environment:
         )
 
 
-def here(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environment:
+def current(environ: Mapping[str, str] = os.environ, *, image: str = "") -> Environment:
     """Return the environment of this process. Listing the packages takes a few milliseconds."""
     from batchlab import __version__
 
@@ -188,7 +188,7 @@ async def record(
     await patience(partial(objects.put, object_keys.environment(worker), data))
 
 
-async def of(objects: Objects, worker: str, patience: Patience) -> Environment | None:
+async def load(objects: Objects, worker: str, patience: Patience) -> Environment | None:
     """Return the stored environment of a worker, or None if it is missing or unreadable."""
     try:
         data = await patience(partial(objects.get, object_keys.environment(worker)))

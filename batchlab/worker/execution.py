@@ -26,13 +26,13 @@ from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker import materialization, task_log
 from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import ChildProcess, Children, describe_crash, monotonic_s
-from batchlab.worker.code_cache import Library
+from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.process_table import Sampler
-from batchlab.worker.resource_limits import TICK_S, Limits, Verdict
+from batchlab.worker.resource_limits import TICK_S, Limits, Termination
 from batchlab.worker.runner import Handle, Peek, Work
 from batchlab.worker.shared_memory import IMPORTING, boot_s
-from batchlab.worker.task_executor import Request
+from batchlab.worker.task_executor import ExecutionRequest
 
 T = TypeVar("T")
 Chunk = list[tuple[int, Json | Failure]]
@@ -56,7 +56,7 @@ class Execution:
         files: LocalFiles | None,
         clock: Clock,
         children: Children,
-        library: Library,
+        code_cache: CodeCache,
         sampler: Sampler,
     ) -> None:
         self.ended: asyncio.Queue[list[Ran] | asyncio.Task[Ran] | None] = asyncio.Queue()
@@ -68,7 +68,7 @@ class Execution:
         self._objects = objects
         self._clock = clock
         self._children = children
-        self._library = library
+        self._code_cache = code_cache
         self._limits = Limits(work.stage, sampler)
         self._began_s = clock.monotonic_s()
         self._child: ChildProcess | None = None
@@ -150,10 +150,10 @@ class Execution:
         refers = materialization.refers(chunk)
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
-    def _at_hand(self) -> tuple[Request, str, Path | None] | None:
+    def _at_hand(self) -> tuple[ExecutionRequest, str, Path | None] | None:
         """Return the result of `_prepare` if it needs no fetch, else None."""
         key = materialization.function_key(self._work)
-        function = self._library.at_hand(key) if key else None
+        function = self._code_cache.at_hand(key) if key else None
         if self._work.job.code or (key and function is None):
             return None
         return (
@@ -162,10 +162,10 @@ class Execution:
             None,
         )
 
-    async def _prepare(self) -> tuple[Request, str, Path | None]:
-        digest, code = await self._library.code(self._work.job.code)
+    async def _prepare(self) -> tuple[ExecutionRequest, str, Path | None]:
+        digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
-        function = await self._library.function(key) if key else None
+        function = await self._code_cache.function(key) if key else None
         request = materialization.request(self._work, self._folder, function=function, code=code)
         return request, digest, code
 
@@ -205,7 +205,7 @@ class Execution:
 
     # --- With a child --------------------------------------------------------------------------
 
-    async def _some(self, request: Request, digest: str, code: Path | None) -> bool:
+    async def _some(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
         """Send the pending tasks to a child and take its answers until it finishes or dies.
 
         Return False if the run is over.
@@ -243,7 +243,9 @@ class Execution:
             # Two requests ended without a running task. The first pending task is failed, because
             # the execution would otherwise never end.
             reason = "ended its process before it could begin"
-            self._blame(Verdict(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
+            self._blame(
+                Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None
+            )
         return True
 
     async def _drop_child(self) -> None:
@@ -262,7 +264,7 @@ class Execution:
             if child.spoilt and self._pending:
                 # Tasks answer in order, so the first pending task wrote into the pipe.
                 task, reason = next(iter(self._pending)), "wrote into its process's pipe"
-                return await self._lost(child, Verdict(task, FailureKind.CRASH, reason, 0.0))
+                return await self._lost(child, Termination(task, FailureKind.CRASH, reason, 0.0))
             if self._killed or (not lines and child.ended):
                 return await self._lost(child, None)
             self._allow(child)
@@ -294,7 +296,7 @@ class Execution:
         ):
             await asyncio.to_thread(task_log.trim, str(self._log), log_at)
 
-    async def _lost(self, child: ChildProcess, verdict: Verdict | None) -> str:
+    async def _lost(self, child: ChildProcess, verdict: Termination | None) -> str:
         """Kill a child that has died or broke a limit, and fail the task that caused it."""
         code, last = await child.kill()
         self._take(last)
@@ -313,7 +315,7 @@ class Execution:
                 self._slain[task] += 1
                 if self._slain[task] < LOSS_LIMIT:
                     return "slain"
-            verdict = Verdict(
+            verdict = Termination(
                 task,
                 FailureKind.CRASH,
                 describe_crash(code, self._slain[task]),
@@ -404,7 +406,7 @@ class Execution:
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
         return ran
 
-    def _blame(self, why: Verdict, exit_code: int | None) -> None:
+    def _blame(self, why: Termination, exit_code: int | None) -> None:
         del self._pending[why.task], self._left[why.task]
         found = fault(why.kind, why.reason, exit_code=exit_code)
         ran = Ran(why.task, why.ran_s, failure=materialization.failure(why.task, found, why.ran_s))

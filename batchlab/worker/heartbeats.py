@@ -16,7 +16,7 @@ from batchlab.core.errors import BackendError
 from batchlab.core.ports import Clock
 from batchlab.core.protocol.messages import Beat, Held
 from batchlab.core.retry import heed_cancellation
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.settings import WorkerSettings
 
@@ -37,19 +37,19 @@ class Identity:
     """A random secret of the instance, by which the manager recognizes its workers."""
 
 
-class Beats:
-    """Sender of heartbeats. The dict `hands` of in-flight messages is shared with the loop."""
+class Heartbeats:
+    """Sender of heartbeats. The worker's loop shares the dict `inflight_messages`."""
 
     def __init__(
         self,
         who: Identity,
-        hands: Mapping[str, Hand],
+        inflight_messages: Mapping[str, InflightMessage],
         outbox: Outbox,
         clock: Clock,
         settings: WorkerSettings,
     ) -> None:
         self._who = who
-        self._hands = hands
+        self._inflight = inflight_messages
         self._outbox = outbox
         self._clock = clock
         self._settings = settings
@@ -101,12 +101,12 @@ class Beats:
         return told is None or (told.held, told.leaving) != (held, self.leaving)
 
     def news(self) -> Beat | None:
-        """See `outbox.SignsOfLife`."""
+        """See `outbox.HeartbeatSource`."""
         held = self._held()
         return self._beat(held) if self._differs(held) else None
 
     def heard(self, beat: Beat) -> None:
-        """See `outbox.SignsOfLife`."""
+        """See `outbox.HeartbeatSource`."""
         if self._told is None or self._told.number < beat.number:
             self._told = beat
 
@@ -121,7 +121,7 @@ class Beats:
     def _held(self) -> tuple[Held, ...]:
         return tuple(
             Held(h.queue, h.receipt, h.bundle.job, h.bundle.stage, h.bundle.id, h.running)
-            for h in self._hands.values()
+            for h in self._inflight.values()
             if h.receipt is not None or h.running
         )
 
@@ -133,7 +133,7 @@ class Beats:
             self._who.pool,
             self._clock.now_s(),
             self._who.slots,
-            sum(h.running for h in self._hands.values()),
+            sum(h.running for h in self._inflight.values()),
             held,
             self._number,
             leaving=self.leaving,

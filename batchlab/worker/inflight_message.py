@@ -13,7 +13,7 @@ from batchlab.worker.runner import Handle
 
 
 @dataclass(slots=True)
-class Hand:
+class InflightMessage:
     """In-flight message with monotonic times. `receipt` is None if the worker may not delete the
     message, because a watchdog message replaced it or the worker returned it."""
 

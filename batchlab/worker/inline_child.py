@@ -27,12 +27,12 @@ from batchlab.core.protocol.references import Own
 from batchlab.worker import materialization
 from batchlab.worker.child import RequestLine
 from batchlab.worker.child_process import ChildProcess, Children, describe_crash, monotonic_s
-from batchlab.worker.code_cache import Library
+from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.process_table import Sampler
-from batchlab.worker.resource_limits import TICK_S, Limits, Verdict
+from batchlab.worker.resource_limits import TICK_S, Limits, Termination
 from batchlab.worker.runner import Handle, Scratch, Work
-from batchlab.worker.task_executor import Request
+from batchlab.worker.task_executor import ExecutionRequest
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class InlineChildren:
                 return await self._lost(child, verdict, answers), False
 
     async def _lost(
-        self, child: ChildProcess, verdict: Verdict | None, answers: list[Answer]
+        self, child: ChildProcess, verdict: Termination | None, answers: list[Answer]
     ) -> Answer:
         exit_code, last = await child.kill()
         child.check_booted(exit_code)
@@ -148,7 +148,7 @@ async def _here(function: Callable[..., Any], *args: Any) -> Any:
 class _Run:
     work: Work
     handle: Handle
-    request: Request
+    request: ExecutionRequest
     code: Path | None
     inputs: materialization.Inputs
 
@@ -168,7 +168,7 @@ class InlineRunner:
         self._clock = clock
         self._duration_s = duration_s
         self._scratch = Scratch(Path(tempfile.mkdtemp(prefix="batchlab-")))
-        self._library = Library(objects, self._scratch, _here)
+        self._code_cache = CodeCache(objects, self._scratch, _here)
         self._children = children
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
@@ -200,9 +200,9 @@ class InlineRunner:
         shutil.rmtree(self._scratch.root, ignore_errors=True)
 
     async def _prepare(self, work: Work, handle: Handle, folder: Path) -> _Run:
-        _, code = await self._library.code(work.job.code)
+        _, code = await self._code_cache.code(work.job.code)
         key = materialization.function_key(work)
-        function = await self._library.function(key) if key else None
+        function = await self._code_cache.function(key) if key else None
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
         inputs = materialization.Inputs(self._objects, folder, _here, Own.of(work.job))

@@ -30,7 +30,7 @@ class WrongKeyError(BackendError):
     """The commit key of a message does not match the definition of its job."""
 
 
-class Jobs:
+class JobCache:
     """Cache of job definitions, each read once.
 
     The commit key of a message must match its job, because any sender to the queue could name any
@@ -106,7 +106,7 @@ class _Entry:
     """The control object did not exist yet."""
 
 
-class Controls:
+class ControlPoller:
     """Poller of the control objects of in-flight jobs, by ETag, every third of the lease."""
 
     def __init__(

@@ -19,7 +19,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.live_logs import ASKED_S, Tail, to_bytes
 from batchlab.core.retry import heed_cancellation
 from batchlab.worker import task_log
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 
 log = logging.getLogger(__name__)
 
@@ -30,29 +30,29 @@ WORKER_BYTES = 256 * 1024
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Follow:
     until_s: float
     stored: list[Tail]
 
 
-class Tails:
-    """Live logs of one worker, stored every `every_s`. `hands` is shared with the worker's loop."""
+class LiveLogs:
+    """Live logs of one worker, stored every `every_s`. The loop shares `inflight_messages`."""
 
     def __init__(
         self,
         worker: str,
-        hands: Mapping[str, Hand],
+        inflight_messages: Mapping[str, InflightMessage],
         objects: Objects,
         clock: Clock,
         *,
         every_s: float,
     ) -> None:
         self._worker = worker
-        self._hands = hands
+        self._inflight = inflight_messages
         self._objects = objects
         self._clock = clock
         self._every_s = every_s
-        self._jobs: dict[JobId, _Asked] = {}
+        self._jobs: dict[JobId, _Follow] = {}
         self._wanted = asyncio.Event()
 
     def asked(self, job: JobId) -> None:
@@ -61,7 +61,7 @@ class Tails:
         if job in self._jobs:
             self._jobs[job].until_s = until_s
         else:
-            self._jobs[job] = _Asked(until_s, [])
+            self._jobs[job] = _Follow(until_s, [])
         self._wanted.set()
 
     async def keep(self) -> None:
@@ -80,7 +80,7 @@ class Tails:
                 continue
             await asyncio.sleep(self._every_s)
 
-    async def _store(self, job: JobId, asked: _Asked) -> None:
+    async def _store(self, job: JobId, asked: _Follow) -> None:
         try:
             tails = self._now(job)
         except (OSError, ValueError) as error:
@@ -96,17 +96,19 @@ class Tails:
         asked.stored = tails
 
     def _now(self, job: JobId) -> list[Tail]:
-        hands = [h for h in self._hands.values() if h.bundle.job == job and h.running]
-        most = min(TASK_BYTES, WORKER_BYTES // max(1, len(hands)))
-        return [tail for hand in hands if (tail := _tail(hand, most))]
+        inflight_messages = [
+            h for h in self._inflight.values() if h.bundle.job == job and h.running
+        ]
+        most = min(TASK_BYTES, WORKER_BYTES // max(1, len(inflight_messages)))
+        return [tail for inflight in inflight_messages if (tail := _tail(inflight, most))]
 
 
-def _tail(hand: Hand, most: int) -> Tail | None:
-    peek = hand.handle.peek
+def _tail(inflight: InflightMessage, most: int) -> Tail | None:
+    peek = inflight.handle.peek
     found = peek(most) if peek else None
     if found is None or not found.data:
         return None
-    bundle = hand.bundle
+    bundle = inflight.bundle
     start = found.start - found.log_at
     return Tail(
         bundle.stage,
@@ -114,7 +116,7 @@ def _tail(hand: Hand, most: int) -> Tail | None:
         bundle.attempt,
         bundle.round,
         bundle.id,
-        hand.execution,
+        inflight.execution,
         start,
         start + len(found.data),
         task_log.text(found.data),

@@ -24,7 +24,7 @@ from batchlab.core.protocol.references import ForeignReference, Own
 from batchlab.core.task_context import name_problem
 from batchlab.worker.handlers import Fault
 from batchlab.worker.runner import Work
-from batchlab.worker.task_executor import Request, local_ref
+from batchlab.worker.task_executor import ExecutionRequest, local_ref
 
 OffLoop = Callable[..., Awaitable[Any]]
 """Call of a blocking function, in a thread or directly if the event loop has no threads."""
@@ -36,10 +36,12 @@ _CHUNK_BYTES = 256 * 1024 * 1024
 _DEEPEST = 8
 
 
-def request(work: Work, folder: Path, *, function: Path | None, code: Path | None) -> Request:
+def request(
+    work: Work, folder: Path, *, function: Path | None, code: Path | None
+) -> ExecutionRequest:
     """Return the common request for the tasks of `work`. A child runs in `folder`/cwd."""
     stage = work.stage
-    return Request(
+    return ExecutionRequest(
         handler=stage.handler,
         function=str(function) if function else None,
         command=list(stage.command),

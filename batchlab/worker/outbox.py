@@ -24,7 +24,7 @@ from batchlab.core.protocol.messages import Beat, Duplicate, Events, Told, Trace
 from batchlab.core.protocol.seals import UNSEALED, CommitKey
 from batchlab.core.request_counter import Asked, Tally
 from batchlab.core.retry import STEP_BACK_S, Patience
-from batchlab.worker.worker_counters import Deeds
+from batchlab.worker.worker_counters import WorkerCounters
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ LINGER_S = 0.02
 _Event = tuple[Outcome | Beat, str]
 
 
-class SignsOfLife(Protocol):
+class HeartbeatSource(Protocol):
     """Source of heartbeats that can be sent along with other events."""
 
     def news(self) -> Beat | None:
@@ -55,7 +55,7 @@ class SignsOfLife(Protocol):
         """Record that a heartbeat has been sent."""
 
 
-class _Group(Generic[T]):
+class _Batcher(Generic[T]):
     """Batches of entries. `flush` gets all entries since the last flush, one flush at a time."""
 
     def __init__(
@@ -107,29 +107,29 @@ class Outbox:
         queue: Queue,
         patience: Patience,
         tally: Tally | None = None,
-        deeds: Deeds | None = None,
+        counters: WorkerCounters | None = None,
         key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
     ) -> None:
         """Set the sources of an event's content.
 
         `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the
-        counts of `tally` (the worker's requests) and `deeds` (the worker's results).
+        counts of `tally` (the worker's requests) and `counters` (the worker's results).
         """
         self._queue = queue
         self._patience = patience
         self._key_of = key_of
         self._tally = tally
-        self._deeds = deeds
-        self._sends: dict[str, _Group[Sequence[Outgoing]]] = {}
-        self._deletes: dict[str, _Group[str]] = {}
+        self._counters = counters
+        self._sends: dict[str, _Batcher[Sequence[Outgoing]]] = {}
+        self._deletes: dict[str, _Batcher[str]] = {}
         self._duplicates: list[Duplicate] = []
-        self._events: _Group[_Event] = _Group(self._flush_events)
-        self.signs: SignsOfLife | None = None
+        self._events: _Batcher[_Event] = _Batcher(self._flush_events)
+        self.signs: HeartbeatSource | None = None
 
     async def send(self, messages: Sequence[Addressed]) -> None:
         """Send each message to the queue it is addressed to."""
         for name, outgoing in by_queue(messages).items():
-            group = self._sends.setdefault(name, _Group(partial(self._flush_sends, name)))
+            group = self._sends.setdefault(name, _Batcher(partial(self._flush_sends, name)))
             await group.put(outgoing)
 
     async def delete(self, queue: str, receipt: str, *, hurry: bool = True) -> None:
@@ -138,7 +138,7 @@ class Outbox:
         A refused receipt is not an error, because another worker may have the message now.
         """
         flush = partial(self._flush_deletes, queue)
-        group = self._deletes.setdefault(queue, _Group(flush, STEP_BACK_S))
+        group = self._deletes.setdefault(queue, _Batcher(flush, STEP_BACK_S))
         await group.put(receipt, hurry=hurry)
 
     async def event(self, event: Outcome | Beat, trace: str = "", *, hurry: bool = True) -> None:
@@ -177,17 +177,17 @@ class Outbox:
         duplicates = self._duplicates[:DUPLICATES_AT_ONCE]
         if duplicates:
             packed[-1] = replace(packed[-1], duplicates=tuple(duplicates))
-        deeds = self._deeds.news() if self._deeds and beats else {}
-        if deeds:
-            packed[at] = replace(packed[at], told=(Told(beats[-1].worker, deeds),))
+        counters = self._counters.news() if self._counters and beats else {}
+        if counters:
+            packed[at] = replace(packed[at], told=(Told(beats[-1].worker, counters),))
         bodies = [
             Outgoing(with_proofs(events_message(e), jobs_in(e), self._key_of)) for e in packed
         ]
         await send_to(self._queue, object_keys.EVENTS, bodies, self._patience)
         # Removed only after the send. The manager counts a repeated report once.
         del self._duplicates[: len(duplicates)]
-        if self._deeds and deeds:
-            self._deeds.told(deeds)
+        if self._counters and counters:
+            self._counters.told(counters)
         if along and self.signs:
             self.signs.heard(along)
 

@@ -25,7 +25,7 @@ from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import UNREADABLE, figure, label
 from batchlab.core.protocol.seals import CommitKey, seal
 from batchlab.core.retry import Patience, heed_cancellation, set_within
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunsElsewhereError(BackendError):
     """LOSS_LIMIT workers have started the bundle, but some of them may be alive."""
 
 
-class Suspects:
+class PoisonDetector:
     """Poison detection of one worker."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Suspects:
         self._worker = worker
         self._stale_s = stale_s
         self._leaving = leaving
-        self._begun: dict[str, Hand] = {}
+        self._begun: dict[str, InflightMessage] = {}
         """In-flight messages whose start this worker has recorded, by execution."""
 
     async def keep(self) -> None:
@@ -90,61 +90,61 @@ class Suspects:
         for number in count(1):
             heed_cancellation()
             await asyncio.sleep(self._stale_s / 4)
-            for execution, hand in list(self._begun.items()):
+            for execution, inflight in list(self._begun.items()):
                 if execution not in self._begun:
                     continue
                 try:
-                    await self._write(hand, str(number))
+                    await self._write(inflight, str(number))
                 except BackendError as error:
                     log.warning("a start marker could not be renewed: %s", error)
 
-    async def outcome(self, hand: Hand) -> Outcome | None:
+    async def outcome(self, inflight: InflightMessage) -> Outcome | None:
         """Return the committed outcome of the bundle."""
-        return await committed(self._objects, hand.bundle, self._patience, hand.key)
+        return await committed(self._objects, inflight.bundle, self._patience, inflight.key)
 
-    async def verdict(self, hand: Hand) -> Outcome | None:
+    async def verdict(self, inflight: InflightMessage) -> Outcome | None:
         """Return the outcome of the bundle, or None if the bundle must run.
 
         Commit an outcome if the bundle must be halved or fails as poison. Raise RunsElsewhereError
         if that cannot be decided yet.
         """
-        bundle = hand.bundle
-        done = await self.outcome(hand)
+        bundle = inflight.bundle
+        done = await self.outcome(inflight)
         if done:
             return done
         judged: Outcome | None = None
         now_s = self._clock.now_s()
         if len(bundle.tasks) > 1:
-            if hand.suspicion > 1:
+            if inflight.suspicion > 1:
                 judged = settlement.bisect(
-                    bundle, execution=hand.execution, worker=self._worker, now_s=now_s
+                    bundle, execution=inflight.execution, worker=self._worker, now_s=now_s
                 )
         else:
-            killed = await self._killed(hand)
-            hand.alone = killed == settlement.LOSS_LIMIT - 1
+            killed = await self._killed(inflight)
+            inflight.alone = killed == settlement.LOSS_LIMIT - 1
             if killed >= settlement.LOSS_LIMIT:
                 judged = settlement.poisoned(
                     bundle,
                     f"killed its worker {killed} times: each started it and died without a result",
-                    execution=hand.execution,
+                    execution=inflight.execution,
                     worker=self._worker,
                     now_s=now_s,
                 )
         if judged is None:
             return None
-        return await commit(self._objects, judged, self._patience, hand.key)
+        return await commit(self._objects, judged, self._patience, inflight.key)
 
-    async def _killed(self, hand: Hand) -> int:
+    async def _killed(self, inflight: InflightMessage) -> int:
         """Return how many workers have started the bundle and, once they are enough, have died.
 
         A death is detected by an unchanged marker, not by its time, because clocks differ.
         """
-        bundle = hand.bundle
-        before = await self._starts(bundle, hand.key)
+        bundle = inflight.bundle
+        before = await self._starts(bundle, inflight.key)
         if len(before) < settlement.LOSS_LIMIT:
             return len(before)
         await set_within(self._leaving, self._stale_s)
-        after = await self._starts(bundle, hand.key)
+        after = await self._starts(bundle, inflight.key)
         dead = [one for one, seen in before.items() if one != self._worker and after[one] == seen]
         if len(dead) < settlement.LOSS_LIMIT or self._leaving.is_set():
             raise RunsElsewhereError(f"{bundle.id} may be running in one of {len(after)} workers")
@@ -175,47 +175,47 @@ class Suspects:
                 found[worker] |= seen
         return found
 
-    async def begin(self, hand: Hand) -> None:
+    async def begin(self, inflight: InflightMessage) -> None:
         """Record the start of a suspect bundle before it starts.
 
         If the worker dies between the record and the start, the start counts anyway.
         """
-        if len(hand.bundle.tasks) == 1:
-            self._begun[hand.execution] = hand
-            await self._patience(partial(self._write, hand))
+        if len(inflight.bundle.tasks) == 1:
+            self._begun[inflight.execution] = inflight
+            await self._patience(partial(self._write, inflight))
 
-    async def _write(self, hand: Hand, then: str = "") -> None:
-        name = object_keys.start(hand.bundle, hand.execution, hand.key, then)
-        data = marker(self._worker, self._clock.now_s(), name, hand.key)
+    async def _write(self, inflight: InflightMessage, then: str = "") -> None:
+        name = object_keys.start(inflight.bundle, inflight.execution, inflight.key, then)
+        data = marker(self._worker, self._clock.now_s(), name, inflight.key)
         # Only this worker uses the name, so an existing object is from an earlier try of this call.
         with suppress(AlreadyExists):
             await self._objects.put(name, data, if_absent=True)
 
-    def end(self, hand: Hand) -> None:
+    def end(self, inflight: InflightMessage) -> None:
         """Stop renewing the start marker, because the bundle has ended."""
-        self._begun.pop(hand.execution, None)
+        self._begun.pop(inflight.execution, None)
 
-    async def withdraw(self, hand: Hand) -> None:
+    async def withdraw(self, inflight: InflightMessage) -> None:
         """Withdraw the recorded start.
 
         The run ended without a fault of the task: the worker is leaving, or a service failed.
         """
-        self.end(hand)
-        if hand.suspicion and len(hand.bundle.tasks) == 1:
+        self.end(inflight)
+        if inflight.suspicion and len(inflight.bundle.tasks) == 1:
             try:
-                await self._write(hand, object_keys.WITHDRAWN)
+                await self._write(inflight, object_keys.WITHDRAWN)
             except BackendError as error:
                 # One start too many is counted. A task fails only after LOSS_LIMIT starts.
                 log.warning("its start marker could not be withdrawn: %s", error)
 
-    async def runs_elsewhere(self, hand: Hand, stale_s: float) -> bool:
+    async def runs_elsewhere(self, inflight: InflightMessage, stale_s: float) -> bool:
         """Return whether another worker still refreshes the running marker of the bundle."""
-        name = object_keys.running(hand.bundle, hand.key)
+        name = object_keys.running(inflight.bundle, inflight.key)
         try:
             data = await self._patience(partial(self._objects.get, name))
         except NotFound:
             return False
-        at_s = marked_s(data, name, hand.key)
+        at_s = marked_s(data, name, inflight.key)
         if at_s is None:
             log.warning("a running marker has a wrong seal and is ignored")
         return at_s is not None and self._clock.now_s() - at_s < stale_s

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.worker.child_process import Children, monotonic_s
-from batchlab.worker.code_cache import Library
+from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.execution import Execution
 from batchlab.worker.process_table import Sampler
 from batchlab.worker.resource_limits import TICK_S
@@ -44,7 +44,7 @@ class ProcessRunner:
         self._slots = asyncio.Semaphore(slots)
         self._cleaning: set[asyncio.Task[None]] = set()
         self._children = Children(scratch.root / "children", slots)
-        self._library = Library(objects, scratch, asyncio.to_thread)
+        self._code_cache = CodeCache(objects, scratch, asyncio.to_thread)
         self._sampler = Sampler(monotonic_s, TICK_S / 2)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
@@ -58,7 +58,7 @@ class ProcessRunner:
                 files=self._files,
                 clock=self._clock,
                 children=self._children,
-                library=self._library,
+                code_cache=self._code_cache,
                 sampler=self._sampler,
             )
             driver = asyncio.create_task(execution.drive())

@@ -29,7 +29,7 @@ def boot_s() -> float:
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
-class Board:
+class ChildState:
     """State of a child process in a shared page.
 
     Times are of the system's monotonic clock, which all processes of a machine share. Only the time

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from batchlab.core.errors import BackendError
 from batchlab.core.ports import Clock, Notice, Notices
 from batchlab.core.retry import heed_cancellation, set_within
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.work_handoff import Slots
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ LEAVE_S = 5.0
 """Seconds reserved to commit and return bundles after the last task has ended."""
 
 
-async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
+async def poll_notices(notices: Notices, leave: Callable[[Notice], None]) -> None:
     """Poll until there is a notice, then call `leave`.
 
     A failed poll is repeated. The log records the first failure and the recovery.
@@ -46,18 +46,22 @@ async def heed(notices: Notices, leave: Callable[[Notice], None]) -> None:
         await asyncio.sleep(POLL_S)
 
 
-class Departure:
+class Shutdown:
     """Drain of a worker. Waiting bundles are returned at once, and running tasks get a time limit.
 
-    `hands` has the in-flight messages and is shared with the worker's loop.
+    The worker's loop shares `inflight_messages`.
     """
 
     def __init__(
-        self, clock: Clock, drain_s: float, hands: Mapping[str, Hand], slots: Slots
+        self,
+        clock: Clock,
+        drain_s: float,
+        inflight_messages: Mapping[str, InflightMessage],
+        slots: Slots,
     ) -> None:
         self._clock = clock
         self._drain_s = drain_s
-        self._hands = hands
+        self._inflight = inflight_messages
         self._slots = slots
         self._left_s = drain_s
         self._due_s: float | None = None
@@ -82,10 +86,10 @@ class Departure:
 
     def hand_back(self) -> None:
         """Prevent further starts of tasks, and return waiting bundles."""
-        for hand in list(self._hands.values()):
-            hand.handle.stop = True
-            if hand.waiting:
-                self._slots.refuse(hand.waiting)
+        for inflight in list(self._inflight.values()):
+            inflight.handle.stop = True
+            if inflight.waiting:
+                self._slots.refuse(inflight.waiting)
 
     async def over(self, empty: asyncio.Event) -> None:
         """Wait until no message is in flight. Kill running tasks when the time is up."""
@@ -94,5 +98,5 @@ class Departure:
             await empty.wait()
 
     def _end(self) -> None:
-        for hand in list(self._hands.values()):
-            hand.handle.kill = True
+        for inflight in list(self._inflight.values()):
+            inflight.handle.kill = True

@@ -14,7 +14,7 @@ from batchlab.core import logs
 from batchlab.core.model import Bundle, Outcome, Ran
 from batchlab.core.ports import Clock
 from batchlab.core.tracing import Span, Tracer, trace_of
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 
 TASK_SPANS = 16
 
@@ -22,14 +22,16 @@ Ended = tuple[Ran, float]
 """A result and its end time in seconds since the epoch."""
 
 
-async def noted(runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock) -> AsyncIterator[Ran]:
+async def with_end_times(
+    runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock
+) -> AsyncIterator[Ran]:
     """Yield the results, and append each with its end time to `ended`."""
     async for ran in runs:
         ended.append((ran, clock.now_s()))
         yield ran
 
 
-def tell(
+def record_task_spans(
     tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float
 ) -> None:
     """Record totals in the span `running`, which began at `started_s`, and spans of tasks."""
@@ -60,22 +62,22 @@ FAILURES_LOGGED = 10
 """Most failed tasks of a bundle that get their own log line."""
 
 
-def about(hand: Hand) -> None:
+def set_log_fields(inflight: InflightMessage) -> None:
     """Add the bundle's ids to all further log lines of this asyncio task."""
-    bundle = hand.bundle
+    bundle = inflight.bundle
     alone = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
     logs.note(
         job=bundle.job,
         stage=bundle.stage,
         bundle=bundle.id,
         attempt=bundle.attempt,
-        execution=hand.execution,
-        trace=trace_of(hand.task.trace),
+        execution=inflight.execution,
+        trace=trace_of(inflight.task.trace),
         **alone,
     )
 
 
-def failures(outcome: Outcome) -> None:
+def log_failures(outcome: Outcome) -> None:
     """Log the failed attempts of an outcome."""
     for one in outcome.failed[:FAILURES_LOGGED]:
         what = f"{one.kind}: {one.error}" if one.error else one.kind

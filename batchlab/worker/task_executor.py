@@ -1,7 +1,7 @@
 """Executor of an execution's tasks, one after the other, in the calling process.
 
-Invariant: results are encoded and refer only to objects that `Done.uploads` stores. Every child
-process imports this module, so it imports only the standard library and light modules.
+Invariant: results are encoded and refer only to objects that `TaskResult.uploads` stores. Every
+child process imports this module, so it imports only the standard library and light modules.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOTHING: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-class Request(TypedDict):
+class ExecutionRequest(TypedDict):
     """Common data of an execution's tasks, as sent to a child."""
 
     handler: str | None
@@ -59,17 +59,17 @@ class Request(TypedDict):
     """Items and results may be any Python object (the Python API), not only JSON."""
 
 
-class Done(NamedTuple):
+class TaskResult(NamedTuple):
     """A task's result: its encoded value as JSON text, and files (path, key) to store first."""
 
     text: str
     uploads: list[tuple[str, str]]
 
 
-class Bench:
+class TaskExecutor:
     """Executor of tasks, which keeps the loaded handler. Raises Problem if it cannot be loaded."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: ExecutionRequest) -> None:
         self._request = request
         self._pickles = request["objects"]
         self._room = INLINE_WEIGHT
@@ -85,7 +85,7 @@ class Bench:
             values.encode_object if request["objects"] else values.encode
         )
 
-    def run(self, task: int, item: Json) -> Done:
+    def run(self, task: int, item: Json) -> TaskResult:
         """Run one task. `item` is encoded with local references. User exceptions propagate."""
         ctx = context(self._request, task)
         try:
@@ -93,7 +93,7 @@ class Bench:
                 item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx
             )
             if type(value) is int and not ctx.saved and -_SHORT < value < _SHORT:
-                return Done(str(value), _NOTHING)
+                return TaskResult(str(value), _NOTHING)
             return self._keep(value, ctx)
         finally:
             self.touched = ctx.touched
@@ -114,7 +114,7 @@ class Bench:
         request = self._request
         return commands.run(request["command"], request["stdout"], request["code"], item, ctx)
 
-    def _keep(self, value: Any, ctx: Context) -> Done:
+    def _keep(self, value: Any, ctx: Context) -> TaskResult:
         outputs = Outputs(f"{self._request['prefix']}{ctx.task}", ctx)
         try:
             for file in ctx.saved.values():
@@ -127,10 +127,10 @@ class Bench:
             text = outputs.value(text)
         else:
             self._room -= weight
-        return Done(text, outputs.uploads)
+        return TaskResult(text, outputs.uploads)
 
 
-def context(request: Request, task: int) -> Context:
+def context(request: ExecutionRequest, task: int) -> Context:
     """Return the context of the task with that index."""
     return Context(
         job=request["job"],

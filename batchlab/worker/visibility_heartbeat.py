@@ -21,7 +21,7 @@ from batchlab.core.ports import MAX_BATCH, Clock, Objects, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.retry import heed_cancellation
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.poison_detection import marker
 from batchlab.worker.settings import WorkerSettings
@@ -33,19 +33,19 @@ RETURN_S = 2.0
 outage must not move the message to the dead-letter queue."""
 
 
-class Tenure:
-    """Visibility heartbeat of the messages in `hands`, shared with the worker's loop."""
+class VisibilityHeartbeat:
+    """Visibility heartbeat of `inflight_messages`, which the worker's loop shares."""
 
     def __init__(
         self,
-        hands: dict[str, Hand],
+        inflight_messages: dict[str, InflightMessage],
         queue: Queue,
         objects: Objects,
         clock: Clock,
         outbox: Outbox,
         settings: WorkerSettings,
     ) -> None:
-        self._hands = hands
+        self._inflight = inflight_messages
         self._queue = queue
         self._objects = objects
         self._clock = clock
@@ -62,9 +62,9 @@ class Tenure:
             except BackendError as error:
                 # The next tick tries again. At least half of the timeout is left.
                 log.warning("visibility could not be extended: %s", error)
-            for hand in list(self._hands.values()):
+            for inflight in list(self._inflight.values()):
                 try:
-                    await self._hand_over(hand, job_of)
+                    await self._hand_over(inflight, job_of)
                 except BackendError as error:
                     log.warning("a long-running bundle could not be handed over yet: %s", error)
 
@@ -73,63 +73,65 @@ class Tenure:
         visibility_s = self._settings.visibility_s
         due = [
             h
-            for h in self._hands.values()
+            for h in self._inflight.values()
             if h.receipt is not None and now_s - h.extended_s >= visibility_s / 3 - 0.001
         ]
-        by_queue: dict[str, list[Hand]] = {}
-        for hand in due:
-            by_queue.setdefault(hand.queue, []).append(hand)
-        for name, hands in by_queue.items():
-            for i in range(0, len(hands), MAX_BATCH):
-                batch = hands[i : i + MAX_BATCH]
+        by_queue: dict[str, list[InflightMessage]] = {}
+        for inflight in due:
+            by_queue.setdefault(inflight.queue, []).append(inflight)
+        for name, inflight_messages in by_queue.items():
+            for i in range(0, len(inflight_messages), MAX_BATCH):
+                batch = inflight_messages[i : i + MAX_BATCH]
                 changes = [(h.receipt, visibility_s) for h in batch if h.receipt is not None]
                 refused = await self._queue.change_visibility(name, changes)
-                for hand in batch:
-                    hand.extended_s = now_s
-                    if hand.receipt in refused:
+                for inflight in batch:
+                    inflight.extended_s = now_s
+                    if inflight.receipt in refused:
                         # Another worker may have the message now. The run continues, because the
                         # first commit decides.
-                        hand.receipt = None
+                        inflight.receipt = None
 
     async def _hand_over(
-        self, hand: Hand, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
+        self, inflight: InflightMessage, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
     ) -> None:
         now_s = self._clock.monotonic_s()
-        if now_s - hand.received_s < self._settings.hand_over_s:
+        if now_s - inflight.received_s < self._settings.hand_over_s:
             return
-        if hand.marked_s is None or now_s - hand.marked_s >= self._settings.marker_s:
-            await self._mark(hand)
-        if hand.handed_over:
+        if inflight.marked_s is None or now_s - inflight.marked_s >= self._settings.marker_s:
+            await self._mark(inflight)
+        if inflight.handed_over:
             return
-        job = await job_of(hand.bundle.job, hand.task.key)
-        losses = hand.bundle.losses + hand.message.receive_count - 1
+        job = await job_of(inflight.bundle.job, inflight.task.key)
+        losses = inflight.bundle.losses + inflight.message.receive_count - 1
         message = address(
             job,
-            replace(hand.bundle, losses=losses),
-            hand.key,
+            replace(inflight.bundle, losses=losses),
+            inflight.key,
             delay_s=self._settings.watchdog_s,
             now_s=self._clock.now_s(),
             watchdog=True,
-            trace=hand.trace,
+            trace=inflight.trace,
         )
         await self._outbox.send([message])
-        hand.handed_over = True
-        receipt, hand.receipt = hand.receipt, None
+        inflight.handed_over = True
+        receipt, inflight.receipt = inflight.receipt, None
         if receipt is not None:
-            await self._outbox.delete(hand.queue, receipt)
+            await self._outbox.delete(inflight.queue, receipt)
 
-    async def _mark(self, hand: Hand) -> None:
-        name = object_keys.running(hand.bundle, hand.key)
-        await self._objects.put(name, marker(hand.execution, self._clock.now_s(), name, hand.key))
-        hand.marked_s = self._clock.monotonic_s()
+    async def _mark(self, inflight: InflightMessage) -> None:
+        name = object_keys.running(inflight.bundle, inflight.key)
+        await self._objects.put(
+            name, marker(inflight.execution, self._clock.now_s(), name, inflight.key)
+        )
+        inflight.marked_s = self._clock.monotonic_s()
 
-    async def give_back_later(self, hand: Hand) -> None:
+    async def give_back_later(self, inflight: InflightMessage) -> None:
         """Make the message visible again after a short delay."""
-        receipt, hand.receipt = hand.receipt, None
+        receipt, inflight.receipt = inflight.receipt, None
         if receipt is None:
             return
         try:
-            wait_s = RETURN_S * hand.message.receive_count
-            await self._queue.change_visibility(hand.queue, [(receipt, wait_s)])
+            wait_s = RETURN_S * inflight.message.receive_count
+            await self._queue.change_visibility(inflight.queue, [(receipt, wait_s)])
         except BackendError as error:
             log.warning("a message returns only when its visibility timeout ends: %s", error)

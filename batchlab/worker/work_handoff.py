@@ -16,49 +16,49 @@ from dataclasses import replace
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Json, Ran, TaskSet
 from batchlab.core.protocol.bundle_size import BUDGET_S
-from batchlab.worker.commit_and_forward import Closing
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.inflight_message import InflightMessage
 
 LOOK_S = 0.1
 """Seconds until the next check if no task is running at the moment."""
 
 
-class Shedding:
+class WorkHandoff:
     """Handoff of waiting tasks by one worker."""
 
-    def __init__(self, closing: Closing) -> None:
-        self._closing = closing
+    def __init__(self, finisher: BundleFinisher) -> None:
+        self._finisher = finisher
 
     async def run(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         items: Sequence[Json],
         started_s: float,
         runs: AsyncIterator[Ran],
     ) -> list[Ran]:
-        """Collect the results of the tasks that stay here: all tasks, or those of `hand.part`.
+        """Collect the results of the tasks that stay here: all tasks, or those of `inflight.part`.
 
         Raise BackendError if a committed outcome could not be forwarded.
         """
         ran: list[Ran] = []
-        watching = self._watch(hand, job, items, ran, started_s)
-        watch = asyncio.create_task(watching, name=f"shedding {hand.bundle.id}")
+        watching = self._watch(inflight, job, items, ran, started_s)
+        watch = asyncio.create_task(watching, name=f"handoff {inflight.bundle.id}")
         try:
             async for one in runs:
                 ran.append(one)  # noqa: PERF401 - `_watch` reads the list while it grows
         finally:
-            if not hand.shedding:
+            if not inflight.shedding:
                 watch.cancel()
             # Wait for a commit that is in progress.
             await asyncio.wait({watch})
-        if hand.shedding:
+        if inflight.shedding:
             watch.result()
-        return [one for one in ran if one.task in hand.bundle.tasks]
+        return [one for one in ran if one.task in inflight.bundle.tasks]
 
     async def _watch(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         items: Sequence[Json],
         ran: Sequence[Ran],
@@ -66,36 +66,36 @@ class Shedding:
     ) -> None:
         """Hand off the tasks behind the running one once the budget is used up."""
         await asyncio.sleep(BUDGET_S)
-        while (running := hand.handle.running) is None or not _after(hand, ran, running):
-            if hand.handle.stop or len(ran) >= len(hand.bundle.tasks):
+        while (running := inflight.handle.running) is None or not _after(inflight, ran, running):
+            if inflight.handle.stop or len(ran) >= len(inflight.bundle.tasks):
                 return
             await asyncio.sleep(LOOK_S)
-        if hand.handle.stop:
+        if inflight.handle.stop:
             return
-        hand.shedding = True
-        hand.handle.stop = True
-        await self._shed(hand, job, items, list(ran), _after(hand, ran, running), started_s)
+        inflight.shedding = True
+        inflight.handle.stop = True
+        await self._shed(inflight, job, items, list(ran), _after(inflight, ran, running), started_s)
 
     async def _shed(
         self,
-        hand: Hand,
+        inflight: InflightMessage,
         job: JobDef,
         items: Sequence[Json],
         ran: Sequence[Ran],
         rest: TaskSet,
         started_s: float,
     ) -> None:
-        bundle = hand.bundle
+        bundle = inflight.bundle
         kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
-        if await self._closing.shed(hand, job, started_s, ran, items, kept):
+        if await self._finisher.shed(inflight, job, started_s, ran, items, kept):
             # Set only after the commit: once a heartbeat names the part, the manager no longer
             # needs the message. If another worker's outcome counts, this run finds it at its end.
-            hand.part = kept
+            inflight.part = kept
 
 
-def _after(hand: Hand, ran: Sequence[Ran], running: int) -> TaskSet:
+def _after(inflight: InflightMessage, ran: Sequence[Ran], running: int) -> TaskSet:
     """Return the tasks that have not started. Tasks start in order."""
-    left = hand.bundle.tasks - TaskSet.of(r.task for r in ran)
+    left = inflight.bundle.tasks - TaskSet.of(r.task for r in ran)
     return left - TaskSet.span(0, running + 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from batchlab.core.model import Outcome
 
 
-class Deeds:
+class WorkerCounters:
     """Counters of one worker."""
 
     def __init__(self) -> None:

@@ -482,7 +482,7 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     """Finding 6: values beyond the bound are stored apart, and tracebacks are left out."""
     monkeypatch.setattr(task_executor, "INLINE_WEIGHT", 2_000)
     monkeypatch.setattr(handlers, "load", lambda *_: lambda item, _: "x" * item)
-    request = task_executor.Request(
+    request = task_executor.ExecutionRequest(
         handler="m:f",
         function=None,
         command=[],
@@ -497,7 +497,7 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
         prefix="files/x/",
         objects=False,
     )
-    made = task_executor.Bench(request)
+    made = task_executor.TaskExecutor(request)
     done = [made.run(task, 900) for task in range(4)] + [made.run(4, 3)]
     assert [bool(one.uploads) for one in done] == [False, False, True, True, False]
     long = replace(FAILURE, traceback="x" * 12_000, final=True)

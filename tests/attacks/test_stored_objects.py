@@ -91,7 +91,7 @@ def readers() -> dict[str, Reader]:
         "spec": (spec_object.to_bytes(FULL, opening), spec, lambda v: spec_object.to_bytes(*v)),
         "schedule": (model.to_bytes(SCHEDULE), model.from_bytes, model.to_bytes),
         "tails": (live_logs.to_bytes([TAIL]), live_logs.from_bytes, live_logs.to_bytes),
-        "environment": (there(environment.here()), document(environment.from_json), there),
+        "environment": (there(environment.current()), document(environment.from_json), there),
     }
 
 
@@ -148,7 +148,7 @@ def test_an_environment_that_cannot_be_read_is_not_known() -> None:
 
         for data in GARBAGE:
             await objects.put(object_keys.environment("w-1"), data)
-            assert await environment.of(objects, "w-1", once) is None  # type: ignore[arg-type]
+            assert await environment.load(objects, "w-1", once) is None  # type: ignore[arg-type]
 
     asyncio.run(main())
 

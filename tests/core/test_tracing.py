@@ -236,7 +236,7 @@ def test_a_bundle_has_so_many_spans_however_many_tasks(environment: pytest.Monke
     with Receiver() as receiver:
         tracer = opened(receiver.url, environment)
         running = tracer.begin("run", ABOVE, bundle, start_s=20.0)
-        traced.tell(tracer, running, bundle, ended, 20.0)
+        traced.record_task_spans(tracer, running, bundle, ended, 20.0)
         running.end()
         asyncio.run(tracer.close())
         spans = receiver.spans()

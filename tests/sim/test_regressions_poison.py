@@ -23,8 +23,8 @@ from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S
 from batchlab.sim.tasks import Fates, Play, Scene, value_of
 from batchlab.sim.world import World
-from batchlab.worker.inflight_message import Hand
-from batchlab.worker.poison_detection import Suspects
+from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker.poison_detection import PoisonDetector
 from tests.support.sim.scenes import (
     A,
     around,
@@ -44,14 +44,14 @@ def suspect(task: int) -> Bundle:
     return Bundle(JobId("job"), A, TaskSet.of([task]), losses=1)
 
 
-def in_hand(bundle: Bundle, execution: str) -> Hand:
+def in_hand(bundle: Bundle, execution: str) -> InflightMessage:
     message = Message("m", "", "receipt", 1, 0.0, 0.0)
-    return Hand("tasks", message, TaskMessage(bundle), execution, 0.0, 0.0, "receipt")
+    return InflightMessage("tasks", message, TaskMessage(bundle), execution, 0.0, 0.0, "receipt")
 
 
-def beginner(world: World, worker: str) -> Suspects:
+def beginner(world: World, worker: str) -> PoisonDetector:
     patience = Patience(random.Random(1))
-    return Suspects(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
+    return PoisonDetector(world.objects, world.clock, patience, worker, STALE_S, asyncio.Event())
 
 
 def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
@@ -73,12 +73,12 @@ def test_a_start_that_is_withdrawn_while_it_is_renewed_does_not_come_back(
         around(monkeypatch, world.objects, "put", put)
         for number in range(LOSS_LIMIT):
             renewing.clear()
-            suspects, hand = beginner(world, f"w{number}"), in_hand(bundle, f"w{number}-1")
-            await suspects.begin(hand)
+            suspects, inflight = beginner(world, f"w{number}"), in_hand(bundle, f"w{number}-1")
+            await suspects.begin(inflight)
             keeper = asyncio.create_task(suspects.keep())
             while not renewing:
                 await asyncio.sleep(1)
-            await suspects.withdraw(hand)
+            await suspects.withdraw(inflight)
             await asyncio.sleep(STALE_S)
             keeper.cancel()
         keys = [one.key async for page in world.objects.list("jobs/") for one in page]
@@ -171,11 +171,13 @@ def test_who_waits_in_vain_for_a_whole_worker_leaves_the_rest_of_it_to_others(
     """A suspect that could not have all slots kept the worker from receiving: two stood idle until
     somebody ended."""
     lasts_s = {"neighbour": 4000.0, "suspect": 3500.0}
-    suspicion = Hand.suspicion
+    suspicion = InflightMessage.suspicion
     monkeypatch.setattr(
-        Hand,
+        InflightMessage,
         "suspicion",
-        property(lambda hand: 1 if hand.bundle.job == "suspect" else suspicion.__get__(hand)),
+        property(
+            lambda inflight: 1 if inflight.bundle.job == "suspect" else suspicion.__get__(inflight)
+        ),
     )
 
     async def act(world: World) -> None:

@@ -15,7 +15,7 @@ from batchlab.core.errors import NotFound
 from batchlab.core.protocol import object_keys
 from batchlab.sim.runtime_checks import Violated
 from batchlab.sim.world import WORKER, World
-from batchlab.worker.visibility_heartbeat import RETURN_S, Tenure
+from batchlab.worker.visibility_heartbeat import RETURN_S, VisibilityHeartbeat
 from tests.support.sim.scenes import A, around, ends_well, in_world, job, stage, takes
 
 VISIBILITY_S = 3 * RETURN_S
@@ -53,10 +53,10 @@ def test_a_message_that_nobody_extends_runs_out_also_where_the_timeout_is_short(
 ) -> None:
     """The excuse of one that is given back is none for one that is forgotten."""
 
-    async def forget(self: Tenure) -> None:
+    async def forget(self: VisibilityHeartbeat) -> None:
         """No heartbeat."""
 
-    monkeypatch.setattr(Tenure, "_extend", forget)
+    monkeypatch.setattr(VisibilityHeartbeat, "_extend", forget)
 
     async def act(world: World) -> None:
         await ends_well(world, job(stage(A), items=1))

@@ -16,7 +16,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import EPOCH_S, WORKER, SimWorker, World
 from batchlab.worker.heartbeats import Identity
 from batchlab.worker.loop import Worker
-from batchlab.worker.shutdown import LEAVE_S, POLL_S, heed
+from batchlab.worker.shutdown import LEAVE_S, POLL_S, poll_notices
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
 
 POOLS = (Pool("default", 2, 2, 1),)
@@ -183,7 +183,7 @@ def test_it_is_asked_every_five_seconds_until_there_is_a_notice() -> None:
     script = Script(None, None, None, Notice("the end"))
     heard: list[Notice] = []
     loop = SimLoop()
-    loop.run(heed(script, heard.append))
+    loop.run(poll_notices(script, heard.append))
     assert heard == [Notice("the end")]
     assert script.asked_s == [0.0, POLL_S, 2 * POLL_S, 3 * POLL_S]
 
@@ -195,7 +195,7 @@ def test_who_does_not_answer_is_asked_again_and_named_once(
     script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
     heard: list[Notice] = []
     with caplog.at_level(logging.INFO, "batchlab.worker.shutdown"):
-        SimLoop().run(heed(script, heard.append))
+        SimLoop().run(poll_notices(script, heard.append))
     assert heard == [Notice("the end", 5.0)]
     said = [record.getMessage() for record in caplog.records]
     assert sum("No metadata service answers" in line for line in said) == 2
@@ -205,4 +205,4 @@ def test_who_does_not_answer_is_asked_again_and_named_once(
 
 def test_a_bug_in_who_is_asked_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
-        SimLoop().run(heed(Script(ZeroDivisionError()), lambda _: None))
+        SimLoop().run(poll_notices(Script(ZeroDivisionError()), lambda _: None))

@@ -16,7 +16,7 @@ import pytest
 from batchlab import Grid
 from batchlab.core.errors import TaskFailed
 from batchlab.worker.process_table import table
-from batchlab.worker.shared_memory import Board
+from batchlab.worker.shared_memory import ChildState
 from tests.support.grid.failing_tasks import (
     Quick,
     Ran,
@@ -169,7 +169,7 @@ def _folders_of(group: int) -> list[Path]:
 
 
 def _hangs(folder: Path) -> bool:
-    with closing(Board(folder / "board")) as board:
+    with closing(ChildState(folder / "board")) as board:
         return board.task == 0
 
 

@@ -27,10 +27,10 @@ from batchlab.core.retry import Patience
 from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.commit_and_forward import Closing
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.outbox import Outbox
-from batchlab.worker.worker_counters import Deeds
+from batchlab.worker.worker_counters import WorkerCounters
 
 STAGE = StageName("map")
 STAGES = (StageDef(STAGE, handler="m:f", retry=RetryRule(attempts=2)),)
@@ -88,37 +88,44 @@ class Rig:
     """One worker's way out, and a bundle of six tasks in its hand, of which two have run."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.objects, self.sent, self.deeds, self.spans = SimObjects(), Sent(), Deeds(), Spans()
+        self.objects, self.sent, self.counters, self.spans = (
+            SimObjects(),
+            Sent(),
+            WorkerCounters(),
+            Spans(),
+        )
         self.clock = SimClock(loop, 1_700_000_000.0)
         self.patience = Patience(Random(1), limit_s=0.0)
-        self.hands: dict[str, Hand] = {}
+        self.inflight_messages: dict[str, InflightMessage] = {}
 
-    def closing(self, worker: str) -> Closing:
+    def finisher(self, worker: str) -> BundleFinisher:
         queue = cast(Queue, self.sent)
-        outbox = Outbox(queue, self.patience, deeds=self.deeds)
-        return Closing(
+        outbox = Outbox(queue, self.patience, counters=self.counters)
+        return BundleFinisher(
             worker=worker,
-            hands=self.hands,
+            inflight_messages=self.inflight_messages,
             objects=self.objects,
             queue=queue,
             clock=self.clock,
             patience=self.patience,
             outbox=outbox,
-            deeds=self.deeds,
+            counters=self.counters,
             tracer=self.spans,
         )
 
-    def hand(self, execution: str) -> Hand:
+    def inflight(self, execution: str) -> InflightMessage:
         message = Message("m-1", "", "receipt", 1, 1.0, 1.0)
-        hand = Hand("tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt")
-        hand.trace = ABOVE
-        hand.handle.log_spans += [(0, 0, 3), (1, 3, 6)]
-        self.hands[execution] = hand
-        return hand
+        inflight = InflightMessage(
+            "tasks-default", message, TaskMessage(BUNDLE), execution, 1.0, 1.0, "receipt"
+        )
+        inflight.trace = ABOVE
+        inflight.handle.log_spans += [(0, 0, 3), (1, 3, 6)]
+        self.inflight_messages[execution] = inflight
+        return inflight
 
     async def shed(self, worker: str) -> bool:
-        hand = self.hand(f"{worker}-1")
-        return await self.closing(worker).shed(hand, JOB, 1.0, RAN, ITEMS, KEPT)
+        inflight = self.inflight(f"{worker}-1")
+        return await self.finisher(worker).shed(inflight, JOB, 1.0, RAN, ITEMS, KEPT)
 
 
 def in_rig(act: Callable[[Rig], Coroutine[None, None, None]]) -> None:
@@ -144,12 +151,14 @@ def test_what_is_shed_is_committed_told_of_and_traced_as_a_whole_bundle_is(
         told = {task: item for pair in pairs for task, item in pair}
         assert told == {1: "b", 3: "d", 4: "e", 5: "f"}, "what is kept needs no message"
         assert rig.sent.events[-1].outcomes == (outcome,)
-        assert rig.hands["w-1-1"].receipt == "receipt", "whoever gets it forwards once more"
+        assert rig.inflight_messages["w-1-1"].receipt == "receipt", (
+            "whoever gets it forwards once more"
+        )
         # Each hop is a span of its own, and what follows goes on below the last one.
         assert rig.spans.names == ["commit", "forward"]
         assert {message.trace for message in rig.sent.tasks} == {BELOW}
         assert rig.sent.events[-1].traces == ((JOB.id, STAGE, BUNDLE.id, BELOW),)
-        assert rig.deeds.news() == {"retried.exception": 1}
+        assert rig.counters.news() == {"retried.exception": 1}
 
     in_rig(act)
     (line,) = [one for one in caplog.records if "the task failed" in one.message]

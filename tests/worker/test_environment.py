@@ -20,7 +20,7 @@ PATIENCE = Patience(random.Random(0), limit_s=0.0)
 def test_it_says_what_is_installed_and_never_what_a_variable_holds() -> None:
     secret = "hunter2-very-secret"
     environ = {"DB_PASSWORD": secret, "TZ": "UTC", "AWS_SECRET_ACCESS_KEY": secret, "TERM": "x"}
-    found = environment.here(environ, image="sha256:1")
+    found = environment.current(environ, image="sha256:1")
     assert found.minor == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert found.packages["pyyaml"] == version("pyyaml")
     assert found.variables == ("DB_PASSWORD",)
@@ -40,21 +40,21 @@ def test_the_first_installed_version_counts_as_it_does_for_an_import(tmp_path: P
 def test_it_is_stored_once_per_worker_and_read_back() -> None:
     async def main() -> None:
         objects = SimObjects()
-        found = environment.here({"MODEL": "x"})
+        found = environment.current({"MODEL": "x"})
         await environment.record(objects, "w-1", found, PATIENCE)
-        assert await environment.of(objects, "w-1", PATIENCE) == found
-        assert await environment.of(objects, "w-2", PATIENCE) is None
+        assert await environment.load(objects, "w-1", PATIENCE) == found
+        assert await environment.load(objects, "w-2", PATIENCE) is None
 
     asyncio.run(main())
 
 
 def test_a_later_batchlabs_record_can_be_read() -> None:
-    doc = {**environment.to_json(environment.here({})), "moon": "full"}
-    assert environment.from_json(doc) == environment.here({})
+    doc = {**environment.to_json(environment.current({})), "moon": "full"}
+    assert environment.from_json(doc) == environment.current({})
 
 
 def test_differences_are_named_and_sameness_is_not() -> None:
-    now = environment.here({"TZ": "UTC"})
+    now = environment.current({"TZ": "UTC"})
     assert environment.differences(now, now) == []
     there = replace(
         now,

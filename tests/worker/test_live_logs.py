@@ -27,9 +27,9 @@ from batchlab.manager.state import LiveJob, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import task_log
-from batchlab.worker.inflight_message import Hand
-from batchlab.worker.job_cache import CLOCKS_S, Controls
-from batchlab.worker.live_logs import WORKER_BYTES, Tails
+from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker.job_cache import CLOCKS_S, ControlPoller
+from batchlab.worker.live_logs import WORKER_BYTES, LiveLogs
 from batchlab.worker.runner import Peek
 from tests.support.no_fleet import NoFleet
 
@@ -65,15 +65,17 @@ class Bucket(SimObjects):
 class Talk:
     """A task that has printed `data`."""
 
-    def __init__(self, hands: dict[str, Hand], task: int, job: JobId = JOB) -> None:
+    def __init__(
+        self, inflight_messages: dict[str, InflightMessage], task: int, job: JobId = JOB
+    ) -> None:
         self.data = b""
         self.task: int | None = task
         bundle = Bundle(job, StageName("talk"), TaskSet.of([task]), attempt=2)
         message = Message("m", "", "r", 1, 0.0, 0.0)
-        hand = Hand("q", message, TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
-        hand.running = True
-        hand.handle.peek = self.peek
-        hands[hand.execution] = hand
+        inflight = InflightMessage("q", message, TaskMessage(bundle), f"w-1-{task}", 0.0, 0.0, "r")
+        inflight.running = True
+        inflight.handle.peek = self.peek
+        inflight_messages[inflight.execution] = inflight
 
     def peek(self, most: int) -> Peek | None:
         if self.task is None:
@@ -85,10 +87,10 @@ class Talk:
 def test_nobody_pays_where_nobody_looks() -> None:
     async def main() -> None:
         objects = Bucket()
-        hands: dict[str, Hand] = {}
-        talk = Talk(hands, 3)
-        other = Talk(hands, 4, JobId("other-0123456789"))
-        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        inflight_messages: dict[str, InflightMessage] = {}
+        talk = Talk(inflight_messages, 3)
+        other = Talk(inflight_messages, 4, JobId("other-0123456789"))
+        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
         keeping = asyncio.create_task(tails.keep())
         talk.data = other.data = b"secret of nobody"
         await asyncio.sleep(3600)
@@ -123,11 +125,11 @@ def test_nobody_pays_where_nobody_looks() -> None:
 def test_a_talkative_worker_stores_the_ends_only() -> None:
     async def main() -> None:
         objects = Bucket()
-        hands: dict[str, Hand] = {}
-        talks = [Talk(hands, task) for task in range(16)]
+        inflight_messages: dict[str, InflightMessage] = {}
+        talks = [Talk(inflight_messages, task) for task in range(16)]
         for talk in talks:
             talk.data = b"a" * 100_000 + b"end"
-        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
         keeping = asyncio.create_task(tails.keep())
         tails.asked(JOB)
         await asyncio.sleep(0.1)
@@ -149,9 +151,9 @@ def test_a_talkative_worker_stores_the_ends_only() -> None:
 def test_a_bucket_that_is_away_costs_a_step_and_no_worker() -> None:
     async def main() -> None:
         objects = Bucket()
-        hands: dict[str, Hand] = {}
-        Talk(hands, 0).data = b"hello"
-        tails = Tails("w-1", hands, objects, _clock(), every_s=EVERY_S)
+        inflight_messages: dict[str, InflightMessage] = {}
+        Talk(inflight_messages, 0).data = b"hello"
+        tails = LiveLogs("w-1", inflight_messages, objects, _clock(), every_s=EVERY_S)
         keeping = asyncio.create_task(tails.keep())
         objects.away = True
         tails.asked(JOB)
@@ -171,7 +173,7 @@ def test_the_request_comes_with_the_word_that_is_read_anyway() -> None:
         asked: list[JobId] = []
         word = json_format.Word(Control.RUN)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
-        controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
+        controls = ControlPoller(objects, _clock(), 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert not asked
         await objects.put(
@@ -203,7 +205,7 @@ def test_who_has_asked_long_ago_is_not_heard_by_a_worker_that_comes_now(
         asked: list[JobId] = []
         word = json_format.Word(Control.RUN, tail=7, tail_s=clock.now_s() - ago_s)
         await objects.put(object_keys.control(JOB), json_format.word_to_bytes(word))
-        controls = Controls(objects, clock, 1.0, lambda *_: None, asked.append)
+        controls = ControlPoller(objects, clock, 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert asked == [JOB] * is_heard
         # What comes while it looks on is news, whatever the clocks say.
@@ -228,7 +230,7 @@ def test_the_request_of_an_earlier_manager_says_no_time_and_is_heard() -> None:
         objects = SimObjects()
         asked: list[JobId] = []
         await objects.put(object_keys.control(JOB), b'{"v":1,"control":"run","tail":3}')
-        controls = Controls(objects, _clock(), 1.0, lambda *_: None, asked.append)
+        controls = ControlPoller(objects, _clock(), 1.0, lambda *_: None, asked.append)
         await controls.look(JOB)
         assert asked == [JOB]
 

@@ -23,7 +23,7 @@ from batchlab.worker.loop import Worker
 from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox
 from batchlab.worker.runner import Runner
 from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.worker_counters import Deeds
+from batchlab.worker.worker_counters import WorkerCounters
 
 JOB, STAGE = JobId("sums-1"), StageName("map")
 
@@ -62,16 +62,16 @@ def outcome(execution: str) -> Outcome:
     return settlement.sealed(bundle, execution=execution, worker="w-1", now_s=1.0)
 
 
-def made() -> tuple[Sent, Deeds, Outbox]:
-    sent, deeds = Sent(), Deeds()
+def made() -> tuple[Sent, WorkerCounters, Outbox]:
+    sent, counters = Sent(), WorkerCounters()
     patience = Patience(Random(1), limit_s=0.0)
-    return sent, deeds, Outbox(cast(Queue, sent), patience, deeds=deeds)
+    return sent, counters, Outbox(cast(Queue, sent), patience, counters=counters)
 
 
 def test_what_could_not_be_sent_is_told_with_the_next_event() -> None:
     async def main() -> None:
-        sent, deeds, outbox = made()
-        deeds.committed(outcome("w-1-1"), outcome("w-2-1"))
+        sent, counters, outbox = made()
+        counters.committed(outcome("w-1-1"), outcome("w-2-1"))
         outbox.met_twice(duplicate(1))
         sent.away = True
         for number in (1, 2):
@@ -91,7 +91,7 @@ def test_what_could_not_be_sent_is_told_with_the_next_event() -> None:
 
 def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
     async def main() -> None:
-        sent, deeds, outbox = made()
+        sent, counters, outbox = made()
         begun, goes_on, send = asyncio.Event(), asyncio.Event(), sent.send
 
         async def slow(queue: str, messages: Sequence[Outgoing]) -> None:
@@ -100,11 +100,11 @@ def test_what_comes_while_a_send_is_under_way_is_told_by_the_next_one() -> None:
             await send(queue, messages)
 
         sent.send = slow  # type: ignore[method-assign]
-        deeds.committed(outcome("w-1-1"), outcome("w-2-1"))
+        counters.committed(outcome("w-1-1"), outcome("w-2-1"))
         outbox.met_twice(duplicate(1))
         first = asyncio.create_task(outbox.event(beat(1)))
         await begun.wait()
-        deeds.committed(outcome("w-1-2"), outcome("w-2-2"))
+        counters.committed(outcome("w-1-2"), outcome("w-2-2"))
         outbox.met_twice(duplicate(2))
         goes_on.set()
         await first

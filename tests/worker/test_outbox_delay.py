@@ -18,8 +18,8 @@ from batchlab.core.retry import STEP_BACK_S, Patience
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.execution import gathering_s
-from batchlab.worker.heartbeats import MOMENT_S, Beats, Identity
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.heartbeats import MOMENT_S, Heartbeats, Identity
+from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.outbox import LINGER_S, Outbox
 from batchlab.worker.settings import WorkerSettings
 
@@ -36,20 +36,24 @@ class World:
     """A worker's outbox and beats before an events queue, in virtual time."""
 
     loop: SimLoop = field(default_factory=lambda: SimLoop(inline_executor=True))
-    hands: dict[str, Hand] = field(default_factory=dict)
+    inflight_messages: dict[str, InflightMessage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clock = SimClock(self.loop, 1e9)
         self.queue = SimQueue(self.clock, Random(1))
         self.outbox = Outbox(self.queue, Patience(Random(1)))
         who = Identity("w-1", "i-1", "default", 1)
-        self.beats = Beats(who, self.hands, self.outbox, self.clock, WorkerSettings())
+        self.beats = Heartbeats(
+            who, self.inflight_messages, self.outbox, self.clock, WorkerSettings()
+        )
 
     def take(self, task: int) -> None:
         bundle = Bundle(JOB, STAGE, TaskSet.of([task]))
         message = Message(f"m-{task}", "", f"r-{task}", 1, 0.0, 0.0)
-        taken = Hand("tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7")
-        self.hands[str(task)] = taken
+        taken = InflightMessage(
+            "tasks-default", message, TaskMessage(bundle), "w-1-7", 0.0, 0.0, "r-7"
+        )
+        self.inflight_messages[str(task)] = taken
         self.beats.due()
 
     async def heard(self) -> list[Events]:
@@ -111,7 +115,7 @@ def test_what_is_held_is_told_along_with_an_outcome_and_not_once_more() -> None:
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
         # A change is still told by itself.
-        world.hands.clear()
+        world.inflight_messages.clear()
         world.beats.due()
         await asyncio.sleep(WorkerSettings().beat_gap_s)
         (events,) = await world.heard()

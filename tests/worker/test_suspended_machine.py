@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.clock import WallClock
-from batchlab.worker.shared_memory import Board
+from batchlab.worker.shared_memory import ChildState
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")
@@ -20,7 +20,7 @@ def test_a_lease_runs_out_while_the_machine_is_suspended(
     suspended_s = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     monkeypatch.setattr(time, "clock_gettime", lambda _clock: 100.0 + suspended_s)
-    board = Board(tmp_path / "board", create=True)
+    board = ChildState(tmp_path / "board", create=True)
     clock = WallClock()
     board.allow(stop=False, until_s=clock.monotonic_s() + 5.0)
     assert board.may_start()

@@ -24,8 +24,8 @@ from pathlib import Path
 from batchlab.client.debug import debuggers, foreground, verdict
 from batchlab.client.debug.task_folder import Ended, Told, Unknown, read, write_ended
 from batchlab.worker import handlers
-from batchlab.worker.shared_memory import IMPORTING, Board
-from batchlab.worker.task_executor import Bench
+from batchlab.worker.shared_memory import IMPORTING, ChildState
+from batchlab.worker.task_executor import TaskExecutor
 
 _PR_SET_PDEATHSIG = 1
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, code)
     told.clean()
     os.chdir(told.request["cwd"])
-    ended = run(told, debugger, Board(told.board) if given.supervised else None)
+    ended = run(told, debugger, ChildState(told.board) if given.supervised else None)
     os.chdir(told.folder)
     write_ended(told.folder, ended)
     if not given.supervised:
@@ -99,7 +99,7 @@ def _keep_back(passed: Sequence[str]) -> None:
         _say(foreground.told(names))
 
 
-def run(told: Told, debugger: debuggers.Debugger, board: Board | None) -> Ended:
+def run(told: Told, debugger: debuggers.Debugger, board: ChildState | None) -> Ended:
     """Run the task, and let the debugger have what it raises."""
     began_s = time.monotonic()
 
@@ -114,7 +114,7 @@ def run(told: Told, debugger: debuggers.Debugger, board: Board | None) -> Ended:
 
     mark(IMPORTING)
     try:
-        bench = Bench(told.request)
+        executor = TaskExecutor(told.request)
     except handlers.Problem as problem:
         rest()
         _tell(problem.fault)
@@ -125,16 +125,16 @@ def run(told: Told, debugger: debuggers.Debugger, board: Board | None) -> Ended:
     mark(told.task)
     try:
         with debugger.around(told):
-            done = bench.run(told.task, told.item)
+            done = executor.run(told.task, told.item)
     except LEFT as error:
         rest()
         if (told.failure or {}).get("error") == type(error).__name__:
-            return Ended(bench.explain(error), run_s=time.monotonic() - began_s)
+            return Ended(executor.explain(error), run_s=time.monotonic() - began_s)
         return Ended(left=True)
     except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
         run_s = time.monotonic() - began_s
         rest()
-        fault = bench.explain(error)
+        fault = executor.explain(error)
         _tell(fault)
         debugger.failed(None if isinstance(error, handlers.Problem) else error)
         return Ended(fault, run_s=run_s)

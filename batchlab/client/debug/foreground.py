@@ -36,7 +36,7 @@ from batchlab.worker.environment import is_harmless
 from batchlab.worker.handlers import Problem, fault
 from batchlab.worker.process_table import family, table
 from batchlab.worker.resource_limits import Limits
-from batchlab.worker.shared_memory import Board
+from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
@@ -102,7 +102,7 @@ class How:
 def run(told: Told, how: How) -> Ended:
     """Run it to its end, in a process of its own."""
     (told.folder / ENDED).unlink(missing_ok=True)
-    board = Board(told.board, create=True)
+    board = ChildState(told.board, create=True)
     with _left_to_it():
         process = subprocess.Popen(
             argv(told, how),
@@ -142,7 +142,7 @@ def _left_to_it() -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class _Watched:
     pid: int
-    board: Board
+    board: ChildState
 
 
 class _Memory:

@@ -25,7 +25,7 @@ from batchlab.core.task_names import task_name
 from batchlab.jobs import attempts
 from batchlab.jobs.attempts import Attempt
 from batchlab.worker import environment, materialization
-from batchlab.worker.code_cache import Library
+from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.environment import Environment
 from batchlab.worker.handlers import Problem
 from batchlab.worker.runner import Scratch, Work
@@ -152,7 +152,7 @@ async def _bring(
         raise _gone("input", stage, task, error.message) from error
     there = None
     if attempt:
-        there = await environment.of(reading, attempt.outcome.worker, patience)
+        there = await environment.load(reading, attempt.outcome.worker, patience)
     told = await _fetched(reading, job, bundle, item, folder, attempt, there)
     write(told)
     (folder / object_keys.MADE).touch()
@@ -190,12 +190,12 @@ async def _fetched(
 ) -> Told:
     step, task = job.stage(bundle.stage), bundle.tasks.first
     layout = _Layout(folder)
-    library = Library(reading, layout, asyncio.to_thread)
+    code_cache = CodeCache(reading, layout, asyncio.to_thread)
     work = Work(job, step, bundle, "again", [item])
     try:
-        _, code = await library.code(job.code)
+        _, code = await code_cache.code(job.code)
         key = materialization.function_key(work)
-        function = await library.function(key) if key else None
+        function = await code_cache.function(key) if key else None
     except Problem as problem:
         raise _gone("code", bundle.stage, task, problem.fault["reason"]) from problem
     execution = layout.execution("")
@@ -237,7 +237,7 @@ def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bo
             f"Nothing is known of the surroundings of its worker {attempt.outcome.worker}: it has "
             "stored none, or they have expired."
         )
-    if is_pickled and there and there.minor != environment.here().minor:
+    if is_pickled and there and there.minor != environment.current().minor:
         notes.append(
             f"Its function was pickled for Python {there.minor}, which no other version is sure to "
             "run."

@@ -26,7 +26,7 @@ from batchlab.core.model import Json
 from batchlab.core.protocol import json_format, values
 from batchlab.core.task_context import Context
 from batchlab.core.task_names import task_name
-from batchlab.worker.task_executor import Request, context
+from batchlab.worker.task_executor import ExecutionRequest, context
 
 VERSION = 1
 TASK, ENDED, README, RUN, BOARD = "task.json", "ended.json", "README.md", "run.py", "board"
@@ -52,7 +52,7 @@ class Told:
     task: int
     attempt: int
     round: int
-    request: Request
+    request: ExecutionRequest
     item: Json
     timeout_s: float | None = None
     memory_bytes: int | None = None

@@ -110,7 +110,7 @@ def _result(told: Told, ended: Ended) -> str:
 def _differences(told: Told, environ: Mapping[str, str]) -> list[str]:
     if told.there is None:
         return []
-    return environment.differences(environment.from_json(told.there), environment.here(environ))
+    return environment.differences(environment.from_json(told.there), environment.current(environ))
 
 
 def text(told: Told, given: str) -> str:
@@ -145,7 +145,7 @@ def text(told: Told, given: str) -> str:
     if told.there:
         there = environment.from_json(told.there)
         lines += ["", f"Its worker: {there}."]
-        if different := environment.differences(there, environment.here()):
+        if different := environment.differences(there, environment.current()):
             lines += ["", *(f"- {one}" for one in different)]
     if told.notes:
         lines += ["", *(f"- {one}" for one in told.notes)]

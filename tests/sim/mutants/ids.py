@@ -20,8 +20,8 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.protocol import settlement
-from batchlab.worker.commit_and_forward import Closing
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.inflight_message import InflightMessage
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -62,25 +62,25 @@ def id_by_the_first_task(plant: Plant) -> None:
 def retry_counts_worker_loss(plant: Plant) -> None:
     """A delivery that ended without an outcome counts as one of the task's own attempts. A task
     that would have succeeded at its next try is FAILED (attempts)."""
-    original = Closing.commit
+    original = BundleFinisher.commit
 
-    @plant.method(Closing, "commit")
+    @plant.method(BundleFinisher, "commit")
     async def commit(
-        self: Closing,
-        hand: Hand,
+        self: BundleFinisher,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
         *,
         cancelled: bool = False,
     ) -> Outcome:
-        lost = hand.suspicion
+        lost = inflight.suspicion
         stages = tuple(
             replace(stage, retry=replace(stage.retry, attempts=stage.retry.attempts - lost))
             for stage in job.stages
         )
         less = replace(job, stages=stages)
-        return await original(self, hand, less, started_s, ran, cancelled=cancelled)
+        return await original(self, inflight, less, started_s, ran, cancelled=cancelled)
 
 
 @planted("I1", "I2", "I3", "I7")

@@ -31,7 +31,7 @@ from batchlab.manager.events.collector import Collector, EventVerifier
 from batchlab.manager.jobs import admission
 from batchlab.manager.scaling.unresponsive_workers import WorkEvidence
 from batchlab.manager.scaling.worker_registry import InstanceKeys, WorkerRegistry
-from batchlab.worker.job_cache import Jobs
+from batchlab.worker.job_cache import JobCache
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -139,8 +139,8 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
     """A worker runs each message that it receives. Any worker can make another one run and commit
     work that no manager has sent (I8)."""
 
-    @plant.method(Jobs, "_known")
-    def _known(self: Jobs, job: JobId, key: CommitKey) -> JobDef | None:
+    @plant.method(JobCache, "_known")
+    def _known(self: JobCache, job: JobId, key: CommitKey) -> JobDef | None:
         return self._jobs.get(job)
 
     @plant.everywhere(seals.opens)

@@ -21,8 +21,8 @@ from batchlab.manager.jobs.adoption import Adoption
 from batchlab.manager.jobs.job_coordinator import JobCoordinator
 from batchlab.manager.jobs.reconciler import Reconciler
 from batchlab.manager.state import LiveJob, Ports
-from batchlab.worker.commit_and_forward import Closing
-from batchlab.worker.inflight_message import Hand
+from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.inflight_message import InflightMessage
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -63,21 +63,21 @@ def results_gathered_as_they_come(plant: Plant) -> None:
 def losses_forgotten(plant: Plant) -> None:
     """A bundle that is sent again starts without its count of losses. A bundle that kills its
     workers is not suspected, and a copy of it runs although an outcome exists (losses)."""
-    original = Closing.send_again
+    original = BundleFinisher.send_again
 
-    @plant.method(Closing, "send_again")
+    @plant.method(BundleFinisher, "send_again")
     async def send_again(
-        self: Closing,
-        hand: Hand,
+        self: BundleFinisher,
+        inflight: InflightMessage,
         job: JobDef,
         *,
         items: Sequence[Json] | None = None,
         delay_s: float = 0.0,
         watchdog: bool = False,
     ) -> None:
-        hand.message = replace(hand.message, receive_count=1)
-        hand.task = replace(hand.task, bundle=replace(hand.task.bundle, losses=0))
-        await original(self, hand, job, items=items, delay_s=delay_s, watchdog=watchdog)
+        inflight.message = replace(inflight.message, receive_count=1)
+        inflight.task = replace(inflight.task, bundle=replace(inflight.task.bundle, losses=0))
+        await original(self, inflight, job, items=items, delay_s=delay_s, watchdog=watchdog)
 
 
 @planted("waste")

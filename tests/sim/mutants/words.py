@@ -16,7 +16,7 @@ from batchlab.core.ports import JobRecord, Reopen, Written
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.manager.jobs.commands import JobCommands
 from batchlab.manager.jobs.retries import Retry, RetryPlanner, TaskSelection, failed_tasks
-from batchlab.worker.job_cache import Controls
+from batchlab.worker.job_cache import ControlPoller
 from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
 
@@ -36,10 +36,12 @@ def pause_only_between_bundles(plant: Plant) -> None:
 def control_lease_from_the_answer(plant: Plant) -> None:
     """The control lease starts when the control object's answer arrives, not when the request was
     sent. If the answer takes seconds, tasks start after the cancellation was acknowledged (I4)."""
-    original = Controls.look
+    original = ControlPoller.look
 
-    @plant.method(Controls, "look")
-    async def look(self: Controls, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
+    @plant.method(ControlPoller, "look")
+    async def look(
+        self: ControlPoller, job: JobId, *, is_new: bool = False
+    ) -> tuple[Control, float]:
         await original(self, job, is_new=is_new)
         entry = self._entries[job]
         entry.asked_s = self._clock.monotonic_s()

@@ -20,13 +20,13 @@ from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.seals import CommitKey
 from batchlab.core.retry import Patience
 from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.worker.commit_and_forward import Closing
-from batchlab.worker.inflight_message import Hand
-from batchlab.worker.job_cache import Controls
+from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker.job_cache import ControlPoller
 from batchlab.worker.loop import Worker
-from batchlab.worker.poison_detection import Suspects
-from batchlab.worker.shutdown import Departure
-from batchlab.worker.visibility_heartbeat import Tenure
+from batchlab.worker.poison_detection import PoisonDetector
+from batchlab.worker.shutdown import Shutdown
+from batchlab.worker.visibility_heartbeat import VisibilityHeartbeat
 from tests.sim.mutants.kit import Plant, planted
 
 # --- The commit ----------------------------------------------------------------------------------
@@ -65,40 +65,40 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
 def no_forwarding_on_412(plant: Plant) -> None:
     """A worker that finds an existing outcome considers the bundle done and deletes the message. If
     the worker that committed it ended before it forwarded, the follow-ups are missing (I6)."""
-    original = Closing.finish
+    original = BundleFinisher.finish
 
-    @plant.method(Closing, "finish")
+    @plant.method(BundleFinisher, "finish")
     async def finish(
-        self: Closing,
-        hand: Hand,
+        self: BundleFinisher,
+        inflight: InflightMessage,
         job: JobDef,
         outcome: Outcome,
         items: Sequence[Json] | None = None,
     ) -> None:
-        if outcome.execution == hand.execution:
-            await original(self, hand, job, outcome, items)
+        if outcome.execution == inflight.execution:
+            await original(self, inflight, job, outcome, items)
         else:
-            await self.delete(hand)
+            await self.delete(inflight)
 
 
 @planted("step 4")
 def delete_before_commit(plant: Plant) -> None:
     """The message is deleted when its tasks have run, and the outcome is written afterwards. A
     crash in between leaves neither a message nor an outcome (I6)."""
-    original = Closing.commit
+    original = BundleFinisher.commit
 
-    @plant.method(Closing, "commit")
+    @plant.method(BundleFinisher, "commit")
     async def commit(
-        self: Closing,
-        hand: Hand,
+        self: BundleFinisher,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
         *,
         cancelled: bool = False,
     ) -> Outcome:
-        await self.delete(hand)
-        return await original(self, hand, job, started_s, ran, cancelled=cancelled)
+        await self.delete(inflight)
+        return await original(self, inflight, job, started_s, ran, cancelled=cancelled)
 
 
 @planted("step 4")
@@ -108,21 +108,21 @@ def delete_on_receive(plant: Plant) -> None:
     original = Worker._serve
 
     @plant.method(Worker, "_serve")
-    async def _serve(self: Worker, hand: Hand, job: JobDef) -> None:
-        await self._closing.delete(hand)
-        await original(self, hand, job)
+    async def _serve(self: Worker, inflight: InflightMessage, job: JobDef) -> None:
+        await self._finisher.delete(inflight)
+        await original(self, inflight, job)
 
 
 @planted("I1", "I2", "step 3")
 def forward_before_commit(plant: Plant) -> None:
     """Follow-ups and the event are sent as soon as the tasks have run, and the outcome is written
     afterwards. If another outcome exists already, both were forwarded (I1, I2)."""
-    original = Closing.commit
+    original = BundleFinisher.commit
 
-    @plant.method(Closing, "commit")
+    @plant.method(BundleFinisher, "commit")
     async def commit(
-        self: Closing,
-        hand: Hand,
+        self: BundleFinisher,
+        inflight: InflightMessage,
         job: JobDef,
         started_s: float,
         ran: Sequence[Ran],
@@ -132,17 +132,17 @@ def forward_before_commit(plant: Plant) -> None:
         now_s = self._clock.now_s()
         draft = settlement.settle(
             job,
-            hand.bundle,
+            inflight.bundle,
             ran,
-            execution=hand.execution,
+            execution=inflight.execution,
             worker=self._worker,
             started_s=started_s or now_s,
             ended_s=max(started_s, now_s),
             cancelled=cancelled,
         )
-        await self._outbox.send(follow_ups(job, draft, hand.key, now_s=now_s))
+        await self._outbox.send(follow_ups(job, draft, inflight.key, now_s=now_s))
         await self._outbox.event(draft)
-        return await original(self, hand, job, started_s, ran, cancelled=cancelled)
+        return await original(self, inflight, job, started_s, ran, cancelled=cancelled)
 
 
 @planted("I1", "ValueError")
@@ -185,8 +185,8 @@ def no_heartbeat(plant: Plant) -> None:
     """The worker does not extend the visibility timeout of a message while its tasks run. The
     message is received again; after several receives, an innocent task is marked as poison (I1)."""
 
-    @plant.method(Tenure, "_extend")
-    async def _extend(self: Tenure) -> None:
+    @plant.method(VisibilityHeartbeat, "_extend")
+    async def _extend(self: VisibilityHeartbeat) -> None:
         pass
 
 
@@ -194,14 +194,16 @@ def no_heartbeat(plant: Plant) -> None:
 def hand_over_after_the_cap(plant: Plant) -> None:
     """The worker hands the bundle over to the watchdog after 12 hours, when SQS has already expired
     the receipt. The message returns while its task runs (I1, I6)."""
-    original = Tenure._hand_over
+    original = VisibilityHeartbeat._hand_over
 
-    @plant.method(Tenure, "_hand_over")
+    @plant.method(VisibilityHeartbeat, "_hand_over")
     async def _hand_over(
-        self: Tenure, hand: Hand, job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]]
+        self: VisibilityHeartbeat,
+        inflight: InflightMessage,
+        job_of: Callable[[JobId, CommitKey], Awaitable[JobDef]],
     ) -> None:
         self._settings = replace(self._settings, hand_over_s=MAX_VISIBILITY_S * 1.05)
-        await original(self, hand, job_of)
+        await original(self, inflight, job_of)
 
 
 @planted("I6")
@@ -216,7 +218,7 @@ def drain_forgets_what_was_prefetched(plant: Plant) -> None:
     @plant.method(Worker, "drain")
     def drain(self: Worker, notice: Notice | None = None) -> None:
         original(self, notice)
-        vars(self._closing)["send_again"] = forget
+        vars(self._finisher)["send_again"] = forget
 
 
 @planted("I6")
@@ -224,10 +226,10 @@ def drain_keeps_what_was_prefetched(plant: Plant) -> None:
     """A draining worker returns each prefetched message only when a slot is free for it. Until
     then, other workers cannot run it (I6)."""
 
-    @plant.method(Departure, "hand_back")
-    def hand_back(self: Departure) -> None:
-        for hand in list(self._hands.values()):
-            hand.handle.stop = True
+    @plant.method(Shutdown, "hand_back")
+    def hand_back(self: Shutdown) -> None:
+        for inflight in list(self._inflight.values()):
+            inflight.handle.stop = True
 
 
 # --- Control -------------------------------------------------------------------------------------
@@ -237,20 +239,20 @@ def drain_keeps_what_was_prefetched(plant: Plant) -> None:
 def control_looked_at_once_per_bundle(plant: Plant) -> None:
     """The control object is read before a bundle starts, and not again while it runs. Later tasks
     of the bundle start after the cancellation was acknowledged (I4)."""
-    current = Controls.current
+    current = ControlPoller.current
 
-    @plant.method(Controls, "current")
+    @plant.method(ControlPoller, "current")
     async def _current(
-        self: Controls, job: JobId, *, is_new: bool = False
+        self: ControlPoller, job: JobId, *, is_new: bool = False
     ) -> tuple[Control, float]:
         return (await current(self, job, is_new=is_new))[0], math.inf
 
-    @plant.method(Controls, "poll")
-    async def poll(self: Controls) -> None:
+    @plant.method(ControlPoller, "poll")
+    async def poll(self: ControlPoller) -> None:
         await asyncio.get_running_loop().create_future()
 
 
-# --- Suspects ------------------------------------------------------------------------------------
+# --- Poison detection ----------------------------------------------------------------------------
 
 
 @planted("I7")
@@ -258,9 +260,9 @@ def poison_without_a_limit(plant: Plant) -> None:
     """A bundle that is received again always runs again, also from the dead letters. A task that
     kills its workers does so for ever (I7)."""
 
-    @plant.method(Suspects, "verdict")
-    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        return await product.committed(self._objects, hand.bundle, self._patience, hand.key)
+    @plant.method(PoisonDetector, "verdict")
+    async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
+        return await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
 
     @plant.method(Reconciler, "_condemned")
     async def _condemned(
@@ -274,8 +276,8 @@ def start_noted_after_the_run(plant: Plant) -> None:
     """The start of a suspect task is recorded only after it has ended. The important starts are
     those of tasks that end their worker (I7)."""
 
-    @plant.method(Suspects, "begin")
-    async def begin(self: Suspects, hand: Hand) -> None:
+    @plant.method(PoisonDetector, "begin")
+    async def begin(self: PoisonDetector, inflight: InflightMessage) -> None:
         pass
 
 
@@ -284,19 +286,19 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
     """A bundle that lost its workers is FAILED completely. The other tasks of the bundle are lost
     with the poison task (I1: FAILED without having failed)."""
 
-    @plant.method(Suspects, "verdict")
-    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
-        if done or hand.suspicion < settlement.LOSS_LIMIT:
+    @plant.method(PoisonDetector, "verdict")
+    async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
+        done = await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
+        if done or inflight.suspicion < settlement.LOSS_LIMIT:
             return done
         judged = settlement.poisoned(
-            hand.bundle,
+            inflight.bundle,
             "killed its workers",
-            execution=hand.execution,
+            execution=inflight.execution,
             worker=self._worker,
             now_s=self._clock.now_s(),
         )
-        return await product.commit(self._objects, judged, self._patience, hand.key)
+        return await product.commit(self._objects, judged, self._patience, inflight.key)
 
 
 @planted("I1", "I7")
@@ -305,16 +307,18 @@ def receives_counted_as_starts(plant: Plant) -> None:
     workers that died, or that waited during an outage, is marked too (I1: FAILED without having
     failed)."""
 
-    @plant.method(Suspects, "verdict")
-    async def verdict(self: Suspects, hand: Hand) -> Outcome | None:
-        done = await product.committed(self._objects, hand.bundle, self._patience, hand.key)
-        if done or hand.suspicion < settlement.LOSS_LIMIT:
+    @plant.method(PoisonDetector, "verdict")
+    async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
+        done = await product.committed(self._objects, inflight.bundle, self._patience, inflight.key)
+        if done or inflight.suspicion < settlement.LOSS_LIMIT:
             return done
         condemn = partial(settlement.poisoned, reason="it was received too often")
-        judge = settlement.bisect if len(hand.bundle.tasks) > 1 else condemn
+        judge = settlement.bisect if len(inflight.bundle.tasks) > 1 else condemn
         now_s = self._clock.now_s()
-        judged = judge(hand.bundle, execution=hand.execution, worker=self._worker, now_s=now_s)
-        return await product.commit(self._objects, judged, self._patience, hand.key)
+        judged = judge(
+            inflight.bundle, execution=inflight.execution, worker=self._worker, now_s=now_s
+        )
+        return await product.commit(self._objects, judged, self._patience, inflight.key)
 
 
 @planted("I1", "I2", "I3", "I7")
