@@ -109,6 +109,6 @@ def at_every_wait(
         if not steps.cancelled:
             assert seen is not None
             # Nobody calls the services here, so there may be nobody to hit.
-            assert seen.evidence or "none came" in seen.impossible, seen
+            assert seen.evidence or "there were none" in seen.impossible, seen
             return at
         at += 1
