@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDTHS = {"desk": 1280, "tablet": 768, "phone": 390}
 HEIGHT = 844
-REFERENCES = ROOT / "browser" / "pictures"
+REFERENCES = ROOT / "tests" / "browser" / "pictures"
 WRITE = "BATCHLAB_LOOKS"
 """Set to `write` it has the references written anew."""
 CELLS = 32
