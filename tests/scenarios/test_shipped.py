@@ -16,6 +16,7 @@ def test_there_are_scenarios_to_try() -> None:
     assert len(NAMES) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_scenario_passes_its_own_expectations(name: str) -> None:
     scenario = loader.load(loader.find(name))
