@@ -1,4 +1,4 @@
-"""A bucket, as the composition root describes it to the adapter that opens it."""
+"""Description of a bucket for the adapter that opens it."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class Bucket:
     sync: Sync = Sync.JOBS
     endpoint: Endpoint | None = None
     tally: Tally | None = None
-    """Counts the requests."""
+    """Counter of requests."""

@@ -1,6 +1,6 @@
-"""Time and ids of the real world, for every backend but the simulator.
+"""Real time and random ids, for every backend except the simulator.
 
-Invariant: this is the one place where a real backend's core gets wall time and randomness from.
+Invariant: the core gets wall time and randomness of a real backend only from this module.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from batchlab.worker.shared_memory import boot_s
 
 
 class WallClock:
-    """The machine's clocks."""
+    """The clocks of the machine."""
 
     def now_s(self) -> float:
-        """Epoch seconds; the system may set them back."""
+        """Return epoch seconds. The system may set this clock back."""
         return time.time()
 
     def monotonic_s(self) -> float:
-        """Seconds since an arbitrary start; never goes back. Where the system can tell, the time in
-        which the machine was suspended counts: a lease must not outlast a closed lid."""
+        """Return seconds since an arbitrary start, which never go back.
+
+        Where the system supports it, the time of a suspended machine counts. So a lease expires
+        while a laptop is closed.
+        """
         return boot_s()
 
 
 class RandomIds:
-    """Ids from the operating system's randomness: many processes draw without asking each other."""
+    """Random ids from the operating system, which processes draw without coordination."""
 
     def fresh(self, kind: str) -> str:
-        """A new id with the prefix `kind`; 64 bits, so ten million of them do not collide."""
+        """Return a new id with the prefix `kind`. With 64 bits, ten million ids do not collide."""
         return f"{kind}-{secrets.token_hex(8)}"

@@ -1,6 +1,6 @@
-"""Objects in Google Cloud Storage.
+"""Objects port over Google Cloud Storage.
 
-obstore uses the XML API and finds credentials as Google's own tools do: in the file that
+obstore uses the XML API and finds credentials like Google's own tools: in the file that
 GOOGLE_APPLICATION_CREDENTIALS names, in the login of `gcloud auth application-default`, or at the
 metadata server. STORAGE_EMULATOR_HOST names an emulator, which needs no credentials.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _URL = "https://storage.googleapis.com"
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 _STAGED = "staged/"
-"""The prefix of files that are uploaded but do not have their key yet."""
+"""Prefix of files that are uploaded but do not have their key yet."""
 _DELETES_AT_ONCE = 16
 
 
@@ -40,7 +40,7 @@ class GcsObjects(ObstoreObjects):
     """
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:
-        # A write takes a generation as its condition, and a listing shows only the ETag. If another
+        # The condition of a write is a generation, while a listing shows only the ETag. If another
         # writer replaces the object after this request, the generation differs and the put fails.
         self._tally.get()
         found = obstore.head(self._store, key)
@@ -49,7 +49,7 @@ class GcsObjects(ObstoreObjects):
         return {"e_tag": etag, "version": found["version"]}
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        # An upload in parts takes no condition, and a copy does. The copy moves no data.
+        # A copy supports a condition, but an upload in parts does not. The copy moves no data.
         staged = f"{_STAGED}{secrets.token_hex(16)}"
         obstore.put(self._store, staged, path, chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
         try:
@@ -59,7 +59,7 @@ class GcsObjects(ObstoreObjects):
             self._delete([staged])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        # The XML API deletes one object in each request, and answers 404 if it does not exist.
+        # The XML API deletes one object per request, and answers 404 if it does not exist.
         with ThreadPoolExecutor(_DELETES_AT_ONCE) as threads:
             for _ in threads.map(self._delete_one, keys):
                 pass
@@ -85,7 +85,7 @@ def check(bucket: Bucket) -> None:
 
 
 def open_objects(bucket: Bucket) -> GcsObjects:
-    """Return the bucket of that name, without any request to the service yet."""
+    """Return the bucket of that name without a request to the service."""
     config: GCSConfig = {"base_url": _URL}
     if emulator := os.environ.get(_EMULATOR):
         url = emulator if "://" in emulator else f"http://{emulator}"

@@ -11,7 +11,7 @@ from batchlab.core.protocol import json_format
 
 
 def dumped(jobs: Iterable[tuple[Projection, Iterable[BundleRow]]]) -> dict[str, Json]:
-    """Return these jobs with their bundles, sorted."""
+    """Return these jobs with their stages and bundles, sorted."""
     jobs_, stages, bundles = [], [], []
     for projection, rows in jobs:
         jobs_.append(_job(projection))

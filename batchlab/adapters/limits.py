@@ -1,6 +1,6 @@
 """Checks of every adapter before a request: object keys, and the limits of SQS.
 
-Invariant: a call that one backend refuses here is refused by all, with the same error.
+Invariant: all backends refuse the same calls with the same errors.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 def check_size(key: str, size: int, limit: int | None) -> None:
-    """TooLarge for an object of more than `limit` bytes."""
+    """Raise TooLarge for an object of more than `limit` bytes."""
     if limit is not None and size > limit:
         raise TooLarge(f"Object {key!r} has {size} bytes, and {limit} are expected at most.")
 
 
 def check_queue_name(name: str) -> None:
-    """ValueError for a name that SQS would refuse."""
+    """Raise ValueError for a name that SQS would refuse."""
     if not _QUEUE_NAME.fullmatch(name):
         raise ValueError(f"queue name {name!r} must be 1 to 80 letters, digits, '-' or '_'")
 
 
 def check_batch(entries: Sequence[object]) -> None:
-    """TooLarge for more than 10 entries in a call."""
+    """Raise TooLarge for more than 10 entries in a call."""
     if len(entries) > MAX_BATCH:
         raise TooLarge(f"{len(entries)} entries in one call; a queue takes {MAX_BATCH}")
 
 
 def check_send(messages: Sequence[Outgoing]) -> None:
-    """TooLarge for more than 10 messages or 256 KiB a call, ValueError for a bad delay."""
+    """Raise TooLarge for more than 10 messages or 256 KiB in a call, ValueError for a bad delay."""
     check_batch(messages)
     size = sum(body_bytes(message.body) for message in messages)
     if size > MAX_MESSAGE_BYTES:
@@ -57,7 +57,7 @@ def check_send(messages: Sequence[Outgoing]) -> None:
 def check_receive(
     max_messages: int, wait_s: float, visibility_s: float | None, *, max_wait_s: float = MAX_WAIT_S
 ) -> None:
-    """ValueError for a receive that SQS would refuse, or one that waits `max_wait_s` at most."""
+    """Raise ValueError for a receive that SQS would refuse or that exceeds `max_wait_s`."""
     if not 1 <= max_messages <= MAX_BATCH:
         raise ValueError(f"a receive asks for 1 to {MAX_BATCH} messages, not {max_messages}")
     if not 0 <= wait_s <= max_wait_s:
@@ -67,10 +67,10 @@ def check_receive(
 
 
 def check_changes(changes: Sequence[tuple[str, float]]) -> None:
-    """TooLarge for more than 10 changes, ValueError for a negative timeout.
+    """Raise TooLarge for more than 10 changes, ValueError for a negative timeout.
 
-    A timeout over 12 hours is no error here: like one that would pass 12 hours since the receive,
-    it is answered as refused.
+    A timeout over 12 hours is not an error here. The adapter returns it as refused, like one that
+    would end more than 12 hours after the receive.
     """
     check_batch(changes)
     for _, visibility_s in changes:
@@ -79,5 +79,5 @@ def check_changes(changes: Sequence[tuple[str, float]]) -> None:
 
 
 def body_bytes(body: str) -> int:
-    """Size of a message body as SQS counts it."""
+    """Return the size of a message body as SQS counts it."""
     return len(body) if body.isascii() else len(body.encode())

@@ -1,6 +1,6 @@
-"""Objects in a remote store of obstore: the code that S3 and Google Cloud Storage share.
+"""Objects port over a remote store of obstore, shared by S3 and Google Cloud Storage.
 
-Invariant: a key holds one whole object or none, whichever process ends while it writes, and a
+Invariant: a key has one complete object or none, also after a process died while writing it. A
 conditional create has one winner.
 """
 
@@ -49,7 +49,7 @@ _PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
 _CHUNK_BYTES = 5 * 1024 * 1024
-"""The largest part that obstore sends in one request by default."""
+"""The largest object that obstore sends in one request by default, in bytes."""
 
 _SILENCE = timedelta(seconds=30)
 
@@ -58,7 +58,7 @@ _BUSY = re.compile(r"status code: (429|503|409)\b")
 _KINDS: tuple[tuple[re.Pattern[str], type[BackendError]], ...] = (
     (_BUSY, Throttled),
     (re.compile(r"HTTP error: |status code: 5\d\d\b"), Unreachable),
-    # A full disk, of a download, is waited out like an outage.
+    # A full disk during a download is retried like an outage.
     (re.compile(r"No space left on device"), Unreachable),
 )
 
@@ -70,14 +70,14 @@ class ObstoreObjects:
     """
 
     def __init__(self, store: ObjectStore, tally: Tally | None = None) -> None:
-        """`tally` counts the requests, except those that obstore repeats."""
+        """Set the store and the counter of requests, which does not count obstore's repetitions."""
         self._store = store
         self._tally = tally or Tally()
         self._made = 0
         self._making = threading.Lock()
-        # Not obstore's own async calls: their futures are completed by Rust threads, which abort
-        # the process (SIGABRT) if it ends just then; a process that exits right after a put did
-        # so 6 times in 10. They also take 2 to 4 times the CPU of a thread of ours.
+        # obstore's own async calls are not used. Rust threads complete their futures, and abort the
+        # process (SIGABRT) if it exits at that moment. A process that exits right after a put did
+        # so 6 times in 10. These calls also take 2 to 4 times the CPU time of a Python thread.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def check(self) -> None:
@@ -112,12 +112,18 @@ class ObstoreObjects:
         return False
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:
-        """Return the mode of a put that fails if the object's ETag is not `etag`; AlreadyExists."""
+        """Return the mode of a put that fails if the object's ETag is not `etag`.
+
+        Raise AlreadyExists if the ETag already differs.
+        """
         del key
         return {"e_tag": etag}
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        """Upload a file in parts of that size. AlreadyExists if the object exists at the end."""
+        """Upload a file in parts of that size.
+
+        Raise AlreadyExists if the object exists at the end.
+        """
         del part_bytes
         obstore.put(self._store, key, path, mode="create")
 
@@ -139,7 +145,7 @@ class ObstoreObjects:
     def _put(self, key: str, data: bytes, mode: PutMode, if_match: str | None) -> PutResult:
         if if_match is not None:
             mode = self._unless_changed(key, if_match)
-        # A condition cannot be put in parts.
+        # A conditional put cannot be sent in parts.
         self._tally.put(1 if mode != "overwrite" else _puts(len(data), _CHUNK_BYTES))
         return obstore.put(self._store, key, data, mode=mode, max_concurrency=PARTS_AT_ONCE)
 
@@ -150,7 +156,7 @@ class ObstoreObjects:
 
     def _get(self, key: str, limit: int | None) -> bytes:
         result = obstore.get(self._store, key)
-        # The headers of the answer are here, and its body is not yet.
+        # At this point, the headers of the answer have arrived, but its body has not.
         check_size(key, result.meta["size"], limit)
         return bytes(result.bytes())
 
@@ -169,7 +175,7 @@ class ObstoreObjects:
             except (NotFound, Throttled, Unreachable):
                 raise
             except BackendError:
-                # Perhaps the range begins behind the end, which a store refuses.
+                # A store refuses a range that begins after the end of the object.
                 info = await self.head(key)
                 if info is None or info.size > start:
                     raise
@@ -208,7 +214,7 @@ class ObstoreObjects:
             yield page
 
     def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
-        # obstore takes whole segments; what our prefix and `after` say beyond them is matched here.
+        # obstore supports only whole path segments, so the rest of `prefix` is matched here.
         self._tally.put()
         folder = prefix.rpartition("/")[0] or None
         chunks = obstore.list(self._store, folder, offset=after or None, chunk_size=PAGE)
@@ -262,22 +268,22 @@ class ObstoreObjects:
 
 
 def client_options(url: str) -> ClientConfig:
-    """Return how obstore connects to the service at `url`."""
+    """Return obstore's options for connections to the service at `url`."""
     options: ClientConfig = {
         "allow_http": url.startswith("http:"),
         "connect_timeout": timedelta(seconds=CONNECT_S),
         "read_timeout": _SILENCE,
-        # The limit of a whole transfer of any size. obstore's default is 30 s.
+        # This is the limit of a whole transfer of any size. obstore's default is 30 s.
         "timeout": timedelta(days=1),
     }
     if here := loopback(url):
-        # Only this makes obstore ignore a proxy that the environment names.
+        # Only these options make obstore ignore a proxy of the environment.
         options |= {"proxy_url": url, "proxy_excludes": here}
     return options
 
 
 def retries() -> RetryConfig:
-    """Return how obstore repeats a request that failed."""
+    """Return obstore's options for repeating a failed request."""
     return {
         "max_retries": 3,
         "backoff": {"init_backoff": timedelta(milliseconds=50)},
@@ -286,7 +292,7 @@ def retries() -> RetryConfig:
 
 
 def _puts(size_bytes: int, chunk_bytes: int) -> int:
-    """Requests that an object of that size takes: one, or one for each part and two around them."""
+    """Return the number of requests for an object: one, or one for each part and two more."""
     return 1 if size_bytes <= chunk_bytes else -(-size_bytes // chunk_bytes) + 2
 
 

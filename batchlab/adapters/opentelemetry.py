@@ -1,7 +1,8 @@
-"""Traces by OpenTelemetry over OTLP, set up by its own environment variables.
+"""Traces of OpenTelemetry over OTLP, configured by its own environment variables.
 
-Invariants: recording puts a span into a queue and waits for nobody; a receiver that is away costs
-spans, never work. Imported only where an endpoint is named, since the SDK takes a while.
+Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are
+lost, but work goes on. This module is imported only if an endpoint is configured, because the
+import of the SDK is slow.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from batchlab.core.tracing import NO_SPAN, Attribute, Span, Subject, is_context
 
 CLOSE_S = 3.0
 SEND_S = 1.0
-"""Spans are sent so often unless OTEL_BSP_SCHEDULE_DELAY says otherwise: what a process that is
-killed loses of its traces."""
+"""Interval in seconds at which spans are sent, unless OTEL_BSP_SCHEDULE_DELAY is set.
+
+A killed process loses the spans of this time.
+"""
 _KINDS = {
     "submit": SpanKind.SERVER,
     "send": SpanKind.PRODUCER,
@@ -55,7 +58,7 @@ class _Recorded:
     def __init__(self, span: OtelSpan, parent: str) -> None:
         self._span = span
         at = span.get_span_context()
-        # One that the sampler has left out is stood for by its parent.
+        # The parent's context replaces that of a span that the sampler has dropped.
         self.context = (
             f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
         )
@@ -71,21 +74,20 @@ class _Recorded:
 
 
 class OtelTracer:
-    """The Tracer port. `service` is the service's name unless OTEL_SERVICE_NAME gives one,
-    `instance` which of its processes this is."""
+    """The Tracer port. OTEL_SERVICE_NAME overrides `service`. `instance` names the process."""
 
     def __init__(self, service: str, instance: str) -> None:
         own = {SERVICE_INSTANCE_ID: instance, "service.version": __version__}
         if not os.environ.get("OTEL_SERVICE_NAME"):
             own[SERVICE_NAME] = service
-        # Its own wish to end with the process would hold that up while a receiver is away.
+        # The SDK's own shutdown at exit would delay the exit while the receiver is down.
         self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
         delay_ms = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
         self._provider.add_span_processor(
             BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms)
         )
         self._tracer = self._provider.get_tracer("batchlab", __version__)
-        # It says so for each batch that a receiver does not take.
+        # The SDK logs each batch that a receiver does not accept.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
@@ -132,7 +134,7 @@ class OtelTracer:
         links: Sequence[str],
         attributes: Mapping[str, Attribute],
     ) -> _Recorded:
-        # An empty context: what else this thread may be tracing is none of ours.
+        # The context is empty, because other traces of this thread do not belong to batchlab.
         above = Context()
         if parent:
             above = set_span_in_context(NonRecordingSpan(_read(parent)), above)
@@ -147,7 +149,7 @@ class OtelTracer:
         return _Recorded(span, parent)
 
     async def close(self) -> None:
-        """In a thread that nobody waits for longer than that."""
+        """Send the remaining spans in a thread, and wait for it at most `CLOSE_S`."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def flush() -> None:

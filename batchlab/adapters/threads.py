@@ -1,7 +1,7 @@
-"""Where the blocking calls of a ledger or a queue run.
+"""Execution of the blocking calls of a ledger or a queue.
 
-Invariant: what only one thread may use at a time is used by one at a time, also where somebody who
-waited for a call has been cancelled meanwhile.
+Invariant: an object that supports one thread at a time is used by one thread at a time. This also
+holds if the task that waits for a call is canceled.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ _AGAIN_S = 0.01
 
 
 class Busy(Unreachable):
-    """Somebody else has the database's lock."""
+    """Another connection holds the database's lock."""
 
 
 class Run(Protocol):
-    """Where blocking calls run: those that write one at a time, in the order they are made."""
+    """Runner of blocking calls. Calls that write run one at a time, in the order of the calls."""
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
-        """The result of `call`, which takes about a millisecond where it is `quick`."""
+        """Return the result of `call`. A `quick` call takes about a millisecond."""
 
     async def close(self, last: Callable[[], None]) -> None:
-        """Run `last` once everything has run that was asked for, and nothing after it; also where
-        who waits for that is cancelled."""
+        """Run `last` after all earlier calls, and run nothing after it.
+
+        This also holds if the task that waits for it is canceled.
+        """
 
 
 class Inline:
-    """On the spot: for the simulator, whose event loop knows no threads."""
+    """Runner that uses the caller's thread, for the simulator, which runs without threads."""
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         return call()
@@ -48,8 +50,11 @@ class Inline:
 
 
 class OneThread:
-    """In one thread of its own, where calls queue up in the order they are made; but a quick one
-    that finds the thread idle runs on the spot, since going there and back takes as long."""
+    """Runner with one thread, which makes the calls in their order.
+
+    A quick call that finds the thread idle runs in the caller's thread, because a change of threads
+    takes as long as the call.
+    """
 
     def __init__(self, name: str = "ledger") -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
@@ -58,11 +63,11 @@ class OneThread:
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything has ended that was submitted."""
+        """Return whether all submitted calls have ended."""
         return not self._waiting
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run it in the thread, whatever becomes of who asks."""
+        """Run the call in the thread, even if its caller is canceled."""
         with self._lock:
             self._waiting += 1
         submitted = self._executor.submit(call)
@@ -75,7 +80,8 @@ class OneThread:
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and self.is_idle:
-            # Somebody else's lock is waited for where that holds up nobody.
+            # The wait for another process's lock takes place in the thread, where it blocks no
+            # other task.
             with suppress(Busy):
                 return call()
         return await asyncio.wrap_future(self.submit(lambda: _patiently(call)))
@@ -99,12 +105,13 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 class Threads:
-    """What writes in one thread, in the order it is asked for; what reads beside it in a few
-    others, so that a long listing holds up neither a fold nor the lease.
+    """Runner with one thread for writing calls and a few threads for reading calls.
 
-    For a database behind a network: no call, however quick, runs in the event loop's thread, which
-    would wait with it. A read that is asked for while a write is under way may see the state
-    before it, even where its answer comes later.
+    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the
+    calls.
+
+    It is for a database in a network: even a quick call would block the event loop while it waits.
+    A read that begins during a write may see the state before it, even if its answer comes later.
     """
 
     READERS = 3

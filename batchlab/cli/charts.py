@@ -210,7 +210,7 @@ class Chart:
                     self._rows[row][column] = mark
 
     def line(self, levels: Sequence[float], mark: str = LINE) -> None:
-        """Mark the level of each column."""
+        """Draw a mark in each column at the height of its level."""
         for column, level in enumerate(levels[: self.width]):
             self._rows[self._row(level)][column] = mark
 

@@ -165,7 +165,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 def pull(source: Source, job: JobId, out: Path) -> Index:
     """Copy a job's data into the folder `out`, which may hold earlier data.
 
-    Raise UsageError if it holds something else.
+    Raise UsageError if `out` contains anything other than the data of a job.
     """
     from batchlab.reports.tables.schema import JOBS
 

@@ -1,4 +1,4 @@
-"""Programs that use a grid: the Python API, executors, and the HTTP client."""
+"""Python API, executors, and HTTP client of a grid."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""A connection to the manager of a stack on AWS, held by a process of its own.
+"""Connection to the manager of a stack on AWS, held by a separate process.
 
-Invariant: while it is held, its process is who is at home: every command finds the manager by the
-home's record, as it finds one that runs here. Ended, it leaves the stack as it was.
-
-The connection to a stack's manager, as a process.
-
-Invariant: it ends with the process that wanted it, or by a signal, and leaves the stack as it was.
+Invariant: while the process runs, the home's record names its address, so every command finds the
+manager as it finds a local one. The process ends by a signal or with its parent process, and does
+not change the stack.
 """
 
 from __future__ import annotations
@@ -32,20 +29,23 @@ from batchlab.server.shutdown import end_with, stop_by_signal
 log = logging.getLogger(__name__)
 
 VARIABLE = "BATCHLAB_MANAGER_URL"
-"""Environment variable with the manager's URL, where there is another way to it than a session."""
+"""Environment variable with the URL of a manager that is reachable without a session."""
 
 OPEN_S = 20.0
-"""How long a session may take until its port answers."""
+"""Time in seconds within which the port of a session must answer."""
 BOOT_S = 600.0
-"""How long an instance may take from its launch to a manager that answers."""
+"""Time in seconds that an instance may take from its launch until its manager answers."""
 AGAIN_S = (1.0, 30.0)
-"""A session that has ended is followed by another one: the first pause, and the longest."""
+"""Shortest and longest pause in seconds before a new session replaces an ended one."""
 
 
 async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
-    """Hold the connection until `stop`. A manager whose instance is still booting is waited for,
-    for BOOT_S, and later for as long as it takes; BackendError or UsageError where nothing is
-    reached in that time."""
+    """Hold the connection until `stop` is set.
+
+    Before the first connection, wait up to BOOT_S for an instance that boots, and then raise
+    BackendError. After the first connection, reconnect without a time limit. Raise UsageError if
+    the Session Manager plugin is missing, or if VARIABLE is invalid.
+    """
     at = backend.stack(home)
     token = await asyncio.to_thread(backend.api_token, home)
     if named := os.environ.get(VARIABLE):
@@ -53,7 +53,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
         _say(home, backend, named)
         await stop.wait()
         return
-    session_manager.find_plugin()  # what is missing here is no matter of waiting
+    session_manager.find_plugin()  # a missing plugin fails at once, without retries
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     give_up_s = asyncio.get_running_loop().time() + BOOT_S
@@ -93,7 +93,7 @@ def _check(url: str) -> None:
 async def _opened(
     home: Home, at: AwsDeployment, port: int, manager: Client
 ) -> subprocess.Popen[bytes]:
-    """A session through which the manager answers; Unreachable where it does not."""
+    """Open a session through which the manager answers. Raise Unreachable if it does not answer."""
     instance = await asyncio.to_thread(session_manager.manager_instance, at)
     session = await asyncio.to_thread(
         session_manager.open_session, at, instance, port, home.manager_log
@@ -119,7 +119,7 @@ async def _opened(
 
 
 async def _ended_first(session: subprocess.Popen[bytes], stop: asyncio.Event) -> bool:
-    """Whether `stop` came before the session's end; then it is ended."""
+    """Return whether `stop` was set before the session ended. If so, end the session."""
     while session.poll() is None:
         if await set_within(stop, 0.5):
             _end(session)
@@ -128,7 +128,8 @@ async def _ended_first(session: subprocess.Popen[bytes], stop: asyncio.Event) ->
 
 
 def _end(session: subprocess.Popen[bytes]) -> None:
-    # Of a session that is told to end AWS hears at once; of one that is killed, later.
+    # After SIGTERM, the session reports its end to AWS at once. AWS notices a killed session only
+    # later.
     session.send_signal(signal.SIGTERM)
     try:
         session.wait(5.0)

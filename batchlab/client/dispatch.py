@@ -1,10 +1,9 @@
-"""The thread behind an executor: sends calls to the grid, and brings their results to the futures.
+"""Thread of an executor, which sends calls to the grid and sets the results of their futures.
 
-Invariant: every future that was handed in comes to an end. The thread is there while there is
-anything to do, and all but the queue of what is to be sent is its own.
-
-While one batch is on its way, the calls that come meanwhile gather and go out together as the next
-one: a lone call waits for nobody, and ten thousand cost a few jobs.
+Invariant: every future of the executor ends. The thread exists while work exists. Only the thread
+uses the state of the executor, except for the queue of calls to send. Calls that arrive while a
+batch is being sent form the next batch. So a single call is sent at once, and ten thousand calls
+need only a few jobs.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST = 10_000
-"""Calls in one batch: its first ones run while the next batch is being pickled."""
+"""Limit of the calls in one batch. The first calls run while the next batch is pickled."""
 
 
 class Turn:
-    """From the first call that is to be sent until there is nothing to do any more."""
+    """Lifetime of the thread: from the first call until no work is left."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -48,7 +47,8 @@ class Turn:
 
 
 class Dispatch:
-    """Callable from any thread; the thread and its futures keep it alive, and it the grid."""
+    """Dispatcher of an executor, callable from any thread. The thread and the futures refer to it,
+    and it refers to the grid, so the grid stays open."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Dispatch:
         name: str | None,
         initializer: Initializer | None,
     ) -> None:
-        """`owner` closes `link` once nothing refers to it any more. `name` is for the jobs."""
+        """`owner` closes `link` when no reference to it exists. `name` is the name of the jobs."""
         self._owner = owner
         self._link = link
         self._sender = Sender(link, outgoing, name, initializer)
@@ -69,19 +69,19 @@ class Dispatch:
         self._broken: tuple[str, BaseException] | None = None
         self._turn: Turn | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        """What is to be done on the thread."""
+        """Actions for the thread."""
         self._batches: dict[str, Batch] = {}
-        """On the grid, by job."""
+        """Batches on the grid, by job."""
         self._watch: Watch | None = None
-        """Only while the thread is there, since it refers to us."""
+        """Exists only while the thread runs, because it refers to this object."""
         self._giving_up = False
         self._abandoned = False
 
-    # --- From any thread -------------------------------------------------------------------------
+    # --- Called on any thread --------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Send the call, together with others that wait. RuntimeError after `shutdown`, its
-        subclass BrokenGridExecutor where no call can be made any more."""
+        """Send the call, together with other waiting calls. Raise RuntimeError after `shutdown`,
+        and its subclass BrokenGridExecutor if the executor can no longer run calls."""
         self._check_grid()
         with self._lock:
             self._wake()
@@ -92,7 +92,8 @@ class Dispatch:
             batch.whole = len(batch.calls) >= MOST
 
     def submit_all(self, calls: Sequence[Call], *, bundle: int | None) -> None:
-        """Send these together, and nothing else with them; errors as for `submit`."""
+        """Send these calls without other calls in their batches. The errors are those of
+        `submit`."""
         self._check_grid()
         with self._lock:
             self._wake()
@@ -102,9 +103,11 @@ class Dispatch:
                 self._waiting.append(batch)
 
     def shutdown(self, *, wait: bool, cancel: bool) -> None:
-        """No further calls; with `cancel` none begins any more; with `wait` all are done.
+        """Accept no further calls. With `cancel`, cancel the calls that have not begun. With
+        `wait`, wait for all calls.
 
-        Does nothing in a forked child: the calls are its parent's, and the lock may be locked.
+        Do nothing in a forked child, because the calls belong to its parent and the lock may be
+        held.
         """
         if self._link.forked:
             return
@@ -124,12 +127,12 @@ class Dispatch:
             turn.over.wait()
 
     def abandon(self) -> None:
-        """Cancel everything, what runs on the grid too, and do not wait for it."""
+        """Cancel all calls, including those that run on the grid, and do not wait."""
         self.shutdown(wait=False, cancel=True)
         self._events.put(self._abandon)
 
     def _check_grid(self) -> None:
-        # Before the lock, which a forked child may have got locked.
+        # Before the lock, because a forked child may have a copy of a held lock.
         try:
             self._link.check_open()
         except UsageError as error:
@@ -150,23 +153,26 @@ class Dispatch:
     def _start(self) -> None:
         self._turn = turn = Turn()
         try:
-            # Over only when the thread has let go of us: we may be what ends the grid.
+            # `over` is set only after the thread has dropped its reference to this object, because
+            # that may close the grid.
             thread_cache.run(partial(self._run, turn), turn.over.set)
             thread_cache.put_off_for(turn.over)
         except BaseException:
-            # Ctrl-C may come while we wait for it. If it is there all the same, it ends at once.
+            # Ctrl-C may interrupt the start of the thread. If the thread runs anyway, it ends at
+            # once.
             self._turn = None
             raise
 
     def _error(self) -> BrokenGridExecutor:
-        """Another one for each who hears of it: a raised exception keeps its traceback."""
+        """Return a new exception for each caller, because a raised exception keeps its
+        traceback."""
         assert self._broken
         told, cause = self._broken
         error = BrokenGridExecutor(f"This executor is broken: {told}")
         error.__cause__ = cause
         return error
 
-    # --- The thread ------------------------------------------------------------------------------
+    # --- The executor's thread -------------------------------------------------------------------
 
     def _run(self, turn: Turn) -> None:
         turn.thread = threading.current_thread()
@@ -182,12 +188,12 @@ class Dispatch:
         try:
             event()
         except BaseException as error:
-            # A mistake of ours; but every future would wait for ever.
+            # A bug in this module. Without this handler, every future would wait forever.
             log.critical("an executor has failed", exc_info=True)
             self._break(f"{type(error).__name__}: {error}", error)
 
     def _go_on(self) -> bool:
-        """Send what waits; False where there is nothing to do."""
+        """Send the next batch. Return False if no work is left."""
         with self._lock:
             if self._sending:
                 return True
@@ -197,20 +203,20 @@ class Dispatch:
                 return bool(self._batches)
             batch = self._waiting.popleft()
             self._sending = True
-        # Not a coroutine of the link's: whatever becomes of that, this one comes to its end.
+        # Not a coroutine of the link, because this function must end even if the link is closed.
         try:
             thread_cache.run(partial(self._send, batch))
-        except RuntimeError:  # there is no room for a thread, or Python ends
+        except RuntimeError:  # no thread can be started, or Python is exiting
             self._send(batch)
         return True
 
     def _send(self, batch: Batch) -> None:
-        """On a thread of its own: pickling may take long, and so may a busy manager."""
+        """Send a batch on a thread of its own, because pickling or a busy manager may take long."""
         problem: BaseException | None = None
         try:
             if calls := batch.claim():
                 self._submit(batch, calls)
-        except BaseException as error:  # noqa: BLE001 - it ends the batch, wherever it came from
+        except BaseException as error:  # noqa: BLE001 - any error ends the batch
             problem = error
         if not batch.job:
             self._events.put(partial(self._sent, batch, problem))
@@ -226,7 +232,8 @@ class Dispatch:
             self._events.put(partial(self._watch_on, batch, after))
 
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
-        """The batch is on the grid, or will never be."""
+        """Handle the end of the submission. The batch is on the grid, or `problem` prevented
+        that."""
         with self._lock:
             self._sending = False
         rejected, batch.rejected = batch.rejected, []
@@ -246,11 +253,11 @@ class Dispatch:
                 self._look(batch)
 
     def _watch_on(self, batch: Batch, after: int | None) -> None:
-        """Nothing has been heard of the batch after that seq."""
+        """Watch the batch for outcomes after that seq."""
         if batch.job in self._batches and self._watch:
             self._watch.add(batch.job, after)
 
-    # --- What the watch hears, on the link's thread ----------------------------------------------
+    # --- Called by the watch on the link's thread ------------------------------------------------
 
     def outcome(self, job: str, outcome: Outcome) -> None:
         self._events.put(partial(self._take, job, outcome))
@@ -273,7 +280,7 @@ class Dispatch:
             return
         at = 0
         for start, stop in outcome.succeeded.ranges:
-            # After a submission's first answer it is listed once more.
+            # The first answer to a submission may contain outcomes that are listed again later.
             if any(task in batch.open for task in range(start, stop)):
                 self._values(batch, range(start, stop), outcome.values[at : at + stop - start])
             at += stop - start
@@ -299,7 +306,7 @@ class Dispatch:
 
     def _value(self, future: CallFuture | None, value: Any) -> None:
         if future is None:
-            return  # had before: after a rebuild of the ledger outcomes are listed again
+            return  # a repeated result: after a rebuild of the ledger, outcomes are listed again
         if not isinstance(value, Raised):
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
@@ -327,7 +334,7 @@ class Dispatch:
                 _end(future, withdrawn=True)
 
     def _look(self, batch: Batch) -> None:
-        """Wind up the batch's job if nobody wants what is left of it."""
+        """Cancel the rest of the batch's job if no reader waits for its results."""
         if batch.ending or batch.job not in self._batches or self._watch is None:
             return
         if self._giving_up or batch.abandoned:
@@ -335,7 +342,7 @@ class Dispatch:
             self._watch.wind_up(batch.job)
 
     def _close(self, job: str, view: JobView) -> None:
-        """The job has ended; calls that are still open never came to an end."""
+        """Handle the end of the job. The calls that are still open will get no result."""
         batch = self._batches.get(job)
         if batch is None:
             return
@@ -351,7 +358,7 @@ class Dispatch:
             self._fail(batch, lambda: JobFailed(told))
 
     def _lost(self, batch: Batch, error: BaseException) -> None:
-        """Nothing more will be heard of the batch."""
+        """Handle an error after which the batch gets no more results."""
         if isinstance(error, Unreachable | CancelledError) or self._is_closed():
             self._break(str(error) or "The grid was closed.", error)
             self._fail(batch, self._error)
@@ -386,7 +393,7 @@ class Dispatch:
 
 
 def _nothing() -> None:
-    """Wakes the thread."""
+    """Do nothing. This event only wakes the thread."""
 
 
 def _end(
@@ -405,5 +412,5 @@ def _end(
             future.set_exception(error)
         else:
             future.set_result(value)
-    except BaseException:  # a Future lets through what is no Exception
+    except BaseException:  # a Future does not catch exceptions that are not an Exception
         log.critical("a callback of %r raised", future, exc_info=True)

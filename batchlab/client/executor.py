@@ -1,6 +1,6 @@
-"""`concurrent.futures` on the grid: code written for any of its executors runs here unchanged.
+"""`concurrent.futures` on the grid. Code for other executors runs on it unchanged.
 
-Invariant: what differs from a ProcessPoolExecutor is said in the docstring of GridExecutor.
+Invariant: the docstring of GridExecutor lists all differences from a ProcessPoolExecutor.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ T = TypeVar("T")
 
 
 class GridExecutor(Executor):
-    """Made by `Grid.executor`. Usable from several threads; best as a context manager.
+    """Executor that `Grid.executor` returns. It is thread-safe, and is best used as a context
+    manager.
 
-    As with a ProcessPoolExecutor, a call's own exception is raised by its future, with the
-    worker's traceback as its cause; done-callbacks run on one thread of this process; what was
-    submitted is done before Python ends. Differences:
+    As with a ProcessPoolExecutor, the future of a call raises the call's own exception, with the
+    worker's traceback as its cause. Done-callbacks run on one thread of this process. Python exits
+    only after all submitted calls are done. Differences:
 
-    - Functions, arguments and results are pickled by cloudpickle: lambdas and closures will do.
-    - A call that ends its process (a crash, `os._exit`) fails alone, with WorkerDied, which is a
-      BrokenExecutor; the executor goes on. It is broken (BrokenGridExecutor for every call that is
-      not done and every further one) when the grid is closed, when its manager cannot be reached
-      for some time, or when the initializer raises.
-    - A future is running from when it is sent, which is soon. Its `cancel` then returns False, and
-      the call runs to its end. `shutdown(cancel_futures=True)` and a `map` whose iterator is closed
-      early also cancel calls that were sent and have not begun.
-    - A `with` block that is left by Ctrl-C cancels all of its calls, those that run too.
+    - cloudpickle pickles functions, arguments, and results, so lambdas and closures work.
+    - If a call ends its process (a crash, `os._exit`), only this call fails. Its error WorkerDied
+      is a BrokenExecutor, but the executor continues. The executor breaks when the grid is closed,
+      when its manager is unreachable for some time, or when the initializer raises. Then all open
+      and further calls raise BrokenGridExecutor.
+    - A future is running as soon as its call is sent, which is soon. Then its `cancel` returns
+      False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose
+      iterator is closed early, also cancel calls that were sent and have not begun.
+    - If Ctrl-C ends a `with` block, all of its calls are canceled, including the running ones.
     - An exception that cannot be unpickled here arrives as TaskFailed with its traceback.
     """
 
@@ -53,7 +54,7 @@ class GridExecutor(Executor):
         initializer: Callable[..., object] | None,
         initargs: Iterable[Any],
     ) -> None:
-        """`owner` closes `link` once nothing refers to it any more."""
+        """`owner` closes `link` when no reference to it exists."""
         made = None
         if initializer is not None:
             if not callable(initializer):
@@ -71,14 +72,14 @@ class GridExecutor(Executor):
 
     @cached_property
     def _max_workers(self) -> int:
-        """How many calls may run at once. Private as in `concurrent.futures`, where others read it
-        all the same."""
+        """Return the number of calls that can run at once. It is private in `concurrent.futures`,
+        but other libraries read it."""
         pools = self._link.call(lambda client: client.grid())["pools"]
         return sum(pool["max"] * pool["slots"] for pool in pools if pool["name"] == "default") or 1
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn(*args, **kwargs)` on a worker. RuntimeError after `shutdown`, its subclass
-        BrokenGridExecutor where no call can be made any more."""
+        """Run `fn(*args, **kwargs)` on a worker. Raise RuntimeError after `shutdown`, and its
+        subclass BrokenGridExecutor if the executor can no longer run calls."""
         future = CallFuture()
         self._dispatch.submit(Call(future, fn, args, kwargs))
         return future
@@ -91,12 +92,13 @@ class GridExecutor(Executor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[T]:
-        """As `map(fn, *iterables)`, run on the workers. All arguments are drawn at once, unless
-        `buffersize` says how many calls may be ahead of the result that is read.
+        """Return the results of `map(fn, *iterables)`, computed by the workers.
 
-        `timeout` counts seconds from now until each result must be there; TimeoutError. Calls
-        travel in bundles anyhow, so a `chunksize` of 1 leaves their sizes to the grid; another one
-        fixes them. An iterator that is closed early, or raises, cancels the calls that are left.
+        All arguments are read at once. With `buffersize`, at most this number of calls is ahead of
+        the result that the caller reads. `timeout` is the time in seconds from now within which
+        each result must arrive. TimeoutError is raised after it. The grid chooses the size of the
+        bundles if `chunksize` is 1. Another value sets the size. If the iterator is closed early or
+        raises, the remaining calls are canceled.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -106,7 +108,8 @@ class GridExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         clock = self._link.clock.monotonic_s
         end_s = None if timeout is None else clock() + timeout
-        # Not we ourselves: an iterator that nobody reads to its end keeps no executor alive.
+        # The iterator refers to the dispatcher only, so an iterator that is not read to its end
+        # does not keep the executor alive.
         dispatch = self._dispatch
         drawn = (Call(CallFuture(), fn, args, {}) for args in zip(*iterables, strict=False))
         calls = list(islice(drawn, buffersize))
@@ -127,10 +130,11 @@ class GridExecutor(Executor):
         return results()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no further calls. May be called again.
+        """Accept no further calls. A repetition does no harm.
 
-        With `wait` returns when all calls are done. With `cancel_futures` those that have not
-        begun are cancelled, on the grid too, which takes some seconds; the others run to their end.
+        With `wait`, return when all calls are done. With `cancel_futures`, cancel the calls that
+        have not begun, also on the grid, which takes some seconds. The other calls run to their
+        end.
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 
@@ -146,8 +150,9 @@ class GridExecutor(Executor):
 
 
 def _next(futures: deque[CallFuture], timeout_s: float | None) -> Any:
-    """The first one's result, which no frame of the iterator may hold while it waits for its
-    reader. One that is not there in time stays among those to cancel."""
+    """Return the result of the first future. The frame of the iterator must not refer to this
+    result while the iterator is suspended. After a timeout, the future stays in the list, so that
+    it is canceled."""
     result = futures[0].result(timeout_s)
     futures.popleft()
     return result

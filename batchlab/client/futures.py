@@ -1,10 +1,7 @@
-"""An executor's futures, the batches they travel in, and the errors they may end with.
+"""Futures of an executor, their batches and errors, and the encoding of calls.
 
-Invariant: a future is of one batch from just before it is RUNNING until just before it is done.
-
-An executor's calls on their way: functions pickled once, arguments encoded.
-
-Invariant: a call that cannot be pickled is rejected by itself, and the others go.
+Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done.
+A call that cannot be pickled fails alone, and the other calls of its batch are sent.
 """
 
 from __future__ import annotations
@@ -30,14 +27,14 @@ from batchlab.manager.jobs.stage_plans import PART_ITEMS
 from batchlab.worker.executor_calls import Calls, Initializer, Raised
 
 KNOWN = 4096
-"""So many functions are remembered as having been sent."""
+"""Number of functions that are remembered as sent."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 @dataclass(slots=True)
 class Call:
-    """`function(*args, **kwargs)`, wanted by `future`."""
+    """The call `function(*args, **kwargs)` and its future."""
 
     future: CallFuture
     function: Callable[..., Any]
@@ -47,7 +44,7 @@ class Call:
 
 @dataclass(slots=True)
 class Packed:
-    """The handler, pickled; and the calls as items, in the order of `futures`."""
+    """The pickled handler, and the calls as items in the order of `futures`."""
 
     handler: bytes
     chunks: list[Chunk]
@@ -56,7 +53,7 @@ class Packed:
 
 
 class Packer:
-    """Packs the calls of one executor."""
+    """Packer of the calls of one executor."""
 
     def __init__(self, shipping: Shipping, initializer: Initializer | None) -> None:
         self._shipping = shipping
@@ -64,7 +61,7 @@ class Packer:
         self._known: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
-        """Encode these as the items of `job`."""
+        """Encode these calls as the items of `job`."""
         with self._shipping.by_value():
             functions = self._functions(calls)
             table: dict[bytes, int] = {}
@@ -86,17 +83,17 @@ class Packer:
         return packed
 
     def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
-        """By id, each function that can be pickled, and whether it belongs into the table.
+        """Return each function that can be pickled, by its id, and whether it belongs in the table.
 
-        The table is sent once, however often its functions are called, but every process loads
-        all of it: what is called once (a bound method, a partial) goes with its call.
+        The table is sent once for all calls of its functions, but every process loads the whole
+        table. A function that is called once (a bound method, a partial) is sent with its call.
         """
         found: dict[int, bytes] = {}
         uses: Counter[bytes] = Counter()
         for call in calls:
             key = id(call.function)
             if key not in found:
-                with suppress(Exception):  # raised again where the call is packed
+                with suppress(Exception):  # `_reference` raises the error again for each call
                     found[key] = pickled(call.function)
             if key in found:
                 uses[found[key]] += 1
@@ -115,7 +112,7 @@ def _reference(
 ) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
-    # Where it is not known it could not be pickled, and each of its calls gets an error of its own.
+    # An unknown function could not be pickled. Each of its calls gets its own error here.
     data, shared = known or (pickled(function), False)
     if shared:
         return table.setdefault(data, len(table))
@@ -130,7 +127,7 @@ def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
     except values.NotAValue as error:
         if error.__cause__ is None:
             raise
-        # pickle's own error, which the user of any executor may expect.
+        # Raise pickle's own error, which users of executors expect.
         raise error.__cause__ from None
 
 
@@ -138,17 +135,17 @@ _DEATHS = (FailureKind.CRASH, FailureKind.EXIT, FailureKind.MEMORY, FailureKind.
 
 
 class BrokenGridExecutor(BackendError, BrokenExecutor):
-    """The executor can run nothing any more: the grid was closed, its manager cannot be reached,
-    or the initializer raised."""
+    """The executor can no longer run calls, because the grid was closed, its manager is
+    unreachable, or the initializer raised."""
 
 
 class WorkerDied(TaskFailed, BrokenExecutor):
-    """The call ended its process: a crash, `os._exit`, out of memory. No other call is concerned,
-    and the executor goes on."""
+    """The call ended its process: by a crash, by `os._exit`, or by too little memory. Other calls
+    are not affected, and the executor continues."""
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that a call raised: `tb` is the traceback from the worker."""
+    """Cause of an exception that a call raised. `tb` is the traceback from the worker."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -159,15 +156,16 @@ class RemoteTraceback(Exception):
 
 
 def death(outcome: Outcome, failure: Failure) -> TaskFailed:
-    """The error for a call that the grid could not make."""
+    """Return the error of a call that the grid could not run."""
     return failed(outcome, failure, WorkerDied if failure.kind in _DEATHS else TaskFailed)
 
 
 def revived(raised: Raised) -> BaseException:
-    """What the call raised, if it can be unpickled here, else a TaskFailed that tells of it."""
+    """Return the exception that the call raised. If it cannot be unpickled here, return a
+    TaskFailed with its text."""
     try:
-        error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - by our job
-    except Exception:  # noqa: BLE001 - unpickling an exception calls its class, which may do anything
+        error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by this job
+    except Exception:  # noqa: BLE001 - unpickling runs the code of the exception's class
         error = None
     if not isinstance(error, BaseException):
         return TaskFailed(raised.told, traceback=raised.traceback)
@@ -176,8 +174,9 @@ def revived(raised: Raised) -> BaseException:
 
 
 class CallFuture(Future[Any]):
-    """The future of a call, RUNNING from when it is sent: no process here knows when a worker
-    begins. From then on `cancel` returns False, and the future ends with the call's result."""
+    """Future of a call. It is RUNNING from the time it is sent, because this process does not
+    know when a worker begins. Then `cancel` returns False, and the future ends with the call's
+    result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,8 +188,8 @@ class CallFuture(Future[Any]):
         return super().cancel() or self._withdrawn
 
     def disown(self) -> None:
-        """Cancel the call, whose future has no reader any more. If it was sent, it is cancelled
-        once no other call of its job has a reader and unless it has begun."""
+        """Cancel the call, because its future no longer has a reader. A call that was sent and has
+        not begun is canceled when no call of its job has a reader."""
         if not self.cancel() and (batch := self.batch):
             batch.unwant(self)
 
@@ -204,27 +203,28 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """The call will never run. A Future has no public way from RUNNING to CANCELLED."""
+        """Mark the call as canceled. A Future does not have a public way from RUNNING to
+        CANCELLED."""
         self._withdrawn = True
         self.set_exception(CancelledError())
 
 
 class Batch:
-    """Calls that make one job."""
+    """Calls that form one job."""
 
     def __init__(
         self, look: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False
     ) -> None:
-        """`look` is called, on any thread, once nothing of it is wanted any more. `bundle` fixes
-        how many calls travel together; nothing may join a `whole` one."""
+        """`look` is called, on any thread, when no result of the batch is wanted any longer.
+        `bundle` sets the number of calls in a bundle. No call can join a `whole` batch."""
         self.calls: list[Call] = []
         self.bundle = bundle
         self.whole = whole
         self.job = ""
         self.open: dict[int, CallFuture] = {}
-        """By task, those that are not done."""
+        """Futures that are not done, by task."""
         self.rejected: list[tuple[CallFuture, Exception]] = []
-        """Calls that could not be sent."""
+        """Calls that could not be sent, with their errors."""
         self.ending = False
         self._look = look
         self._lock = threading.Lock()
@@ -233,18 +233,18 @@ class Batch:
 
     @property
     def abandoned(self) -> bool:
-        """Nothing that is left of it is wanted."""
+        """Return whether no remaining call is wanted."""
         return self._unwanted >= self._left
 
     def claim(self) -> list[Call]:
-        """The calls that nobody has cancelled; from now on nobody can."""
+        """Return the calls that are not canceled. From now on, they cannot be canceled."""
         calls, self.calls = self.calls, []
         with self._lock:
             self._left += len(calls)
         wanted = []
         for call in calls:
-            # In this order, or a wish to cancel it could find neither a future that may be
-            # cancelled nor a batch.
+            # The batch is set first. Otherwise a concurrent cancellation could find a RUNNING
+            # future without a batch.
             call.future.batch = self
             if call.future.set_running_or_notify_cancel():
                 wanted.append(call)
@@ -254,19 +254,19 @@ class Batch:
         return wanted
 
     def drain(self) -> list[CallFuture]:
-        """What is still open, which is nothing afterwards."""
+        """Remove and return the open futures."""
         futures, self.open = list(self.open.values()), {}
         return futures
 
     def settle(self, future: CallFuture) -> None:
-        """The future is about to be done."""
+        """Remove the future from the batch just before it is done."""
         with self._lock:
             self._left -= 1
             self._unwanted -= future.unwanted
             future.batch = None
 
     def unwant(self, future: CallFuture) -> None:
-        """No reader waits for this future."""
+        """Record that no reader waits for this future."""
         with self._lock:
             if future.unwanted or future.batch is None:
                 return

@@ -1,7 +1,7 @@
-"""The Python API: a grid as a context manager, functions mapped over items, job files run.
+"""Python API: a grid as a context manager, functions mapped over items, and job files.
 
-Invariant: whoever waits here for a job and stops waiting, by an error, Ctrl-C or a loop left early,
-has it cancelled.
+Invariant: if a caller stops waiting for a job, by an error, by Ctrl-C, or by leaving a loop early,
+the job is canceled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PathText = str | os.PathLike[str]
 
 
 class MapOptions(TypedDict, total=False):
-    """What `map` and `starmap` may be told; see `map`."""
+    """Options of `map` and `starmap`. See `map`."""
 
     name: str | None
     timeout_s: float | None
@@ -48,10 +48,10 @@ class MapOptions(TypedDict, total=False):
 
 
 class Grid:
-    """A grid in a folder: brought up, and taken down by `close`, unless one is up there already.
+    """Grid in a folder. If no grid is up there, this object starts one, and `close` stops it.
 
-    Usable from several threads. Best as a context manager; one that is left open is closed when
-    nothing refers to it any more, or when Python ends.
+    It is thread-safe, and is best used as a context manager. A grid that is left open is closed
+    when no reference to it exists, or when Python exits.
     """
 
     def __init__(
@@ -63,22 +63,24 @@ class Grid:
         pools: Sequence[Pool] = (),
         warm: bool = False,
     ) -> None:
-        """`home` is the grid's folder; None means BATCHLAB_HOME, else `.batchlab` here.
+        """`home` is the grid's folder. The default is BATCHLAB_HOME, or `.batchlab` in the current
+        folder.
 
-        `workers` sizes the default pool from 0 to so many instances of one slot; `pools` are the
-        pools instead; with neither, the backend's own. `warm` keeps them at their largest. All
-        three are for a grid that is not up yet: UsageError where one is.
+        With `workers`, the default pool has from 0 to `workers` instances with one slot each.
+        `pools` replaces the pools. The default is the backend's own pools. `warm` keeps the pools
+        at their maximum size. All three apply only to a grid that is not up yet. Raise UsageError
+        if they are given for a grid that is up.
         """
         descriptor = factory.load(backend)
         sized = _sized(descriptor.pools, workers, pools, warm=warm)
         self._link = Link(descriptor, find_home(Path(home) if home else None), sized)
-        # Unlike __del__, this runs at the interpreter's end too.
+        # Unlike __del__, a finalizer also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
         self._outgoing = Outgoing(self._link)
 
     @property
     def client(self) -> Client:
-        """The manager's HTTP API."""
+        """Return the client of the manager's HTTP API."""
         return self._link.client
 
     def map(
@@ -93,17 +95,19 @@ class Grid:
         ordered: bool = True,
         return_exceptions: bool = False,
     ) -> Generator[Any, None, None]:
-        """`function(item)`, or `function(item, ctx)`, of every item, run on the grid's workers.
+        """Return the results of `function(item)`, or `function(item, ctx)`, for every item,
+        computed by the grid's workers.
 
-        All items are drawn and submitted before this returns. Results come in the order of the
-        items, with `ordered=False` as they are there. A task that failed raises TaskFailed in its
-        place and cancels the rest; with `return_exceptions` its TaskFailed comes as a result, and
-        the others go on. An iterator that is dropped or closed cancels what is left.
+        All items are read and submitted before this method returns. Results come in the order of
+        the items, or with `ordered=False` as they arrive. A failed task raises TaskFailed at its
+        position and cancels the rest. With `return_exceptions`, the TaskFailed is a result, and the
+        other tasks continue. If the iterator is dropped or closed, the remaining tasks are
+        canceled.
 
-        `timeout_s` is for each task. `retry` is a rule or a number of attempts; by default a task
-        that raises is not tried again. A worker's death is never a task's failure. `bundle` fixes
-        how many tasks travel together. UsageError, and nothing submitted, for what cannot be
-        pickled.
+        `timeout_s` is the limit of each task. `retry` is a rule or a number of attempts. By
+        default, a task that raises is not retried. The loss of a worker is never a task's failure.
+        `bundle` sets the number of tasks in a bundle. Raise UsageError and submit nothing if the
+        function or an item cannot be pickled.
         """
         return self._map(
             function,
@@ -122,7 +126,8 @@ class Grid:
         items: Iterable[Iterable[Any]],
         **options: Unpack[MapOptions],
     ) -> Generator[Any, None, None]:
-        """`function(*item)` of every item, a sequence of arguments; `map` in all else."""
+        """Return the results of `function(*item)` for every item, a sequence of arguments.
+        Otherwise like `map`."""
         return self._map(function, items, starred=True, **options)
 
     def _map(
@@ -149,14 +154,15 @@ class Grid:
             starred=starred,
         )
         results = self._results(job, ordered=ordered, return_exceptions=return_exceptions)
-        # Started, or its end would not be noticed if nobody ever asks for a result.
+        # The generator is started, so that its `finally` block runs even if no result is read.
         next(results)
         return results
 
     def _results(
         self, job: JobDef | None, *, ordered: bool, return_exceptions: bool
     ) -> Generator[Any, None, None]:
-        """A method, so that a grid is not closed while a map of its own is under way."""
+        """Yield the results of a map. As a method, it refers to the grid, so that the grid is not
+        closed during a map."""
         if job is None:
             yield None
             return
@@ -173,7 +179,7 @@ class Grid:
                     yield value
             done = True
         finally:
-            # Perhaps on the garbage collector's behalf, on any thread: nothing may wait here.
+            # The garbage collector may run this on any thread, so it must not wait.
             incoming.drop()
             link.leave(job.id, cancel=not done)
 
@@ -184,10 +190,11 @@ class Grid:
         initializer: Callable[..., object] | None = None,
         initargs: Iterable[Any] = (),
     ) -> GridExecutor:
-        """A `concurrent.futures.Executor` whose calls run on the grid's workers.
+        """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
-        `name` is for its jobs; by default they have their function's. `initializer(*initargs)` is
-        called in each worker process before its first call. UsageError where it cannot be pickled.
+        `name` is the name of its jobs. By default, a job has the name of its function. Each worker
+        process calls `initializer(*initargs)` before its first call. Raise UsageError if the
+        initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
 
@@ -209,11 +216,12 @@ class Grid:
         timeout_s: float | None = None,
         max_cost_usd: float | None = None,
     ) -> JobResult:
-        """Run a job file to its end, whatever that is; with `out`, write its results there.
+        """Run a job file to its end, and return its result in every case. With `out`, write its
+        results there.
 
-        `params` replace the file's parameters, `max_cost_usd` its cap: beyond that nothing is
-        launched for it any more. After `timeout_s` seconds the job is cancelled, and JobFailed
-        raised. JobFileErrors with all that is wrong with the file.
+        `params` replace the parameters of the file, and `max_cost_usd` replaces its cap. At the
+        cap, the manager launches nothing more for the job. After `timeout_s` seconds, the job is
+        canceled and JobFailed is raised. JobFileErrors lists all mistakes in the file.
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
@@ -237,13 +245,13 @@ class Grid:
         params: Mapping[str, Any] | None = None,
         max_cost_usd: float | None = None,
     ) -> str:
-        """Submit a job file, or a job made by hand, as `run`, and do not wait; the job's id."""
+        """Submit a job file as `run` does, or a JobDef, without waiting. Return the job's id."""
         made = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
         made = _capped(made, max_cost_usd)
         return self._link.call(lambda client: client.submit(made))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
-        # pydantic and yaml take longer to import than a map takes.
+        # The imports of pydantic and yaml take longer than a map.
         from batchlab.jobs import submission
         from batchlab.jobs.job_file import load
 
@@ -260,7 +268,7 @@ class Grid:
         )
 
     def wait(self, job: str) -> JobResult:
-        """Wait until a job has ended; the job goes on where the wait is interrupted."""
+        """Wait until a job has ended. If the wait is interrupted, the job continues."""
         return self._wait(job, None)
 
     def _wait(self, job: str, timeout_s: float | None) -> JobResult:
@@ -278,8 +286,11 @@ class Grid:
         return JobResult(self, link, view)
 
     def close(self) -> None:
-        """Cancel the jobs whose results somebody still waits for; end the grid if this brought it
-        up. Files among the results may be gone afterwards. May be called again."""
+        """Cancel the jobs whose results a caller still waits for, and stop the grid if this object
+        started it.
+
+        Files among the results may be deleted afterwards. A repetition does no harm.
+        """
         self._end()
 
     def __repr__(self) -> str:
@@ -300,7 +311,7 @@ class Grid:
 def _sized(
     own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool
 ) -> Sequence[Pool]:
-    """The pools of a grid that is brought up; none where the backend's own will do."""
+    """Return the pools of a grid to start, or an empty sequence for the backend's own pools."""
     _check_positive(workers=workers)
     if workers is not None and pools:
         raise UsageError("Both workers and pools are given.", remedy="Leave one of them out.")
@@ -324,7 +335,7 @@ def _rule(retry: RetryRule | int | None) -> RetryRule:
 
 
 def _text(value: Any) -> str:
-    """A parameter as it would be written after --set."""
+    """Return a parameter in the form of the option --set."""
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, bool | int | float):

@@ -1,7 +1,7 @@
-"""The grid that a program talks to: brought up if there is none, revived, taken down.
+"""Connection of a program to a grid. It starts the grid if none is up, restarts it, and stops it.
 
-Invariant: what this process has started is ended by it, however it is left; a grid that was there
-before stays up. Jobs that nobody waits for any more are cancelled, here or there.
+Invariant: a grid that this process started ends with this process. A grid that was up before stays
+up. In both cases, jobs are canceled when no caller waits for their results.
 """
 
 from __future__ import annotations
@@ -35,42 +35,45 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 LOOK_S = 0.1
 _OURS = "batchlab-grid"
-"""The event loop's thread and those of its pool have names that begin so."""
+"""Prefix of the names of the event loop's thread and of the threads of its pool."""
 STUCK_S = 10.0
-"""An event loop that does nothing for so long does nothing any more."""
+"""Time in seconds after which an event loop that does not respond is considered stuck."""
 ENDING_S = 3.0
-"""How long closing waits for jobs to show that they have ended."""
+"""Time in seconds that closing waits for the end of jobs to become visible."""
 
 
 class Link:
-    """A connection to the manager of `home`, and the thread that the async ports run on."""
+    """Connection to the manager of `home`, with the thread on which the async ports run."""
 
     def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-        """`pools` size a grid that is brought up; UsageError with them where one is up."""
+        """`pools` are the pools of a grid to start. Raise UsageError if they are given and a grid
+        is up."""
         self.backend = backend
         self.home = home
         self.clock = backend.open_clock()
         self.ids = backend.open_ids()
         self.patience = factory.patience()
         self.ours = False
-        """Whether we have brought up the grid, and end it."""
+        """Whether this process started the grid, and stops it."""
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
         self._clients: list[Client] = []
-        """The last one counts. A thread may still be talking through those before it."""
+        """Clients of the manager. The last one is current, but threads may still use earlier
+        ones."""
         self._live: set[str] = set()
         self._cancelling: dict[Future[None], str] = {}
-        """The jobs that the event loop is having cancelled."""
+        """Jobs that the event loop is canceling."""
         self._ending: deque[str] = deque(maxlen=64)
         self._folder: Path | None = None
         self._connect()
-        # Not before: only a grid that is up, or has been, says where its bucket is.
+        # The location of the bucket is known only after a grid has started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
         self._loop = asyncio.new_event_loop()
-        # A daemon, or the interpreter would wait for it before anybody is told to close.
+        # The thread is a daemon, because Python would wait for a normal thread before `close` is
+        # called.
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
@@ -78,13 +81,13 @@ class Link:
     # --- The manager -----------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        self.backend.named_place(self.home)  # refuses another endpoint than this home's
+        self.backend.named_place(self.home)  # raises if the home belongs to another endpoint
         record = self.home.record()
         if record is None:
             record = manager_process.start_manager(
                 self.home, self.backend, pools=self._pools, parent=True
             )
-            # Somebody else may have been faster, just now.
+            # Another process may have started the manager at the same time.
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:
             raise UsageError(
@@ -100,7 +103,7 @@ class Link:
         """Return whether this process started that manager, or the containers that it runs in."""
         if self.backend.capabilities.container_manager:
             return manager_process.has_started(self.home, record)
-        return _is_child(record.pid)  # a forked process has copies of what its parent knows
+        return _is_child(record.pid)  # a forked process has a copy of its parent's state
 
     def _check_python(self) -> None:
         try:
@@ -112,24 +115,24 @@ class Link:
 
     @property
     def client(self) -> Client:
-        """The manager's client; UsageError once closed."""
+        """Return the manager's client. Raise UsageError after `close`."""
         self.check_open()
         return self._clients[-1]
 
     @property
     def forked(self) -> bool:
-        """Whether this is the copy that a child of its process has got."""
+        """Return whether this object is a copy in a forked child process."""
         return os.getpid() != self._pid
 
     def check_open(self) -> None:
-        """UsageError once closed."""
-        # The thread is gone in a forked child too, where waiting for it would never end.
+        """Raise UsageError after `close`."""
+        # In a forked child, the thread does not exist, and waiting for it would never end.
         if self._closed or not self._thread.is_alive():
             raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
 
     def call(self, ask: Callable[[Client], T]) -> T:
-        """The manager's answer. One that has died is replaced if it was ours: the grid's state is
-        in its folder, so nothing is lost."""
+        """Return the manager's answer. If a manager of this process has ended, start another one.
+        The folder has the grid's state, so nothing is lost."""
         give_up_s: float | None = None
         while True:
             client = self.client
@@ -144,7 +147,7 @@ class Link:
 
     @property
     def _is_restarted(self) -> bool:
-        """Whether somebody else starts the manager again: we have not started this one."""
+        """Return whether another process, such as Docker, restarts the manager."""
         return not self.ours and self.backend.restarts_manager(self.home)
 
     def _reconnect(self, client: Client, error: Unreachable) -> None:
@@ -161,7 +164,7 @@ class Link:
                 log.warning("the manager has ended; going on with another one")
                 self._connect()
                 return
-        time.sleep(0.05)  # it is there, but very busy
+        time.sleep(0.05)  # the manager runs, but is very busy
 
     # --- The ports -------------------------------------------------------------------------------
 
@@ -170,11 +173,12 @@ class Link:
         return asyncio.run_coroutine_threadsafe(doing, self._loop)
 
     def run(self, doing: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine; interrupted, it is cancelled. UsageError once closed."""
+        """Return the result of a coroutine. An interrupt cancels the coroutine. Raise UsageError
+        after `close`."""
         try:
             self.check_open()
         except UsageError:
-            doing.close()  # never begun
+            doing.close()  # avoids a warning about a coroutine that never ran
             raise
         future = self.start(doing)
         try:
@@ -184,7 +188,7 @@ class Link:
 
     @property
     def folder(self) -> Path:
-        """Of this process's own, for files that are fetched; removed by `close`."""
+        """Return this process's folder for fetched files. `close` removes it."""
         if self._folder is None:
             self._folder = self.home.scratch / self.ids.fresh("client")
         return self._folder
@@ -192,13 +196,15 @@ class Link:
     # --- Jobs ------------------------------------------------------------------------------------
 
     def follow(self, job: str) -> None:
-        """Somebody waits for this job: `close` cancels it unless `leave` came first."""
+        """Record that a caller waits for this job. `close` cancels it unless `leave` is called
+        first."""
         self._live.add(job)
 
     def leave(self, job: str, *, cancel: bool) -> None:
-        """Nobody waits for the job any more. Does not wait for the cancellation: `close` does.
+        """Record that no caller waits for the job any longer. This method starts the cancellation,
+        and `close` waits for it.
 
-        May come from the garbage collector, on any thread and after `close`.
+        The garbage collector may call this method, on any thread and after `close`.
         """
         if job not in self._live or self._closed or not self._thread.is_alive():
             return
@@ -213,29 +219,31 @@ class Link:
         try:
             self._clients[-1].cancel(job)
         except (Refused, NotFound):
-            return  # it has ended meanwhile, or never arrived
+            return  # the job has ended, or was never submitted
         except BackendError as error:
             log.warning("job %s is not cancelled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.begun():
-            # A program that ends of its job's failure: no thread can be started any more. Before
-            # it is forgotten here, so that `close`, which comes next, finds it at any moment.
+            # Python is exiting, so no thread can be started. The job goes back to `_live` before it
+            # leaves `_cancelling`, so that `close`, which runs next, always finds it.
             self._live.add(self._cancelling[cancelling])
         elif error:
             log.error("a job is not cancelled", exc_info=error)
         self._cancelling.pop(cancelling, None)
 
-    # --- The end ---------------------------------------------------------------------------------
+    # --- Closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel what is left, end the grid if it is ours. May be called again."""
-        # A forked child has this object too, but the grid is its parent's.
+        """Cancel the remaining jobs, and stop the grid if this process started it. A repetition
+        does no harm."""
+        # A forked child has a copy of this object, but the grid belongs to its parent.
         if self._closed or self.forked:
             return
         if threading.current_thread().name.startswith(_OURS):
-            # The last reference may be dropped anywhere, and none of our threads can end itself.
+            # The last reference may be dropped on any thread, and a thread of this object cannot
+            # join itself.
             threading.Thread(target=self.close, name="batchlab-close").start()
             return
         with self._lock:
@@ -251,7 +259,8 @@ class Link:
             for client in self._clients:
                 last.callback(client.close)
             last.callback(lambda: self._cancel_left(is_stuck))
-            # Only here: an interrupt while it waits must not leave all of the above undone.
+            # This check comes last, because an interrupt during its wait must not skip the steps
+            # above.
             is_stuck = self._is_stuck()
 
     def _cancel_left(self, is_stuck: bool) -> None:
@@ -259,22 +268,22 @@ class Link:
         if not is_stuck:
             wait(cancelling)
         undone = set(cancelling.values())
-        if not is_stuck:  # where it is, a future's lock may be held for ever
+        if not is_stuck:  # a stuck loop may hold the lock of a future forever
             undone = {
                 job
                 for future, job in cancelling.items()
                 if not future.cancelled() and future.exception()
             }
         for job in undone | self._live:
-            # Here and not on threads: at the interpreter's end none can be started any more.
+            # On this thread, because no thread can be started while Python exits.
             self._cancel(job)
             self._ending.append(job)
         if self.ours and self._ending:
             self._see_them_end()
 
     def _is_stuck(self) -> bool:
-        """Whether the event loop does nothing any more: an interrupt may hit whoever waits for one
-        of its futures with that future's lock just taken, which the loop then waits for."""
+        """Return whether the event loop is stuck. An interrupt of a thread that waits for a future
+        of the loop can leave the lock of this future held. The loop then waits for this lock."""
         answered = threading.Event()
         self._loop.call_soon_threadsafe(answered.set)
         if answered.wait(STUCK_S):
@@ -283,7 +292,8 @@ class Link:
         return True
 
     def _see_them_end(self) -> None:
-        """A grid that goes down a moment too soon would show a finished job as running."""
+        """Wait until the manager shows the jobs as ended. If the grid stopped earlier, it would
+        show a finished job as running."""
         client = self._clients[-1]
         give_up_s = self.clock.monotonic_s() + ENDING_S
         try:
@@ -299,7 +309,8 @@ class Link:
 
     def _stop_manager(self) -> None:
         record = self.home.record()
-        # Ours may have died, and somebody else's have taken its place.
+        # The manager of this process may have ended, and another process may have started a new
+        # one.
         if record and self._has_started(record):
             manager_process.stop_manager(self.home)
 

@@ -1,11 +1,7 @@
 """The manager's HTTP API as Python calls, for the command line and the Python API.
 
-Invariant: cheap to import and to make, since every command pays for it; every failure is one of
-batchlab's own errors.
-
-What a client asks of schedules.
-
-Invariant: as the client itself: cheap to import, every failure one of batchlab's own errors.
+Invariant: the module and the client must be fast to import and to create, because every command
+uses them. Every failure is an error class of batchlab.
 """
 
 from __future__ import annotations
@@ -52,44 +48,45 @@ _ALL = "/v1/schedules"
 
 
 class ScheduleCalls(Calls):
-    """The part of `Client` that is about schedules."""
+    """The calls of `Client` for schedules."""
 
     def add_schedule(
         self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False
     ) -> ScheduleView:
-        """Keep a schedule, described as in POST /v1/schedules, with the job that it runs; Refused
-        where another one has its name, unless it is to `replace` that."""
+        """Add a schedule, in the form of POST /v1/schedules, with the job that it runs.
+
+        Raise Refused if a schedule with this name exists and `replace` is False."""
         from batchlab.core.protocol import json_format
 
         body = {"schedule": schedule, "job": json_format.job_to_json(job), "replace": replace}
         return cast("ScheduleView", self._call("POST", _ALL, body=body))
 
     def schedules(self) -> SchedulesView:
-        """All schedules by name, each with its last run, and what was missed."""
+        """Return all schedules by name, each with its last run, and notes on missed runs."""
         return cast("SchedulesView", self._call("GET", _ALL))
 
     def schedule(self, name: str) -> ScheduleView:
-        """One schedule with its runs."""
+        """Return one schedule with its runs."""
         return cast("ScheduleView", self._call("GET", _of(name)))
 
     def coming(self, name: str, *, count: int = 10) -> list[DueView]:
-        """Its next due times."""
+        """Return the next due times of a schedule."""
         return cast("list[DueView]", self._call("GET", _of(name, "/next"), count=count)["times"])
 
     def pause_schedule(self, name: str) -> ScheduleView:
-        """Start nothing until it is resumed."""
+        """Pause a schedule. Due times during the pause start no runs."""
         return cast("ScheduleView", self._call("POST", _of(name, "/pause")))
 
     def resume_schedule(self, name: str) -> ScheduleView:
-        """Go on with what falls due from now on."""
+        """Resume a schedule. It runs at its next due time."""
         return cast("ScheduleView", self._call("POST", _of(name, "/resume")))
 
     def remove_schedule(self, name: str) -> ScheduleView:
-        """Forget it; a job of it that runs is finished."""
+        """Remove a schedule. A running job of the schedule continues."""
         return cast("ScheduleView", self._call("POST", _of(name, "/remove")))
 
     def run_schedule(self, name: str, token: str) -> RunView:
-        """Run it now; the same token again is the same run."""
+        """Run the job of a schedule now. A repetition with the same token returns the same run."""
         return cast("RunView", self._call("POST", _of(name, "/run"), body={"token": token}))
 
 
@@ -99,48 +96,48 @@ def _of(name: str, what: str = "") -> str:
 
 REBUILD_S = 3600.0
 MOST = 1000
-"""Rows that one answer of a listing has at the most."""
+"""Limit of the rows in one answer."""
 
 
 class Client(ScheduleCalls):
-    """Connections to one manager, usable from several threads; a context manager.
+    """Connections to one manager. The client is thread-safe, and is a context manager.
 
-    Every method raises Unreachable where the manager does not answer, NotFound for an unknown id,
-    Refused where the manager declines, UsageError where the request is wrong, and BackendError
-    where the manager cannot do its work at the moment. Times are seconds. No proxy is used.
+    Each method raises Unreachable if the manager does not answer, NotFound for an unknown id,
+    Refused if the manager refuses, UsageError for an invalid request, and BackendError if the
+    manager cannot work at the moment. Times are in seconds. The client does not use proxies.
     """
 
     # --- The manager -----------------------------------------------------------------------------
 
     def health(self) -> HealthView:
-        """Whether it answers, and leads."""
+        """Return whether the manager responds, and whether it is the leader."""
         return cast("HealthView", self._call("GET", "/v1/health"))
 
     def shutdown(self) -> None:
-        """Ask it to end; returns as soon as it has agreed."""
+        """Request the manager's shutdown, and return when it has accepted the request."""
         self._call("POST", "/v1/shutdown")
 
     def open_session(self) -> SessionView:
-        """A code that opens the web page once."""
+        """Return a code that opens the web page once."""
         return cast("SessionView", self._call("POST", "/v1/sessions"))
 
     def code_waits(self, name: str) -> bool:
-        """Whether the code of that name has not been used yet, and may be."""
+        """Return whether the code with this name is still valid and unused."""
         return bool(self._call("GET", f"/v1/sessions/{quote(name, safe='')}")["waits"])
 
     def rebuild(self) -> int:
-        """Make the ledger anew from the bucket; answers how many jobs it found."""
+        """Rebuild the ledger from the bucket, and return the number of jobs that were found."""
         return self.rebuild_ledger()["jobs"]
 
     def rebuild_ledger(self) -> RebuiltView:
-        """Make the ledger anew from the bucket; return what was found there."""
+        """Rebuild the ledger from the bucket, and return what was found."""
         return cast("RebuiltView", self._call("POST", "/v1/ledger/rebuild", answer_s=REBUILD_S))
 
     # --- Jobs ------------------------------------------------------------------------------------
 
     def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
-        """Submit a job, with its encoded items where it brings some and they are few; again with
-        the same client token answers with the job that is known."""
+        """Submit a job, with its encoded items if it has a few of its own. A repetition with the
+        same client token returns the known job."""
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_and_hear(
@@ -151,8 +148,8 @@ class Client(ScheduleCalls):
         *,
         wait_s: float,
     ) -> OutcomesView:
-        """Submit a job as `submit`, and wait so long for its first outcomes. `accepted` is called
-        once it is known to the grid."""
+        """Submit a job as `submit` does, and wait up to `wait_s` for its first outcomes. `accepted`
+        is called when the grid has accepted the job."""
         body = _submission(job, items)
         with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as answer:
             self._document(answer.line())
@@ -162,25 +159,26 @@ class Client(ScheduleCalls):
     def jobs(
         self, *, limit: int = 100, before: str | None = None, active: bool = False
     ) -> list[JobView]:
-        """Newest first; `before` is the id of the last one of the previous page."""
+        """Return jobs, newest first. `before` is the id of the last job of the previous page."""
         answer = self._call("GET", "/v1/jobs", limit=limit, before=before, active=active)
         return cast("list[JobView]", answer["jobs"])
 
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
-        """One job; with `version` as soon as the job's is another, or after `wait_s`."""
+        """Return one job. With `version`, wait up to `wait_s` until the version of the job
+        differs."""
         answer = self._call("GET", _of_client(job), version=version, wait_s=wait_s)
         return cast("JobView", answer)
 
     def cancel(self, job: str) -> JobView:
-        """Returns once no task of the job can start any more."""
+        """Cancel a job. Return when no further task of the job can start."""
         return cast("JobView", self._call("POST", _of_client(job, "/cancel")))
 
     def pause(self, job: str) -> JobView:
-        """Running tasks end, no further one starts."""
+        """Pause a job. Running tasks continue, and no further task starts."""
         return cast("JobView", self._call("POST", _of_client(job, "/pause")))
 
     def resume(self, job: str) -> JobView:
-        """Go on with a paused job."""
+        """Resume a paused job."""
         return cast("JobView", self._call("POST", _of_client(job, "/resume")))
 
     def retry(
@@ -190,18 +188,19 @@ class Client(ScheduleCalls):
         fingerprints: Sequence[str] = (),
         tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> JobView:
-        """Run again what did not succeed; of what failed only the tasks with these fingerprints
-        and, by stage, in these ranges [first, beyond the last), where any are named."""
+        """Run again all tasks that did not succeed. If `fingerprints` or `tasks` are given, run
+        only the failed tasks with these fingerprints or in these ranges. A range includes its first
+        task and excludes its end."""
         body = {"fingerprints": list(fingerprints), "tasks": tasks or {}}
         chosen = body if fingerprints or tasks else None
         return cast("JobView", self._call("POST", _of_client(job, "/retry"), body=chosen))
 
     def eta(self, job: str) -> EtaView:
-        """How long it still takes."""
+        """Return the remaining time of a job."""
         return cast("EtaView", self._call("GET", _of_client(job, "/eta")))
 
     def why(self, job: str) -> str:
-        """Why the job is not further than it is, in one line."""
+        """Return one line that explains why the job has not progressed further."""
         return str(self._call("GET", _of_client(job, "/why"))["why"])
 
     def outcomes(
@@ -213,7 +212,8 @@ class Client(ScheduleCalls):
         limit: int = 1000,
         wait_s: float = 0.0,
     ) -> OutcomesView:
-        """Outcomes folded after seq `after`, in that order; waits up to `wait_s` for the first."""
+        """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s`
+        for the first one."""
         path = _of_client(job, "/outcomes")
         answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
         return cast("OutcomesView", answer)
@@ -221,7 +221,7 @@ class Client(ScheduleCalls):
     def failures(
         self, job: str, *, limit: int = 100, fingerprint: str | None = None
     ) -> list[FailureView]:
-        """Tasks that failed for good; with `fingerprint` those of one cause."""
+        """Return tasks that failed permanently. `fingerprint` selects one cause."""
         found: list[FailureView] = []
         after: str | None = None
         while len(found) < limit:
@@ -239,14 +239,14 @@ class Client(ScheduleCalls):
         return found
 
     def failure_groups(self, job: str) -> list[FailureGroupView]:
-        """The same by their fingerprints, the largest group first."""
+        """Return the failed tasks by fingerprint, the largest group first."""
         while True:
             answer = self._call("GET", _of_client(job, "/failures/groups"))
             if answer["is_whole"]:
                 return cast("list[FailureGroupView]", answer["groups"])
 
     def task(self, job: str, stage: str, task: int) -> TaskView:
-        """One task that has come to its end, with its input and its log."""
+        """Return one ended task, with its input and its log."""
         path = _of_client(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")
         return cast("TaskView", self._call("GET", path))
 
@@ -260,8 +260,9 @@ class Client(ScheduleCalls):
         failed: bool = False,
         since_s: float | None = None,
     ) -> list[LogView]:
-        """What tasks printed, by stage, task and attempt; of those that `failed` for good, or of
-        attempts that ended within `since_s`."""
+        """Return the logs of tasks, ordered by stage, task, and attempt. `failed` selects tasks
+        that failed permanently. `since_s` selects attempts that ended within this number of
+        seconds."""
         answer = self._call(
             "GET",
             _of_client(job, "/logs"),
@@ -284,7 +285,8 @@ class Client(ScheduleCalls):
         since_s: float | None = None,
         wait_s: float = 0.0,
     ) -> NewLogsView:
-        """What was printed in outcomes folded after `seq`; waits up to `wait_s` for the first."""
+        """Return the logs of outcomes with a seq above `seq`. Wait up to `wait_s` for the first
+        outcome."""
         answer = self._call(
             "GET",
             _of_client(job, "/logs/after"),
@@ -298,17 +300,18 @@ class Client(ScheduleCalls):
         return cast("NewLogsView", answer)
 
     def tails(self, job: str) -> TailsView:
-        """What running tasks have printed so far, which workers store while it is asked for."""
+        """Return the live logs of running tasks. Workers store them only while a client requests
+        them."""
         return cast("TailsView", self._call("POST", _of_client(job, "/tails")))
 
     # --- The grid --------------------------------------------------------------------------------
 
     def grid(self) -> GridView:
-        """Pools with their instances, and queues with their depths."""
+        """Return the pools with their instances, and the queues with their depths."""
         return cast("GridView", self._call("GET", "/v1/grid"))
 
     def activities(self, *, pool: str | None = None, limit: int = 50) -> list[ActivityView]:
-        """Scaling activities with their causes, newest first."""
+        """Return scaling activities with their causes, newest first."""
         answer = self._call("GET", "/v1/grid/activities", pool=pool, limit=limit)
         return cast("list[ActivityView]", answer["activities"])
 
@@ -316,54 +319,56 @@ class Client(ScheduleCalls):
         self,
         pool: str,
         *,
-        min: int | None = None,  # noqa: A002 - the request's own word
-        max: int | None = None,  # noqa: A002 - the request's own word
+        min: int | None = None,  # noqa: A002 - the name in the request
+        max: int | None = None,  # noqa: A002 - the name in the request
         desired: int | None = None,
         auto: bool | None = None,
     ) -> PoolView:
-        """Set limits, and capacity by hand; `auto` True hands the pool back to the policy."""
+        """Set the limits of a pool, and its desired capacity manually. `auto` True returns the pool
+        to the autoscaler."""
         body = {"min": min, "max": max, "desired": desired, "auto": auto}
         return cast(
             "PoolView", self._call("POST", f"/v1/grid/pools/{quote(pool, safe='')}", body=body)
         )
 
     def drain(self, pool: str | None = None) -> GridView:
-        """Take one pool, or all, to no instances, and hold it there."""
+        """Scale one pool or all pools to zero instances, and keep them there."""
         return cast("GridView", self._call("POST", "/v1/grid/drain", body={"pool": pool}))
 
-    # --- What it uses ----------------------------------------------------------------------------
+    # --- Usage and caps --------------------------------------------------------------------------
 
     def use(self) -> UseView:
-        """What the grid has used, and what is billed now."""
+        """Return the grid's usage, and the instances that are billed now."""
         return cast("UseView", self._call("GET", "/v1/use"))
 
     def cap_grid(self, max_cost_usd: float | None) -> UseView:
-        """Cap what the grid costs, in USD since its account was opened; None takes the cap away."""
+        """Set the cap in USD on the grid's cost since its account was opened. None removes the
+        cap."""
         body = {"max_cost_usd": max_cost_usd}
         return cast("UseView", self._call("POST", "/v1/use/cap", body=body))
 
     def job_use(self, job: str) -> JobUseView:
-        """What a job has used."""
+        """Return the usage of a job."""
         return cast("JobUseView", self._call("GET", _of_client(job, "/use")))
 
     def cap_job(self, job: str, max_cost_usd: float | None) -> JobUseView:
-        """Cap what a job costs, in USD; None takes the cap away."""
+        """Set the cap in USD on the cost of a job. None removes the cap."""
         body = {"max_cost_usd": max_cost_usd}
         return cast("JobUseView", self._call("POST", _of_client(job, "/cap"), body=body))
 
     # --- Notifications ---------------------------------------------------------------------------
 
     def notify_targets(self) -> list[TargetView]:
-        """Whom the grid tells, and whom the jobs name that have not ended."""
+        """Return the grid's notification targets, and those of jobs that have not ended."""
         return cast("list[TargetView]", self._call("GET", "/v1/notifications/targets")["targets"])
 
     def notify_test(self, target: str) -> TestedView:
-        """Tell one of the grid's own targets that this is a test, once."""
+        """Send one test notification to one of the grid's own targets."""
         path = f"/v1/notifications/targets/{quote(target, safe='')}/test"
         return cast("TestedView", self._call("POST", path))
 
     def notifications(self, *, limit: int = 100) -> list[NotificationView]:
-        """Those on their way first, then what came of the others."""
+        """Return notifications: first the pending ones, then the results of recent ones."""
         answer = self._call("GET", "/v1/notifications", limit=limit)
         return cast("list[NotificationView]", answer["notifications"])
 

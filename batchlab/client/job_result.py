@@ -1,6 +1,6 @@
-"""What came of a job that was run from a job file.
+"""Result of a job that was run from a job file.
 
-Invariant: results are read when they are asked for, some at a time, in task order.
+Invariant: the object reads results on request, in parts, and in task order.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ class JobResult:
     """A job that has ended. Its results can be read while the grid is open."""
 
     def __init__(self, owner: object, link: Link, view: JobView) -> None:
-        """`owner` closes `link` once nothing refers to it any more, which must not be yet."""
+        """`owner` closes `link` when no reference to it exists. The reference here keeps it
+        open."""
         self._owner = owner
         self._link = link
         self.view = view
         self.fetched: Fetched | None = None
-        """What was written, where the job was run with `out`."""
+        """The written results, if the job was run with `out`."""
         self.failures: list[FailureView] = []
-        """Tasks that failed for good, the first 100."""
+        """The first 100 tasks that failed permanently."""
         if any(stage["failed"] for stage in view["stages"]):
             self.failures = link.call(
                 lambda client: client.failures(view["id"], limit=SHOWN_FAILURES)
@@ -62,7 +63,8 @@ class JobResult:
         return self.view["reason"]
 
     def raise_for_state(self) -> None:
-        """TaskFailed with its first failure, else JobFailed, unless the job SUCCEEDED."""
+        """Raise an error unless the job SUCCEEDED: TaskFailed with its first failure, or
+        JobFailed."""
         if self.state is JobState.SUCCEEDED:
             return
         told = f"Job {self.id} ended {self.state}: {self.reason}."
@@ -71,8 +73,10 @@ class JobResult:
         raise JobFailed(told)
 
     def results(self, stage: str | None = None) -> Iterator[Any]:
-        """Values of `stage` in task order, else of the final stages one after the other; tasks
-        that did not succeed have none. UsageError for a stage that there is not."""
+        """Return the values of `stage` in task order.
+
+        Without `stage`, return the values of all final stages, one stage after the other. Tasks
+        that did not succeed are skipped. Raise UsageError for an unknown stage."""
         link = self._link
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
         names = [one.name for one in job.stages]
@@ -115,7 +119,7 @@ class JobResult:
 
 
 def list_outcomes(link: Link, job: str) -> list[Listed]:
-    """All outcomes of a job that has ended."""
+    """Return all outcomes of a job that has ended."""
     return results.listed(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
 
 

@@ -1,7 +1,7 @@
-"""Many jobs watched at once, on the event loop of the grid's link.
+"""Watch of many jobs at once, on the event loop of the grid's link.
 
-Invariant: whoever watches a job hears of each outcome with results once, and at last of the job's
-end or of why nothing more will be heard.
+Invariant: a listener receives each outcome with results once. At last it receives the end of the
+job, or the reason why the watch ended.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = 64
 CROWDED_S = 1.0
-"""How long a question waits for news where more jobs are watched than there are connections."""
+"""Duration in seconds of a long poll if more jobs are watched than there are connections."""
 GAP_S = 0.05
-"""Between two questions about a job at most: on what has come somebody may call again."""
+"""Maximum pause in seconds between two polls of a job. A program may base its next call on a
+result."""
 BEATS_S = 1.0
-"""After so long, and the control lease, beats have told of every task that has begun."""
+"""Time in seconds after which, in addition to the control lease, heartbeats have reported every
+task that has begun."""
 
 
 class Listener(Protocol):
-    """Told on the loop's thread, where nothing may take long."""
+    """Receiver of a job's events. Its methods run on the loop's thread and must return quickly."""
 
     def outcome(self, job: str, outcome: Outcome) -> None: ...
     def ended(self, job: str, view: JobView) -> None: ...
     def lost(self, job: str, error: Exception) -> None:
-        """Nothing more will be heard of the job; it may not have ended."""
+        """Handle the end of the watch. The job may not have ended."""
 
 
 class Watch:
-    """Watches jobs for one listener. Callable from any thread."""
+    """Watch of jobs for one listener. It can be called from any thread."""
 
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
@@ -57,32 +59,32 @@ class Watch:
         self._jobs: set[str] = set()
         self._count = 0
         self._http: httpx.AsyncClient | None = None
-        """Open while there are jobs: whoever forgets us need not close anything."""
+        """Exists while jobs are watched, so a watch that is dropped needs no `close`."""
         self._url = ""
 
     def add(self, job: str, after: int | None) -> None:
-        """Watch this job for outcomes folded after that seq, or for all of them. UsageError once
-        the link is closed."""
+        """Watch this job for outcomes with a seq above `after`, or for all outcomes. Raise
+        UsageError after the link was closed."""
         self._link.check_open()
         self._jobs.add(job)
         self._link.start(self._follow(job, after))
 
     def drop(self, job: str) -> None:
-        """Nothing more is to be heard of it, because it has ended or is about to."""
-        # Its question is not cancelled: the answer comes soon, and anyio loses the socket of a
-        # request that is cancelled while it connects.
+        """Stop the watch of a job that has ended or is about to end."""
+        # The current poll is not canceled, because its answer comes soon. anyio would leak the
+        # socket of a request that is canceled while it connects.
         self._jobs.discard(job)
 
     def wind_up(self, job: str) -> None:
-        """Cancel the job, but let the tasks that have begun come to their end first."""
+        """Cancel the job, but wait first for the tasks that have begun."""
         self._link.check_open()
         self._link.start(self._wind_up(job)).add_done_callback(_tell_of_bugs)
 
-    # --- Listening -------------------------------------------------------------------------------
+    # --- Polling ---------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
-        """While in it, the client is not closed; the last one out closes it."""
+        """Keep the HTTP client open during the block. The end of the last such block closes it."""
         self._count += 1
         try:
             yield
@@ -96,19 +98,19 @@ class Watch:
         try:
             async with self._asking():
                 view = await self._hear(job, after)
-        except asyncio.CancelledError:  # the loop ends
+        except asyncio.CancelledError:  # the loop is ending
             self._listener.lost(
                 job, Unreachable("The grid was closed.", remedy="Make another Grid.")
             )
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for this job
+        except Exception as error:  # noqa: BLE001 - any error ends the watch
             self._listener.lost(job, error)
         else:
             if view:
                 self._listener.ended(job, view)
 
     async def _hear(self, job: str, after: int | None) -> JobView | None:
-        """Hand on every outcome; the job as it has ended, None once it is dropped."""
+        """Pass on every outcome. Return the job after its end, or None after `drop`."""
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
         while job in self._jobs:
@@ -136,15 +138,15 @@ class Watch:
                     lambda client: client.outcomes(job, after=after),
                 )
             except Unreachable:
-                raise  # whoever asked for us has been patient
+                raise  # the link has already retried this request
             except BackendError:
                 if self._link.clock.monotonic_s() > give_up_s:
                     raise
             await asyncio.sleep(0.5)
 
     async def _ask(self, path: str, query: dict[str, Any], again: Callable[[Client], T]) -> T:
-        """The manager's answer, waited for without a thread. Where there is none, asked `again`
-        by way of the link, which revives a manager, and knows what is wrong with an answer."""
+        """Return the manager's answer, and use no thread while waiting. After an error, call
+        `again` through the link, which restarts a manager and raises batchlab's errors."""
         import httpx
 
         with suppress(httpx.TransportError):
@@ -171,14 +173,15 @@ class Watch:
             async with self._asking():
                 await self._let_end(job)
         except (Refused, NotFound, UsageError):
-            return  # it has ended meanwhile, or the grid is closed, which cancels it
+            return  # the job has ended, or the grid was closed, which cancels the job
         except BackendError as error:
             log.warning("job %s is not cancelled: %s", job, error)
 
     async def _let_end(self, job: str) -> None:
         now_s = self._link.clock.monotonic_s
         view = await self._again(lambda client: client.pause(job))
-        # A worker whose last look was just before the pause may start tasks for so long.
+        # A worker that read the control object just before the pause may start tasks until this
+        # time.
         sure_s = now_s() + self._link.backend.manager.control_lease_s + BEATS_S
         while view["state"] not in ENDED:
             if now_s() > sure_s and not any(stage["running"] for stage in view["stages"]):

@@ -1,11 +1,14 @@
-"""A joblib backend: `Parallel`, and with it scikit-learn's `n_jobs`, on the grid. Importing this
-registers it:
+"""joblib backend that runs `Parallel`, and so scikit-learn's `n_jobs`, on the grid.
+
+The import of this module registers the backend:
 
     import batchlab.client.joblib
+
     with joblib.parallel_config("batchlab", grid=grid):
         GridSearchCV(estimator, parameters).fit(x, y)
 
-Invariant: an executor for each call of Parallel, so that one that is aborted takes no other along.
+Invariant: each call of Parallel has its own executor, so an aborted call does not affect other
+calls.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ except ModuleNotFoundError as error:
 
 NAME = "batchlab"
 
-if TYPE_CHECKING:  # joblib has no types
+if TYPE_CHECKING:  # joblib lacks type annotations
 
     class _Base:
         def __init__(self, *, nesting_level: int | None) -> None: ...
@@ -41,11 +44,11 @@ if TYPE_CHECKING:  # joblib has no types
 else:
 
     class _Base(AutoBatchingMixin, ParallelBackendBase):
-        """Batches grow until each takes a fifth of a second."""
+        """joblib's base classes. They increase the batch size until a batch takes 0.2 s."""
 
 
 class GridBackend(_Base):
-    """What joblib asks of a backend."""
+    """Implementation of joblib's backend interface."""
 
     default_n_jobs = -1
     supports_retrieve_callback = True
@@ -63,7 +66,8 @@ class GridBackend(_Base):
         self.parallel: Any = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Joblib counts down from all of them with negative numbers."""
+        """Return the number of jobs. A negative `n_jobs` counts down from the maximum, as in
+        joblib."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is not None and n_jobs > 0:
@@ -91,12 +95,13 @@ class GridBackend(_Base):
         return result
 
     def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - see below
-        """Called by whoever has just retrieved a result. Joblib's `duration` counts the way there
-        and back too: with it, tiny calls would look long, and never be batched."""
+        """Report the workers' run time of the result that was just retrieved. joblib's `duration`
+        includes the transfer. Very short calls would then seem long and would never be batched."""
         super().batch_completed(batch_size, self._worked_s)
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 - joblib's own
-        """Nobody reads what is left of the call's results. The next call makes another executor."""
+    def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 - joblib's signature
+        """Cancel the remaining calls, whose results are not needed. The next call creates another
+        executor."""
         if self._executor:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None

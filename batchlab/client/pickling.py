@@ -1,7 +1,7 @@
-"""Functions and items on their way to the workers, pickled so that a worker can load them.
+"""Pickling of functions and items, so that a worker can load them.
 
-Invariant: what a worker can import travels by name, all else by value; and cloudpickle's own
-settings are afterwards what they were.
+Invariant: modules that a worker can import are pickled by name, and all others by value.
+cloudpickle's settings are restored afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from batchlab.core.protocol import values
 from batchlab.core.task_context import File
 
 _REGISTRY = threading.RLock()
-"""Held while cloudpickle's registry, which is the process's, is not as its owner left it."""
+"""Held while this module changes cloudpickle's registry, which is global to the process."""
 
 _ASK = """
 import importlib.util, json, sys
@@ -41,13 +41,15 @@ json.dump({name: place(name) for name in sys.argv[1:]}, sys.stdout)
 
 
 def _with_file(code: CodeType) -> tuple[Any, ...]:
-    """As cloudpickle does it, but for the file's name: tracebacks shall say where it was."""
+    """Reduce a code object as cloudpickle does, but keep the file name, so that tracebacks show
+    it."""
     make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
     named = (code.co_filename if one == "<dynamic-code>" else one for one in arguments)
     return make, tuple(named)
 
 
-# A class statement would subclass Any: cloudpickle has no types.
+# Not a class statement, because cloudpickle lacks type annotations. The type checker would reject a
+# subclass of Any.
 _Pickler = type(
     "_Pickler",
     (cloudpickle.Pickler,),
@@ -56,22 +58,22 @@ _Pickler = type(
 
 
 def pickled(function: Callable[..., Any]) -> bytes:
-    """To be called within `Shipping.by_value`; raises whatever pickling raises."""
+    """Pickle a function within `Shipping.by_value`. Raise the error of the pickling."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(function)
     return buffer.getvalue()
 
 
 class Shipping:
-    """Knows which of this process's modules the workers do not have."""
+    """Pickling of objects with the knowledge of which modules of this process the workers lack."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
         self._local: list[ModuleType] = []
-        """Top-level ones; what is below them goes with them."""
+        """Top-level modules that the workers lack. Their submodules are pickled with them."""
 
     def function(self, function: Callable[..., Any]) -> bytes:
-        """The pickled function; UsageError where it cannot be pickled."""
+        """Return the pickled function. Raise UsageError if it cannot be pickled."""
         name = getattr(function, "__qualname__", None) or repr(function)
         if not callable(function):
             raise UsageError(f"{name} is no function.", remedy="Give map something to call.")
@@ -89,8 +91,8 @@ class Shipping:
     def items(
         self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool
     ) -> list[Json]:
-        """Encoded items, or `starred` lists of encoded arguments; UsageError naming the one that
-        cannot be, counted from `first`."""
+        """Return encoded items, or for `starred` lists of encoded arguments. If an item cannot be
+        encoded, raise UsageError with its number, counted from `first`."""
         done: list[Json] = []
         encode = _arguments if starred else values.encode_object
         with self.by_value():
@@ -98,7 +100,7 @@ class Shipping:
                 for item in items:
                     done.append(encode(item, file))  # noqa: PERF401 - see below
             except values.NotAValue as error:
-                # How many are done is which one it was.
+                # The number of encoded items is the index of the failed one.
                 raise UsageError(
                     f"Item {first + len(done)} cannot be sent to the workers: "
                     f"{error.message.rstrip('.')}.",
@@ -108,7 +110,8 @@ class Shipping:
 
     @contextmanager
     def by_value(self) -> Iterator[None]:
-        """While in it, cloudpickle pickles by value what the workers cannot import."""
+        """Make cloudpickle pickle the modules by value that the workers cannot import, during the
+        block."""
         with _REGISTRY:
             self._look_around()
             known = cloudpickle.list_registry_pickle_by_value()
@@ -122,7 +125,7 @@ class Shipping:
                     cloudpickle.unregister_pickle_by_value(one)
 
     def _look_around(self) -> None:
-        """Judge the modules that have been imported since the last time."""
+        """Check the modules that were imported since the last call."""
         fresh = sys.modules.keys() - self._seen
         places = {
             name: place
@@ -144,7 +147,8 @@ def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
 
 
 def _place(name: str) -> str | None:
-    """Where a module was loaded from, None for what has no place: built in, or made up."""
+    """Return the file or folder that a module was loaded from. Return None for the standard
+    library, for `__main__`, and for modules without a file."""
     module = sys.modules.get(name)
     if name in sys.stdlib_module_names or name == "__main__":
         return None
@@ -158,8 +162,8 @@ def _is_installed(place: str) -> bool:
 
 
 def _workers_places(names: Sequence[str]) -> dict[str, str | None]:
-    """Where a worker would load these from. -P as a task's process has it: neither the current
-    folder nor the script's is on its path."""
+    """Return the paths from which a worker would load these modules. As in a task's process, -P
+    excludes the current folder and the script's folder from the path."""
     answer = subprocess.run(
         [sys.executable, "-P", "-c", _ASK, *names], capture_output=True, text=True, check=True
     )

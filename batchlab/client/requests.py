@@ -1,7 +1,7 @@
-"""One request to the manager, over connections that are kept.
+"""Single requests to the manager, over persistent connections.
 
-Invariant: cheap to import and to make, since every command pays for it; every failure is one of
-batchlab's own errors.
+Invariant: the module must be fast to import and its objects fast to create, because every command
+uses it. Every failure is an error class of batchlab.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
-"""Beyond what a long poll waits by itself."""
+"""Timeout of an answer in seconds, in addition to the wait of a long poll."""
 IDLE_S = 2.0
-"""A kept connection idle for longer is not used again: the server closes it after 5 s, and a
-request that meets that moment fails."""
+"""Idle time in seconds after which a persistent connection is not reused. The server closes it
+after 5 s, and a request at that moment would fail."""
 
 PATIENCE_S = 20.0
-"""How long a manager that runs may fail to answer, or to lead, before somebody hears of it."""
+"""Time in seconds for which a running manager may fail to answer or to lead before an error is
+raised."""
 RESTARTED_S = 60.0
-"""The same where Docker starts it again, on a busy machine."""
+"""The same time for a manager that Docker restarts, on a busy machine."""
 
 TRACE_VARIABLE = "TRACEPARENT"
-"""Environment variable with the W3C trace context that a command was called in."""
+"""Environment variable with the W3C trace context in which the command was called."""
 BAD = 300
-"""HTTP statuses from here on are errors: the manager redirects nobody."""
+"""Lowest HTTP status that is an error. The manager does not send redirects."""
 
 _JSON = {"Content-Type": "application/json"}
 _ERRORS: dict[int, type[BatchlabError]] = {
@@ -61,25 +62,26 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 
 
 def patience_s(*, restarted: bool = False) -> float:
-    """How long a manager may fail to answer; `restarted` where Docker starts it again."""
+    """Return the time in seconds for which a manager may fail to answer. `restarted` is True if
+    Docker restarts it."""
     return RESTARTED_S if restarted else PATIENCE_S
 
 
 class Calls:
-    """Connections to one manager, usable from several threads; a context manager.
+    """Connections to one manager. The object is thread-safe, and is a context manager.
 
-    Only a Unix socket gets the token, since nobody but its user can open it. A program may hold the
-    manager's port in the manager's absence, so a request to a port is signed with the token, and
-    its answer must be signed as well.
+    The token itself is sent only over a Unix socket, which only its user can open. Another program
+    may listen on the manager's port while no manager runs. So a request to a port is signed with
+    the token, and its answer must be signed as well.
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
-        """`unix` is the manager's Unix socket, which is used in place of the port in `url`."""
+        """`unix` is the manager's Unix socket. It replaces the port in `url`."""
         self.url = url
         self._token = token
         self._unix = str(unix or "")
         parts = urlsplit(url)
-        # Reading the system's certificates takes longer than all else here together.
+        # Reading the system's certificates takes longer than the rest of this method.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
         if above := _trace(os.environ.get(TRACE_VARIABLE, "")):
@@ -94,14 +96,14 @@ class Calls:
         return cls(record.url, home.token(), home.socket(record))
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
-        """A client of the same manager for an event loop, which closes it; its requests wait for
-        one of so many connections."""
+        """Return a client of the same manager for an event loop. The caller closes it. Its requests
+        share this number of connections."""
         import httpx
 
         from batchlab.client.signed_http import Signing
 
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
-        # A bare context trusts nobody, so nothing is lost should a redirect lead to https.
+        # This context trusts no certificate, so a redirect to https fails safely.
         tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return httpx.AsyncClient(
             base_url=self.url,
@@ -112,7 +114,7 @@ class Calls:
         )
 
     def close(self) -> None:
-        """Close the kept connections."""
+        """Close the persistent connections."""
         self._connections.close()
 
     def __enter__(self) -> Self:
@@ -122,7 +124,7 @@ class Calls:
         self.close()
 
     def get(self, path: str, *, answer_s: float) -> Any:
-        """Return the JSON that is at a path of the API, for a caller with little time."""
+        """Return the JSON at a path of the API within `answer_s`."""
         return self._call("GET", path, answer_s=answer_s)
 
     def _call(
@@ -134,7 +136,7 @@ class Calls:
         answer_s: float = ANSWER_S,
         **query: str | float | None,
     ) -> Any:
-        """The answer's JSON. What is None in `query` is left out."""
+        """Return the JSON of the answer. None values in `query` are left out."""
         with self._answer(method, path, body, answer_s, query) as answer:
             return self._document(answer.read())
 
@@ -153,7 +155,8 @@ class Calls:
         answer_s: float,
         query: Mapping[str, str | float | None],
     ) -> Iterator[_Answer]:
-        """The answer, where it is a good one. Read to its end, its connection is used again."""
+        """Yield the answer to a successful request. If it is read to its end, its connection is
+        reused."""
         given = {key: _text(value) for key, value in query.items() if value is not None}
         target = f"{path}?{urlencode(given)}" if given else path
         data = None if body is None else json.dumps(body).encode()
@@ -167,7 +170,8 @@ class Calls:
                 signed = request_signatures.sign(self._token, method, target, data or b"")
                 headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
-            # Closed here: its finalizer would do that too, and lose an interrupt that comes then.
+            # Closed explicitly, because the response's finalizer would lose an interrupt that
+            # arrives while it runs.
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
                 if response.status >= BAD:
@@ -194,7 +198,7 @@ class Calls:
 
 
 class _Answer:
-    """The body of an answer, which must be signed if its request was. Raises Unproven."""
+    """Body of an answer, which must be signed if its request was. Its methods raise Unproven."""
 
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
         self._response = response
@@ -206,7 +210,7 @@ class _Answer:
         )
 
     def line(self) -> bytes:
-        """Return the first line as soon as it is there. Its signature is checked by `read`."""
+        """Return the first line as soon as it arrives. `read` checks its signature."""
         self._line = self._response.readline()
         return self._line
 
@@ -219,7 +223,7 @@ class _Answer:
 
 
 def _trace(given: str) -> str:
-    """The trace that this process is called in, "" where there is none, or no such thing."""
+    """Return the trace context of this process, or "" if it is missing or invalid."""
     if not given:
         return ""
     from batchlab.core.tracing import is_context

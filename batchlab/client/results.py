@@ -1,7 +1,7 @@
-"""Results on their way back: outcomes as the manager lists them, read some at a time.
+"""Results of a map: outcomes that the manager lists, read in parts.
 
-Invariant: each task's result comes once; memory holds a few outcomes, however long the job and
-however slow whoever takes its results.
+Invariant: each task's result is returned once. Memory holds only a few outcomes, even for a long
+job or a slow caller.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from batchlab.core.task_names import task_name
 from batchlab.worker import materialization
 
 AHEAD = 4
-"""Outcomes that are fetched before they are asked for."""
+"""Number of outcomes that are fetched in advance."""
 GAP_S = 0.2
 GAP_SHARE = 0.1
-"""Between two questions lies this share of the time since the first, and of what is left at this
-pace, `GAP_S` at most: a busy job has news all the time, and answering takes the manager from it."""
+"""Share of the watched time that is the pause between two polls. If little work remains at the
+current pace, the pause is shorter. It is at most `GAP_S`. A busy job always has new outcomes, and
+the manager needs time for them."""
 VALUES_AT_ONCE = 16
-"""Large values and files that are fetched at the same time."""
+"""Number of large values and files that are fetched at the same time."""
 
 Run = tuple[int, list[Json | TaskFailed]]
-"""Neighbouring results: the first one's task, and for each its encoded value or its failure."""
+"""Results of consecutive tasks: the first task, and for each task its encoded value or its
+failure."""
 
 
 class Incoming:
-    """The results of one map, as an iterator of encoded values."""
+    """Results of one map, as an iterator of encoded values."""
 
     def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
         self._link = link
@@ -48,15 +50,15 @@ class Incoming:
         self._ordered = ordered
         self._after: int | None = None
         self._heard = 0
-        """Tasks of which outcomes have told."""
+        """Number of tasks that listed outcomes contain."""
         self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, OutcomeView]] = []
-        """Heap of (task or seq from which on it is needed, seq, view) of outcomes to fetch."""
+        """Heap of outcomes to fetch: (task or seq from which it is needed, seq, view)."""
         self._coming: list[tuple[float, int, Future[Outcome]]] = []
-        """Heap of the same for those being fetched."""
+        """Heap of outcomes that are being fetched, in the same order."""
 
     def runs(self) -> Iterator[Run]:
-        """Every task's result, once: from task 0 on, or as they come."""
+        """Yield every task's result once: in task order from 0, or as results arrive."""
         ready: list[Run] = []
         given = 0
         while given < self._count:
@@ -72,12 +74,13 @@ class Incoming:
                 self._listen(given)
 
     def drop(self) -> None:
-        """Nothing more will be asked for."""
+        """Cancel the fetches, because no more results are needed."""
         for _, _, coming in self._coming:
             coming.cancel()
 
     def _next(self, needed: float) -> Outcome | None:
-        """The next outcome that may hold what is needed; None until another one is listed."""
+        """Return the next outcome that may contain a needed result, or None until another outcome
+        is listed."""
         listed, coming = self._listed, self._coming
         while listed and (len(coming) < AHEAD or listed[0][0] <= needed < coming[0][0]):
             at, seq, view = heappop(listed)
@@ -87,7 +90,8 @@ class Incoming:
         return heappop(coming)[2].result()
 
     def _listen(self, given: int) -> None:
-        """Wait for outcomes; JobFailed where the job has ended and not all tasks have one."""
+        """Wait for outcomes. Raise JobFailed if the job has ended without outcomes for all
+        tasks."""
         now_s = self._link.clock.monotonic_s
         left = (self._count - self._heard) / self._heard if self._heard else math.inf
         pause_s = gap_s(self._answered_s - self._began_s, left)
@@ -99,7 +103,8 @@ class Incoming:
         for one in page["outcomes"]:
             self._after = one["seq"]
             self._heard += one["failed"] + sum(stop - start for start, stop in one["tasks"])
-            # Others hold no result: all their tasks are tried again, split off or cancelled.
+            # Other outcomes contain no result: all of their tasks are retried, split off, or
+            # canceled.
             if one["tasks"] or one["failed"]:
                 at = _first(one) if self._ordered else one["seq"]
                 heappush(self._listed, (at, one["seq"], one))
@@ -113,13 +118,13 @@ class Incoming:
 
 
 def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
-    """How long after an answer the next question may come, where the first came so long before,
-    and `left` times as much is still to come as has come."""
+    """Return the pause in seconds between an answer and the next poll. `watched_s` is the time
+    since the first poll, and `left` is the ratio of remaining tasks to ended tasks."""
     return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
 async def fetched(link: Link, one: OutcomeView) -> Outcome:
-    """The outcome that is listed so."""
+    """Return the listed outcome, and fetch it if the list does not contain it."""
     if one["outcome"]:
         outcome = json_format.outcome_from_json(one["outcome"])
     else:
@@ -132,8 +137,8 @@ async def fetched(link: Link, one: OutcomeView) -> Outcome:
 
 
 async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
-    """These outcomes, read some at a time."""
-    # Others hold no result: all their tasks are tried again, split off or cancelled.
+    """Read these outcomes, several at a time."""
+    # Other outcomes contain no result: all of their tasks are retried, split off, or canceled.
     wanted = [one for one in listed if one["tasks"] or one["failed"]]
     for first in range(0, len(wanted), AHEAD):
         some = (fetched(link, one) for one in wanted[first : first + AHEAD])
@@ -142,7 +147,8 @@ async def outcomes(link: Link, listed: Sequence[OutcomeView]) -> AsyncIterator[O
 
 
 def _first(one: OutcomeView) -> int:
-    """A task from which on the outcome may be needed. Which of its tasks failed is not listed."""
+    """Return a task from which the outcome may be needed. The list does not contain the failed
+    tasks."""
     return int(one["bundle"].partition("-")[0]) if one["failed"] else one["tasks"][0][0]
 
 
@@ -157,7 +163,7 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
 
 
 def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
-    """The error that stands for a task's final failure."""
+    """Return the error for a task's permanent failure."""
     attempt = outcome.bundle.attempt
     times = f" {attempt} times, at last" if attempt > 1 else ""
     name = task_name(outcome.bundle.stage, failure.task)
@@ -179,9 +185,12 @@ def decoded(
     encoded: Sequence[Json | TaskFailed],
     own: Own,
 ) -> Iterator[Any]:
-    """The values of these tasks of a stage again, with what they refer to fetched into a folder of
-    the name `where`. A TaskFailed stays as it is, and stands for a value that cannot be read.
-    Pickled objects are read only for a job of the Python API."""
+    """Decode the values of these tasks of a stage, and fetch their files and large values into the
+    folder `where`.
+
+    A TaskFailed is yielded as it is. A value that cannot be read becomes a TaskFailed. Pickled
+    objects are read only for a job of the Python API.
+    """
     if not any(type(one) is dict or type(one) is list for one in encoded):
         yield from encoded
         return

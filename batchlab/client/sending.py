@@ -1,6 +1,6 @@
-"""A batch of an executor's calls on its way: packed, submitted, and its first results heard.
+"""Sending of a batch of an executor's calls: pack it, submit it, and receive its first results.
 
-Invariant: a batch that was accepted stays so, whatever becomes of the answer that brings results.
+Invariant: an accepted batch stays accepted, even if the answer with its first results fails.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomesView
 
 FIRST_S = 0.2
-"""So long the request that submits a batch waits for first results: short calls need no other."""
+"""Time in seconds that the submission of a batch waits for first results. Short calls need no
+second request."""
 
 Tell = Callable[[str, Outcome], None]
-"""Told of a job's outcome."""
+"""Callback that receives a job's outcome."""
 
 
 class Sender:
-    """Sends the batches of one executor, each on a thread of its caller's."""
+    """Sender of the batches of one executor. Each call runs on the caller's thread."""
 
     def __init__(
         self, link: Link, outgoing: Outgoing, name: str | None, initializer: Initializer | None
     ) -> None:
-        """`name` is for the jobs."""
+        """`name` is the name of the jobs."""
         self._link = link
         self._outgoing = outgoing
         self._packer = Packer(outgoing.shipping, initializer)
@@ -43,10 +44,11 @@ class Sender:
     def send(
         self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], tell: Tell
     ) -> int | None:
-        """Submit the calls as the batch's job, if any of them can be packed. `accepted` is called
-        once, when the batch has its job. The seq of the last outcome that `tell` has heard of.
+        """Submit the calls as the batch's job, if any of them can be packed. Return the seq of the
+        last outcome that `tell` received.
 
-        Raises what makes it impossible to submit, and nothing once the batch is accepted.
+        `accepted` is called once, when the batch has its job. Raise the error that prevents the
+        submission. After the batch is accepted, raise nothing.
         """
         stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
@@ -65,7 +67,7 @@ class Sender:
         except (BackendError, UsageError):
             if not batch.job:
                 raise
-            return None  # whoever watches it from now on meets the same error
+            return None  # the watch of the job will meet the same error
 
     def _hear(self, batch: Batch, page: OutcomesView, tell: Tell) -> int | None:
         listed = page["outcomes"]

@@ -1,4 +1,4 @@
-"""Signed requests of an httpx client to a manager."""
+"""Signing of an httpx client's requests to a manager."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Items on their way to the grid: the function and the plan in the bucket, then the job.
+"""Submission of jobs that bring their own items: the function and the plan go into the bucket, and
+then the job is submitted.
 
-Invariant: payload before pointer, and nothing of a job that could not be submitted stays behind.
-The items of a map are drawn on its caller's thread, some at a time.
+Invariant: objects are written before the objects that refer to them. A job that could not be
+submitted leaves no objects. The items of a map are read on the caller's thread, in parts.
 """
 
 from __future__ import annotations
@@ -42,33 +43,33 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 @dataclass(slots=True)
 class Chunk:
-    """Encoded items from index `first` on, and the files (path, key) that they refer to."""
+    """Encoded items from index `first`, and the files (path, key) that they refer to."""
 
     first: int
     items: list[Json]
     files: list[tuple[Path, str]]
 
     def file(self, job: JobId) -> Callable[[File], Json]:
-        """What encodes a file that one of the items refers to."""
+        """Return the function that encodes a file in one of the items."""
         return partial(_reference, f"{object_keys.raw(job)}{self.first:08d}", self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A job to submit, and its items where they are few."""
+    """A job to submit, and its items if they are few."""
 
     job: JobDef
     few: list[Json] | None
 
 
 class Outgoing:
-    """Submits jobs of one grid that bring their own items."""
+    """Submits the jobs of one grid that bring their own items."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self.shipping = Shipping()
         self._stored: set[str] = set()
-        """Keys of functions that are in the bucket."""
+        """Keys of the functions that are in the bucket."""
 
     def submit(
         self,
@@ -80,12 +81,12 @@ class Outgoing:
         tolerant: bool,
         starred: bool = False,
     ) -> JobDef | None:
-        """Submit a job of one task per item, None where there is no item. The items of a
-        `starred` function are sequences of arguments.
+        """Submit a job with one task per item. Return None if `items` is empty.
 
-        `stage` is what the tasks are to be, but for the handler. A `tolerant` job succeeds whatever
-        fails. UsageError for what cannot be pickled, and whatever drawing the items raises, with
-        nothing submitted.
+        The items of a `starred` function are sequences of arguments. `stage` describes the tasks,
+        without the handler. A `tolerant` job succeeds even if tasks fail. Raise UsageError for an
+        object that cannot be pickled, or the error that the iteration over the items raises. Then
+        nothing is submitted.
         """
         self._link.check_open()
         pickled = self.shipping.function(Starred(function) if starred else function)
@@ -98,10 +99,11 @@ class Outgoing:
         return made.job
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
-        """A job that has an id, and nothing else of its own yet."""
+        """Return a job with an id and without items."""
         link = self._link
         job = object_keys.job_id(name, link.ids.fresh("map"))
-        # Without a token: nobody else can ask for this id, and it begins sooner.
+        # Without a client token, because no other process can use this id, and the submission is
+        # faster.
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
@@ -113,8 +115,8 @@ class Outgoing:
         *,
         wait_s: float,
     ) -> OutcomesView | None:
-        """Submit the job with its encoded items and its pickled handler; as `submit` otherwise.
-        It is tolerant. Waits so long for its first outcomes; `accepted` may be called twice."""
+        """Submit the job with its encoded items and its pickled handler, as `submit` does. The job
+        is tolerant. Wait up to `wait_s` for its first outcomes. `accepted` may be called twice."""
         made = self._made(draft, pickled, chunks, tolerant=True)
         if made is None:
             return None
@@ -126,7 +128,8 @@ class Outgoing:
     def _made(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
     ) -> _Made | None:
-        """The job, with what it needs in the bucket; None where it has no item."""
+        """Store the job's objects in the bucket and return the job. Return None if it would be
+        empty."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
@@ -155,15 +158,15 @@ class Outgoing:
             link.run(self._remove(job.id))
             raise
         except BaseException:
-            # It may have arrived all the same.
+            # The submission may have arrived in spite of the error.
             link.leave(job.id, cancel=True)
             raise
 
     def _bring(
         self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
     ) -> tuple[int, list[Json] | None]:
-        """Bring the handler into the bucket, and the items but for a few, which go along with
-        the submission; how many there are, and those few."""
+        """Store the handler in the bucket, and also the items if they are many. Return the number
+        of items, and the items if they are few enough for the submission."""
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
         kept: list[Chunk] = []
@@ -184,7 +187,8 @@ class Outgoing:
             if kept and key not in self._stored:
                 run(self._store(key, pickled))
             return count, [item for one in kept for item in one.items]
-        # The last chunks along with the rest: most maps have one, and pay for one trip.
+        # The last chunks are stored together with the rest. Most maps have a single chunk, so they
+        # need one call of the loop.
         run(self._commit(writer, job, kept, key, pickled))
         return count, None
 
@@ -220,7 +224,7 @@ class Outgoing:
         await asyncio.gather(
             *(upload(path, key) for path, key in chunk.files),
             *(
-                # As the writer would, but several at once.
+                # The writer would store them one at a time.
                 put(n)
                 for n, item in enumerate(chunk.items)
                 if values.roughly(item) > ITEM_BYTES
@@ -238,7 +242,7 @@ class Outgoing:
 
     async def _store(self, key: str, pickled: bytes) -> None:
         put = partial(self._link.objects.put, key, pickled, if_absent=True)
-        with suppress(AlreadyExists):  # named by its content, so what is there is the same
+        with suppress(AlreadyExists):  # the key is a hash, so the content is equal
             await self._link.patience(put)
         self._stored.add(key)
 
@@ -249,7 +253,8 @@ class Outgoing:
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
-    """What stands for a file among the items; one that this process has made is to be uploaded."""
+    """Return the reference to a file in the items. A file of this process is added to `files` for
+    the upload."""
     origin = file.origin()
     if origin is not None:
         return origin
@@ -263,7 +268,8 @@ def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
 
 
 def job_name(function: Callable[..., Any], name: str | None) -> str:
-    """The job's name: the given one if it may be one, else made from the function's."""
+    """Return the job's name: the given one, or one made from the function's name. Raise UsageError
+    if the given one is invalid."""
     if name is None:
         text = str(getattr(function, "__name__", "")).lower()
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"

@@ -1,20 +1,18 @@
-"""Threads that are there a moment longer than their work, since to start one takes a part of what a
-short call takes on an idle grid.
+"""Threads that are reused for a short time, and a delay of Python's exit until the executors' work
+is done.
 
-Invariant: a spare thread refers to nothing that it has done, and holds up neither Python's end nor
-anybody else.
-
-The end of Python, put off until executors have done what they took on.
-
-Invariant: once `begun` says so, no new work is taken, and what was taken before is still done.
+The start of a thread takes a noticeable part of a short call on an idle grid. Invariant: a spare
+thread does not refer to its past work and does not delay the exit of Python. After `begun` returns
+True, executors accept no new work, and the accepted work is still done.
 """
 
 from __future__ import annotations
 
 import atexit
 
-# Imported for its hook at the interpreter's end, which stops every pool of threads. Hooks run in
-# the reverse order of their registration, and ours must come before that one.
+# This module is imported for its hook at the exit of Python, which stops every pool of threads.
+# Hooks run in the reverse order of their registration, and the hook of this module must run before
+# that one.
 import concurrent.futures.thread  # noqa: F401 - see above
 import os
 import threading
@@ -23,7 +21,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
 SPARE_S = 1.0
-"""How long one waits for more work."""
+"""Time in seconds that a spare thread waits for more work."""
 
 Work = Callable[[], None]
 
@@ -33,26 +31,26 @@ def _nothing() -> None:
 
 
 class Spares:
-    """Threads for whoever asks, daemons all of them."""
+    """Pool of daemon threads."""
 
     def __init__(self, name: str, spare_s: float = SPARE_S) -> None:
         self._name = name
         self._spare_s = spare_s
         self._lock = threading.Lock()
         self._spare: list[SimpleQueue[tuple[Work, Work]]] = []
-        """What those listen to that have nothing to do; the last has waited for the shortest."""
+        """Queues of the spare threads. The last one has waited for the shortest time."""
 
     @property
     def count(self) -> int:
-        """How many have nothing to do."""
+        """Return the number of spare threads."""
         return len(self._spare)
 
     def run(self, work: Work, then: Work = _nothing) -> None:
-        """Do it on a thread, and when nothing refers to it any more, `then`; neither raises
-        anything. RuntimeError where there is no room for another thread, or Python ends."""
+        """Run `work` on a thread. When no reference to `work` is left, run `then`. Neither may
+        raise. Raise RuntimeError if no thread can be started, or if Python is exiting."""
         with self._lock:
             if self._spare:
-                # In this order: Ctrl-C between the two must not lose a thread.
+                # In this order, so that Ctrl-C between the two lines does not lose a thread.
                 self._spare[-1].put((work, then))
                 self._spare.pop()
                 return
@@ -61,8 +59,8 @@ class Spares:
         threading.Thread(target=self._live, args=(inbox,), name=self._name, daemon=True).start()
 
     def forget(self) -> None:
-        """In a forked child, where there are none of them."""
-        self._lock = threading.Lock()  # one of them may have had it
+        """Reset the pool in a forked child, which does not have the threads."""
+        self._lock = threading.Lock()  # a thread of the parent may have held the lock
         self._spare = []
 
     def _live(self, inbox: SimpleQueue[tuple[Work, Work]]) -> None:
@@ -72,25 +70,25 @@ class Spares:
             except Empty:
                 with self._lock:
                     if not inbox.empty():
-                        continue  # it has come just now
+                        continue  # work has just arrived
                     self._spare.remove(inbox)
                     return
             try:
                 work()
             finally:
-                # The last reference may be this one, and what it does then is part of the work.
+                # This may be the last reference, and its finalizers belong to the work.
                 del work
                 then()
             del then
             with self._lock:
-                # Not with work in it, which would wait for what that one asks for.
+                # A queue with work is not spare, because its next work may wait for the work in it.
                 if inbox not in self._spare and inbox.empty():
                     self._spare.append(inbox)
 
 
 _spares = Spares("batchlab-executor")
 run = _spares.run
-"""Of this process."""
+"""Run work on a spare thread of this process."""
 
 os.register_at_fork(after_in_child=_spares.forget)
 
@@ -102,7 +100,7 @@ begun = _begun.is_set
 
 
 def put_off_for(end: threading.Event) -> None:
-    """Python does not end before this is set, unless nobody is left who could set it."""
+    """Delay the exit of Python until `end` is set. In a forked child, the exit is not delayed."""
     _awaited.add(end)
 
 
@@ -112,9 +110,9 @@ def _at_exit() -> None:
         end.wait()
 
 
-# In a forked child nobody is left who would bring them to their end.
+# In a forked child, the threads that would set these events do not exist.
 os.register_at_fork(after_in_child=_awaited.clear)
 
-# atexit's own hooks run when no thread can be started any more. This one is not public, but is what
-# concurrent.futures itself uses, and joblib; without it, unfinished calls are cancelled at the end.
+# atexit's own hooks run when threads can no longer be started. This hook is not public, but
+# concurrent.futures and joblib use it. Without it, unfinished calls are canceled at the exit.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

@@ -1,4 +1,5 @@
-"""Whether an endpoint of S3, SQS or Auto Scaling keeps the rules that batchlab relies on.
+"""Conformance checks of S3, SQS, and Auto Scaling endpoints against the rules that batchlab needs.
 
-`CHECKS` is the table, `run` tries it against an `Endpoint`, `report` says what came of it.
+`CHECKS` is the table of checks, `run` runs them against an endpoint, and `report` shows the
+results.
 """

@@ -1,7 +1,4 @@
-"""S3 through batchlab's own adapter: what the Objects port promises, on this endpoint.
-
-SQS through batchlab's own adapter: what the Queue port promises, on this endpoint.
-"""
+"""Checks of batchlab's own S3 and SQS adapters: the Objects and Queue ports on this endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ NEEDED = Severity.NEEDED
 
 RACERS = 16
 UPLOAD_BYTES = 17 * 1024 * 1024
-"""Three parts."""
+"""Size in bytes of an upload in three parts."""
 
 S3_PORTS = Table()
 

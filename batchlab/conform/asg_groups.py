@@ -1,4 +1,4 @@
-"""Auto Scaling: groups, their limits and capacity, pages, activities, and their end."""
+"""Auto Scaling checks: groups, limits, capacity, pages, activities, and deletion."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def activities(site: Site) -> None:
     expect(all(isinstance(one, datetime) for one in times), "there is no time")
 
 
-# --- The end --------------------------------------------------------------------------------------
+# --- Deletion -------------------------------------------------------------------------------------
 
 
 @ASG_GROUPS.check(

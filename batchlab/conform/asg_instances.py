@@ -1,4 +1,6 @@
-"""Auto Scaling: instances, their hooks, protection, health and end, and batchlab's own adapter."""
+"""Auto Scaling checks: instances, lifecycle hooks, protection, health, and batchlab's
+own adapter.
+"""
 
 from __future__ import annotations
 
@@ -283,7 +285,10 @@ async def port(site: Site) -> None:
 
 
 async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool]) -> list[str]:
-    """The instances once all are in service and are such; each reports as soon as it is seen."""
+    """Wait until `members` accepts the instances and all of them are InService. Return their ids.
+
+    Each instance is reported as ready as soon as it appears.
+    """
     ends_s = time.monotonic() + site.target.appears_s
     while True:
         await fleet.tick()

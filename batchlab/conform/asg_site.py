@@ -1,7 +1,7 @@
-"""An Auto Scaling group of one check's own, and short words for the calls.
+"""Auto Scaling group of a single check, with short methods for the calls.
 
-Invariant: no two checks share a group. Instances come and go with time: whatever is waited for has
-a deadline, and whatever must not happen is watched for `QUIET_S`.
+Invariants: checks do not share groups. Every wait has a deadline. An event that must not happen is
+watched for `QUIET_S` seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUIET_S = 2.0
-"""What has not happened within this time of what could cause it is taken not to happen."""
+"""If an event does not happen within this time in seconds, it counts as not happening."""
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -28,21 +28,23 @@ _MOST = 3
 
 
 class OwnGroup:
-    """A group of one check's own; it need not have been created."""
+    """Group of a single check. It may not exist yet."""
 
     def __init__(self, site: Site) -> None:
         self._target = site.target
         self.name = site.new_name()
 
     def create(self, **more: Any) -> Answer:
-        """CreateAutoScalingGroup of 0 to 3 instances from the run's template, unless said
-        otherwise."""
+        """Call CreateAutoScalingGroup.
+
+        The defaults are 0 to 3 instances from the run's template.
+        """
         asked = {
             "MinSize": 0,
             "MaxSize": _MOST,
             "AvailabilityZones": [self._target.zone],
             "LaunchTemplate": {"LaunchTemplateName": self._target.template},
-            # Only the newest change matters to most checks.
+            # A cooldown would delay most checks.
             "DefaultCooldown": 0,
             "HealthCheckGracePeriod": 0,
             **more,
@@ -50,25 +52,25 @@ class OwnGroup:
         return answer("CreateAutoScalingGroup", lambda: self._target.create_group(self.name, asked))
 
     def grown(self, size: int, **more: Any) -> list[str]:
-        """Create it with so many instances; their ids once all are InService."""
+        """Create the group with `size` instances. Return their ids when all are InService."""
         self.create(DesiredCapacity=size, **more).accepted()
         return self.has(size)
 
     def call(self, action: str, **request: Any) -> Answer:
-        """Any action on this group, named as AWS names it."""
+        """Call an action on this group, by its AWS name."""
         return self.ask(action, AutoScalingGroupName=self.name, **request)
 
     def ask(self, action: str, **request: Any) -> Answer:
-        """Any action, as it is."""
+        """Call an action with exactly this request."""
         method = getattr(self._target.asg, snake(action))
         return answer(action, lambda: method(**request))
 
     def size(self, desired: int, *, cooldown: bool = False) -> Answer:
-        """SetDesiredCapacity; `cooldown` honours it."""
+        """Call SetDesiredCapacity. `cooldown` sets HonorCooldown."""
         return self.call("SetDesiredCapacity", DesiredCapacity=desired, HonorCooldown=cooldown)
 
     def terminate(self, instance: str, *, decrement: bool) -> Answer:
-        """TerminateInstanceInAutoScalingGroup."""
+        """Call TerminateInstanceInAutoScalingGroup."""
         return self.ask(
             "TerminateInstanceInAutoScalingGroup",
             InstanceId=instance,
@@ -76,13 +78,13 @@ class OwnGroup:
         )
 
     def protect(self, *instances: str) -> Answer:
-        """SetInstanceProtection, on."""
+        """Call SetInstanceProtection to protect the instances."""
         return self.call(
             "SetInstanceProtection", InstanceIds=list(instances), ProtectedFromScaleIn=True
         )
 
     def complete(self, hook: str, instance: str) -> Answer:
-        """CompleteLifecycleAction with CONTINUE."""
+        """Call CompleteLifecycleAction with CONTINUE."""
         return self.call(
             "CompleteLifecycleAction",
             LifecycleHookName=hook,
@@ -90,15 +92,15 @@ class OwnGroup:
             LifecycleActionResult="CONTINUE",
         )
 
-    # --- Looking ----------------------------------------------------------------------------------
+    # --- Queries ----------------------------------------------------------------------------------
 
     def described(self) -> list[dict[str, Any]]:
-        """What DescribeAutoScalingGroups says of groups of this name."""
+        """Return the groups with this name from DescribeAutoScalingGroups."""
         found = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
         return list(found.accepted().data["AutoScalingGroups"])
 
     def now(self) -> dict[str, Any]:
-        """The group as it is described now."""
+        """Return the current description of the group."""
         found = self.described()
         if len(found) != 1:
             raise Differs(f"{len(found)} groups of its name are described")
@@ -109,13 +111,15 @@ class OwnGroup:
         return int(self.now()["DesiredCapacity"])
 
     def ids(self, state: str = "") -> list[str]:
-        """The instances in this state, or in any."""
+        """Return the ids of the instances in this state, or of all instances."""
         some = self.now().get("Instances", ())
         return [one["InstanceId"] for one in some if state in ("", one["LifecycleState"])]
 
     def until(self, holds: Callable[[], T], otherwise: str) -> T:
-        """What `holds` gives as soon as that is true; Differs, saying `otherwise`, where it never
-        is."""
+        """Return the first true value of `holds`.
+
+        Raise Differs(otherwise) if there is none in time.
+        """
         ends_s = time.monotonic() + self._target.appears_s
         while not (found := holds()):
             if time.monotonic() > ends_s:
@@ -124,7 +128,7 @@ class OwnGroup:
         return found
 
     def has(self, size: int) -> list[str]:
-        """The ids once it has so many instances, all of them in service."""
+        """Wait until the group has exactly `size` instances, all InService. Return their ids."""
 
         def all_so() -> bool:
             return len(self.ids()) == len(self.ids(IN_SERVICE)) == size
@@ -133,7 +137,9 @@ class OwnGroup:
         return self.ids(IN_SERVICE)
 
     def waits(self, state: str) -> str:
-        """The one instance that comes into this state, and is still there after a while."""
+        """Return the only instance that reaches this state and stays in it for
+        `QUIET_S` seconds.
+        """
         self.until(lambda: self.ids(state), f"no instance reaches {state}")
         time.sleep(QUIET_S)
         found = self.ids(state)
@@ -142,13 +148,13 @@ class OwnGroup:
         return found[0]
 
     def activities(self) -> Sequence[dict[str, Any]]:
-        """DescribeScalingActivities, as it comes."""
+        """Return the activities from DescribeScalingActivities."""
         found = self.call("DescribeScalingActivities").accepted().data
         return list(found["Activities"])
 
 
 def hook(name: str, transition: str) -> dict[str, Any]:
-    """A lifecycle hook that outlasts every check."""
+    """Return a lifecycle hook whose timeout is longer than any check."""
     return {
         "LifecycleHookName": name,
         "LifecycleTransition": transition,

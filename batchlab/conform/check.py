@@ -1,12 +1,10 @@
-"""What a check is, and the three ways in which it can end.
+"""Conformance check, its verdicts, and the AWS pages that state its rule.
 
-Invariant: a check tries one rule of AWS's and ends silently (the endpoint agrees), with Differs
-(what was seen instead) or with Untried (why the rule could not be put to the test).
+Invariant: a check tests one rule of AWS. It ends normally if the endpoint agrees, with Differs and
+the observed behavior, or with Untried and the reason why the rule could not be tested.
 
-Where AWS states a rule: the page behind each source that a check names.
-
-A source is one or more of `BOOK, TOPIC, TOPIC ...` separated by semicolons; an API's topics are its
-actions and types. What has no page of AWS's (an RFC, recorded answers) stays a text.
+A source of a check consists of parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics
+of an API are its actions and types. A part without an AWS page (an RFC, recorded answers) is text.
 """
 
 from __future__ import annotations
@@ -22,39 +20,42 @@ if TYPE_CHECKING:
     from batchlab.conform.site import Site
 
 Run = Callable[["Site"], Coroutine[Any, Any, None] | None]
-"""What a check does with its site: a function, or a coroutine function where it uses a port."""
+"""Function of a check. It is a coroutine function if it uses a port."""
 
 LIMIT_S = 40.0
-"""A check that takes longer is given up, where it need not wait for counts to settle."""
+"""Timeout of a check in seconds. The time for which counts settle is added."""
 
 
 FAILURES = 500
-"""The first status of HTTP by which a server says that it, and not the caller, has failed."""
+"""Lowest HTTP status of a server error."""
 
 
 class Differs(Exception):
-    """The endpoint does something else; the text is one clause saying what."""
+    """The endpoint behaves differently. The text is one clause about the observed behavior."""
 
 
 class Failed(Differs):
-    """The endpoint says that it has failed (5xx). Once, that says nothing of a rule: AWS's services
-    do so at times, and their clients try again."""
+    """Server error (5xx) of the endpoint.
+
+    One such error does not disprove a rule. AWS's services return them at times, and clients repeat
+    the call.
+    """
 
 
 class Untried(Exception):
-    """The rule could not be put to the test; the text is one clause saying why."""
+    """The rule could not be tested. The text is one clause with the reason."""
 
 
 class Severity(StrEnum):
-    """Whether batchlab would break a promise where the rule does not hold."""
+    """Whether batchlab needs the rule to keep its promises."""
 
     NEEDED = "needed"
     NOTED = "noted"
-    """batchlab copes either way, or refuses by itself what the service should refuse."""
+    """batchlab works either way, or refuses by itself what the service should refuse."""
 
 
 class Verdict(StrEnum):
-    """How a check came out."""
+    """Result of a check."""
 
     AGREES = "agrees"
     DIFFERS = "differs"
@@ -63,8 +64,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One rule. `source` names AWS's own page of it, `promise` what of batchlab stands on it, and
-    `otherwise` what follows where it does not hold."""
+    """Rule with its check.
+
+    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the
+    rule, and `otherwise` is the effect if the rule does not hold.
+    """
 
     name: str
     severity: Severity
@@ -76,18 +80,18 @@ class Check:
 
     @property
     def follows(self) -> str:
-        """What follows for batchlab where the rule does not hold, and why it may be nothing."""
+        """Effect on batchlab if the rule does not hold, or the reason why nothing happens."""
         why = self.promise.removeprefix("none: ")
         return f"nothing: {why}" if self.otherwise == "nothing" else self.otherwise
 
     @property
     def service(self) -> str:
-        """`s3`, `sqs` or `autoscaling`."""
+        """Service of the check: `s3`, `sqs`, or `autoscaling`."""
         return self.name.partition("-")[0]
 
 
 class Table(list[Check]):
-    """The checks of one file, in order; `Table.check` puts the decorated function in."""
+    """Checks of one file, in order. `Table.check` is a decorator that adds a function."""
 
     def check(
         self,
@@ -108,7 +112,7 @@ class Table(list[Check]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back on the wire; `code` is empty where the call was accepted."""
+    """Response to a call. `code` is the error code, and it is empty for an accepted call."""
 
     call: str
     status: int
@@ -119,18 +123,18 @@ class Answer:
     def __str__(self) -> str:
         if not self.code:
             return f"{self.call} is accepted"
-        # Without a body (HEAD, 304) boto3 puts the status where the code would be.
+        # Without a body (HEAD, 304), boto3 uses the status as the code.
         told = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
         return f"{self.call} returns {told}"
 
     def accepted(self) -> Answer:
-        """This, or Differs where the call was refused."""
+        """Return the response. Raise Differs if the call was refused."""
         if self.code:
             raise self._otherwise()
         return self
 
     def refused(self, status: int, *codes: str) -> None:
-        """Differs unless the call was refused with this status and one of these codes."""
+        """Raise Differs unless the call was refused with this status and one of these codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
             raise self._otherwise()
 
@@ -139,7 +143,7 @@ class Answer:
 
 
 def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
-    """The answer to one request, be it an error; `call` is AWS's name of the action."""
+    """Return the response to a request, even if it is an error. `call` is the action's AWS name."""
     try:
         data = request()
     except ClientError as error:
@@ -150,12 +154,12 @@ def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
 
 
 def snake(action: str) -> str:
-    """boto3's name of an action: "create_queue" of CreateQueue."""
+    """Return boto3's name of an action, such as "create_queue" for CreateQueue."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in action).lstrip("_")
 
 
 def expect(holds: bool, observed: str) -> None:
-    """Differs with what was `observed` unless it `holds`."""
+    """Raise Differs with the observed behavior unless the condition holds."""
     if not holds:
         raise Differs(observed)
 
@@ -171,7 +175,7 @@ _APIS = {
     "Auto Scaling API": f"{_ASG}/APIReference",
 }
 _API_PAGES = {"error responses": "ErrorResponses", "common errors": "CommonErrors"}
-"""The pages of an API that are not about one action or type."""
+"""Pages of an API that are not about one action or type."""
 
 _GUIDES = {
     "S3 User Guide": (
@@ -221,7 +225,10 @@ _GUIDES = {
 
 
 def page(book: str, topic: str) -> str:
-    """The address of AWS's page on a topic, empty for other books; KeyError where none is known."""
+    """Return the URL of AWS's page about a topic, or "" for a book that is not from AWS.
+
+    Raise KeyError for an unknown topic.
+    """
     if book in _APIS:
         return f"{_APIS[book]}/{_API_PAGES.get(topic, f'API_{topic}')}.html"
     if book in _GUIDES:
@@ -231,7 +238,10 @@ def page(book: str, topic: str) -> str:
 
 
 def pages(source: str) -> list[tuple[str, str]]:
-    """The parts of a source with their addresses, in order; empty where there is none."""
+    """Return the parts of a source in order, with their URLs.
+
+    A part without a page has the URL "".
+    """
     found = []
     for part in source.split("; "):
         book, *topics = part.split(", ")
@@ -244,5 +254,5 @@ def pages(source: str) -> list[tuple[str, str]]:
 
 
 def linked(source: str) -> str:
-    """A source in Markdown."""
+    """Return a source as Markdown with links."""
     return ", ".join(f"[{text}]({url})" if url else text for text, url in pages(source))

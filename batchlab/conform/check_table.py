@@ -1,6 +1,6 @@
-"""The table of all checks.
+"""Table of all checks.
 
-Invariant: every name is there once, and begins with the service it is about.
+Invariant: names are unique and begin with the name of the service.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ CHECKS: tuple[Check, ...] = (
     *SQS_QUEUES,
     *SQS_PORTS,
 )
-"""Of S3 and SQS, which every grid beyond this machine stands on."""
+"""Checks of S3 and SQS, which run by default."""
 
 ASG_CHECKS: tuple[Check, ...] = (*ASG_GROUPS, *ASG_INSTANCES)
-"""Of EC2 Auto Scaling, tried only where they are asked for: they launch instances."""
+"""Checks of EC2 Auto Scaling. They run only on request, because they launch instances."""
 
 SERVICES = ("s3", "sqs", "autoscaling")
 
 
 def of_service(service: str | None) -> Sequence[Check]:
-    """The checks of one of SERVICES; without one, those of S3 and SQS."""
+    """Return the checks of one of SERVICES, or else those of S3 and SQS."""
     if service is None:
         return CHECKS
     return [check for check in (*CHECKS, *ASG_CHECKS) if check.service == service]
 
 
 def matching(pattern: str, checks: Sequence[Check] = CHECKS) -> list[Check]:
-    """Those whose name matches a shell pattern, in order."""
+    """Return the checks whose name matches a shell pattern, in order."""
     return [check for check in checks if fnmatchcase(check.name, pattern)]

@@ -1,7 +1,7 @@
-"""What came of a run, for programs and for the page on emulators.
+"""Report of a run, as JSON and as sections of the page about emulators.
 
-Invariant: nothing in it changes from one run to the next unless the endpoint does, so a page that
-was written by it can be compared with a new run.
+Invariant: the report changes only if the endpoint changes. A page with the report can therefore be
+compared with a new run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from batchlab.conform.check import Check, Severity, Verdict, linked, pages
 from batchlab.conform.run import Result
 
 ALL_CHECKS = "every check"
-"""The name of the section that lists them."""
+"""Name of the section that lists all checks."""
 
 
 def of(
     results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = ""
 ) -> int:
-    """How many came out so, of those of this severity and service."""
+    """Return the number of results with this verdict, severity, and service."""
     return sum(
         one.verdict is verdict
         and severity in (None, one.check.severity)
@@ -30,19 +30,19 @@ def of(
 
 
 def relied_on(results: Sequence[Result]) -> bool:
-    """Whether everything that batchlab needs was seen to hold."""
+    """Return whether all rules that batchlab needs hold."""
     return all(
         one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results
     )
 
 
 def agrees(results: Sequence[Result]) -> bool:
-    """Whether nothing was seen to differ, and all that batchlab needs was seen at all."""
+    """Return whether all needed rules hold and no other rule differs."""
     return relied_on(results) and not of(results, Verdict.DIFFERS)
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """All about one check."""
+    """Return the result of a check as a JSON object."""
     check = result.check
     return {
         "check": check.name,
@@ -60,7 +60,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def verdict_text(results: Sequence[Result]) -> str:
-    """The run in a sentence or two."""
+    """Return a summary of the run in one or two sentences."""
     parts = []
     for severity, what in (
         (Severity.NEEDED, "needed"),
@@ -75,7 +75,7 @@ def verdict_text(results: Sequence[Result]) -> str:
 
 
 def section(name: str, results: Sequence[Result]) -> str:
-    """A run as a section of the page."""
+    """Return the results as a section of the page."""
     lines = [f"### {name}", "", verdict_text(results)]
     for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
@@ -96,7 +96,7 @@ def section(name: str, results: Sequence[Result]) -> str:
 
 
 def list_section(checks: Iterable[Check]) -> str:
-    """The checks themselves as a section of the page."""
+    """Return the list of checks as a section of the page."""
     rows = [
         (f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise)
         for one in checks
@@ -113,7 +113,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def merged(page: str, name: str, text: str) -> str:
-    """`page` with the section `name` replaced, or added at the end."""
+    """Return `page` with the section `name` replaced, or appended if it does not exist."""
     begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
     block = f"{begin}\n{text}\n{end}"
     found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)

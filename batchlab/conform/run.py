@@ -1,8 +1,7 @@
-"""Runs checks side by side, since most of them wait, and says how each came out.
+"""Concurrent execution of checks. Most checks spend their time waiting.
 
-Invariant: no check can hold up the run or make another one fail: each has a thread of its own,
-which is left behind where it takes too long. One that an answer of 5xx has ended is tried again,
-once.
+Invariant: a check cannot delay the run or make another check fail. Each check has its own thread,
+which is abandoned if it takes too long. A check that ended with a 5xx response is repeated once.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _THROTTLING = ("SlowDown", "RequestThrottled", "ThrottlingException", "Throttlin
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a check came out; `observed` is empty where the endpoint agrees."""
+    """Result of a check. `observed` is empty if the endpoint agrees."""
 
     check: Check
     verdict: Verdict
@@ -52,12 +51,13 @@ def run(
     at_once: int = AT_ONCE,
     limit_s: float | None = None,
 ) -> list[Result]:
-    """Try every check, `at_once` side by side; the results in the order of `checks`.
+    """Run all checks, at most `at_once` at a time. Return the results in the order of `checks`.
 
-    `tell` hears of each as it ends. A check that takes longer than `limit_s` is given up.
+    `tell` is called with each result. A check that takes longer than `limit_s` seconds is
+    abandoned.
     """
     limit_s = LIMIT_S + 2 * target.settles_s if limit_s is None else limit_s
-    # SQS's checks mostly wait, so they begin; S3's fill the time.
+    # Start the checks of SQS first, because they mostly wait. The checks of S3 run in the meantime.
     waiting = deque(sorted(checks, key=lambda check: check.service, reverse=True))
     running: dict[str, tuple[Check, float]] = {}
     ended: queue.SimpleQueue[Result] = queue.SimpleQueue()
@@ -66,14 +66,15 @@ def run(
         while waiting and len(running) < at_once:
             check = waiting.popleft()
             running[check.name] = (check, time.monotonic())
-            # Daemons, not an executor: its threads are joined when the process ends.
+            # Use daemon threads. The process would wait for the threads of an executor when it
+            # exits.
             threading.Thread(
                 target=lambda check=check: ended.put(_tried(target, check)),
                 name=f"conform-{check.name}",
                 daemon=True,
             ).start()
         for result in (*_next(ended), *_overdue(running, limit_s)):
-            # One that was given up may still end: then nobody waits for it any more.
+            # An abandoned check may still end. Ignore its result.
             if running.pop(result.check.name, None) is not None:
                 results[result.check.name] = result
                 tell(result)
@@ -109,7 +110,10 @@ def _tried(target: Target, check: Check) -> Result:
 
 
 def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
-    """How it comes out, and what was observed; Failed where an answer of 5xx ends it."""
+    """Run a check and return the verdict and the observed behavior.
+
+    Raise Failed for a 5xx response.
+    """
     try:
         with target.making() if check.service == "s3" else nullcontext():
             coroutine = check.run(site)
@@ -133,7 +137,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
         return Verdict.DIFFERS, str(error)
     except (LookupError, TypeError, ValueError) as error:
         return Verdict.DIFFERS, f"an answer is malformed: {type(error).__name__}: {error}"
-    except Exception as error:  # noqa: BLE001 - told as the reason why nothing is known
+    except Exception as error:  # noqa: BLE001 - reported as the reason of the verdict
         return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
     return Verdict.AGREES, ""
 

@@ -1,4 +1,4 @@
-"""S3: conditional creates, overwrites and ETags: what a commit stands on."""
+"""S3 checks: conditional creates, overwrites, and ETags, which commits depend on."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         elif one.code:
             one.refused(412, "PreconditionFailed")
     if not winners and conflicts:
-        # All may be told to try again; the next one then has the key to itself.
+        # All calls may get a conflict, which means to try again. The next call is then the only
+        # one.
         site.put(key, b"again", if_absent=True).accepted()
         return
     expect(len(winners) == 1, "more than one won" if winners else "nobody won")

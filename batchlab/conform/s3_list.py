@@ -1,4 +1,4 @@
-"""S3: listings, their order and pages, and which keys there may be."""
+"""S3 checks: the order and the pages of listings, and valid keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ODD_KEYS = (
     "é",
     "e\u0301",
 )
-"""The last two look alike and are not the same."""
+"""Keys with unusual characters. The last two look alike but differ."""
 
 ORDERED = ("A", "B", "a", "a!", "a-b/x", "a.b", "a/b", "a0", "aa/b", "b/1", "b/10", "b/2")
 
@@ -87,7 +87,7 @@ def list_pages(site: Site) -> None:
 )
 async def list_1000(site: Site) -> None:
     keys = [f"{number % 7}/{number:04d}" for number in range(MANY)]
-    # Through the adapter: a thousand puts of boto3's would take longer than all other checks.
+    # Use the adapter, because boto3 would need more time for 1,100 objects than all other checks.
     for start in range(0, MANY, AT_ONCE):
         some = keys[start : start + AT_ONCE]
         await asyncio.gather(*(site.objects.put(site.own(key), b"1") for key in some))
@@ -221,7 +221,7 @@ def keys_odd(site: Site) -> None:
     otherwise="a name that works here fails on AWS",
 )
 def key_length(site: Site) -> None:
-    # In segments: some store each as a file of that name.
+    # Use segments, because some endpoints store each segment as a file with its name.
     room = 1024 - len(site.named("")["Key"].encode())
     longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
     site.put(longest, b"1").accepted()

@@ -1,4 +1,4 @@
-"""S3: reads, ranges, conditional reads and deletes."""
+"""S3 checks: reads, ranges, conditional reads, and deletes."""
 
 from __future__ import annotations
 

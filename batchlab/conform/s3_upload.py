@@ -1,4 +1,4 @@
-"""S3: multipart uploads, whole, aborted and conditional."""
+"""S3 checks: completed, aborted, and conditional multipart uploads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ S3_UPLOAD = Table()
 
 
 class Upload:
-    """One multipart upload to a key of the check's own."""
+    """Multipart upload to a key of a single check."""
 
     def __init__(self, site: Site, key: str) -> None:
         self._s3: Any = site.target.s3
@@ -36,7 +36,7 @@ class Upload:
         return found
 
     def complete(self, *, if_absent: bool = False, etags: Sequence[str] = ()) -> Answer:
-        """Put the parts together; `etags` in place of the ones that were answered."""
+        """Call CompleteMultipartUpload. `etags` replaces the ETags that UploadPart returned."""
         parts = self._parts
         if etags:
             parts = [{**one, "ETag": etag} for one, etag in zip(parts, etags, strict=True)]
@@ -49,7 +49,7 @@ class Upload:
         )
 
     def abort(self) -> Answer:
-        """Give up."""
+        """Call AbortMultipartUpload."""
         return answer(
             "AbortMultipartUpload", lambda: self._s3.abort_multipart_upload(**self._named)
         )

@@ -1,6 +1,6 @@
-"""An endpoint as one check sees it: keys and queues of its own, and short words for the calls.
+"""Endpoint as a single check uses it: its own keys and queues, and short methods for the calls.
 
-Invariant: no two checks share a key or a queue, so they may run at the same time in any order.
+Invariant: checks do not share keys or queues, so they can run at the same time and in any order.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from batchlab.core.ports import QueueSpec
 
 WAKES_S = 8.0
-"""A waiting receive ends within this time once there is a message, or it was not woken: with room
-for a busy machine."""
+"""Limit in seconds for a waiting receive to return a new message.
+
+It includes a reserve for a busy machine. A receive that takes longer counts as not woken.
+"""
 
 _MANY = 1_000
-"""So many queues no check needs."""
+"""No check uses as many queues."""
 
 _COUNTS = {
     "ApproximateNumberOfMessages": "visible",
@@ -36,19 +38,19 @@ _COUNTS = {
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One message as it came on the wire."""
+    """Message as it was received."""
 
     id: str
     body: str
     receipt: str
     count: int
     times_ms: tuple[int, int]
-    """When it was sent, and first received."""
+    """Times of the send and of the first receive, in milliseconds."""
     raw: Mapping[str, Any]
 
 
 class Site:
-    """What check `name` may use of `target`; `again` where it has been there before."""
+    """Access of the check `name` to `target`. `again` marks the second run of the check."""
 
     def __init__(self, target: Target, name: str, *, again: bool = False) -> None:
         self.target = target
@@ -61,33 +63,33 @@ class Site:
     # --- S3 ---------------------------------------------------------------------------------------
 
     def named(self, key: str) -> dict[str, str]:
-        """Bucket and key, as a request names them."""
+        """Return bucket and key as parameters of a request."""
         return {"Bucket": self.target.bucket, "Key": self._prefix + key}
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, **more: str) -> Answer:
-        """PutObject; `if_absent` sends `If-None-Match: *`."""
+        """Call PutObject. `if_absent` sends `If-None-Match: *`."""
         if if_absent:
             more["IfNoneMatch"] = "*"
         request: Any = {**self.named(key), "Body": data, **more}
         return answer("PutObject", lambda: self.target.s3.put_object(**request))
 
     def get(self, key: str, **more: str) -> Answer:
-        """GetObject with its body, over other connections than `put`."""
+        """Call GetObject and read the body, over other connections than `put`."""
         request: Any = {**self.named(key), **more}
         return answer("GetObject", lambda: cast("Any", self.target.other_s3.get_object(**request)))
 
     def head(self, key: str) -> Answer:
-        """HeadObject, over other connections than `put`."""
+        """Call HeadObject, over other connections than `put`."""
         request: Any = self.named(key)
         return answer("HeadObject", lambda: self.target.other_s3.head_object(**request))
 
     def delete(self, key: str) -> Answer:
-        """DeleteObject."""
+        """Call DeleteObject."""
         request: Any = self.named(key)
         return answer("DeleteObject", lambda: self.target.s3.delete_object(**request))
 
     def delete_many(self, keys: Sequence[str]) -> Answer:
-        """DeleteObjects."""
+        """Call DeleteObjects."""
         objects: Any = [{"Key": self._prefix + key} for key in keys]
         bucket = self.target.bucket
         return answer(
@@ -96,7 +98,7 @@ class Site:
         )
 
     def page(self, prefix: str = "", *, after: str = "", token: str = "", most: int = 0) -> Answer:
-        """ListObjectsV2: one page of this check's keys."""
+        """Call ListObjectsV2 for one page of this check's keys."""
         request: Any = {"Bucket": self.target.bucket, "Prefix": self._prefix + prefix}
         if after:
             request["StartAfter"] = self._prefix + after
@@ -109,11 +111,11 @@ class Site:
         ).accepted()
 
     def keys_of(self, page: Answer) -> list[str]:
-        """The keys on a page, without what they have in common."""
+        """Return the keys of a page without the check's prefix."""
         return [one["Key"].removeprefix(self._prefix) for one in page.data.get("Contents", ())]
 
     def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
-        """The keys on every page."""
+        """Return the keys of all pages."""
         found: list[str] = []
         token = ""
         for _ in range(200):
@@ -125,29 +127,29 @@ class Site:
         raise Differs("a listing has no end")
 
     def own(self, key: str) -> str:
-        """The whole key of one of this check's objects, for the adapter."""
+        """Return the full key of one of this check's objects, for the adapter."""
         return self._prefix + key
 
     @property
     def objects(self) -> ObstoreObjects:
-        """batchlab's own adapter on the bucket."""
+        """batchlab's own adapter for the bucket."""
         return self.target.objects
 
     # --- SQS --------------------------------------------------------------------------------------
 
     def new_name(self) -> str:
-        """A name for a queue that no other check uses."""
+        """Return a queue name that no other check uses."""
         return f"{self.target.run}-{self._name}-{next(self._numbers)}"
 
     def queue(self, name: str = "", **attributes: str) -> OwnQueue:
-        """A new queue with these attributes."""
+        """Create a queue with these attributes."""
         name = name or self.new_name()
         made = self.target.create_queue(name, attributes)
         return OwnQueue(self.target, name, made["QueueUrl"])
 
     @asynccontextmanager
     async def port(self) -> AsyncIterator[SqsQueue]:
-        """batchlab's own adapter; its queues have names of this check's own."""
+        """Return batchlab's own adapter. The names of its queues belong to this check."""
         queue = _PortQueue(self.target, f"{self.new_name()}-")
         try:
             yield queue
@@ -155,7 +157,10 @@ class Site:
             await queue.close()
 
     def until(self, holds: Callable[[], bool]) -> bool:
-        """Whether it comes to hold while counts and attributes settle."""
+        """Wait until `holds` returns true, while counts and attributes settle.
+
+        Return whether it did.
+        """
         ends_s = time.monotonic() + self.target.settles_s
         while not holds():
             if time.monotonic() > ends_s:
@@ -165,7 +170,7 @@ class Site:
 
 
 class _PortQueue(SqsQueue):
-    """The adapter, its queues on the list of what to remove."""
+    """Adapter that records its queues for removal."""
 
     def __init__(self, target: Target, prefix: str) -> None:
         super().__init__(target.endpoint, prefix=prefix)
@@ -179,7 +184,7 @@ class _PortQueue(SqsQueue):
 
 
 class OwnQueue:
-    """A queue of one check's own."""
+    """Queue of a single check."""
 
     def __init__(self, target: Target, name: str, url: str) -> None:
         self.sqs = target.sqs
@@ -188,21 +193,21 @@ class OwnQueue:
         self.url = url
 
     def call(self, name: str, **request: Any) -> Answer:
-        """Any action on this queue, named as AWS names it."""
+        """Call an action on this queue, by its AWS name."""
         method = getattr(self.sqs, snake(name))
         return answer(name, lambda: method(QueueUrl=self.url, **request))
 
     def send(self, body: str, **more: Any) -> Answer:
-        """SendMessage."""
+        """Call SendMessage."""
         return self.call("SendMessage", MessageBody=body, **more)
 
     def send_batch(self, *bodies: str, **more: Any) -> Answer:
-        """SendMessageBatch, its entries numbered from "0"."""
+        """Call SendMessageBatch. The ids of its entries are numbers from "0"."""
         entries = [{"Id": str(i), "MessageBody": body, **more} for i, body in enumerate(bodies)]
         return self.call("SendMessageBatch", Entries=entries)
 
     def receive(self, most: int = 10, *, wait_s: int = 0, **more: Any) -> list[Received]:
-        """One ReceiveMessage."""
+        """Call ReceiveMessage once."""
         got = self.call(
             "ReceiveMessage",
             MaxNumberOfMessages=most,
@@ -213,8 +218,10 @@ class OwnQueue:
         return [_received(one) for one in got.data.get("Messages", ())]
 
     def take(self, count: int = 1, *, after_s: float = 0.0, **more: Any) -> list[Received]:
-        """`count` messages that can be received `after_s` from now; Differs where they do not
-        come."""
+        """Receive `count` messages that become visible in `after_s` seconds.
+
+        Raise Differs if they do not arrive.
+        """
         found: list[Received] = []
         ends_s = time.monotonic() + after_s + self.arrives_s
         while len(found) < count:
@@ -224,35 +231,35 @@ class OwnQueue:
         return found
 
     def one(self, **more: Any) -> Received:
-        """The next message."""
+        """Receive the next message."""
         return self.take(**more)[0]
 
     def empty(self, wait_s: int = 1) -> bool:
-        """Whether a receive finds nothing."""
+        """Return whether a receive returns no message."""
         return not self.receive(wait_s=wait_s)
 
     def delete(self, receipt: str) -> Answer:
-        """DeleteMessage."""
+        """Call DeleteMessage."""
         return self.call("DeleteMessage", ReceiptHandle=receipt)
 
     def hide(self, receipt: str, seconds: int) -> Answer:
-        """ChangeMessageVisibility."""
+        """Call ChangeMessageVisibility."""
         return self.call(
             "ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds
         )
 
     def attributes(self) -> Mapping[str, str]:
-        """GetQueueAttributes, all of them."""
+        """Return all attributes from GetQueueAttributes."""
         got = self.call("GetQueueAttributes", AttributeNames=["All"]).accepted()
         return cast("Mapping[str, str]", got.data.get("Attributes", {}))
 
     def counts(self) -> dict[str, int]:
-        """The three approximate counts."""
+        """Return the three approximate counts."""
         found = self.attributes()
         return {name: int(found.get(key, -1)) for key, name in _COUNTS.items()}
 
     def arn(self) -> str:
-        """The queue's ARN, by which a redrive policy names it."""
+        """Return the queue's ARN for a redrive policy."""
         found = self.attributes().get("QueueArn")
         if found is None:
             raise Untried("the queue has no ARN")

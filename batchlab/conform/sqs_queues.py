@@ -1,4 +1,4 @@
-"""SQS: queues, their attributes, counts, dead letters and purge."""
+"""SQS checks: queues, attributes, counts, dead-letter queues, and purges."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def _redrive(dead: OwnQueue, receives: int) -> str:
 
 
 def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
-    """Two queues, and a message that was received `receives` times and then not deleted."""
+    """Create two queues and receive a message `receives` times without deleting it."""
     dead = site.queue()
     queue = site.queue(VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
     queue.send("poison").accepted()
@@ -245,7 +245,7 @@ def _dead(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
 
 
 def _corpse(queue: OwnQueue, dead: OwnQueue) -> Received:
-    # Emulators move at the next receive, AWS by itself.
+    # Emulators move the message at the next receive, and AWS moves it by itself.
     expect(queue.empty(), "it is received more often than maxReceiveCount")
     return dead.one()
 
@@ -316,7 +316,7 @@ def dead_letter_neighbours(site: Site) -> None:
     arrived: set[str] = set()
     ends_s = time.monotonic() + site.arrives_s
     while len(arrived) < 10 and time.monotonic() < ends_s:
-        # Emulators move them only when somebody receives.
+        # Emulators move the messages only during a receive.
         expect(not queue.receive(), "a dead letter is received once more")
         arrived |= {one.body for one in dead.receive(wait_s=1)}
     expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 do not arrive there")

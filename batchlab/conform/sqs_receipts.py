@@ -1,4 +1,4 @@
-"""SQS: what a receipt handle can do: the current one, an expired one, an old one, a strange one."""
+"""SQS checks: receipt handles that are current, expired, outdated, or invalid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def _held(site: Site, **attributes: str) -> tuple[OwnQueue, Received]:
 
 
 def _twice_received(site: Site) -> tuple[OwnQueue, Received, Received]:
-    """A message that a second worker holds for a while, and both workers' receipts."""
+    """Receive a message twice.
+
+    Return the receipts of both receivers. The second one still holds it.
+    """
     queue, old = _held(site, VisibilityTimeout="1")
     return queue, old, queue.one(VisibilityTimeout=4)
 
@@ -103,7 +106,7 @@ def delete_foreign(site: Site) -> None:
     queue, held = _held(site, VisibilityTimeout="2")
     other = site.queue()
     other.send("b").accepted()
-    # Accepted or refused: what counts is that both messages are still there.
+    # The response does not matter, only that both messages still exist.
     other.delete(held.receipt)
     expect(other.one().body == "b", "the other queue's message is gone")
     expect(queue.one().id == held.id, "its own message is gone")

@@ -1,4 +1,4 @@
-"""SQS: receiving, waiting and waking, visibility and its changes."""
+"""SQS checks: receives, long polls, and visibility timeouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchlab.conform.sqs_send import EARLY_S
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 POLL_S = 12
-"""A long poll that is not woken ends well after `WAKES_S`, and well before a check is given up."""
+"""Wait time in seconds of a long poll: well above `WAKES_S`, and well below a check's timeout."""
 SANE_MS = 300_000
 
 SQS_RECEIVE = Table()
@@ -173,7 +173,7 @@ def give_back(site: Site) -> None:
 
 
 def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
-    """What a sleeping receive gets because of `call`."""
+    """Return the message that a waiting receive gets because of `call`."""
     with ThreadPoolExecutor(1, thread_name_prefix="conform-poll") as threads:
         polling = threads.submit(queue.receive, wait_s=POLL_S)
         time.sleep(0.5)

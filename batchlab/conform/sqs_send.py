@@ -1,4 +1,4 @@
-"""SQS: sending, its limits and batches, and delays."""
+"""SQS checks: sends, size limits, batches, and delays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 
 MIB = 1024 * 1024
 EARLY_S = 0.3
-"""How much too early a delay may end before it counts as wrong: clocks and rounding."""
+"""Tolerance in seconds for a delay that ends too early, because of clocks and rounding."""
 
 SQS_SEND = Table()
 
@@ -211,8 +211,9 @@ def _half_bad(site: Site, bad: dict[str, Any]) -> tuple[OwnQueue, Answer]:
 
 
 def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
-    """A queue that was sent a batch of a good and a bad entry, and what it says has failed."""
-    # What counts as bad is another check's matter: the first that this endpoint refuses will do.
+    """Send a batch with a valid and an invalid entry. Return the queue and the failed entries."""
+    # Other checks test which entries are invalid. This one uses the first that the endpoint
+    # refuses.
     for bad in _BAD_ENTRIES:
         queue, found = _half_bad(site, bad)
         if failed := found.accepted().data.get("Failed"):
@@ -333,7 +334,7 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
     found = queue.take()
     expect([one.body for one in found] == ["late"], "something else comes")
     expect(time.monotonic() - begun_s > 2 - EARLY_S, "it comes too early")
-    # On a slow machine two seconds pass unnoticed, ten minutes do not.
+    # A slow machine may miss a delay of two seconds, but not one of ten minutes.
     queue.delete(found[0].receipt)
     expect(queue.empty(), "one comes that is not due")
 

@@ -1,12 +1,11 @@
-"""The endpoint under test: its clients, and what the run has made there.
+"""Endpoint under test: its clients, and the resources that a run creates there.
 
-Invariant: everything made carries the run's own name and is remembered before it is made, so that
-`close` removes it however the run ended, and nothing is made once `close` has begun. boto3 does not
-retry: a check sees the first answer.
+Invariants: every resource has the run's name and is recorded before it is created. `close` removes
+all of them, however the run ended, and nothing is created after `close` starts. boto3 does not
+retry, so a check sees the first response.
 
-Removes what a run has made, with clients of its own: the run's are closed by then.
-
-Invariant: it names only what the run has made, and gives up at once where nothing answers any more.
+The removal uses new clients, because those of the run are closed by then. It removes only resources
+of the run, and it stops as soon as the endpoint no longer responds.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ _GONE = ("NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket", "404")
 
 
 class Cleaner:
-    """Each call returns what it could not remove, and why, for a person."""
+    """Removal of a run's resources. Each method returns messages about what it could not remove."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._silent = ""
 
     def queues(self, urls: Mapping[str, str]) -> list[str]:
-        """Remove these queues, by their names; an empty URL is asked for."""
+        """Remove queues, given their URLs by name. If a URL is empty, look it up."""
         if not urls:
             return []
         sqs = aws.client(self._endpoint, "sqs", connections=AT_ONCE)
@@ -69,7 +68,7 @@ class Cleaner:
             return [one for one in threads.map(remove, urls, urls.values()) if one]
 
     def groups(self, names: Sequence[str]) -> list[str]:
-        """Remove these Auto Scaling groups with their instances, as far as they are there."""
+        """Remove these Auto Scaling groups with their instances, if they exist."""
         if not names:
             return []
         asg = aws.client(self._endpoint, "autoscaling", connections=AT_ONCE)
@@ -79,7 +78,7 @@ class Cleaner:
                 try:
                     asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
                 except (ClientError, ResponseParserError):
-                    # No code says that it was not there.
+                    # The error code does not reveal whether the group exists.
                     found = asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])
                     if found["AutoScalingGroups"]:
                         raise
@@ -103,12 +102,15 @@ class Cleaner:
         return [f"launch template {name}: {reason}"] if reason else []
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
-        """Remove the objects and uploads below `prefix`, and the bucket where that was made."""
+        """Remove the objects and uploads below `prefix`.
+
+        Remove the bucket if the run created it.
+        """
         s3 = aws.client(self._endpoint, "s3", connections=1)
 
         def remove() -> str:
             _abort_uploads(s3, bucket, prefix)
-            # Not the paginator: an endpoint that pages or deletes wrongly must not keep us here.
+            # A paginator could loop forever on an endpoint that pages or deletes incorrectly.
             before: list[str] = []
             while keys := _first_keys(s3, bucket, prefix):
                 if keys == before:
@@ -124,7 +126,7 @@ class Cleaner:
         return [f"{what}: {reason}"] if reason else []
 
     def _tried(self, remove: Callable[[], str]) -> str:
-        """Why it failed; empty where it is removed, or was not there."""
+        """Return the reason of a failure, or "" if the resource was removed or did not exist."""
         if self._silent:
             return self._silent
         try:
@@ -156,10 +158,11 @@ C = TypeVar("C", bound="BaseClient")
 
 
 def endpoint(url: str | None, region: str | None) -> Endpoint:
-    """The endpoint at `url`, AWS itself where that is None; UsageError where it is neither.
+    """Return the endpoint at `url`, or AWS itself if `url` is None.
 
-    Of the user's AWS configuration an endpoint gets the keys and the region that the environment
-    names, and nothing of a profile; without any, the keys that every emulator takes.
+    An endpoint gets the access keys and the region from the environment, but nothing from a
+    profile. Without keys, it gets those that every emulator accepts. Raise UsageError for an
+    invalid URL.
     """
     if region and not re.fullmatch("[a-z0-9-]+", region):
         raise UsageError(
@@ -198,10 +201,11 @@ def _in_aws(region: str | None) -> Endpoint:
 
 
 class Target:
-    """S3, SQS and Auto Scaling at an endpoint.
+    """S3, SQS, and Auto Scaling at an endpoint.
 
-    `run` is a short name that no other run has. With `bucket` that bucket is used and kept,
-    without it one is made and removed; `template` is the same for launch templates.
+    `run` is a short, unique name. With `bucket`, the run uses this bucket and does not remove it.
+    Without it, the run creates a bucket and removes it. The same applies to `template`, a launch
+    template.
     """
 
     def __init__(
@@ -212,25 +216,25 @@ class Target:
         self.clock = clock
         self.bucket = bucket or run
         self.lag_s = 60.0 if endpoint.url is None else 0.0
-        """How long purges and new attributes may take to reach every part of AWS's SQS."""
+        """Time in seconds for purges and new attributes to reach every part of AWS's SQS."""
         self.settles_s = self.lag_s + 10.0
-        """How long counts may be wrong."""
+        """Time in seconds for which counts may be wrong."""
         self.arrives_s = 12.0
-        """A message that can be received is received within this, on a busy machine as well."""
+        """Limit in seconds for the arrival of a visible message, also on a busy machine."""
         self.appears_s = 15.0
-        """An instance comes, or goes, within this, on a busy machine as well."""
+        """Limit in seconds for the start or the end of an instance, also on a busy machine."""
         self.template = template or run
         self.zone = f"{endpoint.region}a"
         self.s3: S3Client
         self.other_s3: S3Client
-        """A client with connections of its own, for reading what the first has written."""
+        """Client with its own connections, which reads what the first client has written."""
         self.sqs: SQSClient
         self.asg: AutoScalingClient
         self._objects: ObstoreObjects
         self._keep_bucket = bool(bucket)
         self._changed = threading.Condition()
         self._queues: dict[str, str] = {}
-        """The URLs of the queues by their names; empty until it is known."""
+        """URLs of the queues by name. A URL is empty until it is known."""
         self._makers = 0
         self._bucket_made = False
         self._keep_template = bool(template)
@@ -240,12 +244,12 @@ class Target:
 
     @property
     def place(self) -> str:
-        """Where it is, for a person."""
+        """Location of the endpoint, as text for a user."""
         return self.endpoint.url or f"AWS in {self.endpoint.region}"
 
     @property
     def objects(self) -> ObstoreObjects:
-        """batchlab's own adapter on the bucket."""
+        """batchlab's own adapter for the bucket."""
         self._see_that_it_is_open()
         return self._objects
 
@@ -254,7 +258,10 @@ class Target:
             raise Untried("the run has ended")
 
     def open(self, services: Collection[str]) -> None:
-        """See that these services answer, and make the bucket; BackendError where they do not."""
+        """Check that these services respond, and create the bucket.
+
+        Raise BackendError if a service does not respond.
+        """
         if "s3" in services:
             self.s3, self.other_s3 = (
                 self._own(aws.client(self.endpoint, "s3", connections=CONNECTIONS))
@@ -266,7 +273,7 @@ class Target:
         if "sqs" in services:
             self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=CONNECTIONS))
             with self._answering("SQS"):
-                # Asked first: where nothing answers nothing can have been made.
+                # Send a request first. If nothing responds, the run has not created anything.
                 answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
                 self.create_queue(self.run, {})
         if "autoscaling" in services:
@@ -307,8 +314,10 @@ class Target:
             ) from error
 
     def _own(self, client: C) -> C:
-        """A client of the run's: it makes no call after the end, and none to what only calls
-        itself AWS."""
+        """Return the client, which refuses calls after the end of the run.
+
+        Raise UsageError if the run tests AWS but the configuration names another endpoint.
+        """
         told = client.meta.endpoint_url
         if self.endpoint.url is None and ".amazonaws." not in told:
             raise UsageError(
@@ -319,7 +328,7 @@ class Target:
         return client
 
     def _open_bucket(self) -> None:
-        # Asked first: where nothing answers nothing can have been made.
+        # Send a request first. If nothing responds, the run has not created anything.
         there = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
         if not self._keep_bucket:
             self._bucket_made = True
@@ -349,9 +358,9 @@ class Target:
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Something may be made in here: `close` waits for the end of it."""
+        """Enclose the creation of resources. `close` waits until it ends."""
         with self._changed:
-            # A check that was given up wakes after the cleaning.
+            # An abandoned check may continue after the removal.
             self._see_that_it_is_open()
             self._makers += 1
         try:
@@ -362,7 +371,7 @@ class Target:
                 self._changed.notify_all()
 
     def create_queue(self, name: str, attributes: dict[str, str]) -> Mapping[str, Any]:
-        """CreateQueue, on the list of what to remove."""
+        """Call CreateQueue and record the queue for removal."""
         with self.making():
             known = name in self._queues
             self.remember(name)
@@ -376,25 +385,28 @@ class Target:
             return made
 
     def create_group(self, name: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """CreateAutoScalingGroup, on the list of what to remove."""
+        """Call CreateAutoScalingGroup and record the group for removal."""
         with self.making():
             self.remember_group(name)
             asked: Any = {**request, "AutoScalingGroupName": name}
             return cast("Mapping[str, Any]", self.asg.create_auto_scaling_group(**asked))
 
     def remember_group(self, name: str) -> None:
-        """A group of this name is about to be made, within `making`."""
+        """Record a group that is about to be created within `making`."""
         self._groups.add(name)
 
     def remember(self, queue: str) -> None:
-        """A queue of this name is about to be made, within `making`."""
+        """Record a queue that is about to be created within `making`."""
         self._queues.setdefault(queue, "")
 
     def close(self) -> list[str]:
-        """Remove all that was made; returns what could not be."""
+        """Remove everything that the run created.
+
+        Return messages about what could not be removed.
+        """
         with self._changed:
             self._closed = True
-            # As long as the slowest request may take.
+            # Wait as long as the slowest request may take.
             self._changed.wait_for(lambda: not self._makers, aws.ANSWER_S)
         cleaner = Cleaner(self.endpoint)
         left = cleaner.queues(self._queues)

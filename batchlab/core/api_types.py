@@ -1,10 +1,9 @@
-"""What the API shows, as typed dicts that the manager fills and its clients read.
+"""Typed dicts for the responses of the HTTP API: jobs, tasks, logs, the fleet, and notifications.
 
-Invariant: cheap to import, and nothing else is needed to read a view; viewing.py fills them.
+The manager fills them, and its clients read them.
 
-What the API shows of notifications: typed dicts, filled by the manager, read by clients.
-
-Invariant: as in views. An address is shown by its host alone, since its path may be a secret.
+Invariant: the module is cheap to import, and a client needs nothing else to read a response. An
+address is shown by its host alone, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StageView(TypedDict):
-    """A stage's counters. `running` counts tasks of bundles that workers say they run."""
+    """Counters of a stage. `running` counts tasks of bundles that workers report as running."""
 
     name: str
     pool: str
@@ -36,8 +35,11 @@ class StageView(TypedDict):
 
 
 class JobView(TypedDict):
-    """A job. `version` differs as soon as anything else in here does; 0 once it has ended. `report`
-    says why its performance data could not be written, where that is so."""
+    """A job.
+
+    `version` changes whenever another field changes, and is 0 once the job has ended. `report`
+    gives the reason if the job's performance data could not be written.
+    """
 
     id: str
     name: str
@@ -63,14 +65,18 @@ class WhyView(TypedDict):
 
 
 UNCOUNTED = 0
-"""The seq of an outcome that is committed and not folded yet, before all others."""
+"""Value of `seq` for an outcome that is committed but not folded yet. It sorts before all
+others."""
 
 
 class OutcomeView(TypedDict):
-    """One folded outcome; in the answer to a submission one that is not folded yet, too, whose
-    seq is 0. `tasks` are the ranges of those that succeeded in it, whose values are in the object
-    at `key`; `failed` counts those that failed for good. `outcome` is that object's content, where
-    the manager has it at hand."""
+    """A folded outcome.
+
+    The response to a submission may also contain an outcome that is not folded yet, with `seq` 0.
+    `tasks` are the ranges of the tasks that succeeded in it. The object at `key` has their values.
+    `failed` counts the tasks that failed for good. `outcome` is the content of that object if the
+    manager has it in memory.
+    """
 
     seq: int
     stage: str
@@ -82,15 +88,17 @@ class OutcomeView(TypedDict):
 
 
 class OutcomesView(TypedDict):
-    """`ended`: nothing follows these, because the job has ended."""
+    """Outcomes of a job. `ended` is true if no others follow because the job has ended."""
 
     outcomes: list[OutcomeView]
     ended: bool
 
 
 class FailureView(TypedDict):
-    """A task that failed for good, in the outcome `seq`; failures of one cause share their
-    `fingerprint`."""
+    """A task that failed for good, in the outcome `seq`.
+
+    Failures with the same cause have the same `fingerprint`.
+    """
 
     seq: int
     stage: str
@@ -105,14 +113,15 @@ class FailureView(TypedDict):
 
 
 class FailuresView(TypedDict):
-    """`next` is what to give as `after` for the next page, None where this is the last."""
+    """A page of failures. `next` is the value of `after` for the next page, None on the last
+    page."""
 
     failures: list[FailureView]
     next: str | None
 
 
 class FailureGroupView(TypedDict):
-    """Failures with one fingerprint: how many tasks, and the first of them."""
+    """Failures with one fingerprint: the number of tasks, and the first of them."""
 
     fingerprint: str
     stage: str
@@ -121,8 +130,11 @@ class FailureGroupView(TypedDict):
 
 
 class FailureGroupsView(TypedDict):
-    """The largest group first. `is_whole` is false while only the first `read` failures of `failed`
-    have been looked at: ask again."""
+    """Groups of failures, largest first.
+
+    `is_whole` is false while only the first `read` of the `failed` failures have been read. The
+    client then asks again.
+    """
 
     groups: list[FailureGroupView]
     read: int
@@ -131,9 +143,12 @@ class FailureGroupsView(TypedDict):
 
 
 class TaskView(TypedDict):
-    """A task that has come to its end, as its outcome tells: `state` is succeeded, failed or
-    cancelled, or retried where `seq` says an earlier outcome. `input` and `log` are text, cut off
-    where they are long; `input_of` says which file the input is, or is a part of."""
+    """A task that has ended, according to its outcome.
+
+    `state` is succeeded, failed, cancelled, or, for the `seq` of an earlier outcome, retried.
+    `input` and `log` are text and are truncated if they are long. `input_of` names the file that
+    the input is, or is a part of.
+    """
 
     seq: int
     stage: str
@@ -152,8 +167,11 @@ class TaskView(TypedDict):
 
 
 class EtaView(TypedDict):
-    """How long a job still takes, in seconds, as a band; None where nobody can say, and `text` why
-    not. `unmeasured` stages come on top."""
+    """Remaining time of a job in seconds, as a range.
+
+    Both ends are None without an estimate, and `text` then gives the reason. The time of the
+    `unmeasured` stages is not included.
+    """
 
     low_s: float | None
     high_s: float | None
@@ -162,9 +180,12 @@ class EtaView(TypedDict):
 
 
 class LogView(TypedDict):
-    """What one attempt of a task printed. `state` is SUCCEEDED, FAILED, RETRIED (it failed, and was
-    tried again) or CANCELLED; `ended_s` is the end of its bundle. Where it is not `stored` yet,
-    `text` says why."""
+    """Output of one attempt of a task.
+
+    `state` is SUCCEEDED, FAILED, RETRIED (the attempt failed and another one follows), or
+    CANCELLED. `ended_s` is the end of the attempt's bundle. If the log is not `stored` yet, `text`
+    gives the reason.
+    """
 
     stage: str
     task: int
@@ -182,8 +203,11 @@ class LogsView(TypedDict):
 
 
 class NewLogsView(TypedDict):
-    """`seq` is that of the last outcome looked at, `ended` whether nothing follows: the job has
-    ended, or the one task that was asked for."""
+    """Logs of newly folded outcomes.
+
+    `seq` is the seq of the last outcome that was read. `ended` is true if no more logs follow,
+    because the job or the requested task has ended.
+    """
 
     logs: list[LogView]
     seq: int | None
@@ -191,7 +215,7 @@ class NewLogsView(TypedDict):
 
 
 class TailView(TypedDict):
-    """The end of what a running attempt has printed so far: bytes [start, stop) of its output."""
+    """The latest output of a running attempt: bytes [start, stop) of its output."""
 
     stage: str
     task: int
@@ -204,16 +228,19 @@ class TailView(TypedDict):
 
 
 class TailsView(TypedDict):
-    """There is something new every `every_s` at the most."""
+    """Live logs of running tasks. Workers store new output at most every `every_s`."""
 
     tails: list[TailView]
     every_s: float
 
 
 class InstanceView(TypedDict):
-    """`worker` is None until the instance's worker has reported; `busy` counts the bundles it
-    runs, `held` all that it has received. `type` and `zone` are empty where machines do not
-    differ."""
+    """An instance of a pool.
+
+    `worker` is None until the instance's worker has reported. `busy` counts the bundles that the
+    worker runs, and `held` counts all bundles that it has received. `type` and `zone` are empty if
+    all machines are alike.
+    """
 
     id: str
     state: str
@@ -230,7 +257,7 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """`trouble` says why its instances do not come up, where they do not."""
+    """A pool. `trouble` is the reason why its instances do not start, or is empty."""
 
     name: str
     min: int
@@ -252,8 +279,11 @@ class QueueView(TypedDict):
 
 
 class GridView(TypedDict):
-    """`settings` are the manager's, by name, most of them seconds. `unreadable` counts the messages
-    and objects that it could not read."""
+    """A grid.
+
+    `settings` are the settings of its manager by name, mostly in seconds. `unreadable` counts the
+    messages and objects that the manager could not read.
+    """
 
     backend: str
     leader: bool
@@ -265,7 +295,7 @@ class GridView(TypedDict):
 
 
 class ActivityView(TypedDict):
-    """`ended_s` is None while it is in progress."""
+    """A scaling activity. `ended_s` is None while it is in progress."""
 
     id: int
     pool: str
@@ -281,8 +311,11 @@ class ActivitiesView(TypedDict):
 
 
 class PoolCurve(TypedDict):
-    """One value per moment: instances as desired and as they are, bundles that run, that wait in
-    the pool's queue, and that are in flight."""
+    """Curves of a pool, with one value per moment.
+
+    They are the desired and the actual number of instances, and the numbers of bundles that run,
+    wait in the pool's queue, or are in flight.
+    """
 
     name: str
     desired: list[int]
@@ -294,15 +327,17 @@ class PoolCurve(TypedDict):
 
 
 class HistoryView(TypedDict):
-    """The fleet and its queues over the last while; every curve has a value for each of `at_s`."""
+    """Recent history of the fleet and its queues. Each curve has one value for each of `at_s`."""
 
     at_s: list[float]
     pools: list[PoolCurve]
 
 
 class SessionView(TypedDict):
-    """A `code` that opens the web page once, within `valid_s`; `path` leads there. `name` is what
-    it is asked for by."""
+    """A one-time `code` that opens the web page at `path` within `valid_s`.
+
+    `name` identifies the code in a request for its state.
+    """
 
     code: str
     name: str
@@ -311,7 +346,7 @@ class SessionView(TypedDict):
 
 
 class CodeView(TypedDict):
-    """Whether the code of that name `waits` to be used."""
+    """State of the code with that name. `waits` is true while the code is unused."""
 
     name: str
     waits: bool
@@ -324,29 +359,33 @@ class HealthView(TypedDict):
 
 
 class UnreadableView(TypedDict):
-    """An object that could not be read, and why."""
+    """An object that could not be read, with the reason."""
 
     key: str
     reason: str
 
 
 class RebuiltView(TypedDict):
-    """How many jobs the ledger was made of, and the objects that could not be read."""
+    """Result of a rebuild: the number of jobs in the ledger, and the objects that could not be
+    read."""
 
     jobs: int
     unreadable: list[UnreadableView]
 
 
 class ProblemView(TypedDict):
-    """Every error: one sentence, and what to do."""
+    """An error: one sentence, and what to do."""
 
     error: str
     remedy: str
 
 
 class TargetView(TypedDict):
-    """Somebody who is told. `to` is where, without what may be a secret; `signed` says whether what
-    is sent is; `job` is whose it is, "" where it is the grid's, which `jobs` may name or not.
+    """A notification target.
+
+    `to` is its address without parts that may be secret. `signed` is true if its messages are
+    signed. `job` is the job that the target belongs to, or "" for a target of the grid. `jobs` is
+    true if jobs may name this target of the grid.
     """
 
     name: str
@@ -365,8 +404,11 @@ class TargetsView(TypedDict):
 
 
 class NotificationView(TypedDict):
-    """`state` is pending, delivered or given up; `due_s` when the next try is, where it is pending;
-    `error` what came of the last one."""
+    """A notification.
+
+    `state` is pending, delivered, or given up. `due_s` is the time of the next try of a pending
+    notification. `error` is the error of the last try.
+    """
 
     id: str
     moment: str
@@ -381,13 +423,13 @@ class NotificationView(TypedDict):
 
 
 class NotificationsView(TypedDict):
-    """Those on their way first, then what came of the others, the newest first."""
+    """Notifications: pending ones first, then the others, newest first."""
 
     notifications: list[NotificationView]
 
 
 class TestedView(TypedDict):
-    """`error` is "" where the test was delivered."""
+    """Result of a test notification. `error` is "" if the test was delivered."""
 
     target: str
     error: str
@@ -424,6 +466,6 @@ def notification_view(one: Notification) -> NotificationView:
 
 
 def log_view(notifying: Notifier, limit: int) -> NotificationsView:
-    """The log as it is, of so many at the most."""
+    """Return at most `limit` notifications of the current log."""
     every = [*notifying.book.pending.values(), *reversed(notifying.book.log)]
     return {"notifications": [notification_view(one) for one in every[:limit]]}

@@ -1,10 +1,9 @@
-"""What the API shows of what the grid uses: typed dicts, filled by the manager, read by clients.
+"""Typed dicts for the responses of the HTTP API about usage and schedules.
 
-Invariant: as in views. No price is in here; whoever reads it has a price book.
+The manager fills them, and its clients read them. They contain no prices, because the clients have
+a price book.
 
-What the API shows of schedules, as typed dicts that the manager fills and its clients read.
-
-Invariant: pure and cheap to import, as views.py is.
+Invariant: the module is pure and cheap to import.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ if TYPE_CHECKING:
 
 
 class BilledView(TypedDict):
-    """Instance seconds as AWS bills them, of instances of one kind. `type` is empty where machines
-    do not differ."""
+    """Billed seconds of instances of one kind, as AWS counts them.
+
+    `type` is empty if all machines are alike.
+    """
 
     pool: str
     type: str
@@ -38,9 +39,12 @@ class BilledView(TypedDict):
 
 
 class AccountView(TypedDict):
-    """What was used. `failed_s` (attempts that failed) and `lost_s` (runs whose instance died) are
-    slot seconds by pool; `requests` those that SQS and S3 bill, all 0 on a backend that has
-    neither. Not `is_whole`: some of it was not counted."""
+    """Recorded usage.
+
+    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool.
+    `requests` are the requests that SQS and S3 bill. They are all 0 on a backend without SQS and
+    S3. `is_whole` is false if some of the usage was not counted.
+    """
 
     billed: list[BilledView]
     failed_s: dict[str, float]
@@ -51,7 +55,7 @@ class AccountView(TypedDict):
 
 
 class LivingView(TypedDict):
-    """Instances of one kind that are billed now."""
+    """Instances of one kind that AWS bills now."""
 
     pool: str
     type: str
@@ -60,8 +64,11 @@ class LivingView(TypedDict):
 
 
 class UseView(TypedDict):
-    """What the grid has used since its account was opened, `nobody` for no job; `capped` says by
-    pool why no more is launched. The cap is in USD."""
+    """Usage of the grid since its account was opened.
+
+    `nobody` is the usage that belongs to no job. `capped` has, by pool, the reason why no more
+    instances are launched. The cap is in USD.
+    """
 
     total: AccountView
     nobody: AccountView
@@ -71,9 +78,12 @@ class UseView(TypedDict):
 
 
 class JobUseView(TypedDict):
-    """What a job has used, None where nobody has counted. `pools` are the slots of an instance,
-    `types` its type, `slots` those of a task by stage; `capped` which cap has held it back
-    and does not pay for all that is left of it, empty where none."""
+    """Usage of a job. `account` is None if the usage was not recorded.
+
+    `pools` has the slots of an instance by pool, `types` the instance type by pool, and `slots` the
+    slots of a task by stage. `capped` names the cap that does not pay for the rest of the job, or
+    is empty.
+    """
 
     job: str
     account: AccountView | None
@@ -99,7 +109,7 @@ def account_view(account: Account) -> AccountView:
 
 
 def account_of(view: AccountView) -> Account:
-    """What the manager shows, as it is reckoned with."""
+    """Return the account that a response of the manager describes."""
     from batchlab.core.model import Market
     from batchlab.core.pricing.usage_meter import Account, Kind
     from batchlab.core.request_counter import Requests
@@ -115,7 +125,7 @@ def account_of(view: AccountView) -> Account:
 
 
 def use_view(spending: Spending) -> UseView:
-    """The grid's account as it is."""
+    """Return the current account of the grid."""
     kinds = Counter(life.kind for life in spending.meter.lives.values())
     return {
         "total": account_view(spending.meter.total),
@@ -150,8 +160,11 @@ def job_use_view(
 
 
 class RunView(TypedDict):
-    """A due time and what came of it; `due` is it in the schedule's zone. `state` is waiting,
-    running, ended or skipped, `result` how its job ended. `tasks` is None where nobody saw it."""
+    """A due time and its run. `due` is the due time in the schedule's zone.
+
+    `state` is waiting, running, ended, or skipped. `result` is the final state of the job. `tasks`
+    is None if the manager did not record it.
+    """
 
     due_s: float
     due: str
@@ -167,8 +180,11 @@ class RunView(TypedDict):
 
 
 class ScheduleView(TypedDict):
-    """A schedule with its runs, newest first. `state` is active, paused or done: nothing is due any
-    more. Either `cron` or `at_s` is set. `next` is the next due time in its zone."""
+    """A schedule with its runs, newest first.
+
+    `state` is active, paused, or done. A schedule that is done does not run again. Either `cron` or
+    `at_s` is set. `next` is the next due time in the schedule's zone.
+    """
 
     name: str
     job: str
@@ -192,14 +208,15 @@ class ScheduleView(TypedDict):
 
 
 class SchedulesView(TypedDict):
-    """`notes` say what was missed when this manager began to lead, and what became of it."""
+    """All schedules. `notes` describe the runs that were missed before this manager began to
+    lead."""
 
     schedules: list[ScheduleView]
     notes: list[str]
 
 
 class DueView(TypedDict):
-    """A due time: epoch seconds, in the schedule's zone, in UTC."""
+    """A due time: in epoch seconds, in the schedule's zone, and in UTC."""
 
     at_s: float
     local: str
@@ -211,7 +228,7 @@ class ComingView(TypedDict):
 
 
 def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -> ScheduleView:  # noqa: A002 - the view's own word
-    """A schedule with the last `runs` of its runs; `input` are the prefixes listed at each run."""
+    """Return a schedule with its last `runs` runs. `input` are the prefixes listed at each run."""
     definition = schedule.definition
     when, next_s = definition.when, schedule.next_s()
     state = "paused" if schedule.paused else "done" if next_s is None else "active"
@@ -255,7 +272,7 @@ def run_view(schedule: Schedule, run: Run) -> RunView:
 
 
 def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
-    """The next due times, were it not paused."""
+    """Return the next due times, as if the schedule were not paused."""
     when = schedule.definition.when
     found: list[DueView] = []
     due_s = when.next_after(max(now_s, schedule.through_s))

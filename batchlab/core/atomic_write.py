@@ -1,13 +1,12 @@
-"""Files that hold a whole text or the one before it, and folders whose names have reached the disk.
+"""Atomic and durable writes of files and folders.
 
 Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote
 holds either its old or its new content. When `write_whole` returns, the new content is on the disk.
 
-The rule for which writes of a local grid wait for the disk.
-
-A power cut on `local` ends the client, the manager, and the workers together. A job outlives them,
-so its writes wait for the disk. The result of a single call has a reader only while its client
-runs, so the writes of a single call do not wait unless the user asks for it.
+`Sync` chooses which writes of a local grid wait for the disk. A power cut on `local` ends the
+client, the manager, and the workers together. A job outlives them, so its writes wait for the disk.
+The result of a single call has a reader only while its client runs. So the writes of a single call
+do not wait unless the user configures it.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 def write_whole(
     path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True
 ) -> None:
-    """Replace the file's content and set its permissions; its folder must exist.
+    """Replace the file's content and set its permissions. The file's folder must exist.
 
-    The file is never readable for more users than `mode` names. Without `durable` the content
-    survives the end of the process only. Raises OSError if the file cannot be written.
+    The file is never readable for more users than `mode` allows. Without `durable`, the content
+    survives the end of the process but not a power cut. Raise OSError if the file cannot be
+    written.
     """
     staged = path.with_name(f"{path.name}.new")
     staged.unlink(missing_ok=True)  # a file of an interrupted write may be read-only
@@ -52,18 +52,19 @@ def write_whole(
 
 
 def private(path: str | os.PathLike[str], flags: int) -> int:
-    """Opener of files that only their user may read."""
+    """Open a file that only its user may read."""
     return os.open(path, flags, PRIVATE)
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder, for its user only, and the folders above it; wait for their names."""
+    """Create the folder for its user only, and its parents. Wait until their names are on the
+    disk."""
     made = []
     while not folder.exists():
         made.append(folder)
         folder = folder.parent
     for one in reversed(made):
-        # The folders above belong to the user, with the permissions that the user's umask gives.
+        # The parents get the permissions of the user's umask.
         one.mkdir(PRIVATE_FOLDER if one is made[0] else 0o777, exist_ok=True)
         sync_folder(one.parent)
 
@@ -87,7 +88,7 @@ _repeated: ContextVar[bool] = ContextVar("repeated", default=False)
 
 
 class Sync(StrEnum):
-    """The writes that wait for the disk."""
+    """Choice of the writes that wait for the disk."""
 
     ALL = "all"
     """Writes of jobs and of single calls."""
@@ -97,14 +98,17 @@ class Sync(StrEnum):
 
     @property
     def waits(self) -> bool:
-        """Whether a write in the current context waits for the disk."""
+        """Return whether a write in the current context waits for the disk."""
         if _repeated.get():
             return False
         return self is Sync.ALL or (self is Sync.JOBS and not _single_call.get())
 
 
 def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
-    """Return the choice in BATCHLAB_SYNC, `jobs` by default; UsageError for an unknown value."""
+    """Return the choice in BATCHLAB_SYNC, by default `jobs`.
+
+    Raise UsageError if the value is unknown.
+    """
     value = environ.get(VARIABLE) or Sync.JOBS
     try:
         return Sync(value)
@@ -117,15 +121,20 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
 
 @contextmanager
 def of_single_call(is_call: bool) -> Iterator[None]:
-    """Mark the writes inside, also of tasks that start inside, as those of a single call."""
+    """Mark the writes of this context as writes of a single call.
+
+    Tasks that start in this context are included.
+    """
     with _set(_single_call, is_call):
         yield
 
 
 @contextmanager
 def repeated() -> Iterator[None]:
-    """Mark the writes inside as writes that the next manager repeats if a power cut undoes them.
-    They wait for no disk."""
+    """Mark the writes of this context as writes that the next manager repeats after a power cut.
+
+    These writes do not wait for the disk.
+    """
     with _set(_repeated, True):
         yield
 

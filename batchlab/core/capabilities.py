@@ -1,6 +1,6 @@
 """Capabilities of backends, as their descriptors list them.
 
-Code asks for a capability, and never for the name of a backend. So a new backend is a new
+Code checks a capability and never the name of a backend. A new backend therefore needs only a new
 descriptor.
 """
 
@@ -15,27 +15,28 @@ from batchlab.core import package_data
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Capabilities of a backend. Its descriptor lists those that it has."""
+    """Capabilities of a backend. Each one is false unless the backend's descriptor lists it."""
 
     local_bucket: bool = False
     """The bucket is a folder of the grid's home, so a client reads it without a manager."""
     local_queue: bool = False
-    """The queues are a file of the grid's home."""
+    """The queues are in a file of the grid's home."""
     local_manager: bool = False
     """The manager and the instances run the client's Python on the client's machine."""
     one_machine: bool = False
-    """Instances are processes of one machine: they share its disk and have neither a market nor a
-    zone, and only a client restarts the manager."""
+    """Instances are processes of one machine. They share its disk. They do not have a market or a
+    zone. Only a client restarts the manager."""
     container_manager: bool = False
     """The manager runs in a container, which Docker restarts."""
     remote_manager: bool = False
-    """The manager runs where no client starts or stops it. Clients connect to it."""
+    """The manager runs where a client cannot start or stop it. Clients only connect to it."""
     keeps_home: bool = False
-    """The next manager finds the home of the last one, and need not wait for its lease."""
+    """The next manager finds the home of the previous one and does not need to wait for its
+    lease."""
     takes_endpoint: bool = False
     """`--endpoint` may name the endpoint of S3 and SQS. Otherwise, they are AWS's own."""
     stack: bool = False
-    """A CloudFormation stack has made the bucket, the queues, and the groups."""
+    """A CloudFormation stack created the bucket, the queues, and the groups."""
     fixed_pools: bool = False
     """A client cannot choose the pools and the settings of the manager."""
     sets_spot_share: bool = False
@@ -45,7 +46,7 @@ class Capabilities:
     billed: bool = False
     """AWS bills the instances and the requests."""
     simulated: bool = False
-    """The grid runs in one process and in virtual time, and ends with it."""
+    """The grid runs in one process and in virtual time. It ends with the process."""
 
 
 NO_CAPABILITIES = Capabilities()
@@ -62,10 +63,10 @@ def read_descriptor(name: str) -> dict[str, Any]:
 
 
 def capabilities_in(descriptor: dict[str, Any]) -> Capabilities:
-    """Return the capabilities that a descriptor lists."""
+    """Return the capabilities listed in a descriptor."""
     return Capabilities(**dict.fromkeys(descriptor["capabilities"], True))
 
 
 def capabilities_of(name: str) -> Capabilities:
-    """Return the capabilities of the backend of that name, or none for an unknown backend."""
+    """Return the capabilities of the backend with that name. An unknown backend has none."""
     return capabilities_in(read_descriptor(name)) if name in backend_names() else NO_CAPABILITIES

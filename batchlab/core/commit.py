@@ -1,7 +1,8 @@
-"""The commit point and the forwarding after it: steps 2 and 3 of a bundle's life.
+"""Commit and forwarding of an outcome: steps 2 and 3 of a bundle's life.
 
-Invariant (I1): an outcome is written once, by one conditional PUT. Whoever finds it there
-throws its own work away and goes on from what was committed, so everything after may be repeated.
+Invariant (I1): an outcome is written once, by one conditional PUT. A worker that finds a committed
+outcome discards its own result and continues with the committed one. So every later step may be
+repeated.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ from batchlab.core.protocol.values import OUTCOME_WEIGHT
 from batchlab.core.retry import Patience
 
 INLINE_BYTES = 60_000
-"""Inputs up to this travel in the message; larger ones are fetched by the worker. SQS bills in
-steps of 64 KB, so one message then costs one request."""
+"""Limit of the inputs that a message contains. Workers fetch larger inputs from the bucket. SQS
+bills in steps of 64 KB, so a message within the limit costs one request."""
 
 
 async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
-    """Commit `outcome`; returns the one that counts, which is another's where that came first."""
+    """Commit `outcome` and return the committed outcome.
+
+    The committed outcome is another one if another execution committed first.
+    """
     name = object_keys.outcome(outcome.bundle, key)
     data = json_format.outcome_text(outcome).encode()
     try:
         await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
-        # Somebody else's, or our own first try whose answer was lost: either way this counts.
+        # Another worker committed first, or the response to our first try was lost. In both cases
+        # the stored outcome is the committed one.
         found = await committed(objects, outcome.bundle, patience, key)
         if found is None:
             raise NotFound(f"No object {name!r}, though it exists.") from None
@@ -42,8 +47,10 @@ async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: Co
 
 
 def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
-    """Return the outcome stored under `name`; Malformed if it cannot be read, or if `name` is not
-    sealed by `key`."""
+    """Return the outcome stored under `name`.
+
+    Raise Malformed if it cannot be read or if `key` did not seal `name`.
+    """
     outcome = json_format.outcome_from_bytes(data, name)
     if object_keys.outcome(outcome.bundle, key) != name:
         raise Malformed(f"The outcome {name} has a wrong seal.")
@@ -53,8 +60,11 @@ def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
 async def committed(
     objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey
 ) -> Outcome | None:
-    """The committed outcome of `bundle`, None while there is none. If its object cannot be read,
-    that is the replacement that the manager has committed, and Malformed without one."""
+    """Return the committed outcome of `bundle`, or None if there is none yet.
+
+    If its object cannot be read, return the replacement that the manager committed. Raise Malformed
+    if the replacement does not exist.
+    """
     try:
         return await read_outcome(objects, object_keys.outcome(bundle, key), patience)
     except NotFound:
@@ -68,8 +78,11 @@ async def committed(
 
 
 async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outcome:
-    """Return the outcome in the object `name`. NotFound if there is no such object, Malformed if it
-    cannot be read or is one of another bundle. An object that is too large is not fetched."""
+    """Return the outcome in the object `name`. An object that is too large is not fetched.
+
+    Raise NotFound if the object does not exist. Raise Malformed if it cannot be read or belongs to
+    another bundle.
+    """
     try:
         data = await patience(lambda: objects.get(name, limit=OUTCOME_WEIGHT))
     except TooLarge as error:
@@ -80,7 +93,10 @@ async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outco
 async def uncommitted(
     objects: Objects, follows: Sequence[Follow], patience: Patience, key: CommitKey
 ) -> tuple[Follow, ...]:
-    """Those of which there is no outcome yet: who committed one had its message."""
+    """Return the follow-ups without a committed outcome.
+
+    A committed outcome proves that its message was received.
+    """
     there = [
         await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows
     ]
@@ -89,7 +105,7 @@ async def uncommitted(
 
 @dataclass(frozen=True, slots=True)
 class Addressed:
-    """A message and the queue it goes to."""
+    """A message and the name of its queue."""
 
     queue: str
     message: Outgoing
@@ -106,9 +122,12 @@ def address(
     watchdog: bool = False,
     trace: str = "",
 ) -> Addressed:
-    """The message for `bundle`, with the commit key of its job; a delay beyond SQS's longest goes
-    on by `not_before_s`. `trace` is whose work sends it, where the job is traced; without it that
-    is the submission."""
+    """Return the message for `bundle`, with the commit key of its job.
+
+    If the delay exceeds the maximum of SQS, `not_before_s` holds back the bundle for the rest of
+    it. `trace` is the trace context of the sender if the job is traced. By default, it is the trace
+    context of the submission.
+    """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     body = task_message(
@@ -134,8 +153,11 @@ def follow_ups(
     items: Mapping[int, Json] | None = None,
     trace: str = "",
 ) -> list[Addressed]:
-    """The messages that `outcome` calls for. `items` are the bundle's own inputs by task, where
-    they are at hand, so that retries and splits need not fetch them again; `trace` as `address`."""
+    """Return the messages that follow from `outcome`.
+
+    `items` are the known inputs of the bundle by task. They are sent with retries and splits, so
+    workers do not fetch them again. `trace` is as in `address`.
+    """
     if not outcome.follows:
         return []
     if not settlement.fits(job, outcome.bundle, outcome.follows):
@@ -162,7 +184,7 @@ def follow_ups(
 
 
 def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
-    """`messages` in calls of at most 10 and 256 KiB."""
+    """Split `messages` into calls of at most 10 messages and 256 KiB."""
     calls: list[list[Outgoing]] = []
     size = 0
     for message in messages:
@@ -176,7 +198,7 @@ def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
 
 
 def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
-    """What goes to each queue, in order."""
+    """Group messages by queue and keep their order."""
     found: dict[str, list[Outgoing]] = {}
     for one in messages:
         found.setdefault(one.queue, []).append(one.message)
@@ -192,6 +214,6 @@ async def send_to(
 
 
 async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patience) -> None:
-    """Send every message to the queue it is addressed to."""
+    """Send every message to its queue."""
     for name, outgoing in by_queue(messages).items():
         await send_to(queue, name, outgoing, patience)

@@ -1,8 +1,10 @@
-"""A job's control object, which says whether its tasks may start: how it is read and written.
+"""Reads and writes of a job's control object, which permits or forbids the start of tasks.
 
-Invariant: every word is put under the condition that the word it replaces still stands, and names
-the round that it is for. A word has the number of words before it, since equal contents have equal
-ETags on S3. So a request that arrives late never undoes a later word.
+The content of a control object is a word (`Word`). Each write is conditional: it succeeds only if
+the word that it replaces has not changed. A word contains its round, and the number of words before
+it, because equal contents have equal ETags on S3.
+
+Invariant: a request that arrives late never replaces a later word.
 """
 
 from __future__ import annotations
@@ -20,22 +22,25 @@ from batchlab.core.retry import Patience
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """A word as it was read."""
+    """A word with the ETag of the object that it was read from."""
 
     word: Word
     etag: str
 
 
 async def look(objects: Objects, job: JobId, etag: str | None) -> Spoken | None:
-    """The word where it is another one than that with `etag`; NotFound where there is none."""
+    """Return the word, or None if its ETag is still `etag`. Raise NotFound if it does not exist."""
     found = await objects.get_if_changed(object_keys.control(job), etag)
     return Spoken(json_format.word_from_bytes(found[0]), found[1]) if found else None
 
 
 async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | None:
-    """Return the word, to write another one over it; None if there is no object. An object that
-    cannot be read, or has an unknown word, counts as permission of the first round, which every
-    word may replace."""
+    """Return the current word so that another one can replace it, or None if the object does not
+    exist.
+
+    An object that cannot be read, or that has an unknown word, counts as RUN in the first round.
+    Every word may replace that.
+    """
     try:
         found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
     except NotFound:
@@ -49,7 +54,7 @@ async def spoken(objects: Objects, job: JobId, patience: Patience) -> Spoken | N
 
 
 async def word_of(objects: Objects, job: JobId, patience: Patience) -> Word:
-    """The word; NotFound where there is none."""
+    """Return the word. Raise NotFound if it does not exist."""
     return json_format.word_from_bytes(
         await patience(partial(objects.get, object_keys.control(job)))
     )
@@ -58,8 +63,11 @@ async def word_of(objects: Objects, job: JobId, patience: Patience) -> Word:
 async def say(
     objects: Objects, job: JobId, word: Word, patience: Patience, *, over: Spoken | None
 ) -> bool:
-    """Write it in the place of the one that was read; False where another one, such as a
-    cancellation, has taken that meanwhile, or ours has and its answer was lost."""
+    """Replace the word `over` by `word`, and return whether this succeeded.
+
+    Return False if the object has changed since it was read. The new word may be a cancellation, or
+    our own word if the response to our write was lost.
+    """
     numbered = replace(word, number=over.word.number + 1 if over else 0)
     put = partial(
         objects.put,
@@ -76,9 +84,11 @@ async def say(
 
 
 async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -> Word | None:
-    """Write a cancellation over every other word of its round or an earlier one, and return the
-    cancellation of that round which stands then: the first one stays. Return None, and write
-    nothing, where the bucket has a word of a later round."""
+    """Write a cancellation over every other word of the same or an earlier round.
+
+    Return the cancellation in effect, which is the first one of that round. Return None and write
+    nothing if the bucket has a word of a later round.
+    """
     while True:
         found = await spoken(objects, job, patience)
         if found and found.word.round > word.round:
@@ -92,8 +102,10 @@ async def insist(objects: Objects, job: JobId, word: Word, patience: Patience) -
 async def mend(
     objects: Objects, job: JobId, control: Control, round: int, patience: Patience
 ) -> None:
-    """Write the word of the ledger if the object of the word is gone or cannot be read. A word that
-    another manager has written meanwhile stays."""
+    """Write the word of the ledger if the control object is missing or cannot be read.
+
+    A word that another manager wrote in between stays.
+    """
     try:
         await word_of(objects, job, patience)
         return
@@ -103,8 +115,10 @@ async def mend(
 
 
 async def permit(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
-    """Write the word that lets the tasks of a new round start, over the words of earlier rounds. A
-    word of that round or a later one stays."""
+    """Write the word that permits the tasks of a new round over the words of earlier rounds.
+
+    A word of that round or a later one stays.
+    """
     while True:
         found = await spoken(objects, job, patience)
         if found and found.word.round >= round:

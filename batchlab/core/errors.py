@@ -1,36 +1,37 @@
-"""Every error batchlab raises on purpose; an adapter translates at its edge and chains the cause.
+"""Errors that batchlab raises on purpose. Adapters translate other errors and chain the cause.
 
-BatchlabError
-├── UsageError              exit 2: the command, the job file or the scenario is wrong
-│   ├── JobFileError        names file, line and remedy
-│   │   └── JobFileErrors   spec: all that is wrong with a file
-│   └── NotAValue           protocol.values: a value that cannot travel
-├── BackendError            exit 3: a port could not do its work
-│   ├── Unreachable         the service behind the port does not answer
-│   ├── Throttled           try again later (S3 503, SQS throttling)
-│   ├── NotFound            no such object, queue or row
-│   ├── AlreadyExists       a conditional create lost (HTTP 412)
-│   ├── TooLarge            over a limit of the service
-│   ├── TooNew              a later batchlab has written what this one is to read
-│   ├── Malformed           bytes of a message or an object that cannot be read
-│   ├── BrokenGridExecutor  grid: an executor that can run nothing any more
-│   └── StackFailed         deploy: CloudFormation could not do it
-├── JobFailed               exit 1: the job ended FAILED or CANCELLED
-│   └── TaskFailed          one task's failure, with the remote traceback
-│       └── WorkerDied      grid: an executor's call has ended its process
-├── NotDelivered            notification: it did not reach its target
-├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
-│   └── Fault               fleet.faults: what AWS's Auto Scaling answers with 400
-└── SimulationError         sim.actors: a promise is broken, or the world is set up wrongly
+  BatchlabError
+  ├── UsageError              exit 2: the command, the job file, or the scenario is wrong
+  │   ├── JobFileError        has the file, the line, and the remedy
+  │   │   └── JobFileErrors   jobs: all errors of one file
+  │   └── NotAValue           core.protocol.values: a value that cannot be sent
+  ├── BackendError            exit 3: a port could not do its work
+  │   ├── Unreachable         the service behind the port does not answer
+  │   ├── Throttled           try again later (S3 503, SQS throttling)
+  │   ├── NotFound            the object, queue, or row does not exist
+  │   ├── AlreadyExists       a conditional create lost (HTTP 412)
+  │   ├── TooLarge            over a limit of the service
+  │   ├── TooNew              a later batchlab wrote data that this version cannot read
+  │   ├── Malformed           bytes of a message or an object that cannot be read
+  │   ├── BrokenGridExecutor  client: the executor cannot run any more calls
+  │   └── StackFailed         deploy: an operation of CloudFormation failed
+  ├── JobFailed               exit 1: the job ended FAILED or CANCELLED
+  │   └── TaskFailed          one task's failure, with the remote traceback
+  │       └── WorkerDied      client: a call of an executor ended its process
+  ├── NotDelivered            core.notifications: a notification did not reach its target
+  ├── Refused                 exit 2: the manager declines (state, duplicate token, unknown id)
+  │   └── Fault               fleet: AWS's Auto Scaling answers with 400
+  └── SimulationError         sim: an invariant is broken, or the simulation is set up wrongly
 
-Subclasses that only their own part of the code knows are not shown.
+Subclasses that only one part of the code uses are not shown.
 """
 
 from __future__ import annotations
 
 
 class BatchlabError(Exception):
-    """Base of every error batchlab raises on purpose; its text is one sentence for a person."""
+    """Base of every error that batchlab raises on purpose. Its text is one sentence for a
+    person."""
 
     exit_code = 1
 
@@ -50,7 +51,8 @@ class UsageError(BatchlabError):
 
 
 class JobFileError(UsageError):
-    """A job file or scenario is wrong: `file` and `line` say where, `remedy` what to write."""
+    """A job file or scenario is wrong. `file` and `line` give the place, and `remedy` the
+    correction."""
 
     def __init__(
         self, message: str, *, file: str = "", line: int | None = None, remedy: str = ""
@@ -83,27 +85,28 @@ class Unreachable(BackendError):
 
 
 class Throttled(BackendError):
-    """The service asks to come back later."""
+    """The service asks the client to try again later."""
 
 
 class NotFound(BackendError):
-    """No such object, queue or row."""
+    """The object, queue, or row does not exist."""
 
 
 class AlreadyExists(BackendError):
-    """A conditional put found the object there, or not the one it was to overwrite (HTTP 412)."""
+    """A conditional put found an existing object, or an object other than the expected one (HTTP
+    412)."""
 
 
 class TooLarge(BackendError):
-    """Over a hard limit of the service."""
+    """The request exceeds a hard limit of the service."""
 
 
 class TooNew(BackendError):
-    """A later batchlab has written it, and says or shows that this one does not know enough."""
+    """A later batchlab wrote the data, and this version cannot read it."""
 
 
 class Malformed(BackendError):
-    """A message or an object cannot be read: its bytes are not what its name or queue promises."""
+    """A message or an object cannot be read. Its bytes do not match its name or its queue."""
 
 
 class JobFailed(BatchlabError):
@@ -113,7 +116,8 @@ class JobFailed(BatchlabError):
 
 
 class TaskFailed(JobFailed):
-    """One task failed; `traceback` is the remote one, `reason` the sentence for a person."""
+    """One task failed. `traceback` is from the worker, and the message is a sentence for a
+    person."""
 
     def __init__(self, message: str, *, task: int = -1, traceback: str = "") -> None:
         super().__init__(message)

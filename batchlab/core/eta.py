@@ -1,7 +1,9 @@
-"""How long a job still takes, as a band: from what is left, what tasks took, and the fleet.
+"""Estimate of a job's remaining time as a range, from its remaining work, task times, and the
+fleet.
 
-Invariant: pure, and honest. What nobody has measured is named and not guessed; the band widens with
-the spread of the task times, with few measurements, and with what the fleet may yet become.
+Invariant: the functions are pure and do not guess. Stages without measurements are named instead.
+The range widens with the spread of the task times, with few measurements, and with the possible
+changes of the fleet.
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ from dataclasses import dataclass
 from batchlab.core.text import about
 
 SIGMAS = 2.0
-"""Half the width of the band, in standard deviations."""
+"""Half the width of the range, in standard deviations."""
 FEW = 4
-"""With fewer measured bundles the spread is taken to be half the mean at the least."""
+"""With fewer measured bundles, the spread is assumed to be at least half the mean."""
 CLOSE = 0.15
-"""A band that is this narrow, as a share of its middle, is told as one number."""
+"""A range narrower than this share of its middle is shown as one number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds of a stage's tasks as measured: of `tasks` tasks, in `bundles` bundles. `squares` is
-    the sum over bundles of seconds² ÷ tasks, from which their spread follows."""
+    """Measured seconds of a stage: the sum over `tasks` tasks in `bundles` bundles.
+
+    `squares` is the sum over bundles of seconds² ÷ tasks. The spread follows from it.
+    """
 
     bundles: int = 0
     tasks: int = 0
@@ -31,7 +35,7 @@ class Pace:
     squares: float = 0.0
 
     def with_bundle(self, tasks: int, seconds: float) -> Pace:
-        """One bundle more, of so many tasks that took so long together."""
+        """Return the pace with one more bundle, whose tasks took `seconds` in total."""
         if not tasks:
             return self
         return Pace(
@@ -47,10 +51,10 @@ class Pace:
 
     @property
     def spread_s(self) -> float:
-        """The standard deviation of one task's time."""
+        """Return the standard deviation of one task's time."""
         known = 0.0
         if self.bundles > 1:
-            # Bundles of n tasks have means whose variance is that of a task divided by n.
+            # The mean of a bundle of n tasks has the variance of one task divided by n.
             excess = self.squares - self.seconds * self.seconds / self.tasks
             known = math.sqrt(max(0.0, excess / (self.bundles - 1)))
         return known if self.bundles >= FEW else max(known, 0.5 * self.mean_s)
@@ -58,7 +62,11 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """What is left of a stage: `left` tasks, None before it is planned, of which `running` run."""
+    """Remaining work of a stage.
+
+    `left` is the number of remaining tasks, None before the stage is planned. `running` of them
+    run.
+    """
 
     name: str
     pool: str
@@ -76,8 +84,10 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Slots of a pool: those in service, and as many as it may have; `rivals` other jobs have work
-    for it too. A new instance takes `boot_s`."""
+    """Slots of a pool: the slots in service and the maximum.
+
+    `rivals` is the number of other jobs that have work for the pool. A new instance takes `boot_s`.
+    """
 
     now: int
     most: int
@@ -88,8 +98,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Eta:
-    """Seconds until the job's end, from `low_s` to `high_s`. What comes on top, in stages that
-    nobody has measured, is `unmeasured`."""
+    """Seconds until the job's end, from `low_s` to `high_s`.
+
+    The time of the `unmeasured` stages is not included.
+    """
 
     low_s: float
     high_s: float
@@ -97,7 +109,10 @@ class Eta:
 
 
 def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | None:
-    """The band; None where nothing that is left has been measured, or a pool can have no slots."""
+    """Return the range of the remaining time.
+
+    Return None if no remaining stage has been measured, or if a pool cannot have any slots.
+    """
     known = [one for one in stages if one.left and one.is_known]
     unmeasured = tuple(one.name for one in stages if not one.is_known)
     if unmeasured and not known:
@@ -110,7 +125,7 @@ def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | No
 
 
 def told(eta: Eta) -> str:
-    """The band for a person."""
+    """Return the range as a text for a person."""
     low, high = about(eta.low_s), about(eta.high_s)
     middle_s = (eta.low_s + eta.high_s) / 2
     narrow = low == high or eta.high_s - eta.low_s <= CLOSE * middle_s
@@ -121,11 +136,11 @@ def told(eta: Eta) -> str:
     return f"about {about(middle_s)} left" if narrow else f"{low} to {high} left"
 
 
-# --- One end of the band --------------------------------------------------------------------------
+# --- One end of the range -------------------------------------------------------------------------
 
 
 def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Seconds at the hopeful (-1) or the careful (+1) end."""
+    """Return the seconds at the optimistic (-1) or the pessimistic (+1) end."""
     by_name = {one.name: one for one in stages}
     heads: dict[str, str] = {}
     ends_s: dict[str, float] = {}
@@ -135,7 +150,7 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
         heads[one.name] = head
         members.setdefault(head, []).append(one)
     for head, group in members.items():
-        # A stage that waits begins when all that it waits for has ended.
+        # A stage that waits begins when all of its upstream stages have ended.
         before = {heads[name] for name in by_name[head].after}
         start_s = max((ends_s[name] for name in before), default=0.0)
         ends_s[head] = start_s + _group_s(group, rooms, side)
@@ -145,13 +160,14 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 
 
 def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Stages that feed each other item by item, and so run at the same time."""
+    """Return the seconds of stages that feed each other item by item and so run at the same
+    time."""
     open_ = [one for one in group if one.left and one.is_known]
     if not open_:
         return 0.0
     pools = {one.pool for one in open_}
     work_s = max(_pool_s(open_, pool, rooms[pool], side) for pool in pools)
-    # However many slots there are, the last item goes through one stage after the other.
+    # However many slots there are, the last item passes through one stage after the other.
     item_s = sum(_item_s(one, side) for one in open_)
     return work_s + item_s if side > 0 else max(work_s, item_s)
 
@@ -159,17 +175,17 @@ def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 def _item_s(one: StageWork, side: float) -> float:
     longest_s = one.pace.mean_s + side * SIGMAS * one.pace.spread_s
     waits = (one.left or 0) > one.running
-    # What runs already has some of it behind it.
+    # Running tasks have already done part of their work.
     return max(0.0, longest_s) * (1.0 if waits or side > 0 else 0.0)
 
 
 def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> float:
-    """Seconds that the pool needs for the work of these stages."""
+    """Return the seconds that the pool needs for the work of these stages."""
     mine = [one for one in stages if one.pool == pool and one.left and one.is_known]
     if not mine:
         return 0.0
     if side < 0:
-        # As large as it may become, but no larger than there are tasks for.
+        # The pool may grow to its maximum, but not beyond the number of slots that the tasks need.
         wanted = sum((one.left or 0) * one.slots for one in mine)
         slots = max(1, min(max(room.now, room.most), wanted))
         return sum(_work_s(one, side) for one in mine) / slots
@@ -181,9 +197,9 @@ def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> 
 
 
 def _work_s(one: StageWork, side: float) -> float:
-    """Slot seconds."""
+    """Return the remaining work of a stage in slot seconds."""
     left, pace = one.left or 0, one.pace
-    # The tasks differ among themselves, and their mean is known from so many only.
+    # Task times vary, and their mean is estimated from `pace.tasks` tasks only.
     sigma_s = pace.spread_s * math.sqrt(left + left * left / pace.tasks)
     done_s = 0.5 * pace.mean_s * min(one.running, left) if side < 0 else 0.0
     return max(0.0, left * pace.mean_s - done_s + side * SIGMAS * sigma_s) * one.slots

@@ -1,7 +1,8 @@
-"""HTTP connections to one host, kept to be used again.
+"""Pool of HTTP connections to one host.
 
-Invariant: a connection has one user at a time, and none is used again that its server has closed.
-Standard library only, and cheap to import: every command pays for it.
+Invariant: a connection has one user at a time, and a connection that its server has closed is not
+used again. The module needs the standard library only and is cheap to import, because every command
+imports it.
 """
 
 from __future__ import annotations
@@ -31,20 +32,23 @@ class Connections:
         idle_s: float = math.inf,
         unix: str = "",
     ) -> None:
-        """`host` may name a port; `unix` is the path of its Unix socket. What was idle for `idle_s`
-        is not used again: for a server that closes such connections sooner or later, a request that
-        meets this moment fails."""
+        """Create an empty pool.
+
+        `host` may contain a port. `unix` is the path of the host's Unix socket. A connection that
+        was idle for `idle_s` is not used again, because some servers close idle connections, and a
+        request at that moment fails.
+        """
         self._host = host
         self._tls = tls
         self._unix = unix
         self._connect_s = connect_s
         self._idle_s = idle_s
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
-        """When each was last used (monotonic), and the connection; the last used comes last."""
+        """Idle connections with the time of their last use (monotonic), most recent last."""
         self._closed = False
 
     def close(self) -> None:
-        """Close the connections that nobody uses, and each of the others once it is given back."""
+        """Close the idle connections. Connections in use are closed when they are given back."""
         self._closed = True
         self._close_idle()
 
@@ -54,8 +58,11 @@ class Connections:
                 self._idle.pop()[1].close()
 
     def take(self) -> HTTPConnection:
-        """One that is connected; OSError where nobody answers. Who takes it closes it or gives it
-        back, and sets its socket's timeout, which is `connect_s` or the last user's."""
+        """Return an open connection. Raise OSError if the host does not answer.
+
+        The caller closes it or gives it back. The caller also sets the timeout of its socket, which
+        is `connect_s` or the last user's.
+        """
         with suppress(IndexError):  # other threads take connections too
             while True:
                 used_s, kept = self._idle.pop()
@@ -78,10 +85,14 @@ class Connections:
         return HTTPConnection(self._host, timeout=self._connect_s)
 
     def give_back(self, connection: HTTPConnection) -> None:
-        """Keep it for the next user: its last answer has been read to the end, and has not said
-        that the connection ends with it."""
+        """Keep the connection for the next user.
+
+        Its last response must have been read to the end, and must not have announced that the
+        server closes the connection.
+        """
         self._idle.append((time.monotonic(), connection))
-        if self._closed:  # asked last, or one that is given back meanwhile would stay open
+        # the check follows the append, so a connection returned during `close` is closed too
+        if self._closed:
             self._close_idle()
 
 
@@ -106,7 +117,7 @@ class _UnixConnection(HTTPConnection):
 def _is_open(kept: HTTPConnection) -> bool:
     if not kept.sock:
         return False
-    # What can be read before anything was asked is the connection's end.
-    look = select.poll()  # not select(), which knows a thousand descriptors
+    # An idle connection is readable only if its server has closed it.
+    look = select.poll()  # select() supports only about a thousand descriptors
     look.register(kept.sock, select.POLLIN)
     return not look.poll(0)

@@ -1,6 +1,6 @@
-"""EC2 instance types (`backends/instance-types.toml`), and a share of one for a container.
+"""EC2 instance types (`backends/instance-types.toml`), and scaled-down shares for containers.
 
-Invariant: a catalogue that loads has only types with every figure there and possible.
+Invariant: in a loaded catalog, each type has every figure, and every figure is valid.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from batchlab.core.errors import UsageError
 
 ARCHITECTURES = ("x86_64", "arm64")
 LEAST_MEMORY_MIB = 128
-"""No share is smaller: it is what a worker takes before it has run anything."""
+"""Minimum memory of a share, which a worker needs before it runs a task."""
 
 _FIGURES = {"vcpu", "memory_mib", "architecture"}
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceType:
-    """A row of the catalogue."""
+    """A row of the catalog."""
 
     name: str
     vcpu: int
@@ -34,7 +34,7 @@ class InstanceType:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a container may use in place of an instance."""
+    """CPUs and memory that a container may use in place of an instance."""
 
     cpus: float
     memory_mib: int
@@ -47,7 +47,7 @@ class Catalogue:
     types: Mapping[str, InstanceType]
 
     def of(self, name: str) -> InstanceType:
-        """The type called `name`; UsageError where there is none."""
+        """Return the type called `name`. Raise UsageError if it does not exist."""
         if found := self.types.get(name):
             return found
         near = difflib.get_close_matches(name, self.types, n=3)
@@ -59,8 +59,10 @@ class Catalogue:
         )
 
     def share(self, name: str, scale: float = 1.0) -> Share:
-        """The type's figures times `scale`, so that a laptop can hold a whole group; memory is
-        never less than LEAST_MEMORY_MIB. UsageError unless 0 < scale ≤ 1."""
+        """Return the type's figures times `scale`, so that a laptop can hold a whole group.
+
+        Memory is at least LEAST_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
+        """
         if not 0.0 < scale <= 1.0:
             raise UsageError(
                 f"Instances cannot be scaled by {scale:g}.",
@@ -72,7 +74,10 @@ class Catalogue:
 
 
 def load(path: Path | None = None) -> Catalogue:
-    """The catalogue in the file `path`, else the one that ships; UsageError says what is wrong."""
+    """Return the catalog in the file `path`, by default the file that ships with batchlab.
+
+    Raise UsageError if it is not valid.
+    """
     path = path or package_data.folder("backends") / "instance-types.toml"
     try:
         doc = tomllib.loads(path.read_text())
@@ -99,7 +104,7 @@ def _type(path: Path, name: str, row: Any) -> InstanceType:
             remedy="Say each of them, and nothing else.",
         )
     for figure in ("vcpu", "memory_mib"):
-        # To Python, true is a number.
+        # bool is a subclass of int in Python.
         if type(row[figure]) is not int or row[figure] < 1:
             raise UsageError(
                 f"{path}: {figure} of {name!r} is {row[figure]!r}, not a whole number above 0.",

@@ -1,7 +1,7 @@
-"""A job as the grid runs it: what `jobs/<job>/spec.json` says.
+"""Definition of a job as the grid runs it: the content of `jobs/<job>/spec.json`.
 
-Frozen and pure like the other nouns in model.py. The spec package makes it from a job file, the
-Python API makes it itself; nothing in it depends on the machine that submitted it.
+The values are frozen and pure, as in `core.model`. A job file or the Python API creates them. They
+do not depend on the machine that submitted the job.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from batchlab.core.model import FailureKind, JobId, Json, StageName
 
 @dataclass(frozen=True, slots=True)
 class RetryRule:
-    """When and how often a failed task is tried again.
+    """Rule for the retries of a failed task.
 
-    `attempts` counts the first try. The wait before attempt n+1 is
-    `backoff_s · factor^(n-1)`, at most `max_backoff_s`, times a jitter within ±`jitter`.
-    Empty `kinds` means every kind but IMPORT and RESULT, which no second try can mend; LOST is
-    final by any rule. Non-empty `exit_codes` or `exceptions` narrow EXIT and EXCEPTION to those
-    named.
+    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at
+    most `max_backoff_s`, times a jitter within ±`jitter`. Empty `kinds` means every kind except
+    IMPORT and RESULT, which a retry cannot fix. LOST is always final. Non-empty `exit_codes` or
+    `exceptions` limit the retries of EXIT and EXCEPTION to those named.
     """
 
     attempts: int = 3
@@ -35,13 +34,13 @@ class RetryRule:
 
 @dataclass(frozen=True, slots=True)
 class StageDef:
-    """One step of the job's list.
+    """One stage of the job.
 
-    Without `after` it is a root and its items come from the job's input. `gather` None means
-    chain (item by item); "*" means all upstream results make one task; any other text names the
-    field of the upstream results (or of their elements, where a result is a list) to group by.
-    Exactly one of `handler` ("module:function", or "pickle:<object key>") and `command` is set.
-    `bundle` None means sizes follow the measured task time.
+    A stage without `after` is a root, and its items come from the job's input. If `gather` is None,
+    the stage is a chain (item by item). If it is "*", all upstream results make one task. Any other
+    text names the field of the upstream results to group by. If a result is a list, it is the field
+    of the list's elements. Exactly one of `handler` ("module:function", or "pickle:<object key>")
+    and `command` is set. If `bundle` is None, the size of bundles follows the measured task time.
     """
 
     name: StageName
@@ -50,7 +49,8 @@ class StageDef:
     handler: str | None = None
     command: tuple[str, ...] = ()
     stdout: str | None = None
-    """Name of the output file that a command's standard output goes to; None: to the log."""
+    """Name of the output file for a command's standard output. If None, the output goes to the
+    log."""
     timeout_s: float | None = None
     retry: RetryRule = RetryRule()
     slots: int = 1
@@ -60,12 +60,15 @@ class StageDef:
 
     @property
     def chained(self) -> bool:
-        """Fed item by item by the workers of one upstream stage, without the manager."""
+        """Return whether the workers of one upstream stage feed this stage item by item.
+
+        The manager does not take part in this.
+        """
         return self.gather is None and len(self.after) == 1
 
 
 class SplitBy(StrEnum):
-    """How raw data becomes tasks."""
+    """Ways to split raw data into tasks."""
 
     FILE = "file"
     LINES = "lines"
@@ -75,12 +78,12 @@ class SplitBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InputDef:
-    """Where the root stages' items come from.
+    """Source of the items of the root stages.
 
-    `keys` are objects of the bucket (uploaded raw data) in order; one that ends in "/" stands for
-    every object under it. `size` is lines per task for
-    LINES, bytes for BYTES, items for ITEMS (1: the item itself; more: a list of them).
-    `header` repeats the first line of each file in every part (LINES and BYTES).
+    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" stands for
+    every object under it. `size` is the number of lines per task for LINES, of bytes for BYTES, and
+    of items for ITEMS. With 1 item per task, the input is the item itself, otherwise a list of
+    items. `header` repeats the first line of each file in every part (LINES and BYTES).
     """
 
     keys: tuple[str, ...] = ()
@@ -91,12 +94,12 @@ class InputDef:
 
 @dataclass(frozen=True, slots=True)
 class NotifyDef:
-    """Whom to tell of a job, and of which moments (see `notification.MOMENTS`).
+    """A notification target of a job, and its moments (see `core.notifications.MOMENTS`).
 
-    `kind` is "webhook", "sns" or "target", `to` the URL, the topic's ARN or the name of one of the
-    grid's own targets. `secret` names where the key is
-    that signs what is sent, never the key itself: "env:NAME", of the manager's environment.
-    `failures` is how many failed tasks are too many, `stuck_s` how long a job may stand still.
+    `kind` is "webhook", "sns", or "target". `to` is the URL, the topic's ARN, or the name of one of
+    the grid's own targets. `secret` names the key that signs the messages, never the key itself. It
+    is "env:NAME", a variable of the manager's environment. `failures` is the number of failed tasks
+    at which a notification is sent. `stuck_s` is the time without progress after which one is sent.
     """
 
     kind: str
@@ -111,9 +114,10 @@ class NotifyDef:
 class JobDef:
     """A job ready to run, independent of the machine that submitted it.
 
-    `max_failures` is a number of tasks, or with `max_failures_percent` a percentage of the tasks
-    planned in a stage; beyond it the job is FAILED, and with `fail_fast` stopped at once.
-    `items` is the input of a job that came with its items (Python API) instead of `input`.
+    `max_failures` is a number of tasks or, with `max_failures_percent`, a percentage of the tasks
+    planned in a stage. A job with more failures is FAILED. With `fail_fast`, it stops at once.
+    `items` is the number of items of a job that came with its items (Python API) instead of
+    `input`.
     """
 
     id: JobId
@@ -131,24 +135,25 @@ class JobDef:
     priority: int = 0
     tags: tuple[tuple[str, str], ...] = ()
     token: str = ""
-    """Client token: a second submission with it is the same job."""
+    """Client token. A second submission with the same token returns the same job."""
     start_at_s: float | None = None
     max_cost_usd: float | None = None
-    """Beyond this nothing is launched for it any more (see manager.caps)."""
+    """Cap on the cost. Above it, nothing more is launched for the job (see `manager.cost_caps`)."""
     notify: tuple[NotifyDef, ...] = ()
-    """Whom to tell of it, beside whom the grid itself tells."""
+    """Notification targets of the job, in addition to those of the grid."""
     trace: str = ""
-    """W3C traceparent of its submission, where it is traced."""
+    """W3C traceparent of the submission if the job is traced."""
     commit_hash: str = ""
-    """SHA-256 of the job's commit key (see protocol.sealing); "" for a job of release 0.1.0."""
+    """SHA-256 of the job's commit key (see `core.protocol.seals`); "" for a job of release
+    0.1.0."""
 
     @property
     def is_single_call(self) -> bool:
-        """Whether it is one call of the Python API, of which only its caller has the id."""
+        """Return whether the job is one call of the Python API, whose id only the caller has."""
         return self.items == 1 and not self.token
 
     def stage(self, name: str) -> StageDef:
-        """The stage of that name; KeyError where there is none."""
+        """Return the stage with that name. Raise KeyError if it does not exist."""
         for one in self.stages:
             if one.name == name:
                 return one
@@ -158,11 +163,11 @@ class JobDef:
         return tuple(s for s in self.stages if not s.after)
 
     def chained_after(self, name: str) -> tuple[StageDef, ...]:
-        """Stages fed item by item from `name` by its own workers."""
+        """Return the stages that the workers of stage `name` feed item by item."""
         return tuple(s for s in self.stages if s.chained and s.after == (name,))
 
     def fed_by(self, name: str) -> tuple[StageDef, ...]:
-        """Stages whose tasks are those of `name`, item by item, directly or not."""
+        """Return the stages that stage `name` feeds item by item, directly or indirectly."""
         fed = {name}
         found: list[StageDef] = []
         for one in self.stages:

@@ -1,7 +1,7 @@
 """Ledger projection: pure functions that apply changes to the rows of one job.
 
 Invariant: every ledger loads these values, calls these functions, and stores what they return. So
-all ledgers follow the same rules. Nothing here does input or output.
+all ledgers follow the same rules. The functions do not read or write anything.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ class Stage:
         self.cancelled -= taken_back.cancelled
 
     def void(self, *, round: int, at: int) -> None:
-        """Make the plan unknown. The round of the plan changes too, so that a late cut of the old
-        plan is not taken for a new one."""
+        """Make the plan unknown.
+
+        The round of the plan changes too, so that a late cut of the old plan does not count as a
+        new one.
+        """
         self.planned, self.plan_round, self.cut_seq = None, round, -1
         self.uncut, self.run_us, self.void_at = TaskSet(), 0, at
 
@@ -168,7 +171,7 @@ class Projection:
         return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()), stamp)
 
     def stage(self, name: StageName) -> Stage:
-        """Return the stage; NotFound."""
+        """Return the stage. Raise NotFound if it does not exist."""
         if name not in self.stages:
             raise NotFound(f"The ledger has no stage {name} of a job {self.job.id}.")
         return self.stages[name]
@@ -178,7 +181,7 @@ class Projection:
         return row.at is not None and row.at <= self.stages[row.stage].void_at
 
     def to_json(self) -> dict[str, Json]:
-        """Return everything but the definition of the job, which never changes."""
+        """Return all fields except the definition of the job, which never changes."""
         return {
             "state": self.state.value,
             "reason": self.reason,
@@ -218,10 +221,10 @@ def begin(change: AddJob) -> tuple[Projection, list[BundleRow]]:
 
 
 def apply(projection: Projection, change: JobChange, known: Known) -> list[BundleRow] | None:
-    """Apply the change to a job that exists.
+    """Apply the change to an existing job.
 
-    Return the bundles that it adds, or None if it has no effect and has changed nothing. `known`
-    has the existing bundles among those of the change.
+    Return the bundles that the change adds. Return None if it changes nothing. `known` has the
+    existing bundles among those of the change.
     """
     if isinstance(change, AddCut):
         return add_cut(projection, change.cut, known)
@@ -335,7 +338,7 @@ def positions_by_job(change: Fold) -> dict[JobId, list[int]]:
 
 
 def check_stages(projections: Mapping[JobId, Projection], change: Fold) -> None:
-    """NotFound if a stage of the fold does not exist."""
+    """Raise NotFound if a stage of the fold does not exist."""
     for c in change.completions:
         projection = projections[c.bundle.job]
         projection.stage(c.bundle.stage)
@@ -344,7 +347,7 @@ def check_stages(projections: Mapping[JobId, Projection], change: Fold) -> None:
 
 
 def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True) -> list[Key]:
-    """Return the bundles that folding these completions writes, each once."""
+    """Return the bundles that a fold of these completions writes, each once."""
     keys: dict[Key, None] = {}
     for position in positions:
         c = change.completions[position]
@@ -362,10 +365,10 @@ def fold(
     *,
     first_seq: int,
 ) -> tuple[list[int], list[BundleRow] | None]:
-    """Fold one job's completions, of which the one at position i gets the seq `first_seq` + i.
+    """Fold one job's completions. The completion at position i gets the seq `first_seq` + i.
 
-    Return the positions of the completions that were new, and the rows to write, None if the fold
-    has no effect. `known` has the existing bundles among those that the fold writes.
+    Return the positions of the new completions, and the rows to write, or None if the fold changes
+    nothing. `known` has the existing bundles among those that the fold writes.
     """
     new: list[int] = []
     rows: list[BundleRow] = []
@@ -384,7 +387,7 @@ def fold(
         for stage, lost in change.casualties[position].items():
             if stage in projection.stages:
                 projection.stages[stage].cancelled += lost
-    # After the completions, because a follow may be completed in the same fold.
+    # Follow-ups come after the completions, because the same fold may complete a follow-up.
     follows = (f.bundle for position in new for f in change.completions[position].follows)
     rows += _plan(projection, follows, known)
     if projection.state in _WAITING:
@@ -398,8 +401,10 @@ def fold(
 
 
 def restore(past: Past, first_seq: int) -> tuple[Projection, list[BundleRow]]:
-    """Apply everything that the bucket says of the job. Return the job and all of its bundles,
-    whose completions have the seqs from `first_seq`."""
+    """Apply everything that the bucket contains about the job.
+
+    Return the job and all of its bundles. The seqs of their completions begin at `first_seq`.
+    """
     projection, _ = begin(AddJob(past.job, past.state))
     job = past.job.id
     rows: dict[Key, BundleRow] = {}

@@ -1,7 +1,7 @@
-"""How every process of a grid logs: readable text, or a JSON object per line, with the same fields.
+"""Logging of every process of a grid: readable text or JSON lines, with the same fields.
 
-Invariant: nothing that was hidden here (`hide`) leaves in a line, whoever wrote the text. Fields
-are ids; no field ever holds what a user's task was given.
+Invariant: a line never contains a secret that was passed to `hide`, whatever the source of its
+text. Fields are ids. A field never contains the input of a user's task.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ FIELDS = (
     "task",
     "trace",
 )
-"""What a line may tell beside its text, in the order in which it does."""
+"""Fields that a line may have in addition to its text, in their order."""
 
 HIDDEN = "[hidden]"
 LEAST_HIDDEN = 6
-"""Characters: what is shorter is no secret, and hiding it would spoil every other line."""
+"""Minimum length of a secret in characters. A shorter text is not a secret, and hiding it would
+make every other line unreadable."""
 KEPT_JOBS = 1000
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|API_?KEY|ACCESS_KEY|OTLP.*HEADERS|^BATCHLAB_NOTIFY_",
@@ -59,12 +60,13 @@ _hidden: list[str] = []
 
 
 def note(**fields: str | int) -> None:
-    """From here on every line of this asyncio task, and of what it starts, has these fields."""
+    """Add these fields to all later lines of this asyncio task and of the tasks that it starts."""
     _about.set({**_about.get({}), **fields})
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
-    """What a line tells beside its text: of the process, of the task, and its own `extra`."""
+    """Return the fields of a line: those of the process, of the asyncio task, and its own
+    `extra`."""
     known = {**_process, **_about.get({})}
     own = {name: record.__dict__[name] for name in FIELDS if name in record.__dict__}
     found = {**known, **own}
@@ -75,26 +77,26 @@ def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
 
 
 def hide(*secrets: str) -> None:
-    """Never show these in a line of this process."""
+    """Replace these secrets in all later lines of this process."""
     for secret in secrets:
         if len(secret) >= LEAST_HIDDEN and secret not in _hidden:
             _hidden.append(secret)
-    # A secret that holds another one goes first, or its rest would stay.
+    # A secret that contains another one is replaced first. Otherwise, the rest of it would stay.
     _hidden.sort(key=len, reverse=True)
 
 
 def secrets_of(environment: Mapping[str, str]) -> Iterable[str]:
-    """The values in an environment whose names say that they are secrets."""
+    """Return the values of the variables whose names denote a secret."""
     return (value for name, value in environment.items() if is_secret(name))
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable's name says that it holds a secret."""
+    """Return whether the name of a variable denotes a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def shown(text: str) -> str:
-    """`text` without what is hidden."""
+    """Return `text` with each hidden secret replaced."""
     for secret in _hidden:
         if secret in text:
             text = text.replace(secret, HIDDEN)
@@ -105,17 +107,17 @@ def shown(text: str) -> str:
 
 
 class Text(logging.Formatter):
-    """A line for a person: time, level, logger, text, and the ids of what it is about."""
+    """Formatter for people: time, level, logger, text, and fields."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        # One line, or a text that somebody else has chosen could look like lines of ours; and no
-        # control characters, or it could look like anything where the log is read.
+        # A message stays on one line, so that text from a user cannot imitate other lines. Control
+        # characters are replaced because they could change what a terminal shows.
         record.message = visible(record.message, layout="")
         line = super().formatMessage(record)
-        # Whose file it is every line would repeat.
+        # The fields of the process are the same in every line, so they are left out.
         own = {n: v for n, v in fields_of(record).items() if n not in _process}
         return f"{line} [{' '.join(f'{n}={v}' for n, v in own.items())}]" if own else line
 
@@ -124,7 +126,7 @@ class Text(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """A line for a program: one JSON object, its time in UTC."""
+    """Formatter for programs: one JSON object per line, with the time in UTC."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC)
@@ -134,7 +136,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": shown(record.getMessage()),
         }
-        # Before JSON has escaped anything in them.
+        # Secrets are replaced before JSON escapes characters in them.
         for name, value in fields_of(record).items():
             doc[name] = value if isinstance(value, int) else shown(str(value))
         if record.exc_info:
@@ -144,13 +146,13 @@ class JsonLines(logging.Formatter):
         return visible_json(doc)
 
 
-# --- The process ---------------------------------------------------------------------------------
+# --- Configuration of the process -----------------------------------------------------------------
 
 
 def set_up(**process: str | int) -> None:
-    """Log to stderr as the environment says, each line with the fields of this process.
+    """Log to stderr with the fields of this process, as configured by the environment.
 
-    UsageError where BATCHLAB_LOG or BATCHLAB_LOG_FORMAT says what there is not.
+    Raise UsageError if BATCHLAB_LOG or BATCHLAB_LOG_FORMAT has an unknown value.
     """
     level = os.environ.get(LEVEL_VARIABLE) or "INFO"
     if not isinstance(logging.getLevelName(level.upper()), int):
@@ -164,13 +166,13 @@ def set_up(**process: str | int) -> None:
     hide(*secrets_of(os.environ))
     root = logging.getLogger()
     if root.handlers:
-        return  # we are a guest in a process of somebody else's, who logs as they like
+        return  # the process belongs to a program that has configured its own logging
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(capture=True)
-    # Else a traceback would be printed as it is, with what is in it.
+    # Without this hook, Python would print a traceback with the secrets in it.
     sys.excepthook = _unexpected
 
 
@@ -185,12 +187,15 @@ def _unexpected(
 
 
 def is_from(**process: str | int) -> None:
-    """What has become known of the process: its worker's name, its instance."""
+    """Add fields of the process that became known later, such as its worker's name."""
     _process.update(process)
 
 
 def log_format() -> str:
-    """What BATCHLAB_LOG_FORMAT says, text unless it says anything; UsageError."""
+    """Return the format in BATCHLAB_LOG_FORMAT, by default text.
+
+    Raise UsageError if the value is unknown.
+    """
     return _known(os.environ.get(FORMAT_VARIABLE) or "text", FORMAT_VARIABLE)
 
 
@@ -203,8 +208,10 @@ def _known(format_: str, where: str) -> str:
 
 
 def choose(format_: str | None) -> None:
-    """Have this format here and in every process that is started from here; None leaves it.
-    UsageError for what there is not."""
+    """Use this format here and in every process started from here. None changes nothing.
+
+    Raise UsageError if the format is unknown.
+    """
     if format_ is not None:
         _known(format_, "--log-format")
         os.environ[FORMAT_VARIABLE] = format_
@@ -212,15 +219,15 @@ def choose(format_: str | None) -> None:
 
 
 def last_words(text: str) -> None:
-    """The last line of a process that cannot go on: whoever has started it reads that."""
+    """Print the last line of a process that cannot continue, for the process that started it."""
     if os.environ.get(FORMAT_VARIABLE) == "json":
         record = logging.LogRecord("batchlab", logging.ERROR, "", 0, "%s", (text,), None)
         text = JsonLines().format(record)
-    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201 - its log
+    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201 - the log of this process
 
 
 def text_of(line: str) -> str:
-    """What a line of a log says, whichever format it is in."""
+    """Return the text of a log line in either format."""
     try:
         doc = json.loads(line)
     except ValueError:
@@ -229,8 +236,10 @@ def text_of(line: str) -> str:
 
 
 class Recent(logging.Handler):
-    """The last warning or error of each job, for who asks why it does not go on. Of so many jobs
-    only; the one that was heard of longest ago is forgotten first."""
+    """Most recent warning or error of each job, which helps to explain why a job makes no progress.
+
+    It covers the `KEPT_JOBS` jobs with the most recent warnings.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -245,5 +254,5 @@ class Recent(logging.Handler):
                 self._last.popitem(last=False)
 
     def of(self, job: str) -> tuple[float, str] | None:
-        """When (seconds of the epoch) and what; None where there was nothing."""
+        """Return the time (epoch seconds) and the text, or None without a warning."""
         return self._last.get(job)

@@ -1,7 +1,7 @@
-"""The nouns of the grid as frozen values, and the one table of moves a job's state may make.
+"""Frozen values of the grid's domain, and the transitions between states of a job.
 
-Invariant: nothing here does input or output, and everything here means the same on every backend.
-They are in one file, since all else is made of them.
+Invariant: the code here does not read or write anything, and it means the same on every backend.
+The values are in one file because all other code uses them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Json = Any
 
 
 class JobState(StrEnum):
-    """States a user sees; AWS Batch's words where they fit."""
+    """Job states that a user sees. They are AWS Batch's states where these fit."""
 
     SCHEDULED = "SCHEDULED"
     SUBMITTED = "SUBMITTED"
@@ -48,7 +48,7 @@ MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.SCHEDULED: frozenset({JobState.SUBMITTED, JobState.CANCELLED}),
     JobState.SUBMITTED: _ACTIVE | ENDED,
     **{state: (_ACTIVE | ENDED) - {state} for state in _ACTIVE},
-    # A retry re-opens what did not succeed; a job that succeeded has nothing to re-open.
+    # A retry reopens the tasks that did not succeed. A job that succeeded has none.
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset({JobState.PENDING}),
     JobState.CANCELLED: frozenset({JobState.PENDING}),
@@ -56,12 +56,12 @@ MOVES: dict[JobState, frozenset[JobState]] = {
 
 
 def may_move(before: JobState, after: JobState) -> bool:
-    """Whether the table of moves has an arrow from `before` to `after`."""
+    """Return whether a job may change from `before` to `after`."""
     return after in MOVES[before]
 
 
 class Control(StrEnum):
-    """What a job's control object asks of the workers."""
+    """Command to the workers in a job's control object."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -70,7 +70,7 @@ class Control(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TaskSet:
-    """A sorted set of task indices as disjoint half-open ranges: 10⁷ tasks may cost one pair."""
+    """Sorted set of task indices as disjoint half-open ranges. 10⁷ tasks may need only one pair."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
@@ -83,12 +83,12 @@ class TaskSet:
 
     @classmethod
     def span(cls, start: int, stop: int) -> TaskSet:
-        """All indices from `start` up to but not including `stop`."""
+        """Return all indices from `start` up to but not including `stop`."""
         return cls(((start, stop),)) if stop > start else cls()
 
     @classmethod
     def of(cls, indices: Iterable[int]) -> TaskSet:
-        """The set of these indices, in any order, repeats allowed."""
+        """Return the set of these indices, which may be unordered and repeated."""
         ordered = sorted(set(indices))
         if not ordered:
             return cls()
@@ -100,7 +100,7 @@ class TaskSet:
 
     @classmethod
     def union(cls, sets: Iterable[TaskSet]) -> TaskSet:
-        """Every index that is in any of `sets`."""
+        """Return every index that is in at least one of `sets`."""
         merged: list[tuple[int, int]] = []
         for start, stop in sorted(pair for one in sets for pair in one.ranges):
             if merged and start <= merged[-1][1]:
@@ -159,7 +159,7 @@ class TaskSet:
         return self.ranges[-1][1] - 1
 
     def take(self, count: int) -> tuple[TaskSet, TaskSet]:
-        """The first `count` indices, and the rest."""
+        """Return the first `count` indices, and the rest."""
         head: list[tuple[int, int]] = []
         for i, (start, stop) in enumerate(self.ranges):
             if count <= 0:
@@ -173,13 +173,15 @@ class TaskSet:
         return self, TaskSet()
 
     def halves(self) -> tuple[TaskSet, TaskSet]:
-        """Two parts of nearly equal size; the first is the larger."""
+        """Return two parts of nearly equal size. The first is the larger one."""
         return self.take((len(self) + 1) // 2)
 
 
 class _Named:
-    """Room for a name that is asked for again and again: no field, so it is neither compared, told
-    nor pickled."""
+    """Cache of a bundle's name, which is read often.
+
+    The cache is not a field, so it is not compared, not part of the repr, and not pickled.
+    """
 
     __slots__ = ("_id",)
     _id: BundleId
@@ -187,13 +189,14 @@ class _Named:
 
 @dataclass(frozen=True, slots=True)
 class Bundle(_Named):
-    """A set of tasks of one stage that travels as one message.
+    """A set of tasks of one stage that is sent as one message.
 
-    `round` counts the user's own `job retry` calls; `attempt` the automatic retries within one
-    round, from 1. `losses` counts earlier deliveries that ended without an outcome; it makes the
-    next worker careful (see worker.suspects) and is no part of the identity. `source` is the
-    upstream bundle whose outcome holds the inputs, None where the plan holds them. `due_s` (epoch)
-    is when the backoff of a retry ends; a manager that sends the bundle again keeps to it.
+    `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within
+    one round, from 1. `losses` counts earlier deliveries that ended without an outcome. With
+    losses, the next worker checks for poison tasks (see `worker.poison_detection`). `losses` is not
+    part of the identity. `source` is the upstream bundle whose outcome has the inputs, or None if
+    the plan has them. `due_s` (epoch) is the end of a retry's backoff. A manager that sends the
+    bundle again does not send it earlier.
     """
 
     job: JobId
@@ -207,10 +210,11 @@ class Bundle(_Named):
 
     @property
     def id(self) -> BundleId:
-        """Derived, hence the same whoever computes it.
+        """Return the id, which is derived from the other fields.
 
-        Two bundles of a stage never share it: of the sets that hold a task at one (round,
-        attempt), each is a proper prefix or suffix of the one before, so first or last differ.
+        Two bundles of a stage never have the same id. Several sets may contain the same task at one
+        (round, attempt). Each of them is a proper prefix or suffix of the one before, so their
+        first or last tasks differ.
         """
         try:
             return self._id
@@ -223,7 +227,7 @@ class Bundle(_Named):
 
 
 class FailureKind(StrEnum):
-    """Why an attempt of a task failed; retry rules name these."""
+    """Reasons for which an attempt of a task failed. Retry rules refer to them."""
 
     EXCEPTION = "exception"
     EXIT = "exit"
@@ -240,8 +244,9 @@ class FailureKind(StrEnum):
 class Failure:
     """One failed attempt of one task.
 
-    `final` says that no retry follows. `reason` is one sentence for a person; `error` the
-    exception's class name or the like, which groups failures; `exit_code` is negative for a signal.
+    `final` is true if no retry follows. `reason` is one sentence for a person. Failures are grouped
+    by `error`, which is the exception's class name or a similar name. `exit_code` is negative for a
+    signal.
     """
 
     task: int
@@ -255,8 +260,12 @@ class Failure:
 
 
 class Ran(NamedTuple):
-    """One task has ended: `failure` None means success with `value`, encoded and already safe in
-    the object store where it is large or a file. A tuple: there is one for each of 10⁷ tasks."""
+    """The end of one task.
+
+    If `failure` is None, the task succeeded with `value`. The value is encoded, and large values
+    and files are already in the object store. The class is a tuple because a job may have 10⁷ of
+    them.
+    """
 
     task: int
     run_s: float
@@ -266,15 +275,17 @@ class Ran(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """A bundle that follows from an outcome, and how long it waits before it may start."""
+    """A bundle that follows from an outcome, and its delay before it may start."""
 
     bundle: Bundle
     delay_s: float = 0.0
 
 
 class _Written:
-    """Room for its JSON (see wire.outcome_text), which is needed three times on its way: no field,
-    so it is neither compared, told nor pickled."""
+    """Cache of an outcome's JSON (see `json_format.outcome_text`), which is needed three times.
+
+    The cache is not a field, so it is not compared, not part of the repr, and not pickled.
+    """
 
     __slots__ = ("_text",)
     _text: str
@@ -282,11 +293,11 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(_Written):
-    """What one execution of a bundle came to: the content of the one conditional PUT.
+    """Result of one execution of a bundle: the content of its conditional PUT.
 
-    `values` has one encoded result per index of `succeeded`, in order; `run_s` likewise the
-    seconds each took. Tasks of the bundle in neither `succeeded`, `failed` nor `cancelled` are in
-    one of `follows`. `execution` names the attempt's own key space for files and logs.
+    `values` has one encoded result per index of `succeeded`, in order, and `run_s` the seconds of
+    each. Tasks of the bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of
+    `follows`. `execution` is part of the keys of the execution's files and logs.
     """
 
     bundle: Bundle
@@ -302,12 +313,12 @@ class Outcome(_Written):
     follows: tuple[Follow, ...] = ()
     log: str = ""
     log_spans: tuple[tuple[int, int, int], ...] = ()
-    """(task, first byte, last byte + 1) within the log object, for tasks that printed."""
+    """(task, first byte, last byte + 1) within the log object, for each task that printed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An outcome without its values: what the events queue carries and the ledger folds."""
+    """An outcome without its values. The events queue carries it, and the ledger folds it."""
 
     bundle: Bundle
     worker: str
@@ -319,12 +330,12 @@ class Completion:
     run_s: float
     follows: tuple[Follow, ...] = ()
     retried: int = 0
-    """Attempts in this outcome that failed and are followed by a retry."""
+    """Number of attempts in this outcome that failed and that a retry follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCounts:
-    """One stage's row in the ledger; `planned` is None until the stage's plan is committed."""
+    """One stage's row in the ledger. `planned` is None until the stage's plan is committed."""
 
     stage: StageName
     planned: int | None = None
@@ -333,7 +344,7 @@ class StageCounts:
     cancelled: int = 0
     retried: int = 0
     run_s: float = 0.0
-    """Seconds of task run time, summed over succeeded tasks."""
+    """Seconds of task run time, summed over the tasks that succeeded."""
     first_start_s: float | None = None
     last_end_s: float | None = None
 
@@ -347,12 +358,12 @@ class StageCounts:
 
     @property
     def mean_s(self) -> float | None:
-        """Mean run time of a task, seconds; None before the first success."""
+        """Return the mean run time of a task in seconds, or None before the first success."""
         return self.run_s / self.succeeded if self.succeeded else None
 
 
 class LifecycleState(StrEnum):
-    """An instance's state, in the words of EC2 Auto Scaling."""
+    """Lifecycle states of an instance, in the words of EC2 Auto Scaling."""
 
     PENDING = "Pending"
     PENDING_WAIT = "Pending:Wait"
@@ -373,7 +384,7 @@ class LifecycleState(StrEnum):
 
 
 class Market(StrEnum):
-    """How an instance is bought, in EC2's words."""
+    """Purchase options of an instance, in EC2's words."""
 
     ON_DEMAND = "on-demand"
     SPOT = "spot"
@@ -381,10 +392,11 @@ class Market(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What an instance runs on, as its group chose it; empty where there is no choice."""
+    """Type, zone, and market of an instance, as its group chose them. Fields without a choice are
+    empty."""
 
     type: str = ""
-    """Instance type, of the type catalogue."""
+    """Instance type from the catalog."""
     zone: str = ""
     """Availability zone."""
     market: Market = Market.ON_DEMAND
@@ -400,14 +412,14 @@ class Instance:
     launched_s: float
     healthy: bool = True
     protected: bool = False
-    """Scale-in protection: the group does not choose it when desired capacity falls."""
+    """Scale-in protection: the group does not choose it when the desired capacity falls."""
     note: str = ""
     machine: Machine = Machine()
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One scaling activity with its cause, newest first where they are listed."""
+    """One scaling activity with its cause. Lists have the newest activity first."""
 
     id: int
     pool: str
@@ -418,12 +430,12 @@ class Activity:
     ended_s: float | None = None
     """None while it is in progress."""
     message: str = ""
-    """Why it failed, where it did."""
+    """Reason why the activity failed, or ""."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A named Auto Scaling group of workers that are alike."""
+    """A named Auto Scaling group of identical workers."""
 
     name: str
     min_size: int = 0
@@ -431,15 +443,15 @@ class Pool:
     slots: int = 1
     """Task slots per instance."""
     boot_s: float = 0.0
-    """Expected seconds from launch to InService; a forecast, not a delay that is imposed."""
+    """Expected seconds from launch to InService. This is a forecast and does not cause a delay."""
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
-    """Of the type catalogue; where machines do not differ, empty."""
+    """Instance type from the catalog. Empty if all machines are alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """What describing an Auto Scaling group returns."""
+    """Description of an Auto Scaling group."""
 
     pool: Pool
     desired: int

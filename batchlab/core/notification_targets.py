@@ -1,8 +1,8 @@
-"""Whom a grid tells, and what it lets the targets of jobs do: what `notify.toml` says, as values.
+"""Notification settings of a grid (`notify.toml`): its targets, and the limits for targets of jobs.
 
-Invariant: unless the operator says so, no job has anything sent to the manager's own machine, and
-none has anything signed. Origins are compared whole: scheme, host and port, and never a part of a
-path, which clients, proxies and servers each read in their own way.
+Invariant: unless the operator permits it, a job cannot send a message to the manager's own machine,
+and its messages are not signed. Origins are compared as a whole: scheme, host, and port. A path is
+never compared, because clients, proxies, and servers read paths differently.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from batchlab.core.notifications import NAMED, Target, is_loopback, own_target
 
 FILE = "notify.toml"
 PORTS = {"https": 443, "http": 80}
-"""What a URL means that names no port, by its scheme."""
+"""Default port of each scheme."""
 
 
 def origin(url: str) -> str:
-    """Scheme, host and port of a URL, written in one way; ValueError where it has none."""
+    """Return scheme, host, and port of a URL in normal form.
+
+    Raise ValueError if the URL lacks a scheme or a host.
+    """
     parts = urlsplit(url)
     host = parts.hostname
     if parts.scheme not in PORTS or not host:
@@ -38,10 +41,10 @@ def origin(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """What the operator of a grid has written down.
+    """Notification settings that the operator of a grid wrote.
 
-    `local` are origins on the manager's machine that webhooks of jobs may lead to, `secrets` the
-    origins whose webhooks of jobs may be signed, by the variable that the secret is in.
+    `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the
+    variable with a secret to the origins whose job webhooks may be signed with this secret.
     """
 
     targets: tuple[Target, ...] = ()
@@ -49,24 +52,28 @@ class Directory:
     secrets: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
 
     def named(self, name: str) -> Target | None:
-        """One of the grid's own targets."""
+        """Return the grid's own target with that name."""
         return next((one for one in self.targets if one.name == name), None)
 
     def own(self, job: str, number: int, one: NotifyDef) -> Target:
-        """The job's target number `number`, as the grid has it; one that `refusal` finds fault with
-        stays what the job has said."""
+        """Return the job's target number `number`, with the grid's settings applied.
+
+        A target that `refusal` refuses stays as the job defined it.
+        """
         said = own_target(job, number, one)
         if one.kind != NAMED:
             return replace(said, local=_where(one) in self.local)
         found = self.named(one.to)
         if found is None or not found.jobs:
             return said
-        # Where it leads is the operator's word, so it may lead to where the operator likes.
+        # The operator chose the address of this target, so it may be on the manager's machine.
         return replace(said, kind=found.kind, to=found.to, secret=found.secret, local=True)
 
     def refusal(self, one: NotifyDef) -> str:
-        """Why a grid does not tell a job's target, as a sentence; "" where it does. What
-        `notification.problem` finds is found already."""
+        """Return the reason why the grid does not use a job's target, or "" if it does.
+
+        `notifications.problem` has checked the target before.
+        """
         if one.kind == NAMED:
             return self._of_named(one.to)
         if one.kind != "webhook":
@@ -97,8 +104,8 @@ class Directory:
 
 
 def _where(one: NotifyDef) -> str:
-    """The origin that it leads to, "" where it leads to none."""
+    """Return the origin of the target's address, or "" if it has none."""
     try:
         return origin(one.to)
     except ValueError:
-        return ""  # a topic, or what is refused as no URL at all
+        return ""  # it is a topic, or an address that is refused because it is not a URL

@@ -1,8 +1,8 @@
-"""What is told of a job, to whom, and when: targets, moments, and the message itself.
+"""Notifications about jobs: targets, moments, and messages.
 
-Invariants: a notification's id is derived from what it tells and to whom, so telling it again is
-the same notification; what a job names may be a web address or a topic, and never a command. No
-secret is in any of these values, only the name of where one is.
+Invariants: the id of a notification is derived from its event and its target, so a notification
+that is sent again has the same id. A job may name a web address or a topic, never a command. These
+values never contain a secret, only the name of the place that has it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from batchlab.core.protocol.field_checks import known
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
-"""`ended` is any of the three ends. `failures`: so many tasks have failed; `stuck`: nothing has
-moved for so long; `capped`: a cap on cost holds the job back."""
+"""Moments of notifications. `ended` is any of the three ends. `failures`: a number of tasks has
+failed. `stuck`: the job has made no progress for some time. `capped`: a cap on cost holds the job
+back."""
 KINDS = ("webhook", "sns", "command")
 MOST_TARGETS = 10
-"""Of one job."""
+"""Maximum number of targets of one job."""
 NAMED = "target"
-"""The kind of a job's target that names one of the grid's own."""
+"""Kind of a job's target that names one of the grid's own targets."""
 LONGEST_URL = 2000
-SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - what the names of variables begin with
-"""A job may name no other variables of the manager's environment: those are for other things."""
+SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - prefix of the names of variables
+"""Prefix of the variables of the manager's environment that a job may name. All other variables
+have other purposes."""
 TOPIC = re.compile(r"arn:aws[a-z-]*:sns:([a-z0-9-]+):\d{12}:[A-Za-z0-9_-]{1,250}(\.fifo)?")
 TARGET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -42,7 +44,7 @@ _FILE = re.compile(r"file:/.+")
 
 
 class NotDelivered(BatchlabError):
-    """A notification did not reach its target; `final` says that no other try will."""
+    """A notification did not reach its target. `final` is true if no other try can succeed."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -51,8 +53,11 @@ class NotDelivered(BatchlabError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Somebody who is told. `name` is one of the grid's own, or says whose job's it is; `to` is
-    empty for a `command`. The other fields are as in NotifyDef."""
+    """A receiver of notifications.
+
+    `name` is the name of a target of the grid, or it identifies the job and the number of its
+    target. `to` is empty for a `command`. The other fields are as in NotifyDef.
+    """
 
     name: str
     kind: str
@@ -63,20 +68,21 @@ class Target:
     failures: int = 1
     stuck_s: float = 600.0
     job: str = ""
-    """Whose it is, "" where it is the grid's."""
+    """Job that the target belongs to, or "" for a target of the grid."""
     jobs: bool = False
-    """Of the grid's: jobs may name it."""
+    """For a target of the grid: jobs may name it."""
     local: bool = False
-    """Of a job's: it may lead to the manager's own machine."""
+    """For a target of a job: it may be on the manager's own machine."""
 
     @property
     def stays_out(self) -> bool:
-        """Whether nothing of it may reach the manager's own machine."""
+        """Return whether the target must not be on the manager's own machine."""
         return bool(self.job) and not self.local
 
     @property
     def shown(self) -> str:
-        """Where it leads, without what may be a secret: the path of a web address often is."""
+        """Return the address without parts that may be secret, such as the path of a web
+        address."""
         if self.kind == "command":
             return self.command[0]
         if self.kind in ("sns", NAMED):
@@ -90,9 +96,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A message on its way, or what came of it. `body` is JSON; times are seconds of the epoch.
+    """A pending or finished notification. `body` is JSON, and times are epoch seconds.
 
-    `target` is a name of the grid's, or the job's own definition, which outlives the job's memory.
+    `target` is the name of a target. For a target of a job, `own` is its definition, because the
+    notification may outlive the job in the manager's memory.
     """
 
     id: str
@@ -105,14 +112,14 @@ class Notification:
     attempts: int = 0
     due_s: float = 0.0
     error: str = ""
-    """What came of the last try, "" where that was good, or there was none."""
+    """Error of the last try, or "" if it succeeded or there was none."""
     state: str = "pending"
-    """Then "delivered", or "given up"."""
+    """Later "delivered" or "given up"."""
     ended_s: float | None = None
 
 
 def targets_of(job: JobDef) -> list[Target]:
-    """Whom the job itself names."""
+    """Return the targets that the job itself defines."""
     return [own_target(job.id, number, one) for number, one in enumerate(job.notify, start=1)]
 
 
@@ -131,7 +138,10 @@ def own_target(job: str, number: int, one: NotifyDef) -> Target:
 
 
 def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
-    """The id of what is told at one moment of a job; `key` tells apart moments that come again."""
+    """Return the id of the notification of one moment of a job to one target.
+
+    `key` distinguishes repeated moments.
+    """
     whole = "\0".join((target.name, target.to, *target.command, job, str(round_), moment, key))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
@@ -146,7 +156,7 @@ def made(
     at_s: float,
     key: str = "",
 ) -> Notification:
-    """A notification of this moment."""
+    """Return a notification of this moment."""
     id_ = derived_id(target, job.id, round_, moment, key)
     text = json_format.dumps(
         {"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body}
@@ -156,7 +166,7 @@ def made(
 
 
 def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> dict[str, Json]:
-    """What is told of a job."""
+    """Return the content of a notification about a job."""
     counts = [one.counts for one in stages]
     job = record.job
     return {
@@ -180,11 +190,11 @@ def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> d
     }
 
 
-# --- What may be a target ------------------------------------------------------------------------
+# --- Validation of targets ------------------------------------------------------------------------
 
 
 def problem(one: NotifyDef) -> str:
-    """What is wrong with a target that a job names, as a sentence; "" where nothing is."""
+    """Return what is wrong with a job's target as a sentence, or "" if it is valid."""
     if one.kind == NAMED:
         if one.secret:
             return "A target of the grid's own signs by its own secret, so a job names none."
@@ -202,7 +212,7 @@ def problem(one: NotifyDef) -> str:
 
 
 def target_problem(target: Target) -> str:
-    """The same of one of the grid's own."""
+    """Return what is wrong with a target of the grid as a sentence, or "" if it is valid."""
     if target.kind == "command":
         if not target.command or not all(target.command):
             return "A command is a list of a program and its arguments."
@@ -213,23 +223,24 @@ def target_problem(target: Target) -> str:
         return "A secret is named as env:NAME or file:/PATH, and is never written here itself."
     if target.jobs and target.kind == "command":
         return "Jobs may not name a command: say jobs = true of a webhook or a topic."
-    # One that is there for jobs alone need not be told of every job.
+    # A target that exists only for jobs does not need moments of its own.
     return _figures(
         target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s
     )
 
 
 def address_problem(kind: str, to: str) -> str:
-    """What is wrong with a web address or a topic, before anybody has looked it up."""
+    """Return what is wrong with a web address or a topic, without a name lookup. "" if it is
+    valid."""
     if kind == "sns":
         fits = TOPIC.fullmatch(to)
         return "" if fits else "A topic is named by its ARN, such as arn:aws:sns:REGION:ID:NAME."
     try:
         parts = urlsplit(to)
-        parts.port  # noqa: B018 - raises where it is none
+        parts.port  # noqa: B018 - raises ValueError if the port is not valid
     except ValueError:
         return "The webhook's address is no URL."
-    # In ASCII, as URLs are: what is not must be percent-encoded or in punycode.
+    # URLs are ASCII. Other characters must be percent-encoded or in punycode.
     if not to.isascii() or not to.isprintable() or " " in to or not parts.hostname:
         return "The webhook's address is no URL."
     if len(to) > LONGEST_URL:
@@ -243,11 +254,11 @@ def address_problem(kind: str, to: str) -> str:
     try:
         return address_refusal(parts.hostname)
     except ValueError:
-        return ""  # a name, which is looked up when it is called
+        return ""  # it is a name, which is resolved when the webhook is called
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as it is written, is this machine."""
+    """Return whether a host, as written, is this machine."""
     try:
         found = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -267,7 +278,10 @@ _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 def address_refusal(address: str) -> str:
-    """Why nothing is sent to an IP address, "" where something may be; ValueError for a name."""
+    """Return the reason why nothing is sent to an IP address, or "" if it is permitted.
+
+    Raise ValueError if the address is a name.
+    """
     found = ipaddress.ip_address(address.partition("%")[0])
     for one in (found, *_within(found)):
         if one in _METADATA or one.is_link_local:
@@ -280,16 +294,16 @@ def address_refusal(address: str) -> str:
 def _within(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> list[ipaddress.IPv4Address]:
-    """IPv4 addresses that an IPv6 one leads to, or may lead to."""
+    """Return the IPv4 addresses that packets for an IPv6 address may reach."""
     if isinstance(address, ipaddress.IPv4Address):
         return []
     found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     whole = int(address)
-    # `::` and `::1` are no IPv4 addresses, but what they are anyway.
+    # `::` and `::1` have their own meaning and do not contain an IPv4 address.
     if address in _NAT64 or (address in _COMPATIBLE and whole > 1):
         found.append(_low(whole))
     if address in _LOCAL_NAT64:
-        # Its prefix may have four lengths, and bits 64 to 71 are passed over (RFC 6052).
+        # The prefix may have one of four lengths, and bits 64 to 71 are skipped (RFC 6052).
         joined = (whole >> 64 << 56) | (whole & (1 << 56) - 1)
         found += [_low(whole), *(_low(joined >> shift) for shift in (40, 32, 24))]
     return [one for one in found if one is not None]
@@ -307,7 +321,7 @@ def _figures(on: Sequence[str], failures: int, stuck_s: float) -> str:
     return ""
 
 
-# --- As it is kept -------------------------------------------------------------------------------
+# --- Stored format --------------------------------------------------------------------------------
 
 
 def to_json(one: Notification) -> dict[str, Json]:
@@ -317,7 +331,10 @@ def to_json(one: Notification) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Notification:
-    """What a later batchlab has added is passed over: else all that waits beside it was lost."""
+    """Return the notification, without fields that a later batchlab added.
+
+    Without this, one such notification would make the whole outbox unreadable.
+    """
     own = doc["own"]
     kept = NotifyDef(**{**known(NotifyDef, own), "on": tuple(own["on"])}) if own else None
     return replace(Notification(**{**known(Notification, doc), "own": None}), own=kept)

@@ -1,7 +1,9 @@
-"""What no object's key may hold, on whichever backend.
+"""Rules for object keys that are valid on every backend.
 
-Every child process imports it at start-up, with task.py, so it needs the standard library only.
-Invariant: what one place takes for the end of a key, every other one does too.
+Every child process imports the module at start-up, with `task_context`, so it needs the standard
+library only.
+
+Invariant: all checks agree on the endings that a key must not have.
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ import re
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 STAGED = re.compile(r"#\d+$")
-"""What the local store calls a file that is still being written ends so."""
+"""Ending of the local store's files that are still being written."""
 
 NEVER_EMPTY = ("code/", "grid/", "jobs/", "logs/.workers/", "reports/")
 """Prefixes of documents and archives. An empty file there is the remains of a power cut."""
 
 VOLATILE = re.compile(r"^(logs/(\.workers|[^/]+/\.tails)/|jobs/[^/]+/[^/]+/(running|starts)/)")
-"""Keys of what is known of living workers, which need not outlive the machine: markers, their
+"""Keys of data about running workers, which does not need to survive a power cut: markers, their
 environment, and live logs."""
 
 
 def check_key(key: str) -> None:
-    """ValueError for a key that some backend cannot hold."""
+    """Raise ValueError if some backend cannot store the key."""
     if CONTROL.search(key):
         raise ValueError(f"object key {key!r} holds a control character")
     for segment in key.split("/"):
@@ -33,5 +35,5 @@ def check_key(key: str) -> None:
 
 
 def check_prefix(prefix: str) -> None:
-    """ValueError for a prefix that no key can have."""
+    """Raise ValueError if no key can have the prefix."""
     check_key(f"{prefix}x")

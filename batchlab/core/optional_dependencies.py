@@ -1,7 +1,7 @@
-"""The extras of an installation: what only a part of batchlab needs, and what is said without it.
+"""Extras of an installation: the packages that only a part of batchlab needs.
 
-Invariant: whether one is here is found out without an import of it, and the command that is told
-installs from where this batchlab came from: on a package index its name is not ours.
+Invariant: the check for a package does not import it. The suggested command installs from the
+source of this installation, because batchlab does not own its name on the package index.
 """
 
 from __future__ import annotations
@@ -22,43 +22,47 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "aws": ("boto3", "botocore", "packaging", "psycopg"),
         "docker": ("docker", "boto3", "botocore", "localstack_client", "packaging", "psycopg"),
         "ministack": ("boto3", "botocore"),
-        # FastAPI brings OpenTelemetry's API by itself.
+        # FastAPI depends on OpenTelemetry's API itself.
         "otel": ("opentelemetry.sdk", "opentelemetry.exporter"),
         "web": ("jinja2",),
     }
 )
-"""By the name of each extra what it brings, by the names that it is imported by."""
+"""Import names of the packages of each extra."""
 
 _ELSEWHERE = "file:///…/batchlab-….whl"
 
 
 def missing(extra: str, *modules: str) -> str | None:
-    """The first module of the extra that is not installed here, of `modules` where only those are
-    needed; None where all are there."""
+    """Return the first module of the extra that is not installed, or None if all are.
+
+    If `modules` are given, only these are checked.
+    """
     return next((one for one in modules or MODULES[extra] if not _is_here(one)), None)
 
 
 def _is_here(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it is a part of
+    except ModuleNotFoundError:  # its parent package is not installed
         return False
 
 
 def bringing(module: str) -> str | None:
-    """An extra that brings the module; None where every installation has it, or none has."""
+    """Return an extra that installs the module, or None if no extra does."""
     return next((extra for extra, modules in MODULES.items() if module in modules), None)
 
 
 def need(extra: str, what: str, *modules: str) -> None:
-    """UsageError where the extra is not here, or of it not `modules`; `what` needs it, and begins
-    the sentence."""
+    """Raise UsageError if the extra, or one of `modules`, is not installed.
+
+    `what` needs the extra, and is the subject of the error's sentence.
+    """
     if module := missing(extra, *modules):
         raise UsageError(sentence(extra, what, module), remedy=remedy(extra))
 
 
 def sentence(extra: str, what: str, module: str) -> str:
-    """What is said where `module` of the extra is not here."""
+    """Return the error text for a missing `module` of the extra."""
     return (
         f"{what} needs batchlab's extra `{extra}`, which is not installed: "
         f"there is no package {module!r}."
@@ -66,7 +70,7 @@ def sentence(extra: str, what: str, module: str) -> str:
 
 
 def remedy(*extras: str) -> str:
-    """The command that installs them into this environment, in a sentence."""
+    """Return a sentence with the command that installs the extras into this environment."""
     told, names = _origin(), ",".join(extras)
     url = str(told.get("url") or _ELSEWHERE)
     if told.get("dir_info", {}).get("editable"):
@@ -79,12 +83,12 @@ def remedy(*extras: str) -> str:
 
 
 def anywhere(extra: str) -> str:
-    """The same for whoever is not to hear where things lie on this machine."""
+    """Return the sentence of `remedy` without paths of this machine."""
     return f"`pip install 'batchlab[{extra}] @ {_ELSEWHERE}'` brings it."
 
 
 def for_a_manager(extra: str) -> str:
-    """The same for whoever asks a manager that may run in a container or on AWS."""
+    """Return the sentence of `remedy` for a manager that may run in a container or on AWS."""
     return (
         f"{anywhere(extra)} Where the manager runs in a container or on AWS, install it where the "
         "grid is brought up from, and bring the grid up again (on AWS: `deploy apply`)."
@@ -92,12 +96,12 @@ def for_a_manager(extra: str) -> str:
 
 
 def _origin() -> Mapping[str, Any]:
-    """What the installer has written down of where batchlab came from (direct_url.json)."""
-    from importlib import metadata  # a worker's start does not pay for it
+    """Return the source of this installation, which the installer recorded in direct_url.json."""
+    from importlib import metadata  # a local import keeps the start of a worker fast
 
     try:
         told = metadata.distribution("batchlab").read_text("direct_url.json")
-    except metadata.PackageNotFoundError:  # an image has the code alone
+    except metadata.PackageNotFoundError:  # the code in an image is not an installed distribution
         return {}
     found: Mapping[str, Any] = json.loads(told) if told else {}
     return found

@@ -14,7 +14,10 @@ _MADE = {"data", "out"}
 
 
 def folder(name: str) -> Path:
-    """The folder `name`, in an installed wheel or in a checkout; UsageError where it is neither."""
+    """Return the folder `name`, in an installed wheel or in a checkout.
+
+    Raise UsageError if neither has it.
+    """
     for candidate in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
@@ -22,8 +25,11 @@ def folder(name: str) -> Path:
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Every file of the package as a wheel has it, by its path there ("batchlab/…"), in order: the
-    code, and the data folders wherever they are now. UsageError where a folder is missing."""
+    """Yield every file of the package as a wheel has it, with its path in the wheel, in order.
+
+    The files are the code and the data folders. Paths begin with "batchlab/". Raise UsageError if a
+    folder is missing.
+    """
     found = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
     for name in FOLDERS:
         root = folder(name)
@@ -36,7 +42,7 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def _is_made(path: str) -> bool:
-    """Whether running an example in a checkout has made it: its input, its results, a grid."""
+    """Return whether a run of an example created the file: its input, its results, or a grid."""
     return any(part in _MADE or part.startswith(".") for part in path.split("/")[:-1])
 
 

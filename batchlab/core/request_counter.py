@@ -1,6 +1,6 @@
-"""Requests of S3 and SQS as AWS bills them, counted where they are made.
+"""Counts of requests to S3 and SQS as AWS bills them.
 
-Invariant: a count never goes down, so that the last one heard is the whole.
+Invariant: a count never decreases, so the last reported count is the total.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ import threading
 from dataclasses import astuple, dataclass
 
 STEP_BYTES = 64 * 1024
-"""Of a payload each such step is billed as a request of SQS (aws.amazon.com/sqs/pricing)."""
+"""SQS bills each started step of this size in a payload as a request
+(aws.amazon.com/sqs/pricing)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Billed requests. `sqs` has every step of 64 KiB and `sqs_empty`, receives that brought
-    nothing; `s3_puts` are PUT, COPY, POST and LIST, `s3_gets` GET, HEAD and all other; DELETE is
-    free and only told. `sqs_bytes` are those of the messages' bodies, both ways: a NAT gateway or
-    a VPC endpoint bills what passes."""
+    """Numbers of billed requests.
+
+    `sqs` counts every step of 64 KiB, and `sqs_empty` the receives without messages. `s3_puts`
+    counts PUT, COPY, POST, and LIST, and `s3_gets` GET, HEAD, and all other requests. DELETE is
+    free and is counted for information only. `sqs_bytes` are the bytes of the messages' bodies in
+    both directions, for which a NAT gateway or a VPC endpoint is billed.
+    """
 
     sqs: float = 0
     sqs_empty: float = 0
@@ -41,22 +45,22 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a worker has asked of S3 and SQS since its start."""
+    """Requests of a worker to S3 and SQS since its start."""
 
     worker: str
     instance: str
     requests: Requests
     is_spot: bool = False
-    """Its instance is a Spot one, which describing a group does not tell."""
+    """True if its instance is a Spot Instance. The description of a group does not contain this."""
 
 
 def steps(payload_bytes: int) -> int:
-    """Requests that SQS bills for one call with so much in its messages."""
+    """Return the number of requests that SQS bills for one call with this payload."""
     return max(1, -(-payload_bytes // STEP_BYTES))
 
 
 class Tally:
-    """Counts requests from any thread. `is_spot`: of a process on a Spot instance."""
+    """Thread-safe counter of requests. `is_spot` is true on a Spot Instance."""
 
     def __init__(self, *, is_spot: bool = False) -> None:
         self.is_spot = is_spot
@@ -64,35 +68,35 @@ class Tally:
         self._sqs = self._empty = self._puts = self._gets = self._deletes = self._sqs_bytes = 0
 
     def sqs(self, payload_bytes: int = 0) -> None:
-        """One call of SQS that carries, or brings, so many bytes of messages."""
+        """Count one call of SQS with this payload in its request or response."""
         with self._lock:
             self._sqs += steps(payload_bytes)
             self._sqs_bytes += payload_bytes
 
     def received(self, payload_bytes: int, messages: int) -> None:
-        """One receive, billed also where it brings nothing."""
+        """Count one receive. AWS bills it even if it returns no message."""
         with self._lock:
             self._sqs += steps(payload_bytes)
             self._sqs_bytes += payload_bytes
             self._empty += not messages
 
     def put(self, requests: int = 1) -> None:
-        """PUT, COPY, POST or LIST."""
+        """Count requests billed as PUT: PUT, COPY, POST, or LIST."""
         with self._lock:
             self._puts += requests
 
     def get(self, requests: int = 1) -> None:
-        """GET, HEAD, or a conditional GET that found nothing new."""
+        """Count requests billed as GET: GET, HEAD, or a conditional GET without new content."""
         with self._lock:
             self._gets += requests
 
     def delete(self) -> None:
-        """DELETE, or DeleteObjects, which is a POST and free like it."""
+        """Count a DELETE, or a DeleteObjects call, which is a POST but also free."""
         with self._lock:
             self._deletes += 1
 
     def read(self) -> Requests:
-        """What has been counted so far."""
+        """Return the current counts."""
         with self._lock:
             return Requests(
                 self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes

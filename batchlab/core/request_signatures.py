@@ -1,8 +1,8 @@
-"""Signatures of requests to a manager and of its answers, made with the grid's token.
+"""Signatures of requests to a manager and of its responses, made with the grid's token.
 
-Invariant: the token is never sent. A program without the token can sign neither a request nor an
-answer, and a signed answer belongs to exactly one request. Standard library only, and cheap to
-import: every command pays for it.
+Invariant: the token is never sent. A program without the token can sign neither a request nor a
+response, and a signed response belongs to exactly one request. The module needs the standard
+library only and is cheap to import, because every command imports it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass
 
 SCHEME = "Batchlab-HMAC-SHA256"
-"""The scheme of the `Authorization` header of a signed request."""
+"""Scheme of the `Authorization` header of a signed request."""
 PROOF = "Batchlab-Proof"
-"""The header with the signature of an answer."""
+"""Header with the signature of a response."""
 WINDOW_S = 300
-"""The largest difference between a request's time and the manager's clock."""
+"""Maximum difference between a request's time and the manager's clock."""
 MAC_BYTES = 64
 """Length of a signature in hexadecimal digits."""
 _WHOLE, _STREAM = "whole", "stream"
@@ -27,13 +27,15 @@ _LONGEST_TIME = 15
 
 
 class Unproven(Exception):
-    """The answer is not signed with the grid's token."""
+    """The response is not signed with the grid's token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """The fields of a signed request's `Authorization` header. `at_s` is in seconds of the epoch,
-    `body` is the SHA-256 of the request's body."""
+    """Fields of a signed request's `Authorization` header.
+
+    `at_s` is in epoch seconds, and `body` is the SHA-256 of the request's body.
+    """
 
     at_s: int
     nonce: str
@@ -51,8 +53,10 @@ def digest(body: bytes) -> str:
 
 
 def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
-    """Sign a request, now unless `at_s` is another time. `target` is the path and the query as they
-    are sent."""
+    """Sign a request with the time `at_s`, by default now.
+
+    `target` is the path and the query as they are sent.
+    """
     if at_s is None:
         at_s = time.time()  # noqa: TID251 - a client has no Clock
     fields = int(at_s), secrets.token_hex(16), digest(body)
@@ -60,8 +64,10 @@ def sign(token: str, method: str, target: str, body: bytes, at_s: float | None =
 
 
 def read(token: str, header: str, method: str, target: str) -> Signed | None:
-    """Return the signature in an `Authorization` header, or None if it is not valid. The caller
-    checks its time, its reuse, and the body."""
+    """Return the signature in an `Authorization` header, or None if it is not valid.
+
+    The caller checks its time, its reuse, and the body.
+    """
     scheme, _, text = header.partition(" ")
     fields = text.strip().split(".")
     if scheme.lower() != SCHEME.lower() or len(fields) != _FIELDS:
@@ -74,22 +80,22 @@ def read(token: str, header: str, method: str, target: str) -> Signed | None:
 
 
 def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:
-    """Return the value of the PROOF header of an answer with this body."""
+    """Return the value of the PROOF header of a response with this body."""
     return f"{_WHOLE} {answer_mac(token, request.mac, status, digest(body))}"
 
 
 def stream_proof(token: str, request: Signed, status: int) -> str:
-    """Return the value of the PROOF header of an answer whose body ends with its signature."""
+    """Return the value of the PROOF header of a response whose body ends with its signature."""
     return f"{_STREAM} {answer_mac(token, request.mac, status, _STREAM)}"
 
 
 def answer_mac(token: str, request_mac: str, status: int, body: str) -> str:
-    """Return the signature of an answer. `body` is the SHA-256 of its body."""
+    """Return the signature of a response. `body` is the SHA-256 of its body."""
     return _mac(token, "batchlab answer", request_mac, str(status), body)
 
 
 class Expected:
-    """The signed answer that a client waits for. Raises Unproven if the signature is not valid."""
+    """Check of the signature of one response. It raises Unproven if the signature is not valid."""
 
     def __init__(self, token: str, request: Signed, status: int, proof: str | None) -> None:
         self._token = token
@@ -103,7 +109,7 @@ class Expected:
             raise Unproven
 
     def checked(self, content: bytes) -> bytes:
-        """Return the body in the content of the answer, which was read to its end."""
+        """Return the body in the content of the response, which was read to its end."""
         body, proof = content, self._proof
         if self._is_stream:
             body = content[:-MAC_BYTES]
@@ -121,7 +127,7 @@ def _request_mac(token: str, method: str, target: str, at_s: int, nonce: str, bo
 
 
 def _mac(token: str, *fields: str) -> str:
-    # With the lengths, the fields of two requests never make the same text.
+    # The lengths ensure that different fields never form the same text.
     text = "".join(f"{len(field)}:{field}" for field in fields)
     return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
 

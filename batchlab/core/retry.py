@@ -1,12 +1,11 @@
-"""Patience with a port: S3's 409 and 503, SQS throttling and short outages are waited out.
+"""Retries of calls to ports, and waits for events.
 
-Invariant: only calls that may be repeated come through here, which the protocol makes of all.
+Patience waits through S3's 409 and 503, throttling of SQS, and short outages. It is only for calls
+that may be repeated. The protocol ensures this for all of its calls.
 
-Waiting for an event, but no longer than so; and how pauses between tries grow.
-
-Invariant: a cancellation is not lost, or whoever waits in a loop could not be ended any more: not
-one that comes in the same moment as the event, as `asyncio.wait_for` loses it before Python 3.12,
-nor one in whose place an error has come.
+Invariant: a cancellation is never lost, because a loop that misses one could not be stopped. Two
+cases need care. A cancellation may arrive together with the event, and `asyncio.wait_for` loses it
+before Python 3.12. An error may also hide a cancellation.
 """
 
 from __future__ import annotations
@@ -23,32 +22,38 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 STEP_BACK_S = 0.001
-"""So long we do nothing, once we have told something on which somebody waits: a kernel may leave
-the process that it has woken by that on our own core until we are done."""
+"""Pause after waking another process. Until this process pauses, the kernel may keep the other one
+waiting for the same core."""
 
 
 def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
-    """A pause that has been doubled so many times: the back-off of whatever here tries again. What
-    a task's own rule says is in `core/protocol/settlement.py backoff_s`."""
+    """Return a pause after `times` doublings, at most `longest_s`.
+
+    All retries in this package use it. The retry rules of tasks use `settlement.backoff_s`.
+    """
     return min(longest_s, pause_s * 2.0 ** min(times, 64))  # 2.0**1024 overflows
 
 
 def cancels() -> int:
-    """How often the task that runs has been asked to end so far."""
+    """Return how often the current task has been asked to cancel."""
     task = asyncio.current_task()
     return task.cancelling() if task else 0
 
 
 def heed_cancellation(before: int = 0) -> None:
-    """CancelledError where this task has been asked to end more often than `before`: for who
-    catches errors in order to go on. One may have come in a cancellation's place (the first to fail
-    of a group of calls, or a word from what was being closed), and that is not given twice."""
+    """Raise CancelledError if the current task has received more than `before` cancellations.
+
+    It is for code that catches errors and continues. An error may hide a cancellation: the first
+    error of a group of calls, or an error from an object that was being closed. A cancellation is
+    not delivered again.
+    """
     if cancels() > before:
         raise asyncio.CancelledError
 
 
 async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
-    """Await two things at once. If one fails or this is cancelled, the other is cancelled."""
+    """Await two things concurrently. If one fails or this call is canceled, the other is
+    canceled."""
     tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
     try:
         return await asyncio.gather(*tasks)
@@ -59,7 +64,7 @@ async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until the event is set, for so long at the most; whether it is."""
+    """Wait at most `seconds` until the event is set. Return whether it is set."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -73,14 +78,15 @@ LONGEST_WAIT_S = 5.0
 
 
 class Patience:
-    """Tries again with exponentially growing, jittered waits, `limit_s` in all at the most."""
+    """Retries with exponentially growing waits and jitter, for at most `limit_s` in total."""
 
     def __init__(self, rng: random.Random, *, limit_s: float = 60.0) -> None:
         self._rng = rng
         self._limit_s = limit_s
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The result of `call`; its last Throttled or Unreachable once patience has run out."""
+        """Return the result of `call`. Raise its last Throttled or Unreachable after the time
+        limit."""
         wait_s, waited_s, before = FIRST_WAIT_S, 0.0, cancels()
         while True:
             try:
@@ -89,7 +95,7 @@ class Patience:
                 heed_cancellation(before)
                 if waited_s >= self._limit_s:
                     raise
-            # Full jitter: workers that were throttled together must not come back together.
+            # Full jitter: workers that were throttled together must not retry together.
             pause_s = self._rng.uniform(0, wait_s)
             await asyncio.sleep(pause_s)
             waited_s += pause_s
@@ -112,9 +118,9 @@ class _Patient:
 
 
 def patiently(port: T, patience: Patience) -> T:
-    """`port` with patience in every call: for a port whose methods are all async and repeatable.
+    """Return `port` with retries in every call. All methods must be async and repeatable.
 
-    What such a method answers may be the answer to its second try: "not new" for what was new.
+    The result may be that of a second try, such as "not new" for a change that the first try made.
     """
-    # A dynamic proxy behind the type of what it stands for: twenty delegates would say nothing.
+    # A dynamic proxy replaces about twenty methods that would only delegate their calls.
     return cast(T, _Patient(port, patience))

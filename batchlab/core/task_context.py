@@ -1,7 +1,9 @@
-"""What user code sees: the file it is given or gives back, and the context of its task.
+"""Objects for user code: files as inputs and results, and the context of a task.
 
-Imported by every child process at start-up, so it needs the standard library only, and little of
-that. Invariant: a relative name that gets in here never leads out of its folder.
+Every child process imports the module at start-up, so it needs only a small part of the standard
+library.
+
+Invariant: an accepted relative name never leads out of its folder.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from batchlab.core.object_names import STAGED
 
 
 def name_problem(name: str) -> str | None:
-    """Why `name` is no safe relative file name, as the end of a sentence; None where it is one."""
+    """Return why `name` is not a safe relative file name, as the end of a sentence, or None if it
+    is."""
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name:
         return "must be a relative name such as 'part.csv' or 'charts/part.png'"
@@ -29,9 +32,9 @@ def name_problem(name: str) -> str | None:
 
 
 class File:
-    """A local file: an input that was fetched for the task, or one that a result refers to.
+    """A local file: an input that was fetched for the task, or a file to which a result refers.
 
-    Treat inputs as read-only: on some backends `path` is the stored object itself.
+    Treat inputs as read-only. On some backends, `path` is the stored object itself.
     """
 
     __slots__ = ("_origin", "name", "path")
@@ -43,7 +46,7 @@ class File:
 
     @classmethod
     def fetched(cls, path: str, name: str, origin: Any) -> File:
-        """A file with the content that the encoded reference `origin` stands for."""
+        """Return a file with the content of the encoded reference `origin`."""
         file = cls(path, name)
         file._origin = (origin, file._stamp())
         return file
@@ -53,7 +56,8 @@ class File:
         return info.st_size, info.st_mtime_ns
 
     def origin(self) -> Any:
-        """The reference it was fetched by, None once its content has changed."""
+        """Return the reference from which the file was fetched, or None if its content has
+        changed."""
         if self._origin is None or not self.path.is_file():
             return None
         reference, stamp = self._origin
@@ -61,22 +65,22 @@ class File:
 
     @property
     def size(self) -> int:
-        """Size in bytes, as of now."""
+        """Current size in bytes."""
         return self.path.stat().st_size
 
     def __fspath__(self) -> str:
         return str(self.path)
 
     def open(self, mode: str = "rb", encoding: str | None = None) -> IO[Any]:
-        """Open it; binary reading by default."""
+        """Open the file, by default for reading bytes."""
         return self.path.open(mode, encoding=encoding)
 
     def read_bytes(self) -> bytes:
-        """The whole content."""
+        """Return the whole content."""
         return self.path.read_bytes()
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The whole content as text."""
+        """Return the whole content as text."""
         return self.path.read_text(encoding)
 
     def __repr__(self) -> str:
@@ -84,9 +88,9 @@ class File:
 
 
 class Context:
-    """What a handler may ask about its own task: `def handler(item, ctx)`.
+    """Information for a handler about its own task: `def handler(item, ctx)`.
 
-    `job` and `stage` are names, `task` is the index in the stage, `attempt` counts from 1.
+    `job` and `stage` are names, `task` is the index in the stage, and `attempt` counts from 1.
     """
 
     def __init__(
@@ -114,28 +118,28 @@ class Context:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The job's parameters, a copy of this task's own."""
-        # Read on demand and per task: a handler that changes them must not change its
-        # neighbour's, and most handlers never look.
+        """Parameters of the job, as this task's own copy."""
+        # They are parsed on demand and per task. A handler that changes them must not affect other
+        # tasks, and most handlers do not read them.
         if self._params is None:
             self._params = json.loads(self._params_json)
         return self._params
 
     @property
     def folder(self) -> Path:
-        """All of the task's own files; `scratch` and what was saved are in it."""
+        """Folder of the task's own files, including `scratch` and saved files."""
         return Path(self._folder)
 
     @property
     def scratch(self) -> Path:
-        """A private folder of this task; it is removed after the task."""
+        """Private folder of this task. It is removed after the task."""
         return self.made("scratch")
 
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
-        """Keep a large output: bytes, or the path of a file, under a safe relative name.
+        """Save a large output: bytes, or the path of a file, under a safe relative name.
 
-        The file is stored when the task succeeds. A path inside `scratch` or the current folder
-        is moved, any other copied. ValueError where the name is unsafe or taken.
+        The file is stored when the task succeeds. A path inside `scratch` or the current folder is
+        moved, and any other path is copied. Raise ValueError if the name is unsafe or in use.
         """
         if problem := name_problem(name):
             raise ValueError(f"cannot save {name!r}: the name {problem}")
@@ -151,14 +155,14 @@ class Context:
         return file
 
     def made(self, name: str) -> Path:
-        """The subfolder `name` of the task's folder, which is made where it is not there."""
+        """Return the subfolder `name` of the task's folder. Create it if it does not exist."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         self.touched = True
         return folder
 
     def take(self, source: Path, target: Path) -> None:
-        """Bring a file to `target`: moved where it is the task's own to lose, else copied."""
+        """Move a file to `target` if it is the task's own, else copy it."""
         where = os.path.join(source.resolve().parent, "")  # noqa: PTH118 - for its final slash
         ours = [f"{self.folder.resolve() / 'scratch'}/"]
         if self._cwd:
@@ -166,6 +170,6 @@ class Context:
         if where.startswith(tuple(ours)) and not source.is_symlink():
             source.replace(target)
             return
-        import shutil  # brings the compression modules, which start-up should not pay for
+        import shutil  # shutil imports the compression modules, which would slow the start
 
         shutil.copyfile(source, target)

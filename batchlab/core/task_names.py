@@ -1,6 +1,7 @@
-"""How tasks are named: `parse/3`, and several of a stage `parse/3,7-9`.
+"""Names of tasks: `parse/3` for one, and `parse/3,7-9` for several of a stage.
 
-Invariant: what is written here is read here; no other place puts a stage and an index together.
+Invariant: names that are written here can be read here. Only this module combines a stage and an
+index.
 """
 
 from __future__ import annotations
@@ -15,27 +16,30 @@ _RANGE = re.compile(r"([0-9]{1,15})(?:-([0-9]{1,15}))?")
 
 
 def task_name(stage: str, task: int) -> str:
-    """As `parse/3`."""
+    """Return a task's name, such as `parse/3`."""
     return f"{stage}/{task}"
 
 
 def attempt_name(stage: str, task: int, attempt: int) -> str:
-    """As `parse/3#2`; the first attempt is called as its task is."""
+    """Return an attempt's name, such as `parse/3#2`. The first attempt has the name of its task."""
     return task_name(stage, task) + (f"#{attempt}" if attempt > 1 else "")
 
 
 def with_task(reason: str, stage: str, task: int, why: str) -> str:
-    """A job's `reason` and a task's own, as `1 task failed; task parse/3: ValueError: bad`."""
+    """Return a job's `reason` with a task's own: `1 task failed; task parse/3: ValueError: bad`."""
     return f"{reason}; task {task_name(stage, task)}: {why}"
 
 
 def without_task(reason: str, stage: str, task: int, why: str) -> str:
-    """What `with_task` was given, where it was given this task."""
+    """Return the reason that was passed to `with_task` with this task."""
     return reason.removesuffix(with_task("", stage, task, why))
 
 
 def parse_task(text: str) -> tuple[StageName | None, int]:
-    """Stage and index of `parse/3`; None and the index of `3`. UsageError."""
+    """Return stage and index of `parse/3`, or None and the index of `3`.
+
+    Raise UsageError if the text is not such a name.
+    """
     found = _TASK.fullmatch(text.strip())
     if found is None:
         raise UsageError(
@@ -45,7 +49,10 @@ def parse_task(text: str) -> tuple[StageName | None, int]:
 
 
 def parse_tasks(text: str) -> tuple[StageName, list[tuple[int, int]]]:
-    """Stage and ranges [first, beyond the last) of `parse/3,7-9`; UsageError."""
+    """Return stage and ranges [first, last + 1) of `parse/3,7-9`.
+
+    Raise UsageError if the text is not such a name.
+    """
     stage, _, ranges = text.strip().rpartition("/")
     found: list[tuple[int, int]] = []
     for one in ranges.split(","):

@@ -1,8 +1,7 @@
-"""Numbers as a person reads them: durations, sizes, counts; names in a row; and text of others,
-made harmless.
+"""Text for people: durations, sizes, counts, lists of names, and safe output of foreign text.
 
-Invariant: the one place that turns them into text, and a number is never shown without its unit.
-Money is told where it is reckoned, in core/pricing/money.py.
+Invariant: only this module converts these numbers to text, and it always adds the unit.
+`core.pricing.money` does this for money.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 
 def span(seconds: float) -> str:
-    """A duration: 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7 h."""
+    """Return a duration: 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7
+    h."""
     if seconds <= 0:
         return "0 s"
     if seconds < 0.00005:
@@ -32,7 +32,7 @@ def span(seconds: float) -> str:
 
 
 def whole(seconds: float) -> str:
-    """A duration in whole units, where a sentence needs no more: 12 s, 66 min, 2 h 5 min."""
+    """Return a duration in whole units for a sentence: 12 s, 66 min, 2 h 5 min."""
     rounded = max(0, round(seconds))
     if rounded < 120:
         return f"{rounded} s"
@@ -44,7 +44,7 @@ def whole(seconds: float) -> str:
 
 
 def about(seconds: float) -> str:
-    """A duration to the precision that an estimate has: 1 s at the least, 10 min, 2.5 h."""
+    """Return a duration with the precision of an estimate: 1 s (the minimum), 10 min, 2.5 h."""
     if seconds < 1:
         return "1 s"
     if seconds < 120:
@@ -57,12 +57,12 @@ def about(seconds: float) -> str:
 
 
 def figures(seconds: float) -> str:
-    """A duration, or a difference of two, to three figures, for comparing: 12.3 ms, 4.56 s."""
+    """Return a duration or a difference with three significant digits: 12.3 ms, 4.56 s."""
     return f"{seconds * 1000:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
 
 
 def size(size_bytes: float) -> str:
-    """A size: 312 B, 4.0 KiB, 1.2 GiB."""
+    """Return a size: 312 B, 4.0 KiB, 1.2 GiB."""
     if size_bytes < 1024:
         return f"{size_bytes:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -73,17 +73,17 @@ def size(size_bytes: float) -> str:
 
 
 def capital(text: str) -> str:
-    """The same with a capital at its beginning, and all else as it is."""
+    """Return the text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def count(number: int, noun: str) -> str:
-    """`1 task`, `2 tasks`."""
+    """Return a count: `1 task`, `2 tasks`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """`a`, `a and b`, `a, b and 3 more`; at most so many parts."""
+    """Return names as `a`, `a and b`, or `a, b and 3 more`, with at most `most` parts."""
     names = list(names)
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
@@ -91,7 +91,7 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def first_of(names: Sequence[str], most: int = 6) -> str:
-    """`a, b`, `a, b and 3 more`: the first ones by name, the rest counted."""
+    """Return the first `most` names and the number of the others: `a, b and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -103,9 +103,10 @@ _NOTHING = str.maketrans("", "", _LAYOUT + _SPACES)
 
 
 def visible(text: str, layout: str = _LAYOUT) -> str:
-    """`text` with its line breaks and tabs; what else is not printable is written as Python writes
-    it. So no terminal takes a part of it for a command, and none of it stands in another order
-    than it is read in."""
+    """Return `text` with escapes for all unprintable characters except line breaks and tabs.
+
+    So a terminal cannot execute a part of it, and its characters appear in their actual order.
+    """
     if text.isprintable() or (layout == _LAYOUT and text.translate(_NOTHING).isprintable()):
         return text
     kept = layout + _SPACES
@@ -113,10 +114,11 @@ def visible(text: str, layout: str = _LAYOUT) -> str:
 
 
 def visible_json(value: Any, *, indent: int | None = None) -> str:
-    """`value` as JSON, in which what is not printable is escaped."""
+    """Return `value` as JSON with unprintable characters escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.translate(_NOTHING).isprintable():
         return text
-    # JSON's own way: none of these can stand outside of a text, but the line breaks.
+    # Outside of strings, the only such character in JSON is the line break. So JSON's own escapes
+    # are valid for all others.
     kept = "\n" + _SPACES
     return "".join(c if c.isprintable() or c in kept else json.dumps(c)[1:-1] for c in text)

@@ -1,7 +1,7 @@
-"""The seam to a tracer: what began and ended, for which job, and below what.
+"""Interface to a tracer: spans with their job and their parent.
 
-Invariants: a job that is not traced costs a look at an empty text; what is handed from process to
-process is a W3C traceparent and nothing else; no tracer ever makes the work fail.
+Invariants: for a job that is not traced, the only cost is the check of an empty text. Processes
+pass on only a W3C traceparent. A tracer never makes the work fail.
 """
 
 from __future__ import annotations
@@ -14,40 +14,42 @@ from typing import NamedTuple, Protocol
 from batchlab.core.model import Bundle, JobId
 
 Attribute = str | int | float | bool
-"""A value that a span may have beside its times."""
+"""Type of a span's attributes."""
 
 LINKS = 32
-"""Spans of a stage that a gather is linked to at the most."""
+"""Maximum number of spans of one upstream stage to which the span of a gather links."""
 _PARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Subject(NamedTuple):
-    """What a span is about that is about no bundle."""
+    """Subject of a span that does not belong to a bundle."""
 
     job: JobId
     stage: str = ""
 
 
 class Span(Protocol):
-    """Something that has begun."""
+    """A span that has begun."""
 
     @property
     def context(self) -> str:
-        """The traceparent of what comes below it; "" where the job is not traced."""
+        """Traceparent for child spans, or "" if the job is not traced."""
 
     def note(self, **attributes: Attribute) -> None:
-        """Say more of it, before its end."""
+        """Add attributes to the span before it ends."""
 
     def end(self, *, error: str = "") -> None:
-        """It has ended; `error` names what kind of error did that."""
+        """End the span. `error` is the class name of the error that ended it, or ""."""
 
 
 class Tracer(Protocol):
-    """Where spans go. Times are seconds of the epoch; without one it is now."""
+    """Receiver of spans. Times are epoch seconds. The default is the current time."""
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
-        """Begin a job's trace, below `parent` where the submitter has one that is valid. Whether
-        the job is traced is decided here, once: where not, the span's context is empty."""
+        """Begin a job's trace, under `parent` if the submitter has a valid one.
+
+        This call decides once whether the job is traced. If it is not, the span's context is empty.
+        """
 
     def begin(
         self,
@@ -59,7 +61,7 @@ class Tracer(Protocol):
         links: Sequence[str] = (),
         **attributes: Attribute,
     ) -> Span:
-        """Begin a span below `parent`; nothing happens where that is empty."""
+        """Begin a span under `parent`. Do nothing if `parent` is empty."""
 
     def record(
         self,
@@ -72,14 +74,14 @@ class Tracer(Protocol):
         error: str = "",
         **attributes: Attribute,
     ) -> str:
-        """A span that has ended already; its context."""
+        """Record a span that has already ended, and return its context."""
 
     async def close(self) -> None:
-        """Hand over what is left, within seconds."""
+        """Send the remaining spans within a few seconds."""
 
 
 class _Untraced:
-    """Stands for a span where nobody records any: what is below goes below its parent."""
+    """Placeholder for a span that is not recorded. Its children belong to its parent."""
 
     __slots__ = ("context",)
 
@@ -87,17 +89,17 @@ class _Untraced:
         self.context = context
 
     def note(self, **attributes: Attribute) -> None:
-        """Nobody hears it."""
+        """Do nothing."""
 
     def end(self, *, error: str = "") -> None:
-        """Likewise."""
+        """Do nothing."""
 
 
 NO_SPAN: Span = _Untraced("")
 
 
 class _Nobody:
-    """The tracer of who has none. A context that has come along is passed on all the same."""
+    """No-op tracer. It still passes on the context that it receives."""
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:  # noqa: ARG002
         return NO_SPAN
@@ -128,7 +130,7 @@ class _Nobody:
         return parent
 
     async def close(self) -> None:
-        """There is nothing."""
+        """Do nothing."""
 
 
 NOBODY: Tracer = _Nobody()
@@ -147,7 +149,8 @@ def span(
     links: Sequence[str] = (),
     **attributes: Attribute,
 ) -> AbstractContextManager[Span]:
-    """A span for a block; an exception ends it too, and is named."""
+    """Return a span for a `with` block. If an exception ends it, the span records the class
+    name."""
     if not parent:
         return _OFF  # most jobs are not traced
     return ending(tracer.begin(name, parent, about, start_s=start_s, links=links, **attributes))
@@ -155,7 +158,7 @@ def span(
 
 @contextmanager
 def ending(made: Span) -> Iterator[Span]:
-    """A span that ends with the block."""
+    """Return a span that ends with the `with` block."""
     try:
         yield made
     except BaseException as error:
@@ -165,10 +168,10 @@ def ending(made: Span) -> Iterator[Span]:
 
 
 def is_context(text: str) -> bool:
-    """Whether it is a traceparent that can be gone on from."""
+    """Return whether the text is a valid traceparent."""
     return _PARENT.fullmatch(text) is not None
 
 
 def trace_of(context: str) -> str:
-    """The trace's id in a traceparent, 32 hexadecimal digits; "" where there is none."""
+    """Return the trace's id in a traceparent, 32 hexadecimal digits, or "" if the text is empty."""
     return context[3:35]

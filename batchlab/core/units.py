@@ -1,6 +1,6 @@
-"""Durations, sizes and start times as people write them.
+"""Durations, sizes, and start times as people write them.
 
-Invariant: a text without a unit is refused, never guessed at; a plain number has one fixed unit.
+Invariant: a text without a unit is refused. A plain number has one fixed unit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ AT_FORMS = "+10m or a time with its zone such as 2026-01-31T06:00:00Z"
 LONGEST_S = 100 * 366 * 86_400.0
 LARGEST_BYTES = 2**60
 _LAST_YEAR = 9998
-"""Beyond these a number is a slip, and some store, timer or calendar could not hold it."""
+"""Limits. A larger number is probably a mistake, and some store, timer, or calendar cannot
+represent it."""
 
 DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*(ms|s|m|min|h|d)\s*)+$"
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*$"
@@ -28,13 +29,16 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
 def shown(value: object) -> str:
-    """`value` in an error, where a slip may have made it long."""
+    """Return `value` for an error, shortened because a mistake may have made it long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-10:]}"
 
 
 def seconds(value: object) -> float:
-    """A duration in seconds; ValueError where it is none, or longer than a century."""
+    """Return a duration in seconds.
+
+    Raise ValueError if the value is not a duration, or is longer than a century.
+    """
     if isinstance(value, str) and re.match(DURATION_PATTERN, value):
         number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -50,7 +54,10 @@ def seconds(value: object) -> float:
 
 
 def size_bytes(value: object) -> int:
-    """A size in bytes (KiB = 1024, kB = 1000); ValueError where it is none, or over 1 EiB."""
+    """Return a size in bytes (KiB = 1024, kB = 1000).
+
+    Raise ValueError if the value is not a size, or is over 1 EiB.
+    """
     number: float | None = None
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         digits, prefix, binary = match.groups()
@@ -67,7 +74,10 @@ def size_bytes(value: object) -> int:
 
 
 def start_s(text: str, now_s: float) -> float:
-    """The epoch second that `text` names, seen from `now_s`; ValueError for anything else."""
+    """Return the epoch second of a start time. `+10m` counts from `now_s`.
+
+    Raise ValueError for any other text.
+    """
     if text.startswith("+"):
         return now_s + seconds(text[1:])
     try:

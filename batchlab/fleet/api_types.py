@@ -233,7 +233,7 @@ class TargetTracking:
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """Parameters of PutScalingPolicy. The answer sets `policy_arn` and `alarms`."""
+    """Parameters of PutScalingPolicy. Only responses have `policy_arn` and `alarms`."""
 
     auto_scaling_group_name: str
     policy_name: str

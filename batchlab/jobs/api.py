@@ -1,4 +1,4 @@
-"""The job file: load, validate, explain, compile. Nothing of the user's code is run for it."""
+"""Job file: load, validate, explain, and compile. None of this runs the user's code."""
 
 from __future__ import annotations
 

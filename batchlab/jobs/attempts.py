@@ -1,7 +1,7 @@
-"""One task, as the bucket knows it: how each attempt ended, what it printed, what it was given.
+"""Attempts of a task: how each attempt ended, its output, and its input.
 
-Invariant: read through the Objects port alone, so that it needs neither a manager nor a ledger, and
-is the same on every backend; nothing is written.
+Invariants: this module only reads, through the Objects port. It therefore needs neither a manager
+nor a ledger, and it works on every backend.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from batchlab.core.task_names import task_name
 READ_AT_ONCE = 16
 _SHOWN = 200
 _READ_BYTES = 4 * 1024 * 1024
-"""Of a log, in one request."""
+"""Maximum number of bytes of a log that one request reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What one outcome says of one of its tasks: it succeeded, failed or was cancelled in it."""
+    """Result of one task in an outcome: the task succeeded, failed, or was canceled."""
 
     task: int
     outcome: Outcome
@@ -39,50 +39,53 @@ class Attempt:
 
     @property
     def bundle(self) -> Bundle:
-        """The bundle of this one task, as it would be sent again."""
+        """Bundle that contains only this task, as it would be sent again."""
         return replace(self.outcome.bundle, tasks=TaskSet.of([self.task]), losses=0)
 
     @property
     def name(self) -> str:
-        """As `parse/3`."""
+        """Name of the task, such as `parse/3`."""
         return task_name(self.outcome.bundle.stage, self.task)
 
     @property
     def state(self) -> str:
-        """SUCCEEDED, FAILED, CANCELLED, or RETRIED: it failed, and was tried again."""
+        """SUCCEEDED, FAILED, CANCELLED, or RETRIED.
+
+        RETRIED means that a failure was tried again.
+        """
         if self.failure is not None:
             return "FAILED" if self.failure.final else "RETRIED"
         return "SUCCEEDED" if self.task in self.outcome.succeeded else "CANCELLED"
 
     @property
     def fingerprint(self) -> str:
-        """That of its failure, "" where it has not failed."""
+        """Fingerprint of the failure, or "" if the attempt did not fail."""
         return fingerprint(self.failure) if self.failure else ""
 
     @property
     def run_s(self) -> float | None:
-        """Seconds it ran, None where it never did."""
+        """Run time in seconds, or None if the attempt did not run."""
         if self.failure is not None:
             return self.failure.run_s
         return dict(zip(self.outcome.succeeded, self.outcome.run_s, strict=True)).get(self.task)
 
     @property
     def value(self) -> Json:
-        """Its encoded result, None where it has none."""
+        """Encoded result, or None if the attempt has none."""
         outcome = self.outcome
         return dict(zip(outcome.succeeded, outcome.values, strict=True)).get(self.task)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Where in the log object is what it printed: first byte, last byte + 1."""
+        """Ranges of the task's output in the log object: (first byte, last byte + 1)."""
         return [(start, stop) for task, start, stop in self.outcome.log_spans if task == self.task]
 
 
-# --- Finding -------------------------------------------------------------------------------------
+# --- Lookup --------------------------------------------------------------------------------------
 
 
 async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef:
-    """The job as it was submitted; NotFound."""
+    """Return the job as it was submitted. Raise NotFound if it does not exist."""
     data = await patience(partial(objects.get, object_keys.spec(job)))
     return json_format.job_from_json(json_format.loads(data))
 
@@ -90,8 +93,11 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 async def attempts(
     objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
 ) -> list[Attempt]:
-    """Every attempt of a task that has come to an end, first to last; lists the stage's outcomes,
-    a request for every 1000, and reads those whose bundles may hold the task."""
+    """Return every finished attempt of a task in order.
+
+    The function lists the stage's outcomes, with one request per 1000. It reads those whose bundles
+    may contain the task.
+    """
     several: list[Bundle] = []
     key = await CommitKeys(objects, patience).of(job)
     async for page in objects.list(object_keys.outcomes(job.id, stage)):
@@ -110,7 +116,9 @@ async def attempts(
 
 
 def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
-    """What `outcome` says of the task; None where that is in another one."""
+    """Return the attempt of the task in this outcome, or None if the outcome does not
+    contain it.
+    """
     for failure in outcome.failed:
         if failure.task == task:
             return Attempt(task, outcome, failure)
@@ -121,8 +129,11 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
 def chosen(
     found: Sequence[Attempt], number: int | None = None, round_: int | None = None
 ) -> Attempt | None:
-    """The attempt of that number, in that round or the last one that has it; unless said the last
-    that failed, else the last of all. None where there is none."""
+    """Return one of the attempts, or None if none matches.
+
+    `number` and `round_` restrict the choice. The function returns the last failed attempt that
+    matches, or else the last attempt that matches.
+    """
     some = [one for one in found if round_ in (None, one.outcome.bundle.round)]
     if number is not None:
         some = [one for one in some if one.outcome.bundle.attempt == number]
@@ -130,14 +141,17 @@ def chosen(
     return next(reversed(failed or some), None)
 
 
-# --- What it printed, and what it was given -------------------------------------------------------
+# --- Output and input -----------------------------------------------------------------------------
 
 
 async def printed(
     objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience
 ) -> dict[int, bytes]:
-    """What each of these tasks printed in an outcome, b"" where that was nothing; neighbours are
-    read in one request. NotFound where their log is not stored yet, or has expired."""
+    """Return the output of each task in an outcome. It is b"" for a task without output.
+
+    Outputs that are close to each other are read in one request. Raise NotFound if the log is not
+    stored yet or has expired.
+    """
     wanted = set(tasks)
     spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans if task in wanted)
     found = dict.fromkeys(wanted, b"")
@@ -156,9 +170,11 @@ async def printed(
 async def log_end(
     outcome: Outcome, task: int, limit: int, read: Callable[[int, int], Awaitable[bytes]]
 ) -> tuple[bytes, int]:
-    """The last `limit` bytes of what a task printed in an outcome, and how many came before them.
-    `read` gets the bytes [first, beyond the last) of the log. One that was started again, since its
-    process was lost, has printed in more than one place."""
+    """Return the last `limit` bytes of a task's output, and the number of bytes before them.
+
+    `read` returns the bytes [start, stop) of the log. If a task was restarted because its process
+    was lost, its output is in several places.
+    """
     spans = sorted((start, stop) for of, start, stop in outcome.log_spans if of == task)
     parts: list[bytes] = []
     room = limit
@@ -174,12 +190,15 @@ async def log_end(
 async def task_bundle(
     objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience
 ) -> Bundle:
-    """The bundle of a task that has not come to an end: where its input is, or will be. UsageError
-    where what it follows has no result yet, NoSuchTask where that is not in its plan."""
+    """Return the bundle of a task that has not finished. The bundle locates the task's input.
+
+    Raise UsageError if the upstream task does not have a result yet. Raise NoSuchTask if the plan
+    does not contain the upstream task.
+    """
     step = job.stage(stage)
     alone = Bundle(job.id, stage, TaskSet.of([task]))
     if step.gather is not None:
-        # It may have been planned by a retry only, once all before it had succeeded.
+        # A retry may have planned it first, after all upstream tasks had succeeded.
         return replace(alone, round=await _round(objects, job.id, patience))
     if not step.chained:
         return alone
@@ -200,7 +219,7 @@ async def task_bundle(
 async def _check_head(
     objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience
 ) -> None:
-    """NoSuchTask where the stage that a chain begins with is planned without such a task."""
+    """Raise NoSuchTask if the first stage of a chain is planned without this task."""
     head = step
     while head.chained:
         head = job.stage(head.after[0])
@@ -213,11 +232,11 @@ async def _check_head(
             f"The plan of job {job.id} has no task {name}.", remedy=error.remedy
         ) from error
     except NotFound:
-        return  # it is planned later, or was removed: nobody knows
+        return  # the plan does not exist yet or was removed, so the answer is unknown
 
 
 async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
-    """The last round that the job's user has asked for."""
+    """Return the last round that the job's user requested."""
     round_ = 0
     while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
         round_ += 1
@@ -225,9 +244,11 @@ async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
 
 
 async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
-    """The encoded input of the one task of `bundle`, as a worker gets it: inline JSON, or
-    references to objects (see protocol.values). NotFound where an object is gone, and where the
-    stage's plan has no such task."""
+    """Return the encoded input of a bundle's only task, as a worker receives it.
+
+    The input is inline JSON or references to objects (see protocol.values). Raise NotFound if an
+    object no longer exists, or if the stage's plan does not contain the task.
+    """
     inputs = Inputs(objects, patience)
     if bundle.source is None:
         await inputs.check(job, bundle)
@@ -236,7 +257,7 @@ async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Pa
 
 
 def describe(item: Json) -> str:
-    """An encoded input in a few words for a person."""
+    """Describe an encoded input in a few words."""
     kind = values.kind(item)
     if kind == "$file":
         return f"the file {item['name']} ({item['size']:,} bytes)"

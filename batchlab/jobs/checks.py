@@ -1,7 +1,7 @@
-"""The checks across keys: what no single value of a job file can tell.
+"""Checks that concern several keys of a job file.
 
-Invariant: a job file that passes names only stages, handlers, parameters and files that exist,
-and its stages form a graph without a cycle.
+Invariants: a valid job file names only existing stages, handlers, parameters, and files. Its stages
+form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A job with the folder that its relative paths start from."""
+    """Job and the folder of its relative paths."""
 
     job: JobSpec
     folder: Path
@@ -38,8 +38,10 @@ class Subject:
 
 
 def run(found: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
-    """Every problem of the checks whose places are sound; unless `needs_input`, the input may be
-    anywhere."""
+    """Return the problems of all checks whose keys are valid.
+
+    The input files need to exist only if `needs_input` is set.
+    """
     if found.whole is None:
         return []
     subject = Subject(found.whole, folder)
@@ -54,14 +56,14 @@ _OBJECT_URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*))?", re.DOTALL)
 
 
 def is_url(pattern: str) -> bool:
-    """Whether an input is an object store's URL instead of a local pattern."""
+    """Return whether an input is the URL of an object store and not a local pattern."""
     return "://" in pattern
 
 
 def bucket_and_key(url: str) -> tuple[str, str] | None:
     """Return the bucket and the key of s3://BUCKET/KEY, or None for any other text.
 
-    The scheme is s3 on every backend: BUCKET is the bucket of the grid.
+    The scheme is s3 on every backend. BUCKET is the bucket of the grid.
     """
     found = _OBJECT_URL.fullmatch(url)
     return (found[1], found[2] or "") if found else None
@@ -111,14 +113,14 @@ def _handlers(subject: Subject) -> Iterator[Problem]:
         if found := handler_lookup.missing(stage.python, subject.code):
             yield Problem((*loc, "python"), *found)
             if found[1] == handler_lookup.MEND:
-                # It is one mistake, however many stages use the module.
+                # Report a broken module once, even if several stages use it.
                 broken.add(module)
 
 
 def _placeholders(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
-            # Only the first argument is the program, which has a rule of its own.
+            # Only the first argument is the program, for which a special rule applies.
             for message in placeholders.check([argument] if i == 0 else ["program", argument]):
                 remedy = "Write a brace of your own twice, as in {{ and }}."
                 yield Problem((*loc, "command", i), message, remedy)
@@ -204,7 +206,7 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
         if pattern and paths.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
         yield Problem(loc, message, remedy)
-    # The first one will do: whoever has many has one reason for all.
+    # Report only the first one. Several such names usually have the same reason.
     unfit = next((path for path in found if paths.unfit(path.name)), None)
     if unfit is not None:
         message = f"The name of the input file {str(unfit)!r} {paths.unfit(unfit.name)}."
@@ -223,9 +225,9 @@ def _notify(subject: Subject) -> Iterator[Problem]:
 
 
 def notify_def(one: NotifySpec) -> NotifyDef:
-    """The target as the grid knows it."""
+    """Return the notification target in the form that the grid uses."""
     ways = (("webhook", one.webhook), ("sns", one.sns), (notifications.NAMED, one.target))
-    # A file without any is refused, after this has been made of it.
+    # The default is never used, because `_notify` refuses a target without an address.
     kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
     return NotifyDef(
         kind,

@@ -1,16 +1,11 @@
-"""The forms of single values in a job file: how each is written, checked and published.
+"""Types of single values in a job file, with their checks and their JSON Schema.
 
-Invariant: a form's JSON Schema accepts what its check accepts, and a refused value always comes
-with the forms that are accepted.
+Invariants: the JSON Schema of a type accepts the same values as its check. Each error lists the
+accepted forms.
 
-`notify` of a job file as a pydantic model: whom to tell of the job, and of which moments.
-
-Invariant: as in schema. No command can be written here: who submits a job must not run commands
-where the manager runs.
-
-The order of a job's stages: which follow which, and what is wrong with it.
-
-Invariant: stages without a problem here form a graph without a cycle.
+The module also contains the model of `notify` and the checks of the order of stages. A notification
+target of a job cannot be a command, because a user who submits jobs must not run commands on the
+manager's machine. Stages without a problem form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -41,7 +36,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
 MOST_TASKS = 10**12
-"""Of any count of tasks: more is a slip."""
+"""Limit for any number of tasks. A larger number is probably a typing error."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -50,7 +45,7 @@ _SHARE_PATTERN = r"^\d+(\.\d+)?\s*%$"
 
 
 def refusal(message: str, remedy: str) -> PydanticCustomError:
-    """An error of one field that brings its own sentence and remedy."""
+    """Return an error of one field with its own message and remedy."""
     return PydanticCustomError("refused", "{message}", {"message": message, "remedy": remedy})
 
 
@@ -151,7 +146,7 @@ def _auto(value: Any) -> Any:
 
 
 def one_or_many(value: Any) -> Any:
-    """A single text stands for a list of one."""
+    """Return a single text as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -212,8 +207,10 @@ def _ended() -> list[Moment]:
 
 
 class NotifySpec(BaseModel):
-    """Receiver of notifications about the job. Exactly one of `webhook`, `sns`, and `target` is
-    set."""
+    """Receiver of notifications about the job.
+
+    Exactly one of `webhook`, `sns`, and `target` is set.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -277,7 +274,7 @@ Notify = Annotated[
 
 
 class Staged(Protocol):
-    """What is looked at of a stage, in a job file or elsewhere."""
+    """Attributes of a stage that the checks need, in a job file or a scenario."""
 
     @property
     def name(self) -> str: ...
@@ -290,7 +287,7 @@ class Staged(Protocol):
 
 
 def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
-    """Names of the stages that the `stage`-th follows, the default filled in."""
+    """Return the names of the stages that a stage follows, including the default."""
     named = stages[stage].after
     if named is not None:
         return tuple(named)
@@ -298,7 +295,7 @@ def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
 
 
 def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Names that are there twice; the list of stages is at `at` in the file."""
+    """Yield a problem for each repeated name. `at` is the location of the list in the file."""
     first: dict[str, int] = {}
     for i, stage in enumerate(stages):
         if stage.name in first:
@@ -309,7 +306,7 @@ def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Stages to come after that there are not or that are listed later, and circles."""
+    """Yield problems of `after`: unknown stages, repeated or later stages, and cycles."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         for j, before in enumerate(stage.after or ()):
@@ -335,7 +332,7 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
-    """One circle in the direction of the data, its first stage repeated at the end."""
+    """Return one cycle in the direction of the data, with its first stage repeated at the end."""
     left = dict(before)
     while ready := [name for name, some in left.items() if not any(b in left for b in some)]:
         for name in ready:
@@ -349,7 +346,7 @@ def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def gathers(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Stages that gather nothing."""
+    """Yield a problem for each gather stage without an upstream stage."""
     for i, stage in enumerate(stages):
         if stage.gather is not None and not upstream(stages, i):
             message = f"Stage '{stage.name}' follows no stage, so it has nothing to gather."

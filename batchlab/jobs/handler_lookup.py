@@ -1,7 +1,7 @@
-"""Whether `module:function` exists, found out without running a line of the user's code.
+"""Lookup of `module:function` without running the user's code.
 
-Invariant: a handler that does not exist is refused before anything is queued; importing it here
-is not an option, since a job file must be safe to check and its imports may be heavy or missing.
+Invariant: a job whose handler does not exist is refused before anything is queued. Importing the
+module is not possible here. Checking a job file must be safe, and imports may be slow or missing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from batchlab.jobs import paths
 from batchlab.jobs.yaml_source import nearest
 
 MEND = "Mend the module."
-"""The remedy where the module is wrong, whichever of its functions is asked for."""
+"""Remedy for an invalid module, whichever of its functions is looked up."""
 
 
 def missing(handler: str, code: Path) -> tuple[str, str] | None:
-    """Why the handler cannot be called, as (sentence, remedy); None where it is there."""
+    """Return (message, remedy) if the handler does not exist, else None."""
     module, _, function = handler.partition(":")
     source = _in_folder(module, code)
     if source is None:
@@ -51,11 +51,11 @@ def _missing_installed(module: str, function: str, code: Path) -> tuple[str, str
         return f"The handler does not exist: {message}", remedy
     if spec.origin and spec.origin.endswith(".py"):
         return _missing_in(Path(spec.origin), module, function, code)
-    return None  # Compiled modules cannot be read; the worker finds out.
+    return None  # Compiled modules cannot be read. A missing function fails on the worker.
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """importlib.util.find_spec, but it would import the parents of a dotted name."""
+    """Find a module's spec like importlib.util.find_spec, which imports parent packages."""
     path: Sequence[str] | None = None
     spec: ModuleSpec | None = None
     parts = module.split(".")
@@ -68,7 +68,7 @@ def _find(module: str) -> ModuleSpec | None:
 
 
 def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    # The workers do not run in the folder where the job file was checked.
+    # Workers do not run in the folder in which the job file is checked.
     here = {"", str(Path.cwd())}
     for finder in sys.meta_path:
         is_path_finder = path is None and finder is PathFinder
@@ -84,7 +84,7 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
         names = set(_names(source, code, set()))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        # The parser says MemoryError where its own stack has no room for the nesting.
+        # The parser raises MemoryError if the nesting exceeds its own stack.
         what = error.msg if isinstance(error, SyntaxError) else str(error) or "it nests too deeply"
         return f"{source.name}{line} cannot be read as Python: {what}.", MEND
     if function in names or _ANY in names:
@@ -101,9 +101,9 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 READ_BYTES = 1024 * 1024
-"""Of a module; a larger one is data, and to parse it takes some hundred times its size."""
+"""Larger modules are not parsed. Parsing takes about a hundred times the size in memory."""
 _ANY = "*"
-"""Stands for names that only running the module could tell."""
+"""Represents names that only running the module could reveal."""
 
 
 def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
         yield _ANY
         return
     with warnings.catch_warnings():
-        # Python warns of old escapes while it parses; that is between the module and its author.
+        # Hide Python's warnings about outdated escapes. They concern only the author of the module.
         warnings.simplefilter("ignore")
         tree = ast.parse(source.read_bytes(), filename=str(source))
     for node in _statements(tree.body):
@@ -146,7 +146,7 @@ def _starred(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) ->
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run in the module's own scope, those inside if, try and with too."""
+    """Yield the statements of the module's own scope, including those in if, try, and with."""
     for node in body:
         yield node
         if not isinstance(node, _SCOPES):

@@ -1,7 +1,7 @@
-"""Loading a job file, and turning it into the job that the grid runs.
+"""Loading of a job file, and its conversion into the job that the grid runs.
 
-Invariant: a JobFile has passed every check; what is made from it depends on nothing but its
-content, the files it names and the arguments.
+Invariants: a JobFile has passed every check. Only its content, its files, and the arguments
+determine the resulting job.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ _TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
 
 @dataclass(frozen=True, slots=True)
 class JobFile:
-    """A job file that has passed every check, its paths absolute and its parameters final."""
+    """Job file that has passed every check, with absolute paths and final parameters."""
 
     path: Path
     job: JobSpec
     code: Path
-    """The folder of the user's code."""
+    """Folder of the user's code."""
     params: Mapping[str, Json]
-    """The parameters, overrides applied."""
+    """Parameters with the overrides applied."""
     files: tuple[Path | str, ...]
-    """The input in task order: local files, and S3 URLs as they were written."""
+    """Input in task order: local files, and S3 URLs as they were written."""
 
     def input_files(self) -> list[Path | str]:
-        """The input in task order: local files, and S3 URLs as they were written."""
+        """Return the input in task order: local files, and S3 URLs as they were written."""
         return list(self.files)
 
     @property
     def urls(self) -> list[str]:
-        """What of the input lies in S3, as it was written."""
+        """S3 URLs of the input, as they were written."""
         return [file for file in self.files if isinstance(file, str)]
 
     def name_of(self, file: Path) -> str:
-        """A local input file's name relative to the job file, with "/" on every system."""
+        """Return a local input file's name relative to the job file, with "/" on every system."""
         return Path(os.path.relpath(file, self.path.parent)).as_posix()
 
 
 def load(
     path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True
 ) -> JobFile:
-    """Read and check the job file at `path`, its parameters replaced by `overrides` (`--set`).
+    """Read and check the job file at `path`.
 
-    Unless `needs_input`, its input files need not be there. JobFileErrors with every mistake there
-    is. Nothing of the user's code is run.
+    `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is
+    set. Raise JobFileErrors with all mistakes. The function does not run the user's code.
     """
     path = paths.absolute(path)
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
@@ -101,8 +101,11 @@ def compile_job(
     input_keys: Sequence[str],
     submitted_s: float,
 ) -> JobDef:
-    """The job as the grid runs it. `input_keys` are the objects that hold the input files, in
-    their order; a start time such as `+10m` counts from `submitted_s` (epoch seconds)."""
+    """Return the job in the form that the grid runs.
+
+    `input_keys` are the objects with the input files, in order. A start time such as `+10m` counts
+    from `submitted_s` (epoch seconds).
+    """
     job = jobfile.job
     most = job.failure.max_failures
     return JobDef(
@@ -128,8 +131,11 @@ def compile_job(
 
 
 def source_digest(jobfile: JobFile, code_digest: str) -> str:
-    """A sha256 that is the same as long as running the job again would do the same: its content,
-    parameters, code, and name, size and time of each input file."""
+    """Return a sha256 that changes if a new run of the job could have other results.
+
+    It covers the job's content, parameters, and code, and the name, size, and time of each input
+    file.
+    """
     facts: list[Json] = []
     for file in jobfile.files:
         if isinstance(file, Path):
@@ -137,7 +143,7 @@ def source_digest(jobfile: JobFile, code_digest: str) -> str:
             facts.append([jobfile.name_of(file), stat.st_size, stat.st_mtime_ns])
         else:
             facts.append([file])
-    # What it may cost, when a schedule runs it, and who is told of it, is nothing that it does.
+    # These keys do not affect the results.
     apart = {"max_cost", "cron", "timezone", "notify"}
     content = jobfile.job.model_dump(mode="json", exclude=apart)
     whole = [content, dict(jobfile.params), code_digest, facts]
@@ -155,7 +161,7 @@ def _override(
             problems.append(Problem(None, f"--set {key}: there is no parameter '{key}'.", remedy))
             continue
         try:
-            # Where the default is text, 007 stays 007.
+            # If the default is text, keep the value as text: 007 stays 007.
             as_text = isinstance(declared[key], str)
             params[key] = yaml_source.plain_text(text) if as_text else yaml_source.scalar(text)
         except yaml_source.ScalarRefused as refused:
@@ -174,7 +180,7 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
 
 
 def task_size(job: JobSpec) -> int:
-    """What one task gets: lines, bytes or items."""
+    """Return the amount of input for one task, in lines, bytes, or items."""
     size = job.input.size
     return _TASK_SIZES[job.input.split] if size is None else units.size_bytes(size)
 
@@ -197,7 +203,7 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
 
 
 def retry_rule(retry: RetrySpec) -> RetryRule:
-    """The rule that a stage's `retry` means."""
+    """Return the retry rule of a stage's `retry`."""
     return RetryRule(
         attempts=retry.attempts,
         backoff_s=retry.backoff,

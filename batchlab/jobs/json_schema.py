@@ -11,12 +11,15 @@ from batchlab.jobs.schema import JobSpec
 
 
 def json_schema() -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of the job file, for editors."""
+    """Return the JSON Schema (draft 2020-12) of the job file, for editors."""
     return schema_of(JobSpec, "batchlab job file")
 
 
 def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
-    """JSON Schema (draft 2020-12) of a file that is a `model`; its parts under their titles."""
+    """Return the JSON Schema (draft 2020-12) of a `model`.
+
+    Its definitions use the models' titles.
+    """
     schema: dict[str, Json] = _plain(model.model_json_schema())
     text = json.dumps(schema)
     for name, part in schema["$defs"].items():
@@ -29,8 +32,11 @@ def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
 
 
 def _plain(schema: Json) -> Json:
-    """`schema` without what pydantic adds by itself: null where a key may be left out, which a
-    job file may not write, and titles that repeat the key."""
+    """Return `schema` without two additions of pydantic.
+
+    These are titles that repeat the key, and null as the default of an optional key. A job file
+    cannot contain null.
+    """
     if isinstance(schema, list):
         return [_plain(one) for one in schema if one != {"type": "null"}]
     if not isinstance(schema, dict):

@@ -1,7 +1,7 @@
-"""Local paths of a job file: where they lead, and what a pattern matches.
+"""Local paths of a job file, and the files that match a pattern.
 
-Invariant: symbolic links stay as they were written, and no name, however odd, makes a look-up
-raise: what cannot be looked at is not there. A look-up ends, whichever way links lead.
+Invariants: symbolic links are not resolved. A lookup never raises an error, whatever the name is. A
+path that cannot be accessed counts as missing. A lookup always ends, even if links form a cycle.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from batchlab.core.object_names import CONTROL, STAGED
 
 
 def absolute(path: Path) -> Path:
-    """`path` from the root and without `..`."""
+    """Return `path` as an absolute path without `..`."""
     return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a file that can be looked at."""
+    """Return whether `path` is an accessible file."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for a name that is too long
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder that can be looked at."""
+    """Return whether `path` is an accessible folder."""
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
 
 
 def unfit(name: str) -> str | None:
-    """Why no object can have `name` as the end of its key, as the end of a sentence."""
+    """Return why an object's key cannot end in `name`, as the end of a sentence, or None."""
     if CONTROL.search(name):
         return "holds a control character"
     if STAGED.search(name):
@@ -45,9 +45,9 @@ def unfit(name: str) -> str | None:
 
 
 def matches(pattern: str, folder: Path) -> list[Path]:
-    """The files that `pattern` names, seen from `folder`, sorted by path.
+    """Return the files that match `pattern` in `folder`, sorted by path.
 
-    A file of exactly that name comes before any meaning of `[` or `*`.
+    A file with exactly this name takes precedence over the meaning of `[` and `*`.
     """
     start = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
@@ -55,17 +55,16 @@ def matches(pattern: str, folder: Path) -> list[Path]:
     names = set(_expand(folder, start, parts)) if parts else set()
     found = [absolute(folder / name) for name in sorted(names) if is_file(folder / name)]
     if is_file(folder / pattern) and absolute(folder / pattern) not in found:
-        # Its name has brackets or the like, which are meant as they are.
+        # The name contains brackets or similar characters, which are literal here.
         return [absolute(folder / pattern)]
     return found
 
 
 def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
-    """What `parts` match in `place`, which is "" or ends in a slash, and like the answers is seen
-    from `folder`.
+    """Yield the matches of `parts` in `place`. All paths are relative to `folder`.
 
-    Part by part, for a "**" of glob's own follows links in circles, and Path.glob takes hidden
-    files.
+    `place` is "" or ends in a slash. The function expands one part at a time. The "**" of `glob`
+    follows links in cycles, and Path.glob includes hidden files.
     """
     first, rest = parts[0], parts[1:]
     if first == "**":
@@ -81,14 +80,16 @@ def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _folders(folder: Path, place: str) -> Iterator[str]:
-    """`place` and every folder below it that is not hidden, each once, however many links lead
-    there: by a path without links where it has one."""
+    """Yield `place` and every folder below it that is not hidden, each once.
+
+    If links lead to the same folder, the path without links is used if it exists.
+    """
     seen: set[tuple[int, int]] = set()
     waiting, linked = deque([place]), deque[str]()
     while waiting or linked:
         here = waiting.popleft() if waiting else linked.popleft()
-        with suppress(OSError):  # what cannot be looked at is not there
-            info = os.stat(folder / here)  # noqa: PTH116 - as the listing below
+        with suppress(OSError):  # skip folders that cannot be accessed
+            info = os.stat(folder / here)  # noqa: PTH116 - like os.scandir below
             if (info.st_dev, info.st_ino) in seen:
                 continue
             seen.add((info.st_dev, info.st_ino))

@@ -1,7 +1,7 @@
-"""What results refer to: their files, written below a folder, and their large values, read.
+"""Files and large values of results: files are written to a folder, and values are read.
 
-Invariant: a file lands in the folder of its own task, whatever it is called, and nothing is read
-beyond what was granted (`Within`).
+Invariants: a file is written to the folder of its own task, whatever its name is. Nothing is read
+beyond the granted limits (`Within`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from batchlab.core.task_context import name_problem
 from batchlab.core.text import size
 
 VALUES_AT_ONCE = 16
-"""Results whose files and large values are fetched at the same time."""
+"""Results whose files and large values are fetched concurrently."""
 _DEEPEST = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _BY_PIECES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _WRITTEN = 4
-"""So many times what was read of one result it may be when it is written."""
+"""Limit for the size of a written result, as a multiple of `Within.value_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """What a fetch may take, for who fetches what somebody else's tasks have written.
+    """Limits of a fetch, for results that other users' tasks have written.
 
-    `claim` hears of bytes before they are on the disk, and raises where that is too much.
-    `value_bytes` is what of one result is no file, all of it together; `remedy` what to do where
-    it is more.
+    `claim` is called before bytes are written to the disk, and raises an error if they are too
+    many. `value_bytes` limits the total size of one result without its files. `remedy` is the
+    remedy if the result is larger.
     """
 
     claim: Callable[[int], None]
@@ -45,14 +45,14 @@ class Within:
     remedy: str
 
     async def read(self, objects: Objects, key: str, most_bytes: int, patience: Patience) -> bytes:
-        """An object of that size at the most; UsageError where it is larger."""
+        """Return an object of at most `most_bytes`. Raise UsageError if it is larger."""
         data = await patience(partial(objects.get_range, key, 0, most_bytes + 1))
         if len(data) > most_bytes:
             raise self.too_large(most_bytes)
         return data
 
     def too_large(self, most_bytes: int | None = None) -> UsageError:
-        """For who refuses a result."""
+        """Return the error for a result that is too large."""
         most = size(self.value_bytes if most_bytes is None else most_bytes)
         return UsageError(
             f"One of the results is larger than {most}, without being a file.", remedy=self.remedy
@@ -60,9 +60,9 @@ class Within:
 
 
 def plain(encoded: Json, found: Mapping[str, Json]) -> Json:
-    """The value as its author wrote it, with `found` in the place of references.
+    """Return the value as the task returned it, with references replaced by `found`.
 
-    A pickled object stays as it is: reading it would run code, and JSON has no place for it.
+    A pickled object stays encoded. Reading it would run code, and JSON cannot represent it.
     """
     if type(encoded) is list:
         return [plain(one, found) for one in encoded]
@@ -83,7 +83,10 @@ def _id(reference: Json) -> str:
 
 @dataclass(slots=True)
 class Files:
-    """Fetches what results refer to; a file is named after its stage, task and own name."""
+    """Fetcher of the objects to which results refer.
+
+    A file's path consists of its stage, its task, and its own name.
+    """
 
     objects: Objects
     out: Path
@@ -93,17 +96,25 @@ class Files:
     count: int = 0
     size_bytes: int = 0
     value_bytes: int = 0
-    """Of large values, which are in the stage's file and in none of their own."""
+    """Bytes of large values.
+
+    They are part of the stage's file and do not have files of their own.
+    """
     limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
 
     async def local(self, stage: str, task: int, value: Json) -> Json:
-        """The result with its large values in place, and paths relative to `out` for its files."""
+        """Return the result with its large values, and with paths relative to `out` for
+        its files.
+        """
         left = _Left(self.within.value_bytes if self.within else 0)
         return await self._value(value, Names(f"files/{stage}/{task}"), left, _DEEPEST)
 
     def line(self, doc: Json) -> str:
-        """JSON of what has large values in place. Each was read once and may stand in many places,
-        so what it comes to is known only as it is written; UsageError where that is too much."""
+        """Return a line of JSON with the large values in place.
+
+        A value is read once but may occur in several places, so its written size is known only
+        while it is written. Raise UsageError if it is too large.
+        """
         if self.within is None:
             return json_format.dumps(doc) + "\n"
         pieces: list[str] = []
@@ -116,7 +127,7 @@ class Files:
         return "".join((*pieces, "\n"))
 
     def claim(self, size_bytes: int) -> None:
-        """Say that so many bytes are about to be written; raises where that is too much."""
+        """Announce that bytes will be written. An error is raised if they are too many."""
         if self.within:
             self.within.claim(size_bytes)
 
@@ -160,14 +171,17 @@ class Files:
                 else:
                     get = partial(self.objects.download, reference["$file"], path)
                     size_bytes = await self.patience(get)
-            # Not `+= await`, which would add to what the sum was before the wait.
+            # `+=` with await would use the value that the sum had before the wait.
             self.size_bytes += size_bytes
             self.count += 1
         return name
 
     async def _told(self, reference: Json) -> int:
-        """How large a file is; what is not there is told by who reads it. Not by what the reference
-        says of it: anybody who may write outcomes may have written that."""
+        """Return the size of a file, or 0 if it does not exist. The later download then fails.
+
+        The size in the reference is not trusted, because every writer of outcomes may have written
+        it.
+        """
         whole = await self.patience(
             partial(self.objects.head, reference.get("$file") or reference["$part"])
         )
@@ -189,40 +203,41 @@ class Files:
                     piece = await self.patience(get)
                     size_bytes += file.write(piece)
                     if not piece:
-                        break  # behind its end, wherever the reference says that is
+                        break  # the reference ends beyond the end of the object
         return size_bytes
 
 
 @dataclass(slots=True)
 class _Left:
-    """What one result's large values may still have, where they are limited."""
+    """Remaining bytes for the large values of one result, if they are limited."""
 
     value_bytes: int
 
 
 class Names:
-    """Names within one task's folder: safe, and none the same as or inside of another."""
+    """Safe file names in one task's folder. No name equals another one or is inside another one."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._known: dict[str, str] = {}
         self._taken: set[str] = set()
-        """Names and the folders they lie in; folded, since some file systems do so."""
+        """Names and their folders in case-folded form, because some file systems ignore case."""
 
     def of(self, reference: Json) -> tuple[str, bool]:
-        """The path of the file that `reference` stands for, and whether it is new."""
+        """Return the path of the referenced file, and whether it is new."""
         key = _id(reference)
         if key in self._known:
             return self._known[key], False
         name = str(reference["name"])
         if name_problem(name):
-            # Never trusted: an outcome may have been written by anybody who may write outcomes.
+            # Do not trust the name. Every writer of outcomes may have written it.
             last = name.replace("\\", "/").rpartition("/")[2]
             name = "file" if name_problem(last) else last
         number, free = 1, name
         while self._clashes(free):
             number += 1
-            free = f"{number}-{name}"  # before all of it: the clash may be of its folder
+            # change the first part, because the folder may be the cause of the conflict
+            free = f"{number}-{name}"
         parts = free.casefold().split("/")
         self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
         self._taken.add("/".join(parts))

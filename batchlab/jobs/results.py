@@ -1,7 +1,8 @@
-"""A job's results, fetched into a folder of the user's.
+"""Download of a job's results into a folder.
 
-Invariant: nothing is written outside of that folder, whatever a result is called; a file of
-results is there whole or not at all, its lines in task order; memory does not grow with the job.
+Invariants: nothing is written outside this folder, whatever the names of results are. A results
+file is written completely or not at all, with its lines in task order. Memory use does not grow
+with the job.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from batchlab.jobs.result_files import VALUES_AT_ONCE, Files, Within, plain
 
 OUTCOMES_AT_ONCE = 8
 LIMITED_AT_ONCE = 2
-"""Outcomes and results that are in memory together where they are within limits."""
+"""Outcomes and results that are in memory at the same time if the fetch is limited."""
 
 Progress = Callable[[int, int], None]
-"""Hears of outcomes read, of how many."""
+"""Callback with the number of outcomes read and the total number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One outcome as the manager lists it; `tasks` are those that succeeded in it."""
+    """Outcome as the manager lists it. `tasks` contains the tasks that succeeded."""
 
     stage: str
     key: str
@@ -49,7 +50,10 @@ class Listed:
 
 
 def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
-    """All outcomes of a job that there are by now; `page` gives those after a seq, or the first."""
+    """Return all outcomes that the job has now.
+
+    `page` returns those after a seq, or the first ones.
+    """
     found: list[Listed] = []
     after: int | None = None
     while some := page(after)["outcomes"]:
@@ -60,8 +64,10 @@ def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was written: results by stage, and the files they refer to. `read_bytes` is all that was
-    read from the bucket for it."""
+    """Summary of a fetch: results by stage, and the files to which they refer.
+
+    `read_bytes` is the number of bytes read from the bucket.
+    """
 
     folder: Path
     results: Mapping[str, int]
@@ -71,7 +77,7 @@ class Fetched:
 
 
 def final_stages(job: JobDef) -> list[StageName]:
-    """The stages that nothing comes after."""
+    """Return the stages that no other stage follows."""
     followed = {name for stage in job.stages for name in stage.after}
     return [stage.name for stage in job.stages if stage.name not in followed]
 
@@ -87,11 +93,12 @@ async def fetch(
     progress: Progress | None = None,
     within: Within | None = None,
 ) -> Fetched:
-    """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…` and `out/summary.json`.
+    """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…`, and `out/summary.json`.
 
-    `view` is the job as the manager shows it, `listing` all of its outcomes. No `stages` means the
-    final ones. What an earlier fetch of these stages has left in `out` is replaced. UsageError for
-    a stage that there is not, for a folder that cannot be written, and where it is not `within`.
+    `view` is the job as the manager shows it, and `listing` contains all of its outcomes. Without
+    `stages`, the final stages are fetched. The files of an earlier fetch of these stages are
+    replaced. Raise UsageError for an unknown stage, for a folder that cannot be written, and for
+    results that exceed `within`.
     """
     job = await definition(objects, JobId(view["id"]), patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
@@ -141,13 +148,15 @@ def _write_summary(view: JobView, fetched: Fetched) -> None:
 
 
 def _make_room(out: Path, stages: Iterable[StageName]) -> None:
-    """Make the folder, and remove the files of an earlier fetch: they may be of more tasks.
+    """Create the folder and remove the files of an earlier fetch, which may have had more tasks.
 
-    Only where a summary says that they are ours: the folder is the user's.
+    Files are removed only if a summary proves that a fetch wrote them, because the folder is the
+    user's.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
-        # Never where the user has files: as a part of some job's code they must be found.
+        # Mark only an empty folder. A job's code may include the folder, and the user's files in it
+        # must not be skipped.
         (out / object_keys.MADE).touch()
     try:
         known = json.loads((out / "summary.json").read_text())["results"]
@@ -160,7 +169,7 @@ def _make_room(out: Path, stages: Iterable[StageName]) -> None:
 
 @dataclass(slots=True)
 class _Steps:
-    """Counts outcomes as they are read, and their bytes."""
+    """Progress of a fetch: the outcomes that were read, and their bytes."""
 
     of: int
     tell: Progress | None
@@ -178,8 +187,10 @@ class _Steps:
 
 
 def of_stage(stage: StageName, listing: Iterable[Listed]) -> list[Listed]:
-    """The outcomes of a stage that hold results, by task. The manager lists none that a retry has
-    made void."""
+    """Return the outcomes of a stage that contain results, sorted by task.
+
+    The manager does not list outcomes that a retry made void.
+    """
     found = [one for one in listing if one.stage == stage and one.tasks]
     return sorted(found, key=lambda one: one.tasks.first)
 
@@ -191,8 +202,10 @@ async def in_task_order(
     read: Callable[[int], None] = lambda _: None,
     within: Within | None = None,
 ) -> AsyncIterator[tuple[int, Json]]:
-    """(task, encoded result) of the outcomes of `of_stage`; `read` hears of each outcome's
-    bytes."""
+    """Yield (task, encoded result) for the outcomes of `of_stage`, in task order.
+
+    `read` is called with the size of each outcome in bytes.
+    """
     held: list[tuple[int, Json]] = []
     fetching: deque[asyncio.Task[tuple[Outcome, int]]] = deque()
     coming = iter(outcomes)
@@ -207,8 +220,8 @@ async def in_task_order(
             read(read_bytes)
             for pair in zip(outcome.succeeded, outcome.values, strict=True):
                 heapq.heappush(held, pair)
-            # What was tried again lies within the range of an earlier bundle: what is still to
-            # come begins at the next one's first task, so all before that is complete.
+            # Retried tasks are within the range of an earlier bundle. All later results start at
+            # the first task of the next outcome, so the results before it are complete.
             rest = outcomes[number + 1 : number + 2]
             while held and (not rest or held[0][0] < rest[0].tasks.first):
                 yield heapq.heappop(held)
@@ -236,7 +249,7 @@ async def _drop(tasks: Iterable[asyncio.Task[object]]) -> None:
 
 
 async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], files: Files) -> int:
-    """Write one stage's lines; answers how many."""
+    """Write the results of one stage and return their number."""
     staged = files.out / f".{stage}.jsonl.part"
     waiting: deque[tuple[int, Json | asyncio.Task[Json]]] = deque()
     most = LIMITED_AT_ONCE if files.within else VALUES_AT_ONCE
@@ -256,7 +269,7 @@ async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], fil
         with staged.open("w", encoding="utf-8") as file:
             async for task, value in results:
                 count += 1
-                # No coroutine for a plain value: there may be millions of them.
+                # Avoid a coroutine for plain values, because there may be millions of them.
                 is_plain = next(values.references(value), None) is None
                 waiting.append(
                     (task, plain(value, {}))

@@ -1,7 +1,7 @@
-"""The job file as pydantic models: what each key means, its unit, its default.
+"""Job file as pydantic models: the meaning, unit, and default of each key.
 
-Invariant: the published JSON Schema, the reference page and the checks all come from these
-models, so that they cannot disagree.
+Invariant: the published JSON Schema, the reference page, and the checks all use these models, so
+they cannot disagree.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from batchlab.jobs.validation import Shape
 from batchlab.jobs.yaml_source import Loc, lies
 
 RetryKind = Literal["exception", "exit", "timeout", "memory", "crash", "input"]
-"""Kinds of failure that another try can mend."""
+"""Kinds of failure for which a retry can help."""
 
 _RULE = RetryRule()
 
 
 def rule_of(value: Any) -> Any:
-    """A number alone is the number of tries."""
+    """Return a plain number as a mapping with this number of attempts."""
     if isinstance(value, int) and not isinstance(value, bool):
         return {"attempts": value}
     if isinstance(value, dict | RetrySpec):
@@ -51,7 +51,7 @@ def _group(value: Any) -> Any:
 
 
 class Keys(BaseModel):
-    """A mapping of the file: no other keys, and no value taken for another."""
+    """Mapping of the file. It refuses other keys and does not convert values."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -93,9 +93,11 @@ class InputSpec(Keys):
 
 
 class RetrySpec(Keys):
-    """When and how often a failed task is tried again. A plain number means `attempts`. The loss of
-    a worker (a crash of the machine, a Spot interruption, scale-in) does not count as an
-    attempt."""
+    """When and how often a failed task is tried again. A plain number means `attempts`.
+
+    The loss of a worker (a crash of the machine, a Spot interruption, scale-in) does not count as
+    an attempt.
+    """
 
     attempts: int = Field(
         default=_RULE.attempts,
@@ -153,7 +155,7 @@ class RetrySpec(Keys):
     )
 
 
-# What the stages and jobs of a scenario have in common with these.
+# The following types are also used by the stages and jobs of a scenario.
 StageName = Annotated[
     field_types.Name,
     Field(
@@ -218,15 +220,17 @@ Priority = Annotated[
 
 
 class ResourcesSpec(Keys):
-    """Resources of its worker that one task needs."""
+    """Resources of the worker that one task needs."""
 
     slots: Slots = 1
     memory: Memory = None
 
 
 class GatherSpec(Keys):
-    """Fan-in: `gather: all` creates one task for all results; this mapping creates one task for
-    each group."""
+    """Fan-in of the upstream results.
+
+    `gather: all` creates one task for all results. This mapping creates one task for each group.
+    """
 
     by: Annotated[str, BeforeValidator(_group)] = Field(
         min_length=1,
@@ -370,7 +374,7 @@ class JobSpec(Keys):
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:
-        """Names of the stages that the `stage`-th follows, the default filled in."""
+        """Return the names of the stages that a stage follows, including the default."""
         return field_types.upstream(self.stages, stage)
 
 
@@ -384,7 +388,7 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     ("failure",): FailureSpec,
     ("notify", "*"): NotifySpec,
 }
-"""Every model by the place of its mapping in the file; "*" is any index."""
+"""All models by the location of their mapping in the file. "*" stands for any index."""
 
 SHAPE = Shape(
     JobSpec,
@@ -413,5 +417,5 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Whether a scalar at `loc` is text however it is written: 2024 is a good name."""
+    """Return whether a scalar at `loc` is always text. For example, 2024 is a valid name."""
     return lies(loc, _TEXT_PLACES)

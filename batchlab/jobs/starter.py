@@ -1,6 +1,6 @@
-"""A small job that runs at once: what `batchlab init` writes into an empty folder.
+"""Small job that runs immediately. `batchlab init` writes it into an empty folder.
 
-Invariant: it passes `load` as it stands, and its handlers need nothing but Python.
+Invariant: the job passes `load` unchanged, and its handlers need only Python.
 """
 
 from __future__ import annotations
@@ -83,5 +83,5 @@ C-0012,TX,133.00
 
 
 def starter() -> dict[str, str]:
-    """The files of the starter job: name, relative with "/", and text."""
+    """Return the files of the starter job: relative name with "/", and text."""
     return {"job.yaml": JOB, "handlers.py": HANDLERS, "data/claims.csv": CLAIMS}

@@ -1,6 +1,6 @@
-"""From a job file to a job the grid can run: code and raw data go to the bucket first.
+"""Submission of a job file: upload of its code and input, and creation of the job.
 
-Invariant: payload before pointer. When the manager hears of a job, all that it names is there.
+Invariant: everything that a job names is in the bucket before the manager receives the job.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from batchlab.jobs.job_file import JobFile, compile_job
 from batchlab.worker import code_cache
 
 RAW = "raw/"
-"""Where a worker may read a job's input, on AWS and so everywhere."""
+"""Prefix of the input in the bucket. Workers on AWS may read only below it."""
 UPLOADS_AT_ONCE = 16
 MANY_FILES = 1000
-"""A job with more input files names the folder that they are uploaded to: the files' keys would
-make its definition, which is read again and again, as long as their list."""
+"""Above this number of input files, the job names only the folder of the uploaded files.
+
+With all keys, the job's definition would be as long as their list, and it is read very often.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """Progress of an upload: files done, of how many, and bytes so far."""
+    """Progress of an upload: finished files, all files, and bytes so far."""
 
     files: int
     of: int
@@ -41,8 +43,10 @@ class Uploaded:
 
 
 def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes, str]:
-    """The code folder as a zip, without the input that may lie in it, and its sha256; UsageError
-    where it is more than that, or than what workers take."""
+    """Return the code folder as a zip without the job's input, and its sha256.
+
+    Raise UsageError if it exceeds `most_bytes` or the limit of the workers.
+    """
     data = code_cache.pack(
         jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes
     )
@@ -50,7 +54,7 @@ def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes,
 
 
 def refuse_recurring(jobfile: JobFile) -> None:
-    """UsageError where the job file asks for a schedule."""
+    """Raise UsageError if the job file contains a schedule."""
     if jobfile.job.cron is not None:
         raise UsageError(
             f"{jobfile.path.name} says cron: it is to run again and again, and not once.",
@@ -72,12 +76,14 @@ async def prepare(
     keys: Sequence[str] | None = None,
     recurring: bool = False,
 ) -> JobDef:
-    """Upload the code and the raw data of `jobfile`; the job to submit, or where it is `recurring`
-    the one that a schedule runs.
+    """Upload the code and the input of `jobfile`, and return the job to submit.
 
-    `packed` is `code_digest(jobfile)` where it is at hand. Uploading the same again is harmless.
-    `bucket` is what job files call the bucket by; empty, no input can lie in it already. With
-    `keys` no input is uploaded, nor looked for: it is these objects, or those below these prefixes.
+    With `recurring`, the result is the job that a schedule runs. `packed` is the result of
+    `code_digest(jobfile)` if it is known. A repeated upload is harmless.
+
+    `bucket` is the grid's bucket as job files name it. If it is empty, the input cannot be in the
+    bucket. With `keys`, the input is these objects, or the objects below these prefixes. It is then
+    neither uploaded nor checked.
     """
     if not recurring:
         refuse_recurring(jobfile)
@@ -87,7 +93,8 @@ async def prepare(
             await _look(objects, key, patience)
     data, digest = packed or code_digest(jobfile)
     code_key = object_keys.code(digest)
-    with suppress(AlreadyExists):  # named by its content, so what is there is the same
+    # the key is a hash of the content, so an existing object is the same
+    with suppress(AlreadyExists):
         await patience(lambda: objects.put(code_key, data, if_absent=True))
     job_id = object_keys.job_id(jobfile.job.name, token)
     if keys is None:
@@ -102,11 +109,11 @@ async def prepare(
     )
 
 
-# --- Input that lies in the bucket ---------------------------------------------------------------
+# --- Input in the bucket -------------------------------------------------------------------------
 
 
 def check_input(jobfile: JobFile) -> None:
-    """UsageError for input in a bucket that is none of the grid's, whatever that is called."""
+    """Raise UsageError for URLs that no grid can read as input, whatever its bucket's name is."""
     urls = jobfile.urls
     if urls and len(urls) < len(jobfile.files):
         raise UsageError(
@@ -118,7 +125,10 @@ def check_input(jobfile: JobFile) -> None:
 
 
 def check_key(shown: str, key: str) -> None:
-    """UsageError for a key or prefix, `shown` as it was written, that no job's input can have."""
+    """Raise UsageError for a key or prefix that cannot be a job's input.
+
+    `shown` is the key as the user wrote it.
+    """
     parts = key.removesuffix("/").split("/")
     if not key.startswith(RAW) or {"", ".", ".."} & set(parts):
         raise UsageError(
@@ -132,8 +142,11 @@ def check_key(shown: str, key: str) -> None:
 
 
 def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
-    """Keys, and prefixes that end in a slash, of the grid's own `bucket` that are the job's input;
-    None where files are to be uploaded. UsageError for what is not there to be read."""
+    """Return the keys and prefixes in the grid's `bucket` that are the job's input.
+
+    A prefix ends in a slash. Return None if the input consists of local files. Raise UsageError if
+    the grid cannot read the input.
+    """
     check_input(jobfile)
     urls = jobfile.urls
     if not urls:
@@ -157,7 +170,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             "are uploaded.",
         )
     keys = [_parts(url)[1] for url in urls]
-    # What lies below a prefix too is taken once.
+    # Drop keys below one of the prefixes, so that each object is used once.
     wider = [key for key in keys if key.endswith("/")]
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
 
@@ -165,8 +178,11 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
 async def contents(
     objects: Objects, keys: Sequence[str], patience: Patience
 ) -> tuple[str, list[str]]:
-    """A sha256 of names, sizes and ETags of the objects that `keys` mean, and the keys of up to
-    MANY_FILES objects, else `keys` as they are; UsageError where one means none."""
+    """Return a sha256 of the input objects, and their keys.
+
+    The hash covers names, sizes, and ETags. If there are more than MANY_FILES objects, `keys` is
+    returned unchanged. Raise UsageError if a key or prefix matches no object.
+    """
     digest = hashlib.sha256()
     found: list[str] = []
 
@@ -186,7 +202,7 @@ async def _look(
     patience: Patience,
     note: Callable[[ObjectInfo], None] | None = None,
 ) -> None:
-    """Tell `note` of each object that `key` means; without, see whether there is one."""
+    """Call `note` for each object that `key` means. Without `note`, check that one exists."""
     is_empty = True
     async for page in _pages(objects, key, patience):
         is_empty = False
@@ -206,13 +222,13 @@ async def _look(
 async def _pages(
     objects: Objects, key: str, patience: Patience
 ) -> AsyncIterator[Sequence[ObjectInfo]]:
-    """The objects that a key or prefix means, without any page that has none."""
+    """Yield pages of the objects that a key or prefix means, without empty pages."""
     if not key.endswith("/"):
         if info := await patience(partial(objects.head, key)):
             yield [info]
         return
     async for page in objects.list(key):
-        # The S3 console marks a folder by an empty object of that name.
+        # The S3 console represents a folder as an empty object with this name.
         if found := [info for info in page if not info.key.endswith("/")]:
             yield found
 
@@ -221,7 +237,7 @@ def _parts(url: str) -> tuple[str, str]:
     return bucket_and_key(url) or ("", "")
 
 
-# --- Input that is uploaded ----------------------------------------------------------------------
+# --- Uploaded input ------------------------------------------------------------------------------
 
 
 async def _upload(
@@ -235,7 +251,7 @@ async def _upload(
     digits = 9 if many else 7
     names = [f"{number:0{digits}d}/{path.name}" for number, path in enumerate(files)]
     if many:
-        # Another list of files has another folder, so that nothing else is ever found there.
+        # Use a separate folder for each list of files, so that the folder contains no other files.
         prefix += f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:16]}/"
     await _upload_all(list(zip(files, names, strict=True)), prefix, objects, progress)
     return [prefix] if many else [prefix + name for name in names]
@@ -254,7 +270,7 @@ async def _upload_all(
         nonlocal done, size_bytes
         for path, name in waiting:
             try:
-                # Not `+= await`, which would add to what the sum was before the wait.
+                # `+=` with await would use the value that the sum had before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
                 raise UsageError(
@@ -268,7 +284,7 @@ async def _upload_all(
             size_bytes += uploaded_bytes
             if progress:
                 progress(Uploaded(done, len(files), size_bytes))
-            # An upload may not wait for anything, and there may be a million.
+            # Let other tasks run. There may be a million uploads, and an upload may never wait.
             await asyncio.sleep(0)
 
     try:
@@ -276,5 +292,5 @@ async def _upload_all(
             for _ in range(min(UPLOADS_AT_ONCE, len(files))):
                 group.create_task(next_ones())
     except ExceptionGroup as several:
-        # One sentence for a person; the others end for the same reason, or by being cancelled.
+        # Report one error. The others have the same reason or are cancellations.
         raise several.exceptions[0] from several

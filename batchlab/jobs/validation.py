@@ -1,7 +1,7 @@
-"""From plain data to the validated models, with every mistake said in words of the file.
+"""Validation of plain data against models, with messages in the words of the file.
 
-Invariant: a key that is wrong does not hide the mistakes after it: the checks across keys still
-run on the rest, except those that depend on what is broken.
+Invariant: an invalid key does not hide later mistakes. The checks of several keys still run, except
+those that depend on an invalid key.
 """
 
 from __future__ import annotations
@@ -45,36 +45,44 @@ _PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[M]):
-    """What kind of file it is: the model of the whole, and what is needed to speak of it."""
+    """Kind of file: its model, and the words of its error messages."""
 
     model: type[M]
     what: str
-    """Such as "job file"."""
+    """Name of the kind of file, such as "job file"."""
     begin: str
-    """What to write where there is nothing yet."""
+    """Remedy for an empty file."""
     stand_ins: Mapping[str, Json]
-    """What stands, until the mistakes have been told, for a key that is missing."""
+    """Values that replace missing keys until all mistakes are reported."""
     free: frozenset[Loc] = frozenset()
-    """Mappings of the user's own, where a key may be without a value."""
+    """Mappings whose keys the user chooses. Such a key may be without a value."""
 
 
 @dataclass(slots=True)
 class Structure(Generic[M]):
-    """`whole` is None where too little is left to look at; `broken` are the places that were wrong
-    and that stand-ins or defaults fill."""
+    """Result of a validation.
+
+    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid
+    locations, which stand-ins or defaults now fill.
+    """
 
     whole: M | None = None
     problems: list[Problem] = field(default_factory=list)
     broken: list[Loc] = field(default_factory=list)
 
     def sound(self, *places: Loc) -> bool:
-        """Whether nothing was wrong at, around or inside any of `places` ("*": anywhere)."""
+        """Return whether nothing at, around, or inside `places` is invalid.
+
+        "*" stands for any part.
+        """
         return not any(_related(loc, place) for loc in self.broken for place in places)
 
 
 def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) -> Structure[M]:
-    """Check `data` against the models of `shape`; whatever is wrong is left out and reported,
-    except what lies at `refused`, which has been reported before."""
+    """Check `data` against the models of `shape`. Remove and report everything that is invalid.
+
+    Problems at the locations `refused` were reported before and are not reported again.
+    """
     found = Structure[M]()
     if not isinstance(data, dict):
         found.problems.append(Problem((), f"A {shape.what} is a mapping of keys.", shape.begin))
@@ -82,14 +90,14 @@ def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) 
     data = deepcopy(data)
     _drop_empty(data, (), found, refused, shape.free)
     reported = False
-    # Leaving out one value can uncover that a key is missing, hence the further looks.
+    # Repeat the validation, because removing a value can reveal that a key is missing.
     for _ in range(4):
         try:
             found.whole = shape.model.model_validate(data)
             break
         except ValidationError as error:
             details = error.errors(include_url=False)
-            # A key that is misspelt or has no value is told as that, not as missing too.
+            # Report a misspelled or empty key once, and not also as missing.
             known = {*found.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
             for one in details:
                 again = one["loc"] in (known if one["type"] == "missing" else refused)
@@ -112,7 +120,7 @@ def _drop_empty(
     refused: Collection[Loc | None],
     free: Collection[Loc],
 ) -> None:
-    """A key without a value is a slip, not a wish for the default."""
+    """Report keys without a value. A missing value is a mistake and does not mean the default."""
     if loc in free:
         return
     items = data.items() if isinstance(data, dict) else enumerate(data)
@@ -129,16 +137,16 @@ def _drop_empty(
 
 
 def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of `model` by the keys that the file has for them."""
+    """Return the fields of `model` by their keys in the file."""
     return {
         field.alias or name: field
         for name, field in model.model_fields.items()
-        if not field.exclude  # what a validator alone writes
+        if not field.exclude  # only a validator writes excluded fields
     }
 
 
 def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
-    """The model and key that `loc` is in, or the last such on the way there."""
+    """Return the model and the key of `loc`, or the last such pair on the way to it."""
     found: tuple[type[BaseModel], str] | None = None
     here: Any = shape.model
     for part in loc:
@@ -157,7 +165,7 @@ def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
 
 
 def _bare(annotation: Any) -> Any:
-    """`annotation` without its checks, and of several forms the one that has parts."""
+    """Return `annotation` without its checks. Among several forms, prefer the one with parts."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -172,7 +180,7 @@ def _is_model(one: Any) -> bool:
 
 
 def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
-    """The keys that there are where `loc` is."""
+    """Return the keys that are allowed at `loc`."""
     place = _place(shape, loc)
     return keys(place[0]) if place else {}
 
@@ -255,7 +263,7 @@ _BOUNDS = {
 
 def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:
     takes = f"it takes {_PATTERNS[pattern]}."
-    # pydantic places an error of a dict's key under "[key]".
+    # pydantic reports an error of a dict's key at "[key]".
     if is_key := loc[-1] == "[key]":
         loc = loc[:-1]
         name = str(loc[-2])
@@ -270,13 +278,13 @@ def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
     loc = error["loc"]
     if error["type"] != "extra_forbidden":
         return loc
-    # A misspelt key leaves the key it was meant for unset.
+    # A misspelled key leaves the intended key unset.
     meant = nearest(str(loc[-1]), _known(shape, loc))
     return (*loc[:-1], meant or loc[-1])
 
 
 def _mend(data: Any, error: ErrorDetails, stand_ins: Mapping[str, Json]) -> None:
-    """Take the faulty key out of `data`, or put a stand-in where one is missing."""
+    """Remove the invalid key from `data`, or insert a stand-in for a missing key."""
     owner: Any = None
     key: str | int = ""
     here = data

@@ -1,16 +1,11 @@
-"""A YAML text as plain data that remembers the line of every key and value.
+"""YAML text as plain data with the line of each key and value, and errors with these lines.
 
-Invariant: nothing in the text can run code, grow without bound or be overwritten silently (tags,
-alias bombs and repeated keys are refused), and a scalar means what YAML 1.2 says: `on` is a
-name and a date is text.
+Invariants: the text cannot run code, grow without a limit, or overwrite a key silently. Tags,
+nested aliases that multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so
+`on` is a name and a date is text.
 
-What is wrong with a job file or a scenario, collected so that one look shows every mistake.
-
-Invariant: each mistake is one sentence at one line, with a remedy.
-
-The text of a file that a person wrote, and the mistakes in it as errors.
-
-Invariant: whatever lies at the path, looking at it ends, and with one sentence.
+Each mistake becomes one sentence with its line and a remedy. All mistakes are reported at once.
+Reading a path always ends, even if the path is a device or a pipe.
 """
 
 from __future__ import annotations
@@ -30,11 +25,11 @@ from batchlab.core.errors import JobFileError
 from batchlab.core.model import Json
 
 Loc = tuple[str | int, ...]
-"""Where in the document: keys and list indices from the root."""
+"""Location in the document: keys and list indices from the root."""
 
 
 def lies(loc: Loc, places: Collection[Loc]) -> bool:
-    """Whether `loc` is one of `places`, where "*" is any index or key."""
+    """Return whether `loc` is one of `places`, where "*" is any index or key."""
     return any(
         len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True))
         for place in places
@@ -43,8 +38,11 @@ def lies(loc: Loc, places: Collection[Loc]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake, at the line of the value, or with `at_key` of the key; `loc` None: not in the
-    file but on the command line."""
+    """Mistake in the file.
+
+    It is reported at the line of the value, or of the key with `at_key`. If `loc` is None, the
+    mistake is on the command line.
+    """
 
     loc: Loc | None
     message: str
@@ -53,7 +51,10 @@ class Problem:
 
 
 class JobFileErrors(JobFileError):
-    """All mistakes of a file in the order of its lines; its own fields are the first one's."""
+    """All mistakes of a file in the order of their lines.
+
+    The error's own fields are the first one's.
+    """
 
     def __init__(self, errors: Sequence[JobFileError]) -> None:
         first = errors[0]
@@ -65,13 +66,13 @@ class JobFileErrors(JobFileError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be."""
+    """Return the known name that `name` probably means, or None."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def suggest(name: str, known: Iterable[str], what: str) -> str:
-    """A remedy for an unknown name: the nearest one, or all of them."""
+    """Return a remedy for an unknown name: the nearest known name, or a list of all names."""
     names = list(known)
     close = nearest(name, names)
     if close is not None:
@@ -107,7 +108,7 @@ for _name, _regex, _first in (
 
 
 class ScalarRefused(ValueError):
-    """A scalar that cannot be taken as it stands; `remedy` says what to write."""
+    """Scalar that is ambiguous or invalid. `remedy` suggests another text."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -115,21 +116,23 @@ class ScalarRefused(ValueError):
 
 
 class _TooMuch(Exception):
-    """Aliases multiply the text beyond every honest file."""
+    """Signals that the text has too many values or too many levels, for example through aliases."""
 
 
 @dataclass(slots=True)
 class Document:
-    """`data` as it was written; `problems` are those of the notation itself."""
+    """Parsed document. `data` is the plain data, and `problems` are problems of the notation."""
 
     data: Any = None
     problems: list[Problem] = field(default_factory=list)
     lines: dict[Loc, tuple[int, int]] = field(default_factory=dict)
-    """The lines of key and value by location."""
+    """Lines of key and value by location."""
 
     def line(self, problem: Problem) -> int | None:
-        """The line to show for a problem: that of the nearest thing around it where the thing
-        itself is not in the text."""
+        """Return the line of a problem.
+
+        If its location is not in the text, use the nearest parent.
+        """
         if problem.loc is None:
             return None
         known: Loc = ()
@@ -142,8 +145,11 @@ class Document:
 
 
 def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
-    """The one document in `text`. Where `is_text(loc)`, a scalar is taken as it is written, so
-    that 1.50 in a command stays 1.50."""
+    """Parse the only document in `text`.
+
+    Where `is_text(loc)` is true, a scalar stays as it is written. For example, 1.50 in a command
+    stays 1.50.
+    """
     document = Document()
     if len(text) > MAX_CHARACTERS:
         limit = f"It is longer than {MAX_CHARACTERS} characters."
@@ -163,9 +169,9 @@ def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
 
 
 def scalar(text: str) -> Json:
-    """What `text` means as one YAML scalar; text that is no YAML stays text.
+    """Return the value of `text` as one YAML scalar. Text that is not YAML stays text.
 
-    ScalarRefused for a list or mapping, and for words that YAML 1.1 took as true or false.
+    Raise ScalarRefused for a list or mapping, and for words that YAML 1.1 reads as true or false.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -179,7 +185,7 @@ def scalar(text: str) -> Json:
 
 
 def plain_text(text: str) -> str:
-    """`text` itself; ScalarRefused where neither UTF-8 nor a command line could hold it."""
+    """Return `text`. Raise ScalarRefused if UTF-8 or a command line cannot represent it."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ScalarRefused("It holds a character that no text may have.", "Write it without.")
     return text
@@ -212,9 +218,9 @@ def _scalar(node: ScalarNode) -> Json:
         return text.lower() == "true"
     try:
         if node.tag == _TAG + "int":
-            # A leading zero is decimal in YAML 1.2, and int(text, 0) refuses it.
+            # A number with a leading zero is decimal in YAML 1.2, but int(text, 0) refuses it.
             whole = int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-            str(whole)  # ValueError where it has more digits than Python writes
+            str(whole)  # raises ValueError for more digits than Python can print
             return whole
         number = float(text) if node.tag == _TAG + "float" else math.nan
     except ValueError:
@@ -263,7 +269,10 @@ class _Reader:
             return None
 
     def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
-        """The mapping's own keys after those it merges, the first of several merged ones."""
+        """Return the keys of a mapping.
+
+        Its own keys override merged keys, and earlier merges win.
+        """
         self._values += len(node.value)
         if self._values > _MAX_VALUES:
             raise _TooMuch
@@ -302,14 +311,16 @@ class _Reader:
 
 
 _MOST_TOLD = 50
-"""Mistakes of one file: nobody reads more, and the first may be the cause of all."""
+"""Maximum number of reported mistakes per file. The first one may be the cause of the others."""
 
 
 def text_of(path: Path, what: str, none: str) -> str:
-    """The text of the file at `path`, which is to be a `what`; JobFileError where it cannot be
-    read, with `none` as the remedy where there is none."""
+    """Return the text of a file of the kind `what`.
+
+    Raise JobFileError if the file cannot be read. `none` is the remedy if it does not exist.
+    """
     try:
-        # A pipe would be waited for, and a device might never end.
+        # Reading a pipe would wait, and a device may never end.
         if path.exists() and not path.is_file():
             raise _unreadable(path, what, "it is no file", _inside(path))
         with path.open(encoding="utf-8") as file:
@@ -329,7 +340,7 @@ def text_of(path: Path, what: str, none: str) -> str:
 
 
 def _inside(path: Path) -> str:
-    """What to write in place of the folder that a file lies in."""
+    """Return a hint if the path is a folder that contains one YAML file."""
     found = sorted(path.glob("*.yaml")) if path.is_dir() else []
     return f"Did you mean {found[0]}?" if len(found) == 1 else ""
 
@@ -343,16 +354,16 @@ def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileErr
 
 
 def another(path: Path, message: str, remedy: str) -> JobFileErrors:
-    """The file at `path` is one of another kind: its keys would all be mistakes, and are none."""
+    """Return the error for a file of another kind, instead of an error for each of its keys."""
     return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
 
 
 def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFileErrors:
-    """What `document`, read from `path`, has wrong with it: each mistake once, at its line."""
+    """Return the errors of a document: each mistake once, in the order of lines."""
     found = {}
     for problem in problems:
         line = document.line(problem)
-        # A mistake in an anchored part shows once, however many aliases repeat it.
+        # Aliases repeat a mistake in an anchored part, so report it once.
         found[line, problem.message] = JobFileError(
             problem.message, file=str(path), line=line, remedy=problem.remedy
         )

@@ -51,8 +51,12 @@ from batchlab.manager.state import LiveJob, Ports, outstanding_in_pool, set_job_
 log = logging.getLogger(__name__)
 
 QUEUE_CHECK_S = 1.0
+"""Time in seconds between two reads of the queue depths while jobs are live."""
 IDLE_QUEUE_CHECK_S = 60.0
-"""Interval between reads of the queue depths, with and without live jobs. Each read is billed."""
+"""Time in seconds between two reads of the queue depths without live jobs.
+
+Each read is billed.
+"""
 
 LOST_OBJECTS = (
     "the bucket has lost the job's objects: it was emptied, or its server restarted without its "
@@ -85,10 +89,10 @@ class Manager:
     ) -> None:
         """Connect the parts of a manager.
 
-        With `accounting` it counts usage and enforces cost caps. With `reports` as well it records
-        data for reports and has them written. `counts` continues the counters of an earlier manager
-        of the same process. With `outlets` it sends notifications. `recent` keeps recent log lines.
-        With `schedules` it runs jobs when they are due.
+        With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and
+        `reports`, it also records performance data. `counts` are the counters of an earlier manager
+        of the same process, which this manager continues. With `outlets`, it sends notifications.
+        `recent` keeps recent log lines. With `schedules`, it runs jobs when they are due.
         """
         self.recent = recent
         self.counts = counts = counts or Counters()
@@ -202,9 +206,10 @@ class Manager:
         """Monotonic time of the last read of the queue depths."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
-        """Another manager held the lease in between, so the cached job state is stale."""
+        """Another manager held the lease after this manager last led, so the cached job state is
+        stale."""
         self._retries_searched = False
-        """Whether jobs with an unfinished retry of an earlier leader were searched."""
+        """Whether this manager has searched for unfinished retries of earlier leaders."""
         self._ledger_lock = asyncio.Lock()
         self._collector = Collector(
             ports=ports,

@@ -1,1 +1,1 @@
-"""Job performance data: what a job did, as Parquet in the bucket, and questions about it."""
+"""Job performance data: Parquet files in the bucket that describe a job, and queries over them."""

@@ -1,7 +1,7 @@
-"""A job's bill split by stage.
+"""Bill of a job, split by stage.
 
-Invariant: the rows of a line add up to that line, and all rows to the bill, to the last of twelve
-digits; what no stage can be asked for is no stage's.
+Invariant: the parts of a line add up to the line, and all parts add up to the bill, exactly to 12
+decimal places. A cost that belongs to no single stage has the stage None.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _REQUESTS = {"SQS requests": "sqs", "S3 requests": "s3"}
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A row: a line of the bill, or a stage's part of one. `seconds` are of instances."""
+    """Row of the cost table: a line of the bill, or a stage's part of it.
+
+    `seconds` are instance seconds.
+    """
 
     line: str
     kind: str
@@ -35,7 +38,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What a stage has used: `failed_slot_s` of attempts that failed, `bundles` with an outcome."""
+    """Usage of a stage.
+
+    `failed_slot_s` is the slot time of failed attempts. `bundles` counts the bundles with an
+    outcome.
+    """
 
     stage: StageUse
     failed_slot_s: float
@@ -51,8 +58,11 @@ def parts(
     stored_bytes: int,
     pace: Pace,
 ) -> tuple[Bill, list[Part]]:
-    """The bill, and its lines by stage: compute by run time, wasted work by failed attempts (what
-    went with an instance is no stage's), requests by bundles."""
+    """Return the bill and its lines, split by stage.
+
+    Compute is split by run time, wasted work by failed attempts, and requests by bundles. The work
+    lost with instances is assigned to no stage.
+    """
     stages = [use.stage for use in uses]
     made = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
     found: list[Part] = []
@@ -94,8 +104,11 @@ def _of_pool(
 def split(
     usd: Decimal, weights: Mapping[str | None, float]
 ) -> dict[str | None, tuple[float, Decimal]]:
-    """Shares of 1 and of an amount, by these weights; nobody's (None) where there are none. The
-    amounts add up to `usd`: the heaviest takes what rounding leaves."""
+    """Split `usd` in proportion to the weights, and return each share of 1 with its amount.
+
+    The amounts add up to `usd`, because the heaviest entry receives the rounding difference.
+    Without a positive weight, the key None receives everything.
+    """
     some = {name: weight for name, weight in weights.items() if weight > 0}
     if not some:
         return {None: (1.0, usd)}

@@ -1,1 +1,1 @@
-"""Backends and the processes of a grid: the composition root, the home folder, and settings."""
+"""Backends and the processes of a grid: composition root, home folder, and settings."""

@@ -1,6 +1,6 @@
-"""A grid in containers, seen from outside: brought up, taken down, found again.
+"""Start and removal of a grid in containers.
 
-Invariant: what `up` has begun it finishes or takes back; `down` leaves nothing of it behind.
+Invariant: `up` either completes or removes what it created. `down` leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from batchlab.runtime.factory import VARIABLE, Backend, fresh_bucket
 from batchlab.runtime.home import Home, ManagerRecord, Place
 
 _TYPE = "m7i.large"
-"""Of instances of a pool that names none."""
-_WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - its own
+"""Instance type of a pool that does not name one."""
+_WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - in the container
 _NOBODY = 10001
 
 
 def up(
     home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]
 ) -> ManagerRecord:
-    """Bring the grid up, or bring back what has stopped of it, from the code that is installed
-    now; returns when its manager leads or is about to. BackendError, UsageError."""
+    """Start the grid with the installed code, or restart its stopped parts.
+
+    The function returns when the manager is the leader or is about to be. Raise BackendError if a
+    part does not start, and UsageError if the settings or the home are unsuitable.
+    """
     named = backend.named_place(home)
     if named:
         _refuse_loopback(named)
@@ -50,7 +53,7 @@ def up(
     home.make()
     deployment.folder(home).mkdir(exist_ok=True)
     with deployment.locked(home):
-        if running := home.record():  # another command was faster
+        if running := home.record():  # another command has started it in the meantime
             return running
         return _up(home, backend, pools, named, say)
 
@@ -62,16 +65,14 @@ def _up(
     named: Place | None,
     say: Callable[[str], None],
 ) -> ManagerRecord:
-    passed = notification_settings.variables(
-        home
-    )  # a mistake in notify.toml is told before anything starts
+    passed = notification_settings.variables(home)  # check notify.toml before anything starts
     known = deployment.read(home)
     try:
         at = _plan(home, backend, pools, known, named, say)
         project = Project(home, at, settings=_settings(at), passed=passed)
         project.up(say, storage=named is None)
     except BaseException:
-        # One that was there before has work and a database in it.
+        # Keep a grid that existed before: it has work and a database.
         if known is None:
             if begun := deployment.read(home):
                 Project(home, begun, settings={}).down()
@@ -87,7 +88,7 @@ def _up(
 
 
 def down(home: Home, backend: Backend) -> bool:
-    """Remove every part; False where there is none."""
+    """Remove every part. Return False if the grid does not exist."""
     if deployment.read(home) is None:
         return False
     with deployment.locked(home):
@@ -95,7 +96,7 @@ def down(home: Home, backend: Backend) -> bool:
         if at is None:
             return False
         place = home.place(backend.name)
-        # In a LocalStack of the grid's own nobody will ever ask for it.
+        # A LocalStack of the grid is removed too, so returned work would be lost anyway.
         keeps = place is not None and place.named
         Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
         _forget(home, backend)
@@ -110,8 +111,10 @@ def _plan(
     named: Place | None,
     say: Callable[[str], None],
 ) -> Deployment:
-    """Decide where everything will be, or leave it where it is; make the image, and write it all
-    down."""
+    """Decide the locations of all parts, build the image, and save the deployment.
+
+    An existing grid keeps its locations.
+    """
     recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = images.provide(recipe, home.of(backend.name) / "image.log", say)
     if known is None:
@@ -129,13 +132,13 @@ def _plan(
     )
     deployment.write(home, at)
     path = deployment.folder(home) / "templates.toml"
-    if known and not pools and path.exists():  # and edited, perhaps
+    if known and not pools and path.exists():  # the user may have edited the existing templates
         old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
         templates = path.read_text().replace(old, new)
     else:
         more = environment.taken_over(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
-    write_whole(path, templates)  # an endpoint that is up reads it at any time
+    write_whole(path, templates)  # an endpoint that runs may read the file at any time
     home.write_place(backend.name, place)
     home.token()
     _hand_over(home, at.user)
@@ -148,7 +151,7 @@ def templates_for(
     pools: Sequence[Pool],
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The launch templates of the pools, for `asg serve`, with `more` in the environment."""
+    """Return the launch templates of the pools for `asg serve`, with `more` in the environment."""
     env = {
         **more,
         VARIABLE: f"{place.url}/{place.bucket}",
@@ -193,7 +196,9 @@ def _storage_port() -> int:
 
 
 def _refuse_foreign(home: Home) -> None:
-    """Root's grid gives its folder to the containers' user, so that must be a grid's folder."""
+    """Raise UsageError if root uses a folder with other files, because the grid changes
+    its owner.
+    """
     here = home.path
     ours = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
     is_grids = not here.exists() or (here / object_keys.MADE).exists()
@@ -206,29 +211,35 @@ def _refuse_foreign(home: Home) -> None:
 
 
 def _user() -> str:
-    """Whoever calls, so that what the containers write in the home is theirs; never root."""
+    """Return the calling user's ids, so that this user owns the containers' files.
+
+    An unprivileged user replaces root.
+    """
     uid, gid = os.getuid(), os.getgid()
     return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
 
 
 def _hand_over(home: Home, user: str) -> None:
-    """Root's own files cannot be read in the containers, where nobody is root."""
+    """Give root's files to the containers' user, because the containers do not run as root."""
     if os.getuid():
         return
     uid, gid = (int(part) for part in user.split(":"))
     for path in handed_over(home):
-        # Not what a link leads to: who has been given the folder may put one there.
+        # Do not follow links. The folder's new owner may replace a file with a link.
         with suppress(FileNotFoundError):
             os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def handed_over(home: Home) -> list[Path]:
-    """What the containers use of a home. The folder may have other things in it, which stay whose
-    they are: it is the user's to name."""
+    """Return the paths in a home that the containers use.
+
+    The folder may contain other files of the user. Their owner does not change.
+    """
     here = home.path
     files = [here / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
     files += [home.settings_file, home.notify_file]
-    folders = [here, home.objects, home.fleet, home.scratch]  # it must be possible to write there
+    # the containers must be able to write in these folders
+    folders = [here, home.objects, home.fleet, home.scratch]
     ours = deployment.folder(home)
     return [*folders, *files, ours, *ours.rglob("*")]
 
@@ -253,13 +264,13 @@ def _settings(at: Deployment) -> dict[str, str]:
         command += ["--pool", pool]
     settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
     if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
-        # Newer ones than the compose file's own start with a token only.
+        # Newer images than the one in the Compose file require a token.
         settings["BATCHLAB_LOCALSTACK_IMAGE"] = "localstack/localstack:latest"
     return settings
 
 
 def _forget(home: Home, backend: Backend) -> None:
-    """What was in a LocalStack of the grid's own is gone with it, and so is where it was."""
+    """Delete the deployment, and the location of the grid's own LocalStack and its bucket."""
     deployment.forget(home)
     place = home.place(backend.name)
     if place and not place.named:

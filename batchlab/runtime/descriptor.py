@@ -1,6 +1,7 @@
 """Descriptors of backends, read from `backends/<name>/backend.toml`, and addresses of endpoints.
 
-Invariant: a descriptor is plain data. This module imports no adapter and opens nothing.
+Invariant: a descriptor is plain data. This module does not import adapters and does not open files
+or connections of a grid.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from batchlab.worker.settings import WorkerSettings
 class Calibration:
     """Times of a simulated grid, as measured in runs on `backend`.
 
-    - `boot_s`: time from launch to InService, by pool. `other_boot_s` is that of all other pools.
-      If it is None, those boot as long as the scenario says.
+    - `boot_s`: time from launch to InService, by pool. `other_boot_s` applies to all other pools.
+      If it is None, the scenario defines their boot time.
     - `call_s`: the shortest and the longest time of a port call.
     - `bundle_s`: the time of a bundle beyond its tasks and `bundle_cpu_s`.
     - `submit_s`: time from a job's submission until a worker can receive its first bundle.
     - `end_s`: time from the end of a job's last task to the end of the job.
     - `stretch`: measured task time divided by declared task time, by "template/stage".
-    - `manager_s`: time from the start of a manager that replaces a dead one until it stands for
-      the lead.
+    - `manager_s`: time from the start of a replacement manager until it tries to become the
+      leader.
     - `bundle_cpu_s`: CPU time of all processes of the grid for a bundle, if they share `cores`.
       With 0 cores it is ignored.
     """
@@ -56,9 +57,9 @@ class Calibration:
     bundle_cpu_s: float = 0.0
     cores: int = 0
     runs: int = 0
-    """Number of records it was measured in."""
+    """Number of records from which the values were measured."""
     compressed: float = 1.0
-    """The factor that the times of those runs were divided by."""
+    """Factor by which the times of those runs were divided."""
 
 
 VARIABLE = "BATCHLAB_ENDPOINT"
@@ -67,20 +68,21 @@ VARIABLE = "BATCHLAB_ENDPOINT"
 _ENDPOINT = re.compile(
     r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?"
 )
-# The bucket's name begins the names of the queues. SQS allows 80 characters without dots, and the
-# rest of the name of a pool's dead-letter queue takes up to 51 of them.
+# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and
+# the rest of the name of a pool's dead-letter queue takes up to 51 of them.
 
 
 def place_of(endpoint: str, scheme: str = "") -> Place:
-    """Return the URL and the bucket, which is "" if the endpoint names none; UsageError.
+    """Return the URL and the bucket, which is "" if the endpoint does not name one.
 
-    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket.
+    With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise
+    UsageError if the endpoint is invalid.
     """
     if scheme:
         return _bucket_of(endpoint, scheme)
     found = _ENDPOINT.fullmatch(endpoint)
     if found is None:
-        # The error must not show a name and password in the URL.
+        # The error must not show the name and password of the URL.
         shown = re.sub(r"//[^/@]*@", "//…@", endpoint)
         raise UsageError(
             f"The endpoint {shown!r} is not a URL with a bucket's name as its path.",
@@ -101,7 +103,7 @@ def _bucket_of(address: str, scheme: str) -> Place:
 
 
 def fresh_bucket() -> str:
-    """Return a name for a bucket that no other grid has."""
+    """Return a new bucket name with a random part."""
     return f"batchlab-{secrets.token_hex(5)}"
 
 
@@ -110,7 +112,7 @@ D = TypeVar("D", bound="Descriptor")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Packages of Debian and PyPI that the containers have for the users' tasks."""
+    """Packages of Debian and PyPI that the containers provide for users' tasks."""
 
     apt: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
@@ -118,12 +120,12 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A descriptor as read from its file."""
+    """Descriptor as read from its file."""
 
     name: str
     description: str
     objects: str
-    """The module whose `open_objects` opens the bucket."""
+    """Module whose `open_objects` opens the bucket."""
     queue: str
     ledger: str
     fleet: str
@@ -131,29 +133,33 @@ class Descriptor:
     worker: WorkerSettings
     pools: tuple[Pool, ...]
     emulator: str | None = None
-    """The emulator that the grid starts if no endpoint is named."""
+    """Emulator that the grid starts if the user does not name an endpoint."""
     endpoint: str | None = None
-    """The URL that the user has named, perhaps with a bucket as its path."""
+    """URL that the user named. Its path may be a bucket."""
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
-    """The times of a forecast without a calibration."""
+    """Times for a forecast without a calibration."""
     bucket_scheme: str = ""
-    """The scheme of the address by which `--endpoint` names an existing bucket, such as "gs"."""
+    """Scheme of the address with which `--endpoint` names an existing bucket, such as "gs"."""
     extra: str | None = None
-    """The extra of the installation that this backend needs."""
+    """Extra of the installation that this backend needs."""
     capabilities: Capabilities = NO_CAPABILITIES
 
     @property
     def pace(self) -> Pace:
-        """How often its workers send requests. Uncounted requests are derived from it."""
+        """Intervals of the requests of its manager and workers.
+
+        Uncounted requests are derived from them.
+        """
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
 
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
-    """Return the descriptor of that name as a `kind`, with `endpoint` or that of BATCHLAB_ENDPOINT.
+    """Return the descriptor with this name as a `kind`.
 
-    UsageError for an unknown name, and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
+    unknown name and for an endpoint that the backend cannot use.
     """
     if name not in backend_names():
         raise UsageError(
@@ -208,12 +214,12 @@ def _usual(name: str, doc: dict[str, Any]) -> Calibration:
 
 
 def _cores() -> int:
-    """Return the number of CPUs that this process may use, which a container or taskset limits."""
+    """Return the number of CPUs that this process may use. A container or taskset may limit it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def with_pools(backend: D, pools: Sequence[Pool]) -> D:
-    """Return the backend with `pools` in place of its default pools, unless there are none."""
+    """Return the backend with `pools` instead of its default pools, unless `pools` is empty."""
     return replace(backend, pools=tuple(pools)) if pools else backend

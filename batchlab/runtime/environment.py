@@ -1,7 +1,7 @@
-"""Variables of the environment that a stack's manager and workers are given along with a release.
+"""Environment variables of a stack's manager and workers, which a release contains.
 
-Invariant: none of them is a secret, since whoever may read the stack's bucket reads the release;
-and each is written so that systemd and Docker read the same of it.
+Invariants: no variable is a secret, because every reader of the stack's bucket can read the
+release. systemd and Docker read each value in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from batchlab.core import logs
 from batchlab.core.errors import UsageError
 
 FILE = "environment"
-"""Its name in a release."""
+"""Name of the file in a release."""
 PASSED_ON = (
     logs.LEVEL_VARIABLE,
     logs.FORMAT_VARIABLE,
@@ -25,14 +25,17 @@ PASSED_ON = (
     "OTEL_TRACES_SAMPLER_ARG",
     "OTEL_BSP_SCHEDULE_DELAY",
 )
-"""What a grid in containers takes over of the environment that it is brought up in. Not
-OTEL_EXPORTER_OTLP_HEADERS, which may hold a key: what a worker has, every task can read."""
+"""Variables that a grid in containers inherits from the environment of `grid up`.
+
+OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the
+environment of its worker.
+"""
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_./:,=@%+*?&~-]*")
 
 
 def check(variables: Mapping[str, str], where: str) -> None:
-    """UsageError for a variable that cannot go along, or must not."""
+    """Raise UsageError for a variable that cannot be passed on, or that must stay secret."""
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -53,10 +56,10 @@ def check(variables: Mapping[str, str], where: str) -> None:
 
 
 def content(variables: Mapping[str, str]) -> bytes:
-    """The file."""
+    """Return the content of the file."""
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items())).encode()
 
 
 def taken_over(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those of `PASSED_ON` that are set."""
+    """Return the variables of `PASSED_ON` that are set."""
     return {name: environ[name] for name in PASSED_ON if environ.get(name)}

@@ -59,7 +59,7 @@ def open_asg_launcher(
     clock: Clock,
     signals: Callable[[str], Signals],
 ) -> ProcessLauncher | ContainerLauncher:
-    """Return the launcher that `asg serve --launcher` names; UsageError for an unknown name.
+    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
 
     The Docker launcher passes `signals` to its instances.
     """
@@ -158,7 +158,10 @@ class Backend(Placed):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: Tally | None = None) -> Objects:
-        """Open the bucket; Unreachable if no grid has been up yet. `tally` counts requests."""
+        """Open the bucket.
+
+        `tally` counts requests. Raise Unreachable if the grid has never been up.
+        """
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
@@ -184,9 +187,9 @@ class Backend(Placed):
         return FilesInPlace(home.objects)
 
     def open_bucket(self, home: Home) -> Objects:
-        """Open the bucket for a command that needs no manager.
+        """Open the bucket for a command that does not need a manager.
 
-        Unreachable if the bucket is in the grid's own emulator and the grid is not up.
+        Raise Unreachable if the bucket is in the grid's own emulator and the grid is not up.
         """
         record = home.record()
         is_up = record is not None and record.backend == self.name
@@ -203,7 +206,10 @@ class Backend(Placed):
     def open_queue(
         self, home: Home, clock: Clock, tally: Tally | None = None
     ) -> SqliteQueue | RungQueue | SqsQueue:
-        """Open the queues. See `open_objects`."""
+        """Open the queues.
+
+        `tally` counts requests. Raise Unreachable if the grid has never been up.
+        """
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -220,7 +226,7 @@ class Backend(Placed):
         queue = SqsQueue(there.endpoint, prefix=there.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
-        # Instances and clients are processes of the same machine.
+        # Instances and clients run on the same machine, so senders can wake receivers locally.
         return RungQueue(queue, home.of(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
@@ -310,8 +316,10 @@ class Backend(Placed):
         )
 
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
-        """Return the lifecycle hook that a worker completes when it has ended, or None if the
-        backend has no such hook."""
+        """Return the lifecycle hook that a worker completes when it has ended.
+
+        Return None if the backend does not use such a hook.
+        """
         if not self.capabilities.termination_hook:
             return None
         from batchlab.adapters.aws.endpoint import Endpoint
@@ -332,15 +340,16 @@ class Backend(Placed):
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
-    """Return the backend of that name, with `endpoint` or that of BATCHLAB_ENDPOINT.
+    """Return the backend with this name.
 
-    UsageError for an unknown name, and for an endpoint that the backend cannot use.
+    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an
+    unknown name and for an endpoint that the backend cannot use.
     """
     return descriptor.read(Backend, name, endpoint)
 
 
 def _is_traced(environ: Mapping[str, str]) -> bool:
-    """Return whether the OTEL_* variables ask for traces in a protocol that is supported."""
+    """Return whether the OTEL_* variables enable traces in the supported protocol."""
     endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
         "OTEL_EXPORTER_OTLP_ENDPOINT"
     )

@@ -1,28 +1,26 @@
-"""The one folder that a local grid lives in, and who is at home.
+"""Folder of a local grid: its files, and the record of its manager.
 
-Invariant: everything in it survives SIGKILL and can be looked at with `ls`.
+Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one
+line for each fetch of results. Each line is appended by one write, so concurrent fetches lose none.
 
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
-    manager.json    the running manager  manager.lock    held while it runs
-    manager.sock    its Unix socket (0600), and socket.json, where that is
+    manager.json    the running manager  manager.lock    locked while the manager runs
+    manager.sock    the manager's Unix socket (0600); socket.json records its path
     token           the API's bearer token (0600)
     scratch/        the workers' unpacked code and task folders
     damaged/        objects that `doctor --repair` has moved away
-    settings.toml   what the manager is told in place of what its backend says; optional
-    notify.toml     whom the grid notifies of its jobs; optional
-    fetched.jsonl   how much was read for results that were fetched to here
-    sessions.json   who has logged out of the web page before their time
-    open-*.html     leads a browser to the page (0600), while `grid open` waits for it
-    records/        what replays of scenarios have measured
-    ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's own state
+    reports/        performance data that was fetched from other buckets
+    settings.toml   settings of the manager that override its backend's; optional
+    notify.toml     notification targets of the grid; optional
+    fetched.jsonl   bytes that were read for each fetch of results to this machine
+    sessions.json   sessions of the web page that were ended before they expired
+    open-*.html     file that opens the page in a browser (0600), while `grid open` waits
+    records/        records of replays of scenarios
+    ministack/      that backend's endpoint.json, ledger.sqlite, and its emulator's state
     gcs/            that backend's endpoint.json, ledger.sqlite, and queue.sqlite
-    localstack/     that backend's endpoint.json, where its containers are, and what they have said
-    aws/            where the parts of a stack on AWS are, for who works with one from here
-
-What has been fetched from a grid's bucket to a home: `fetched.jsonl`, a line for each fetch.
-
-Invariant: lines are only ever added, each by one write, so fetches at the same time lose none.
+    localstack/     that backend's endpoint.json, container addresses, and container logs
+    aws/            locations of the parts of a stack on AWS, for clients on this machine
 """
 
 from __future__ import annotations
@@ -55,16 +53,18 @@ _FILES = re.compile(
     r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log|sock)|(ledger|queue)\.sqlite.*"
     r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"
 )
-"""Names of the grid's own in its folder, whatever else the user keeps there."""
+"""Names of the grid's own files. The user may have other files in the folder."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 PROBED_S = 0.2
-"""For longer than this nobody holds the lock only to see whether it is taken."""
+"""Longest time in seconds for which a check of the lock holds it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerRecord:
-    """A running manager: where its API listens, and its name as owner of the lease. It ends with
-    the process `parent`, if that is not 0."""
+    """Record of a running manager: the URL of its API, and its name as owner of the lease.
+
+    If `parent` is not 0, the manager ends with this process.
+    """
 
     url: str
     pid: int
@@ -75,9 +75,11 @@ class ManagerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a grid's bucket and queues are: at the endpoint `url`, in `bucket`. `named` by the
-    user, or else in an emulator of the grid's own. While a replay's front stands at `url`, the
-    endpoint itself is `behind` that."""
+    """Location of a grid's bucket and queues: an endpoint and a bucket.
+
+    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own
+    emulator. While a proxy of a replay is at `url`, `behind` is the URL of the endpoint itself.
+    """
 
     url: str
     bucket: str
@@ -86,19 +88,19 @@ class Place:
 
     @property
     def address(self) -> str:
-        """The URL of the bucket."""
+        """URL of the bucket."""
         return (
             f"{self.url}{self.bucket}" if self.url.endswith("//") else f"{self.url}/{self.bucket}"
         )
 
     @property
     def unfronted(self) -> Place:
-        """The same without a front."""
+        """The same place without the proxy."""
         return Place(self.behind or self.url, self.bucket, self.named)
 
 
 class Home:
-    """A grid's folder; made on first use."""
+    """Folder of a grid. It is created on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -125,7 +127,7 @@ class Home:
 
     @property
     def reports(self) -> Path:
-        """Performance data of jobs whose bucket is not here, as it was fetched."""
+        """Folder of fetched performance data of jobs whose bucket is elsewhere."""
         return self.path / "reports"
 
     @property
@@ -154,16 +156,21 @@ class Home:
 
     @property
     def damaged(self) -> Path:
-        """Damaged objects that `doctor --repair` has moved away, by their keys."""
+        """Folder of damaged objects that `doctor --repair` has moved away.
+
+        The paths are their keys.
+        """
         return self.path / "damaged"
 
     def of(self, backend: str) -> Path:
-        """What is one backend's alone. A ledger is of one bucket, so backends that share this
-        folder must not share it."""
+        """Return the folder of one backend.
+
+        A ledger belongs to one bucket, so backends that share this home must not share a ledger.
+        """
         return self.path / backend
 
     def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:
-        """UsageError where who is at home runs on another backend."""
+        """Raise UsageError if the manager here runs on another backend."""
         if record.backend != wanted:
             raise UsageError(
                 f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.",
@@ -171,22 +178,26 @@ class Home:
             )
 
     def place(self, backend: str) -> Place | None:
-        """Where this backend's bucket and queues are, or were when the grid was last up; None
-        where it has never been up."""
+        """Return the location of this backend's bucket and queues, or None if it has never been up.
+
+        The location may be from the last time that the grid was up.
+        """
         fields = _read(self.of(backend) / "endpoint.json", Place)
         return Place(**fields) if fields else None
 
     def write_place(self, backend: str, place: Place) -> None:
-        """Say where they are; whole or not at all."""
+        """Record the location atomically."""
         write_whole(self.of(backend) / "endpoint.json", json.dumps(asdict(place)))
 
     def forget_place(self, backend: str) -> None:
-        """There is no such place any more."""
+        """Delete the record of the location."""
         (self.of(backend) / "endpoint.json").unlink(missing_ok=True)
 
     def make(self) -> None:
-        """Make the folder; UsageError where that is not possible, or what is in it could not be
-        written: found out later, by the workers, it would only be a grid that does nothing."""
+        """Create the folder. Raise UsageError if it or a folder in it cannot be created or written.
+
+        Without this check only the workers would find the problem, and the grid would do nothing.
+        """
         try:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
                 _check(folder)
@@ -204,9 +215,11 @@ class Home:
             ) from error
 
     def tighten(self) -> None:
-        """Let only their user read the grid's files and folders, which earlier releases made with
-        the usual permissions. The folder itself may hold other things of the user's: it is left
-        as it is unless everything in it is the grid's."""
+        """Remove the permissions of other users from the grid's files and folders.
+
+        Earlier releases created them with the usual permissions. The home itself is changed only if
+        it has the default name or if everything in it belongs to the grid.
+        """
         ours = _FOLDERS | {one.name for one in package_data.folder("backends").iterdir()}
         is_ours = True
         for entry in self.path.iterdir():
@@ -218,8 +231,10 @@ class Home:
             _tighten(self.path)
 
     def token(self) -> str:
-        """The API's bearer token, made on first use and readable by its owner only; UsageError
-        where it cannot be read."""
+        """Return the API's bearer token, which is created on first use.
+
+        Only its owner can read it. Raise UsageError if it cannot be read.
+        """
         path = self.path / "token"
         self.make()
         try:
@@ -239,7 +254,7 @@ class Home:
         return found
 
     def keep_token(self, token: str) -> None:
-        """Have this token from now on, which somebody else has made."""
+        """Store a token that another program created."""
         self.make()
         path = self.path / "token"
         if path.exists() and path.read_text() == token:
@@ -247,8 +262,10 @@ class Home:
         write_whole(path, token)
 
     def record(self) -> ManagerRecord | None:
-        """The manager that runs here; None where there is none (its lock is free), and while one
-        that has only just started has not said yet where it listens."""
+        """Return the record of the manager that runs here, or None.
+
+        The result is None if the lock is free, and until a new manager has recorded its address.
+        """
         fields = _read(self.path / "manager.json", ManagerRecord)
         if fields is None:
             return None
@@ -257,17 +274,17 @@ class Home:
             holder = (self.path / "manager.lock").read_bytes()
         except FileNotFoundError:
             return None
-        # Else the next manager's lock would vouch for the record of the one before it, and a
-        # SIGTERM go to a process that is long gone.
+        # Without this check, the lock of a new manager would make the previous manager's record
+        # look valid. A SIGTERM would then go to a process that no longer exists.
         return record if holder == str(record.pid).encode() and self.is_locked else None
 
     @property
     def socket_file(self) -> Path:
-        """Where the manager's Unix socket is, unless that path is too long for a socket."""
+        """Preferred path of the manager's Unix socket. It may be too long for a socket."""
         return self.path / "manager.sock"
 
     def socket(self, record: ManagerRecord) -> Path | None:
-        """Return the Unix socket of that manager, or None if it has none."""
+        """Return the Unix socket of that manager, or None if it does not have one."""
         try:
             found = json.loads(self._socket_record.read_bytes())
             owner, path = found["owner"], Path(found["path"])
@@ -276,7 +293,7 @@ class Home:
         return path if owner == record.owner and path.exists() else None
 
     def last_socket(self) -> Path | None:
-        """Return where the Unix socket of the last manager was, or None if there was none."""
+        """Return the path of the last manager's Unix socket, or None if it did not have one."""
         try:
             return Path(json.loads(self._socket_record.read_bytes())["path"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -295,18 +312,21 @@ class Home:
         return self.path / "socket.json"
 
     def last_owner(self) -> str | None:
-        """The lease owner of the manager that ran here last, alive or not."""
+        """Return the lease owner of the last manager here, whether it still runs or not."""
         fields = _read(self.path / "manager.json", ManagerRecord)
         return str(fields["owner"]) if fields else None
 
     def write_record(self, record: ManagerRecord) -> None:
-        """Say who is at home; whole or not at all."""
+        """Record the running manager atomically."""
         write_whole(self.path / "manager.json", json.dumps(asdict(record)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only manager here; Refused while another is. The kernel frees the lock of a
-        process however it died, which a pid in a file cannot promise."""
+        """Hold the lock of the only manager here. Raise Refused if another manager holds it.
+
+        The kernel releases the lock of a process however it ends. A file with a pid cannot
+        guarantee this.
+        """
         self.make()
         with open(self.path / "manager.lock", "a", opener=private) as file:
             self._lock(file)
@@ -315,12 +335,12 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
             yield
-            # Not after an error, nor after a kill: what ended so was not taken down.
+            # Only a regular end empties the file. After an error or a kill it keeps the pid.
             file.truncate(0)
 
     @property
     def is_taken_down(self) -> bool:
-        """Whether the last manager here ended because somebody ended it."""
+        """Whether the last manager here ended regularly."""
         try:
             return not (self.path / "manager.lock").read_bytes()
         except FileNotFoundError:
@@ -332,7 +352,7 @@ class Home:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                # Whoever asks whether it is locked holds it for a moment.
+                # A process that checks the lock holds it for a moment.
                 if time.monotonic() > give_up_s:
                     raise Refused(
                         f"A manager runs in {self.path} already.",
@@ -366,20 +386,22 @@ def _tighten(path: Path) -> None:
 
 
 def _check(folder: Path) -> None:
-    """OSError where there is something that is no folder, or none that can be written."""
+    """Raise OSError if the path is not a folder or is not writable."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        # Asked of the kernel, which also knows of file systems that are read-only.
+        # os.access asks the kernel, which also detects read-only file systems.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _make_token(path: Path) -> None:
-    """Never readable by others, not even for a moment; whole or not at all; and two processes
-    agree on one token."""
+    """Create the token file atomically. Other users can never read it.
+
+    If two processes do this at the same time, both use the token of the first one.
+    """
     staged = _private(path, secrets.token_urlsafe(32))
     try:
-        with suppress(FileExistsError):  # another process was faster, and its token counts
+        with suppress(FileExistsError):  # another process was faster, and its token is used
             path.hardlink_to(staged)
     finally:
         staged.unlink()
@@ -387,7 +409,7 @@ def _make_token(path: Path) -> None:
 
 
 def _private(path: Path, text: str) -> Path:
-    """A file beside `path` with the text, which nobody else can read at any moment."""
+    """Write the text to a file next to `path` that only its owner can ever read."""
     staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -398,8 +420,7 @@ def _private(path: Path, text: str) -> Path:
 
 
 def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | None:
-    """The fields of the one that was written; None where there is no such file, or it holds another
-    thing: then nobody is at home."""
+    """Return the fields of a record, or None if the file is missing or invalid."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -410,7 +431,7 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
 
 
 def find_home(option: Path | None) -> Home:
-    """The folder named by the option, by BATCHLAB_HOME, or `.batchlab` here."""
+    """Return the folder from the option, from BATCHLAB_HOME, or else `.batchlab` in this folder."""
     return Home(option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT))
 
 
@@ -418,8 +439,10 @@ log = logging.getLogger(__name__)
 
 
 def note(home: Home, job: str, read_bytes: int) -> None:
-    """Remember that so many bytes were read for the job's results; a line that cannot be written is
-    logged, since the results are there all the same."""
+    """Append the number of bytes that were read for the job's results.
+
+    If the line cannot be written, log a warning, because the results themselves are complete.
+    """
     line = json.dumps({"job": job, "read_bytes": read_bytes}) + "\n"
     try:
         with open(home.fetched_file, "a", encoding="utf-8", opener=private) as file:
@@ -429,12 +452,14 @@ def note(home: Home, job: str, read_bytes: int) -> None:
 
 
 def total_bytes(home: Home, job: str) -> int:
-    """What was read for a job's results so far, however often."""
+    """Return the bytes that were read for a job's results, in all fetches."""
     return sum(size for name, size in _lines(home) if name == job)
 
 
 def last_of(home: Home, name: str) -> tuple[str, int] | None:
-    """The job of that name whose results were fetched last, and what was read for them then."""
+    """Return the job with this name whose results were fetched last, and the bytes of
+    that fetch.
+    """
     mine = re.compile(rf"{re.escape(name)}-[0-9a-f]{{10}}")
     found = None
     for job, size in _lines(home):

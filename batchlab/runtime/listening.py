@@ -1,4 +1,4 @@
-"""The sockets that a service listens on, had before anything that takes longer is begun."""
+"""Sockets of the manager and of other services, opened before any slow step of the start."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ _PREFIX, _NAME = "batchlab-", "manager.sock"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket to serve the application on; port 0 takes a free one. UsageError where the address
-    is taken, or none of this machine's.
+    """Return a socket for the service. Port 0 takes a free port.
 
-    With Nagle's algorithm every answer over a kept connection waits 40 ms for the client's delayed
-    acknowledgement. asyncio turns it off only for sockets whose protocol number is set, which
-    `create_server` does not do; accepted connections inherit the option from here.
+    Raise UsageError if the address is taken or does not belong to this machine.
+
+    The socket disables Nagle's algorithm, which delays every response over a reused connection by
+    40 ms until the client's acknowledgement. The asyncio module disables it only for sockets with a
+    protocol number, and `create_server` does not set one. Accepted connections inherit the option.
     """
     try:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0
-        # A name that cannot be resolved has a negative number, which strerror does not know.
+        # The error of a name that cannot be resolved has a negative number, which strerror does not
+        # know.
         why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
         raise UsageError(
             f"{host}:{port} cannot be listened on: {why.rstrip('.')}.",
@@ -44,14 +46,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
-    """Return a Unix socket that only this user can open, and its path. Return None if the file
-    systems here allow no such socket. The caller holds the grid's lock."""
+    """Return a Unix socket that only this user can open, and its path.
+
+    Return None if the file systems here do not allow such a socket. The caller must hold the grid's
+    lock.
+    """
     for path in _candidates(home):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # A socket accepts no connection before listen(), so the permissions apply to each.
+            # A socket refuses connections before listen(), so the permissions apply to every
+            # connection.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:
@@ -65,11 +71,11 @@ def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
 
 
 def leave(home: Home) -> None:
-    """Remove the Unix socket of a manager that ends, and the record of it."""
+    """Remove the Unix socket of a manager that ends, and its record."""
     if last := home.last_socket():
         last.unlink(missing_ok=True)
         if _is_fallback(last):
-            with suppress(OSError):  # another program's files are in it
+            with suppress(OSError):  # the folder contains files of another program
                 last.parent.rmdir()
     home.forget_socket()
 
@@ -77,7 +83,7 @@ def leave(home: Home) -> None:
 def _candidates(home: Home) -> Iterator[Path]:
     if len(os.fsencode(home.socket_file)) <= LONGEST_PATH_BYTES:
         yield home.socket_file
-    # A manager that replaces another one has its address, for clients that wait for it.
+    # Try the address of the previous manager first, because clients wait for it there.
     if (last := home.last_socket()) and _is_fallback(last):
         yield last
     for folder in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
@@ -87,7 +93,7 @@ def _candidates(home: Home) -> Iterator[Path]:
 
 
 def _is_fallback(path: Path) -> bool:
-    """Return whether the socket is in a private folder of its own."""
+    """Return whether the socket is in a private folder that batchlab created for it."""
     try:
         found = path.parent.lstat()
     except OSError:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The S3 and SQS of a grid."""
+    """Endpoint and names of a grid's S3 and SQS."""
 
     endpoint: Endpoint
     bucket: str
@@ -41,7 +41,7 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class Placed(Descriptor):
-    """A descriptor that finds its grid's parts in a home."""
+    """Descriptor that finds its grid's parts in a home."""
 
     def check_installed(self, *modules: str) -> None:
         """Raise UsageError unless the extra that this backend needs is installed.
@@ -52,7 +52,7 @@ class Placed(Descriptor):
             optional_dependencies.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
-        """Return the location of the containers; Unreachable if there are none."""
+        """Return the location of the containers. Raise Unreachable if there are none."""
         if at := deployment.read(home):
             return at
         raise Unreachable(
@@ -96,7 +96,10 @@ class Placed(Descriptor):
     # --- The stack on AWS ------------------------------------------------------------------------
 
     def stack(self, home: Home) -> AwsDeployment:
-        """Return the locations of the stack's parts; Unreachable if this home records no stack."""
+        """Return the locations of the stack's parts.
+
+        Raise Unreachable if this home records no stack.
+        """
         if at := stacks.read(home):
             return at
         raise Unreachable(
@@ -106,12 +109,15 @@ class Placed(Descriptor):
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
-        """Return the pools of the grid, which are those of the stack if there is one."""
+        """Return the pools of the grid. With a stack, these are the stack's pools."""
         return self.stack(home).pools if self.capabilities.stack else self.pools
 
     def api_token(self, home: Home) -> str:
-        """Return the API's bearer token. The token of a stack is in Secrets Manager, and a copy is
-        stored in the home for clients on this machine."""
+        """Return the API's bearer token.
+
+        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this
+        machine.
+        """
         if self.capabilities.stack:
             from batchlab.runtime.aws.session_manager import secret_text
 
@@ -122,11 +128,14 @@ class Placed(Descriptor):
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
-        """Return where bucket and queues are; Unreachable if the grid has never been up."""
+        """Return the location of bucket and queues.
+
+        Raise Unreachable if the grid has never been up.
+        """
         if place := home.place(self.name):
             return place
         if self.endpoint and (named := place_of(self.endpoint, self.bucket_scheme)).bucket:
-            return named  # An instance has no record, and its environment names the endpoint.
+            return named  # An instance does not have a record. Its environment names the endpoint.
         # A grid in containers loses its bucket when it goes down.
         been = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
@@ -146,7 +155,7 @@ class Placed(Descriptor):
         return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
 
     def services(self, home: Home) -> Services:
-        """Return where S3 and SQS are; Unreachable if the grid has never been up."""
+        """Return the location of S3 and SQS. Raise Unreachable if the grid has never been up."""
         from batchlab.adapters.aws.endpoint import Endpoint
 
         if self.capabilities.stack:
@@ -158,7 +167,7 @@ class Placed(Descriptor):
     def bucket(self, home: Home) -> str:
         """Return the name of the grid's bucket in a job file's `s3://BUCKET/…`.
 
-        A local bucket has the name of the backend. Unreachable if the grid has never been up.
+        A local bucket has the name of the backend. Raise Unreachable if the grid has never been up.
         """
         if self.capabilities.local_bucket:
             return self.name
@@ -169,10 +178,11 @@ class Placed(Descriptor):
         return home.path if self.capabilities.local_bucket else home.of(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
-        """Install the emulator, or check the named endpoint or bucket; UsageError, BackendError.
+        """Install the emulator, or check the named endpoint or bucket.
 
         A client calls this before it starts a manager, so that the user sees the errors. `say` is
-        called with messages about the installation.
+        called with messages about the installation. Raise UsageError or BackendError if something
+        is missing.
         """
         named = self.named_place(home)
         if self.bucket_scheme:
@@ -197,13 +207,14 @@ class Placed(Descriptor):
     def named_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user has named, now or when this home was first used.
 
-        During a replay, it is the proxy before that endpoint. None if the user has named none.
-        UsageError if the bucket of this home is at another endpoint.
+        During a replay, the result is the proxy in front of that endpoint. The result is None if
+        the user did not name an endpoint. Raise UsageError if the bucket of this home is at another
+        endpoint.
         """
         known = home.place(self.name)
         named = place_of(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if known and known.behind and not (named and named.url == known.url):
-            known = known.unfronted  # Its proxy ended with a replay that was killed.
+            known = known.unfronted  # The proxy ended with a replay that was killed.
         if named is None:
             return known if known and known.named else None
         bucket = named.bucket or (known.bucket if known else fresh_bucket())
@@ -219,9 +230,10 @@ class Placed(Descriptor):
         )
 
     def settle(self, home: Home, emulator: Emulator | None) -> None:
-        """Create the bucket and record where bucket and queues are; BackendError.
+        """Create the bucket and record the location of bucket and queues.
 
-        The manager calls this once the endpoint answers.
+        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket
+        cannot be created.
         """
         place = self.named_place(home) or home.place(self.name)
         if emulator:
@@ -233,7 +245,8 @@ class Placed(Descriptor):
             from batchlab.adapters.aws.endpoint import create_bucket
 
             create_bucket(self.endpoint_at(home, place), place.bucket)
-        if not self.capabilities.container_manager:  # `grid up` wrote it; the folder is read-only
+        # `grid up` wrote it; the folder is read-only here
+        if not self.capabilities.container_manager:
             home.of(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
 
@@ -241,7 +254,7 @@ class Placed(Descriptor):
 def client_environment(backend: Placed, home: Home) -> dict[str, str]:
     """Return the environment variables with which other clients find the grid's bucket and queues.
 
-    A local bucket needs none.
+    A local bucket does not need any.
     """
     if backend.capabilities.local_bucket:
         return {}

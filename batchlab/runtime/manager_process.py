@@ -1,7 +1,7 @@
-"""A grid's manager as it is seen from outside: started or connected to, awaited, ended.
+"""Start, connection, and end of a grid's manager, as other processes see it.
 
-Invariant: the home's record says who is at home; who has started somebody waits until that is so,
-or says why it is not.
+Invariant: the home's record names the running manager. A process that starts a manager waits until
+the record exists, or reports why it does not.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ log = logging.getLogger(__name__)
 
 START_S = 30.0
 CONNECT_S = 660.0
-"""What a connection may take: a little longer than it waits for a manager that boots."""
+"""Timeout of a connection in seconds. It exceeds the time that a connection waits for a boot."""
 LONG_S = 10.0
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
-"""Managers that this process has started, by pid: a dead child stays a zombie until it is waited
-for, and a Popen that is dropped complains."""
+"""Managers that this process has started, by pid.
+
+A dead child stays a zombie until its parent waits for it, and Python warns about a dropped Popen.
+"""
 
 
 def start_manager(
@@ -48,12 +50,14 @@ def start_manager(
     port: int = 0,
     say: Callable[[str], None] = log.info,
 ) -> ManagerRecord:
-    """Start a manager process and wait until it answers; the one that runs already is taken.
+    """Start a manager process and wait until it responds. Return a manager that already runs.
 
-    With `parent` it ends when this process does. `port` is where it listens on 127.0.0.1, any that
-    is free where it is 0. `say` hears of what takes long. The manager of a stack on AWS runs there
-    already: a connection to it is started. Raises Unreachable with the end of its log, and what
-    `Backend.provide` does.
+    With `parent`, the manager ends when this process ends. `port` is the manager's port on
+    127.0.0.1, and 0 takes a free port. `say` is called with messages about slow steps. The manager
+    of a stack runs on AWS, so the function starts a connection to it instead.
+
+    Raise Unreachable with the last line of the manager's log if it does not start. The errors of
+    `Backend.provide` are also raised.
     """
     if running := home.record():
         return running
@@ -69,7 +73,7 @@ def start_manager(
     if backend.capabilities.remote_manager:
         _refuse_pools(backend, home, pools)
         service, what = "connect", "The manager on AWS cannot be reached"
-    # -P: the folder the command was called in must not provide modules.
+    # -P: the current folder must not provide modules.
     argv = [sys.executable, "-P", "-m", "batchlab", service, "--home", str(home.path)]
     argv += ["--backend", backend.name]
     if backend.endpoint:
@@ -81,7 +85,7 @@ def start_manager(
     if port:
         argv += ["--port", str(port)]
     with open(home.manager_log, "ab", opener=private) as output:
-        # A session of its own: Ctrl-C in the terminal must reach only the command in front.
+        # Start a new session, so that Ctrl-C in the terminal does not reach the manager.
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -92,7 +96,8 @@ def start_manager(
         else:
             record = _awaited(home, process, START_S)
     except BaseException:
-        if backend.capabilities.remote_manager:  # it would go on trying, for nobody
+        # otherwise the connection process would keep trying
+        if backend.capabilities.remote_manager:
             process.terminate()
         raise
     if record:
@@ -109,8 +114,10 @@ def _awaited(
     within_s: float,
     say: Callable[[str], None] | None = None,
 ) -> ManagerRecord | None:
-    """Return the record of `process`, or of a manager that another command has started meanwhile;
-    None if no manager starts within that time. `say` is called once if it takes long."""
+    """Return the record of `process`, or of a manager that another command has started meanwhile.
+
+    Return None if no manager starts within this time. `say` is called once if it takes long.
+    """
     begun_s = time.monotonic()
     while (waited_s := time.monotonic() - begun_s) < within_s:
         has_ended = process.poll() is not None
@@ -148,7 +155,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 
 
 def stop_manager(home: Home) -> bool:
-    """End the manager that runs here, with its instances; False where none runs."""
+    """Stop the manager that runs here and its instances. Return False if none runs."""
     record = home.record()
     _bury()
     if deployment.read(home) and (record is None or _is_in_container(record)):
@@ -158,7 +165,7 @@ def stop_manager(home: Home) -> bool:
     if record is None:
         return False
     if _is_in_container(record):
-        # Its pid is one of its container's: here it is somebody else's.
+        # The pid belongs to the container. On this machine, the same pid is another process.
         raise BackendError(
             f"A manager runs in {home.path} in a container, and nothing says in which.",
             remedy="`batchlab gc` removes it.",
@@ -179,8 +186,10 @@ def stop_manager(home: Home) -> bool:
 
 
 def kill_manager(home: Home) -> ManagerRecord | None:
-    """SIGKILL to the manager's process that runs here, as a fault would; returns when it is gone,
-    with the record that it had, None where none runs."""
+    """Send SIGKILL to the manager that runs here, as a fault would, and wait until it has ended.
+
+    Return its record, or None if no manager runs.
+    """
     record = home.record()
     if record is None:
         return None
@@ -195,7 +204,9 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
 @atexit.register
 def _bury() -> None:
-    """Wait for those of our managers that are dead without our doing: nobody else does."""
+    """Wait for managers of this process that ended on their own, so that they do not
+    stay zombies.
+    """
     for pid, process in list(_STARTED.items()):
         if process.poll() is not None:
             _STARTED.pop(pid, None)

@@ -1,7 +1,9 @@
-"""Whom a grid notifies of every job, and what targets of jobs may do: `notify.toml` in its home.
+"""Notification settings of a grid: `notify.toml` in its home.
 
-Invariant: a command to run stands here and nowhere else, since who may write this file may run
-commands anyway, and who may submit a job may not.
+The file lists the targets that receive the events of every job, and limits the targets of jobs.
+
+Invariant: only this file can contain a command to run. A user who can write this file can run
+commands anyway. A user who may only submit jobs cannot add a command. Example:
 
     [ops]
     webhook = "https://hooks.example.org/batch"
@@ -40,18 +42,18 @@ log = logging.getLogger(__name__)
 _ENV = "env:"
 KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")
 CONTAINERS = "localstack"
-"""The backend whose manager runs in a container, and its folder in a home."""
+"""Backend whose manager runs in a container. Its folder in a home has the same name."""
 JOBS = "jobs"
-"""The table that is no target."""
+"""Name of the table with the limits of jobs' targets. All other tables are targets."""
 
 
 def read(
     home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
 ) -> Directory:
-    """What the file says, nothing where there is none; UsageError where something is wrong.
+    """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
 
-    Outside a container, commands are refused in a folder that a manager in a container has had: it
-    can write the file, and must not choose a command of its user.
+    A manager in a container can write this file, but must not choose a command for its user. If the
+    home was ever used by such a manager, commands are refused outside a container.
     """
     path = home.notify_file
     try:
@@ -75,8 +77,11 @@ def read(
 
 
 def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The names of the variables that the manager needs for its notifications, as far as they are
-    set: those that the grid's targets name, and those that jobs may name. UsageError as `read`."""
+    """Return the names of the set variables that the manager needs for its notifications.
+
+    These are the variables that the grid's targets name, and those that jobs may name. Raise
+    UsageError if the file is invalid.
+    """
     read(home, environ, in_container=True)
     doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
     texts = [text for fields in doc.values() for text in fields.values() if isinstance(text, str)]
@@ -86,7 +91,7 @@ def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _of_jobs(where: str, fields: Any) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
-    """What the targets of jobs may do: origins of this machine, and origins by secret."""
+    """Return the local origins that jobs' targets may use, and the allowed origins by secret."""
     if not isinstance(fields, dict) or not isinstance(fields.get("secrets", {}), dict):
         raise UsageError(
             f"{where}: [{JOBS}] is about what jobs may do, and it is no table of that.",
@@ -129,7 +134,11 @@ def _origins(where: str, given: Any) -> frozenset[str]:
 
 
 def watched(home: Home, *, in_container: bool = False) -> Callable[[], Directory]:
-    """The same as it is at each call. What has become wrong is told once, and what was, holds."""
+    """Return a function that returns the current settings.
+
+    It reads the file again after a change. If the new file is invalid, it logs a warning once and
+    returns the previous settings.
+    """
     seen: tuple[int, int] | None = None
     known = read(home, in_container=in_container)
 
@@ -169,7 +178,7 @@ def _target(where: str, name: str, fields: Any, environ: Mapping[str, str]) -> T
     on = [on] if isinstance(on, str) else on
     if not isinstance(on, list) or not all(isinstance(one, str) for one in on):
         raise wrong("has an 'on' that is no list", f"The moments are {', '.join(MOMENTS)}.")
-    # Here: with it comes the whole job file, which every worker's start would pay for.
+    # Import this here. It imports the whole job file module, which would slow every worker's start.
     from batchlab.core import units
 
     command = _command(fields["command"]) if kind == "command" else ()
@@ -201,7 +210,7 @@ def _command(given: Any) -> tuple[str, ...] | None:
 def _looked_up(
     text: str, environ: Mapping[str, str], wrong: Callable[[str, str], UsageError]
 ) -> str:
-    """An address, or what the variable holds that stands for it: some are secrets themselves."""
+    """Return an address, or the value of the variable that it names. Some addresses are secrets."""
     if not text.startswith(_ENV):
         return text
     name = text.removeprefix(_ENV)

@@ -1,7 +1,7 @@
-"""What a home says of its manager in place of what the backend says: `settings.toml` in it.
+"""Manager settings of a home: `settings.toml` overrides the settings of the backend.
 
-Invariant: what is written there holds for whoever starts the manager next, on this machine or in a
-container, and until somebody changes the file.
+Invariant: the settings apply to every later start of a manager, on this machine or in a container,
+until the file changes.
 
     [manager]
     drain_target_s = 600
@@ -29,12 +29,15 @@ _MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s"})
 
 
 def applied(backend: Backend, home: Home) -> Backend:
-    """The backend with what the home says in place of its own; UsageError where the file says
-    something that is no setting, or a control lease shorter than the workers'."""
+    """Return the backend with the home's settings.
+
+    Raise UsageError if the file contains an unknown setting or an invalid value, or if the control
+    lease is shorter than the workers' lease.
+    """
     manager = ManagerSettings(**{**asdict(backend.manager), **read(home)})
     workers_s = backend.worker.control_lease_s
     if manager.control_lease_s < workers_s:
-        # A cancellation would be acknowledged while workers may still start tasks.
+        # Otherwise a cancellation could be acknowledged while workers may still start tasks.
         raise UsageError(
             f"{home.settings_file} says control_lease_s = {manager.control_lease_s:g}, which is "
             f"shorter than the lease of the workers ({workers_s:g} s).",
@@ -44,7 +47,7 @@ def applied(backend: Backend, home: Home) -> Backend:
 
 
 def read(home: Home) -> dict[str, float]:
-    """What the home says, by name; nothing where it says nothing. UsageError as `applied`."""
+    """Return the home's settings by name. Raise UsageError if the file is invalid."""
     path = home.settings_file
     try:
         doc = tomllib.loads(path.read_bytes().decode())
@@ -93,8 +96,11 @@ def _is_setting(name: str, value: object) -> bool:
 def said(
     home: Home, values: Mapping[str, float], *, why: str, keep: bool = False
 ) -> Iterator[None]:
-    """With the home saying this beside what it says already. Afterwards the file is what it was,
-    unless it is to be kept. Nothing is written where there is nothing to say."""
+    """Write these settings to the home's file for the duration of the context.
+
+    They are merged with the existing settings. Afterwards the previous file is restored, unless
+    `keep` is set. Without `values`, the file is not touched.
+    """
     if not values:
         yield
         return

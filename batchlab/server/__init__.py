@@ -1,2 +1,2 @@
-"""The manager process as its clients see it: HTTP API, web page, metrics, and the Auto Scaling
-endpoint."""
+"""Processes of the manager, the worker, and the Auto Scaling endpoint, with the HTTP API, the web
+page, and the metrics."""

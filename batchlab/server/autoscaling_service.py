@@ -1,7 +1,7 @@
-"""EC2 Auto Scaling's own API, as a process.
+"""Process that serves the API of EC2 Auto Scaling.
 
-Invariant: whoever is ended by a signal ends the instances; one that was killed leaves them to the
-next with the same state.
+Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process
+stay, and the next process with the same state folder manages them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from batchlab.server.shutdown import end_instances, stop_by_signal
 
 
 def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances; `on_up` is given the
-    URL. A server that was killed leaves its instances to the next one with the same state."""
+    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances. `on_up` is called with
+    the URL. The instances of a killed server stay, and the next server with the same state manages
+    them."""
     logs.set_up(service="asg")
     with locked(settings.state):
         asyncio.run(_serve_asg(settings, on_up))

@@ -1,9 +1,7 @@
-"""The manager, as a process: its ports, its API and page, its workers where it starts them.
+"""Manager process: its ports, its API and web page, and its workers if it starts them.
 
-Invariant: whoever is ended by SIGTERM leaves nothing running and nothing lost; whoever is killed
-leaves nothing that the next start does not find.
-
-How a grid's account is kept: the price book in its folder, put to what its manager counts.
+Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the
+next start finds everything that remained.
 """
 
 from __future__ import annotations
@@ -41,9 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
-"""After the lead has been lost it is stood for again this much later."""
+"""Pause in seconds between the loss of the lease and the next attempt to get it."""
 TRIED_S = 3.0
-"""A manager that ends waits so long for notifications that have not been tried yet."""
+"""Time in seconds that an ending manager waits for the first delivery attempts of new
+notifications."""
 
 
 def manager_main(
@@ -55,8 +54,8 @@ def manager_main(
     parent: int = 0,
     hosts: Sequence[str] = (),
 ) -> None:
-    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`.
-    Its page answers to this machine's names, to `host`, and to `hosts`."""
+    """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of process `parent`. Its
+    web page answers to the names of this machine, to `host`, and to `hosts`."""
     logs.set_up(service="manager")
     with home.locked():
         asyncio.run(_manage(home, backend, host, port, parent, hosts))
@@ -72,7 +71,8 @@ async def _manage(
 
 @asynccontextmanager
 async def _standing(home: Home, backend: Backend) -> AsyncIterator[None]:
-    """With the backend's endpoint up, and kept up where it is an emulator of the grid's own."""
+    """Run the block with the backend's endpoint available. An emulator of the grid is started,
+    supervised, and stopped."""
     emulator = backend.open_emulator(home)
     if emulator is None:
         backend.settle(home, None)
@@ -128,9 +128,9 @@ async def _lead(
     )
     owner = ids.fresh("manager")
     logs.is_from(manager=owner)
-    # The first call to each service reports a damaged file, or one of a newer batchlab, at once.
-    # Later calls would wait, as in an outage. This process holds the folder's lock, so the previous
-    # manager has ended and its lease need not expire.
+    # The first call to each service reports a damaged or newer file format at once. Later calls
+    # would retry, as in an outage. This process holds the folder's lock, so the previous manager
+    # has ended and its lease can be released.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
@@ -168,12 +168,12 @@ async def _lead(
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
-    # Before anybody leads: whoever comes after us must know whose the lease is. Who asks already is
-    # answered in a moment.
+    # The record is written before this manager leads, because the next manager must know the owner
+    # of the lease. Early requests wait for the server.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, parent))
     lead = _Lead(_explaining(fresh()))
     leading = loop.create_task(_lead_on(lead, fresh))
-    # Workers boot while it is made, which takes as long.
+    # The server is created while the workers boot, which takes about as long.
     make = partial(_server, lead, token, backend, stop.set, hosts, home)
     try:
         server, served = await asyncio.to_thread(make)
@@ -185,10 +185,10 @@ async def _lead(
         raise
     gc_control.ended()
     lead.serve(served)
-    # Not sooner: with it comes the API, which the thread has imported.
+    # This module imports the API, so it is imported only after the thread has done that.
     from batchlab.server.http.history import keep_looking
 
-    # uvicorn takes SIGTERM and SIGINT for itself while it serves; its return ends us all the same.
+    # uvicorn handles SIGTERM and SIGINT while it serves. Its return ends this process.
     serving = loop.create_task(server.serve(sockets=listeners))
     watching = [
         loop.create_task(end_with(parent, stop)),
@@ -201,13 +201,14 @@ async def _lead(
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
     if (telling := lead.manager.notifier) and lead.manager.is_leader.is_set():
-        # A grid that is there for one job only ends with it, and somebody waits to hear of that.
+        # A grid may exist for a single job and end with it, and its user waits for the
+        # notification.
         await telling.tried(TRIED_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
-    if launcher:  # else they are a service's, and outlive every manager
+    if launcher:  # otherwise the instances belong to a service and outlive the manager
         await end_instances(launcher, backend.worker.drain_s)
     leave(home)
     await queue.close()
@@ -220,7 +221,7 @@ async def _lead(
 
 @dataclass
 class _Lead:
-    """Who stands for the lead. What is served asks it, once there is something to serve."""
+    """The current manager object. The API uses it through `served` once the API exists."""
 
     manager: Manager
     served: Served | None = None
@@ -243,8 +244,8 @@ def _server(
     hosts: Sequence[str],
     home: Home,
 ) -> tuple[uvicorn.Server, Served]:
-    """The API and the page, ready to be served. Their imports and routes take half of a grid's
-    start."""
+    """Create the server with the API and the web page. Their imports and routes take half of a
+    grid's start-up time."""
     import uvicorn
 
     from batchlab.adapters.local.fleet_state_file import StateFile
@@ -257,15 +258,16 @@ def _server(
         backend_name=backend.name,
         capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
-        # Until the next manager starts, another program may hold the port and receive the requests
-        # of an open page. So the sessions of a manager on this machine end with the manager.
+        # Until the next manager starts, another program may listen on this port and receive the
+        # requests of an open page. So the sessions of a manager on this machine end with the
+        # manager.
         sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
         hosts=hosts,
     )
     web.mount(app, served, prices=_prices(home))
     config = uvicorn.Config(
         app,
-        log_config=None,  # its lines are ours
+        log_config=None,  # the process sets up its own logs
         log_level="warning",
         timeout_graceful_shutdown=2,
         lifespan="off",
@@ -285,10 +287,10 @@ def _prices(home: Home) -> PriceBook | None:
 
 
 async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
-    """Lead, and stand for it again, as a fresh manager, whenever the lead is lost: to a disk that
-    was full or a database that was away for longer than the lease lasts, or to another manager.
+    """Lead, and start a new manager object after each loss of the lease. A full disk, a long outage
+    of the database, or another manager can cause a loss.
 
-    BackendError where it cannot even begin, which is told at once and not waited for.
+    Raise BackendError if the first attempt to lead fails, so that the user sees the error at once.
     """
     has_led = False
     while True:
@@ -306,7 +308,7 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
 
 
 def _explaining(manager: Manager) -> Manager:
-    """The same, which can say in its notifications why a job does not go on."""
+    """Give the manager's notifications the function that explains why a job does not progress."""
     from batchlab.server.views import job_facts
     from batchlab.server.views.wait_reasons import why
 
@@ -326,7 +328,7 @@ async def _tell_of_deaths(lead: _Lead, changed: asyncio.Event) -> None:
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: Tally) -> Accounting:
-    """How the account is kept; without prices where no price book can be read."""
+    """Return the accounting of the grid. Prices are missing if the price book cannot be read."""
     try:
         book = price_book.load(home.path)
     except UsageError as error:

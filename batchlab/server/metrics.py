@@ -1,9 +1,8 @@
-"""What Prometheus is shown of a manager: read from its memory when somebody asks, never before.
+"""Prometheus metrics of a manager, computed from its memory on request, and their endpoint, which
+requires the token.
 
-Invariants: no service is asked for it, and no row of the ledger read; the number of series is
-bounded by pools, states and kinds. No job has a label of its own, and no user's text is one.
-
-The endpoint that Prometheus scrapes; as every other it asks for the token.
+Invariant: a request for metrics calls no service and reads no row of the ledger. Pools, states, and
+kinds limit the number of series. No label contains a job or a user's text.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TASK_STATES = ("waiting", "sent", "running")
 
 
 def exposition(manager: Manager, backend: str, accept: str) -> tuple[bytes, str]:
-    """All of it in the form that `accept` (a header) asks for, and the name of that form."""
+    """Return all metrics in the format of the `accept` header, and the name of the format."""
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
@@ -52,7 +51,7 @@ def exposition(manager: Manager, backend: str, accept: str) -> tuple[bytes, str]
 
 
 def families(manager: Manager, backend: str) -> Iterator[Metric]:
-    """Every metric with its samples."""
+    """Return every metric with its samples."""
     yield _gauge("manager_leader", "Whether this manager leads.", manager.is_leader.is_set())
     yield _by(
         "build_info",
@@ -69,7 +68,7 @@ def families(manager: Manager, backend: str) -> Iterator[Metric]:
     yield from _notifications(manager)
 
 
-# --- What there is to do -------------------------------------------------------------------------
+# --- Jobs and tasks ------------------------------------------------------------------------------
 
 
 def _jobs(manager: Manager) -> Iterator[Metric]:
@@ -148,7 +147,7 @@ def _count_tasks(manager: Manager, live: LiveJob, tasks: Counter[tuple[str, str]
         tasks[kind, "waiting"] += max(0, left - sent)
 
 
-# --- Where it is done ----------------------------------------------------------------------------
+# --- Pools and queues ----------------------------------------------------------------------------
 
 
 def _pools(manager: Manager) -> Iterator[Metric]:
@@ -233,7 +232,7 @@ def _queues(manager: Manager) -> Iterator[Metric]:
     )
 
 
-# --- The manager itself --------------------------------------------------------------------------
+# --- Manager -------------------------------------------------------------------------------------
 
 
 def _heart(manager: Manager) -> Iterator[Metric]:
@@ -311,7 +310,7 @@ def _notifications(manager: Manager) -> Iterator[Metric]:
     )
 
 
-# --- Families ------------------------------------------------------------------------------------
+# --- Metric families -----------------------------------------------------------------------------
 
 
 def _gauge(name: str, help_: str, value: float) -> Metric:
@@ -333,7 +332,7 @@ def _count(
     samples: Samples,
     labels: tuple[str, ...] = (),
 ) -> Metric:
-    """`_total` comes with its form."""
+    """Return a counter. The client library appends `_total` to its name."""
     from prometheus_client.core import CounterMetricFamily
 
     family = CounterMetricFamily(f"batchlab_{name}", help_, labels=labels)
@@ -347,9 +346,9 @@ router = APIRouter(dependencies=[Depends(authorised)])
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(served: Given, request: Request) -> Response:
-    """What Prometheus is shown, also of a manager that does not lead."""
+    """Return the metrics. A manager that is not the leader also returns them."""
 
     accept = request.headers.get("accept", "")
     content, kind = exposition(served.manager, served.backend_name, accept)
-    # Not `media_type`, to which a charset would be added once more.
+    # FastAPI would add a charset to `media_type`, which already has one.
     return Response(content, headers={"Content-Type": kind})

@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
-    """Who writes the performance data of the grid's jobs, in its manager; one at a time in a
-    home."""
+    """Return the writer of performance data for the manager of the grid. A home has only one at a
+    time."""
     scratch = home.scratch / "reports"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a manager that was killed while it wrote
+    shutil.rmtree(scratch, ignore_errors=True)  # may contain files of a killed manager
     return open_writer(
         backend,
         home,
@@ -43,8 +43,8 @@ def open_writer(
     unpriced: Callable[[UsageError], None],
     scratch: Path | None = None,
 ) -> Writer:
-    """Who writes job performance data by the home's prices. Where no price book can be read it
-    has no cost, and `unpriced` hears why."""
+    """Return a writer of job performance data with the prices of the home. If the price book cannot
+    be read, costs are missing from the data, and `unpriced` is called with the error."""
     from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer

@@ -1,8 +1,7 @@
-"""How a service comes to its end: by a signal, with the process that wanted it, with its instances.
+"""Shutdown of the long-lived processes: by a signal, with their parent process, and together with
+their instances.
 
-Invariant: what a service has started is ended with it, by grace first and then by force.
-
-The long-lived processes, and how they come and go: a module for each.
+Invariant: a service ends everything that it started, first gracefully and then by force.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def stop_by_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT."""
+    """Return an event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -29,7 +28,7 @@ def stop_by_signal() -> asyncio.Event:
 
 
 async def end_with(parent: int, stop: asyncio.Event) -> None:
-    """Ask to stop once the process that wanted this grid is gone."""
+    """Set `stop` when the process `parent` has ended."""
     while parent:
         if os.getppid() != parent:
             stop.set()
@@ -38,13 +37,13 @@ async def end_with(parent: int, stop: asyncio.Event) -> None:
 
 
 async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
-    """Drain every instance, wait, then kill what is left."""
+    """Drain every instance, wait for up to `drain_s`, and kill the remaining ones."""
     running = [name for name, ended in (await launcher.running()).items() if ended is None]
     for name in running:
         await launcher.terminate(name, grace_s=drain_s)
     deadline_s = time.monotonic() + drain_s
     while time.monotonic() < deadline_s:
-        launcher.changed.clear()  # before the look: what happens during it counts
+        launcher.changed.clear()  # cleared first, so that a change during the check counts
         living = await launcher.running()
         if all(living.get(name) is not None for name in running):
             break

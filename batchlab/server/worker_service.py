@@ -1,7 +1,7 @@
-"""The worker, as a process.
+"""Worker process.
 
-Invariant: whoever is ended by SIGTERM has given back what was in hand; one whose manager is on the
-same machine does not outlive it for long.
+Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on
+the manager's machine ends soon after its manager.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from batchlab.worker.runner import Scratch
 log = logging.getLogger(__name__)
 
 ORPHAN_S = 15.0
-"""A worker whose manager has been gone for this long drains and ends: nothing is left behind."""
+"""Time in seconds without a manager after which a worker on the same machine drains and ends, so
+that no process remains."""
 
 
 def worker_main(
     home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = ""
 ) -> None:
-    """Run a worker until SIGTERM, a notice, or where its manager is on the same machine until that
-    has been gone for a while.
+    """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends when the
+    manager has been gone for ORPHAN_S.
 
-    What is left out the instance's metadata service knows.
+    Omitted arguments come from the instance's metadata service.
     """
     logs.set_up(service="worker")
     asyncio.run(_work(home, backend, pool, slots, instance))
@@ -75,7 +76,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
     telling = loop.create_task(_tell_environment(objects, worker.who.worker, imds))
-    # The home of a stack's worker has no record of the manager. The group ends the worker.
+    # A worker on AWS cannot see the record of the manager. Its Auto Scaling group ends it.
     alone = imds or backend.capabilities.remote_manager
     orphan = None if alone else loop.create_task(_drain_orphan(home, worker.drain))
     gc_control.ended()
@@ -91,8 +92,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
 
 
 def _instance_key(home: Home, instance: str) -> str:
-    """Return the key of an instance, drawn once: a worker whose service restarts has the same one.
-    Without an instance whose services restart (a worker on this machine), draw a new one."""
+    """Return the key of an instance. It is created once, so a worker whose service restarts has the
+    same key. Without `instance`, return a new key, as for a worker on this machine."""
     drawn = secrets.token_hex(16)
     if not instance:
         return drawn
@@ -105,14 +106,15 @@ def _instance_key(home: Home, instance: str) -> str:
     except FileExistsError:
         return path.read_text() or drawn
     except OSError as error:
-        # The manager does not believe the next worker here, and its group replaces the instance.
+        # The manager will not accept the next worker on this instance, and the group replaces the
+        # instance.
         log.warning("the key of this instance cannot be kept: %s", error)
     return drawn
 
 
 async def _tell_environment(objects: Objects, worker: str, imds: Imds | None) -> None:
-    """Store what this worker's tasks find around them. Nothing waits for it: it is for whoever
-    looks into a failure later."""
+    """Store the environment of this worker's tasks for later analysis of failures. No other code
+    waits for it."""
     from batchlab.worker import environment
 
     try:

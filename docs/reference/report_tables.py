@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from batchlab.reports.tables.schema import TABLES, Table
 
+PAGE = Path(__file__).resolve().parents[1] / "report-data.md"
 TITLE = "## The tables\n\n"
 
 
@@ -23,6 +26,7 @@ def _section(table: Table) -> str:
     )
 
 
-def renewed(text: str) -> str:
-    """Return the page's text with a section that is made from the current schema."""
+def page() -> str:
+    """Return the page of report data. Its part before the tables is written by hand."""
+    text = PAGE.read_text()
     return text[: text.index(TITLE)] + reference()

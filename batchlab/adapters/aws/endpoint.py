@@ -1,7 +1,7 @@
-"""What the AWS adapters share: `Endpoint`, boto3 clients for it, and what botocore's errors mean.
+"""boto3 clients and credentials for an `Endpoint`, and the translation of botocore's errors.
 
-Invariant: with an endpoint's url nothing of the user's AWS configuration is used, and no credential
-of theirs is sent to it; without one, everything is found where boto3 finds it.
+Invariant: an endpoint with a url ignores the user's AWS configuration and receives none of the
+user's credentials. An endpoint without a url uses the configuration that boto3 finds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
-"""Longer than any call here takes a service that is well."""
+"""Timeout of a call in seconds. A healthy service answers every call made here in less time."""
 
 _THROTTLED = {
     "KmsThrottled",
@@ -68,9 +68,9 @@ _DENIED = {
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """AWS in `region`; with `url`, what answers there in its place (an emulator, another S3).
+    """AWS in `region`, or with `url` a service that replaces AWS: an emulator or another S3.
 
-    The keys are for that url only: on AWS boto3's chain finds credentials.
+    The keys are used only with a url. On AWS, boto3's credential chain finds the credentials.
     """
 
     url: str | None = None
@@ -80,19 +80,21 @@ class Endpoint:
 
     @property
     def loopback(self) -> str:
-        """The url's host where that is this machine, which no proxy can reach; else ""."""
+        """Return the url's host if it is this machine, which no proxy can reach, else ""."""
         return loopback(self.url or "")
 
 
 def loopback(url: str) -> str:
-    """The url's host where that is this machine; else ""."""
+    """Return the url's host if it is this machine, else ""."""
     host = urlsplit(url).hostname or ""
     return host if host in ("127.0.0.1", "::1", "localhost") else ""
 
 
 def s3_url(endpoint: Endpoint) -> str:
-    """Where S3 is for boto3: at the endpoint's url, or where AWS_ENDPOINT_URL_S3 or a profile puts
-    it, or on AWS."""
+    """Return the url of S3 as boto3 resolves it.
+
+    It is the endpoint's url, the url in AWS_ENDPOINT_URL_S3 or in a profile, or AWS's url.
+    """
     if endpoint.url:
         return endpoint.url
     with closing(client(endpoint, "s3", connections=1)) as s3:
@@ -100,7 +102,7 @@ def s3_url(endpoint: Endpoint) -> str:
 
 
 def credentials(endpoint: Endpoint) -> S3CredentialProvider:
-    """The same credentials as `client` has, for obstore."""
+    """Return the credentials of `client` in obstore's form."""
     if endpoint.url is None:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
@@ -145,8 +147,10 @@ def client(
     connections: int,
     made: boto3.Session | None = None,
 ) -> Any:
-    """A client that makes each call once: patience is the callers'. Of the session `made`, or of
-    its own."""
+    """Return a client that makes each call once, because the callers retry.
+
+    The client belongs to the session `made`, or to a new session.
+    """
     from botocore.config import Config
 
     config = Config(
@@ -154,10 +158,10 @@ def client(
         read_timeout=ANSWER_S,
         max_pool_connections=connections,
         retries={"total_max_attempts": 1, "mode": "standard"},
-        # A quarter of a call's CPU, to check types that mypy has checked.
+        # This check of types takes 25% of a call's CPU time, and mypy has already checked them.
         parameter_validation=False,
         s3={"addressing_style": "path"} if endpoint.url else {},
-        # None would be what the environment says.
+        # With None, botocore uses the proxies of the environment.
         proxies={} if endpoint.loopback else None,
     )
     with translated("AWS"):
@@ -166,7 +170,7 @@ def client(
 
 
 def session_of(endpoint: Endpoint) -> boto3.Session:
-    """A session for clients of the endpoint."""
+    """Return a session for clients of the endpoint."""
     with translated("AWS"):
         if endpoint.url is None:
             return session(endpoint.region)
@@ -174,21 +178,21 @@ def session_of(endpoint: Endpoint) -> boto3.Session:
 
 
 def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
-    """boto3's, of the user; with `keys` (access key, secret key) it takes no profile of theirs.
+    """Return a boto3 session. With `keys` (access key, secret key) it ignores the user's profiles.
 
-    All sessions of a process share what botocore has read of its services' models: for its first
-    client each would look through four hundred folders again, half a second for some services.
+    All sessions of a process share one loader of botocore's service models. Otherwise the first
+    client of each session would search 400 folders again, which takes 0.5 s for some services.
     """
     import boto3
     import botocore.session
 
-    # A profile named in the environment must neither be needed nor found.
+    # With keys, a profile that the environment names may be missing and must not be used.
     core = botocore.session.Session({"profile": (None, None, None, None)} if keys else None)
     models = _models(core.get_config_variable("data_path"))
     core.register_component("data_loader", models)
     key, secret = keys or (None, None)
     made = boto3.Session(key, secret, region_name=region, botocore_session=core)
-    # boto3 has added its own folder, once more with each session.
+    # boto3 adds its own folder with each session, so the duplicates are removed.
     models.search_paths[:] = dict.fromkeys(models.search_paths)
     return made
 
@@ -201,18 +205,18 @@ def _models(data_path: str | None) -> Loader:
 
 
 def code_of(error: ClientError) -> str:
-    """The error's code, as `plain` writes it."""
+    """Return the error's code in the form of `plain`."""
     return plain(str(error.response.get("Error", {}).get("Code", "")))
 
 
 def plain(code: str) -> str:
-    """An error code without the name of its service and "Exception": "NonExistentQueue"."""
+    """Return an error code without its service name and "Exception", such as "NonExistentQueue"."""
     return code.rpartition(".")[2].removesuffix("Exception")
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turns botocore's errors into batchlab's; `what` is the subject of their sentence."""
+    """Raise batchlab's errors instead of botocore's. Their messages begin with `what`."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.parsers import ResponseParserError
@@ -224,7 +228,7 @@ def translated(what: str) -> Iterator[None]:
     except (HTTPClientError, NoConnection) as error:
         raise Unreachable(f"{what}: {error}") from error
     except ResponseParserError as error:
-        # Something answers, but not the service: a proxy, or one that is just starting.
+        # Another program answered, such as a proxy, or the service is still starting.
         raise Unreachable(f"{what}: the answer is not one of AWS.") from error
     except BotoCoreError as error:
         raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
@@ -251,8 +255,10 @@ def _refusal(what: str, error: ClientError) -> BatchlabError:
 
 
 def check(endpoint: Endpoint) -> None:
-    """Ask S3 and SQS at the endpoint's url for what costs nothing; Unreachable in a sentence for
-    whoever has named it."""
+    """Make one free request to S3 and one to SQS at the endpoint's url.
+
+    Raise Unreachable if one of them does not answer as AWS does.
+    """
     s3, sqs = client(endpoint, "s3", connections=1), client(endpoint, "sqs", connections=1)
     try:
         _answers(endpoint, "S3", lambda: s3.list_buckets()["Buckets"])
@@ -282,7 +288,7 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
         cause, text = error, f"Nothing answers at {endpoint.url}."
     except (ClientError, ResponseParserError, BotoCoreError, KeyError) as error:
         code = code_of(error) if isinstance(error, ClientError) else ""
-        # An answer that it cannot read has its HTTP status for a code.
+        # botocore uses the HTTP status as the code of an answer that it cannot parse.
         told = f" (it says {code})" if code and not code.isdigit() else ""
         cause, text = error, f"{endpoint.url} does not answer as {service} does{told}."
     raise Unreachable(
@@ -291,7 +297,7 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:
-    """Create the bucket; no error where it is ours already."""
+    """Create the bucket. Do nothing if this account already owns it."""
     from botocore.exceptions import ClientError
 
     s3 = client(endpoint, "s3", connections=1)

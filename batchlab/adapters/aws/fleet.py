@@ -1,11 +1,11 @@
-"""EC2 Auto Scaling, on AWS or behind an endpoint that speaks its API: `Ec2Fleet(endpoint, …)`.
+"""Fleet of EC2 Auto Scaling groups, on AWS or at an endpoint with the same API.
 
-Invariant: what is refused by the model of a fleet is refused before a request is made, so that a
-service that is more lenient than AWS leads nobody astray.
+Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may
+accept more than AWS does.
 
-An instance waits in the launch hook (Pending:Wait) until its worker reports, and in the drain hook
-(Terminating:Wait) while it hands back its work. On AWS a look at the groups is one request for all
-pools, at most every `POLL_S`; whatever this process asks for is followed by one at once.
+An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain
+hook (Terminating:Wait) while its worker returns its work. One request describes the groups of all
+pools. On AWS it is sent at most every `POLL_S`, and also after each change that this process made.
 """
 
 from __future__ import annotations
@@ -31,20 +31,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POLL_S = 5.0
-"""On AWS, groups that nobody here has touched are looked at no oftener than this."""
+"""Minimum time in seconds between two Describe calls to AWS.
+
+After a change by this process, the next Describe call comes sooner.
+"""
 MOST_PROTECTED = 50
-"""So many instances SetInstanceProtection takes at a time."""
+"""Maximum number of instances in one call of SetInstanceProtection."""
 MOST_INSTANCES = 10_000
-"""In one group of EC2's."""
+"""Maximum number of instances of one Auto Scaling group."""
 _ACTIVITIES = 100
 _CALLS = 8
 
 
 class Ec2Fleet:
-    """The Fleet port over boto3; a pool's group is called `prefix` and the pool's name.
+    """Fleet port over boto3. The name of a pool's group is `prefix` followed by the pool's name.
 
-    boto3 blocks, so each call takes a thread. A group of that name which exists is taken over;
-    without a `form` there must be one, which a stack has made.
+    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name.
+    Without a `form` it creates no groups, so a stack must have created them.
     """
 
     def __init__(
@@ -57,22 +60,22 @@ class Ec2Fleet:
         self._poll_s = POLL_S if endpoint.url is None else 0.0
         self._seen: dict[str, Seen] = {}
         self._lost: set[str] = set()
-        """Pools whose groups somebody has deleted; `ensure` makes them again."""
+        """Pools whose groups were deleted by another program. `ensure` creates them again."""
         self._dead: list[Instance] = []
         self._journal = Journal()
         self._reported: set[str] = set()
         self._looked_s: float | None = None
-        """Monotonic; None where something has changed since."""
+        """Monotonic time of the last description, None if the groups have changed since."""
         self._looking = asyncio.Lock()
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="autoscaling")
 
     async def close(self) -> None:
-        """End the threads, after what they still have to do, and close the connections."""
+        """Wait for the submitted calls, then end the threads and close the connections."""
         await asyncio.to_thread(self._calling.shutdown)
         self._asg.close()
 
     async def remove(self, pool: str) -> None:
-        """Delete the pool's group with its instances; Refused where there is none."""
+        """Delete the pool's group with its instances. Raise Refused if the pool is unknown."""
         self._group(pool)
         await self._call(
             pool,
@@ -83,11 +86,14 @@ class Ec2Fleet:
         del self._seen[pool]
 
     async def _call(self, pool: str, call: Callable[[str], T]) -> T:
-        """The result of `call` for the name of the pool's group, after which all is looked at."""
+        """Call `call` with the name of the pool's group.
+
+        Afterward, the cached description of the groups is out of date.
+        """
         try:
             return await self._ask(pool, call)
         finally:
-            # A look that began during the call may have missed what it changed.
+            # A description that began during the call may not contain the change.
             self._looked_s = None
 
     async def _ask(self, pool: str, call: Callable[[str], T]) -> T:
@@ -100,7 +106,10 @@ class Ec2Fleet:
     # --- Groups -----------------------------------------------------------------------------------
 
     async def ensure(self, pool: Pool) -> None:
-        """As the port says; Refused unless 0 ≤ min ≤ max."""
+        """Create or adopt the pool's group and set its limits.
+
+        Raise Refused unless 0 ≤ min ≤ max.
+        """
         limits = check_limits(pool, most=MOST_INSTANCES)
         if pool.name not in self._seen or pool.name in self._lost:
             await self._found(pool)
@@ -119,7 +128,7 @@ class Ec2Fleet:
         seen.pool = pool
 
     async def _found(self, pool: Pool) -> None:
-        """Create the group, or make the hooks ours of one that is there already."""
+        """Create the group, or set the hooks of an existing group."""
         if self._form is None:
             return
         form = self._form
@@ -137,7 +146,7 @@ class Ec2Fleet:
         )
 
     async def _adopt(self, pool: Pool) -> None:
-        """Know the group from now on, as the service has it."""
+        """Add the group to the known groups, with its current state."""
         before = self._seen.get(pool.name)
         self._seen[pool.name] = before or Seen(pool)
         try:
@@ -146,7 +155,7 @@ class Ec2Fleet:
             if before is None:
                 del self._seen[pool.name]
             if isinstance(error, NotFound) and self._form is None:
-                # Not a NotFound, after which a group is made.
+                # NotFound would make the caller create a group.
                 raise BackendError(
                     f"There is no Auto Scaling group {self._prefix + pool.name!r}.",
                     remedy="The grid's stack makes its groups: `batchlab deploy apply`.",
@@ -161,13 +170,12 @@ class Ec2Fleet:
             self._asg.put_lifecycle_hook(AutoScalingGroupName=name, **hook)
 
     async def describe(self) -> Sequence[GroupView]:
-        """As the port says, of the pools that were ensured here."""
+        """Return the groups of the pools that `ensure` was called for."""
         if self._looked_s is None:
             await self._look()
         return [seen.view() for seen in self._seen.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """As the port says."""
         seen = await self._current(pool)
         check_desired(seen.pool, desired)
         if desired == seen.desired:
@@ -187,7 +195,7 @@ class Ec2Fleet:
             self._journal.note(pool, self._clock.now_s(), what, why)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """As the port says: the service's, and why we asked for what made them."""
+        """Return the newest activities of the service, with the causes of the changes made here."""
         pools = list(self._seen) if pool is None else [pool] if pool in self._seen else []
         told = {one: await self._ask(one, self._activities) for one in pools}
         self._journal.merge(told)
@@ -204,8 +212,10 @@ class Ec2Fleet:
     async def terminate(
         self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
     ) -> None:
-        """As the port says; Refused as ManagedFleet does. One request each: where one fails, those
-        before it have ended, and the call may be repeated."""
+        """Terminate the instances with one request each. Raise Refused where `ManagedFleet` does.
+
+        If a request fails, the earlier ones have taken effect, and the call may be repeated.
+        """
         seen = await self._current(pool, instances)
         leaving = [name for name in dict.fromkeys(instances) if seen.counted(name)]
         if decrement:
@@ -217,7 +227,10 @@ class Ec2Fleet:
             self._note(pool, seen.desired, seen.desired - len(leaving), cause)
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """As the port says; Refused, and nothing done, unless all are InService."""
+        """Set scale-in protection.
+
+        Raise Refused without a change unless all instances are InService.
+        """
         seen = await self._current(pool, instances)
         for name in instances:
             if (state := seen.instances[name].state) is not LifecycleState.IN_SERVICE:
@@ -227,7 +240,8 @@ class Ec2Fleet:
             try:
                 await self._call(pool, partial(self._protect, some, on))
             except Refused as error:
-                # One of them has gone since the last look; the next tells who is left.
+                # An instance has left since the last description. The next description lists the
+                # others.
                 if not is_gone(error):
                     raise
 
@@ -242,7 +256,7 @@ class Ec2Fleet:
         )
 
     async def ready(self, instance: str) -> None:
-        """As the port says. The hook is completed as soon as the instance is seen to wait in it."""
+        """Complete the launch hook of the instance, now or as soon as the instance waits in it."""
         if instance in self._reported:
             return
         self._reported.add(instance)
@@ -262,12 +276,12 @@ class Ec2Fleet:
                 ),
             )
         except Refused as error:
-            # It timed out, or the instance is on its way out.
+            # The hook timed out, or the instance is terminating.
             if NO_ACTION not in str(error):
                 raise
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
-        """As the port says; Refused where it is unknown."""
+        """Mark the instance as unhealthy. Raise Refused if the instance is unknown."""
         pool = await self._pool_of(instance)
         seen = self._seen[pool]
         if healthy or not seen.counted(instance):
@@ -287,9 +301,9 @@ class Ec2Fleet:
         )
 
     async def tick(self) -> Sequence[Instance]:
-        """As the port says: a look, then the hooks of those whose workers have reported.
+        """Describe the groups, then complete the hooks of instances whose workers have reported.
 
-        BackendError where the service fails, or a group is not as it was left: the next may mend.
+        Raise BackendError if the service fails or a group is missing. A later tick may succeed.
         """
         now_s = self._clock.monotonic_s()
         try:
@@ -310,7 +324,10 @@ class Ec2Fleet:
     # --- Looking ----------------------------------------------------------------------------------
 
     async def _look(self) -> None:
-        """One request for all groups; another for each that lost an instance without a word."""
+        """Describe all groups with one request.
+
+        One more request is made for each group that lost an instance without a known reason.
+        """
         async with self._looking:
             if not self._seen:
                 return
@@ -351,7 +368,7 @@ class Ec2Fleet:
         return self._seen[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> Seen:
-        """The pool as it is now, where the last look does not know all of these instances."""
+        """Return the pool, described again if it changed or if one of the instances is unknown."""
         seen = self._group(pool)
         if self._looked_s is None or not all(name in seen.instances for name in instances):
             await self._look()

@@ -1,7 +1,7 @@
-"""What EC2 Auto Scaling says of its groups, compared with what it said before.
+"""State of Auto Scaling groups, derived from successive descriptions by EC2 Auto Scaling.
 
-A group there forgets an instance that has ended, and never says when one was launched or how it
-ended. This remembers both, as far as it was looking: it knows no more than two looks tell.
+EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or
+how it ended. This module records both, as far as two successive descriptions show them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STATES = {
     "Pending": LifecycleState.PENDING,
     "InService": LifecycleState.IN_SERVICE,
     "Terminating": LifecycleState.TERMINATING,
-    # It lives on, but no longer for this group.
+    # A detaching instance keeps running, but not for this group.
     "Detaching": LifecycleState.TERMINATING,
     "Terminated": LifecycleState.TERMINATED,
     "Detached": LifecycleState.TERMINATED,
@@ -38,28 +38,36 @@ _ABANDONED = "was abandoned"
 GONE = "it is gone from its group"
 NEVER_UP = "it ended before it was in service"
 SETTLES_S = 60.0
-"""What is Pending may still end so long after desired capacity was lowered, for that reason."""
+"""Time in seconds after a decrease of the desired capacity.
+
+A Pending instance that ends within this time counts as ended by the decrease.
+"""
 
 
 @dataclass(slots=True)
 class Seen:
-    """One pool's group as last seen. `ends` says why an instance will end where we asked for it."""
+    """Group of one pool at its last description.
+
+    `ends` has the causes of requested terminations.
+    """
 
     pool: Pool
     desired: int = 0
     instances: dict[str, Instance] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
-    """Those that the launch hook holds until their workers report."""
+    """Instances that the launch hook holds until their workers report."""
     ends: dict[str, str] = field(default_factory=dict)
     gone_s: dict[str, float] = field(default_factory=dict)
-    """When each Terminated one was first missed; epoch seconds."""
+    """Epoch seconds at which each Terminated instance was first missing."""
     unexplained: set[str] = field(default_factory=set)
-    """Those that were there at one look and gone at the next, or left before they were in service,
-    and nobody has said why."""
+    """Instances that ended for a reason that is not known yet.
+
+    They disappeared between two descriptions, or left before they were in service.
+    """
     served: set[str] = field(default_factory=set)
-    """Those that have been in service, or may have been before the first look."""
+    """Instances that have been in service, or may have been before the first description."""
     lowered_s: float = 0.0
-    """When desired capacity was last seen to be lower than before; epoch seconds."""
+    """Epoch seconds at which the desired capacity was last seen to fall."""
 
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
@@ -69,7 +77,10 @@ class Seen:
         return found is not None and found.state in COUNTED
 
     def look(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
-        """Take over what the service says; returns those that are gone since the look before."""
+        """Update the state from a description of the group.
+
+        Return the instances that have ended since the previous one.
+        """
         if group["DesiredCapacity"] < self.desired:
             self.lowered_s = now_s
         limits = replace(self.pool, min_size=group["MinSize"], max_size=group["MaxSize"])
@@ -107,7 +118,7 @@ class Seen:
         )
 
     def _find_again(self, name: str) -> None:
-        """One that was missed and is listed again lives on, and its end is still to come."""
+        """Clear the end of an instance that was missing and is listed again."""
         if self.gone_s.pop(name, None) is not None:
             self.instances[name] = replace(self.instances[name], note="")
 
@@ -121,7 +132,7 @@ class Seen:
         return "terminated: scale-in" if healthy else "it failed a health check of its group"
 
     def _miss(self, here: set[str], now_s: float) -> list[Instance]:
-        """Terminated are those that are listed no more, or as such."""
+        """Return the newly ended instances: missing in the description, or listed as Terminated."""
         gone = []
         for name, old in list(self.instances.items()):
             if name in self.gone_s:
@@ -145,7 +156,7 @@ class Seen:
         return gone
 
     def explain(self, activities: Sequence[ActivityTypeDef]) -> list[Instance]:
-        """Those that were unexplained, with what an activity says that ended them."""
+        """Return the unexplained instances whose end an activity explains, with that reason."""
         explained = []
         for name in self.unexplained & self.instances.keys():
             told = [a for a in activities if name in a.get("Description", "")]
@@ -157,7 +168,7 @@ class Seen:
 
 
 def _given_up(activities: Iterable[ActivityTypeDef]) -> str:
-    """Why a launch was given up that had begun; "" where none was."""
+    """Return why a launch was abandoned, "" if none was abandoned."""
     for activity in activities:
         if _ABANDONED in (said := activity.get("StatusMessage") or activity["Description"]):
             return said.partition("Status Reason: ")[2] or said
@@ -173,29 +184,32 @@ def _ended(activities: Iterable[ActivityTypeDef]) -> str:
 
 
 def _state(told: str) -> LifecycleState | None:
-    """AWS's state as one of the model's; None for an instance that does not work for its group,
-    in standby or in a warm pool."""
+    """Return the model's state for AWS's state.
+
+    Return None for an instance that does not work for its group: in standby or in a warm pool.
+    """
     return _STATES.get(told.partition(":")[0])
 
 
 class Journal:
-    """The service's activities and our own notes of why they were asked for, as one list.
+    """List of the service's activities and of the causes of requests that were made here.
 
-    The service's have no numbers; each gets one when it is first seen, in the order of time.
+    The service's activities come without numbers. Each gets one when it is first seen, in order of
+    time.
     """
 
     def __init__(self) -> None:
         self._next = 1
         self._notes: list[Activity] = []
         self._known: dict[str, Activity] = {}
-        """By the service's id, or for a note by its number."""
+        """Key: the service's id of an activity, or the number of a note."""
 
     def note(self, pool: str, at_s: float, description: str, cause: str) -> None:
-        """Record what was asked of the service, which has no place for the cause."""
+        """Record a request and its cause. The service does not store the cause."""
         self._notes.append(Activity(0, pool, at_s, description, cause))
 
     def merge(self, told: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
-        """Take over the activities of these pools."""
+        """Add the activities of these pools to the list."""
         fresh: list[tuple[str, Activity]] = [("", note) for note in self._notes]
         self._notes = []
         for pool, activities in told.items():
@@ -213,7 +227,7 @@ class Journal:
             del self._known[name]
 
     def newest(self, pool: str | None, limit: int) -> list[Activity]:
-        """Up to `limit` of one pool, or of all, newest first."""
+        """Return up to `limit` activities of one pool, or of all pools, newest first."""
         every = sorted(self._known.values(), key=lambda one: one.id, reverse=True)
         return [one for one in every if pool in (None, one.pool)][:limit]
 

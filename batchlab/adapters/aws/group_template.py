@@ -1,6 +1,6 @@
-"""What a pool's Auto Scaling group is made of.
+"""Parameters of a pool's Auto Scaling group, and the tags of its instances.
 
-The tags of a grid's instances, by which a worker learns what it is there for.
+A worker reads its pool and its number of slots from the tags.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ SLOTS_TAG = "batchlab:slots"
 READY_HOOK = "batchlab-ready"
 DRAIN_HOOK = "batchlab-drain"
 NOT_THERE = ("is not part of Auto Scaling group", "Instance Id not found")
-"""What EC2 Auto Scaling says of an instance that its group no longer has."""
+"""Texts of EC2 Auto Scaling's errors for an instance that its group no longer contains."""
 NO_ACTION = "No active Lifecycle Action"
-"""What AWS says where an instance does not wait in the hook, or no longer."""
+"""Text of AWS's error for an instance that does not wait in the hook."""
 _TIMEOUT_S = (30.0, 7200.0)
-"""What AWS allows for a hook."""
+"""Minimum and maximum timeout of a hook on AWS."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupForm:
-    """What the groups of a grid have in common. An instance has `boot_s` of its pool and
-    `report_s` until its worker must report, and `drain_s` in Terminating:Wait to hand back its
-    work; with 0 it does not wait there."""
+    """Common parameters of the groups of a grid.
+
+    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In
+    Terminating:Wait, it has `drain_s` to return its work. With 0 the instance does not wait there.
+    """
 
     template: str
-    """Name of the launch template; {pool} in it is the pool's name."""
+    """Name of the launch template. "{pool}" in it stands for the pool's name."""
     version: str = "$Default"
     zones: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
@@ -46,7 +48,7 @@ class GroupForm:
     drain_s: float = 120.0
 
     def request(self, name: str, pool: Pool) -> CreateAutoScalingGroupTypeTypeDef:
-        """CreateAutoScalingGroup's parameters for the pool."""
+        """Return the pool's parameters of CreateAutoScalingGroup."""
         request: CreateAutoScalingGroupTypeTypeDef = {
             "AutoScalingGroupName": name,
             "LaunchTemplate": {
@@ -56,10 +58,10 @@ class GroupForm:
             "MinSize": pool.min_size,
             "MaxSize": pool.max_size,
             "DesiredCapacity": pool.min_size,
-            # Our own policy has cooldowns.
+            # batchlab's scaling policy has its own cooldowns.
             "DefaultCooldown": 0,
             "HealthCheckGracePeriod": 0,
-            # It has the least warm state (code, child processes) to lose.
+            # The newest instance has the least warm state (code, child processes) to lose.
             "TerminationPolicies": ["NewestInstance"],
             "LifecycleHookSpecificationList": self.hooks(pool),
             "Tags": [
@@ -74,7 +76,7 @@ class GroupForm:
         return request
 
     def hooks(self, pool: Pool) -> list[LifecycleHookSpecificationTypeDef]:
-        """The hooks that its instances wait in."""
+        """Return the lifecycle hooks of the pool's group."""
         hooks: list[LifecycleHookSpecificationTypeDef] = [
             {
                 "LifecycleHookName": READY_HOOK,
@@ -105,5 +107,5 @@ def _timeout(seconds: float) -> int:
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether the service has refused because it no longer has the instance."""
+    """Return whether the service refused a request because it no longer has the instance."""
     return any(words in str(error) for words in NOT_THERE)

@@ -1,8 +1,7 @@
-"""What an instance asks about itself: EC2's metadata service, version 2, and its notices.
+"""Client of EC2's instance metadata service, version 2, and the Notices port over it.
 
-The same on EC2 and in a container of ours; AWS_EC2_METADATA_SERVICE_ENDPOINT, where AWS's own SDKs
-look too, names a service that is elsewhere. Invariant: a service that says nothing for ANSWER_S is
-given up.
+It works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs
+also read, sets another address. Invariant: a request ends after `ANSWER_S` without an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODE = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE"
 _IPV4, _IPV6 = "http://169.254.169.254", "http://[fd00:ec2::254]"
 
 TTL_S = 21_600
-"""What a token is asked for: the longest there is."""
+"""Requested lifetime of a token in seconds: the longest that the service allows."""
 _RENEW_S = TTL_S / 2
 ANSWER_S = 2.0
 _MOST_BYTES = 1024 * 1024
@@ -35,9 +34,9 @@ _LEAVING = ("Terminated", "Warmed:Terminated")
 
 
 class Imds:
-    """The metadata service of the instance this process runs on; safe to share among threads.
+    """Metadata service of the instance that runs this process. Threads may share it.
 
-    `url` where it is; by default where AWS's SDKs would look for it.
+    `url` is its address. By default, it is the address that AWS's SDKs use.
     """
 
     def __init__(self, url: str = "", environ: Mapping[str, str] = os.environ) -> None:
@@ -58,14 +57,16 @@ class Imds:
         self._renewing = threading.Lock()
 
     def get(self, path: str) -> str | None:
-        """What is at `path` below `latest/`, None where there is nothing. Blocks. Unreachable
-        where no metadata service answers, BackendError where it declines."""
+        """Return the content of `path` below `latest/`, None if it does not exist. The call blocks.
+
+        Raise Unreachable if no metadata service answers, and BackendError if it refuses.
+        """
         for _ in range(2):
             token = self._current_token()
             status, body = self._ask("GET", path, {"X-aws-ec2-metadata-token": token})
             if status != 401:
                 break
-            # The service has forgotten it, or we have another address by now.
+            # The service has lost the token, or the address of this instance has changed.
             self._drop(token)
         if status == 404:
             return None
@@ -74,24 +75,33 @@ class Imds:
         return body.decode(errors="replace")
 
     def instance_id(self) -> str:
-        """The instance this process runs on; errors as `get`."""
+        """Return the id of the instance that runs this process. Errors are those of `get`."""
         return self._needed("meta-data/instance-id")
 
     def image(self) -> str:
-        """The machine image it was launched from, "" where it is none of EC2's; errors as `get`."""
+        """Return the machine image of the instance, "" if it is not from EC2.
+
+        Errors are those of `get`.
+        """
         return (self.get("meta-data/ami-id") or "").strip()
 
     def is_spot(self) -> bool:
-        """Whether it may be interrupted; errors as `get`."""
+        """Return whether EC2 may interrupt the instance. Errors are those of `get`."""
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
-        """Whether its Auto Scaling group takes it out of service; errors as `get`."""
+        """Return whether its Auto Scaling group takes it out of service.
+
+        Errors are those of `get`.
+        """
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
     def needed_tag(self, name: str) -> str:
-        """The instance's tag of that name; NotFound where it has none, else as `get`."""
+        """Return a tag of the instance.
+
+        Raise NotFound if it is missing. Other errors are those of `get`.
+        """
         return self._needed(f"meta-data/tags/instance/{name}")
 
     def _needed(self, path: str) -> str:
@@ -117,7 +127,7 @@ class Imds:
                 self._token = ""
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        # Straight to it: a proxy of the environment could not reach it, and must not.
+        # The request bypasses proxies: a proxy could not reach the service, and must not.
         with closing(
             http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)
         ) as connection:
@@ -138,18 +148,18 @@ class Imds:
 
 
 class ImdsNotices:
-    """The Notices port over the metadata service.
+    """Notices port over the metadata service.
 
-    A Spot interruption notice, or an Auto Scaling group that takes the instance out. A rebalance
-    recommendation is none: it says that an interruption has become likelier, and a group that
-    acts on it launches a replacement first, and then takes the instance out.
+    It reports two events: a Spot interruption notice, and the termination of the instance by its
+    Auto Scaling group. It ignores rebalance recommendations, which say only that an interruption
+    has become more likely. A group that acts on one launches a replacement first and then
+    terminates the instance.
     """
 
     def __init__(self, imds: Imds) -> None:
         self._imds = imds
 
     async def notice(self) -> Notice | None:
-        """As the port says."""
         return await asyncio.to_thread(self._notice)
 
     def _notice(self) -> Notice | None:
@@ -162,7 +172,7 @@ class ImdsNotices:
 
 
 def _interruption(content: str) -> Notice:
-    """What an instance-action document says; one that cannot be read says at least that."""
+    """Return the notice of an instance-action document, also if the document cannot be parsed."""
     try:
         document = json.loads(content)
         why = f"a Spot interruption will {document['action']} the instance"

@@ -1,16 +1,14 @@
-"""EC2's instance metadata service, version 2, for instances that are containers.
+"""Server of EC2's instance metadata service, version 2, for instances that are containers.
 
-Invariant: nothing is told without a token, a token is good for the instance that asked for it
-only, and nobody gets one through a proxy (a request with X-Forwarded-For).
+Invariant: every answer requires a token. A token is valid only for the instance that requested it.
+A request through a proxy (with X-Forwarded-For) gets no token.
 
-Who asks is told apart by the address the connection comes from, as on EC2, so there must be no
-address translation between an instance and the server.
+The server identifies an instance by the address of its connection, as EC2 does. So no address
+translation may take place between an instance and the server.
 
-What EC2's instance metadata says of one instance, as a tree of paths (pure).
-
-Paths, values and formats are those of AWS's "Instance metadata categories"; a path that is not in
-the tree is one that a real instance of that kind would answer with 404, or one that nobody here
-asks for.
+`tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those
+of AWS's "Instance metadata categories". A path that the tree does not contain is answered with 404:
+a real instance of that kind does not have it, or batchlab does not use it.
 """
 
 from __future__ import annotations
@@ -41,7 +39,10 @@ _TAG = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """A Spot interruption notice: what happens (terminate, stop, hibernate) and when (epoch)."""
+    """Spot interruption notice.
+
+    `action` is terminate, stop, or hibernate, and happens at `at_s` (epoch seconds).
+    """
 
     at_s: float
     action: str = "terminate"
@@ -49,20 +50,20 @@ class Interruption:
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What the platform tells an instance about its future."""
+    """Announcements of the platform about the future of an instance."""
 
     lifecycle: str = "InService"
-    """The state its Auto Scaling group moves it to; "" where it has no group."""
+    """Lifecycle state that its Auto Scaling group moves it to, "" without a group."""
     interruption: Interruption | None = None
     rebalance_s: float | None = None
-    """When a rebalance recommendation came (epoch): a Spot interruption has become more likely."""
+    """Epoch seconds of a rebalance recommendation: a Spot interruption has become more likely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The facts about one instance.
+    """Facts about one instance, from which its metadata is made.
 
-    `credentials` are documents by role name, as IAM gives them. Times are seconds of the epoch.
+    `credentials` maps a role name to a document of IAM. Times are epoch seconds.
     """
 
     instance: str
@@ -79,13 +80,13 @@ class Metadata:
 
     @property
     def region(self) -> str:
-        """The region that the zone is of: us-west-2 of us-west-2b and of us-west-2-lax-1a."""
+        """Return the region of the zone: us-west-2 for us-west-2b and for us-west-2-lax-1a."""
         found = _REGION.match(self.machine.zone)
         return found[0] if found else ""
 
 
 def tree(of: Metadata) -> dict[str, str]:
-    """Content by path below `latest/`; what is empty is left out, and is then a 404."""
+    """Return content by path below `latest/`. Empty values are left out, so they are a 404."""
     machine, signals = of.machine, of.signals
     spot = machine.market is Market.SPOT
     meta = {
@@ -111,7 +112,7 @@ def tree(of: Metadata) -> dict[str, str]:
     for role, document in of.credentials.items():
         meta[f"iam/security-credentials/{role}"] = json.dumps(document, indent=2)
     for name, value in of.tags.items():
-        # EC2 takes no other names where tags are in the metadata.
+        # EC2 accepts only such names for tags in the instance metadata.
         if _TAG.fullmatch(name):
             meta[f"tags/instance/{name}"] = value
     paths = {f"meta-data/{path}": content for path, content in meta.items() if content}
@@ -122,9 +123,11 @@ def tree(of: Metadata) -> dict[str, str]:
 
 
 def answer(paths: Mapping[str, str], path: str) -> str | None:
-    """What is at `path` below `latest/`: its content, or the list of what is below it; None where
-    there is nothing."""
-    path = path.rstrip("/")  # as boto3 asks for the zone
+    """Return the content of `path` below `latest/`, or the list of the names below it.
+
+    Return None if the path does not exist.
+    """
+    path = path.rstrip("/")  # boto3 asks for the zone with a slash at the end
     if path in paths:
         return paths[path]
     folder = f"{path}/" if path else ""
@@ -134,7 +137,7 @@ def answer(paths: Mapping[str, str], path: str) -> str | None:
 
 
 def iso(epoch_s: float) -> str:
-    """Whole seconds, as the metadata service writes times."""
+    """Format a time in whole seconds, as the metadata service does."""
     return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -169,29 +172,31 @@ TOKEN_HEADER = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
 LONGEST_TTL_S = 21_600
 
 IDLE_S = 60.0
-"""A connection on which nothing comes for so long is closed."""
+"""Time in seconds after which a silent connection is closed."""
 _TTL = re.compile("[0-9]{1,5}")
 _LENGTH = re.compile("[0-9]{1,5}")
 _HEAD_BYTES = 16 * 1024
 
 
 class MetadataSource(Protocol):
-    """Who knows the instances."""
+    """Source of the metadata of instances."""
 
     async def metadata(self, address: str) -> Metadata | None:
-        """The instance that has this address now, None where none has; BackendError where it
-        cannot be found out."""
+        """Return the metadata of the instance that has this address now, or None.
+
+        Raise BackendError if this cannot be determined.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     method: str
     path: str
-    """Without the leading slash."""
+    """Path without its leading slash."""
     headers: Mapping[str, str]
-    """Names in small letters."""
+    """Headers with lowercase names."""
     stays: bool
-    """Whether the connection is kept."""
+    """Whether the connection stays open after the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +207,26 @@ class _Answer:
 
 
 class _MalformedError(Exception):
-    """Bytes that are no HTTP request of the kind that is served here."""
+    """Bytes that are not an HTTP request that this server supports."""
 
 
 class MetadataServer:
-    """Serves `source`'s instances from `start` to `close`."""
+    """HTTP server that answers for the instances of `source` from `start` to `close`."""
 
     def __init__(self, source: MetadataSource, clock: Clock) -> None:
         self._source = source
         self._clock = clock
-        # Tokens are signed, not stored: nobody can fill our memory by asking for many.
+        # Tokens are signed instead of stored, so requests for many tokens cannot fill the memory.
         self._key = secrets.token_bytes(32)
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self, host: str, port: int = 0) -> str:
-        """Listen on this address, port 0 on any free one; returns the URL for
-        AWS_EC2_METADATA_SERVICE_ENDPOINT. UsageError where the address cannot be had."""
+        """Listen on this address, with port 0 on any free port.
+
+        Return the URL for AWS_EC2_METADATA_SERVICE_ENDPOINT. Raise UsageError if the address is not
+        available.
+        """
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES)
         except OSError as error:
@@ -235,7 +243,8 @@ class MetadataServer:
         if self._server is None:
             return
         self._server.close()
-        # Not cancelled, which asyncio's streams report as an error of theirs.
+        # asyncio's streams report a canceled task as an error, so the connections are aborted
+        # instead.
         for writer in self._connections.values():
             writer.transport.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -286,7 +295,7 @@ class MetadataServer:
         assert task is not None
         self._connections[task] = writer
         try:
-            # None where they were gone before we could ask.
+            # The peer name is None if the client disconnected before this call.
             address = str((writer.get_extra_info("peername") or ("",))[0])
             stays = True
             while stays:
@@ -300,7 +309,7 @@ class MetadataServer:
         except _MalformedError:
             _write(writer, _Answer(HTTPStatus.BAD_REQUEST), stays=False)
         except (TimeoutError, OSError):
-            pass  # they are gone, or say nothing
+            pass  # the client disconnected or sent nothing for `IDLE_S`
         finally:
             del self._connections[task]
             writer.close()
@@ -317,7 +326,7 @@ def _told(path: str, metadata: Metadata) -> _Answer:
 
 
 async def _read(reader: asyncio.StreamReader) -> _Request | None:
-    """The next request, None where the other side has closed the connection."""
+    """Return the next request, None if the client has closed the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
@@ -340,7 +349,11 @@ async def _read(reader: asyncio.StreamReader) -> _Request | None:
 
 
 async def _skip_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> None:
-    """No request here has a body that says anything, but it must not be taken for the next one."""
+    """Skip the body of a request.
+
+    No request that is served here needs its body, but the body must not be read as the next
+    request.
+    """
     length = headers.get("content-length", "0")
     if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):
         raise _MalformedError

@@ -1,4 +1,4 @@
-"""Objects in S3, on AWS and on its emulators."""
+"""Objects port over S3, on AWS and on its emulators."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class S3Objects(ObstoreObjects):
-    """The Objects port over a bucket of S3."""
+    """Objects port over one S3 bucket."""
 
     def __init__(
         self, store: ObjectStore, endpoint: Endpoint, bucket: str, tally: Tally | None = None
@@ -42,22 +42,22 @@ class S3Objects(ObstoreObjects):
         return True
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        # obstore cannot upload in parts on a condition.
+        # obstore does not support a conditional upload in parts.
         _create_in_parts(self._endpoint, self._bucket, key, path, part_bytes)
 
 
 def open_objects(bucket: Bucket) -> S3Objects:
-    """Open the bucket of that name at its endpoint. See `open_s3`."""
+    """Open the bucket at its endpoint. See `open_s3`."""
     assert bucket.endpoint is not None
     return open_s3(bucket.endpoint, bucket.name, bucket.tally)
 
 
 def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Objects:
-    """Return the bucket of that name, without any request yet. `tally` counts requests.
+    """Return the bucket of that name without a request. `tally` counts requests.
 
-    At an endpoint's url a bucket that is not there is made, also later: an emulator that has lost
-    its state is empty, which is what the grid must see. On AWS a missing bucket is a BackendError
-    and never a NotFound, which would say that nothing has been committed.
+    At an endpoint's url, a missing bucket is created, also after the start. An emulator that has
+    lost its state is empty, and the grid must see it as empty. On AWS, a missing bucket raises
+    BackendError. It never raises NotFound, which would mean that nothing has been committed.
     """
     from obstore.store import S3Store
 
@@ -78,7 +78,7 @@ def open_s3(endpoint: Endpoint, bucket: str, tally: Tally | None = None) -> S3Ob
 def _create_in_parts(
     endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int
 ) -> None:
-    """Upload a file in parts. AlreadyExists if there is such an object at the end."""
+    """Upload a file in parts. Raise AlreadyExists if the object exists at the end."""
     from batchlab.adapters.aws import endpoint as aws
 
     def upload(number: int) -> CompletedPartTypeDef:
@@ -107,7 +107,8 @@ def _create_in_parts(
                 IfNoneMatch="*",
             )
         except s3.exceptions.NoSuchUpload as error:
-            # A request that boto3 repeats may have completed the upload the first time.
+            # boto3 may have repeated the request, and its first attempt may have completed the
+            # upload.
             found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
             if any(one["Key"] == key for one in found):
                 raise AlreadyExists(f"Object {key!r} exists.") from error
@@ -118,7 +119,7 @@ def _create_in_parts(
 
 
 def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
-    """Remove the parts of an upload. If that fails, the bucket's lifecycle rule removes them."""
+    """Remove the parts of an upload. If this fails, the bucket's lifecycle rule removes them."""
     from batchlab.adapters.aws import endpoint as aws
 
     try:

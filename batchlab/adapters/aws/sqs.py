@@ -1,6 +1,6 @@
-"""SQS itself, on AWS or behind an emulator's endpoint: `SqsQueue(endpoint, prefix="grid-")`.
+"""Queue port over SQS, on AWS or at an emulator's endpoint: `SqsQueue(endpoint, prefix="grid-")`.
 
-Invariant: messages that this process has been given reach a caller, or go back at once.
+Invariant: each message that this process receives reaches a caller or becomes visible at once.
 """
 
 from __future__ import annotations
@@ -58,36 +58,40 @@ T = TypeVar("T")
 BILLED_POLL_S = 5
 IDLE_POLL_S = 20
 FREE_POLL_S = 1
-"""A long poll is made of requests this long: the first where AWS bills each of them, the second
-where it has been quiet for `QUIET_S`.
+"""Duration of one request of a long poll in seconds.
 
-A request cannot be taken back: while it is open this process cannot end, and if it is killed, the
-service gives the next messages to nobody, for their whole visibility timeout."""
+`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and
+`IDLE_POLL_S` after `QUIET_S` without a message.
+
+An open request cannot be canceled. The process cannot exit while a request is open. If it is
+killed, the next messages go to the lost request and stay hidden for their visibility timeout.
+"""
 
 QUIET_S = 20.0
 
 _FRACTION_S = 0.1
-"""What is left of a wait below a second is polled at this pace: SQS waits whole seconds."""
+"""Interval of polls in seconds for a wait below one second, because SQS waits whole seconds."""
 
 _RECEIVES = 32
 _CALLS = 16
 
-# What SQS and its emulators call a receipt that is not, or no longer, one of a message in flight.
+# Codes of SQS and its emulators for a receipt that does not belong to a message in flight.
 _BAD_RECEIPT = {
     "InvalidParameterValue",
     "MessageNotInflight",
     "MissingParameter",
     "ReceiptHandleIsInvalid",
 }
-# LocalStack takes the blame for this one.
+# LocalStack reports this error as its own fault, although the message causes it.
 _BAD_BODY = {"InvalidMessageContents"}
 
 
 class SqsQueue:
-    """The Queue port over SQS; a queue's name in SQS is `prefix` and its name here.
+    """Queue port over SQS. The name of a queue in SQS is `prefix` followed by its name here.
 
-    Calls block, so each call takes a thread: at most 32 receives at once, which keep no other
-    call waiting. SQS knows whole seconds only: times are rounded up.
+    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own
+    threads, so they do not delay other calls. SQS supports only whole seconds, so times are rounded
+    up.
     """
 
     def __init__(
@@ -98,8 +102,10 @@ class SqsQueue:
         makes: bool = True,
         tally: Tally | None = None,
     ) -> None:
-        """Unless it `makes` queues, they must be there: a stack has made them. Every request is
-        counted in `tally`, as it is billed: also one that fails."""
+        """With `makes`, `ensure` creates queues. Otherwise a stack must have created them.
+
+        `tally` counts every request, also failed ones, because AWS bills them.
+        """
         self._makes = makes
         made = session_of(endpoint)
         self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, made=made)
@@ -115,7 +121,7 @@ class SqsQueue:
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="sqs")
 
     async def close(self) -> None:
-        """End the threads, after what they still have to do, and close the connections."""
+        """Wait for the submitted calls, then end the threads and close the connections."""
         await asyncio.to_thread(self._receiving.shutdown)
         await asyncio.to_thread(self._calling.shutdown)
         self._sqs.close()
@@ -123,7 +129,10 @@ class SqsQueue:
             self._wire.close()
 
     def _call(self, operation: str, request: Mapping[str, Any]) -> Any:
-        """What every message takes: a call by boto3 takes three times the CPU."""
+        """Call an operation without boto3 if possible.
+
+        It is for the operations of every message, because boto3 takes three times the CPU time.
+        """
         if self._wire:
             return self._wire.call(operation, request)
         return getattr(self._sqs, xform_name(operation))(**request)
@@ -132,7 +141,7 @@ class SqsQueue:
         return await asyncio.wrap_future(self._calling.submit(self._at, queue, call))
 
     def _at(self, queue: str, call: Callable[[str], T]) -> T:
-        """The result of `call` for the queue's url."""
+        """Call `call` with the queue's url."""
         try:
             with translated(f"Queue {queue!r}"):
                 url = self._urls.get(queue)
@@ -160,7 +169,7 @@ class SqsQueue:
         try:
             await self._run(queue, lambda url: url)
         except NotFound as error:
-            # Not a NotFound, after which a queue is made.
+            # NotFound would make the caller create a queue.
             raise BackendError(
                 f"There is no queue {self._prefix + queue!r}.",
                 remedy="The grid's stack makes its queues: `batchlab deploy apply`.",
@@ -191,8 +200,8 @@ class SqsQueue:
             except ClientError as error:
                 if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
                     raise
-        # It is there with other attributes, or perhaps with a redrive policy that it shall lose:
-        # what a request does not name, CreateQueue does not compare.
+        # The queue exists with other attributes, or perhaps with a redrive policy to remove.
+        # CreateQueue does not compare attributes that a request leaves out.
         wanted["RedrivePolicy"] = redrive
         self._tally.sqs()
         self._at(
@@ -259,8 +268,9 @@ class SqsQueue:
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
-            # The request goes on, and its messages would stay hidden for a visibility timeout.
-            # Submitted now and not when it ends: a process that is ending takes no new work.
+            # The request continues, and its messages would stay hidden for a visibility timeout.
+            # The return of the messages is submitted now, because a process that is ending accepts
+            # no new work.
             self._receiving.submit(self._take_back, queue, taking)
             raise
 
@@ -294,7 +304,8 @@ class SqsQueue:
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
-            # Nothing was taken, or what was comes back at its timeout: late, not lost.
+            # Nothing was received, or the messages become visible at their timeout: late, but not
+            # lost.
             return
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -338,7 +349,7 @@ class SqsQueue:
             )
             return answer.get("Failed", ())
 
-        # Not every emulator knows the cap.
+        # Some emulators do not enforce the maximum.
         fit = [one for one in changes if one[1] <= MAX_VISIBILITY_S]
         over = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
         return over + [receipt for receipt, _ in _refused(change, fit)]
@@ -396,7 +407,7 @@ def _failure(failed: BatchResultErrorEntryTypeDef) -> BackendError:
 def _refused(
     call: Callable[[Sequence[T]], Sequence[BatchResultErrorEntryTypeDef]], entries: Sequence[T]
 ) -> list[T]:
-    """Those entries whose receipts the service refuses."""
+    """Return the entries whose receipts the service refuses."""
     if not entries:
         return []
     try:
@@ -406,7 +417,7 @@ def _refused(
             raise
         if len(entries) == 1:
             return list(entries)
-        # One bad receipt has spoilt the call for the others.
+        # One bad receipt made the call fail for all entries, so each entry is sent alone.
         return [bad for entry in entries for bad in _refused(call, [entry])]
     for failed in answer:
         if plain(failed["Code"]) not in _BAD_RECEIPT:

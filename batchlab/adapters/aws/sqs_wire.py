@@ -1,8 +1,10 @@
-"""SQS's JSON protocol, for the calls that every message takes.
+"""SQS's JSON protocol, for the calls that are made for every message.
 
-Invariant: who calls sees what boto3 would give or raise, for a third of its CPU: a ClientError for
-what the service refuses, botocore's errors for what does not answer. Each call is made once.
-Source: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
+Invariant: a call returns and raises the same as boto3, with a third of its CPU time. It raises
+ClientError if the service refuses, and botocore's errors if the service does not answer. Each call
+is made once.
+
+Sources: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
 https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
 """
 
@@ -44,9 +46,11 @@ _OK = 200
 
 
 def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
-    """Calls of SQS at `url`, with what a client of the same session goes by: its region, its
-    credentials, the certificates it trusts. None where the way there leads over a proxy, which is
-    for boto3 to know."""
+    """Return connections to SQS at `url`.
+
+    They use the region, credentials, and certificates of the session `made`. Return None if the
+    connection needs a proxy, which only boto3 supports.
+    """
     from botocore.utils import get_environ_proxies
 
     parts = urlsplit(url)
@@ -59,7 +63,10 @@ def opened(made: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
 
 
 def _trust(named: str | None) -> ssl.SSLContext:
-    """As botocore's, which asks less of certificates than Python's own from 3.13 on."""
+    """Return botocore's TLS context.
+
+    Since Python 3.13, Python's own is stricter about certificates.
+    """
     from botocore.httpsession import create_urllib3_context, get_cert_path
 
     named = named or os.environ.get("REQUESTS_CA_BUNDLE")
@@ -77,12 +84,12 @@ def _trust(named: str | None) -> ssl.SSLContext:
 
 
 class SqsWire:
-    """Connections to one SQS, usable from several threads."""
+    """Connections to one SQS endpoint. Threads may share them."""
 
     def __init__(
         self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None
     ) -> None:
-        """`url` is the service's; `credentials` may change while they are used."""
+        """Set the url of the service and the credentials, which may change during use."""
         self._url = url
         self._host = urlsplit(url).netloc
         self._path = urlsplit(url).path or "/"
@@ -92,11 +99,11 @@ class SqsWire:
         self._connections = Connections(self._host, tls, connect_s=CONNECT_S)
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the idle connections."""
         self._connections.close()
 
     def call(self, operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to an operation, as boto3 gives it."""
+        """Return the answer to an operation in boto3's form."""
         keys = self._credentials.get_frozen_credentials() if self._credentials else None
         if keys is None or keys.access_key is None or keys.secret_key is None:
             raise NoCredentialsError
@@ -106,7 +113,8 @@ class SqsWire:
             "Host": self._host,
             "X-Amz-Date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
             "X-Amz-Target": f"AmazonSQS.{operation}",
-            # Errors by the names that they had before: who reads codes knows both.
+            # With this header, errors carry the codes of the older query protocol, which callers
+            # also handle.
             "X-Amzn-Query-Mode": "true",
         }
         if keys.token:
@@ -126,12 +134,12 @@ class SqsWire:
         return {name: value for name, value in found.items() if value is not None}
 
     def _answer(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
-        """The status, what the service calls an error, and the answer's body."""
+        """Return the status, the error code of the service, and the body of the answer."""
         connection: HTTPConnection | None = None
         is_kept = False
         try:
             connection = self._connected()
-            with suppress(BrokenPipeError):  # refused before all of it was read: it says why
+            with suppress(BrokenPipeError):  # the service refused early; its answer has the reason
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
             found = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
@@ -141,7 +149,7 @@ class SqsWire:
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=self._url, error=error) from error
         except Exception as error:
-            # Whatever it is: a header that cannot be written, a host that can be none.
+            # For example, a header that cannot be encoded or an invalid host name.
             raise HTTPClientError(error=error) from error
         finally:
             if is_kept and connection:
@@ -162,7 +170,10 @@ class SqsWire:
 def authorization(
     headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str
 ) -> str:
-    """The header that signs a POST with these headers (Signature Version 4): every one of them."""
+    """Return the Authorization header of a POST (Signature Version 4).
+
+    It signs all these headers.
+    """
     at = headers["X-Amz-Date"]
     some = sorted((name.lower(), value.strip()) for name, value in headers.items())
     names = ";".join(name for name, _ in some)
@@ -189,7 +200,7 @@ def _refused(operation: str, status: int, told: str, found: Mapping[str, Any]) -
     kind = str(found.get("__type", "")).partition(":")[0].rpartition("#")[2]
     code = told.partition(";")[0] or kind or str(status)
     message = str(found.get("message") or found.get("Message") or "")
-    # Not all that its type asks for: who reads errors reads these.
+    # These are the fields of the type that callers read.
     answer: Any = {
         "Error": {"Code": code, "Message": message},
         "ResponseMetadata": {"HTTPStatusCode": status},

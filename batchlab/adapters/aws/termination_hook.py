@@ -1,6 +1,7 @@
-"""The hook that holds an instance while its worker hands back its work, completed from there.
+"""Completion of the lifecycle hook that holds a terminating instance.
 
-An instance that nobody speaks for waits until the hook times out, and is paid for all that time.
+The hook holds the instance while its worker returns its work. Without a completion, the instance
+waits until the hook times out, and its whole wait is billed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class DrainHook:
-    """The hook of one group, for the instance that `imds` tells of."""
+    """Drain hook of one group, for the instance that `imds` describes."""
 
     def __init__(self, endpoint: Endpoint, group: str, imds: Imds) -> None:
         self._endpoint = endpoint
@@ -27,9 +28,9 @@ class DrainHook:
         self._imds = imds
 
     async def complete(self, patience: Patience) -> bool:
-        """Let the instance go, where its group is taking it out; whether the group was told.
+        """Complete the hook if the group terminates this instance. Return whether it was completed.
 
-        A failure is logged, not raised: the hook then times out, which ends the instance as well.
+        A failure is logged and not raised, because the instance also ends when the hook times out.
         """
         try:
             if not await patience(partial(asyncio.to_thread, self._imds.is_leaving)):
@@ -38,7 +39,7 @@ class DrainHook:
         except Refused as error:
             if NO_ACTION not in str(error):
                 log.warning("the group does not let this instance go: %s", error)
-            return False  # else it ends already: the hook has timed out, or there is none
+            return False  # else the hook timed out or does not exist, so the instance ends
         except BackendError as error:
             log.warning("this instance waits until its hook times out: %s", error)
             return False

@@ -1,6 +1,6 @@
-"""One container in place of an instance: what it is made from, and the calls of its life.
+"""One container as an instance: its settings, and the calls to create, signal, and inspect it.
 
-The calls block; `docker_engine.Engine.run` makes them in threads and translates their errors.
+The calls block. `Engine.run` makes them in threads and translates their errors.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TYPE = "batchlab.instance-type"
 ZONE = "batchlab.zone"
 MARKET = "batchlab.market"
 LAUNCHED = "batchlab.launched"
-"""Label: epoch seconds of the launch, for the order."""
+"""Label with the epoch seconds of the launch. Containers are sorted by it."""
 BOOTED = "batchlab.booted"
-"""Label: epoch seconds at which it is to start."""
+"""Label with the epoch seconds at which the container is to start."""
 
 STOP = "batchlab.stop-signal"
-"""Label: what asks it to end; SIGTERM where there is none."""
+"""Label with the signal that asks the container to stop. Without it, the signal is SIGTERM."""
 
 _PERIOD_US = 100_000
 _LEAST_QUOTA_US = 1_000
@@ -43,10 +43,10 @@ _HOSTNAME_LENGTH = 63
 _LOG_FILES, _LOG_SIZE = "2", "10m"
 _SYSTEM: Mapping[str, Any] = {
     "read_only": False,
-    # It forgets what is in these when it boots.
+    # These folders are empty after a boot.
     "tmpfs": {"/run": "rw,exec,nosuid,nodev,mode=755", "/run/lock": "rw,noexec,nosuid,nodev"},
     "cap_drop": [],
-    # The second is for an Engine in it; the network is its own, as a machine's is.
+    # NET_ADMIN is for a Docker Engine inside. The container has its own network, like a machine.
     "cap_add": ["SYS_ADMIN", "NET_ADMIN"],
     "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
     "cgroupns": "private",
@@ -54,23 +54,27 @@ _SYSTEM: Mapping[str, Any] = {
 }
 LIVING = ("running", "paused", "restarting")
 _LAG_TRIES, _LAG_S = 40, 0.05
-"""What Docker says of one container comes later than its list: for a while one that has ended still
-runs there, with an exit code of 0."""
+"""Number of tries and interval in seconds until `inspect` agrees with Docker's list.
+
+For some time, `inspect` may report an ended container as running with the exit code 0.
+"""
 _SIGNALLED = 128
 _LAST_SIGNAL = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a pool's containers are made from, as a launch template is for instances.
+    """Settings of a pool's containers, as a launch template has them for instances.
 
-    `env` and `labels` are added to those that every instance has. `type` limits a container whose
-    group names no instance type; with "" there is no limit. `tmpfs` is what a read-only root
-    leaves to write to, by path with mount options; it counts against the memory. Process 1 is
-    Docker's init unless `init` is off: a worker in its place would be deaf to SIGTERM until it is
-    up, and would have to bury what its tasks leave behind. `stop_s` is what `docker stop` gives
-    it, where somebody uses that. With `system` process 1 is the image's own init, systemd, which
-    mounts, writes and changes users as on a machine: only for an image that is trusted as one.
+    `env` and `labels` are added to those of every instance. `type` limits the resources of a
+    container whose group does not name an instance type. With "", the resources are unlimited.
+    `tmpfs` maps the writable paths under a read-only root to mount options, and its use counts as
+    memory.
+
+    Process 1 is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM
+    until it is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is
+    the timeout of `docker stop`. With `system`, process 1 is the image's systemd, which may mount,
+    write, and change users as on a machine. Use it only for a trusted image.
     """
 
     image: str
@@ -92,14 +96,17 @@ class Template:
 
     @property
     def stop_signal(self) -> str:
-        """What asks process 1 to end; systemd takes SIGTERM for something else."""
+        """Return the signal that asks process 1 to stop.
+
+        systemd uses SIGTERM for another purpose.
+        """
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
 def environment(
     template: Template, pool: Pool, instance: str, machine: Machine, kind: str
 ) -> dict[str, str]:
-    """What a container finds in its environment; `kind` is its instance type."""
+    """Return the environment of a container. `kind` is its instance type."""
     return {
         **template.env,
         **dict(pool.env),
@@ -115,7 +122,7 @@ def environment(
 def labels(
     pool: Pool, instance: str, machine: Machine, kind: str, launched_s: float, booted_s: float
 ) -> dict[str, str]:
-    """What `metadata_of` and the launcher read again."""
+    """Return the labels that `metadata_of` and the launcher read."""
     return {
         INSTANCE: instance,
         POOL: pool.name,
@@ -134,7 +141,10 @@ def settings(
     env: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What Docker is asked for, in the SDK's words; without a share there is no limit."""
+    """Return the parameters for Docker, in the SDK's form.
+
+    Without a share, resources are unlimited.
+    """
     host: dict[str, Any] = {
         "network_mode": template.network,
         "read_only": template.read_only,
@@ -144,7 +154,7 @@ def settings(
         "pids_limit": template.pids,
         "init": template.init,
         "extra_hosts": dict(template.extra_hosts),
-        # An Engine's default log grows until the disk is full.
+        # The default log of an Engine grows without a limit.
         "log_config": {
             "type": "json-file",
             "config": {"max-size": _LOG_SIZE, "max-file": _LOG_FILES},
@@ -153,10 +163,10 @@ def settings(
     if template.system:
         host |= _SYSTEM
     if share is not None:
-        # Not nano_cpus, which Docker refuses where the machine has fewer.
+        # Docker refuses nano_cpus if the machine has fewer CPUs.
         host["cpu_period"] = _PERIOD_US
         host["cpu_quota"] = max(_LEAST_QUOTA_US, round(share.cpus * _PERIOD_US))
-        # The same figure for both: no swap.
+        # The same value for both means no swap.
         host["mem_limit"] = host["memswap_limit"] = f"{share.memory_mib}m"
     return {
         "image": template.image,
@@ -173,8 +183,10 @@ def settings(
 
 
 def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
-    """Create a container with those `settings`; its id. AlreadyExists where the name is taken,
-    BackendError where the image is not there."""
+    """Create a container with these `settings` and return its id.
+
+    Raise AlreadyExists if the name exists, and BackendError if the image does not exist.
+    """
     from docker.errors import APIError, ImageNotFound
 
     host_config = api.create_host_config(**asked["host_config"])
@@ -192,12 +204,12 @@ def create(name: str, asked: Mapping[str, Any], api: APIClient) -> str:
 
 
 def start(container: str, api: APIClient) -> None:
-    """Start it; nothing where it runs."""
+    """Start the container. Do nothing if it runs."""
     api.start(container)
 
 
 def signal(container: str, name: str, api: APIClient) -> None:
-    """Send a signal; nothing where it has ended, or is not up yet. A paused one wakes for it."""
+    """Send a signal. Ignore a container that has ended or has not started. A paused one resumes."""
     from docker.errors import APIError
 
     try:
@@ -208,8 +220,10 @@ def signal(container: str, name: str, api: APIClient) -> None:
 
 
 def bury(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
-    """Keep what a container printed that Docker's list has as ended; its state. None where Docker,
-    asked about the container itself, says for some seconds that it lives."""
+    """Save the output of a container that Docker lists as ended, and return its state.
+
+    Return None if `inspect` still reports it as running after some seconds.
+    """
     for _ in range(_LAG_TRIES):
         state: Mapping[str, Any] = api.inspect_container(container)["State"]
         if state["Status"] not in LIVING:
@@ -229,16 +243,16 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
             for part in api.logs(container, stream=True, follow=False):
                 kept.write(part)
     except RequestException:
-        raise  # which is an OSError too: Docker does not answer
+        raise  # it is also an OSError, but means that Docker does not answer
     except (OSError, APIError) as error:
         log.warning("what %s printed is not kept: %s", container[:12], error)
 
 
 def how(state: Mapping[str, Any], *, killed: bool) -> str:
-    """How a container ended, in the words of the port; `killed` says that it was out of time.
+    """Return how a container ended. `killed` means that it was killed at its deadline.
 
-    Docker tells of a death by a signal as 128 more than its number, just as shells do, so a
-    program that exits with such a code by itself is taken for killed.
+    Docker reports a death by a signal as 128 plus the signal's number, like shells. So a program
+    that exits with such a code itself counts as killed.
     """
     code = int(state["ExitCode"])
     if state.get("OOMKilled") and code == _SIGNALLED + 9 and not killed:
@@ -249,7 +263,7 @@ def how(state: Mapping[str, Any], *, killed: bool) -> str:
 
 
 def metadata_of(row: Mapping[str, Any], address: str) -> Metadata:
-    """What Docker's list says of a container, as an instance's metadata."""
+    """Return an instance's metadata from a container's entry in Docker's list."""
     tags = row["Labels"]
     pool = tags.get(POOL, "")
     return Metadata(

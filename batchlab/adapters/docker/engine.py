@@ -1,7 +1,7 @@
-"""A Docker Engine: calls in threads, its events, and everything that carries a label swept away.
+"""Docker Engine: calls in threads, its events, and the removal of resources by label.
 
-Invariant: nothing without the asked labels is ever removed, and no call hangs for longer than
-ANSWER_S.
+Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without
+an answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""Longer than a busy machine takes to start a container."""
+"""Timeout of a request in seconds. A busy machine starts a container in less time."""
 RECONNECT_S = 1.0
 _CALLS = 8
 
@@ -32,9 +32,9 @@ START_REMEDY = "Start Docker, or let DOCKER_HOST name where it listens."
 
 
 class Engine:
-    """The Engine that `url` names, else DOCKER_HOST, else the current `docker context`.
+    """The Engine at `url`, else at DOCKER_HOST, else of the current `docker context`.
 
-    It is connected to at the first call, so that making one costs nothing and needs no Docker.
+    It connects at the first call, so creating this object is cheap and needs no Docker.
     """
 
     def __init__(self, url: str = "") -> None:
@@ -44,12 +44,15 @@ class Engine:
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="docker")
 
     async def run(self, what: str, call: Callable[[APIClient], T]) -> T:
-        """The result of `call`, made in a thread; errors as `do`."""
+        """Return the result of `call`, made in a thread. Errors are those of `do`."""
         return await asyncio.wrap_future(self._calling.submit(self.do, what, call))
 
     def do(self, what: str, call: Callable[[APIClient], T]) -> T:
-        """The result of `call`. Unreachable where no Engine answers, NotFound for what is not
-        there, BackendError for whatever else it declines; `what` begins their sentence."""
+        """Return the result of `call`.
+
+        Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError
+        for any other error. Their messages begin with `what`.
+        """
         with translated(what):
             return call(self._connected())
 
@@ -57,13 +60,13 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the threads, after what they still have to do, and the connections."""
+        """Wait for the submitted calls, then end the threads and close the connections."""
         self._calling.shutdown()
         if self._client is not None:
             self._client.close()
 
     async def close(self) -> None:
-        """As leaving it as a context, for those who may not be kept waiting."""
+        """Close the Engine without blocking the event loop."""
         await asyncio.to_thread(self.__exit__)
 
     def _connected(self) -> APIClient:
@@ -88,7 +91,7 @@ def _connect(url: str) -> APIClient:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turns the SDK's errors into batchlab's; `what` is the subject of their sentence."""
+    """Raise batchlab's errors instead of the SDK's. Their messages begin with `what`."""
     from docker.errors import APIError, DockerException
     from docker.errors import NotFound as Missing
     from requests.exceptions import RequestException
@@ -99,11 +102,11 @@ def translated(what: str) -> Iterator[None]:
     except Missing as error:
         raise NotFound(f"{what}: {told(error)}.") from error
     except APIError as error:
-        # An Engine that shuts down answers 503; 500 is its word for anything that failed.
+        # An Engine that shuts down answers 503. It answers 500 for any failure.
         kind = Unreachable if error.status_code == 503 else BackendError
         raise kind(f"{what}: {told(error)}.") from error
     except (DockerException, RequestException, HTTPError, OSError) as error:
-        # What is wrong comes last in a chain of wrappers: "[Errno 2] No such file or directory".
+        # The reason is the last one in a chain of wrappers: "[Errno 2] No such file or directory".
         root: BaseException = error
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__ or root
@@ -114,7 +117,7 @@ def translated(what: str) -> Iterator[None]:
 
 
 def told(error: Any) -> str:
-    """What the Engine itself said, without the SDK's wrapping."""
+    """Return the Engine's own message without the SDK's wrapping."""
     text = error.explanation
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
@@ -122,10 +125,10 @@ def told(error: Any) -> str:
 
 
 class EventStream:
-    """Tells of containers and networks as things happen, from a thread, until `close`.
+    """Stream of the events of containers and networks, read by its own thread until `close`.
 
-    `seen` is called in that thread with each event, and with None whenever events may have been
-    missed: once the stream stands, and when it breaks. It is opened again for as long as it takes.
+    `seen` is called in that thread with each event. It is called with None when events may have
+    been missed: after the stream was opened, and when it breaks. A broken stream is opened again.
     """
 
     def __init__(self, engine: Engine, seen: Callable[[Mapping[str, Any] | None], None]) -> None:
@@ -134,17 +137,18 @@ class EventStream:
         self._closing = threading.Event()
         self._stream: CancellableStream[dict[str, Any]] | None = None
         self.stands = False
-        """Whether every event is being seen."""
-        # A daemon: the process must be able to end while it waits on a socket.
+        """Whether the stream is open, so that no event is missed."""
+        # It is a daemon thread, because the process must be able to exit while it waits on a
+        # socket.
         self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the stream; returns when the thread has ended."""
+        """Close the stream and wait until its thread has ended."""
         self._closing.set()
         while self._thread.is_alive():
             if self._stream is not None:
-                # Closed by its other end, or half closed by us a moment ago.
+                # The other end closed it, or an earlier iteration of this loop partly did.
                 with suppress(OSError, AttributeError):
                     self._stream.close()
             self._thread.join(0.05)
@@ -159,7 +163,7 @@ class EventStream:
             return api.events(decode=True, filters=filters)
 
         while not self._closing.is_set():
-            # Whoever calls the Engine hears from their own call that it is away.
+            # A caller of the Engine gets the error from its own call.
             with suppress(BackendError), translated("Docker's events"):
                 self._read(self._engine.do("Docker's events", open_stream))
             self._closing.wait(RECONNECT_S)
@@ -180,7 +184,7 @@ class EventStream:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something of Docker's with our labels; `kind` is container, network or volume."""
+    """A Docker resource with batchlab's labels. `kind` is container, network, or volume."""
 
     kind: str
     id: str
@@ -189,9 +193,9 @@ class Found:
 
 
 def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
-    """What carries all of these labels, containers first; None asks for any value.
+    """Return the resources with all of these labels, containers first. None matches any value.
 
-    UsageError without a label, since that is everything on the machine.
+    Raise UsageError without a label, because this would return everything on the machine.
     """
     filters = {"label": _filter(labels)}
 
@@ -212,9 +216,10 @@ def find(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
 
 
 def sweep(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[Found]:
-    """Remove what carries all of these labels, running or not; returns what that was.
+    """Remove the resources with all of these labels, running or not. Return them.
 
-    Gone meanwhile is gone. BackendError for what cannot be removed, after all else has been.
+    Ignore resources that no longer exist. If some cannot be removed, remove the others and then
+    raise BackendError.
     """
     found = find(engine, labels)
     failed: BackendError | None = None
@@ -241,19 +246,22 @@ def _remove(one: Found, api: APIClient) -> None:
 
 
 def _detach(api: APIClient, network: str) -> None:
-    # A container without our label that somebody connected would keep the network alive.
+    # Any container that is connected to the network would keep it from being removed.
     for container in api.inspect_network(network)["Containers"] or {}:
         api.disconnect_container_from_network(container, network, force=True)
 
 
 def remove_container(api: APIClient, container: str) -> None:
-    """Kill and remove a container with its anonymous volumes; nothing where it is gone or going."""
+    """Kill and remove a container with its anonymous volumes.
+
+    Ignore one that is already removed.
+    """
     from docker.errors import APIError
 
     try:
         api.remove_container(container, v=True, force=True)
     except APIError as error:
-        # 409: its removal is in progress already.
+        # 409 means that its removal is in progress.
         if error.status_code not in (404, 409):
             raise
 

@@ -1,15 +1,11 @@
-"""Instances that are containers: the Launcher port over a Docker Engine.
+"""Launcher port over a Docker Engine. Each instance is a container.
 
-Invariant: Docker's own list, by label, is the record of what there is. So a launcher that was
-killed leaves nothing that the next one does not find, and a container that nobody remembers is
-still in the sweep of its labels.
+Invariant: Docker's own list, filtered by label, is the record of the instances. So a new launcher
+finds everything that a killed one left, and the removal by label also finds forgotten containers.
 
-What Docker cannot keep is when a draining instance has to be gone; that is in
-`<folder>/ending/<instance>.json`. `<folder>/logs/<instance>.log` is what an ended one printed.
-
-When containers that are being ended have to be gone: what Docker cannot keep for us.
-
-Invariant: a note is for one container, so a folder that is older than what runs ends nothing.
+Docker cannot store the deadline of a draining instance, so `<folder>/ending/<instance>.json` does.
+Invariant: each of these files is for one container, so a file of an older container is ignored.
+`<folder>/logs/<instance>.log` has the output of an ended instance.
 """
 
 from __future__ import annotations
@@ -39,15 +35,18 @@ log = logging.getLogger(__name__)
 
 
 class Endings:
-    """A file for each instance that was asked to end, in `folder`."""
+    """Deadlines of draining instances, with a file for each in `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder = folder
         self._clock = clock
 
     def note(self, instance: str, container: str, grace_s: float) -> None:
-        """It has to be gone `grace_s` from now. Where the disk is full that is forgotten by the
-        next launcher, but this one goes on: an instance that could not be ended would be worse."""
+        """Store that the instance must end within `grace_s`.
+
+        If the disk is full, only the next launcher loses the deadline. This one goes on, because an
+        instance that cannot be ended would be worse.
+        """
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,7 @@ class Endings:
             )
 
     def left_s(self, instance: str, container: str) -> float | None:
-        """Seconds that are left to it, None where nobody has asked it to end."""
+        """Return the seconds until the deadline of the instance, None without a deadline."""
         try:
             note = json.loads(self._path(instance).read_text())
             if note["container"] != container:
@@ -67,11 +66,11 @@ class Endings:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            # Cut short by a power failure, but only who wants it gone writes such a file.
+            # A power loss damaged the file, but only a deadline creates such a file.
             return 0.0
 
     def forget(self, instance: str) -> None:
-        """It is gone."""
+        """Delete the deadline of an ended instance."""
         self._path(instance).unlink(missing_ok=True)
 
     def _path(self, instance: str) -> Path:
@@ -81,42 +80,45 @@ class Endings:
 __all__ = ["ContainerLauncher", "Template"]
 
 SETTLED_S = 1.0
-"""Docker may call a container started just before its program is: a signal then reaches nobody."""
+"""Seconds after the start until a container surely receives signals.
+
+Docker may report a container as started shortly before its program runs. An earlier signal is lost.
+"""
 
 
 @dataclass(slots=True)
 class _Container:
-    """What is known of one. `id` is "" while it is being created."""
+    """State of one container. `id` is "" while it is being created."""
 
     instance: str
     id: str = ""
     booted_s: float = 0.0
-    """When it is to start, epoch."""
+    """Epoch seconds at which it is to start."""
     boot: asyncio.Task[None] | None = None
     asleep: bool = False
-    """Not started yet, and not just being started."""
+    """Whether it is created, but not started or starting."""
     settled_s: float = 0.0
-    """When a signal surely reaches it; the loop's time."""
+    """The loop's time from which a signal surely reaches it."""
     stop: str = "SIGTERM"
     asking: asyncio.Task[None] | None = None
     asked: bool = False
     due_s: float | None = None
-    """When it is killed; the loop's time."""
+    """The loop's time at which it is killed."""
     kill: asyncio.TimerHandle | None = None
     killing: asyncio.Task[None] | None = None
     ended: str | None = None
     ended_s: float = 0.0
-    """Monotonic."""
+    """Monotonic time of its end."""
 
 
 class ContainerLauncher:
-    """The Launcher port over containers; one at a time per set of `labels`.
+    """The Launcher port over containers. Only one launcher may use a set of `labels` at a time.
 
-    `labels` are on everything it makes and say whose it is (`batchlab.grid=<grid>`). `template`
-    gives a pool's. A container gets the figures of its machine's type times `scale`. It is
-    created at once and started `boot_s` later, which is how long a machine would take to boot.
-    `changed` is set as soon as any of them ends; whoever waits clears it. `signals` says what the
-    metadata service tells an instance about its future.
+    `labels` are set on every container and name its owner (`batchlab.grid=<grid>`). `template`
+    returns the settings of a pool's containers. A container gets the resources of its machine's
+    type times `scale`. It is created at once and started `boot_s` later, like the boot of a
+    machine. `changed` is set when an instance ends, and its waiter clears it. `signals` returns the
+    announcements of the metadata service to an instance.
     """
 
     def __init__(
@@ -156,8 +158,11 @@ class ContainerLauncher:
     # --- The port --------------------------------------------------------------------------------
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
-        """As the port says; BackendError where the container cannot be created, AlreadyExists
-        where the id was used in the last minutes. One that cannot be started ends and says so."""
+        """Launch a container. Raise BackendError if it cannot be created.
+
+        Raise AlreadyExists if the id was used in the last ten minutes. A container that cannot be
+        started ends with this reason.
+        """
         await self._adopt_all()
         if instance in self._known:
             raise AlreadyExists(f"instance {instance} exists already")
@@ -176,16 +181,19 @@ class ContainerLauncher:
         self._boot(container)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
-        is unknown or has ended is left alone. BackendError where Docker does not pass the signal
-        on; the deadline holds all the same."""
+        """Ask the instance to stop, and kill it after `grace_s`.
+
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
+        ignored. Raise BackendError if Docker cannot send the signal. Even then, the deadline holds.
+        """
         await self._adopt_all()
         container = self._known.get(instance)
         if container is None or container.ended is not None:
             return
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
-            # Before the signal: should we die in between, the next launcher sends it.
+            # The deadline is stored first. If this process dies in between, the next launcher sends
+            # the signal.
             self._endings.note(instance, container.id, grace_s)
             self._arm(container, due_s)
         if container.asleep:
@@ -194,13 +202,16 @@ class ContainerLauncher:
             await self._ask(container)
 
     async def running(self) -> Mapping[str, str | None]:
-        """As the port says; the end of an instance is remembered for ten minutes, as long as its
-        container stays. Unreachable while Docker does not answer."""
+        """Return how each instance ended, None while it runs.
+
+        Ends are remembered for ten minutes while the container exists. Raise Unreachable while
+        Docker does not answer.
+        """
         await self._look()
         return {name: container.ended for name, container in self._known.items()}
 
     async def close(self, *, kill: bool) -> None:
-        """Let go of every instance; with `kill` end all at once and leave no container."""
+        """Release all instances. With `kill`, end them at once and remove their containers."""
         self._is_closing = True
         for container in self._known.values():
             for handle in (container.kill, container.boot, container.asking, container.killing):
@@ -218,14 +229,16 @@ class ContainerLauncher:
     # --- For the metadata service ----------------------------------------------------------------
 
     async def metadata(self, address: str) -> Metadata | None:
-        """The instance that has this address now, with its signals; None where none has,
-        Unreachable while Docker does not answer."""
+        """Return the instance that has this address now, with its announcements, or None.
+
+        Raise Unreachable while Docker does not answer.
+        """
         found = (await self._by_address()).get(address)
         return found and replace(found, signals=self._signals(found.instance))
 
     async def _by_address(self) -> Mapping[str, Metadata]:
-        # An address goes from one container to the next, so what was seen counts only until
-        # Docker tells of any event.
+        # An address may pass from one container to the next, so the result is valid only until
+        # Docker reports an event.
         await self._adopt_all()
         happened, known = self._standing
         if happened == self._happened and self._events is not None and self._events.stands:
@@ -249,7 +262,7 @@ class ContainerLauncher:
         try:
             share = self._catalogue.share(kind, self._scale) if kind else None
         except UsageError as error:
-            # A group names it, so to the fleet this is a launch that failed.
+            # The type comes from an Auto Scaling group, so the fleet must see a failed launch.
             raise BackendError(error.message, remedy=error.remedy) from error
         env = calls.environment(template, pool, instance, machine, kind)
         tags = calls.labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
@@ -281,7 +294,7 @@ class ContainerLauncher:
             container.boot = None
 
     async def _call_off(self, container: _Container) -> None:
-        """End one that has not been started."""
+        """End a container that has not been started."""
         if container.boot is not None:
             container.boot.cancel()
         self._over(container, "exit -15")
@@ -296,7 +309,7 @@ class ContainerLauncher:
         await self._run(container, partial(calls.signal, container.id, name))
 
     async def _ask(self, container: _Container) -> None:
-        """Ask it to drain, at once where it is up, else when it is."""
+        """Send the stop signal now, or as soon as the container can receive it."""
         if container.asked or container.asking is not None:
             return
         wait_s = container.settled_s - asyncio.get_running_loop().time()
@@ -333,7 +346,7 @@ class ContainerLauncher:
             container.killing = None
 
     async def _remove(self, container: _Container) -> None:
-        """Remove the container, dead or alive, keeping what it printed."""
+        """Remove the container, running or not, and save its output."""
         if container.ended is None:
             await self._signal(container, "SIGKILL")
             await self._bury(container)
@@ -353,12 +366,12 @@ class ContainerLauncher:
     # --- Looking ---------------------------------------------------------------------------------
 
     async def _adopt_all(self) -> None:
-        """The first call takes over what earlier launchers left."""
+        """Adopt the containers of earlier launchers at the first call."""
         if not self._has_looked:
             await self._look()
 
     async def _look(self) -> None:
-        """Bring what is known up to what Docker says."""
+        """Update the known containers from Docker's list."""
         if self._events is None:
             self._events = EventStream(self.engine, partial(self._tell, asyncio.get_running_loop()))
         async with self._looking:
@@ -417,9 +430,9 @@ class ContainerLauncher:
         try:
             state = await self._run(container, partial(calls.bury, container.id, log_file))
         except NotFound:
-            return  # removed a moment ago; the next look misses it
+            return  # it was removed a moment ago, and the next look notices it
         if state is None:
-            return  # it lives; the next look asks again
+            return  # it is still running, and the next look checks again
         self._over(container, calls.how(state, killed=self._is_late(container)))
         self._endings.forget(container.instance)
 
@@ -431,7 +444,7 @@ class ContainerLauncher:
                 del self._known[name]
 
     def _tell(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
-        # A loop that was closed without us has nobody left to tell.
+        # If the loop was closed first, nothing waits for this event.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(self._seen, event)
 

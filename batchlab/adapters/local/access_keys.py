@@ -1,6 +1,6 @@
-"""Pairs of access keys that a grid makes for its own emulator and its Auto Scaling endpoint.
+"""Access keys that a grid creates for its emulator and for its Auto Scaling endpoint.
 
-Invariant: a file of keys has the mode 0600 from its first moment, and is never half written.
+Invariant: a file of keys has the mode 0600 from its creation, and is never partly written.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pathlib import Path
 from batchlab.core.errors import BackendError
 
 FILE = "keys.json"
-"""The file with the keys of an emulator, in the emulator's folder."""
+"""Name of the file with the keys of an emulator, in the emulator's folder."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """An access key and its secret."""
+    """An access key and its secret key."""
 
     access_key: str
     secret_key: str = field(repr=False)
 
 
 def fresh() -> Keys:
-    """Return a new random pair that looks like one of AWS."""
-    # An access key of digits alone is an account's number to MiniStack.
+    """Return a new random pair in the form of AWS's keys."""
+    # MiniStack takes an access key that consists of digits as an account number.
     name = "AKIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
     return Keys(name, secrets.token_urlsafe(30))
 
 
 def read(path: Path) -> Keys | None:
-    """Return the keys in the file, or None if the file does not exist. Raises BackendError."""
+    """Return the keys in the file, or None if the file does not exist. Raise BackendError."""
     try:
         return Keys(**json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +54,7 @@ def read(path: Path) -> Keys | None:
 
 
 def provide(path: Path) -> Keys:
-    """Return the keys in the file, which is made if it does not exist. Raises BackendError."""
+    """Return the keys in the file. Create the file if it does not exist. Raise BackendError."""
     if found := read(path):
         return found
     staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
@@ -64,7 +64,7 @@ def provide(path: Path) -> Keys:
             json.dump(asdict(fresh()), file)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):  # another process was faster, and its keys count
+        with suppress(FileExistsError):  # another process was faster, so its keys are used
             path.hardlink_to(staged)
     finally:
         staged.unlink()

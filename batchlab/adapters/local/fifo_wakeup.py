@@ -1,7 +1,7 @@
-"""How a sender in one process wakes a receiver that sleeps in another: a FIFO per sleeper.
+"""Wakeup of a waiting receiver by a sender in another process, with one FIFO per receiver.
 
-Invariant: whoever takes a bell's name away owes its sleeper a ring, and each bell is taken by one
-ringer, so no ring is spent on a sleeper that has already been woken or has left.
+Each FIFO is called a bell. Invariant: only one sender can unlink the name of a bell, and it must
+then ring this bell. So no ring goes to a receiver that is already awake or has left.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ EVERYBODY = 1_000_000
 
 
 class Bell:
-    """One sleeper's registration, good for one ring.
+    """Registration of one waiting receiver. It can be rung once.
 
-    A FIFO, not a socket: its path may be longer than 107 bytes. Not inotify: it wakes everybody.
+    It is a FIFO because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(8)
         self._path = folder / name
-        # It gets its name when somebody listens: a FIFO without a reader passes for a dead one.
+        # The FIFO gets its name after it is open, because senders remove a FIFO without a reader.
         hidden = folder / f".{name}"
         os.mkfifo(hidden)
-        # Open for writing too: without a writer the end of file would keep the loop spinning.
+        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop
+        # forever.
         self._fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
         hidden.rename(self._path)
 
     async def wait(self, timeout_s: float) -> bool:
-        """Sleep until rung, True, or until the time is over, False."""
+        """Wait for a ring. Return True if it came, False after the timeout."""
         loop = asyncio.get_running_loop()
         rung: asyncio.Future[bool] = loop.create_future()
         loop.add_reader(self._fd, _settle, rung, True)
@@ -48,7 +49,7 @@ class Bell:
             loop.remove_reader(self._fd)
 
     def close(self) -> bool:
-        """Stop listening; True where somebody has rung or is about to."""
+        """Remove the bell. Return True if a sender has rung it or is about to."""
         try:
             self._path.unlink()
         except FileNotFoundError:
@@ -68,22 +69,24 @@ async def listen(
     look: Callable[[], Awaitable[tuple[Sequence[Message], float]]],
     ends_s: float,
 ) -> Sequence[Message]:
-    """What `look` finds first, or finds at the loop's time `ends_s`.
+    """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
 
-    It also answers in how many seconds to look again; sooner, if somebody rings.
+    `look` also returns the seconds until the next call. A ring makes this call happen sooner.
     """
     clock = asyncio.get_running_loop().time
     rung = False
     while True:
         if rung:
-            # Before the next bell is made: mostly we were rung for what lies there now.
+            # This call precedes the next bell, because the ring usually means that a message has
+            # arrived.
             found, _ = await look()
             if found:
                 return found
         bell, rung = Bell(folder), False
         try:
             while not rung:
-                # After the bell is up, or a send in between would be missed.
+                # This call follows the creation of the bell. Otherwise a send in between would be
+                # missed.
                 found, again_s = await look()
                 left_s = ends_s - clock()
                 if found or left_s <= 0:
@@ -91,12 +94,12 @@ async def listen(
                 rung = await bell.wait(min(left_s, again_s))
         finally:
             if bell.close() and not rung:
-                # It rang while we were leaving: that message is another sleeper's.
+                # The ring arrived while this receiver was leaving, so another receiver gets it.
                 ring(folder, 1)
 
 
 def ring(folder: Path, count: int) -> None:
-    """Wake up to `count` sleepers, and clear away the bells of processes that died."""
+    """Wake up to `count` receivers, and remove the bells of dead processes."""
     if count <= 0:
         return
     try:
@@ -127,7 +130,7 @@ def _rang(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except BrokenPipeError:
-        # It left after we took its name, and seeing that it passes the ring on itself.
+        # The receiver left after its bell was unlinked. It sees this and passes the ring on.
         return True
     finally:
         os.close(fd)

@@ -1,6 +1,6 @@
-"""A fleet's state in one file.
+"""Fleet state in one file.
 
-Invariant: whenever the process or the machine stops, the file holds a whole state, old or new.
+Invariant: the file always contains a complete state, old or new, also after a crash or power loss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from batchlab.core.errors import BackendError
 
 
 class StateFile:
-    """The fleet's Store over `path`, whose folder is made; BackendError where the disk fails."""
+    """Store of the fleet in the file `path`. Its methods raise BackendError if the disk fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

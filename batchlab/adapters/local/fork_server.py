@@ -1,8 +1,8 @@
-"""One process that has imported what an instance's program needs, and whose copies are instances.
+"""Client of a fork server, a process that has imported the program of an instance.
 
-Invariant: a copy does nothing until whoever asked for it has written down that it is there: it ends
-if that never comes. A nursery that is gone costs nothing but time: what it has started goes on, and
-others are started without it.
+Instances are forks of this process. Invariant: a fork does nothing until the process that requested
+it has recorded it. It exits if this confirmation never comes. The end of the server only costs
+time: its forks go on, and new instances start without it.
 
 `batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages
 over a pair of sockets. Answers come in the order of the requests.
@@ -24,37 +24,39 @@ from typing import Any, BinaryIO
 from batchlab.core.atomic_write import private
 
 MOST_BYTES = 1 << 16
-"""Of a message."""
+"""Maximum size of a message in bytes."""
 PATIENCE_S = 30.0
-"""Of who asks; it answers in milliseconds once it has imported everything."""
+"""Timeout of a request in seconds. The server answers in milliseconds once its imports are done."""
 
 
 class Gone(OSError):
-    """The nursery has ended, or never began."""
+    """The fork server has ended or did not start."""
 
 
 @dataclass(slots=True)
 class Born:
-    """A copy that waits for `begin`."""
+    """A fork that waits for `begin`."""
 
     pid: int
     _word: int
 
     def begin(self) -> None:
-        """It may: its pid is known wherever it must be."""
+        """Let the fork run, after its pid has been recorded."""
         os.write(self._word, b"!")
         self.forget()
 
     def forget(self) -> None:
-        """It ends, unless it has begun; safe to call again."""
+        """Make the fork exit unless it has begun. The call may be repeated."""
         if self._word >= 0:
             os.close(self._word)
             self._word = -1
 
 
 class Nursery:
-    """`argv` starts it; the number of its descriptor comes last. What it has to say of itself goes
-    to the file `log`. Its copies are what `program` with further arguments would be."""
+    """A fork server, started with `argv` and the number of its descriptor as the last argument.
+
+    It writes its output to the file `log`. A fork behaves like `program` with further arguments.
+    """
 
     def __init__(self, argv: Sequence[str], program: Sequence[str], log: Path) -> None:
         self._argv = list(argv)
@@ -65,9 +67,11 @@ class Nursery:
         self._asked: deque[asyncio.Future[dict[str, Any]]] = deque()
 
     async def bear(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> Born:
-        """A copy that will be what `argv` would be, in a session of its own, its environment that
-        of the nursery and `env`, what it prints in `output`. Gone; OSError where there cannot be
-        one more process."""
+        """Return a fork that will behave like the process `argv`, in a new session.
+
+        Its environment is the server's with `env`. It writes to `output`. Raise Gone if the server
+        has ended, and OSError if no further process can be created.
+        """
         theirs, ours = os.pipe()
         try:
             arguments = list(argv[len(self._program) :])
@@ -77,16 +81,18 @@ class Nursery:
                 raise OSError(error)
             return Born(answer["pid"], ours)
         except BaseException:
-            os.close(ours)  # one that has been born nevertheless ends
+            os.close(ours)  # a fork that exists nevertheless exits
             raise
         finally:
             os.close(theirs)
 
     async def end_of(self, pid: int) -> int | None:
-        """The exit code of a copy that has ended, as subprocess gives it; its number is free then.
-        None where nobody knows any more."""
+        """Return the exit code of a fork that has ended, as subprocess does, and release its pid.
+
+        Return None if the code is no longer known.
+        """
         if self._socket is None:
-            return None  # whose copy it was has ended
+            return None  # the server that was the parent of the fork has ended
         try:
             code: int | None = (await self._ask({"bury": pid}))["code"]
         except Gone:
@@ -94,13 +100,13 @@ class Nursery:
         return code
 
     def close(self) -> None:
-        """End it; what it has started goes on."""
+        """Kill the server. Its forks go on."""
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
         if self._process is not None:
-            self._process.kill()  # it has nothing to lose
+            self._process.kill()  # the server holds no state that could be lost
             self._process.wait()
             self._process = None
         while self._asked:

@@ -1,8 +1,8 @@
-"""A bucket that is a folder: its objects in key order, and files written whole.
+"""Files of a bucket that is a folder: atomic writes, and listing in key order.
 
-Invariant: a name appears with all of its content or not at all. Where the writer waits for the
-disk, the content and the folders above it are on the disk before the name appears, and the name
-before the call returns.
+Invariant: a name appears with its complete content or not at all. A durable write flushes the
+content and the parent folders to disk before the name appears. It flushes the name before the call
+returns.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from batchlab.core.errors import AlreadyExists
 from batchlab.core.object_names import NEVER_EMPTY, STAGED
 from batchlab.core.ports import ObjectInfo
 
-# The kernel's own copying (sendfile) moves 64 KiB at a time, and takes several times as long.
+# shutil copies with buffers of this size. The kernel's copy (sendfile) moves 64 KiB at a time and
+# takes several times as long.
 _COPY_BYTES = 256 * 1024
 
 _DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
 _KNOWN_FOLDERS = 10_000
 _FLUSHES = 8
-"""Threads that flush the names of new folders."""
+"""Number of threads that flush the names of new folders."""
 
 Fill = Callable[[BinaryIO], object]
-"""Writes an object's content into its file."""
+"""A function that writes an object's content into its file."""
 
 
 _downloads = count()
 
 
 def download_whole(path: Path, write: Callable[[Path], object]) -> int:
-    """Have `write` fill a staged file, rename it to `path`, and return its size in bytes."""
+    """Let `write` fill a staged file, rename it to `path`, and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Others may fetch to the same place: another process, or a call of ours whose caller was
-    # cancelled. Each stages its own, and the last one wins.
+    # Another process, or a call whose caller was canceled, may download to the same path. Each
+    # download has its own staged file, and the last rename wins.
     staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
     try:
         write(staged)
@@ -57,15 +58,15 @@ def download_whole(path: Path, write: Callable[[Path], object]) -> int:
 
 
 def head(root: Path, key: str) -> ObjectInfo | None:
-    """The object `key`, None where there is none."""
+    """Return the object `key`, None if it does not exist."""
     return _info(f"{root}/{key}", key)
 
 
 def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
     """Yield objects under `prefix` with keys greater than `after`, in key order.
 
-    The names of one folder of each level are in memory. Objects that are created or deleted
-    meanwhile may be missing.
+    The names of one folder of each level are held in memory. Objects that are created or deleted
+    during the call may be missing.
     """
     folder = prefix.rpartition("/")[0]
     return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)
@@ -74,7 +75,7 @@ def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
 def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
     try:
         with os.scandir(root + folder) as entries:
-            # With its slash a folder's name sorts where its keys do: "a-b" before "a/".
+            # With its slash, a folder's name sorts like its keys: "a-b" comes before "a/".
             names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in entries)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -100,20 +101,20 @@ def _info(path: str, key: str) -> ObjectInfo | None:
 
 
 def etag_of(found: os.stat_result) -> str:
-    """Return the ETag of a file: two contents within one clock tick may share it."""
+    """Return the ETag of a file. Two contents within one clock tick may have the same ETag."""
     return f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
 
 
 def is_remains(key: str, size: int) -> bool:
-    """Return whether a file of that size is the remains of a power cut, and counts as absent."""
+    """Return whether a file of that size is left from a power loss and counts as absent."""
     return not size and key.startswith(NEVER_EMPTY)
 
 
 def damage(root: Path, key: str) -> str | None:
-    """Return what is wrong with the object's content, or None if it is whole as far as it tells.
+    """Return the damage of the object's content, or None if no damage is visible.
 
-    Documents must be JSON, and an object that is named by its content must have that content.
-    Raises OSError if the file cannot be read.
+    Documents must be JSON. An object that is named by its hash must have this hash. Raise OSError
+    if the file cannot be read.
     """
     path = root / key
     if is_remains(key, path.stat().st_size):
@@ -132,8 +133,10 @@ def damage(root: Path, key: str) -> str | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of the folder that `path` is in, and hold it; FileNotFoundError where there
-    is no such folder."""
+    """Hold the lock of the folder that contains `path`. Wait for it if necessary.
+
+    Raise FileNotFoundError if the folder does not exist.
+    """
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -143,7 +146,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def damaged(root: Path) -> Iterator[tuple[str, str]]:
-    """Every damaged object that can be recognized: its key, and what is wrong with it."""
+    """Yield the key and the damage of every object that is visibly damaged."""
     for prefix in NEVER_EMPTY:
         for folder, _, names in os.walk(root / prefix):
             for name in sorted(names):
@@ -153,26 +156,26 @@ def damaged(root: Path) -> Iterator[tuple[str, str]]:
                 try:
                     problem = damage(root, key)
                 except FileNotFoundError:
-                    continue  # deleted meanwhile
+                    continue  # deleted during the scan
                 if problem:
                     yield key, problem
 
 
 class FileWriter:
-    """Writes the objects of one bucket. With `durable` a call waits for the disk.
+    """Writer of the objects of one bucket. With `durable`, a call waits for the disk.
 
-    Flushes of the disk that wait at the same time are shared: the file system commits them
-    together. So the names of new folders are flushed at the same time as the content, not after it.
+    The file system commits concurrent flushes together. So the names of new folders are flushed at
+    the same time as the content, and not after it.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self._threads = ThreadPoolExecutor(_FLUSHES, thread_name_prefix="folders")
         self._on_disk: set[str] = {self._root}
-        """Folders whose names are on the disk."""
+        """Folders whose names have been flushed to disk."""
 
     def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
-        """Give the object this content; returns its ETag."""
+        """Write the object and return its ETag."""
         target = f"{self._root}/{key}"
         staged, etag = self._write(target, fill, durable=durable)
         with _removed_on_error(staged):
@@ -181,15 +184,15 @@ class FileWriter:
         return etag
 
     def create(self, key: str, fill: Fill, *, durable: bool) -> str:
-        """As `replace`; AlreadyExists if there is an object, unless it is damaged."""
+        """Write the object like `replace`. Raise AlreadyExists if it exists and is not damaged."""
         target = f"{self._root}/{key}"
         staged, etag = self._write(target, fill, durable=durable)
         with _removed_on_error(staged):
             try:
                 os.link(staged, target)
             except FileExistsError:
-                # The other writer may not have waited for the name yet, and who loses against an
-                # object goes on from it.
+                # The other writer may not have flushed the name yet. The caller relies on the
+                # existing object, so the name is flushed here.
                 _settle(target, durable=durable)
                 self._replace_damaged(key, staged, target)
             else:
@@ -198,14 +201,14 @@ class FileWriter:
         return etag
 
     def _replace_damaged(self, key: str, staged: str, target: str) -> None:
-        # Under the lock, so that the second of two writers finds the object of the first.
+        # Under the lock, the second of two writers finds the object of the first.
         with locked(Path(target)):
             if damage(Path(self._root), key) is None:
                 raise AlreadyExists(f"Object {key!r} exists.")
             os.rename(staged, target)  # noqa: PTH104
 
     def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
-        """Write a new file with the content next to `target`; return its name and its ETag."""
+        """Write the content to a new file next to `target`. Return its name and its ETag."""
         staged, file = _stage(target)
         with _removed_on_error(staged), file:
             fill(file)
@@ -215,7 +218,7 @@ class FileWriter:
             return staged, etag_of(os.fstat(file.fileno()))
 
     def _flush(self, file: int, folder: str) -> None:
-        """Wait until the file's content is on the disk, and the names of the folders above it."""
+        """Wait until the file's content and the names of its parent folders are on disk."""
         fresh = []
         while folder not in self._on_disk:
             fresh.append(folder)
@@ -233,14 +236,14 @@ class FileWriter:
 
 
 def _settle(target: str, *, durable: bool) -> None:
-    """Wait until the name is on the disk."""
+    """Wait until the name is on disk."""
     if durable:
         sync_folder(os.path.dirname(target))  # noqa: PTH120
 
 
 @contextmanager
 def _removed_on_error(staged: str) -> Iterator[None]:
-    # Only on an error: a name that is free again may be another writer's by now.
+    # Only after an error: otherwise the name may already belong to another writer.
     try:
         yield
     except BaseException:
@@ -255,14 +258,14 @@ def _stage(target: str) -> tuple[str, BinaryIO]:
         try:
             return staged, open(staged, "xb", opener=private)
         except FileExistsError:
-            continue  # another writer's, or left behind by a process that was killed
+            continue  # another writer's file, or left by a process that was killed
         except FileNotFoundError:
             os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
     raise AssertionError("numbers do not end")
 
 
 def copy_into(source: BinaryIO) -> Fill:
-    """Return a function that copies `source`."""
+    """Return a function that copies `source` into its argument."""
     return lambda target: _copy(source, target)
 
 

@@ -1,15 +1,16 @@
-"""A queue service whose senders and receivers are all on this machine: they ring for each other.
+"""Queue on one machine whose senders wake its receivers, over the queue of an emulator.
 
-Invariant: messages go through the service alone. A bell only says when to look, and who misses one
-looks a while later all the same.
+Senders ring the bells of receivers (see `fifo_wakeup`). Invariant: messages go only through the
+emulator. A ring only makes a receiver look. A receiver that misses a ring finds the message at its
+next regular look.
 
-An emulator's long poll looks every 100 ms, which is how long a message would take; and one that is
-open when its process is killed swallows the next message for a whole visibility timeout.
+This avoids an emulator's long polls. They look only every 100 ms, so a message would take that
+long. A long poll that is open when its process is killed hides the next message for a visibility
+timeout.
 
-How long a queue has been quiet, by which its receivers choose how often they ask.
-
-Invariant: a message now and then is quiet too. An idle grid's workers tell once a minute that they
-live; had each of these words the manager look as often as while a job runs, idleness would be paid.
+`Quiet` measures how long a queue has been quiet. Receivers of quiet queues look less often.
+Invariant: an occasional message does not end the quiet. The workers of an idle grid send one
+heartbeat a minute. Without this rule, each would make the manager look as often as during a job.
 """
 
 from __future__ import annotations
@@ -26,55 +27,62 @@ from batchlab.core.errors import Throttled
 from batchlab.core.ports import Depth, Message, Outgoing, Queue, QueueSpec
 
 MOST_S = 60.0
-"""Longer than this it has not been quiet for what follows a message, however long it was."""
+"""Maximum quiet time in seconds that counts when a message arrives."""
 
 
 class Quiet:
-    """Of one queue, from `now_s` on: times are the loop's, in seconds."""
+    """Quiet time of one queue since `now_s`. Times are the event loop's, in seconds."""
 
     def __init__(self, now_s: float) -> None:
         self._since_s = now_s
 
     def of_s(self, now_s: float) -> float:
-        """The seconds that it has been quiet."""
+        """Return the quiet time in seconds."""
         return now_s - self._since_s
 
     def broken(self, now_s: float) -> None:
-        """A receive has found something. Half of the quiet is left: one message leaves much of it,
-        and a few in a row, as a job sends them, leave next to nothing."""
+        """Halve the quiet time, because a receive found messages.
+
+        One message leaves half of it. Several in a row, as during a job, leave almost nothing.
+        """
         self._since_s = now_s - min(self.of_s(now_s), MOST_S) / 2
 
 
 LOOK_S = 1.0
 IDLE_LOOK_S = 60.0
 QUIET_SHARE = 0.5
-"""What nobody rings for (a visibility timeout that is over, a delay whose sender has died) is found
-at the next look: after this share of the time that it has been quiet there, within these bounds."""
+"""Share of the quiet time after which a receiver looks again, between `LOOK_S` and `IDLE_LOOK_S`.
+
+These looks find messages without a ring: the visibility timeout has ended, or the sender of a
+delayed message has died.
+"""
 
 KEPT_S = 0.02
-"""So long a receiver may take to come back before its bell is taken down, and a ring that it has
-got is passed on to another sleeper."""
+"""Time in seconds for which a receiver's bell stays in place after a receive.
+
+If the receiver does not return in this time, the bell is removed, and its ring goes to another
+receiver.
+"""
 
 
 class Closing(Queue, Protocol):
-    """A queue service that is closed."""
+    """A queue service with a `close` method."""
 
     async def close(self) -> None:
-        """No other call may follow."""
+        """Close the service. No other call may follow."""
 
 
 class RungQueue:
-    """`queue` with bells in `folder`, which all its users share."""
+    """Queue port over `queue`, with bells in `folder`. All users of the queue share this folder."""
 
     def __init__(self, queue: Closing, folder: Path) -> None:
         self._queue = queue
         self._folder = folder
         self._ears: dict[str, _Ear] = {}
-        """Of receivers that are about to come back."""
+        """Bells of receivers that are expected to return soon."""
         self._quiet: dict[str, Quiet] = {}
 
     async def close(self) -> None:
-        """Close the queue."""
         while self._ears:
             self._ears.popitem()[1].close()
         await self._queue.close()
@@ -108,7 +116,7 @@ class RungQueue:
             except Throttled:
                 if not wait_s:
                     raise
-                return ()  # too many are in flight: whoever waits, waits for that too
+                return ()  # too many messages are in flight, so a waiting receiver waits on
 
         if not wait_s:
             return await look()
@@ -128,7 +136,7 @@ class RungQueue:
         if found:
             quiet.broken(clock())
         if len(found) == max_messages:
-            ear.heeded = False  # there may be more
+            ear.heeded = False  # there may be more messages
         if queue not in self._ears:
             self._ears[queue] = ear
             ear.close_later(lambda: self._forget(queue, ear))
@@ -159,20 +167,23 @@ class RungQueue:
 
     async def remove(self, queue: str) -> None:
         await self._queue.remove(queue)
-        # Who still sleeps there shall see that it is gone.
+        # Receivers that still wait must see that the queue is removed.
         ring(self._folder / queue, EVERYBODY)
 
 
 class _Ear:
-    """A receiver's bell, which stays up from one receive to the next: what has not rung since the
-    last look need not be looked for. Requests are dear, bells are not."""
+    """Bell of a receiver, kept from one receive to the next.
+
+    A receiver needs no look if the bell has not rung since its last look. This saves requests,
+    which cost far more than bells.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._bell = Bell(folder)
         self._timer: asyncio.TimerHandle | None = None
         self.heeded = False
-        """There was nothing left after the bell went up."""
+        """Whether a look after the creation of the bell found all messages."""
         self._looked_s = 0.0
 
     async def listen(
@@ -181,8 +192,10 @@ class _Ear:
         again_s: Callable[[], float],
         ends_s: float,
     ) -> Sequence[Message]:
-        """What `look` finds first, or finds at the loop's time `ends_s`; `again_s` gives the
-        seconds to the next look."""
+        """Return what `look` finds first, or what it finds at the loop's time `ends_s`.
+
+        `again_s` returns the seconds until the next look.
+        """
         clock = asyncio.get_running_loop().time
         if self._timer:
             self._timer.cancel()
@@ -213,5 +226,5 @@ class _Ear:
         if self._timer:
             self._timer.cancel()
         if self._bell.close():
-            # It rang for a message that is now another sleeper's.
+            # The ring was for a message that another receiver must take.
             ring(self._folder, 1)

@@ -1,13 +1,17 @@
-"""MiniStack, an emulator of S3 and SQS, as a child process from an environment of its own.
+"""MiniStack, an emulator of S3 and SQS, as a child process with its own Python environment.
 
-Invariant: it takes nothing of the user's AWS_* variables along, and no process of it is left
-behind: its owner stops it, and without an owner it ends by itself within `ORPHAN_S` (see
-ministack_guard). A folder has one owner; the next one takes over what the one before it has left
-running. In the folder:
+Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its
+owner stops it. Without an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has
+one owner, and the next owner takes over the running emulator of the previous one. The folder
+contains:
 
-    s3/     objects, each written before it is acknowledged     state/  queues, on a clean stop
-    emulator.json   who runs, and where     owner.lock  held by the owner     emulator.log    tmp/
-    keys.json       the keys that requests must be signed with (0600)
+    s3/             objects, each written before it is acknowledged
+    state/          queues, written when the emulator stops
+    emulator.json   process and port of the running emulator
+    owner.lock      lock that the owner holds
+    emulator.log    output of the emulator
+    keys.json       keys that must sign each request (mode 0600)
+    tmp/            temporary files
 """
 
 from __future__ import annotations
@@ -47,33 +51,33 @@ START_S = 30.0
 STOP_S = 10.0
 
 _HOST = "127.0.0.1"
-# Below the ports that the kernel hands out for outgoing connections: a client that tries to reach
-# an emulator that is just not there could else be given this very port, and talk to itself.
+# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client
+# that connects to a stopped emulator could get this port itself and connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBED_S = 0.2
-"""For longer than this nobody holds the lock only to see whether it is taken."""
+"""Maximum time in seconds for which a process holds the lock only to test it."""
 _AGAIN_S = 5.0
-"""Longest wait between two tries to start one that does not come up."""
+"""Maximum wait in seconds between two attempts to start the emulator."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Who runs, and where; see pids."""
+    """Identity and port of the running process (see `processes`)."""
 
     port: int
     pid: int
     start_ticks: int
     boot: str
     checks_signatures: bool = False
-    """False for an emulator that release 0.1.0 started, which answers everybody."""
+    """False for an emulator that release 0.1.0 started. It does not check signatures."""
 
 
 class Emulator:
-    """MiniStack over `folder`, listening on 127.0.0.1; `with` starts and stops it.
+    """MiniStack over `folder`, listening on 127.0.0.1. A `with` statement starts and stops it.
 
-    `port` 0 means the last one, else any that is free. `orphan_s` is how long it survives an
-    owner that dies.
+    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds
+    after the death of its owner.
     """
 
     def __init__(
@@ -85,8 +89,8 @@ class Emulator:
         self._port = port
         self._orphan_s = orphan_s
         self._owner_lock: IO[str] | None = None
-        # Ours as well as the emulator's: who calls while it is started again is not refused, but
-        # waits, and nobody else gets the port.
+        # This process and the emulator share the listener. During a restart, clients wait instead
+        # of being refused, and no other program gets the port.
         self._listener: socket.socket | None = None
         self._record: _Record | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -94,19 +98,19 @@ class Emulator:
 
     @property
     def url(self) -> str:
-        """Where it listens, once started."""
+        """Return the URL of the started emulator."""
         assert self._record is not None
         return f"http://{_HOST}:{self._record.port}"
 
     @property
     def endpoint(self) -> Endpoint:
-        """The emulator with its keys, once started."""
+        """Return the started emulator with its keys."""
         known = access_keys.provide(self.folder / access_keys.FILE)
         return Endpoint(self.url, access_key=known.access_key, secret_key=known.secret_key)
 
     @property
     def pid(self) -> int:
-        """Its process, once started."""
+        """Return the process id of the started emulator."""
         assert self._record is not None
         return self._record.pid
 
@@ -122,9 +126,10 @@ class Emulator:
         self.stop()
 
     def start(self) -> None:
-        """Take over the one that runs in the folder, else start one; returns when it answers.
+        """Take over the running emulator of the folder or start one, and wait until it answers.
 
-        Refused while it has another owner; Unreachable with the last line of its log.
+        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if
+        it does not start.
         """
         self._own()
         if self.is_running() or (self._take_over() and self._is_usable()):
@@ -142,15 +147,15 @@ class Emulator:
         return self._record.checks_signatures and self._answers()
 
     def is_running(self) -> bool:
-        """Whether the process that we have started or taken over lives."""
+        """Return whether the process that was started or taken over is running."""
         return self._pidfd >= 0 and not _readable([self._pidfd], 0)
 
     def kill(self) -> None:
-        """SIGKILL, as a fault would; returns when it is dead. `start` starts another."""
+        """Kill it with SIGKILL, as a fault does, and wait for its end. `start` starts another."""
         self._signal(signal.SIGKILL, STOP_S)
 
     def stop(self) -> None:
-        """End it so that it writes down its queues, by force if that takes too long."""
+        """Stop the emulator so that it saves its queues. Kill it if this takes too long."""
         self._end()
         if self._listener:
             self._listener.close()
@@ -160,20 +165,26 @@ class Emulator:
             self._owner_lock = None
 
     async def supervise(self, again: Callable[[], None]) -> None:
-        """Start it again whenever it ends, for ever; `again` is called after each start."""
+        """Restart the emulator whenever it ends.
+
+        Call `again` after each start. This method never returns.
+        """
         while True:
             begun_s = time.monotonic()
             await self._ended()
             log.warning("the emulator (pid %d) has ended, and is started again", self.pid)
             wait_s = 0.1
             if time.monotonic() - begun_s < _AGAIN_S:
-                await asyncio.sleep(wait_s)  # on a full disk it ends at every write
+                await asyncio.sleep(wait_s)  # on a full disk, it ends at every write
             while not await self._in_thread(partial(self._started_again, again)):
                 await asyncio.sleep(wait_s)
                 wait_s = doubled_s(wait_s, _AGAIN_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
-        """Its answer; cancelled, it waits all the same: `stop` must not come in between."""
+        """Return the result of `call`.
+
+        A canceled task also waits for it, so `stop` cannot run meanwhile.
+        """
         calling = asyncio.create_task(asyncio.to_thread(call))
         try:
             return await asyncio.shield(calling)
@@ -211,7 +222,7 @@ class Emulator:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                # An emulator that asks whether it has an owner holds it for a moment.
+                # An emulator that tests whether it has an owner holds the lock for a moment.
                 if time.monotonic() > give_up_s:
                     file.close()
                     raise Refused(f"The emulator in {self.folder} has an owner already.") from error
@@ -220,7 +231,7 @@ class Emulator:
         access_keys.provide(self.folder / access_keys.FILE)
 
     def _take_over(self) -> bool:
-        """Hold on to the emulator on record; False where it does not live any more."""
+        """Hold the process in the record. Return False if it is not running."""
         record = self._on_record()
         if record is None:
             return False
@@ -256,7 +267,7 @@ class Emulator:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # Ctrl-C in the terminal is its owner's to handle.
+                # The owner handles Ctrl-C in the terminal.
                 start_new_session=True,
             )
         pid = self._child.pid
@@ -265,7 +276,7 @@ class Emulator:
         write_whole(self.folder / "emulator.json", json.dumps(asdict(self._record)))
 
     def _environment(self, port: int) -> dict[str, str]:
-        """All of it: the user's own variables would reach an emulator that reads AWS_*."""
+        """Return the complete environment. Inherited AWS_* variables would affect the emulator."""
         kept = {
             name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
         }
@@ -288,7 +299,7 @@ class Emulator:
             try:
                 return socket.create_server((_HOST, port), backlog=256)
             except OSError:
-                continue  # taken
+                continue  # the port is in use
         raise Unreachable(
             f"The emulator finds no free port on {_HOST}.", remedy="End what else listens there."
         )
@@ -296,15 +307,15 @@ class Emulator:
     def _ports(self) -> Iterable[int]:
         known = self._record.port if self._record else self._port
         if known:
-            return [known]  # its callers know it by this one
+            return [known]  # its clients know this port
         before = self._on_record()
-        # The same folder begins with the same port, another one most likely with another.
+        # A folder always tries the same ports first, and another folder most likely tries others.
         first = zlib.crc32(bytes(self.folder))
         others = [_PORTS[(first + i) % len(_PORTS)] for i in range(_PORTS_TRIED)]
         return [before.port, *others] if before else others
 
     def _answers(self) -> bool:
-        """Wait until it answers; False where it has died, or takes too long."""
+        """Wait until the emulator answers. Return False if it died or takes too long."""
         assert self._record is not None
         try:
             with socket.create_connection((_HOST, self._record.port), timeout=START_S) as caller:
@@ -315,10 +326,10 @@ class Emulator:
             return False
 
     def _signal(self, number: signal.Signals, within_s: float) -> bool:
-        """Whether it has ended within that time."""
+        """Send a signal. Return whether the emulator ended within that time."""
         if self._pidfd < 0:
             return True
-        with suppress(ProcessLookupError):  # it has ended by itself
+        with suppress(ProcessLookupError):  # it ended by itself
             signal.pidfd_send_signal(self._pidfd, number)
         return bool(_readable([self._pidfd], within_s))
 
@@ -338,7 +349,7 @@ class Emulator:
 
 
 def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
-    """Those that become readable; not select(), which knows none above 1023."""
+    """Return the descriptors that become readable. `select` does not support numbers above 1023."""
     poll = select.poll()
     for one in descriptors:
         poll.register(one, select.POLLIN)

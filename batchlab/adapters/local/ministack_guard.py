@@ -1,13 +1,14 @@
-"""MiniStack's server in MiniStack's own environment: ended once nobody owns it any more, and before
-it acknowledges an object that it could not write.
+"""Server program of MiniStack, which runs in MiniStack's own Python environment.
+
+It exits when its owner is missing, and before it acknowledges an object that it could not write.
 
 The guard passes on a request only if the request is signed with the grid's own keys (Signature
 Version 4). MiniStack itself accepts a request of any user of the machine and of any web page.
 
-Invariant: nothing of batchlab: this file is run by another Python, which has MiniStack, uvicorn and
-httptools. The owner holds a lock on a file; the kernel frees it however the owner dies. Not
-PR_SET_PDEATHSIG: an owner that was killed is replaced within seconds, and its emulator must live to
-be taken over.
+Invariant: this file imports nothing of batchlab, because another Python runs it, which has only
+MiniStack, uvicorn, and httptools. The owner holds a lock on a file, and the kernel releases it
+however the owner dies. PR_SET_PDEATHSIG is not used: a killed owner is replaced within seconds, and
+the new owner takes over the running emulator.
 
     python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S KEYS_FILE
 """
@@ -39,10 +40,12 @@ import uvicorn
 
 LOOK_S = 0.5
 MAX_SKEW_S = 900.0
-"""As on AWS."""
+"""Maximum difference in seconds between a request's time and the clock, as on AWS."""
 MAX_UNHASHED_BYTES = 4 * 1024 * 1024
-"""Largest body without a hash among its headers. Only SQS, SNS, and STS send such bodies, and their
-largest request has 1 MiB."""
+"""Maximum size in bytes of a body without a hash among its headers.
+
+Only SQS, SNS, and STS send such bodies, and their largest request has 1 MiB.
+"""
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -61,35 +64,36 @@ _EXPIRES = re.compile("[0-9]{1,6}")
 
 
 def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
-    """Serve until SIGTERM."""
+    """Serve requests until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
     logging.getLogger("s3").addHandler(_Honest(logging.WARNING))
-    # The listener is the owner's: it outlives a killed emulator, so callers wait for the next one.
+    # The owner also holds the listener, so clients of a killed emulator wait for the next one.
     listener = socket.socket(fileno=int(listening))
     known = json.loads(Path(keys).read_text())
-    # MiniStack itself verifies the signature of a presigned URL, by the keys that it has.
+    # MiniStack itself verifies the signature of a presigned URL with these keys.
     os.environ["AWS_ACCESS_KEY_ID"] = known["access_key"]
     os.environ["AWS_SECRET_ACCESS_KEY"] = known["secret_key"]
-    # MiniStack's own server, Hypercorn, is Python all through: more than half of a call's CPU.
+    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU
+    # time.
     config = uvicorn.Config(
         Signed(importlib.import_module("ministack.app").app, **known),
         loop="asyncio",
         http="httptools",
         ws="none",
-        lifespan="on",  # with its end come the queues, written down
+        lifespan="on",  # MiniStack saves its queues at the end of the lifespan
         log_level="warning",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=False,  # MiniStack has its own
+        date_header=False,  # MiniStack sets its own
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,  # long polls do not hold up the end
+        timeout_graceful_shutdown=1,  # otherwise long polls would delay the end
     )
     uvicorn.Server(config).run(sockets=[listener])
 
 
 class Refusal(Exception):
-    """An answer with the status 403; `code` is AWS's name of the error."""
+    """An answer with the status 403. `code` is AWS's name of the error."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -98,7 +102,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Signature:
-    """The parts of a request's signature. `expires_s` counts from `stamp`."""
+    """Parts of a request's signature. It is valid for `expires_s` seconds after `stamp`."""
 
     key: str
     date: str
@@ -115,7 +119,7 @@ class Signed:
     """ASGI application that passes on only requests signed with this pair of keys.
 
     A web page cannot sign a request. A request with an Origin or another machine's Host comes from
-    a page, so it is refused even if it is signed, and no answer has a CORS header.
+    a page, so it is refused even if it is signed. No answer has a CORS header.
     """
 
     def __init__(self, app: App, access_key: str, secret_key: str) -> None:
@@ -153,7 +157,7 @@ class Signed:
     async def _checked(
         self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive
     ) -> Receive:
-        """Return a source of the request's body; Refusal unless the request is signed."""
+        """Return a source of the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
         asked = _signature(headers, dict(query))
@@ -165,7 +169,7 @@ class Signed:
         if told:
             self._check(scope, headers, query, asked, told)
         if told and not _SHA256.fullmatch(told):
-            return receive  # of an unsigned or streamed body only the headers are signed
+            return receive  # without a hash, the signature covers only the headers
         body, digest = await _body(receive, limit=None if told else MAX_UNHASHED_BYTES)
         if not told:
             self._check(scope, headers, query, asked, digest)
@@ -216,7 +220,7 @@ class Signed:
 
 
 def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Return the headers by name, each value as a signature has it."""
+    """Return the headers by name, with each value in the form that a signature uses."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
         value = b" ".join(value.split()) if b"  " in value else value.strip()
@@ -268,7 +272,7 @@ def _epoch_s(stamp: str) -> float:
 
 
 def _path(raw: bytes, service: str) -> str:
-    """Return the path as the signature has it: S3's clients encode it once, the others twice."""
+    """Return the path as it is signed. S3's clients encode it once, and other clients twice."""
     if _PLAIN.fullmatch(raw):
         return raw.decode()
     return quote(unquote_to_bytes(raw) if service == "s3" else raw, safe="/-_.~")
@@ -305,7 +309,7 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
         kind = b"application/x-amz-json-1.0"
     else:
         body = f"<Error><Code>{refusal.code}</Code><Message>{refusal}</Message></Error>"
-        # SNS and STS wrap their errors once more.
+        # SNS and STS put their errors into another element.
         body = f"<ErrorResponse>{body}</ErrorResponse>" if b"form" in kind else body
         kind = b"application/xml"
     fields = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
@@ -314,9 +318,12 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
 
 
 class _Honest(logging.Handler):
-    """Where the disk fails, MiniStack's S3 writes a warning and answers as if nothing had happened:
-    an object is then lost at its end, or read as empty. Ended right here it answers nothing, and
-    the caller tries again at the next one."""
+    """Log handler that ends the process when MiniStack's S3 fails to write to disk.
+
+    MiniStack then logs a warning and reports success, so the object would be lost at its end, or
+    read as empty. A process that exits here sends no answer, and the client retries at the next
+    emulator.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Failed to "):
@@ -336,7 +343,7 @@ def _is_held(lock: str) -> bool:
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
-        return False  # the folder has been removed, and with it all that we could serve
+        return False  # the folder was removed, so no data is left to serve
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,7 +1,8 @@
-"""MiniStack's own Python environment: found, or made once for all grids of a user.
+"""Python environment of MiniStack, created once for all grids of a user.
 
-Invariant: never the user's environment (MiniStack pins botocore exactly), and never a half-made
-one: it counts only once its marker is there, and two processes do not make it at the same time.
+Invariant: MiniStack never uses the user's environment, because it pins an exact version of
+botocore. An environment counts only when its marker file exists, so an incomplete one is never
+used. A lock keeps two processes from creating it at the same time.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from batchlab.core.errors import BackendError, UsageError
 
 VERSION = "1.5.33"
 VARIABLE = "BATCHLAB_MINISTACK"
-"""Environment variable that names an installation by its `ministack` or its Python."""
+"""Environment variable that names an installation by its `ministack` program or its Python."""
 
 _MARKER = "batchlab-complete"
 
 
 def find() -> Path | None:
-    """The Python that MiniStack is installed for: of what BATCHLAB_MINISTACK names, else of what
-    `install` has made; None where there is neither. UsageError where the variable is wrong."""
+    """Return the Python that has MiniStack, or None without an installation.
+
+    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise
+    UsageError if the variable is wrong.
+    """
     if named := os.environ.get(VARIABLE):
         program = Path(named).expanduser()
-        # A virtual environment's Python is itself a link, and works only under its own name.
+        # The Python of a virtual environment is a link and works only under its own name.
         is_python = program.name.startswith("python")
         python = program if is_python else program.resolve().with_name("python")
         if not (program.is_file() and os.access(python, os.X_OK)):
@@ -39,12 +43,15 @@ def find() -> Path | None:
             )
         return python
     python = environment() / "bin" / "python"
-    # The interpreter that it was made from may have gone since.
+    # The interpreter that created the environment may have been removed.
     return python if (environment() / _MARKER).exists() and python.exists() else None
 
 
 def provide(say: Callable[[str], None]) -> None:
-    """`install`, and look whether MiniStack is there; UsageError where the named one is not."""
+    """Install MiniStack if necessary.
+
+    Raise UsageError if the named environment does not contain it.
+    """
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
@@ -55,20 +62,25 @@ def provide(say: Callable[[str], None]) -> None:
 
 
 def environment() -> Path:
-    """Where `install` makes the environment: in the user's cache."""
+    """Return the folder of the environment that `install` creates, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # Another name than release 0.1.0 had, which installed packages without a look at their hashes.
+    # The name differs from that of release 0.1.0, which did not check the hashes of packages.
     return Path(cache) / "batchlab" / f"ministack-{VERSION}-locked"
 
 
 def requirements() -> Path:
-    """Return the file with MiniStack, what serves it in `ministack_guard`, and all that they need:
-    each package in one version, with the hashes of its files."""
+    """Return the file with the requirements of MiniStack and of its server.
+
+    It pins each package to one version, with the hashes of its files.
+    """
     return package_data.folder("backends") / "ministack" / "requirements.txt"
 
 
 def install(say: Callable[[str], None]) -> Path:
-    """`find`, making the environment where there is none, of which `say` hears; BackendError."""
+    """Return the Python that has MiniStack. Create the environment if there is none.
+
+    `say` receives a progress message. Raise BackendError if the installation fails.
+    """
     if found := find():
         return found
     folder = environment()
@@ -76,12 +88,13 @@ def install(say: Callable[[str], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if found := find():  # made by another process, while we waited for the lock
+            if found := find():  # another process created it while this one waited for the lock
                 return found
             say(f"Fetching MiniStack {VERSION} into {folder}, this once.")
-            shutil.rmtree(folder, ignore_errors=True)  # somebody was killed while making it
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
             _make(folder)
-            # A marker rather than a rename: an environment's own scripts name its path.
+            # It is a marker and not a rename, because the scripts of an environment contain its
+            # path.
             (folder / _MARKER).touch()
     except OSError as error:
         raise BackendError(
@@ -112,18 +125,20 @@ def _make(folder: Path) -> None:
 
 
 def pip_reason(told: str) -> str:
-    """Why pip has failed, from what it printed, without a full stop."""
+    """Return the reason of pip's failure from its output, without a full stop."""
     if "DO NOT MATCH THE HASHES" in told:
         return "the package index has a file whose hash differs from the one on record"
-    # Without a network pip's last words are that there is no such package.
+    # Without a network, pip's last message is that the package does not exist.
     if "connection broken" in told:
         return "the package index cannot be reached"
     return " ".join(told.splitlines()[-1:]).removeprefix("ERROR: ").rstrip(".")
 
 
 def installed_version(python: Path) -> str | None:
-    """The version of MiniStack that `python` finds, None where it finds none, or not what serves
-    it."""
+    """Return the version of MiniStack in that Python.
+
+    Return None if MiniStack or a package that serves it is missing.
+    """
     code = "import httptools, uvicorn; from importlib.metadata import version; "
     code += "print(version('ministack'))"
     argv = [str(python), "-I", "-c", code]

@@ -1,8 +1,8 @@
-"""A bucket that is a folder of files.
+"""Objects port over a folder of files.
 
-Invariant: a key holds one whole object or none, whichever process ends while it writes, and a
-conditional create has one winner. An object that a job relies on is on the disk before its put
-returns. A conditional create replaces a damaged file, and an empty document counts as absent.
+Invariant: a key has one complete object or none, also after a process died while writing it. A
+conditional create has one winner. An object that a job needs is on disk before its put returns. A
+conditional create replaces a damaged file, and an empty document counts as absent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 PAGE = 1000
 
 _THREADS = 32
-# A file up to this size is read or written on the event loop, in 10 to 50 µs: a thread costs more.
+# Files up to this size are read or written on the event loop in 10 to 50 µs. A thread costs more.
 _IN_PLACE_BYTES = 64 * 1024
 
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -41,15 +41,14 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 class LocalObjects:
     """The Objects port over the folder `root`.
 
-    An ETag is made of inode, mtime, and size, so two contents that follow each other within a
-    clock tick may share one. The object `a` excludes `a/b`, and the grid uses no such pair of keys.
+    An ETag consists of inode, mtime, and size, so two contents within one clock tick may have the
+    same one. The objects `a` and `a/b` cannot both exist, and the grid uses no such pair of keys.
     """
 
     def __init__(self, root: Path, sync: Sync) -> None:
         self._root = root
         self._sync = sync
         self._writer = FileWriter(root)
-        """Numbers the files that are being fetched."""
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     async def _do(self, key: str, call: Callable[[], T], *, in_place: bool = False) -> T:
@@ -76,8 +75,8 @@ class LocalObjects:
         )
 
     def _exchange(self, etag: str, key: str, fill: local_files.Fill, *, durable: bool) -> str:
-        # Other conditional puts are kept off here, but not a put without a condition. The one
-        # manager of a folder makes all puts that need more than that.
+        # The lock excludes other conditional puts, but not an unconditional put. The folder has one
+        # manager, and this manager makes all puts that need a stronger guarantee.
         with local_files.locked(self._root / key):
             found = local_files.head(self._root, key)
             if found is None or found.etag != etag:
@@ -146,13 +145,13 @@ class LocalObjects:
             try:
                 (self._root / key).unlink(missing_ok=True)
             except (NotADirectoryError, IsADirectoryError):
-                # The key is below an object, or above one, so the object does not exist.
+                # The key is below or above an object, so this object does not exist.
                 continue
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         durable = self._is_durable(key)
-        # An error of the file is the caller's to handle, an error of the bucket is translated.
+        # The caller handles an error of the file. An error of the bucket is translated.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             write = self._writer.create if if_absent else self._writer.replace
@@ -169,7 +168,7 @@ class LocalObjects:
 
 
 class FilesInPlace:
-    """The LocalFiles port over the folder `root`."""
+    """LocalFiles port over the folder `root`."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -180,7 +179,7 @@ class FilesInPlace:
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:
-    """The bucket that is the folder `root`, which is made if it does not exist."""
+    """Return the bucket over the folder `root`. Create the folder if it does not exist."""
     make_folder(root)
     return LocalObjects(root, sync)
 
@@ -197,6 +196,6 @@ def _translated(key: str) -> Iterator[None]:
     except _MISSING as error:
         raise NotFound(f"No object {key!r}.") from error
     except OSError as error:
-        # A full disk is waited out like an outage.
+        # A full disk is retried like an outage.
         kind = Unreachable if error.errno == errno.ENOSPC else BackendError
         raise kind(f"Object {key!r}: {error.strerror or error}.") from error

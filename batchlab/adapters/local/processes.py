@@ -1,16 +1,11 @@
-"""Instances that are processes of this machine (Linux), each in a session of its own.
+"""Launcher of instances that are local processes (Linux), each in its own session.
 
-Invariant: what is signalled is what was launched. A pid counts only together with the kernel's
-start time and boot id from the instance's record, so a recycled number is never mistaken for it.
+Invariant: signals reach only processes that were launched here. A pid counts only together with the
+kernel's start time and boot id, so a reused pid is never mistaken for the process that had it.
 
-`<root>/instances/<id>.json` is an instance's record, `<root>/logs/<id>.log` what it printed. The
-records outlive the manager: a new launcher over the same root adopts what still runs. An instance
-takes its process group with it when it ends, as a machine would.
-
-Processes that are known beyond the life of whoever started them (Linux).
-
-Invariant: a pid counts only together with the kernel's start time and boot id, so a recycled
-number is never mistaken for the process that had it.
+`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output.
+The records outlive the manager: a new launcher over the same root adopts the running instances.
+When an instance ends, its process group is killed, as the end of a machine would do.
 """
 
 from __future__ import annotations
@@ -35,41 +30,45 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
 
 def boot_id() -> str:
-    """Start times count from the boot of the kernel, so they identify a process within one only."""
+    """Return the boot id.
+
+    Start times count from the boot, so they are unique only within one boot.
+    """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def stat(pid: int) -> list[bytes]:
-    """The fields of a process's stat from the third on, empty where there is no such process."""
+    """Return the fields of a process's stat from the third on, or [] if it does not exist."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return []
-    # The second field is the name in parentheses, and may hold parentheses and blanks.
+    # The second field is the name in parentheses, which may contain parentheses and spaces.
     return content.rpartition(b")")[2].split()
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, field 22: clock ticks since boot. None unless it lives."""
+    """Return the start time of a process in clock ticks since boot, None if it has ended."""
     fields = stat(pid)
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
 
 def lives(pid: int, ticks: int, boot: str) -> bool:
-    """Whether the process that had this number, start time and boot still runs."""
+    """Return whether the process with this pid, start time, and boot id is running."""
     return boot == boot_id() and start_ticks(pid) == ticks
 
 
 def hold(pid: int, ticks: int, boot: str) -> int | None:
-    """A pidfd of that process, for the caller to close; None where it does not run any more."""
-    # Of a number that a thread of another process has by now the kernel gives no pidfd.
+    """Return a pidfd of that process for the caller to close, None if it is not running."""
+    # If the number now belongs to a thread of another process, the kernel returns no pidfd.
     if not lives(pid, ticks, boot):
         return None
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    # Only now that the pidfd holds on to whatever has the number: before, it could change.
+    # This check is safe only now: the pidfd fixes the process, while before the pid could be
+    # reused.
     if not lives(pid, ticks, boot):
         os.close(pidfd)
         return None
@@ -77,8 +76,10 @@ def hold(pid: int, ticks: int, boot: str) -> int | None:
 
 
 def exit_code(pid: int) -> int | None:
-    """How a child of this process has ended, as subprocess gives it, waited for; its number is free
-    then. None where it is no child of ours."""
+    """Wait for a child process and return its exit code, as subprocess does. This releases its pid.
+
+    Return None if the process is not a child of this process.
+    """
     try:
         _, status = os.waitpid(pid, 0)
     except ChildProcessError:
@@ -89,7 +90,7 @@ def exit_code(pid: int) -> int | None:
 log = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
-"""Environment variable that holds an instance's id, in it and in what it starts."""
+"""Environment variable with the instance's id. Its child processes inherit it."""
 
 _AWAY = "exited while the manager was away"
 _UNKNOWN = "exited; its code is unknown, because what had started it has ended"
@@ -97,7 +98,7 @@ _UNKNOWN = "exited; its code is unknown, because what had started it has ended"
 
 @dataclass(slots=True)
 class _Record:
-    """What the file says. `pid` 0: it was about to be started."""
+    """Content of an instance's file. `pid` is 0 before the start."""
 
     instance: str
     pool: str
@@ -113,20 +114,20 @@ class _Process:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     pidfd: int = -1
     ended_s: float = 0.0
-    """Monotonic."""
+    """Monotonic time of its end."""
     asked: bool = False
     born: bool = False
-    """Of our nursery."""
+    """Whether it is a fork of the fork server."""
     kill: asyncio.TimerHandle | None = None
 
 
 class ProcessLauncher:
-    """The Launcher port over local processes; one at a time per `root`.
+    """The Launcher port over local processes. Only one launcher may use a `root` at a time.
 
-    `argv` gives the command line for a pool's instance, `env` its environment, to which the
-    pool's own is added. Where a `nursery` is given, with whose program `argv` begins, instances are
-    copies of it, but for those of a pool with an environment of its own. `changed` is set as soon
-    as any instance ends; whoever waits clears it.
+    `argv` returns the command line of a pool's instance. `env` is the environment, to which the
+    pool's own is added. `argv` must begin with the program of the `nursery` if there is one.
+    Instances are then forks of it, except in pools with their own environment. `changed` is set
+    when an instance ends, and its waiter clears it.
     """
 
     def __init__(
@@ -151,10 +152,12 @@ class ProcessLauncher:
         self,
         pool: Pool,
         instance: str,
-        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all are alike here
+        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
-        """As the port says; BackendError where the program cannot be started, AlreadyExists where
-        the id was used in the last minutes."""
+        """Launch an instance. Raise BackendError if the program cannot be started.
+
+        Raise AlreadyExists if the id was used in the last ten minutes.
+        """
         processes = self._adopted()
         if instance in processes:
             raise AlreadyExists(f"instance {instance} exists already")
@@ -163,8 +166,8 @@ class ProcessLauncher:
         argv = list(self._argv(pool, instance))
         born: Born | None = None
         try:
-            # Written before the start as well: a manager that dies in between leaves a record
-            # without pid, and the instance is then found by its environment.
+            # The record is also written before the start. If the manager dies in between, the
+            # record lacks a pid, and the instance is found by its environment.
             self._write(record)
             born = await self._born(argv, pool, instance)
             process.born = born is not None
@@ -187,15 +190,18 @@ class ProcessLauncher:
         log.info("launched as process %d", record.pid, extra=_about(record))
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
-        is unknown or has ended is left alone."""
+        """Send SIGTERM to the instance, and SIGKILL after `grace_s`.
+
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
+        ignored.
+        """
         process = self._adopted().get(instance)
-        # One that has ended may not have been buried yet.
+        # An instance may have ended while its exit code is not yet known.
         if process is None or process.record.ended is not None or process.pidfd < 0:
             return
         if not process.asked:
             process.asked = True
-            # It may have exited without our having heard of it yet.
+            # The process may have exited before this object noticed it.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
         loop = asyncio.get_running_loop()
@@ -206,7 +212,10 @@ class ProcessLauncher:
             process.kill = loop.call_at(due_s, _kill_group, process.record)
 
     async def running(self) -> Mapping[str, str | None]:
-        """As the port says; the end of an instance is remembered for ten minutes."""
+        """Return how each instance ended, None while it runs.
+
+        Ends are remembered for ten minutes.
+        """
         processes = self._adopted()
         now_s = self._clock.monotonic_s()
         for name, process in list(processes.items()):
@@ -216,7 +225,7 @@ class ProcessLauncher:
         return {name: process.record.ended for name, process in processes.items()}
 
     async def close(self, *, kill: bool) -> None:
-        """Let go of every instance; with `kill` end all at once and wait until they have."""
+        """Release all instances. With `kill`, end them at once and wait until they have ended."""
         living = [p for p in self._adopted().values() if p.record.ended is None]
         if kill:
             for process in living:
@@ -230,7 +239,7 @@ class ProcessLauncher:
 
     def _undo(self, process: _Process) -> None:
         record = process.record
-        self._let_go(process)  # nobody is to hear of its end
+        self._let_go(process)  # the end of this instance must not be reported
         if record.pid:
             os.killpg(record.pid, signal.SIGKILL)
             if not process.born:
@@ -238,8 +247,8 @@ class ProcessLauncher:
         self._path(record.instance).unlink(missing_ok=True)
 
     async def _born(self, argv: list[str], pool: Pool, instance: str) -> Born | None:
-        """A copy of the nursery; None where there is none, or it would not do."""
-        # Much of what the environment says is read when a program starts.
+        """Return a fork of the fork server, None without a usable server."""
+        # A program reads much of its environment at its start, so a fork cannot change it.
         if self._nursery is None or pool.env:
             return None
         try:
@@ -258,8 +267,8 @@ class ProcessLauncher:
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
         with self._log_of(instance) as log:
-            # Not os.posix_spawn: it cannot close what the manager itself inherited, and a worker
-            # that holds the pipe of `batchlab up | tee` keeps it open for good.
+            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that
+            # holds the pipe of `batchlab up | tee` would keep it open.
             child = subprocess.Popen(
                 argv,
                 env=env,
@@ -268,7 +277,7 @@ class ProcessLauncher:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        # Its end is waited for here and not by Popen, which must not complain when it is dropped.
+        # This class waits for the end of the process. Popen must not warn when it is deleted.
         child.returncode = 0
         return child.pid
 
@@ -277,7 +286,7 @@ class ProcessLauncher:
         asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
 
     def _exited(self, process: _Process) -> None:
-        # While it is a zombie its number is not reused, so the group goes first.
+        # The pid of a zombie is not reused, so the group is killed before the wait.
         _kill_group(process.record)
         self._let_go(process)
         if process.born and self._nursery:
@@ -302,7 +311,7 @@ class ProcessLauncher:
         try:
             self._write(process.record)
         except OSError as error:
-            # A full disk. A manager after us finds no such process, which says nearly as much.
+            # The disk is full. The next manager does not find the process, so it reports the end.
             about = {"instance": process.record.instance}
             log.warning("how the instance ended is not kept: %s", error, extra=about)
 
@@ -315,7 +324,7 @@ class ProcessLauncher:
             process.pidfd = -1
 
     def _adopted(self) -> dict[str, _Process]:
-        """The instances; the first call takes over those of earlier managers."""
+        """Return the instances. The first call adopts those of earlier managers."""
         if self._processes is None:
             self._processes = {}
             for path in sorted(self._records.glob("*.json")):
@@ -357,14 +366,14 @@ class ProcessLauncher:
 
     def _write(self, record: _Record) -> None:
         self._records.mkdir(parents=True, exist_ok=True)
-        # A power cut ends the instance too, so the record need not outlive it.
+        # A power loss also ends the instance, so the record need not survive it.
         write_whole(self._path(record.instance), json.dumps(asdict(record)), durable=False)
 
     def _read(self, path: Path) -> _Record:
         try:
             return _Record(**json.loads(path.read_text()))
         except (ValueError, TypeError):
-            # Cut short by a power failure, or of another version: look for it by its environment.
+            # The file is damaged or of another version. Search for the instance by its environment.
             return _Record(path.stem, "", boot_id())
 
 
@@ -373,21 +382,23 @@ def _about(record: _Record) -> dict[str, str]:
 
 
 def living(root: Path) -> dict[str, int]:
-    """The processes of the instances that live, by instance: for whoever stands outside of the
-    manager that launches in `root`."""
+    """Return the pids of the running instances, by instance.
+
+    It is meant for other processes than the manager that launches in `root`.
+    """
     found = {}
     for path in (root / "instances").glob("*.json"):
         try:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            continue  # it goes, or was never finished: there is nobody whom it surely names
+            continue  # the record is being removed or is incomplete, so it identifies no process
         if record.ended is None and lives(record.pid, record.start_ticks, record.boot):
             found[record.instance] = record.pid
     return found
 
 
 def ended(root: Path, instance: str) -> str:
-    """How the record says that the instance ended; "" while it says nothing of that."""
+    """Return how the instance ended according to its record, "" if it does not record an end."""
     try:
         fields = json.loads((root / "instances" / f"{instance}.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -396,7 +407,10 @@ def ended(root: Path, instance: str) -> str:
 
 
 def _leader_of(instance: str) -> int:
-    """The process that was started as `instance`, by its environment; 0 where there is none."""
+    """Return the pid of the process that was started as `instance`, 0 if there is none.
+
+    The process is found by its environment.
+    """
     wanted = f"{INSTANCE_VARIABLE}={instance}".encode()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
@@ -404,19 +418,20 @@ def _leader_of(instance: str) -> int:
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
         except (PermissionError, FileNotFoundError, ProcessLookupError):
-            # Another user's, or one that ended during the look: neither is ours.
+            # Another user's process, or one that ended during the scan.
             continue
         fields = stat(int(folder.name))
-        # What an instance starts inherits its environment; field 6, the session, is its own pid.
+        # Child processes inherit the environment. Field 6, the session, is the pid of the instance.
         if wanted in environment and fields and fields[3] == folder.name.encode():
             return int(folder.name)
     return 0
 
 
 def _kill_group(record: _Record) -> None:
-    """SIGKILL to the instance's process group, unless its number belongs to another by now."""
-    # A leader that is gone is no proof that its group is empty; members keep the number taken. A
-    # stranger could get it only between these two lines, after the kernel used up all others.
+    """Send SIGKILL to the instance's process group, unless its pid was reused."""
+    # A group may have members after its leader has ended, and they keep the pid from being reused.
+    # Another process could get it only between these two lines, after the kernel used all other
+    # pids.
     if start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Queues and messages in one SQLite file: what each call on them does, as one transaction.
+"""Queues and messages in one SQLite file. Each call is one transaction.
 
-Invariant: after SIGKILL at any time a message is in exactly one queue or deleted, and every query
-is served by one range of one index, however deep the queues are.
+Invariant: after SIGKILL at any time, a message is in exactly one queue or deleted. Every query
+reads one range of one index, so its time does not depend on the depth of the queues.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _AT_ONCE_S = 0.01
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
-# AUTOINCREMENT: a receipt is made of the row's id, so an id must never come back.
-# A message is in flight while it has been received and `visible_s` lies ahead, delayed while it
-# has not. `total` spares `depth` a count of the visible ones, which may be a million.
+# AUTOINCREMENT keeps ids unique, because a receipt contains the id of its row. A message with
+# `visible_s` in the future is in flight if it has been received, else delayed. `total` saves
+# `depth` from counting the visible messages, which may be a million.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS queues (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -54,9 +54,9 @@ CREATE INDEX IF NOT EXISTS due ON messages (queue, visible_s, receives);
 _PRAGMAS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",
-    # A purge of a million messages must not leave its log behind for good.
+    # The log must shrink again after a purge of a million messages.
     "PRAGMA journal_size_limit = 67108864",
-    # 16 MiB, four times the default: each checkpoint waits for the disk.
+    # 16 MiB is four times the default. Checkpoints wait for the disk, so fewer are better.
     "PRAGMA wal_autocheckpoint = 4096",
 )
 
@@ -83,9 +83,10 @@ _HELD = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AND rec
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a receive came to. `due_in_s` is when the next message becomes visible, None if none.
+    """Result of a receive. `due_in_s` is the time until the next message becomes visible, or None.
 
-    `moved` says how many went to `dead_letters`, `more` that there may be more to clear away.
+    `moved` is the number of messages that moved to `dead_letters`. `more` means that more messages
+    may have to be moved or dropped.
     """
 
     messages: Sequence[Message] = ()
@@ -97,7 +98,7 @@ class Taken:
 
 
 class _Queue:
-    """A row of `queues` and when the first of its messages is or becomes visible."""
+    """A row of `queues`, with the time at which its first message is or becomes visible."""
 
     __slots__ = (
         "dead_letters",
@@ -122,8 +123,11 @@ class _Queue:
 
 
 class SqliteMessages:
-    """One connection, for one call at a time. A call waits for other processes, or with
-    `at_once` is refused with Throttled and has done nothing."""
+    """One connection to the queue file, for one call at a time.
+
+    A call waits for other processes. Within `at_once`, it raises Throttled instead and changes
+    nothing.
+    """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
         self._path = path
@@ -132,8 +136,10 @@ class SqliteMessages:
         self._connection: sqlite3.Connection | None = None
         self._turn = -1
         self._waits = self._has_patience = True
-        """Whether calls are to wait, and whether the connection does: it is told when that changes,
-        which is seldom."""
+        """Whether calls wait, and whether the connection is set to wait.
+
+        The setting of the connection changes only when needed, which is seldom.
+        """
 
     @property
     def is_open(self) -> bool:
@@ -141,7 +147,7 @@ class SqliteMessages:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """What is called in here waits for nobody; the file must be open."""
+        """Let the calls in this context fail instead of waiting. The file must be open."""
         self._waits = False
         try:
             yield
@@ -167,7 +173,7 @@ class SqliteMessages:
                 self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )
             try:
-                # Two processes that make the same file at once would find it locked.
+                # Two processes that create the file at the same time would find it locked.
                 with self._my_turn():
                     for pragma in _PRAGMAS:
                         db.execute(pragma)
@@ -184,9 +190,9 @@ class SqliteMessages:
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
-        # SQLite's own wait for its lock is a backoff, not a line: of 16 busy processes some got
-        # a tenth of what others got, and waited up to 2 s. The kernel's line is fair and free,
-        # and forgets a holder that was killed.
+        # SQLite waits for its lock with a backoff, which is unfair: of 16 busy processes, some got
+        # 10% of the calls of others, and waited up to 2 s. The kernel's lock is fair and cheap, and
+        # the kernel releases the lock of a killed process.
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
         except BlockingIOError as error:
@@ -241,7 +247,7 @@ class SqliteMessages:
             _grow(db, queue.id, len(messages))
 
     def receive(self, name: str, limit: int, visibility_s: float | None) -> Taken:
-        # The first look takes no lock: idle receivers must not keep senders waiting.
+        # The first query takes no lock, so idle receivers do not delay senders.
         with _translated(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
@@ -290,7 +296,7 @@ class SqliteMessages:
         if expired:
             db.executemany("DELETE FROM messages WHERE id = ?", expired)
         if dead is not None and moved:
-            # Sent time and receive count stay: the retention goes on, the history is kept.
+            # Sent time and receive count stay, so the retention goes on and the history is kept.
             db.executemany(
                 "UPDATE messages SET queue = ?, visible_s = ? WHERE id = ?",
                 [(dead, now_s, number) for (number,) in moved],
@@ -306,11 +312,11 @@ class SqliteMessages:
         row = self._db.execute(
             "SELECT id FROM queues WHERE name = ?", (queue.dead_letters,)
         ).fetchone()
-        # Where somebody removed it the messages keep coming, as from SQS: none is lost.
+        # If the dead-letter queue was removed, receives continue, as with SQS. No message is lost.
         return None if row is None else int(row[0])
 
     def undo(self, name: str, messages: Sequence[Message]) -> None:
-        """Take back a receive whose answer nobody will read."""
+        """Undo a receive whose caller was canceled."""
         with self._transaction() as db:
             queue, now_s = self._queue(name), self._clock.now_s()
             db.executemany(
@@ -338,7 +344,8 @@ class SqliteMessages:
         with self._transaction() as db:
             queue, now_s = self._queue(name), self._clock.now_s()
             for receipt, visibility_s in changes:
-                # Only what is in flight, and at most until 12 hours after its receive.
+                # Only messages in flight can change, and at most until 12 hours after their
+                # receive.
                 done = db.execute(
                     "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
                     " AND visible_s > ? AND received_s >= ?",
@@ -359,7 +366,7 @@ class SqliteMessages:
             queue, now_s = self._queue(name), self._clock.now_s()
         expired_s = now_s - queue.retention_s
         if queue.first_s is not None and queue.first_s <= expired_s:
-            # Nobody receives here (dead letters), so nobody else clears away what is too old.
+            # Receives delete expired messages, but nothing receives from a dead-letter queue.
             with self._transaction() as db:
                 gone = db.execute(_EXPIRE, (queue.id, expired_s)).rowcount
                 _grow(db, queue.id, -gone)
@@ -392,7 +399,7 @@ def _parsed(receipt: str) -> tuple[int, int]:
     number, dot, count = receipt.partition(".")
     if dot and number.isdecimal() and count.isdecimal() and len(receipt) < 20:
         return int(number), int(count)
-    # No message has this id, so the receipt is refused like any other that is not ours.
+    # No message has this id, so the receipt is refused like any other unknown one.
     return -1, -1
 
 
@@ -404,7 +411,7 @@ def _translated(path: Path) -> Iterator[None]:
         kinds = {
             sqlite3.SQLITE_BUSY: Throttled,
             sqlite3.SQLITE_CANTOPEN: Unreachable,
-            # A full disk is waited out like an outage.
+            # A full disk is retried like an outage.
             sqlite3.SQLITE_FULL: Unreachable,
         }
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

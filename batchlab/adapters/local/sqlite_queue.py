@@ -1,11 +1,11 @@
-"""SQS standard queues on one machine: one SQLite file, any number of processes.
+"""Queue port with the behavior of SQS standard queues, over one SQLite file for many processes.
 
-Invariant: a message that is visible is never left lying beside a sleeping receiver for longer
-than `LOOK_S`, whoever was killed while waking it, and mostly for about a millisecond.
+Invariant: a receiver that waits finds a visible message within `LOOK_S`, even if a process was
+killed while waking it. Usually it takes about a millisecond.
 
-No call waits for the disk. A power cut may undo the calls of the last seconds, all after some
-moment. A received or deleted message then comes back, as after its visibility timeout. The manager
-sends a lost message again: it knows from the bucket which bundles are outstanding.
+No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A
+received or deleted message then comes back, as after its visibility timeout. The manager sends a
+lost message again: it knows from the bucket which bundles are outstanding.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LOOK_S = 1.0
-"""A sleeping receiver looks this often. So it knows of everything that becomes visible later than
-this, sleeps exactly until then, and needs to be woken only for what becomes visible sooner."""
+"""Interval in seconds at which a waiting receiver looks for messages.
+
+So it knows when each later message becomes visible, and waits exactly until then. Only messages
+that become visible sooner require a wakeup.
+"""
 
 SHORT_CHARACTERS = 64 * 1024
-"""What a send may have in all and still be short."""
+"""Maximum number of characters of a send that runs on the event loop."""
 
 
 class SqliteQueue:
-    """The Queue port over the SQLite file `path`; beside it lie `wake/` and SQLite's own files.
+    """Queue port over the SQLite file `path`. Its folder also contains `wake/` and SQLite's files.
 
-    A call runs on the event loop's thread where it is short and nobody has to be waited for, since
-    the way to another thread and back takes as long; otherwise on one thread of this object.
+    A short call runs on the event loop's thread if it need not wait, because a change of threads
+    takes as long as the call. Other calls run on one thread of this object.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
@@ -56,11 +59,11 @@ class SqliteQueue:
         self._thread = OneThread("sqlite-queue")
 
     async def close(self) -> None:
-        """Close the file and end the thread, after what it still has to do."""
+        """Wait for the submitted calls, then close the file and end the thread."""
         await self._thread.close(self._messages.close)
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a short call."""
+        """Return the result of a short call."""
         if await self._may_be_quick():
             with suppress(Throttled), self._messages.at_once():
                 return call(*args, **kwargs)
@@ -70,7 +73,7 @@ class SqliteQueue:
         return await asyncio.wrap_future(self._thread.submit(partial(call, *args, **kwargs)))
 
     async def _may_be_quick(self) -> bool:
-        # Others have their turn first: calls one after the other would keep it from them.
+        # Other tasks run first. Otherwise successive calls would never let them run.
         await asyncio.sleep(0)
         return self._thread.is_idle and self._messages.is_open
 
@@ -86,7 +89,7 @@ class SqliteQueue:
 
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)
-        # Here, so that a caller who is cancelled now cannot prevent it.
+        # The ring is part of the call, so the cancellation of the caller cannot prevent it.
         self._ring(queue, sum(message.delay_s < LOOK_S for message in messages))
 
     def _ring(self, queue: str, count: int) -> None:
@@ -119,7 +122,7 @@ class SqliteQueue:
         try:
             is_quick = await self._may_be_quick()
         except asyncio.CancelledError:
-            # What this receive was woken for may still lie there.
+            # The message that woke this receive may still be in the queue.
             self._ring(queue, 1)
             raise
         if is_quick:
@@ -131,7 +134,7 @@ class SqliteQueue:
         try:
             return await asyncio.wrap_future(taking)
         except asyncio.CancelledError:
-            # Messages that nobody will see would stay hidden for a whole visibility timeout.
+            # Messages without a reader would stay hidden for a whole visibility timeout.
             self._thread.submit(partial(self._take_back, queue, taking))
             raise
 
@@ -148,12 +151,13 @@ class SqliteQueue:
         return taken
 
     def _take_back(self, queue: str, taking: Future[Taken]) -> None:
-        # Should this fail, the messages come back at their timeout: late, not lost.
+        # If this fails, the messages become visible at their timeout: late, but not lost.
         failed = taking.cancelled() or taking.exception() is not None
         messages = () if failed else taking.result().messages
         if messages:
             self._messages.undo(queue, messages)
-        # At least once: what this receive was woken for may still lie there.
+        # It rings at least once, because the message that woke this receive may still be in the
+        # queue.
         self._ring(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -179,5 +183,5 @@ class SqliteQueue:
 
     async def remove(self, queue: str) -> None:
         await self._at_length(self._messages.remove, queue)
-        # Who still sleeps there shall see that it is gone.
+        # Receivers that still wait must see that the queue is removed.
         await self._at_length(self._ring, queue, EVERYBODY)

@@ -1,8 +1,8 @@
 """Group commit for a SQLite file in WAL mode.
 
-With `synchronous = NORMAL` a commit is in the log, which no process's end can harm, but the log
-may not be on the disk. Here a flush of the log follows outside of SQLite's lock, and calls that
-wait at the same time share one flush. A checkpoint flushes both files itself.
+With `synchronous = NORMAL`, a commit is in the log. The end of a process cannot harm it, but the
+log may not be on disk. This module flushes the log outside of SQLite's lock, and calls that wait at
+the same time share one flush. A checkpoint flushes both files itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchlab.core.errors import BackendError
 
 
 class WalFlush:
-    """The flushes of one SQLite file, for connections of this process that are open."""
+    """Flushes of one SQLite file, for open connections of this process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,12 +28,15 @@ class WalFlush:
         self._has_name = False
 
     async def __call__(self) -> None:
-        """Wait until every transaction that has been committed is on the disk; BackendError."""
+        """Wait until every committed transaction is on disk.
+
+        Raise BackendError if the flush fails.
+        """
         if self._next is None:
-            # The flush under way may have begun before the caller's commit.
+            # The current flush may have begun before the caller's commit.
             self._next = asyncio.get_running_loop().create_task(self._flush_after(self._current))
             self._next.add_done_callback(_noticed)
-        # A caller that is cancelled must not take the flush from the others.
+        # The cancellation of one caller must not cancel the flush of the others.
         await asyncio.shield(self._next)
 
     async def _flush_after(self, before: asyncio.Task[None] | None) -> None:
@@ -53,26 +56,26 @@ class WalFlush:
                 sync_folder(self._path.parent)
                 self._has_name = True
         except FileNotFoundError:
-            return  # the last connection was closed, which has put the log into the database
+            return  # the last connection was closed, which moved the log into the database
         except OSError as error:
             raise BackendError(f"{self._path} cannot be written: {error.strerror}.") from error
 
     def close(self) -> None:
-        """End the thread once its flush has ended."""
+        """End the thread after its current flush."""
         self._threads.shutdown(wait=False)
 
 
 def _noticed(flush: asyncio.Task[None]) -> None:
-    # Every caller may have been cancelled, and asyncio complains of an error that is not read.
+    # All callers may have been canceled, and asyncio warns about an error that is never read.
     if not flush.cancelled():
         flush.exception()
 
 
 def make_private(path: Path) -> None:
-    """Make the file, empty, if it does not exist, so that only its user may read it.
+    """Create the file, empty, if it does not exist, so that only its user may read it.
 
-    SQLite gives the same permissions to the log and the index next to it. It also reports why a
-    file cannot be opened, so that error is left to it.
+    SQLite gives the same permissions to the log and the index next to it. This function ignores
+    errors, because SQLite later reports why it cannot open a file.
     """
     with suppress(OSError):
         os.close(private(path, os.O_CREAT | os.O_RDWR))

@@ -1,6 +1,6 @@
-"""Simulated instances: they boot in the loop's time, and then a supplied function starts them.
+"""Simulated instances. They boot in the loop's time, and then a given function starts them.
 
-Invariant: what happens depends on the calls and the random source alone, so a seed replays it.
+Invariant: only the calls and the random source determine the events, so a seed reproduces a run.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S
 
 
 class SimInstance(Protocol):
-    """A worker in the simulator. `ended` is None while it lives, else how it ended ("exit 0")."""
+    """A worker in the simulator. `ended` is None while it runs, else how it ended ("exit 0")."""
 
     ended: str | None
 
     def stop(self, grace_s: float) -> None:
-        """Begin to drain; it is killed after `grace_s`."""
+        """Begin to drain. It is killed after `grace_s`."""
 
     def kill(self, reason: str) -> None:
-        """End at once, with `ended` = `reason`."""
+        """End at once and set `ended` to `reason`."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """An instance from launch on: `booting` until it has started, `worker` from then on."""
+    """An instance since its launch. It has `booting` until it has started, and then `worker`."""
 
     booting: asyncio.TimerHandle | None
     worker: SimInstance | None = None
@@ -43,10 +43,10 @@ class _Slot:
 class SimLauncher:
     """The Launcher port over coroutines of one event loop.
 
-    Booting takes the pool's `boot_s` give or take a quarter, drawn from `rng`. `refuse` may name
-    a reason not to launch (no capacity), which is then the BackendError's text. `launched` and
-    `ended` are told (pool, instance) and (instance, how) as that happens; `changed` is set by
-    `crash`; a worker that ends by itself is noticed at the next look.
+    A boot takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a
+    reason not to launch (no capacity), which is then the text of the BackendError. `launched` is
+    called with (pool, instance), and `ended` with (instance, how). `crash` sets `changed`. The end
+    of a worker by itself is noticed at the next call.
     """
 
     def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:
@@ -57,18 +57,20 @@ class SimLauncher:
         self._start = start
         self._rng = rng
         self._slots: dict[str, _Slot] = {}
-        # Machines outlive a manager that crashes, so nothing here runs in its caller's context,
-        # which in the simulator says whose death ends a task.
+        # Machines survive a manager's crash, so their callbacks do not run in the caller's context.
+        # In the simulator, the context decides whose crash ends a task.
         self._context = copy_context()
 
     async def launch(
         self,
         pool: Pool,
         instance: str,
-        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all are alike here
+        machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
-        """As the port says; BackendError where `refuse` has a reason, AlreadyExists where the id
-        was used in the last ten minutes."""
+        """Launch an instance. Raise BackendError if `refuse` returns a reason.
+
+        Raise AlreadyExists if the id was used in the last ten minutes.
+        """
         if instance in self._slots:
             raise AlreadyExists(f"instance {instance} exists already")
         reason = self.refuse(pool, instance)
@@ -82,8 +84,11 @@ class SimLauncher:
         self.launched(pool, instance)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """As the port says. Asked again, the earlier of the two deadlines holds; an instance that
-        is unknown or has ended is left alone."""
+        """Ask the instance to stop, and kill it after `grace_s`.
+
+        If the call is repeated, the earlier deadline holds. Unknown and ended instances are
+        ignored.
+        """
         slot = self._slots.get(instance)
         if slot is None or self._look(instance, slot) is not None:
             return
@@ -102,7 +107,10 @@ class SimLauncher:
             )
 
     async def running(self) -> Mapping[str, str | None]:
-        """As the port says; the end of an instance is remembered for ten minutes."""
+        """Return how each instance ended, None while it runs.
+
+        Ends are remembered for ten minutes.
+        """
         now_s = asyncio.get_running_loop().time()
         known = {name: self._look(name, slot) for name, slot in self._slots.items()}
         for name, slot in list(self._slots.items()):
@@ -111,7 +119,10 @@ class SimLauncher:
         return known
 
     def crash(self, instance: str, note: str = "exit -9") -> None:
-        """End it at once, as if by itself; nothing where it has ended. KeyError if unknown."""
+        """End the instance at once, as if by itself, unless it has ended.
+
+        Raise KeyError if unknown.
+        """
         self._end(instance, self._slots[instance], note)
         self.changed.set()
 
@@ -136,7 +147,7 @@ class SimLauncher:
 
     def _settle(self, instance: str, slot: _Slot, how: str) -> None:
         slot.ended, slot.ended_s = how, asyncio.get_running_loop().time()
-        # The worker goes: thousands of ended ones must not keep their memory for ten minutes.
+        # The worker is released, so thousands of ended ones do not use memory for ten minutes.
         slot.worker = slot.booting = None
         if slot.kill is not None:
             slot.kill.cancel()
@@ -144,7 +155,7 @@ class SimLauncher:
 
 
 class MemoryState:
-    """The fleet's Store for a world that lasts as long as its process."""
+    """The fleet's Store in memory, for a world that ends with its process."""
 
     def __init__(self) -> None:
         self._data: bytes | None = None

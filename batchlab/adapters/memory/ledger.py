@@ -1,7 +1,7 @@
 """The Ledger port in memory, for the simulator and for forecasts.
 
-Invariant: a call checks everything before it changes anything, so a call that raises has no effect.
-The contract suite compares its answers with those of SqlLedger.
+Invariant: a call checks everything before it changes anything, so a call that raises changes
+nothing. The contract suite compares its answers with those of SqlLedger.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ _NO_SEQ = -1
 
 @dataclass(slots=True)
 class _Job:
-    """The rows of a job. `known` has every bundle, `folded` the done ones in the order of their
-    seqs, and `planned` the others. `stamp` is the number of the last write that had an effect."""
+    """Rows of a job. `stamp` is the number of the last write that had an effect.
+
+    `known` has every bundle, `folded` the done ones in the order of their seqs, and `planned` the
+    others.
+    """
 
     projection: Projection
     stamp: int = 0
@@ -79,7 +82,7 @@ def _seq(row: BundleRow) -> int:
 
 
 class SimLedger:
-    """See ports.Ledger. Its rows end with its process.
+    """The Ledger port in memory. Its rows end with its process.
 
     A completion keeps its run time as the caller gave it, while SqlLedger rounds to microseconds.
     """
@@ -107,7 +110,7 @@ class SimLedger:
     async def apply(self, change: JobChange) -> Written: ...
 
     async def apply(self, change: Fold | JobChange) -> Folded | Written:
-        """See ports.Ledger. A fold raises NotFound before it folds any completion."""
+        """Apply the change. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             return self._fold(change)
         if isinstance(change, AddJob):
@@ -226,7 +229,7 @@ class SimLedger:
     # --- Whole jobs ------------------------------------------------------------------------------
 
     async def restore(self, past: Past, *, over: JobRows | None) -> bool:
-        """Also raises NotFound if another job has the token."""
+        """Restore a job. Raise NotFound if another job has the token."""
         name = past.job.id
         job = self._jobs.get(name)
         if (over is not None) if job is None else not job.rows.is_version(over):
@@ -247,8 +250,8 @@ class SimLedger:
                 self._tokens.pop(job.projection.job.token, None)
 
     async def dump(self) -> dict[str, Json]:
-        """Return all rows, as SqlLedger does."""
+        """Return all rows, as `SqlLedger.dump` does."""
         return dumped((j.projection, [*j.folded, *j.planned.values()]) for j in self._jobs.values())
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""

@@ -1,7 +1,7 @@
-"""A bucket in memory, for the simulator.
+"""Bucket in memory, for the simulator.
 
-Invariant: no operation awaits anything, so each is atomic, and equal calls give equal answers. An
-ETag is the MD5 of the content, as S3's.
+Invariant: no operation awaits anything, so each is atomic, and equal calls return equal answers. An
+ETag is the MD5 of the content, as in S3.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from batchlab.core.ports import ObjectInfo
 
 PAGE = 1000
 
-# Up to here one insertion each is cheaper than sorting a million keys once more.
+# For up to this number of keys, single insertions are cheaper than sorting a million keys again.
 _FEW = 64
 
 
 class SimObjects:
-    """The Objects port over one dict; keys are sorted when a caller lists."""
+    """The Objects port over one dict. Keys are sorted when a caller lists them."""
 
     def __init__(self) -> None:
-        # None marks a deleted key that the sorted keys still hold.
+        # None marks a deleted key that is still among the sorted keys.
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._keys: list[str] = []
         self._unsorted: list[str] = []
         self._gone = 0
         self.writes = 0
-        """Puts that have taken effect."""
+        """Number of puts that have taken effect."""
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
         """Called with (key, earlier content or None, data, if_absent) for each write."""
 
@@ -139,20 +139,22 @@ class SimObjects:
         return sorted(key for key, stored in self._objects.items() if stored is not None)
 
     def content(self, key: str) -> bytes | None:
-        """Return the content of an object, None if there is none."""
+        """Return the content of an object, None if it does not exist."""
         stored = self._objects.get(key)
         return stored[0] if stored else None
 
     def damage(self, key: str, data: bytes | None) -> None:
-        """A fault: the object has this content, or is lost if `data` is None. `written` is not
-        called."""
+        """Inject a fault: set the content of an object, or delete it if `data` is None.
+
+        `written` is not called.
+        """
         assert self._objects[key] is not None
         self._gone += data is None
         self._objects[key] = None if data is None else (data, _etag(data))
 
 
 def _etag(data: bytes) -> str:
-    # As S3's: a put of the same content gives the same ETag.
+    # As in S3, a put of the same content returns the same ETag.
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 

@@ -1,11 +1,7 @@
 """SQS standard queues in memory, for the simulator.
 
-Invariant: no operation but a waiting receive awaits anything, and all choices come from the random
-source handed in, so equal calls at equal times give equal answers.
-
-What a simulated queue holds: its messages, where each of them is, and who waits for one.
-
-Invariant: these change nothing by themselves; SimQueue is their only user.
+Invariant: only a waiting receive awaits anything, and all choices come from the given random
+source. So equal calls at equal times return equal answers.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ from batchlab.core.ports import (
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in its queue; `visible` says where it is, `visible_s` until when it is hidden."""
+    """A message in its queue. If it is not `visible`, it is hidden until `visible_s`."""
 
     number: int
     body: str
@@ -57,7 +53,7 @@ class Entry:
 
 
 class Bag:
-    """Numbers to pick from at random; adding, removing and picking take constant time."""
+    """Numbers for random picks. Adding, removing, and picking take constant time."""
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
@@ -85,8 +81,10 @@ class Bag:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A receive that waits, and what it asked for. `given` is what it has been handed: None that
-    its time is over, or that the queue is gone."""
+    """A waiting receive with its arguments.
+
+    The result of `given` is None if its wait ended or if the queue was removed.
+    """
 
     limit: int
     visibility_s: float | None
@@ -95,8 +93,11 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class QueueState:
-    """`ready` holds visible numbers in order of arrival, `window` those next in turn, both with
-    leftovers of messages that are gone; `hidden` is a heap by `visible_s`, with leftovers too."""
+    """State of one queue. Only `SimQueue` changes it.
+
+    `ready` contains visible numbers in order of arrival, and `window` the next ones to pick from.
+    Both may still contain numbers of deleted messages. So may `hidden`, a heap by `visible_s`.
+    """
 
     spec: QueueSpec
     entries: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
@@ -118,21 +119,21 @@ def entry_of(queue: QueueState, receipt: str) -> Entry | None:
 
 
 _DISORDER = 32
-"""A receive picks among this many of the oldest: SQS's order is loose, not random."""
+"""Number of oldest messages that a receive picks from. SQS's order is loose, but not random."""
 
-# An epoch second as a float is this exact; a timer may fire that much too early.
+# Resolution of an epoch second as a float. A timer may fire this much too early.
 _TICK_S = 1e-6
 
 
 class SimQueue:
     """The Queue port in memory, on any asyncio loop whose time agrees with `clock`.
 
-    `rng` decides in which order messages come. Receives past `max_in_flight` are Throttled where
-    they do not wait, and empty where they do, as from SQS.
+    `rng` decides the order of messages. Beyond `max_in_flight` a receive without a wait raises
+    Throttled, and a waiting one returns nothing, as with SQS.
 
-    Two things that SQS does not offer, for worlds that are compared with theory or are idle for
-    hours: with `fifo` messages come in the order in which they became visible, and a receive may
-    wait for up to `max_wait_s`.
+    Two options go beyond SQS, for simulations that are compared with theory or idle for hours. With
+    `fifo`, messages come in the order in which they became visible. A receive may wait up to
+    `max_wait_s`.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class SimQueue:
         max_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self.lapsed: Callable[[str, str], None] = lambda _queue, _receipt: None
-        """Told (queue, receipt) when the visibility timeout of a message in flight runs out."""
+        """Called with (queue, receipt) when the visibility timeout of a message expires."""
         self._clock = clock
         self._rng = rng
         self._max_in_flight = max_in_flight
@@ -154,7 +155,8 @@ class SimQueue:
         self._queues: dict[str, QueueState] = {}
         self._sent = 0
         self._waits = 0
-        # A service's timers belong to no client: they go off though the client is frozen.
+        # The service's timers do not belong to a client, so they also fire while a client is
+        # frozen.
         self._context = copy_context()
 
     def _found(self, name: str) -> QueueState:
@@ -194,8 +196,10 @@ class SimQueue:
         queue.visible -= entry.visible
 
     def _stir(self, queue: QueueState) -> None:
-        """Hand what there is to those who wait, first come first: a service does not ask whether
-        the one it answers is still there."""
+        """Give messages to the waiting receives in their order.
+
+        A service does not check whether a receiver still exists, so neither does this queue.
+        """
         while queue.waiters and queue.visible and len(queue.in_flight) < self._max_in_flight:
             number, waiter = next(iter(queue.waiters.items()))
             if not waiter.given.done():
@@ -208,7 +212,7 @@ class SimQueue:
             self._arm(queue)
 
     def _arm(self, queue: QueueState) -> None:
-        """Have the queue looked at when its next hidden message appears."""
+        """Set a timer for the next hidden message that becomes visible."""
         while queue.hidden:
             due_s, number = queue.hidden[0]
             entry = queue.entries.get(number)
@@ -298,7 +302,7 @@ class SimQueue:
         return messages or []
 
     def _take_back(self, queue: QueueState, messages: Sequence[Message]) -> None:
-        """Handed over and cancelled in one instant: as if it had never been received."""
+        """Undo a receive that got its messages and was canceled at the same instant."""
         for message in messages:
             entry = entry_of(queue, message.receipt)
             if entry is not None and not entry.visible:
@@ -407,25 +411,27 @@ class SimQueue:
     # --- What a test sees and does ---------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """The queues there are."""
+        """Return the names of all queues."""
         return sorted(self._queues)
 
     def bodies(self, queue: str) -> list[str]:
-        """The bodies of all messages of the queue."""
+        """Return the bodies of all messages of the queue."""
         return [entry.body for entry in self._queues[queue].entries.values()]
 
     def held_s(self, queue: str, receipt: str) -> float:
-        """For how long the message will still be hidden by the receive that gave this receipt: 0
-        where it is visible, gone, or somebody else's."""
+        """Return for how many seconds the receive of this receipt still hides the message.
+
+        Return 0 if the message is visible or deleted, or if another receive has it.
+        """
         entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
         if entry is None or entry.visible:
             return 0.0
         return max(0.0, entry.visible_s - self._clock.now_s())
 
     def redeliver(self, queue: str, rng: random.Random) -> str | None:
-        """A fault: a random message in flight is visible again although its holder works on it.
+        """Inject a fault: make a random message in flight visible during its work.
 
-        Returns its id, None where none is in flight.
+        Return its id, None if no message is in flight.
         """
         found = self._found(queue)
         number = found.in_flight.pick(rng)
@@ -436,7 +442,7 @@ class SimQueue:
         return str(number)
 
     def drop(self, queue: str, rng: random.Random) -> str | None:
-        """A fault: a random message is lost. Returns its id, None where the queue is empty."""
+        """Inject a fault: lose a random message. Return its id, None if the queue is empty."""
         found = self._found(queue)
         number = found.everyone.pick(rng)
         if number is None:
@@ -445,7 +451,7 @@ class SimQueue:
         return str(number)
 
     def expire(self, queue: str, age_s: float) -> int:
-        """A fault: messages sent longer than `age_s` ago are past their retention; how many."""
+        """Inject a fault: delete messages sent more than `age_s` ago. Return their number."""
         found, now_s = self._found(queue), self._clock.now_s()
         old = [entry for entry in found.entries.values() if entry.sent_s + age_s <= now_s]
         for entry in old:
@@ -453,7 +459,10 @@ class SimQueue:
         return len(old)
 
     def shuffle(self, queue: str, rng: random.Random) -> bool:
-        """A fault: what is visible changes its order; False where no two messages are."""
+        """Inject a fault: shuffle the visible messages.
+
+        Return False if there are fewer than two.
+        """
         found = self._found(queue)
         waiting = [number for number in (*found.window, *found.ready) if number in found.entries]
         rng.shuffle(waiting)

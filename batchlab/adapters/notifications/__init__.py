@@ -1,6 +1,6 @@
-"""The ways to a target: webhooks, topics of SNS, commands of the grid's own.
+"""Delivery of notifications: webhooks, SNS topics, and commands of the grid.
 
-Invariant: whatever goes wrong on the way is a NotDelivered, and waits for a target end in time.
+Invariant: every failure of a delivery is a NotDelivered, and every wait has a limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Deliveries:
-    """Delivers by the target's kind; `endpoint_of` says where SNS of a region is."""
+    """Delivery by the kind of the target. `endpoint_of` returns the endpoint of SNS in a region."""
 
     def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
         from batchlab.adapters.notifications.sns_and_command import Topics, run
@@ -32,8 +32,8 @@ class Deliveries:
         }
 
     async def __call__(self, target: Target, one: Notification) -> None:
-        """Returns once it is delivered; NotDelivered."""
-        # Whoever has written what is in the bucket.
+        """Deliver a notification, or raise NotDelivered."""
+        # The target of a job comes from the bucket, so it is checked again.
         if one.own is not None and (wrong := problem(one.own)):
             raise NotDelivered(wrong, final=True)
         try:
@@ -41,6 +41,6 @@ class Deliveries:
         except NotDelivered:
             raise
         except Exception as error:
-            # A bug, met on the way to one target: it must not take the grid with it.
+            # A bug in the delivery to one target must not stop the manager.
             log.exception("a notification met a bug", extra={"job": one.job})
             raise NotDelivered(f"An error inside the manager: {type(error).__name__}.") from error

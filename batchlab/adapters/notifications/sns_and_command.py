@@ -1,11 +1,11 @@
-"""A notification as a message of an SNS topic, by boto3 in a thread.
+"""Delivery of a notification to an SNS topic or to a command.
 
-Invariant: a FIFO topic gets the notification's id to deduplicate by, and the job as its group.
+Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the
+job as its group. boto3 blocks, so it runs in a thread.
 
-A notification as a run of a command, which only the grid's own settings can name.
-
-Invariant: no shell, and no text of a job among its arguments: the notification is its standard
-input. It has ended, with all that it started, when its time is over.
+Invariant for commands: only the grid's settings name commands. A command runs without a shell, and
+no text of a job is among its arguments. It reads the notification from its standard input. At its
+timeout it is killed with all processes that it started.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FIFO = ".fifo"
 
 
 class Topics:
-    """Publishes to any of them; `endpoint_of` says where SNS of a region is."""
+    """Publisher to SNS topics. `endpoint_of` returns the endpoint of SNS in a region."""
 
     def __init__(self, endpoint_of: Callable[[str], Endpoint]) -> None:
         self._endpoint_of = endpoint_of
         self._clients: dict[str, Any] = {}
 
     async def publish(self, target: Target, one: Notification) -> None:
-        """Deliver; NotDelivered."""
+        """Deliver a notification, or raise NotDelivered."""
         try:
             await asyncio.to_thread(self._publish, target, one)
         except BackendError as error:
@@ -61,7 +61,7 @@ class Topics:
             self._clients[region].publish(
                 TopicArn=target.to,
                 Message=one.body,
-                # For who reads it as a mail.
+                # The subject is for subscribers by mail.
                 Subject=f"batchlab: {one.job or 'test'} {one.moment}"[:100],
                 MessageAttributes={
                     name: {"DataType": "String", "StringValue": value}
@@ -77,11 +77,11 @@ class Topics:
 
 WHOLE_S = 30.0
 TOLD_BYTES = 4096
-"""Of what it said, the end is looked at."""
+"""Number of bytes that are read from the end of a command's error output."""
 
 
 async def run(target: Target, one: Notification) -> None:
-    """Deliver; NotDelivered where it does not end with status 0."""
+    """Deliver a notification. Raise NotDelivered unless the command exits with status 0."""
     environment = {
         **os.environ,
         "BATCHLAB_NOTIFICATION": one.id,
@@ -89,7 +89,7 @@ async def run(target: Target, one: Notification) -> None:
         "BATCHLAB_JOB": one.job,
         "BATCHLAB_ATTEMPT": str(one.attempts + 1),
     }
-    # A file and not a pipe: what it leaves running may hold that open for as long as it likes.
+    # A pipe is unsuitable, because a process that the command leaves running could keep it open.
     with tempfile.TemporaryFile() as said:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -121,7 +121,7 @@ async def run(target: Target, one: Notification) -> None:
 
 async def _told(process: asyncio.subprocess.Process, body: bytes) -> None:
     assert process.stdin
-    with suppress(BrokenPipeError, ConnectionResetError):  # it need not read
+    with suppress(BrokenPipeError, ConnectionResetError):  # the command need not read its input
         process.stdin.write(body)
         await process.stdin.drain()
     process.stdin.close()

@@ -1,8 +1,8 @@
-"""A notification by HTTP POST, signed, to nowhere but where it is meant to go.
+"""Delivery of a notification by a signed HTTP POST, only to allowed addresses.
 
-Invariants: what is connected to is the address that was checked, so that a name cannot change its
-meaning in between; no redirect is followed, no proxy asked, and nothing of an answer is kept but
-its status. The address of a webhook is in no log, since its path may be a secret.
+Invariant: the connection goes to the address that was checked, so a name cannot change its address
+in between. Redirects are not followed, and proxies are not used. Only the status of an answer is
+kept. Logs never contain the address of a webhook, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     import httpx
 
 WHOLE_S = 15.0
-"""From the look-up of the name to the answer's status."""
+"""Maximum time in seconds from the name lookup to the answer's status."""
 GONE = 410
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
-    """The value of the header `Batchlab-Signature`."""
+    """Return the value of the header `Batchlab-Signature`."""
     code = hmac.new(secret, f"{at_s}.".encode() + body, hashlib.sha256).hexdigest()
     return f"t={at_s},v1={code}"
 
 
 def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
-    """The key that a target names; NotDelivered where it cannot be had."""
+    """Return the key that a target names. Raise NotDelivered if it cannot be read."""
     kind, _, where = target.secret.partition(":")
     if kind == "env":
         found = environ.get(where, "")
@@ -63,17 +63,17 @@ def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
 
 
 class Webhooks:
-    """Posts to any of them."""
+    """Sender of notifications to webhooks."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._tls: ssl.SSLContext | None = None
-        # They log the addresses of all that they ask for.
+        # These libraries log the address of every request.
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     async def post(self, target: Target, one: Notification) -> None:
-        """Deliver; NotDelivered."""
+        """Deliver a notification, or raise NotDelivered."""
         if wrong := address_problem("webhook", target.to):
             raise NotDelivered(wrong, final=True)
         parts = urlsplit(target.to)
@@ -100,7 +100,8 @@ class Webhooks:
             "Batchlab-Attempt": str(one.attempts + 1),
         }
         if target.secret:
-            # The time of this try: a receiver refuses what is old, and a retry may be hours later.
+            # The time is that of this try, because receivers refuse old times and a retry may be
+            # hours later.
             at_s = int(self._clock.now_s())
             key = secret_of(target, os.environ)
             headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
@@ -123,7 +124,7 @@ class Webhooks:
                 url,
                 content=body.encode(),
                 headers={**headers, "Host": f"{name}{own}"},
-                # The certificate must be that of the name, though the address is connected to.
+                # The connection uses the address, but the certificate must match the name.
                 extensions={"sni_hostname": host},
             )
             try:
@@ -137,7 +138,7 @@ class Webhooks:
         import httpx
 
         if self._tls is None:
-            # It reads all of the system's certificates.
+            # This call reads all of the system's certificates.
             self._tls = await asyncio.to_thread(ssl.create_default_context)
         return httpx.AsyncClient(
             verify=self._tls, trust_env=False, follow_redirects=False, timeout=WHOLE_S
@@ -145,9 +146,11 @@ class Webhooks:
 
 
 async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
-    """An address of the URL's host that something may be sent to, with `stays_out` none of this
-    machine's. NotDelivered where one of its addresses is refused: a name that leads to both is
-    nobody's friend."""
+    """Return an allowed address of the URL's host. With `stays_out`, this machine is not allowed.
+
+    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused
+    addresses may be an attack.
+    """
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
     loop = asyncio.get_running_loop()
     try:
@@ -172,15 +175,15 @@ async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
 
 
 def is_own(address: str) -> bool:
-    """Whether an IP address is one of this machine's."""
+    """Return whether an IP address belongs to this machine."""
     if is_loopback(address):
         return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as asked:
         try:
-            asked.connect((address, 9))  # sends nothing, but chooses where from it would
+            asked.connect((address, 9))  # sends nothing, but selects the source address
         except OSError:
-            return False  # nothing leads there
+            return False  # the address is unreachable
         return str(asked.getsockname()[0]) == address
 
 

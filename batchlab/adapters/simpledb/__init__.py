@@ -1,4 +1,4 @@
-"""The ledger on Amazon SimpleDB, behind boto3."""
+"""Ledger port on Amazon SimpleDB, over boto3."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Items of bundles, and the queries on them.
 
 Invariant: an item only gains attributes: from the write that planned the bundle, and from the write
-that folded it. Each records its number. So a reader sees the bundles as of the moment at which it
-read the item of the job, although other writes happen meanwhile.
+that folded it. Each write adds its number. So a reader sees the bundles as of the moment at which
+it read the item of the job, even if other writes happen meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.protocol import json_format
 
 
 def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
-    """Return the items to write for a bundle, further items for long texts first."""
+    """Return the items to write for a bundle. Further items for long texts come first."""
     name = _name(gen, row.key)
     pairs: list[tuple[str, str]] = []
     items: dict[str, Pairs] = {}
@@ -40,7 +40,7 @@ def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
         items |= extra
     items[name] = pairs
     for one, its in items.items():
-        # Checked before the commit, because a committed change cannot be refused.
+        # The check precedes the commit, because a committed change cannot be refused.
         check(one, its)
     return items
 
@@ -54,7 +54,7 @@ def _order(gen: str, seq: int) -> str:
 
 
 class Rows:
-    """Reads the items of bundles. Its calls block."""
+    """Reader of the items of bundles. Calls block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -99,7 +99,7 @@ class Rows:
         return sorted(open_, key=lambda row: row.key)
 
     def all(self, gen: str, projection: Projection) -> list[BundleRow]:
-        """Return all bundles as of `projection`, with those of void plans."""
+        """Return all bundles as of `projection`, including those of void plans."""
         where = f"gen = {quoted(gen)} and stage is not null"
         rows = (self._row(item) for _, item in self._store.select("*", where))
         return [row for row in rows if _is_there(row, projection)]

@@ -1,13 +1,13 @@
-"""One SimpleDB domain as items of texts: what its limits and its moods make of every call.
+"""One SimpleDB domain as a store of items, within SimpleDB's limits and with retries.
 
-Invariant: every read is consistent. A call that is refused for the time being, or whose answer is
-lost, is made again here, and a conditional write then finds out whether it was itself that won.
+Invariant: every read is consistent. A call that is throttled or whose answer is lost is retried
+here. A conditional write then checks whether its lost attempt succeeded.
 
-Texts of any length in items that hold values of 1,024 bytes: cut over attributes, and where they
-are more than fit beside others in one item, over items of their own.
+SimpleDB's values have at most 1,024 bytes. So a text is split over attributes of its item, or over
+further items if it does not fit.
 
-Invariant: everything written is printable ASCII, since SimpleDB gives other characters back in a
-form of its own.
+Invariant: all written texts are printable ASCII, because SimpleDB returns other characters in an
+encoded form.
 """
 
 from __future__ import annotations
@@ -28,48 +28,51 @@ from batchlab.core.retry import doubled_s
 T = TypeVar("T")
 
 MAX_BYTES = 1024
-"""Of a name or a value."""
+"""Maximum size of a name or a value in bytes."""
 MAX_PAIRS = 256
-"""Attributes an item has at most."""
+"""Maximum number of attributes of an item."""
 MAX_BATCH = 25
 MAX_TESTS = 20
-"""Comparisons in one Select."""
+"""Maximum number of comparisons in one Select."""
 MAX_PAGE = 2500
 MAX_REQUEST = 1_000_000
-"""Bytes of one request, a little less than the service's 1 MiB."""
+"""Maximum size of a request in bytes, a little below the service's 1 MiB."""
 
 PATIENCE_S = 20.0
-"""So long a call is made again that is throttled, before it is Throttled to the caller."""
+"""Time in seconds for which a throttled call is retried before the caller gets Throttled."""
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 _LOST_ANSWERS = 6
 _AT_ONCE = 8
-"""Requests of one call that are under way at the same time."""
+"""Maximum number of concurrent requests of one call."""
 
 _CONDITION = {"ConditionalCheckFailed", "AttributeDoesNotExist", "MultiValuedAttribute"}
 _FULL = {"NumberDomainBytesExceeded", "NumberDomainAttributesExceeded"}
 
 Pairs = Sequence[tuple[str, str]]
-"""An item's attributes as they are written, (name, value)."""
+"""Attributes of an item to write: (name, value)."""
 Item = Mapping[str, str]
-"""An item's attributes as they are read; several values of one are joined by commas."""
+"""Attributes of an item that was read. Several values of one attribute are joined by commas."""
 
 
 class _ConditionFailed(Exception):
-    """The item is not as the call expected it."""
+    """The item does not have the expected value."""
 
 
 def quoted(text: str) -> str:
-    """A value in a select expression."""
+    """Return a value as a literal of a select expression."""
     return "'" + text.replace("'", "''") + "'"
 
 
 class Store:
-    """Blocks; for any number of threads. Raises Throttled, Unreachable and BackendError as the
-    other AWS adapters do, and TooLarge for what no item can hold."""
+    """A SimpleDB domain. Calls block, and threads may share it.
+
+    It raises Throttled, Unreachable, and BackendError as the other AWS adapters do, and TooLarge
+    for content that does not fit into an item.
+    """
 
     def __init__(self, endpoint: Endpoint, domain: str, *, connections: int) -> None:
-        """For so many threads at once."""
+        """Open the domain for `connections` threads at once."""
         self.domain = domain
         self.table = "`" + domain.replace("`", "``") + "`"
         """The domain in a select expression."""
@@ -79,29 +82,30 @@ class Store:
         self._random = random.Random()  # noqa: S311 (spreads retries)
 
     def close(self) -> None:
-        """No other call may follow."""
+        """End the threads and close the connections. No other call may follow."""
         self._threads.shutdown()
         self._sdb.close()
 
     # --- Items ------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Item | None:
-        """None where there is no such item."""
+        """Return the item, or None if it does not exist."""
         answer = self._ask("get_attributes", ItemName=name, ConsistentRead=True)
         return _item(answer.get("Attributes", ())) or None
 
     def get_all(self, names: Iterable[str]) -> list[Item | None]:
-        """These items, asked for side by side."""
+        """Return these items, which are requested concurrently."""
         return list(self._threads.map(self.get, names))
 
     def put_if(
         self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()
     ) -> bool | None:
-        """Write `pairs`, which give `key` a value that it never had before, if `key` has `value`
-        now (None: if there is none). False where it has not; None where an answer was lost, and
-        somebody has changed the item since.
+        """Write `pairs` if `key` has `value` now. None as `value` means that `key` must not exist.
 
-        What `pairs` names is replaced; `more` is added to the values that are there.
+        `pairs` must give `key` a value that it never had before. Return False if the condition
+        failed. Return None if an answer was lost and another process has changed the item since.
+
+        The attributes of `pairs` are replaced. Values of `more` are added to existing values.
         """
         expected: dict[str, Any] = {"Name": key, "Exists": False}
         if value is not None:
@@ -129,7 +133,7 @@ class Store:
         return self._patiently(put)
 
     def put_all(self, items: Mapping[str, Pairs]) -> None:
-        """Write these, whatever is there; not at once, but a part again does no harm."""
+        """Write these items without a condition. The writes are not atomic, but may be repeated."""
         for name, pairs in items.items():
             check(name, pairs)
         list(self._threads.map(self._put_batch, _batches(items)))
@@ -139,11 +143,11 @@ class Store:
         self._ask("batch_put_attributes", Items=items)
 
     def drop_value(self, name: str, key: str, value: str) -> None:
-        """Remove that value, and no other, from an item's attribute."""
+        """Remove one value of an item's attribute."""
         self._ask("delete_attributes", ItemName=name, Attributes=[{"Name": key, "Value": value}])
 
     def delete_if(self, name: str, key: str, value: str) -> None:
-        """Delete the item if `key` has `value`, and else leave it."""
+        """Delete the item if `key` has `value`."""
         expected = {"Name": key, "Value": value, "Exists": True}
 
         def delete() -> None:
@@ -155,7 +159,7 @@ class Store:
         self._patiently(delete)
 
     def delete_all(self, names: Iterable[str]) -> None:
-        """Delete these; one that is not there is no error."""
+        """Delete these items. Ignore missing ones."""
         some = list(names)
         batches = [some[i : i + MAX_BATCH] for i in range(0, len(some), MAX_BATCH)]
         list(self._threads.map(self._delete_batch, batches))
@@ -168,7 +172,7 @@ class Store:
     def select(
         self, output: str, where: str, *, order: str = "", page: int = MAX_PAGE
     ) -> Iterator[tuple[str, Item]]:
-        """(name, item) of all that is found; `page` of them are asked for at a time."""
+        """Yield (name, item) of all results. Each request asks for `page` of them."""
         expression = f"select {output} from {self.table} where {where}"  # noqa: S608
         expression += f" order by {order}" if order else ""
         expression += f" limit {max(1, min(page, MAX_PAGE))}"
@@ -179,13 +183,13 @@ class Store:
             )
             for found in answer.get("Items", ()):
                 yield found["Name"], _item(found.get("Attributes", ()))
-            # A page may be short, even empty, and not the last one.
+            # A page may be short, even empty, without being the last one.
             if not answer.get("NextToken"):
                 return
             more = {"NextToken": answer["NextToken"]}
 
     def select_named(self, output: str, names: Sequence[str]) -> dict[str, Item]:
-        """Those of these items that are there, by name."""
+        """Return the existing items of these names, by name."""
         parts = [names[i : i + MAX_TESTS] for i in range(0, len(names), MAX_TESTS)]
 
         def some(part: Sequence[str]) -> list[tuple[str, Item]]:
@@ -197,7 +201,7 @@ class Store:
     # --- Calls ------------------------------------------------------------------------------------
 
     def _ask(self, operation: str, **given: Any) -> Any:
-        """A call that may be made twice."""
+        """Make a call that may be repeated."""
         return self._patiently(lambda: self._call(operation, **given))
 
     def _patiently(self, call: Callable[[], T]) -> T:
@@ -231,7 +235,7 @@ class Store:
                 if code == "RequestTimeout":
                     raise Throttled(f"SimpleDB domain {self.domain!r} is slow.") from error
                 if code == "NoSuchDomain":
-                    # Not NotFound, which would say that there is no such job.
+                    # NotFound would mean that the job does not exist.
                     raise BackendError(
                         f"There is no SimpleDB domain {self.domain}.",
                         remedy="Deploy the stack with Ledger=simpledb, or name another domain.",
@@ -247,11 +251,11 @@ class Store:
 
 
 def _check_region(sdb: Any, region: str) -> None:
-    """UsageError where AWS has no SimpleDB: its name would lead nowhere, as in an outage."""
+    """Raise UsageError for a region without SimpleDB. Its host name would fail as in an outage."""
     import boto3
 
     if sdb.meta.endpoint_url != f"https://sdb.{region}.amazonaws.com":
-        return  # an emulator's, or us-east-1's, which has a name of its own
+        return  # the url of an emulator, or of us-east-1, which has its own host name
     regions = boto3.Session().get_available_regions("sdb")
     if region not in regions:
         raise UsageError(
@@ -261,7 +265,7 @@ def _check_region(sdb: Any, region: str) -> None:
 
 
 def check(name: str, pairs: Pairs) -> None:
-    """TooLarge for an item that SimpleDB cannot hold."""
+    """Raise TooLarge for an item that exceeds SimpleDB's limits."""
     for text in (name, *(part for pair in pairs for part in pair)):
         if len(text.encode()) > MAX_BYTES:
             raise TooLarge(
@@ -289,7 +293,8 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
     batch: list[tuple[str, Pairs]] = []
     size = 0
     for name, pairs in items.items():
-        # Three bytes for each where it is percent-encoded, and the names of the parameters.
+        # The estimate counts three bytes per byte, for percent encoding, and adds the parameter
+        # names.
         cost = 3 * len(name.encode()) + 60
         cost += sum(3 * (len(k.encode()) + len(v.encode())) + 120 for k, v in pairs)
         if batch and (len(batch) == MAX_BATCH or size + cost > MAX_REQUEST):
@@ -302,22 +307,25 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
 
 
 INLINE = 100
-"""So many pieces of a text stay in the item that it belongs to."""
+"""Maximum number of parts of a text that stay in its own item."""
 _PER_ITEM = 250
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def dumps(value: Json) -> str:
-    """Compact JSON in ASCII."""
+    """Return compact JSON in ASCII."""
     return _encode(value)
 
 
 def lay(
     name: str, prefix: str, text: str, gen: str, *, inline: int = INLINE
 ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
-    """The attributes that hold `text`, or that say where it is, and the further items it takes.
-    Those are called `name`/..., of the generation `gen`, and must be written before."""
+    """Return the attributes for `text`, and the further items that it needs.
+
+    The attributes contain the text or refer to the further items. The further items belong to the
+    generation `gen`, have names that begin with `name`, and must be written first.
+    """
     parts = [text[i : i + MAX_BYTES] for i in range(0, len(text), MAX_BYTES)]
     if len(parts) <= inline:
         pieces = [(f"{prefix}{i:03d}", part) for i, part in enumerate(parts)]
@@ -331,7 +339,7 @@ def lay(
 
 
 def names(item: Item, prefix: str) -> list[str]:
-    """The further items that the text takes."""
+    """Return the names of the further items of a text."""
     count, _, name = item.get(prefix, "").partition("@")
     return [f"{name}/{prefix}{n:06d}" for n in range(ceil(int(count) / _PER_ITEM))] if name else []
 
@@ -339,7 +347,7 @@ def names(item: Item, prefix: str) -> list[str]:
 def read(
     item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]
 ) -> str | None:
-    """The text; None where a further item is not there any more."""
+    """Return the text, or None if one of its further items no longer exists."""
     count, _, elsewhere = item[prefix].partition("@")
     if not elsewhere:
         return "".join(item[f"{prefix}{i:03d}"] for i in range(int(count)))

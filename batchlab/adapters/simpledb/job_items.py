@@ -25,14 +25,14 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format
 
 NOBODY = "-"
-"""Value instead of a job's order: the item reserves a name and has no job."""
+"""Value instead of a job's order: the item reserves a name without a job."""
 _STAMP = "v"
 _LOOKS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The item of a job as it was read. `projection` is None if the item has no job.
+    """The item of a job as it was read. `projection` is None for an item without a job.
 
     The items of the generation `gen` belong to the job. Each generation of `gens` may have items.
     """
@@ -81,7 +81,7 @@ def _job_def(text: str) -> JobDef:
 
 
 class Heads:
-    """Reads and changes the items of jobs; blocks."""
+    """Reader and writer of the items of jobs. Calls block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -89,8 +89,10 @@ class Heads:
     # --- Reading ----------------------------------------------------------------------------------
 
     def get(self, job: JobId, *, settle: bool = True) -> Head | None:
-        """Return the item of the job, or None. `settle` first completes the writes of its last
-        change."""
+        """Return the item of the job, or None if it does not exist.
+
+        With `settle`, complete the writes of its last change first.
+        """
         name = name_of(job)
         for _ in range(_LOOKS):
             item = self._store.get(name)
@@ -107,7 +109,10 @@ class Heads:
         )
 
     def _read(self, name: str, item: Item) -> Head | None:
-        """Return None if another process has changed the item, so that a part of it is deleted."""
+        """Parse the item of a job.
+
+        Return None if another process has deleted a part of it meanwhile.
+        """
         if item["okey"] == NOBODY:
             return Head(name, item, None)
         job = domain.read(item, "j", self._store.get_all)
@@ -134,7 +139,7 @@ class Heads:
         return found
 
     def names(self) -> list[str]:
-        """Return the names of all items of jobs, with those that have no job."""
+        """Return the names of all items of jobs, also of those without a job."""
         return [name for name, _ in self._store.select("itemName()", "okey is not null")]
 
     # --- Changing ---------------------------------------------------------------------------------
@@ -170,7 +175,10 @@ class Heads:
     def install(
         self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]
     ) -> bool:
-        """Replace the job and its bundles; False if the job has changed since it was read."""
+        """Replace the job and its bundles.
+
+        Return False if the job has changed since it was read.
+        """
         name, gen, stamp = name_of(job), fresh(), fresh()
         held = head.stamp if head else None
         text = domain.dumps(json_format.job_to_json(projection.job))
@@ -197,8 +205,10 @@ class Heads:
         return bool(is_ours)
 
     def hold(self, job: JobId, head: Head | None) -> bool:
-        """Change the stamp of an item that has no job, so that another process that is about to add
-        the job reads the item again; False if the item has changed."""
+        """Change the stamp of an item without a job. Return False if the item has changed.
+
+        Another process that is about to add the job then reads the item again.
+        """
         pairs = [(_STAMP, fresh()), ("okey", NOBODY), ("live", NOBODY)]
         held = head.stamp if head else None
         return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
@@ -223,8 +233,10 @@ class Heads:
         self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
 
     def sweep_lost(self) -> None:
-        """Delete the items of generations that no item of a job names. The item of a job names a
-        generation before the generation has items."""
+        """Delete the items of generations that no item of a job names.
+
+        The item of a job names a generation before the generation has items.
+        """
         found = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
         for _, item in self._store.select("gens", "okey is not null"):
             found.difference_update(gens_of(item))
@@ -252,8 +264,10 @@ class Heads:
         return item.get("redo", NOBODY) != NOBODY
 
     def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
-        """Write the items that the last change contains, and remove them from the change. Return
-        False if another process has just done so. A repetition or a delay does no harm."""
+        """Write the items that the last change contains, and remove them from the change.
+
+        Return False if another process has just done so. A repetition or a delay does no harm.
+        """
         if items is None:
             text = domain.read(item, "redo", self._store.get_all)
             if text is None:
@@ -267,8 +281,7 @@ class Heads:
     # --- Tokens -----------------------------------------------------------------------------------
 
     def claim(self, token: str, job: JobId) -> Projection | None:
-        """Bind the client token to this job. Return the job that already has the token, or
-        None."""
+        """Bind the client token to this job. Return the job that already has the token, or None."""
         name, stamp = _token_name(token), fresh()
         pairs = [(_STAMP, stamp), ("job", str(job))]
         while True:

@@ -1,4 +1,4 @@
-"""Leases, and the numbers that are given once, each an item that is changed conditionally."""
+"""Leases, and unique increasing numbers. Each is an item that is changed conditionally."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _STAMP = "v"
 
 
 class Leases:
-    """See ports.Ledger.lease; blocks. A lease that was given back keeps its item, so that its beat
-    never comes twice."""
+    """Leases of the Ledger port (see `ports.Ledger.lease`). Calls block.
+
+    A released lease keeps its item, so its beat never repeats.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -45,15 +47,17 @@ def _name(lease: str) -> str:
 
 
 def _lease(item: Item | None) -> Lease | None:
-    """As it stands; None where it is free."""
+    """Return the lease, or None if it is free."""
     if item is None or item["free"] == "yes":
         return None
     return Lease(item["owner"], int(item["beat"]))
 
 
 class Numbers:
-    """Numbers that grow, and of which each is given once, to whatever process; in blocks, so that
-    most are given without a call. For one thread."""
+    """Increasing numbers, each given once among all processes. Only one thread may use an object.
+
+    Numbers are reserved in blocks, so most need no request.
+    """
 
     _NAME = "counter/seq"
 
@@ -62,7 +66,7 @@ class Numbers:
         self._next, self._end = 0, 0
 
     def take(self, count: int, *, above: int) -> int:
-        """The first of `count` numbers in a row, all greater than `above`."""
+        """Return the first of `count` successive numbers that are all greater than `above`."""
         if self._next <= above or self._next + count > self._end:
             self._fetch(max(count, _BLOCK), above)
         first = self._next

@@ -43,18 +43,21 @@ _AGAIN_S = 0.01
 def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
     """Return the ledger in this SimpleDB domain, which must exist and belong to this grid.
 
-    It connects at the first call; UsageError if the region does not have SimpleDB.
+    It connects at the first call. Raise UsageError if the region does not have SimpleDB.
     """
     return SimpleDbLedger(endpoint, domain)
 
 
 class SimpleDbLedger:
-    """See ports.Ledger.
+    """The Ledger port over one SimpleDB domain.
 
-    `fold` and `forget` change several jobs one after the other; everything else is one transaction.
-    Every call raises Unreachable or Throttled where SimpleDB does not answer or asks to come back
-    later, NotFound where a job or stage to change is not there, TooLarge for a name or a bundle
-    that it cannot hold, and BackendError for anything else: no such domain, or one that is full.
+    A fold and `forget` change several jobs one after the other. Every other call is one
+    transaction.
+
+    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry
+    later. It raises NotFound if a job or stage to change does not exist, and TooLarge for a name or
+    a bundle that does not fit. Any other failure is a BackendError, such as a missing or a full
+    domain.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str) -> None:
@@ -62,7 +65,7 @@ class SimpleDbLedger:
         self._heads, self._rows = Heads(self._store), Rows(self._store)
         self._leases, self._numbers = Leases(self._store), Numbers(self._store)
         self._run = Threads()
-        # A restoration may take minutes, and a lease is renewed every few seconds.
+        # A restore may take minutes, while a lease is renewed every few seconds.
         self._run_lease = Threads()
 
     # --- Jobs ------------------------------------------------------------------------------------
@@ -74,11 +77,11 @@ class SimpleDbLedger:
     async def apply(self, change: JobChange) -> Written: ...
 
     async def apply(self, change: Fold | JobChange) -> Folded | Written:
-        """See ports.Ledger. A fold raises NotFound before it folds any completion.
+        """Apply the change. A fold raises NotFound before it folds any completion.
 
         A fold changes several jobs one after the other. If another process writes to a later one
         meanwhile, it raises Throttled. The caller repeats the call, and the completions of the
-        earlier jobs are not new then.
+        earlier jobs are then not new.
         """
         if isinstance(change, Fold):
             if not change.completions:
@@ -95,7 +98,7 @@ class SimpleDbLedger:
             if head and head.projection:
                 return Written(_rows_of(head), is_new=False)
             # The item is read before the token is claimed: another process that takes over the
-            # token changes the item afterwards.
+            # token changes the item afterward.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return Written(other.rows(), is_new=False)
@@ -147,8 +150,10 @@ class SimpleDbLedger:
     def _fold_job(
         self, head: Head, change: Fold, positions: Sequence[int], first: int
     ) -> tuple[list[int], JobRows] | None:
-        """Fold one job's completions. Return the positions of the new ones and the job's rows, None
-        if another process has folded later seqs."""
+        """Fold one job's completions. Return the positions of the new ones and the job's rows.
+
+        Return None if another process has folded later seqs.
+        """
         job = _projection_of(head).job.id
         keys = ledger_projection.keys_of(change, positions)
         uncertain: list[int] = []
@@ -193,7 +198,7 @@ class SimpleDbLedger:
     async def jobs(
         self, *, active: bool = False, limit: int = 100, before: str | None = None
     ) -> Sequence[JobRecord]:
-        """Also raises NotFound where `before` is not there any more."""
+        """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
 
         def page() -> list[JobRecord]:
             last = None
@@ -278,18 +283,18 @@ class SimpleDbLedger:
         await self._write(forget)
 
     async def dump(self) -> dict[str, Json]:
-        """Return all rows, as SqlLedger does."""
+        """Return all rows, as `SqlLedger.dump` does."""
         return await self._read(self._dump)
 
     def _dump(self) -> dict[str, Json]:
         heads = (self._heads.get(JobId(n.removeprefix("job/"))) for n in self._heads.names())
-        # One job after the other, each with its bundles as of its head.
+        # Jobs are read one at a time. The bundles of a job are read as its head describes them.
         return dumped(
             (h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection
         )
 
     async def close(self) -> None:
-        """Waits for calls that are under way; no other call may follow."""
+        """Wait for running calls. No other call may follow."""
         await self._run_lease.close(lambda: None)
         await self._run.close(self._store.close)
 

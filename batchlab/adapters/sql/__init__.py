@@ -1,4 +1,4 @@
-"""The ledger as SQL: SQLite, PostgreSQL."""
+"""Ledger port on SQL databases: SQLite and PostgreSQL."""
 
 from __future__ import annotations
 

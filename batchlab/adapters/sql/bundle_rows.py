@@ -1,4 +1,4 @@
-"""Loads and stores the rows of bundles.
+"""Loading and storing of bundle rows.
 
 Invariant: the row of a bundle changes once, from planned to done. The statement that stores rows
 leaves a done row unchanged.
@@ -44,7 +44,7 @@ def make_void(connection: Connection, job: JobId, names: Iterable[StageName]) ->
 def store(
     connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]
 ) -> None:
-    """Store these rows, unless they exist and are done, or exist and would be planned again."""
+    """Store these rows. Leave a row that is done or that would be planned a second time."""
     job = projection.job.id
     values = []
     for row in rows:

@@ -1,7 +1,7 @@
-"""What databases complain about, as batchlab's errors.
+"""Translation of database errors into batchlab's errors.
 
-Invariant: what passes by itself (an outage, a lock, a failover) is Unreachable, so that patience
-tries again; what a person must put right is BackendError at once. No text holds a password.
+Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries
+it. A failure that a person must fix is BackendError at once. No message contains a password.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable
 
 _LOCKED = "55P03"
 _FOREIGN_KEY = "23503"
-# First letters of a SQLSTATE. 25006: the server has become a standby.
+# First characters of a SQLSTATE. 25006 means that the server has become a standby.
 _PASSING = ("08", "25006", "40", "53", "57", "58")
-# A refused connection has a text only: the server's, or libpq's own.
+# A refused connection has only a text, from the server or from libpq.
 _REMEDIES = (
     (
         ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
@@ -54,7 +54,7 @@ _REMEDIES = (
 
 
 def name_of(engine: Engine) -> str:
-    """What people know the database by."""
+    """Return the name of the database for messages."""
     url = engine.url
     if url.get_backend_name() == "sqlite":
         return str(url.database)
@@ -63,7 +63,7 @@ def name_of(engine: Engine) -> str:
 
 
 def instead(engine: Engine) -> str:
-    """How to use another one."""
+    """Return advice for the use of another database."""
     if engine.dialect.name == "sqlite":
         return "name another folder with --home"
     return "name another database"
@@ -71,7 +71,7 @@ def instead(engine: Engine) -> str:
 
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
-    """The database's errors as batchlab's."""
+    """Raise batchlab's errors instead of the database's."""
     try:
         yield
     except SQLAlchemyError as error:
@@ -116,15 +116,15 @@ def _from_postgresql(
 
 
 def plain(said: BaseException | None) -> str:
-    """Its text in one line."""
+    """Return the text of a database error in one line."""
     return " ".join(str(said).split()).rstrip(".")
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether PostgreSQL, or RDS's PAM, has refused a password."""
+    """Return whether PostgreSQL or RDS's PAM has refused a password."""
     return "authentication failed" in str(error)
 
 
 def _nothing_there() -> NotFound:
-    # What could be there already is inserted only if it is not; so this is a foreign key.
+    # Rows that may exist are inserted conditionally, so this error is a missing foreign key.
     return NotFound("The ledger has no such job or stage.")

@@ -1,8 +1,8 @@
-"""Opens databases so that SqlLedger may rely on them.
+"""SQLAlchemy engines with the transactions that `SqlLedger` needs.
 
-Invariant: transactions that write exclude each other from their begin on, and one that reads sees
-one state (`transaction`). SQLite gives the first with BEGIN IMMEDIATE and the second with WAL;
-PostgreSQL's way to begin is in postgres.py.
+Invariant: writing transactions exclude each other from their start, and a reading transaction sees
+one state (`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL.
+`postgres` has PostgreSQL's way to begin.
 """
 
 from __future__ import annotations
@@ -22,42 +22,46 @@ _BUSY_S = 10.0
 _AGAIN_S = 0.01
 _MOMENT_S = 0.01
 BEGIN = "batchlab_begin"
-"""The execution option that holds the Begin of an engine's transactions."""
+"""Execution option with the `Begin` of an engine's transactions."""
 SCHEMA = "batchlab_schema"
-"""The execution option that names an engine's schema, where its database has several."""
+"""Execution option with the name of an engine's schema, if its database has several."""
 
 _PRAGMAS = (
-    # Safe against SIGKILL. SqlLedger flushes the log after what must outlive a power cut.
+    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a
+    # power loss.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
     "PRAGMA journal_size_limit = 67108864",
-    # 16 MiB, four times the default: each checkpoint waits for the disk.
+    # 16 MiB is four times the default. Checkpoints wait for the disk, so fewer are better.
     "PRAGMA wal_autocheckpoint = 4096",
 )
 
 
 class Begin(Protocol):
-    """Says BEGIN in a database's own way."""
+    """Function that begins a transaction in the database's own way."""
 
     def __call__(self, connection: Connection, /, *, writes: bool, lasts: bool) -> None:
-        """For a transaction that `writes`, or only reads; one that `lasts` may take minutes."""
+        """Begin a transaction, read-only unless `writes`. With `lasts` it may take minutes."""
 
 
 @contextmanager
 def transaction(
     engine: Engine, *, writes: bool = False, lasts: bool = False
 ) -> Iterator[Connection]:
-    """Commits at the end, or rolls back what raises. Everything on an engine happens in these."""
+    """Run a transaction. Commit at the end, or roll back after an exception.
+
+    All work on an engine happens in such transactions.
+    """
     with engine.begin() as connection:
-        # Not a listener of SQLAlchemy's: an engine that has one asks for listeners at every step
-        # of every statement, which takes longer than what a lease is.
+        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at
+        # every step of every statement, which takes longer than the renewal of a lease.
         begin: Begin = engine.get_execution_options()[BEGIN]
         begin(connection, writes=writes, lasts=lasts)
         yield connection
 
 
 def sqlite_engine(path: Path | None) -> Engine:
-    """One connection to a file, or with None to a database in memory."""
+    """Return an engine with one connection to a file, or to a database in memory without `path`."""
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
         _switch_to_wal(connection)
@@ -70,14 +74,14 @@ def sqlite_engine(path: Path | None) -> Engine:
 
     engine = create_engine(
         URL.create("sqlite", database=str(path) if path else ":memory:"),
-        # One connection, whoever's turn it is: SqlLedger never runs two things at once.
+        # One connection is enough, because SqlLedger never makes two calls at once.
         poolclass=StaticPool,
-        # A transaction has been committed or rolled back before its connection is given back.
+        # A transaction is committed or rolled back before its connection is returned.
         pool_reset_on_return=None,
         connect_args={
             "timeout": _MOMENT_S,
             "check_same_thread": False,
-            # The driver would begin by itself, but only before the first write.
+            # The driver would begin transactions itself, but only before the first write.
             "isolation_level": None,
         },
         execution_options={BEGIN: _begin},
@@ -88,8 +92,8 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    # Two processes that switch a fresh file at once: SQLite refuses one at once, whatever its
-    # busy timeout, because both read and want to write.
+    # If two processes switch a new file at the same time, SQLite refuses one without waiting,
+    # because both have read and want to write.
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -102,6 +106,6 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
-    # A reader that turned into a writer half-way would be refused when another process has
-    # written meanwhile, without waiting.
+    # If a transaction began as a reader and then wrote, SQLite would refuse the write without
+    # waiting whenever another process has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

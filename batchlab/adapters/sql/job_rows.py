@@ -1,7 +1,7 @@
-"""Loads and stores the rows of jobs and their stages.
+"""Loading and storing of job and stage rows.
 
-Invariant: a transaction that writes excludes others, so a row that it loaded has not changed when
-it stores it. What a change does is decided by the ledger projection.
+Invariant: a writing transaction excludes others, so a loaded row has not changed when it is stored.
+The ledger projection decides what a change does.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _STORE = {
 
 
 def load(connection: Connection, name: JobId) -> Projection:
-    """Load a job with its stages; NotFound."""
+    """Load a job with its stages. Raise NotFound if the job does not exist."""
     rows = connection.execute(_job_with_stages, {"job": name}).all()
     if not rows:
         raise _no_job(name)
@@ -91,9 +91,9 @@ def load(connection: Connection, name: JobId) -> Projection:
 
 
 def rows_of(connection: Connection, name: JobId) -> JobRows:
-    """Return the rows of a job with their stamp; NotFound."""
+    """Return the rows of a job with their stamp. Raise NotFound if the job does not exist."""
     projection = load(connection, name)
-    # Some completions change no counter, so the newest seq tells the versions of a job apart.
+    # Some completions change no counter, so the newest seq identifies the version of a job.
     last = connection.execute(_last_seq, {"job": name}).scalar_one()
     return projection.rows(-1 if last is None else last)
 
@@ -137,7 +137,7 @@ def _record(row: RowMapping) -> JobRecord:
 
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
-    """Cached, because the definition is read with the counters and never changes."""
+    """Parse a definition. It is cached, because it is read with the counters and never changes."""
     return json_format.job_from_json(json_format.loads(spec))
 
 
@@ -145,7 +145,10 @@ def _job_def(spec: str) -> JobDef:
 
 
 def add(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
-    """Insert a job with its stages. Return the id of the job that already has its id or token."""
+    """Insert a job with its stages.
+
+    Return the id of the job that already has its id or token, or None.
+    """
     job = projection.job
     row = {
         "id": job.id,
@@ -172,7 +175,7 @@ def add(connection: Connection, upserts: Upserts, projection: Projection) -> Job
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The values of a job as they were loaded, to find out what a change has changed."""
+    """Values of a job as they were loaded, for a comparison after a change."""
 
     job: tuple[Any, ...]
     stages: Mapping[StageName, Sequence[tuple[Any, ...]]]
@@ -186,7 +189,7 @@ class Snapshot:
 
 
 def store(connection: Connection, projection: Projection, before: Snapshot) -> None:
-    """Store the values that have changed since `before`."""
+    """Store the values that differ from `before`."""
     name = projection.job.id
     if _get_job(projection) != before.job:
         connection.execute(_store_job, {"b_job": name, **_job_values(projection)})

@@ -57,7 +57,7 @@ _release = (
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     """Return the ledger in this file. The first call creates a missing file.
 
-    With `sync`, acknowledged changes wait for the disk. A power cut may undo folds, and the
+    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the
     reconciler repeats them from the bucket.
     """
     return SqlLedger(sqlite_engine(path), OneThread(), sync, WalFlush(path))
@@ -66,19 +66,20 @@ def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
 def open_postgres(
     url: str, *, schema: str = "batchlab", ca: Path | None = None, logins: Logins | None = None
 ) -> SqlLedger:
-    """The ledger in a schema of this PostgreSQL database, which must exist; the first call makes
-    the schema where there is none. Grids that share a database have a schema each.
+    """Return the ledger in a schema of a PostgreSQL database, which must exist.
 
-    `url` is libpq's, `postgresql://user:password@host:port/database?sslmode=verify-full&...`. What
-    it leaves out (a password, say) comes from where libpq looks for it. Connects at the first
-    call.
+    The first call connects, and creates a missing schema. Grids that share a database have a schema
+    each. `url` has libpq's form
+    `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the
+    parts that it leaves out, such as a password.
 
-    For a database on another machine: with `ca`, a file of root certificates, the server's must
-    come from one of them and be for the URL's host, and nothing is sent that is not encrypted. With
-    `logins` user and password come from there, for each connection; then the server is checked also
-    without `ca` (against the system's roots), unless the URL says another sslmode.
+    `ca` is a file of root certificates for a database on another machine. The server's certificate
+    must then come from one of them and match the URL's host, and the connection is encrypted.
 
-    UsageError for a URL or a schema that can be none, and for a `ca` that is not there.
+    `logins` supplies user and password for each connection. The server is then checked also without
+    `ca`, against the system's roots, unless the URL names another sslmode.
+
+    Raise UsageError for an invalid URL or schema name, and for a `ca` that does not exist.
     """
     from batchlab.adapters.sql.postgres import postgres_engine
 
@@ -86,27 +87,29 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """Return a ledger in memory that runs in the thread of its caller. It ends with its last
-    reference."""
+    """Return a ledger in memory that runs in its caller's thread.
+
+    It ends with its last reference.
+    """
     return open_memory_as(SqlLedger)
 
 
 def open_memory_as(kind: type[L]) -> L:
-    """As `open_memory`, a ledger of that kind."""
+    """Return a ledger in memory of the class `kind`."""
     engine = sqlite_engine(None)
     ledger = kind(engine, Inline())
-    # A simulated world does not close its ledger, and Python 3.13 warns about open databases.
+    # A simulation does not close its ledger, and Python 3.13 warns about open databases.
     weakref.finalize(ledger, engine.dispose)
     return ledger
 
 
 class SqlLedger:
-    """See ports.Ledger.
+    """The Ledger port over a SQL database.
 
-    Every call raises Unreachable where the database does not answer (a lock that is not given up,
-    a file that cannot be opened, a server that is away), NotFound where a job or stage to change
-    is not there, and BackendError for anything else: a database that a newer batchlab has written,
-    a password that is wrong.
+    Every call raises Unreachable if the database does not answer: a lock is not released, a file
+    cannot be opened, or a server is down. It raises NotFound if a job or stage to change does not
+    exist. Any other failure is a BackendError, such as a wrong password or a database of a newer
+    batchlab.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class SqlLedger:
         sync: Sync = Sync.NONE,
         flush: WalFlush | None = None,
     ) -> None:
-        """Takes over `engine`, which must keep the promises of `engines`; opens nothing yet.
-        `flush` waits for the disk where a commit of the engine does not."""
+        """Take over `engine`, which must have the transactions of `engines`, without opening it.
+
+        `flush` waits for the disk if a commit of the engine does not.
+        """
         self._sync = sync
         self._flush = flush
         self._engine = engine
@@ -134,13 +139,14 @@ class SqlLedger:
     async def apply(self, change: JobChange) -> Written: ...
 
     async def apply(self, change: Fold | JobChange) -> Folded | Written:
-        """See ports.Ledger. A fold raises NotFound before it folds any completion."""
+        """Apply the change. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             if not change.completions:
                 return Folded([], 0, {})
             return await self._write(lambda c: self._fold(c, change))
         written = await self._write(lambda c: self._change(c, change))
-        # The other changes do not wait for the disk: the next manager finds them in the bucket.
+        # The other changes do not wait for the disk, because the next manager finds them in the
+        # bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
@@ -150,7 +156,8 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = job_rows.load(connection, change.job_id)
         before = Snapshot.of(projection)
-        # Which bundles exist is not loaded: the statement that stores them leaves existing ones.
+        # The existing bundles are not loaded, because the statement that stores bundles leaves
+        # them.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -211,7 +218,7 @@ class SqlLedger:
     async def jobs(
         self, *, active: bool = False, limit: int = 100, before: str | None = None
     ) -> Sequence[JobRecord]:
-        """Also raises NotFound where `before` is not there any more."""
+        """Return a page of jobs. Raise NotFound if the job `before` does not exist."""
         return await self._read(lambda c: job_rows.page_of_jobs(c, active, limit, before))
 
     async def rows(self, job: JobId) -> JobRows:
@@ -273,14 +280,17 @@ class SqlLedger:
         await self._on_disk(None)
 
     async def dump(self) -> dict[str, Json]:
-        """Everything the ledger says of its jobs: equal for two ledgers that have seen the same,
-        in whatever order. Leaves out `seq`, which is that order, and leases."""
+        """Return all rows about jobs, without leases and without `seq`.
+
+        Two ledgers with the same history are equal, in whatever order they received it. `seq` is
+        this order.
+        """
         return await self._read(
             lambda c: {table.name: _dump(c, table) for table in (jobs, stages, bundles)}
         )
 
     async def close(self) -> None:
-        """Waits for calls that are under way; no other call may follow."""
+        """Wait for running calls. No other call may follow."""
         await self._run.close(self._engine.dispose)
         if self._flush:
             self._flush.close()
@@ -288,7 +298,7 @@ class SqlLedger:
     # --- Transactions ----------------------------------------------------------------------------
 
     async def _on_disk(self, written: T) -> T:
-        """Return what was written once a power cut cannot undo it."""
+        """Return what was written once a power loss cannot undo it."""
         if self._flush and self._sync.waits:
             await self._flush()
         return written

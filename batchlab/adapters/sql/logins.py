@@ -1,7 +1,6 @@
-"""Who the ledger is at a remote PostgreSQL, where that changes while it runs: a secret that is
-rotated, or a token that lasts for minutes.
+"""Logins at a remote PostgreSQL that change at run time: a rotated secret or a short-lived token.
 
-Invariant: a password is in no text that anything here makes, and in the `repr` of nothing.
+Invariant: no message and no `repr` contains a password.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _here = threading.local()
 
 
 class _Hush(logging.Filter):
-    """Lets nothing through that a thread says while it is told a secret."""
+    """Log filter that drops all records of a thread while it receives a secret."""
 
     def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
         return not getattr(_here, "is_told_a_secret", False)
@@ -35,8 +34,10 @@ _hush = _Hush()
 
 @contextmanager
 def in_secret() -> Iterator[None]:
-    """What boto3 says in this thread meanwhile goes to no log: at level DEBUG botocore logs every
-    answer, and every signature."""
+    """Suppress boto3's log records of this thread.
+
+    At level DEBUG, botocore logs answers and signatures.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("boto", "urllib3")):
             logging.getLogger(name).addFilter(_hush)
@@ -56,23 +57,29 @@ class Login:
 
 
 class Logins(Protocol):
-    """Where logins come from; asked for each new connection, from any thread."""
+    """Source of logins. It is asked for each new connection, from any thread."""
 
     @property
     def where(self) -> str:
-        """What people know it by, as in "the password of ..."."""
+        """Return the name of the source, as in "the password of ..."."""
 
     def login(self, *, refused: Login | None = None) -> Login:
-        """The login for a new connection; where the database has `refused` one, that which may
-        have come in its place. Raises as the AWS adapters do."""
+        """Return the login for a new connection. Raise the errors of the AWS adapters.
+
+        `refused` is the login that the database refused, so a newer one may exist.
+        """
 
 
 class SecretLogins:
-    """A secret in Secrets Manager: JSON with `username` and `password`, as RDS makes and rotates
-    it. Fetched once, and again when what was fetched is refused."""
+    """Login in a secret of Secrets Manager.
+
+    The secret is JSON with `username` and `password`, as RDS creates and rotates it.
+
+    It is fetched once, and again when the database refuses the fetched login.
+    """
 
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
-        """`secret` is its name or ARN. Fetches nothing yet."""
+        """Set the name or ARN of the secret, without fetching it."""
         self._endpoint = endpoint
         self._secret = secret
         self._found: Login | None = None
@@ -84,7 +91,7 @@ class SecretLogins:
 
     def login(self, *, refused: Login | None = None) -> Login:
         with self._lock:
-            # Somebody else may have fetched it since the refused one was handed out.
+            # Another thread may have fetched it since the refused login was returned.
             if self._found is None or self._found == refused:
                 self._found = self._fetch()
             return self._found
@@ -107,7 +114,7 @@ class SecretLogins:
         except (ValueError, KeyError, TypeError):
             doc = None
         if doc is None or not isinstance(user, str) or not isinstance(password, str):
-            # Without a cause, whose text may be the secret's.
+            # The error omits its cause, whose text might contain the secret.
             raise BackendError(
                 f"The secret {self._secret} holds no login.",
                 remedy='It must be JSON: {"username": ..., "password": ...}.',
@@ -116,11 +123,13 @@ class SecretLogins:
 
 
 class IamLogins:
-    """Tokens of IAM database authentication, signed here for each connection. RDS takes one for 15
-    minutes, and looks at it only when a connection is made."""
+    """Tokens of IAM database authentication, signed for each connection.
+
+    RDS accepts a token for 15 minutes, and checks it only when a connection is opened.
+    """
 
     def __init__(self, endpoint: Endpoint, *, host: str, port: int, user: str) -> None:
-        """`host` and `port` as the client connects to: the token holds for no other."""
+        """Set the host and port that the client connects to. A token is valid only for them."""
         self._endpoint = endpoint
         self._host, self._port, self._user = host, port, user
         self._rds: Any = None

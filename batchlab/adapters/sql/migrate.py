@@ -1,8 +1,8 @@
-"""Brings a database to the schema this code expects, whatever it finds.
+"""Migration of a database to the schema that this version expects.
 
-Invariant: the schema changes in one transaction of one writer, so two processes that open a fresh
-database at once make one schema, and after SIGKILL there is the old one or the new one. Alembic is
-imported only when there is something to migrate: it costs more start-up time than all else here.
+Invariant: one transaction of one writer changes the schema. So two processes that open a new
+database create one schema, and after SIGKILL the schema is the old or the new one. Alembic is
+imported only for a migration, because its import dominates the start-up time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def ensure(engine: Engine) -> None:
-    """Create or migrate the tables; BackendError where a newer batchlab has been here."""
+    """Create or migrate the tables. Raise BackendError if a newer batchlab has migrated them."""
     with transaction(engine) as connection:
         if _version(connection) == HEAD:
             return
     with transaction(engine, writes=True, lasts=True) as connection:
-        # Looked at again: from here on nobody else can change it.
+        # The version is read again, because from now on no other process can change it.
         found = _version(connection)
         if found is None:
             _make_room(connection)
@@ -36,21 +36,21 @@ def ensure(engine: Engine) -> None:
 
 
 def _make_room(connection: Connection) -> None:
-    """The database's part that is ours, where it has such parts."""
+    """Create the schema, if the database has schemas and lacks this one."""
     schema = connection.get_execution_options().get(SCHEMA)
-    # "If not exists" would ask for the right to make one even where it is there.
+    # CREATE SCHEMA IF NOT EXISTS would need the permission to create even if the schema exists.
     if schema and not inspect(connection).has_schema(schema):
         connection.execute(CreateSchema(schema))
 
 
 def create(connection: Connection) -> None:
-    """Make the newest schema in an empty database."""
+    """Create the newest schema in an empty database."""
     metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(versions).values(version_num=HEAD))
 
 
 def upgrade(connection: Connection) -> None:
-    """Run the migrations that are missing, within the caller's transaction."""
+    """Run the missing migrations in the caller's transaction."""
     from alembic import command
     from alembic.config import Config
 
@@ -60,7 +60,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def _version(connection: Connection) -> str | None:
-    """None in a fresh database, "" where Alembic has begun but migrated nothing."""
+    """Return None for a new database, and "" if Alembic has begun without a migration."""
     if not inspect(connection).has_table(versions.name):
         return None
     found = connection.execute(select(versions.c.version_num)).scalar() or ""

@@ -1,8 +1,8 @@
-"""PostgreSQL, so that SqlLedger may rely on it as on SQLite (see engines).
+"""PostgreSQL engine with the transactions that `SqlLedger` needs (see `engines`).
 
-Invariant: a transaction that writes takes one lock of the schema before it looks at anything, and
-each of its statements sees all that was committed before; one that reads sees one state. No wait
-is without end: for the server's answer, for the lock, for a client that holds it and sleeps.
+Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees
+everything committed before. A reading transaction sees one state. Every wait has a limit: for the
+server's answer, for the lock, and for a suspended client that holds the lock.
 """
 
 from __future__ import annotations
@@ -26,26 +26,31 @@ from batchlab.adapters.threads import Threads
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
-"""So long the lock is waited for."""
+"""Maximum wait for the lock in seconds."""
 SLEEP_S = 5.0
-"""A client that says nothing for so long within a transaction loses it, and with it the lock: a
-manager that is paused must not keep another from leading."""
+"""Time in seconds after which the server ends the transaction of a silent client.
+
+This frees the lock, so a suspended manager cannot keep another one from leading.
+"""
 STATEMENT_S = 20.0
 LONG_S = 600.0
-"""A statement's longest time, and that of one that may take minutes."""
+"""Maximum duration of a statement in seconds: normally, and if it may take minutes."""
 GRACE_S = 5.0
-"""So much later the client hangs up on a server that should have given up by itself."""
+"""Extra time in seconds before the client closes a connection.
+
+By then the server should have ended the statement itself.
+"""
 
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}")
 _DEFAULTS = {
     "application_name": "batchlab",
     "connect_timeout": "5",
-    # A peer that is gone without a word is noticed within 15 s.
+    # A peer that disappears is noticed within 15 s.
     "keepalives_idle": "5",
     "keepalives_interval": "3",
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
-    # After a failover the old address may still lead to what is a standby now.
+    # After a failover, the old address may still belong to a server that is now a standby.
     "target_session_attrs": "read-write",
 }
 
@@ -53,8 +58,10 @@ _DEFAULTS = {
 def postgres_engine(
     url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None
 ) -> Engine:
-    """An engine for this schema of this database; UsageError for what can be neither. See
-    `open_postgres`."""
+    """Return an engine for this schema of this database. See `open_postgres`.
+
+    Raise UsageError if the URL or the schema name is invalid.
+    """
     if not _SCHEMA_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise UsageError(
             f"{schema!r} cannot be the name of a schema.",
@@ -64,7 +71,7 @@ def postgres_engine(
     defaults = _DEFAULTS | _tls(parsed, ca, is_remote=logins is not None)
     engine = create_engine(
         parsed,
-        # What the URL says goes first.
+        # Options in the URL take precedence.
         connect_args={k: v for k, v in defaults.items() if k not in parsed.query},
         use_native_hstore=False,
         pool_size=1 + Threads.READERS,
@@ -83,7 +90,7 @@ def _parsed(url: str) -> URL:
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or parsed.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
-        # Says nothing of what it is: there may be a password in it. For the same reason no cause.
+        # The error omits its cause and the URL, which may contain a password.
         raise UsageError(
             "The ledger's URL is none of a PostgreSQL database.",
             remedy="Write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special characters "
@@ -93,11 +100,11 @@ def _parsed(url: str) -> URL:
 
 
 def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
-    """Options that check the server's certificate and name."""
+    """Return the options that check the server's certificate and name."""
     if ca is None:
         if "sslmode" in parsed.query or not is_remote:
             return {}
-        # Put before by a sslrootcert in the URL.
+        # An sslrootcert in the URL takes precedence.
         return {"sslmode": "verify-full", "sslrootcert": "system"}
     if parsed.query.get("sslmode", "verify-full") != "verify-full" or "sslrootcert" in parsed.query:
         raise UsageError(
@@ -117,13 +124,13 @@ def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
 
 
 class _Bounded(psycopg.Connection[Any]):
-    """A connection that does not wait for ever for a server that is frozen."""
+    """A connection that limits its wait for a server that does not answer."""
 
     limit_s = STATEMENT_S + GRACE_S
 
     def __del__(self, *_: Any) -> None:
-        # SQLAlchemy lets a connection go, open as it is, whose set-up fails half-way; the server
-        # must not wait for whoever collects the garbage to tell it.
+        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end
+        # before the garbage collector finds it.
         if hasattr(self, "pgconn") and not self.closed:
             self.close()
 
@@ -131,7 +138,7 @@ class _Bounded(psycopg.Connection[Any]):
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """As `gen`, which is sent 0 now and then while there is nothing to read or to write."""
+        """Wrap `gen`, and end it after the limit. `gen` regularly gets 0 while it waits."""
         until_s = time.monotonic() + self.limit_s
         try:
             wanted = next(gen)
@@ -146,16 +153,18 @@ class _Bounded(psycopg.Connection[Any]):
 
 
 def _connect(_dialect: object, _record: object, args: Any, options: Any) -> _Bounded:
-    # The driver would begin by itself, with a round trip of its own.
+    # The driver would begin transactions itself, with an extra round trip.
     return _Bounded.connect(*args, autocommit=True, **options)
 
 
 class Connect:
-    """Makes connections with what `logins` says; where the database refuses that, with what it
-    says then."""
+    """Factory of connections with the login of `logins`.
+
+    If the database refuses it, one more attempt uses the login that `logins` then returns.
+    """
 
     def __init__(self, logins: Logins, ledger: str) -> None:
-        """`ledger` is what people know the database by."""
+        """Set the source of logins and the name of the database for messages."""
         self._logins = logins
         self._ledger = ledger
         self._has_worked: Login | None = None
@@ -178,7 +187,7 @@ class Connect:
                 raise
             text = f"The ledger {self._ledger} does not take the password of {self._logins.where}"
             if self._has_worked == login:
-                # The database has the new one, and the secret still the old.
+                # The database already has the new password, but the secret still has the old one.
                 raise Unreachable(f"{text}; it is being changed.") from error
             raise BackendError(
                 f"{text}: {plain(error)}.",
@@ -193,8 +202,11 @@ class Connect:
 
 
 def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
-    """Put away a connection that the server has ended: it has said so where nobody asked. Takes no
-    round trip; one that is gone without a word shows at its first use."""
+    """Discard a connection that the server has closed.
+
+    The server's message about it is then readable, so no round trip is needed. A connection that
+    was lost without a message fails at its first use.
+    """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     if poll.poll(0):
@@ -207,11 +219,13 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Bounded)
     driver.limit_s = limit_s + GRACE_S
-    # READ COMMITTED: a snapshot would be taken before the lock is had, and show what was then.
+    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take
+    # it before, and show an older state.
     kind = "READ COMMITTED, READ WRITE" if writes else "REPEATABLE READ, READ ONLY"
     statements = [
         f"BEGIN ISOLATION LEVEL {kind}",
-        # For this transaction, not the connection: a pooler gives that to somebody else next.
+        # These settings apply to the transaction and not to the connection, which a pooler may give
+        # to another client.
         f'SET LOCAL search_path TO "{schema}"',
         f"SET LOCAL statement_timeout TO {limit_s * 1000:.0f}",
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
@@ -219,11 +233,11 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     ]
     if writes:
         statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")
-    # One message, thus one round trip.
+    # One message takes one round trip.
     connection.exec_driver_sql("; ".join(statements))
 
 
 def key(schema: str) -> int:
-    """The schema's lock among those of its database, a signed number of 64 bits."""
+    """Return the number of the schema's lock in its database, signed 64 bits."""
     digest = hashlib.blake2b(f"batchlab {schema}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

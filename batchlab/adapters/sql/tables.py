@@ -1,11 +1,10 @@
-"""The tables of the ledger, as the code of this version expects them.
+"""Tables of the ledger in this version, and the statements that insert or update rows.
 
-Invariant: `metadata` and the migrations up to HEAD describe the identical schema (a test compares
-what both make), so a fresh database may be made from either.
+Invariant: `metadata` and the migrations up to HEAD describe the same schema. A test compares them,
+so a new database may be created from either.
 
-The statements that insert or else: the one place where SQLite and PostgreSQL differ in spelling.
-
-Invariant: each decides and answers within one statement, so no second writer comes in between.
+Only the spelling of the insert-or-update statements differs between SQLite and PostgreSQL.
+Invariant: each decides and answers in one statement, so no second writer comes in between.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 HEAD = "0002"
-"""The newest migration. Versions are numbered, so that an older program can tell a newer schema."""
+"""The newest migration. Versions are numbered, so an older program recognizes a newer schema."""
 
 metadata = MetaData()
 
-# Bytewise, as SQLite and Python sort: an order that depends on a server's locale would make two
-# ledgers of one bucket differ.
+# Texts sort bytewise, as in SQLite and Python. If the order depended on a server's locale, two
+# ledgers of one bucket would differ.
 _Name = Text().with_variant(Text(collation="C"), "postgresql")
 
 jobs = Table(
@@ -65,7 +64,7 @@ jobs = Table(
     Column("round", Integer, nullable=False),
     Column("ended_s", Double),
     PrimaryKeyConstraint("id", name="jobs_pk"),
-    # NULL where the job came without one: NULLs are never equal.
+    # NULL for a job without a token. NULLs are never equal.
     UniqueConstraint("token", name="jobs_token"),
 )
 Index("jobs_newest", jobs.c.submitted_s, jobs.c.id)
@@ -81,7 +80,7 @@ stages = Table(
     Column("failed", BigInteger, nullable=False),
     Column("cancelled", BigInteger, nullable=False),
     Column("retried", BigInteger, nullable=False),
-    # Microseconds: sums of floats would depend on the order in which outcomes arrive.
+    # The unit is microseconds, because sums of floats would depend on the order of the outcomes.
     Column("run_us", BigInteger, nullable=False),
     Column("first_start_s", Double),
     Column("last_end_s", Double),
@@ -91,8 +90,8 @@ stages = Table(
     PrimaryKeyConstraint("job", "stage", name="stages_pk"),
 )
 
-# `body` is the bundle's JSON while `seq` is NULL (planned), its completion's JSON afterwards: the
-# one wire format, which the rest of the grid reads too, instead of a column for each field.
+# `body` is the bundle's JSON while `seq` is NULL (planned), and then its completion's JSON. It is
+# the grid's wire format instead of one column per field.
 bundles = Table(
     "bundles",
     metadata,
@@ -101,16 +100,16 @@ bundles = Table(
     Column("id", _Name, nullable=False),
     Column("seq", BigInteger),
     Column("failed", Integer, nullable=False),
-    # 1 for bundles of a plan that a retry has made anew: still known, so that a late event is not
-    # counted, but in no listing.
+    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not
+    # counted, but it is in no listing.
     Column("void", Integer, nullable=False, server_default="0"),
     Column("body", Text, nullable=False),
     PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
     ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),
 )
-# The order in which bundles are read, and what they are filtered by, all in one: so none of the
-# port's queries sorts, and a search for the failed ones reads no row of the others. (An index of
-# the failed ones only would cost the import of PostgreSQL's dialect just to be declared.)
+# The index has the order in which bundles are read and the columns that filter them. So no query of
+# the port sorts, and a search for failed bundles reads no other rows. (An index of only the failed
+# bundles would need the import of PostgreSQL's dialect for its declaration.)
 Index(
     "bundles_read",
     bundles.c.job,
@@ -120,8 +119,8 @@ Index(
     bundles.c.failed,
 )
 
-# The last `seq` given. Not max(seq), which would start again after `forget` and hide everything
-# from a reader that goes on after the last seq it saw.
+# The last `seq` that was given. max(seq) would start again after `forget`, and a reader that goes
+# on after the last seq it saw would then miss everything.
 counters = Table(
     "counters",
     metadata,
@@ -139,7 +138,7 @@ leases = Table(
     PrimaryKeyConstraint("name", name="leases_pk"),
 )
 
-# Alembic's own table, spelt as Alembic makes it, so that reading it needs no Alembic.
+# Alembic's own table, declared as Alembic creates it, so it can be read without Alembic.
 versions = Table(
     "alembic_version",
     metadata,
@@ -155,36 +154,38 @@ BundleValues = tuple[str, str, str, int | None, int, int, str]
 _KEY = ("job", "stage", "id")
 KeyValues = tuple[str, str, str]
 _ROWS_AT_ONCE = 100
-"""SQLite allows 32,766 parameters in a statement."""
+"""Rows of one statement. SQLite allows 32,766 parameters in a statement."""
 
 NOBODY = ""
-"""Owner of a lease that was given back: its row stays, so that its beat never starts again."""
+"""Owner of a released lease. Its row stays, so its beat never restarts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upserts:
-    """One database's statements. Those that return rows do so for what took effect."""
+    """Statements for one kind of database. Statements that return rows return only changed rows."""
 
     add_job: ReturningInsert[Any]
-    """Unless the id or the token is taken."""
+    """Insert a job unless its id or its token exists."""
     known: Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]
     """Select the bundles of these keys: (job, stage, id, whether it is done)."""
     store_bundles: Callable[[Connection, Sequence[BundleValues]], object]
-    """Insert bundles. Replace a planned bundle by a done one; leave every other existing row."""
+    """Insert bundles. Replace a planned bundle by a done one. Leave every other existing row."""
     take_seqs: ReturningInsert[Any]
-    """Reserve `count` sequence numbers; returns the last."""
+    """Reserve `count` sequence numbers. Return the last one."""
     take_lease: ReturningInsert[Any]
-    """If it is free or the owner's already, or stands at `over_owner` and `over_beat`; returns how
-    it stands then."""
+    """Take a lease and return its new state.
+
+    The lease must be free, belong to the owner, or be at `over_owner` and `over_beat`.
+    """
 
     @classmethod
     def of(cls, dialect: str) -> Upserts:
-        """For the dialect of that name: "sqlite" or "postgresql"."""
+        """Return the statements for the dialect "sqlite" or "postgresql"."""
         insert = _insert(dialect)
         store = insert(bundles)
         is_postgresql = dialect == "postgresql"
         if is_postgresql:
-            # One statement with one text, whatever the number of rows.
+            # It is one statement with one text, whatever the number of rows.
             store = store.from_select(BUNDLE, _unpacked(BUNDLE))
         store = store.on_conflict_do_update(
             index_elements=[*bundles.primary_key],
@@ -219,7 +220,7 @@ class Upserts:
 
 
 def _insert(dialect: str) -> Callable[..., Any]:
-    # Only the one in use is imported. Both have the same methods, but no type in common.
+    # Only the dialect in use is imported. Both have the same methods, but no common type.
     if dialect == "postgresql":
         from sqlalchemy.dialects import postgresql
 
@@ -230,8 +231,10 @@ def _insert(dialect: str) -> Callable[..., Any]:
 
 
 def _unpacked(names: Sequence[str]) -> Select[Any]:
-    """Select the rows of the parameter `rows`, a JSON text. The driver writes one text faster than
-    an array for each column."""
+    """Select the rows of the parameter `rows`, a JSON text.
+
+    The driver writes one text faster than an array for each column.
+    """
     columns = (column(name, bundles.c[name].type.as_generic()) for name in names)
     rows = func.json_to_recordset(bindparam("rows", type_=JSON)).table_valued(*columns)
     return select(rows.render_derived(with_types=True))
@@ -245,7 +248,7 @@ def known_on_postgresql() -> Select[Any]:
     """Select which bundles of the parameter `rows` exist, and whether each is done.
 
     The lateral query reads each bundle by the primary key. A join would read all bundles of the
-    schema while the server has no statistics of the table.
+    schema while the server lacks statistics of the table.
     """
     keys = _unpacked(_KEY).subquery()
     is_done = bundles.c.seq.is_not(None).label("is_done")
@@ -263,8 +266,8 @@ def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleVa
     return lambda connection, rows: connection.execute(store, _as_objects(BUNDLE, rows))
 
 
-# SQLAlchemy takes a third of the time of a fold for the parameters of each row, so on SQLite the
-# driver executes these texts.
+# SQLAlchemy would take a third of the time of a fold to process the parameters of each row. So on
+# SQLite, the driver executes these texts.
 
 
 def _known_on_sqlite(connection: Connection, keys: Sequence[KeyValues]) -> list[Any]:
@@ -284,7 +287,7 @@ def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues
 def _in_parts(
     connection: Connection, before: str, one: str, after: str, rows: Sequence[Sequence[Any]]
 ) -> list[Any]:
-    """Execute the statement with some rows at a time, each of which is written as `one`."""
+    """Execute the statement with some of the rows at a time, each written as `one`."""
     returned: list[Any] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[at : at + _ROWS_AT_ONCE]

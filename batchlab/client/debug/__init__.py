@@ -1,1 +1,1 @@
-"""One task of a job, brought to this machine and run again in the foreground, under a debugger."""
+"""Replay of one task of a job on this machine, in the foreground and with a debugger."""

@@ -1,7 +1,8 @@
-"""The process in which a task runs again: the worker's own code for it, with a debugger around.
+"""Process in which a task runs again: the worker's code for tasks, with a debugger around it.
 
-Invariant: the handler is found, called and judged by what a worker's child process uses, and
-nothing is sent anywhere. Imports the standard library and a few light modules of ours only.
+Invariant: the code of a worker's child process finds, calls, and judges the handler. The run
+changes nothing on the grid. This module imports only the standard library and a few light modules
+of batchlab.
 
     python -P -m batchlab.client.debug.child FOLDER [--pdb] [--break] [--debugpy PORT]
                                           [--env NAME] [--supervised]
@@ -30,24 +31,26 @@ from batchlab.worker.task_executor import TaskExecutor
 _PR_SET_PDEATHSIG = 1
 
 LEFT = (bdb.BdbQuit, KeyboardInterrupt)
-"""What ends a task that somebody does not want to see the end of."""
+"""Exceptions that mean that the user left the task before its end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the task of a folder; exits with 0 where it succeeded, 1 where it failed."""
+    """Run the task of a folder. Exit with 0 if it succeeded, and with 1 if it failed."""
     given = _parser().parse_args(arguments)
-    # Of code that is mended within the second in which it was read, with as many letters as before,
-    # Python would take the bytecode of before.
+    # Python would use outdated bytecode for code that is changed within one second to a text of the
+    # same length.
     sys.dont_write_bytecode = True
     try:
         told = read(given.folder)
     except Unknown as error:
         sys.exit(f"Error: {error}")
     if given.supervised:
-        # Whoever supervises it passes Ctrl-C on to it, and must not leave it behind.
+        # The supervisor leaves Ctrl-C to this process. This process must not outlive the
+        # supervisor.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A program of the user's that hangs says where, once its time is up.
+    # If the task exceeds its time limit, the supervisor sends SIGUSR1, and this process prints its
+    # stack.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     here = dict(os.environ)
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say("\n".join(verdict.judge(told, ended, here).lines))
     sys.stdout.flush()
     sys.stderr.flush()
-    # As a worker's child: threads that a handler left behind are not waited for.
+    # As in a worker's child process, threads that a handler left behind are not joined.
     os._exit(1 if ended.failure or ended.left else 0)
 
 
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _keep_back(passed: Sequence[str]) -> None:
-    """Remove the variables from this process that the task is not given."""
+    """Remove the environment variables that the task does not get."""
     names = foreground.withheld(os.environ, passed)
     for name in names:
         del os.environ[name]
@@ -100,7 +103,7 @@ def _keep_back(passed: Sequence[str]) -> None:
 
 
 def run(told: Told, debugger: debuggers.Debugger, board: ChildState | None) -> Ended:
-    """Run the task, and let the debugger have what it raises."""
+    """Run the task, and pass its exceptions to the debugger."""
     began_s = time.monotonic()
 
     def mark(task: int) -> None:
@@ -108,7 +111,7 @@ def run(told: Told, debugger: debuggers.Debugger, board: ChildState | None) -> E
             board.mark(task, time.monotonic())
 
     def rest() -> None:
-        # The clock of its limits stands while somebody debugs.
+        # The time limit does not apply while the user debugs.
         if board:
             board.rest()
 
@@ -148,7 +151,7 @@ def _tell(fault: handlers.Fault) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a program of its own
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints for the user
 
 
 if __name__ == "__main__":

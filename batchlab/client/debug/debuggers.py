@@ -1,8 +1,7 @@
-"""The debuggers that a task can be run under: none, pdb, or an IDE by debugpy.
+"""Debuggers for a task: none, pdb, or an IDE with debugpy.
 
-Invariant: whatever the debugger does, the task's exception is still the one that it raised.
-Imported by the process that runs the task: standard library only, and debugpy where it is asked
-for.
+Invariant: a debugger does not change the exception that the task raises. The process that runs the
+task imports this module, which uses only the standard library, and debugpy on request.
 """
 
 from __future__ import annotations
@@ -22,23 +21,25 @@ HOST = "127.0.0.1"
 
 
 class Debugger:
-    """None: the task just runs."""
+    """No debugger: the task just runs."""
 
     def begin(self, told: Told) -> None:
-        """The handler has been loaded, and is about to be called."""
+        """Prepare for the call of the loaded handler."""
 
     @contextmanager
     def around(self, told: Told) -> Iterator[None]:
-        """Around the handler's call."""
+        """Wrap the handler's call."""
         del told
         yield
 
     def failed(self, error: BaseException | None) -> None:
-        """The task has raised it; None where no code of the user's was running."""
+        """Handle the exception that the task raised. `error` is None if none of the user's code was
+        running."""
 
 
 class Pdb(Debugger):
-    """Python's own: at the exception, and with `at_start` at the handler's first line too."""
+    """Python's own debugger: at the exception, and with `at_start` also at the handler's first
+    line."""
 
     def __init__(self, *, at_start: bool) -> None:
         self._at_start = at_start
@@ -72,7 +73,7 @@ class Pdb(Debugger):
 
 
 class _Stop:
-    """Hands over to pdb when the function begins."""
+    """Trace function that starts pdb when the function is called."""
 
     def __init__(self, code: CodeType) -> None:
         self._code = code
@@ -89,7 +90,7 @@ class _Stop:
 
 
 class Ide(Debugger):
-    """debugpy: waits until an IDE is attached, which knows its own breakpoints."""
+    """debugpy, which waits until an IDE attaches. The IDE has its own breakpoints."""
 
     def __init__(self, port: int, *, at_start: bool) -> None:
         self._port = port
@@ -109,23 +110,23 @@ class Ide(Debugger):
 
 
 def choose(*, pdb: bool, at_start: bool, port: int | None) -> Debugger:
-    """The debugger that was asked for."""
+    """Return the requested debugger."""
     if port is not None:
         return Ide(port, at_start=at_start)
     return Pdb(at_start=at_start) if pdb or at_start else Debugger()
 
 
 def _code(told: Told) -> CodeType | None:
-    """That of the user's function, below what decorates it."""
+    """Return the code of the user's function without its decorators, or None."""
     handler = told.request["handler"]
     if not handler:
         return None
     found = inspect.unwrap(handlers.find(handler, told.request["function"]))
     if not inspect.isfunction(found) and not inspect.ismethod(found):
-        found = getattr(type(found), "__call__", None)  # noqa: B004 - its code, not whether it is
+        found = getattr(type(found), "__call__", None)  # noqa: B004 - reads its code
     code = getattr(found, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - of a program of its own
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints for the user

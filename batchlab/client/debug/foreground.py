@@ -1,14 +1,10 @@
-"""Runs a prepared task in front of the user, within the job's limits, or opens a shell for it.
+"""Foreground run of a prepared task, within the job's limits, or a shell for the task.
 
-Invariant: the limits are judged by what a worker judges them by, and whatever the task has started
-ends with it.
-
-What of the environment a job's code is not given when it runs on somebody's own machine.
-
-Invariant: a variable reaches the task only if it is named or `environment.is_harmless` lists it.
-No rule recognizes each secret, so it is not enough that a variable does not look like one.
-It is no sandbox: the task runs with its user's rights, and can read what they can. Imported by the
-process that runs the task: standard library only.
+Invariant: the worker's code judges the limits, and all processes that the task started end with it.
+A variable of the environment reaches the task only if the user names it or
+`environment.is_harmless` lists it. No rule recognizes every secret, so a variable must be known to
+be harmless. This is not a sandbox: the task runs with the user's rights. The process that runs the
+task imports this module, so it uses few imports.
 """
 
 from __future__ import annotations
@@ -40,13 +36,13 @@ from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
-"""Variables that are named before the rest is counted."""
+"""Number of variables that are listed by name. Further variables are only counted."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-"""A password in an address."""
+"""A URL with a password."""
 
 
 def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[str]:
-    """Names of the variables that are kept back, but for those that are to be `passed`."""
+    """Return the names of the variables that the task does not get. `passed` are exceptions."""
     return sorted(
         name
         for name, value in environ.items()
@@ -55,13 +51,13 @@ def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[s
 
 
 def given(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
-    """The environment without them."""
+    """Return the environment without the withheld variables."""
     kept_back = frozenset(withheld(environ, passed))
     return {name: value for name, value in environ.items() if name not in kept_back}
 
 
 def told(names: list[str]) -> str:
-    """A sentence about what is kept back, "" where nothing is."""
+    """Return a sentence about the withheld variables, or "" if there are none."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -73,14 +69,18 @@ def told(names: list[str]) -> str:
 
 
 _LOOK_S = 0.2
-"""How long a task that is over its time has to say where it was."""
+"""Time in seconds that a task over its time limit has to print its stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """What the user wants: pdb at the exception, or at the first line too, or an IDE at a port;
-    without limits; with all that it prints on stderr, where stdout is for a program. `passed` are
-    variables that it is given though they look like secrets."""
+    """The user's options for a run.
+
+    `pdb` debugs at the exception, `at_start` also at the first line, and `debugpy` is the port for
+    an IDE. `no_limits` ignores the job's limits. `aside` redirects the output of the task to
+    stderr, so that a program can read stdout. `passed` are variables that the task gets although
+    they may be secrets.
+    """
 
     pdb: bool = False
     at_start: bool = False
@@ -95,19 +95,19 @@ class How:
 
     @property
     def takes_time(self) -> bool:
-        """Whether somebody is at a prompt while the task runs."""
+        """Return whether the user may be at a prompt while the task runs."""
         return self.at_start or self.debugpy is not None
 
 
 def run(told: Told, how: How) -> Ended:
-    """Run it to its end, in a process of its own."""
+    """Run the task to its end in a separate process."""
     (told.folder / ENDED).unlink(missing_ok=True)
     board = ChildState(told.board, create=True)
     with _left_to_it():
         process = subprocess.Popen(
             argv(told, how),
             env=given(os.environ, how.passed),
-            # As on a worker, where nobody is asked anything.
+            # A task on a worker cannot read from stdin either.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
@@ -119,7 +119,7 @@ def run(told: Told, how: How) -> Ended:
 
 
 def argv(told: Told, how: How) -> list[str]:
-    """The command of that process."""
+    """Return the command of the task's process."""
     debugging = [
         *(["--pdb"] if how.pdb else []),
         *(["--break"] if how.at_start else []),
@@ -131,7 +131,8 @@ def argv(told: Told, how: How) -> list[str]:
 
 @contextmanager
 def _left_to_it() -> Iterator[None]:
-    """Ctrl-C is for the task, or for its debugger; the terminal tells both of us."""
+    """Ignore SIGINT in this process while the task or its debugger handles it. The terminal sends
+    it to both."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -146,7 +147,8 @@ class _Watched:
 
 
 class _Memory:
-    """Of a process and its descendants: it is in our own process group, for the terminal's sake."""
+    """Memory of a process and its descendants. The process is in this process group, because the
+    terminal requires that."""
 
     def resident_bytes(self, group: int, since_s: float) -> int:
         del since_s
@@ -164,7 +166,7 @@ def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[by
             found = limits.broken(watched)
             if found is None:
                 continue
-            # Where it was, on stderr.
+            # SIGUSR1 prints the stack of the task to stderr.
             os.kill(process.pid, signal.SIGUSR1)
             time.sleep(_LOOK_S)
             _end(process)
@@ -178,11 +180,11 @@ def _watch(told: Told, how: How, watched: _Watched, process: subprocess.Popen[by
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End it with all that it has started. It leads no process group, so it is not ended as a
-    worker's child is."""
+    """Kill the process and its descendants. It does not lead a process group, unlike a worker's
+    child process."""
     if process.poll() is None:
         for pid in family(process.pid):
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the process has just ended
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
@@ -198,7 +200,7 @@ def _limited(told: Told, how: How) -> StageDef:
 
 
 def not_applied(told: Told, how: How) -> list[str]:
-    """Which of the job's limits do not hold in such a run, a sentence each."""
+    """Return one sentence for each limit of the job that does not apply to such a run."""
     found = []
     if told.timeout_s is not None and (how.no_limits or how.takes_time):
         found.append(f"Its time limit of {told.timeout_s:g} s did not hold.")
@@ -212,14 +214,15 @@ def not_applied(told: Told, how: How) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """A command stage's task, ready for a shell: `command` as one would type it."""
+    """Task of a command stage, ready for a shell. `command` is the line to type."""
 
     command: str
     call: commands.Call
 
 
 def shell(told: Told, passed: Collection[str] = ()) -> Shell:
-    """UsageError where the task is no command, or cannot be one. `passed` as in How."""
+    """Prepare the task for a shell. Raise UsageError if it is not a command, or if its command
+    cannot be built. `passed` is as in How."""
     if not told.is_command:
         raise UsageError(
             f"{told.name} is a Python function, not a command.",
@@ -241,13 +244,13 @@ def shell(told: Told, passed: Collection[str] = ()) -> Shell:
 
 
 def typed(call: commands.Call) -> str:
-    """A call as a line for a shell."""
+    """Return a call as a line for a shell."""
     line = shlex.join(call.arguments)
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
 
 
 def open_shell(ready: Shell) -> int:
-    """The user's shell where the command would run; its exit code."""
+    """Run the user's shell in the folder of the command, and return its exit code."""
     with _left_to_it():
         return subprocess.run(
             [os.environ.get("SHELL") or "/bin/sh"],

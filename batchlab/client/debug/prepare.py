@@ -1,7 +1,7 @@
-"""Brings a task's input and code from the bucket into a folder, by the worker's own code for that.
+"""Copy of a task's input and code from the bucket into a folder, made with the worker's code.
 
-Invariant: the bucket is read through `ReadOnly`, which cannot write, and nothing that the folder
-gets is the stored object itself, so that no debugging changes a grid.
+Invariant: `ReadOnly` reads the bucket and cannot write to it. The folder contains copies, so
+debugging cannot change the grid.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbi
 
 
 class ReadOnly:
-    """An Objects port that only reads."""
+    """Objects port that only reads."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -78,7 +78,7 @@ def _only_reads(key: str) -> Refused:
 
 
 class _Layout(Scratch):
-    """The folders of a worker's scratch, where a task's folder has them."""
+    """Scratch folder of a worker, with the paths of a task folder."""
 
     def code(self, digest: str) -> Path:
         del digest
@@ -100,11 +100,12 @@ async def bring(
     number: int | None = None,
     round_: int | None = None,
 ) -> Told:
-    """Prepare `folder` for a task: of the attempt that is named, of the last one that failed, or of
-    the last; of one that has not ended yet, where its input is there.
+    """Prepare `folder` for a task.
 
-    UsageError where there is no such task or attempt, or where something of it is not there any
-    more; BackendError where the bucket cannot be read.
+    The attempt is the named one, else the last failed one, else the last one. A task without an
+    ended attempt is prepared if its input exists. Raise UsageError if the task or the attempt does
+    not exist, or if one of its objects was deleted. Raise BackendError if the bucket cannot be
+    read.
     """
     reading = ReadOnly(objects, patience)
     try:
@@ -230,7 +231,7 @@ def _fields(failure: Failure) -> dict[str, Json]:
 
 
 def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bool) -> list[str]:
-    """What is to be known before the run, and is no difference that can be measured."""
+    """Return notes on differences from the grid that the run itself cannot detect."""
     notes = []
     if attempt and there is None:
         notes.append(
@@ -248,7 +249,7 @@ def _notes(attempt: Attempt | None, there: Environment | None, *, is_pickled: bo
 
 
 def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
-    """One sentence: which thing, and what to do."""
+    """Return the error for a missing part of the task, with a remedy."""
     if what == "code":
         remedy = "Submit the job again from its folder: that uploads its code again."
     elif "'files/" in reason:
@@ -267,8 +268,8 @@ def _gone(what: str, stage: str, task: int, reason: str) -> UsageError:
 
 
 def room(folder: Path) -> None:
-    """Make `folder` empty for a task. UsageError where it holds anything but an earlier task's
-    folder, or cannot be made."""
+    """Create `folder`, or empty it if it is the folder of an earlier task. Raise UsageError if it
+    has other contents or cannot be created."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not ((folder / object_keys.MADE).is_file() and (folder / TASK).is_file()):

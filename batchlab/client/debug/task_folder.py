@@ -1,16 +1,16 @@
-"""A task's folder: its input, its code, and `task.json`, which says what to run.
+"""Task folder: the input and the code of a task, and `task.json`, which describes the run.
 
-Invariant: all that is in it is a copy, and every path in `task.json` is relative to the folder, so
-that it can be moved and given away. Imported by the process that runs the task: standard library
-only.
+Invariant: the folder contains only copies, and every path in `task.json` is relative to the folder,
+so the folder can be moved and shared. The process that runs the task imports this module, which
+uses few imports.
 
-    README.md    what this is, and the commands
-    run.py       runs the task; point an IDE to it
+    README.md    a description of the folder, and the commands
+    run.py       runs the task, also in an IDE
     task.json    the task, its limits, and how it ended on the grid
     code/        the job's code
-    run/N/in/    the input of task N; out/ and scratch/ beside it come and go with each run
+    run/N/in/    the input of task N; each run creates and removes out/ and scratch/ next to it
     run/cwd/     the current folder of a Python handler
-    ended.json   how the last run here ended
+    ended.json   how the last local run ended
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ CODE, EXECUTION = "code", "run"
 
 
 class Unknown(Exception):
-    """The folder is none of these, or of another batchlab."""
+    """The folder is not a task folder, or another version of batchlab made it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What `task.json` says. `request` and `item` have the paths of where the folder is now.
+    """Contents of `task.json`.
 
-    `state` is how the attempt ended on the grid ("" where it has not), `failure` the fields of its
-    Failure, `value` its encoded result. `there` is what its worker has told of its surroundings,
-    `notes` are differences that are known already.
+    The paths in `request` and `item` are those of the folder's current place. `state` is the
+    attempt's state on the grid, or "" if it has not ended. `failure` has the fields of its Failure,
+    and `value` is its encoded result. `there` is the recorded environment of its worker. `notes`
+    are differences that are already known.
     """
 
     folder: Path
@@ -72,7 +73,7 @@ class Told:
 
     @property
     def context(self) -> Context:
-        """What the task is told of itself."""
+        """Return the context that the task receives."""
         return context(self.request, self.task)
 
     @property
@@ -80,18 +81,16 @@ class Told:
         return self.folder / BOARD
 
     def clean(self) -> None:
-        """Make it as it was before the first run: what the task has written goes, its input
-        stays."""
+        """Restore the state before the first run: delete the task's output and keep its input."""
         own = self.folder / EXECUTION / str(self.task)
         for name in ("out", "scratch", "value", "kept"):
-            shutil.rmtree(own / name, ignore_errors=True)  # most tasks make none of them
+            shutil.rmtree(own / name, ignore_errors=True)  # only some tasks create these
         shutil.rmtree(self.request["cwd"], ignore_errors=True)
         os.makedirs(self.request["cwd"])  # noqa: PTH103 - as the worker does
         (self.folder / ENDED).unlink(missing_ok=True)
 
 
 def write(told: Told) -> None:
-    """Write `task.json`."""
     root = f"{told.folder}/"
     doc = {
         "v": VERSION,
@@ -106,7 +105,7 @@ def write(told: Told) -> None:
 
 
 def read(folder: Path) -> Told:
-    """What is to be run in a folder; Unknown where it is none."""
+    """Return the run that a folder describes. Raise Unknown if it is not a task folder."""
     folder = folder.absolute()
     try:
         doc = json.loads((folder / TASK).read_text())
@@ -129,8 +128,8 @@ def _moved(reference: Json, move: Any) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run here ended: with `failure` (the fields of a Failure), or the encoded `value`;
-    `left` says that somebody left the debugger before its end."""
+    """End of a local run: `failure` (the fields of a Failure) or the encoded `value`. `left` is
+    True if the user left the debugger before the end."""
 
     failure: dict[str, Any] | None = None
     value: Json = None
@@ -139,14 +138,14 @@ class Ended:
 
 
 def write_ended(folder: Path, ended: Ended) -> None:
-    """Say how a run ended; whole or not at all."""
+    """Write the end of a run atomically."""
     staged = folder / f".{ENDED}"
     staged.write_text(json.dumps(json_format.fields(ended)))
     staged.replace(folder / ENDED)
 
 
 def read_ended(folder: Path) -> Ended | None:
-    """How the last run ended; None where it has not said so."""
+    """Return the end of the last run, or None if it recorded none."""
     try:
         return Ended(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:

@@ -1,11 +1,8 @@
-"""Whether a task did here what it did on the grid, and what was not the same here.
+"""Comparison of a local run with the run on the grid, and the README and `run.py` of a task folder.
 
-Invariant: a function of what `task.json` says and how the run ended. Imported by the process that
-runs the task: standard library only.
-
-What a task's folder says of itself, and the script by which an IDE runs it.
-
-Invariant: the commands in it work from any folder, with the Python that prepared it.
+Invariant: the comparison depends only on `task.json`, the end of the run, and the environment. The
+commands in the README work in any folder, with the Python that prepared it. The process that runs
+the task imports this module, which uses few imports.
 """
 
 from __future__ import annotations
@@ -31,9 +28,12 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`word`: "same" (it failed as on the grid), "different", "not at all" (it did not fail);
-    "succeeded" or "failed" where it did not fail on the grid; "left" where nobody saw its end.
-    `here` and `there` are fingerprints, "" where there was no failure."""
+    """Result of the comparison.
+
+    `word` is "same" (it failed as on the grid), "different", or "not at all" (it did not fail). It
+    is "succeeded" or "failed" if the task did not fail on the grid, and "left" if the user left
+    before the end. `here` and `there` are fingerprints, or "" without a failure.
+    """
 
     word: str
     sentence: str
@@ -43,7 +43,7 @@ class Verdict:
 
     @property
     def lines(self) -> list[str]:
-        """For a person."""
+        """Return the result as lines for the user."""
         if not self.differences:
             return [self.sentence]
         return [
@@ -54,15 +54,15 @@ class Verdict:
 
 
 def failure_of(told: dict[str, Any] | None) -> Failure | None:
-    """The Failure with these fields."""
+    """Return the Failure with these fields."""
     if told is None:
         return None
     return Failure(**{"task": 0, **told, "kind": FailureKind(told["kind"])})
 
 
 def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:
-    """Hold what happened here against what happened on the grid. `environ` is the user's own
-    environment: the command names the variables that it keeps back from the task."""
+    """Compare the local run with the run on the grid. `environ` is the user's environment, from
+    which the command withholds variables."""
     differences = [*_differences(told, environ), *told.notes]
     there, here = failure_of(told.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(there) if there else "")
@@ -103,7 +103,7 @@ def _word(
 def _result(told: Told, ended: Ended) -> str:
     for value in (told.value, ended.value):
         if next(values.references(value), None) is not None or values.kind(value):
-            return ""  # files and pickled objects, of which the same content has other names
+            return ""  # the names of files and pickled objects always differ
     return ", with the same result" if told.value == ended.value else ", with another result"
 
 
@@ -114,7 +114,7 @@ def _differences(told: Told, environ: Mapping[str, str]) -> list[str]:
 
 
 def text(told: Told, given: str) -> str:
-    """The README; `given` describes the input."""
+    """Return the text of the README. `given` describes the input."""
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
     what = "Its command" if told.is_command else f"The handler `{told.request['handler']}`"
     files = (
@@ -155,7 +155,7 @@ def text(told: Told, given: str) -> str:
 
 
 def script(told: Told) -> str:
-    """`run.py`."""
+    """Return the text of `run.py`."""
     here = str(Path(batchlab.__file__).resolve().parent.parent)
     return (
         f'"""Runs {told.name} of {told.job} again; {README} says more."""\n\n'
@@ -168,7 +168,7 @@ def script(told: Told) -> str:
 
 
 def limits(told: Told) -> str:
-    """The job's, in words."""
+    """Return the job's limits in words."""
     found = []
     if told.timeout_s is not None:
         found.append(f"{told.timeout_s:g} s")

@@ -1,8 +1,8 @@
-"""The five ports, and the two seams inside the worker and the fleet, as Protocols.
+"""Protocols for the five ports, and for the two interfaces inside the worker and the fleet.
 
-A port takes and returns plain data and knows no policy. A difference between backends is a fact
-in a capability record, never a method that raises. All times are seconds unless a name says
-otherwise; epoch times come from the Clock.
+A port takes and returns plain data and contains no policy. Differences between backends are
+capabilities, never methods that raise. All times are seconds unless a name states another unit.
+Epoch times come from the Clock.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""The ledger as a Protocol: a projection of the bucket that people and the planner read.
+"""Protocol of the ledger, its rows, and the changes that it applies to them.
 
-Invariant: each call is one transaction and may be repeated. A change names the round of the job, so
-a late call of a paused manager has no effect on a later round.
+The ledger is a projection of the bucket that people and the planner read.
 
-Rows of the ledger, and the changes that a ledger applies to them.
-
-Invariant: the values are frozen. They follow from the bucket alone, so a rebuilt ledger has equal
-rows.
+Invariants: each call is one transaction and may be repeated. A change names the round of the job,
+so a late call of a paused manager does not change a later round. The values are frozen. They follow
+from the bucket alone, so a rebuilt ledger has equal rows.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """A stage's row: its counters, and how far its plan has been cut into bundles.
+    """A stage's row: its counters, and the part of its plan that is cut into bundles.
 
-    `plan_round` is the round whose plan its tasks come from; `cut_seq` numbers the cuts of that
-    round, -1 before the first; `left` are the tasks not yet cut.
+    `plan_round` is the round of the plan that defines its tasks. `cut_seq` numbers the cuts of that
+    round, and is -1 before the first. `left` are the tasks that are not cut yet.
     """
 
     counts: StageCounts
@@ -56,7 +54,8 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class BundleRecord:
-    """A bundle's row: planned while `completion` is None. `seq` orders completions as folded."""
+    """A bundle's row. `completion` is None while the bundle is planned. `seq` is the order of
+    folds."""
 
     bundle: Bundle
     completion: Completion | None = None
@@ -65,7 +64,7 @@ class BundleRecord:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Bundles that a planner committed to, the content of one plan/cuts object."""
+    """Bundles that a planner committed: the content of one plan/cuts object."""
 
     job: JobId
     stage: StageName
@@ -74,17 +73,17 @@ class Cut:
     bundles: tuple[Bundle, ...]
     left: TaskSet
     planned: int | None = None
-    """Set in a stage's first cut: its number of tasks."""
+    """Number of tasks of the stage, set in its first cut."""
     at_s: float | None = field(default=None, compare=False)
-    """When it was decided, for reports; None where the job's submission decided it too."""
+    """Time of the decision, for reports. None if the cut came with the job's submission."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reopening:
     """Counts that a `job retry` takes back from a stage before the stage runs again.
 
-    `replan` says that the stage's plan itself is void (a gather), so `planned` is unknown again,
-    and that its bundles so far appear in no listing any more.
+    `replan` is true if the stage's plan itself is void (a gather). Then `planned` is unknown again,
+    and no listing shows the stage's earlier bundles.
     """
 
     stage: StageName
@@ -96,7 +95,8 @@ class Reopening:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a round of a job ended; `closed` tasks of each stage never came to be."""
+    """End of a round of a job. `closed` has the number of tasks of each stage that were never
+    planned."""
 
     state: JobState
     reason: str
@@ -108,8 +108,8 @@ class Ending:
 class Round:
     """One round of a job, as the bucket describes it.
 
-    `planned` are the chained stages whose number of tasks its first cuts say; `casualties` belong
-    to the completions, one each.
+    `planned` are the chained stages whose number of tasks follows from the first cuts of the round.
+    `casualties` has one mapping for each completion.
     """
 
     reopened: Sequence[Reopening]
@@ -122,7 +122,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Everything that the bucket says of a job: its first state, and its rounds."""
+    """Everything that the bucket contains about a job: its first state, and its rounds."""
 
     job: JobDef
     state: JobState
@@ -134,7 +134,8 @@ class Past:
 class JobRows:
     """The row of a job and the rows of its stages, in order, at one moment.
 
-    `stamp` tells writes apart that leave equal rows. It is the ledger's own, so it is not compared.
+    `stamp` distinguishes writes that leave equal rows. It is internal to the ledger, so it is not
+    compared.
     """
 
     job: JobRecord
@@ -148,21 +149,24 @@ class JobRows:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Answer to the change of a job: the rows after the change, and whether it changed them."""
+    """Result of a change of a job: the rows after the change, and whether it changed them."""
 
     rows: JobRows
     is_new: bool
 
     def has_control(self, change: SetControl) -> bool:
-        """Return whether the job is in the round of the change, has not ended, and has the control
-        of the change. A change that is made twice is new only once."""
+        """Return whether the job has the control of the change.
+
+        The job must be in the round of the change and must not have ended. A repeated change is new
+        only once, so `is_new` does not answer this.
+        """
         job = self.rows.job
         return job.round == change.round and not job.state.ended and job.control is change.control
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Answer to a `Fold`: which completions were new, and the rows of their jobs after it.
+    """Result of a `Fold`: which completions were new, and the rows of their jobs after it.
 
     A new completion at position i has the seq `first_seq` + i. No other completion has a seq
     between `first_seq` and the last of these.
@@ -203,9 +207,9 @@ class MoveJob:
 
 @dataclass(frozen=True, slots=True)
 class SetControl:
-    """Record the control word of the bucket.
+    """Record the word of the job's control object.
 
-    The change has no effect if the job is in another round or has ended. A cancellation is final
+    The change is ignored if the job is in another round or has ended. A cancellation is final
     within its round.
     """
 
@@ -218,7 +222,7 @@ class SetControl:
 class AddCut:
     """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
 
-    A cut that is known, older than a known one, or of another round than the job has no effect. A
+    A cut is ignored if it is known, older than a known one, or of another round than the job. A
     stage whose `plan_round` is older than the cut takes the round of the cut.
     """
 
@@ -231,8 +235,10 @@ class AddCut:
 
 @dataclass(frozen=True, slots=True)
 class SetPlanned:
-    """Set the number of planned tasks of a chained stage, if it is unknown and the job is in that
-    round."""
+    """Set the number of planned tasks of a chained stage.
+
+    The change is ignored if the number is known or the job is in another round.
+    """
 
     job_id: JobId
     stage: StageName
@@ -251,9 +257,9 @@ class Reopen:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End the job in that round, unless it has ended.
+    """End the job if it is in round `round` and has not ended.
 
-    The tasks that `ending.closed` counts for each stage are counted as cancelled. A stage without a
+    The tasks that `ending.closed` counts for each stage are counted as canceled. A stage without a
     plan gets that count as its planned tasks.
     """
 
@@ -264,11 +270,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Fold completions, each exactly once however often it arrives. A waiting job becomes RUNNING.
+    """Fold completions, each exactly once even if it arrives several times.
 
-    The counters of the bundle's stage grow by the completion. `casualties` has one mapping for each
-    completion: these stages grow in `cancelled`. The `follows` of a completion become planned
-    bundles, unless they are folded already.
+    A waiting job becomes RUNNING. The completion is added to the counters of the bundle's stage.
+    `casualties` has one mapping for each completion. Its counts are added to `cancelled` of these
+    stages. The `follows` of a completion become planned bundles, unless they are already folded.
     """
 
     completions: Sequence[Completion]
@@ -276,16 +282,18 @@ class Fold:
 
 
 JobChange = AddJob | MoveJob | SetControl | AddCut | SetPlanned | Reopen | Finish
-"""A change of one job. Its effect depends on the round of the job, so a late call of a former
-leader has no effect on a later round."""
+"""A change of one job. Its effect depends on the round of the job. A late call of a former leader
+therefore does not change a later round."""
 Change = JobChange | Fold
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease as it stands: every renewal adds 1 to `beat`. One that is seen unchanged for as long
-    as it lasts has run out, by the watch of whoever sees it; no two clocks have to agree. `beat`
-    never starts again, so an owner whose renewal adds more than 1 may not have been the only one.
+    """State of a lease. Every renewal adds 1 to `beat`.
+
+    A lease has expired if an observer sees it unchanged for its whole duration. The observer
+    measures the duration on its own clock, so clocks need not agree. `beat` never starts again, so
+    if a renewal adds more than 1, another owner may have held the lease in between.
     """
 
     owner: str
@@ -295,8 +303,8 @@ class Lease:
 class Ledger(Protocol):
     """Rows of jobs, stages, and bundles, and the leases of managers.
 
-    Readers see whole transactions. The ledger has no facts about single tasks: those are in the
-    outcomes. A change returns the rows that it leaves, which saves the caller a read.
+    Readers see whole transactions. The ledger does not store single tasks, because the outcomes
+    contain them. A change returns the rows that it leaves, which saves the caller a read.
     """
 
     @overload
@@ -304,20 +312,25 @@ class Ledger(Protocol):
 
     @overload
     async def apply(self, change: JobChange) -> Written:
-        """Apply the change, unless it was applied before; NotFound if the job or a stage does not
-        exist."""
+        """Apply the change, unless it was applied before.
+
+        Raise NotFound if the job or a stage does not exist.
+        """
 
     async def job(self, job: JobId) -> JobRecord:
-        """Return one job; NotFound."""
+        """Return one job. Raise NotFound if it does not exist."""
 
     async def jobs(
         self, *, active: bool = False, limit: int = 100, before: str | None = None
     ) -> Sequence[JobRecord]:
-        """Return jobs, newest first by (submitted_s, id). `active` leaves out jobs that have ended.
-        `before` is the id of the last job of the previous page; NotFound if it does not exist."""
+        """Return jobs, newest first by (submitted_s, id). `active` excludes jobs that have ended.
+
+        `before` is the id of the last job of the previous page. Raise NotFound if it does not
+        exist.
+        """
 
     async def rows(self, job: JobId) -> JobRows:
-        """Return the job with its stages; NotFound."""
+        """Return the job with its stages. Raise NotFound if it does not exist."""
 
     async def bundles(
         self,
@@ -331,19 +344,22 @@ class Ledger(Protocol):
     ) -> Sequence[BundleRecord]:
         """Return bundles in the order (seq, stage, id), planned ones last.
 
-        `done` selects folded (True) or planned bundles (False), `after_seq` completions that were
-        folded after that one, and `failed` bundles with failed tasks.
+        `done` selects folded (True) or planned bundles (False). `after_seq` selects completions
+        that were folded after that one. `failed` selects bundles with failed tasks.
         """
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Take the lease if it is free, renew it if it is the owner's, or take it over if it is
-        still `over`, which the caller read earlier. Return the lease after that."""
+        """Take the lease if it is free, or renew it if `owner` holds it. Return the resulting
+        lease.
+
+        If the lease is still equal to `over`, which the caller read earlier, `owner` takes it over.
+        """
 
     async def release(self, name: str, owner: str) -> None:
         """Release the lease if the owner holds it. Its beat continues from there."""
 
     async def restore(self, past: Past, *, over: JobRows | None) -> bool:
-        """Replace all rows of a job by what the bucket says of it.
+        """Replace all rows of a job by the state in the bucket.
 
         `over` are the rows that `rows` returned before the bucket was read, None if the job did not
         exist. Return False and change nothing if the job has changed since.

@@ -1,6 +1,6 @@
-"""Ports for the clock, ids, objects, queues, the fleet, its launcher, and notices, as Protocols.
+"""Protocols for the clock, ids, objects, queues, the fleet, its launcher, and notices.
 
-Invariant: all times are seconds unless a name says otherwise. Epoch times come from the Clock.
+Invariant: all times are seconds unless a name states another unit. Epoch times come from the Clock.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MAX_WAIT_S = 20.0
 
 
 class Clock(Protocol):
-    """The time. To wait, use `asyncio.sleep`, which the simulator's event loop makes virtual."""
+    """Source of the time. To wait, use `asyncio.sleep`, which is virtual in the simulator."""
 
     def now_s(self) -> float:
-        """Return seconds since the epoch. They may jump, so do not measure with them."""
+        """Return seconds since the epoch. They may jump, so do not measure durations with them."""
 
     def monotonic_s(self) -> float:
         """Return seconds since an arbitrary start. They never go back."""
 
 
 class Ids(Protocol):
-    """New identifiers, for the few things whose ids are not derived from others."""
+    """Source of new identifiers, for things whose ids are not derived from others."""
 
     def fresh(self, kind: str) -> str:
         """Return a short id such as `w-3f9c2a`, unique in the grid. `kind` is its prefix."""
@@ -41,7 +41,7 @@ class Ids(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object in a listing; `size` in bytes."""
+    """One object in a listing. `size` is in bytes."""
 
     key: str
     size: int
@@ -56,20 +56,26 @@ class Objects(Protocol):
     ) -> str:
         """Store `data` and return its ETag.
 
-        With `if_absent`, AlreadyExists if the object exists. With `if_match`, AlreadyExists if its
-        ETag is another one. An adapter that repeats such a put must recognize its own earlier
-        write. If it cannot, it raises AlreadyExists, and the caller reads the object.
+        With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise
+        AlreadyExists if its ETag is another one. An adapter that repeats such a put must recognize
+        its own earlier write. If it cannot, it raises AlreadyExists, and the caller reads the
+        object.
         """
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the object; NotFound if it does not exist. TooLarge, before the content is read,
-        if it has more than `limit` bytes."""
+        """Return the object. Raise NotFound if it does not exist.
+
+        Raise TooLarge, before the content is read, if it has more than `limit` bytes.
+        """
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Return the bytes from `start` up to `stop`, exclusive, or to the end of the object."""
 
     async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        """Return content and ETag, or None if the ETag is still `etag`; NotFound."""
+        """Return content and ETag, or None if the ETag is still `etag`.
+
+        Raise NotFound if the object does not exist.
+        """
 
     async def head(self, key: str) -> ObjectInfo | None:
         """Return size and ETag of the object, or None if it does not exist."""
@@ -81,15 +87,21 @@ class Objects(Protocol):
         """Delete these objects, and ignore those that do not exist."""
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
-        """Store a local file, in parts if it is large, and return its size in bytes. With
-        `if_absent`, AlreadyExists if the object exists."""
+        """Store a local file, in parts if it is large, and return its size in bytes.
+
+        With `if_absent`, raise AlreadyExists if the object exists.
+        """
 
     async def download(self, key: str, path: Path) -> int:
-        """Write the object to a local file, and return its size in bytes; NotFound."""
+        """Write the object to a local file, and return its size in bytes.
+
+        Raise NotFound if the object does not exist.
+        """
 
 
 class LocalFiles(Protocol):
-    """Objects of a bucket that are files of this machine, so that they can be read in place."""
+    """Objects of a bucket that are files of this machine, so that a program can read them in
+    place."""
 
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
@@ -100,7 +112,7 @@ class LocalFiles(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message to send; `delay_s` is at most 900."""
+    """A message to send. `delay_s` is at most 900."""
 
     body: str
     delay_s: float = 0.0
@@ -115,13 +127,13 @@ class Message:
     receipt: str
     receive_count: int
     sent_s: float
-    """Epoch seconds at which it was sent."""
+    """Time at which it was sent, in epoch seconds."""
     first_received_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """A queue as it should be. `max_receives` moves a message to `dead_letters` beyond it."""
+    """Target configuration of a queue. After `max_receives`, a message moves to `dead_letters`."""
 
     name: str
     visibility_s: float = 30.0
@@ -142,9 +154,9 @@ class Depth:
 class Queue(Protocol):
     """Queues by name, with the semantics of SQS standard queues.
 
-    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB,
-    else TooLarge. `delete` and `change_visibility` either ignore an expired receipt or return it
-    as refused. A caller must not rely on either.
+    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB.
+    Otherwise, it raises TooLarge. `delete` and `change_visibility` either ignore an expired receipt
+    or return it as refused. A caller must not rely on either.
     """
 
     async def ensure(self, spec: QueueSpec) -> None:
@@ -200,7 +212,7 @@ class Fleet(Protocol):
         than `KEEP_TERMINATED_S` ago."""
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """Set desired capacity; Refused outside [min, max]."""
+        """Set the desired capacity. Raise Refused if it is outside [min, max]."""
 
     async def terminate(
         self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str
@@ -237,28 +249,37 @@ class Launcher(Protocol):
     """Launcher of instances: processes, containers, or coroutines of the simulator."""
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
-        """Start a worker with the instance id `instance`, on such a machine if they differ."""
+        """Start a worker with the instance id `instance`.
+
+        Launchers that have several types of machines start it on `machine`."""
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         """Ask the instance to drain (SIGTERM), and kill it after `grace_s`. Return at once."""
 
     async def running(self) -> Mapping[str, str | None]:
-        """Return every instance until `KEEP_ENDED_S` after its end, with None while it runs, else
-        the cause of its end ("exit -9")."""
+        """Return every instance until `KEEP_ENDED_S` after its end.
+
+        The value is None while the instance runs, and then the cause of its end ("exit -9").
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Notice that the platform will terminate this instance: the reason in words, and the latest
-    time in epoch seconds, None if it is unknown."""
+    """Notice that the platform will terminate this instance.
+
+    `why` is the reason in words. `by_s` is the latest time in epoch seconds, or None if it is
+    unknown.
+    """
 
     why: str
     by_s: float | None = None
 
 
 class Notices(Protocol):
-    """Notices of the platform to an instance: a Spot interruption, or Terminated as the target
-    lifecycle state."""
+    """Source of the platform's notices to an instance.
+
+    A notice is a Spot interruption, or Terminated as the target lifecycle state.
+    """
 
     async def notice(self) -> Notice | None:
-        """Return the current notice, or None if there is none; BackendError."""
+        """Return the current notice, or None if there is none. Raise BackendError if this fails."""

@@ -1,1 +1,1 @@
-"""What a grid costs on AWS: price book, estimate, bill. Arithmetic on facts that are handed in."""
+"""Costs of a grid on AWS: price book, estimate, and bill, as arithmetic on given facts."""

@@ -1,7 +1,7 @@
-"""What a run has cost on AWS, or would have: split into what it was for.
+"""Bill of a run: its actual or hypothetical cost on AWS, split by purpose.
 
-Invariant: the lines add up to the whole. Every billed instance second is in exactly one of
-compute, wasted work and idle; what was not counted but reckoned is told as derived.
+Invariant: the lines add up to the whole. Every billed instance second is in exactly one of compute,
+wasted work, and idle. Figures that are calculated and not counted are marked as derived.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from batchlab.core.pricing.usage_meter import Account, Kind
 from batchlab.core.request_counter import Requests
 
 UNUSED = 0.15
-"""Of the instance time of a run of which nobody counted, assumed idle."""
+"""Assumed idle share of the instance time of a run whose instance time was not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageUse:
-    """A stage's useful work: seconds of succeeded tasks, slots that each takes."""
+    """Useful work of a stage: the seconds of tasks that succeeded, and the slots of each task."""
 
     name: str
     pool: str
@@ -42,7 +42,7 @@ class StageUse:
 
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """A pool's slots per instance, and what its instances are on AWS."""
+    """Slots per instance of a pool, and the instance type and disk that it has on AWS."""
 
     slots: int
     instance_type: str = ""
@@ -51,7 +51,7 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """The lines, what there is to know about them, and where the prices are from."""
+    """Lines of a bill, notes about them, and the source of the prices."""
 
     items: tuple[Item, ...]
     notes: tuple[str, ...]
@@ -72,7 +72,7 @@ class Bill:
 
 @dataclass(frozen=True, slots=True)
 class Billed:
-    """Instance seconds of one pool: all that are billed, and what they went to."""
+    """Instance seconds of one pool: all billed seconds, and their useful and wasted parts."""
 
     all_s: float
     useful_s: float
@@ -93,10 +93,13 @@ def bill(
     pace: Pace | None = None,
     moved: Moved | None = None,
 ) -> Bill:
-    """The bill of one job, at list prices in USD. Without an account, or where that was not kept
-    from the start, instance seconds are derived from task times; without counted requests (a
-    backend that has no S3 and SQS) these are derived from bundles and time. `stored_bytes` is what
-    the bucket holds of the job, `moved` what is known of data that has left it."""
+    """Return the bill of one job, at list prices in USD.
+
+    Instance seconds are derived from task times without an account, or if it was not recorded from
+    the start. Without counted requests (a backend without S3 and SQS), they are derived from
+    bundles and time. `stored_bytes` is the size of the job's objects in the bucket. `moved`
+    describes the data that has left the bucket.
+    """
     notes: list[str] = []
     account = account or Account(is_whole=False)
     derived = not account.is_whole
@@ -133,7 +136,10 @@ def bill(
 def seconds(
     pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None
 ) -> Billed:
-    """What instances of one pool were billed for; derived where not all of it was counted."""
+    """Return the billed seconds of one pool's instances.
+
+    They are derived if not all of them were counted.
+    """
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
@@ -142,12 +148,12 @@ def seconds(
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
     if derived and needed_s:
         needed_s = max(needed_s, BILLED_LEAST_S)
-    # Clocks differ: more cannot have been worked than was billed.
+    # Clocks differ, but the worked time cannot exceed the billed time.
     return Billed(max(all_s, needed_s), useful_s, wasted_s)
 
 
 def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) -> Usd:
-    """USD per second of an average instance, with its disk."""
+    """Return the USD per second of an average instance, with its disk."""
     seconds = sum(kinds.values())
     usd = NOTHING
     for kind, part_s in kinds.items():
@@ -214,7 +220,10 @@ def _moved(moved: Moved, account: Account, book: PriceBook, notes: list[str]) ->
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:
-    """What so many instances of each kind cost per hour; `types` by pool where a kind has none."""
+    """Return the cost per hour of these numbers of instances of each kind.
+
+    `types` has the instance type by pool, for kinds without one.
+    """
     usd = NOTHING
     for kind, number in living.items():
         usd += book.rate(kind.type, kind.market, types.get(kind.pool, "")).times(number)
@@ -222,7 +231,7 @@ def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: Price
 
 
 def spent_usd(account: Account, types: Mapping[str, str], book: PriceBook) -> Usd:
-    """What an account comes to so far: instances, and the requests that were counted."""
+    """Return the cost of an account so far: its instances, and its counted requests."""
     usd = NOTHING
     for kind, seconds in account.billed_s.items():
         rate = book.rate(kind.type, kind.market, types.get(kind.pool, ""))

@@ -1,7 +1,7 @@
-"""A cap on cost: what is left under it, and how much work and how many instances that pays for.
+"""Caps on cost: the remaining budget, and the work and the instances that it pays for.
 
-Invariant: pure arithmetic. What is taken out of a purse is committed; it is only put right when
-the purse is filled anew from what has really been spent.
+Invariant: the functions are pure arithmetic. An amount taken from a budget is committed. It is
+corrected only when the budget is created again from the actual costs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from batchlab.core.pricing.money import BILLED_LEAST_S, shown
 
 PROBED_S = 3600.0
-"""So long a task may take of which nothing is known."""
+"""Assumed maximum time of a task in a stage without measurements."""
 
 
 @dataclass(slots=True)
 class Purse:
-    """What a cap leaves. All in USD."""
+    """Remaining budget of one cap, in USD."""
 
     whose: str
-    """For a sentence: "the grid", "the job"."""
+    """Owner of the cap in a sentence: "the grid" or "the job"."""
     cap_usd: float
     spent_usd: float = 0.0
     committed_usd: float = 0.0
@@ -33,7 +33,7 @@ class Purse:
         self.committed_usd += usd
 
     def text(self) -> str:
-        """What has become of it."""
+        """Return a text about what is spent and what is committed."""
         return (
             f"{self.whose} may cost {shown(self.cap_usd)}, has cost {shown(self.spent_usd)}, and "
             f"{shown(max(0.0, self.committed_usd))} more is committed"
@@ -42,8 +42,11 @@ class Purse:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The purses that pay for a job's work; by pool the price of a slot second, and the slots of an
-    instance."""
+    """The remaining budgets of all caps that apply to a job.
+
+    `slot_usd_s` has the price of a slot second by pool, and `slots` the slots of an instance by
+    pool.
+    """
 
     purses: tuple[Purse, ...]
     slot_usd_s: Mapping[str, float]
@@ -58,8 +61,10 @@ class Budget:
             purse.take(usd)
 
     def afford(self, sizes: Sequence[int], pool: str, task_s: float) -> list[int]:
-        """The first of these bundles, as far as they are paid for; `task_s` is slot seconds of one
-        task. What they cost is taken."""
+        """Return the first of these bundles that the budget pays for, and commit their cost.
+
+        `task_s` is the slot seconds of one task. The last bundle may be smaller than requested.
+        """
         usd = self.slot_usd_s.get(pool, 0.0) * task_s
         paid: list[int] = []
         for size in sizes:
@@ -73,8 +78,13 @@ class Budget:
         return paid
 
     def probe(self, sizes: Sequence[int], pool: str, task_s: float, out: int) -> list[int]:
-        """As `afford`, of tasks of which none has been measured, and `out` have begun: as many as
-        one instance takes, or as are paid for if they take `task_s` or up to an hour."""
+        """Return the first of these bundles for a stage without measurements. `out` tasks have
+        begun.
+
+        Together with these, the result has at most as many tasks as fit into one instance, or as
+        the budget pays for, if that is more. Each task is assumed to take `task_s`, at most an
+        hour.
+        """
         usd = self.slot_usd_s.get(pool, 0.0) * min(task_s, PROBED_S)
         paid = self.slots.get(pool, 1) if usd <= 0 else _times(self.left_usd, usd)
         room = max(paid, self.slots.get(pool, 1)) - out
@@ -88,14 +98,18 @@ class Budget:
 
 
 def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:
-    """What is owed as soon as an instance is launched: a minute of it, or its boot and tail where
-    these take longer."""
+    """Return the cost that is due as soon as an instance is launched.
+
+    That is one minute, or its boot and tail if they take longer.
+    """
     return usd_h * max(BILLED_LEAST_S, tail_s) / 3600
 
 
 def launches(wanted: int, each: float, purses: Sequence[Purse]) -> int:
-    """How many of `wanted` launches these purses pay for at `each` in USD; what they cost is
-    taken."""
+    """Return how many of `wanted` launches these budgets pay for, and commit their cost.
+
+    `each` is the cost of one launch in USD.
+    """
     left = min((purse.left_usd for purse in purses), default=0.0)
     count = wanted if each <= 0 or not purses else min(wanted, _times(left, each))
     for purse in purses:
@@ -104,5 +118,5 @@ def launches(wanted: int, each: float, purses: Sequence[Purse]) -> int:
 
 
 def _times(left_usd: float, each_usd: float) -> int:
-    """How often it is in there, whatever the last digit of a float says."""
+    """Return how often `each_usd` fits into `left_usd`, with tolerance for rounding errors."""
     return int(max(0.0, left_usd) / each_usd + 1e-9)

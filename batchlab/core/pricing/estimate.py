@@ -1,7 +1,7 @@
-"""What a run will cost, before it: a range, line by line, with what it rests on.
+"""Estimate of a run's cost before the run: a range for each line, and the assumptions behind it.
 
-Invariant: pure arithmetic. Three cases are reckoned with the same formulas, the best, the usual
-and the worst; every number that is assumed and not given is told.
+Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same
+formulas. Every assumed number is listed.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from batchlab.core.protocol import bundle_size
 from batchlab.core.request_counter import Requests
 
 BOOT_S = (30.0, 60.0, 180.0)
-"""From launch to the first bundle, where the pool does not say."""
+"""Seconds from launch to the first bundle, for pools that do not set `boot_s`."""
 USED = (1.0, 0.9, 0.7)
-"""Share of the slots' time that tasks get while there is work."""
+"""Share of the slots' time that tasks use while there is work."""
 REQUESTS = (0.75, 1.0, 1.7)
-"""By how much the measured requests of a bundle differ with its shape: few beats and no plan to
-read, or a log to write."""
+"""Factors for the measured requests of a bundle. The lowest case has few heartbeats and reads no
+plan. The highest case also writes a log."""
 SPOT_WASTE = (0.0, 0.02, 0.10)
-"""Share of the work that Spot interruptions throw away."""
+"""Share of the work that is lost to Spot interruptions."""
 MEASURED = (0.8, 1.0, 1.25)
-"""By how much task times differ from those of an earlier run."""
+"""Factors by which task times may differ from those of an earlier run."""
 
 Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class StageLoad:
-    """A stage's work: tasks and the seconds of each in the three cases."""
+    """Work of a stage: its tasks, and the seconds of each, in the three cases."""
 
     name: str
     tasks: Three
@@ -55,14 +55,17 @@ class StageLoad:
     bundle: int | None = None
     pool: str = "default"
     chained: str = ""
-    """The stage whose bundles it takes over, item by item."""
+    """The upstream stage whose bundles this stage continues item by item, or ""."""
     reads_raw: bool = False
     """Each task reads its part of the input from the bucket."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """A pool as it would be on AWS. `spot_share` is of its instances, 0 to 1; `disk_gb` gp3."""
+    """Configuration of a pool on AWS.
+
+    `spot_share` is the share of its instances, 0 to 1. `disk_gb` is the size of each gp3 disk.
+    """
 
     name: str
     instance_type: str
@@ -76,7 +79,7 @@ class PoolPlan:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The grid's own numbers that decide how many instances there are, and for how long."""
+    """Settings of the grid that determine the number of instances and their lifetime."""
 
     drain_target_s: float = 300.0
     idle_s: float = 60.0
@@ -85,7 +88,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The lines, how long it takes in seconds, instances by pool, and what was assumed."""
+    """Lines of an estimate, its duration in seconds, the instances by pool, and the assumptions."""
 
     items: tuple[Item, ...]
     span_s: Three
@@ -111,12 +114,14 @@ class Estimate:
 
 
 def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
-    """How many bundles a stage of so many tasks is cut into (protocol.sizing)."""
+    """Return the number of bundles of a stage with this number of tasks (see
+    `protocol.bundle_size`)."""
     if tasks <= 0:
         return 0
     first = [] if fixed is not None else bundle_size.wave(tasks, slots, None, None, tasks)
     left, found = tasks - sum(first), len(first)
-    # While there is plenty left every bundle is as large as its time allows; only the tail shrinks.
+    # While many tasks are left, the task time alone limits the bundle size. Only the last bundles
+    # shrink.
     largest = bundle_size.bundle_size(10**12, slots, mean_s, fixed)
     bulk = max(0, (left - largest * slots * bundle_size.SHARES) // largest)
     left, found = left - bulk * largest, found + bulk
@@ -129,9 +134,12 @@ def loads(
     seconds: Mapping[str, Three],
     given: Mapping[str, int],
 ) -> tuple[list[StageLoad], list[str]]:
-    """The work of each stage, and what was assumed: a root stage has `root_tasks`, a chained one
-    those of the stage before, a gather of all one; `given` says otherwise. UsageError where the
-    seconds of a stage are not known."""
+    """Return the work of each stage, and the assumptions.
+
+    A root stage has `root_tasks` tasks, a chained stage those of its upstream stage, and a gather
+    of all results one. `given` overrides these numbers. Raise UsageError if the task time of a
+    stage is unknown.
+    """
     found: dict[str, StageLoad] = {}
     assumed: list[str] = []
     for stage in stages:
@@ -179,8 +187,11 @@ def estimate(
     result_bytes: int | None = None,
     assumed: Sequence[str] = (),
 ) -> Estimate:
-    """What running these stages on these pools costs, in USD at list prices; UsageError for a
-    type that has none. `result_bytes` is what is fetched home of it, None where nobody knows."""
+    """Return the cost of these stages on these pools, in USD at list prices.
+
+    `result_bytes` is the size of the results that are fetched, or None if it is unknown. Raise
+    UsageError for an instance type without a price.
+    """
     policy = policy or Policy()
     by_name = {pool.name: pool for pool in pools}
     for stage in stages:
@@ -215,7 +226,7 @@ def estimate(
 
 
 class _Case:
-    """One of the three: `which` is 0 for the best, 2 for the worst."""
+    """One of the three cases. `which` is 0 for the best and 2 for the worst."""
 
     def __init__(
         self,
@@ -231,10 +242,10 @@ class _Case:
         self._input_files = input_files
         self.instances: dict[str, int] = {}
         self.busy_s: dict[str, float] = {}
-        """Instance-seconds with tasks, by pool; what is thrown away included."""
+        """Instance seconds with tasks by pool, including lost work."""
         self.wasted_s: dict[str, float] = {}
         self.idle_s: dict[str, float] = {}
-        """Instance-seconds without: boot, tail and the billed minimum."""
+        """Instance seconds without tasks: boot, tail, and the billed minimum."""
         self.bundles: dict[str, float] = {}
         self.span_s = 0.0
         self._slots: dict[str, int] = {}
@@ -250,7 +261,7 @@ class _Case:
         mine = [stage for stage in self._stages if stage.pool == pool.name]
         work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in mine)
         parallel = max((s.tasks[which] * s.slots for s in mine), default=0.0)
-        # As the autoscaler does it.
+        # The calculation is the same as in the autoscaler.
         needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
         useful = math.ceil(parallel / pool.slots)
         count = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
@@ -267,13 +278,13 @@ class _Case:
         self._slots[pool.name] = count * pool.slots
 
     def requests(self) -> Requests:
-        """All that is asked of SQS and S3."""
+        """Return all requests to SQS and S3."""
         found = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
         pace = self._policy.pace
         for stage in self._stages:
             slots = max(1, self._slots[stage.pool])
             worked_s = stage.tasks[self.which] * stage.seconds[self.which] * stage.slots
-            # A worker asks once for all of its slots.
+            # A worker polls once for all of its slots.
             per_worker = slots / self.instances[stage.pool]
             bundle_s = worked_s / max(1.0, self.bundles[stage.name])
             found += request_costs.of_workers(worked_s / per_worker, bundle_s, pace)
@@ -286,7 +297,7 @@ class _Case:
 
 
 def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[Item]:
-    """The lines of a pool's instances."""
+    """Return the lines of a pool's instances."""
     on_demand = prices.instance_usd_h(pool.instance_type)
     spot = prices.instance_usd_h(pool.instance_type, Market.SPOT)
     disk = prices.of("ebs", "gp3_usd_per_gb_month") * pool.disk_gb / HOURS_A_MONTH

@@ -1,7 +1,7 @@
-"""What a stack costs per hour: while nothing runs, and for each worker more.
+"""Hourly cost of a stack: while it is idle, and for each additional worker.
 
-Invariant: a function of the stack's parameters and the price book. What is billed by use alone
-(requests, data, logs) is in no hour; it is told beside.
+Invariant: the cost is a function of the stack's parameters and the price book. It does not include
+charges by use (requests, data, logs), which are listed separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from batchlab.core.pricing.price_book import PriceBook
 
 EGRESS = (request_costs.ENDPOINTS, request_costs.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
-"""What the parameter Ledger may say, the default first."""
+"""Values of the parameter Ledger. The first one is the default."""
 ZONES = {"one": 1, "two": 2}
 _LIST = (
     "before tax, free tiers and discounts; Spot by an assumed range of discounts, unless the price "
@@ -27,9 +27,12 @@ _LIST = (
 
 @dataclass(frozen=True, slots=True)
 class StackShape:
-    """What the template has and no parameter says. Interface endpoints are billed for each zone;
-    the gateway endpoint of S3 costs nothing. `alarms` counts the stack's own, `pool_alarms` those
-    of a pool; `secrets` those beside the database's own."""
+    """Parts of the template that no parameter changes.
+
+    AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` counts
+    the stack's own alarms, and `pool_alarms` the alarms of each pool. `secrets` does not include
+    the database's own secret.
+    """
 
     zones: int = 2
     interface_endpoints: int = 6
@@ -41,8 +44,11 @@ class StackShape:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One more worker of a pool, per hour. `mixed` is by the pool's on-demand share, above its
-    on-demand base of `on_demand_base` instances."""
+    """Hourly cost of one more worker of a pool.
+
+    `mixed` is the cost with the pool's on-demand share. It applies to instances above the on-demand
+    base of `on_demand_base` instances.
+    """
 
     pool: str
     instance_type: str
@@ -66,14 +72,17 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Hourly:
-    """Per hour: the lines of what the stack costs while idle, the least workers included, and
-    each worker more. `prices` says of which region and day the prices are."""
+    """Hourly cost of a stack.
+
+    `idle` are the lines of the idle stack, including the minimum number of workers. `workers` are
+    the costs of each additional worker. `prices` names the region and the day of the prices.
+    """
 
     idle: tuple[Item, ...]
     workers: tuple[Worker, ...]
     prices: str
     by_use: str
-    """What no hour has, in a sentence."""
+    """Sentence about the charges by use."""
 
     @property
     def idle_usd_h(self) -> Usd:
@@ -90,7 +99,7 @@ class Hourly:
         }
 
     def text(self) -> str:
-        """For a person, before a stack is made."""
+        """Return the hourly cost as a text for a person, before the stack is created."""
         width = max(len(item.what) for item in self.idle)
         lines = ["While nothing runs, per hour:"]
         lines += [f"{item.what:<{width}}  {item.usd}" for item in self.idle]
@@ -111,12 +120,13 @@ def hourly_cost(
     region: str = "",
     shape: StackShape | None = None,
 ) -> Hourly:
-    """What a stack with these parameters costs per hour, in `region` (the book's where empty).
+    """Return the hourly cost of a stack with these parameters in `region`.
 
-    `parameters` are named as in `backends/aws/stack.yaml`, values as text or number; what is left
-    out has the template's default, and one pool is found for each
-    parameter `Pool…InstanceTypes`. Of several instance types the first counts for on-demand, and
-    the whole list for the range of Spot. UsageError for a type, class or region without a price.
+    By default, the region is that of the price book. `parameters` are named as in
+    `backends/aws/stack.yaml`, with texts or numbers as values. A missing parameter has the
+    template's default. Each parameter `Pool…InstanceTypes` defines one pool. If it lists several
+    instance types, the first one determines the on-demand price, and all of them the range of the
+    Spot price. Raise UsageError for a type, class, or region without a price.
     """
     if region:
         prices = prices.at(region)
@@ -222,7 +232,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
             raise UsageError(
                 f"{key} names no instance type.", remedy="Write for example m7i.large."
             )
-        # The template's own defaults: on-demand base 0, all else Spot.
+        # The template's defaults are an on-demand base of 0 and Spot for all other instances.
         percent = _number(p, f"{prefix}OnDemandPercent", 0.0)
         disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", WORKER_DISK_GB)))
         on_demand = prices.instance_usd_h(names[0])
@@ -268,7 +278,7 @@ def _number(p: Mapping[str, object], key: str, default: float) -> float:
 
 
 def _one_of(p: Mapping[str, object], key: str, known: tuple[str, ...]) -> str:
-    """The parameter's word; the first of the `known` ones where it says none."""
+    """Return the value of the parameter, by default the first of the `known` ones."""
     value = str(p.get(key) or known[0])
     if value not in known:
         raise UsageError(f"{key} is {value!r}.", remedy=f"Write {', '.join(known)}.")

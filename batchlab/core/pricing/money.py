@@ -13,23 +13,23 @@ from batchlab.core.errors import UsageError
 
 CURRENCY = "USD"
 HOURS_A_MONTH = 730.0
-"""What AWS counts a month as where it prices by the month."""
+"""Hours of a month in AWS's monthly prices."""
 GB = 1024.0**3
-"""What AWS bills as a GB of storage, in bytes."""
+"""Bytes of a GB in AWS's storage prices."""
 BILLED_LEAST_S = 60.0
-"""An instance is billed by the second, and for so long at the least (aws.amazon.com/ec2/pricing);
-Linux, on-demand and Spot."""
+"""Minimum billed time of an instance. AWS bills Linux instances by the second, both on-demand and
+Spot (aws.amazon.com/ec2/pricing)."""
 WORKER_DISK_GB = 50.0
-"""Of gp3: what the stack gives each worker, unless its parameter PoolDiskGiB says otherwise."""
+"""Size of a worker's gp3 disk in the stack. The parameter PoolDiskGiB overrides it."""
 
 PATTERN = r"^\s*(\d+(\.\d+)?|\.\d+)\s*[Uu][Ss][Dd]\s*$"
-"""What `parse` takes, for a JSON Schema."""
+"""Texts that `parse` accepts, for a JSON Schema."""
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*|\$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Usd:
-    """A range in US dollars; where the three are the same, an amount."""
+    """A range in US dollars. It is an amount if its three values are equal."""
 
     low: float
     typical: float
@@ -56,7 +56,7 @@ NOTHING = Usd(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A line of a bill: what it is for, what it comes to, and how that was reckoned."""
+    """A line of a bill: its purpose, its cost, and how the cost was calculated."""
 
     what: str
     usd: Usd
@@ -67,7 +67,7 @@ class Item:
 
 
 def total(items: Iterable[Item]) -> Usd:
-    """The sum of the lines."""
+    """Return the sum of the lines."""
     found = NOTHING
     for item in items:
         found += item.usd
@@ -75,25 +75,28 @@ def total(items: Iterable[Item]) -> Usd:
 
 
 def range_json(usd: Usd) -> dict[str, float]:
-    """For a program; the key that holds it names the currency."""
+    """Return the range for a program. The name of the member that contains it has the currency."""
     return {"low": usd.low, "typical": usd.typical, "high": usd.high}
 
 
 def _digits(usd: float) -> str:
     if abs(usd) >= 0.995:
         return f"{usd:,.2f}"
-    # Three digits that count, down to where nobody cares.
+    # Three significant digits, down to amounts that are too small to matter.
     text = f"{usd:.3g}" if abs(usd) >= 0.0001 else f"{usd:.6f}"
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def shown(usd: float) -> str:
-    """An amount for a person: `1.25 USD`, `0.00432 USD`."""
+    """Return an amount as a text for a person: `1.25 USD`, `0.00432 USD`."""
     return f"{_digits(usd)} {CURRENCY}"
 
 
 def parse(text: str) -> float:
-    """The dollars that a text such as "5USD", "5 USD" or "0.50 usd" means; UsageError."""
+    """Return the dollars in a text such as "5USD", "5 USD", or "0.50 usd".
+
+    Raise UsageError if the text is not such an amount.
+    """
     found = _AMOUNT.fullmatch(text.strip())
     if found is None or found[2].upper() != CURRENCY:
         why = "" if found and not found[2] else f"Prices are in {CURRENCY}, nothing is converted: "

@@ -1,7 +1,7 @@
-"""The price book (`prices.toml`): what AWS asks for what, of which region and day, says who.
+"""Price book (`prices.toml`): AWS's list prices with their region, date, and source.
 
-Invariant: a book that loads has every price there, a number above or at 0; and no price leaves it
-for a region that it is not of.
+Invariant: a loaded book has every price, and each price is a number of at least 0. The book never
+returns a price for another region than its own.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ BLOCKS: Mapping[str, Sequence[str]] = {
     "cloudwatch": ("logs_usd_per_gb", "logs_usd_per_gb_month", "usd_per_alarm_month"),
     "simpledb": ("usd_per_machine_hour", "usd_per_gb_month"),
 }
-"""The prices of each block by name."""
+"""Names of the prices in each block."""
 
 TABLES: Mapping[str, str] = {
     "on_demand": "usd_per_hour",
     "rds": "usd_per_hour",
     "spot": "usd_per_hour",
 }
-"""Blocks with a table of prices by instance type or class; that of `spot` may be missing."""
+"""Blocks with a table of prices by instance type or class. The table of `spot` is optional."""
 
 AS_IF = "m7i.large"
-"""What an instance counts as, where its pool names no type."""
+"""Instance type that applies to pools without one."""
 
 HOW = "`batchlab prices refresh --from FILE` takes prices from a file; see docs/costs.md."
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Prices that were looked up together; USD throughout, discounts as shares of 1."""
+    """Prices that were looked up together. They are in USD, and discounts are shares of 1."""
 
     name: str
     region: str
@@ -65,27 +65,28 @@ class Block:
     source: str
     prices: Mapping[str, float]
     table: Mapping[str, Any]
-    """USD per hour by type; for Spot a list of the lowest, typical and highest seen."""
+    """USD per hour by type. For Spot, a list of the lowest, typical, and highest observed price."""
 
 
 @dataclass(frozen=True, slots=True)
 class PriceBook:
-    """The blocks by name."""
+    """All blocks by name."""
 
     blocks: Mapping[str, Block]
     path: Path | None = None
 
     @property
     def region(self) -> str:
-        """The region of its instance prices."""
+        """Return the region of the book's instance prices."""
         return self.blocks["on_demand"].region
 
     def of(self, block: str, price: str) -> float:
-        """One price; KeyError where a block has none of that name."""
+        """Return one price. Raise KeyError if the block does not have it."""
         return self.blocks[block].prices[price]
 
     def at(self, region: str) -> PriceBook:
-        """The same book, asked for prices in `region`; UsageError where it has others."""
+        """Return the book for prices in `region`. Raise UsageError if the book is for another
+        region."""
         others = sorted({b.region for b in self.blocks.values() if b.region != region})
         if others:
             names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
@@ -97,8 +98,10 @@ class PriceBook:
         return self
 
     def instance_usd_h(self, name: str, market: Market = Market.ON_DEMAND) -> Usd:
-        """What an instance of that type costs per hour, as a range where it is Spot; UsageError
-        for a type that is not in the book."""
+        """Return the price of an instance of that type per hour.
+
+        A Spot price is a range. Raise UsageError if the type is not in the book.
+        """
         on_demand = self._of_type("on_demand", name, "instance type")
         if market is Market.ON_DEMAND:
             return Usd.exactly(on_demand)
@@ -112,14 +115,20 @@ class PriceBook:
         )
 
     def rate(self, type_: str, market: Market, otherwise: str = "") -> Usd:
-        """As `instance_usd_h`, for a type that was seen and not chosen: of one that is not in the
-        book `otherwise` counts, and of none AS_IF."""
+        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the
+        book.
+
+        If it is not, the type `otherwise` applies, and then AS_IF.
+        """
         known = self.blocks["on_demand"].table
         name = next((one for one in (type_, otherwise) if one in known), AS_IF)
         return self.instance_usd_h(name, market)
 
     def database_usd_h(self, name: str) -> float:
-        """What a database instance of that class costs per hour in one zone; UsageError."""
+        """Return the price of a database instance of that class per hour in one zone.
+
+        Raise UsageError if the class is not in the book.
+        """
         return self._of_type("rds", name, "database instance class")
 
     def _of_type(self, block: str, name: str, kind: str) -> float:
@@ -134,8 +143,11 @@ class PriceBook:
 
 
 def load(home: Path | None = None) -> PriceBook:
-    """The grid's own price book where its folder has one, else the one that ships; UsageError says
-    what is wrong with it."""
+    """Return the grid's own price book if its folder has one, else the one that ships with
+    batchlab.
+
+    Raise UsageError if the book is not valid.
+    """
     if home is not None and (home / NAME).exists():
         return read(home / NAME)
     return read(_shipped())
@@ -146,7 +158,7 @@ def _shipped() -> Path:
 
 
 def read(path: Path) -> PriceBook:
-    """The price book in a file; UsageError."""
+    """Return the price book in a file. Raise UsageError if it is not valid."""
     try:
         doc = tomllib.loads(path.read_text())
     except OSError as error:
@@ -160,7 +172,10 @@ def read(path: Path) -> PriceBook:
 
 
 def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
-    """The price book that a TOML document says; UsageError names `path`."""
+    """Return the price book in a TOML document.
+
+    Raise UsageError if the document is not a valid price book. The message names `path`.
+    """
     if doc.get("currency") != CURRENCY:
         raise UsageError(
             f"{path}: currency is {doc.get('currency')!r}, not {CURRENCY!r}.",
@@ -183,7 +198,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
     for key in ("region", "source"):
         if not isinstance(doc.get(key), str) or not doc[key].strip():
             raise UsageError(f"{path}: [{name}] does not say its {key}.", remedy=HOW)
-    # A datetime is a date to Python.
+    # datetime is a subclass of date in Python.
     if type(doc.get("date")) is not date:
         raise UsageError(
             f"{path}: [{name}] does not say of which day its prices are.",
@@ -207,7 +222,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
 
 
 def _number(path: Path, block: str, key: str, value: Any) -> Any:
-    # To Python, true is a number.
+    # bool is a subclass of int in Python.
     if type(value) not in (int, float) or not 0 <= value < 1e9:
         raise UsageError(
             f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW
@@ -241,7 +256,7 @@ def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
 
 
 def write(book: PriceBook) -> str:
-    """The book as TOML, which `from_doc` reads back as the same."""
+    """Return the book as TOML. `from_doc` returns an equal book for it."""
     lines = [f'currency = "{CURRENCY}"']
     for name, block in book.blocks.items():
         lines += ["", f"[{name}]", f"region = {_text(block.region)}"]

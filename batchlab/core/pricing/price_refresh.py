@@ -1,6 +1,6 @@
-"""Newer prices from a file: AWS's own price lists and Spot history, or a small CSV.
+"""Import of newer prices from a file: AWS's price lists and Spot history, or a small CSV.
 
-Invariant: of a file that is refused nothing is taken; what a file does not say stays as it was.
+Invariant: nothing is taken from a refused file. Prices that the file does not contain stay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.pricing.price_book import Block, PriceBook
 
 SMALL = ("region", "instance_type", "linux_on_demand_usd_per_hour")
-"""The columns of a small CSV."""
+"""Columns of a small CSV."""
 FORMS = (
     "Give the offer file of AmazonEC2, AmazonRDS or AWSDataTransfer from AWS's price list (CSV or "
     "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns "
@@ -31,8 +31,10 @@ _METADATA_ROWS = 5
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file says of one block: its `table`, prices in USD per hour by type, or `prices` by
-    their names in the book."""
+    """Prices that a file contains for one block of the book.
+
+    `table` has prices in USD per hour by type. `prices` has prices by their names in the book.
+    """
 
     block: str
     region: str
@@ -47,8 +49,10 @@ class Found:
 
 
 def refreshed(book: PriceBook, found: Found) -> PriceBook:
-    """The book with what was found. Prices of another region take the place of all that the block
-    had; of the same region, those of other types stay."""
+    """Return the book with the prices that were found.
+
+    Prices of another region replace all prices of the block. Otherwise, prices of other types stay.
+    """
     before = book.blocks[found.block]
     same = before.region == found.region
     table = {**(before.table if same else {}), **found.table}
@@ -64,8 +68,11 @@ def refreshed(book: PriceBook, found: Found) -> PriceBook:
 
 
 def find(path: Path, *, region: str = "", day: date | None = None) -> Found:
-    """Read a file of any form that is known. `region` chooses where it has several; `day` is
-    needed where it does not say of when it is. UsageError."""
+    """Read a file in any known format.
+
+    `region` selects the region if the file has several. `day` is required if the file lacks a date.
+    Raise UsageError if the file cannot be used.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             start = file.read(1)
@@ -141,7 +148,7 @@ _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         },
     ),
 }
-"""The block that an offer is for, and what its rows must say to be taken."""
+"""Block of each offer, and the attributes that a row must have."""
 
 
 def _offer(
@@ -163,7 +170,8 @@ def _offer(
         usd_h = _price(row.get("priceperunit", ""), path)
         if not (name and place and usd_h):
             continue
-        # Of several offers for one type, such as storage with or without I/O, the plain one.
+        # Some types have several offers, such as storage with and without I/O. The cheapest one is
+        # the plain offer.
         known = table.setdefault(place, {})
         known[name] = min(usd_h, known.get(name, usd_h))
     day = _day(published, path)
@@ -175,12 +183,15 @@ _TRANSFERS: Mapping[str, str] = {
     "DataTransfer-Out-Bytes": "internet_usd_per_gb",
     "DataTransfer-Regional-Bytes": "zone_usd_per_gb_each_way",
 }
-"""The usage types that are in the book, without the region that most begin with."""
+"""Usage types in the book, without the region prefix that most of them have."""
 
 
 def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> Found:
-    """Of a price with tiers the first that is billed: each further one is lower, and what comes
-    before it is a free one."""
+    """Return the prices of data transfer.
+
+    In a price with tiers, the highest tier price is taken. It belongs to the first billed tier. The
+    tier before it is free, and each later tier is cheaper.
+    """
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         usage = re.sub(r"^[A-Z0-9]+-(?=DataTransfer-)", "", row.get("usagetype", ""))
@@ -231,7 +242,7 @@ def _plain(name: str) -> str:
 
 
 def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Found:
-    """The lowest, median and highest price of each type, over all zones and times."""
+    """Return the lowest, median, and highest price of each type, over all zones and times."""
     seen: dict[str, dict[str, list[float]]] = {}
     newest = ""
     for one in history:
@@ -250,7 +261,7 @@ def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> Foun
     return Found("spot", region, _day(newest, path), source, table)
 
 
-# --- What they share -----------------------------------------------------------------------------
+# --- Shared functions -----------------------------------------------------------------------------
 
 
 def _only_region(table: Mapping[str, Any], path: Path, region: str) -> str:

@@ -1,12 +1,12 @@
-"""What requests cost, and how many a run makes, from counts that were measured.
+"""Estimated numbers of requests from measured counts, and costs of requests and data transfer.
 
-The model is that of `benchmarks/request_counts.py`, taken apart: requests follow bundles, and
-what polls (workers at their job's control object, the manager at its queues) follows time.
+The model is that of `benchmarks/request_counts.py`, split into parts. Most requests are
+proportional to bundles. Polls are proportional to time: workers poll their job's control object,
+and the manager polls its queues. Data leaves AWS, passes a NAT gateway or VPC endpoints, or crosses
+zones.
 
-What moving data costs: out of AWS, through a NAT gateway or VPC endpoints, between zones.
-
-Invariant: only bytes that somebody has counted have a price here, and nothing is derived; what
-nobody counts is told.
+Invariant: the cost of data transfer covers counted bytes only and is never derived. The bill lists
+what is not counted.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.request_counter import Requests
 
 PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
-"""Of manager and workers together, measured on `ministack` with two workers: a send, a receive and
-a delete each for the bundle and for its event, and for the beats that tell of it; a PUT of its
-outcome, and half a one of the cut that it is from; a GET of the part of the plan that has its
-items. What a task prints is another PUT for its bundle."""
+"""Requests per bundle by the manager and the workers, measured on `ministack` with two workers.
+
+SQS: a send, a receive, and a delete each for the bundle and for its event, and a share of the
+heartbeats' requests. S3: a PUT of the outcome, half a PUT of the cut, and a GET of the part of the
+plan with the inputs. A bundle whose tasks print needs another PUT.
+"""
 
 BILLED_POLL_S = 5.0
-"""A long poll of a queue with nothing in it is a request so often on AWS (adapters.sqs). Where
-it is quiet it is one in 20 s, which is not reckoned: of what waits for long this is too much."""
+"""Interval at which a long poll of an empty queue costs one request on AWS (see
+`adapters.aws.sqs`). On a quiet queue the interval is 20 s. The estimate ignores this, so it is too
+high for long waits."""
 LOOKS_A_LEASE = 3
-"""A worker looks at its job's control object so often in a control lease."""
+"""Reads of a job's control object by a worker in each control lease."""
 EVENT_REQUESTS = 3
-"""A beat is sent, received and deleted."""
+"""Requests per heartbeat: send, receive, and delete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a grid asks without being asked; seconds, of the backend's descriptor."""
+    """Intervals of a grid's regular requests in seconds, from the backend's descriptor."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0
@@ -44,13 +47,15 @@ class Pace:
 
 
 def of_bundles(bundles: float) -> Requests:
-    """What so many bundles take."""
+    """Return the requests for this number of bundles."""
     return PER_BUNDLE.times(bundles)
 
 
 def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
-    """What workers ask for while they run bundles of `bundle_s` for `busy_s` in all: looks at
-    control objects, extended visibility and beats of what takes longer than they wait."""
+    """Return the requests of workers that run bundles of `bundle_s` for `busy_s` in total.
+
+    They are reads of control objects and, for long bundles, visibility heartbeats and heartbeats.
+    """
     extended = busy_s / (pace.visibility_s / 3) if bundle_s > pace.visibility_s / 3 else 0.0
     beats = busy_s / pace.beat_s if bundle_s > pace.beat_s else 0.0
     return Requests(
@@ -60,20 +65,23 @@ def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
 
 
 def of_idle_workers(idle_s: float) -> Requests:
-    """What workers ask for that wait for work."""
+    """Return the requests of workers that wait for work."""
     polls = idle_s / BILLED_POLL_S
     return Requests(sqs=polls, sqs_empty=polls)
 
 
 def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
-    """What a manager asks for in `span_s` with jobs: a look at each pool's queue at every tick,
-    though not more than once a second, and for events."""
+    """Return the requests of a manager that has jobs for `span_s`.
+
+    It reads the depth of each pool's queue at every tick, at most once a second, and polls for
+    events.
+    """
     polls = span_s / BILLED_POLL_S
     return Requests(sqs=span_s / max(pace.tick_s, 1.0) * pools + polls, sqs_empty=polls)
 
 
 def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
-    """What they cost in USD: SQS, S3."""
+    """Return the cost in USD of the requests: SQS, S3."""
     sqs = requests.sqs * prices.of("sqs", "usd_per_million_requests") / 1e6
     puts = requests.s3_puts * prices.of("s3", "usd_per_1000_puts") / 1000
     gets = requests.s3_gets * prices.of("s3", "usd_per_1000_gets") / 1000
@@ -81,7 +89,8 @@ def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
 
 
 def items(cases: Sequence[Requests], prices: PriceBook, said: str) -> list[Item]:
-    """The two lines of a bill; `cases` are the fewest, the usual and the most."""
+    """Return the two lines of a bill. `cases` are the lowest, the typical, and the highest
+    numbers."""
     (q0, s0), (q1, s1), (q2, s2) = (usd_of(one, prices) for one in cases)
     typical = cases[1]
     how_sqs = f"{typical.sqs:,.0f} requests in steps of 64 KiB, {typical.sqs_empty:,.0f} empty"
@@ -93,28 +102,33 @@ def items(cases: Sequence[Requests], prices: PriceBook, said: str) -> list[Item]
 
 
 ENDPOINTS, NAT, OWN = "endpoints", "nat", "own"
-"""How instances reach AWS: by the stack's VPC endpoints, its NAT gateway, or a network of the
-user's. S3 is reached free of charge in the first two, by a gateway endpoint."""
+"""Routes from instances to AWS: the stack's VPC endpoints, its NAT gateway, or a network of the
+user's. In the first two, a gateway endpoint gives free access to S3."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What is known of a job's data on the move: bytes that were fetched from the bucket to where
-    the bill is made, and how the stack's instances reach AWS, "" on no stack."""
+    """Known data transfer of a job.
+
+    `fetched_bytes` were fetched from the bucket to the machine that makes the bill. `egress` is the
+    route from the stack's instances to AWS, or "" without a stack.
+    """
 
     fetched_bytes: int = 0
     egress: str = ""
 
 
 def out_of_aws(size_bytes: float, prices: PriceBook, how: str) -> Item:
-    """The line of so many bytes that leave AWS."""
+    """Return the line for this number of bytes that leave AWS."""
     usd = size_bytes / GB * prices.of("transfer", "internet_usd_per_gb")
     return Item("data out of AWS", Usd.exactly(usd), f"{size_bytes / GB:,.3f} GB of {how}")
 
 
 def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
-    """The line of so many bytes between instances and SQS; None where nobody bills them, or they
-    go through a network that is not the stack's."""
+    """Return the line for this number of bytes between instances and SQS.
+
+    Return None if AWS does not bill them, or if they pass a network that is not the stack's.
+    """
     if egress not in (ENDPOINTS, NAT) or not size_bytes:
         return None
     size_gb = size_bytes / GB
@@ -128,15 +142,19 @@ def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
 
 
 def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
-    """What a GB through the gateway costs: from its own zone, by half from the other, all from the
-    other."""
+    """Return the cost of a GB through the gateway in three cases.
+
+    The data comes from the gateway's own zone, half of it from the other zone, or all of it from
+    there.
+    """
     gateway = prices.of("network", "nat_usd_per_gb")
     crossing = 2 * prices.of("transfer", "zone_usd_per_gb_each_way")
     return gateway, gateway + crossing / 2, gateway + crossing
 
 
 def not_counted(egress: str) -> list[str]:
-    """What a bill on such a stack does not have, as sentences without their full stop."""
+    """Return sentences, without a final period, about the costs that such a bill does not
+    include."""
     if egress == OWN:
         return ["what goes through your own network's NAT or endpoints is not in it"]
     if egress not in (ENDPOINTS, NAT):
@@ -146,7 +164,7 @@ def not_counted(egress: str) -> list[str]:
 
 
 def rates(prices: PriceBook, egress: str) -> str:
-    """What a GB costs on its ways, for where bytes are not known."""
+    """Return a text with the prices per GB, for data of unknown size."""
     internet = shown(prices.of("transfer", "internet_usd_per_gb"))
     said = f"{internet} per GB out of AWS"
     if egress == ENDPOINTS:

@@ -1,8 +1,7 @@
-"""What a grid uses, as AWS would bill it, and whose job it is for: instance seconds and requests.
+"""Meter of a grid's usage, as AWS would bill it, by job: instance seconds and requests.
 
-Invariant: pure arithmetic, and nothing that has been counted is ever taken back. Every billed
-second is somebody's: of the jobs that the instance runs, else of those that it waits for, else of
-nobody.
+Invariant: the functions are pure arithmetic, and counts never decrease. Every billed second belongs
+to the jobs that the instance runs, else to the jobs that it waits for, else to no job.
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from batchlab.core.request_counter import Requests, Tally
 K = TypeVar("K")
 
 HEARD_KEPT = 20_000
-"""Processes that may still tell of their requests; the longest silent is forgotten first."""
+"""Maximum number of processes whose request counts are stored. The process without a report for the
+longest time is dropped first."""
 _FREE = {
     LifecycleState.TERMINATED,
     LifecycleState.WARMED_STOPPED,
     LifecycleState.WARMED_HIBERNATED,
 }
-"""States in which no instance hour is billed."""
+"""States in which AWS does not bill an instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a price depends on; `type` is empty where machines do not differ."""
+    """Properties that determine the price of an instance. `type` is empty if all machines are
+    alike."""
 
     pool: str
     type: str = ""
@@ -37,14 +38,17 @@ class Kind:
 
 
 Rates = Callable[[Kind], float]
-"""USD per hour of an instance."""
+"""Function that returns the USD per hour of an instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """What an account is kept with: `rates` prices instances (USD per hour), without which there
-    is no cap, and `request_usd` requests; `tally` counts this process's own; `max_cost_usd` caps
-    the whole grid."""
+    """Configuration of the accounts.
+
+    `rates` returns the price of instances (USD per hour). Without it, caps do not apply.
+    `request_usd` returns the price of requests. `tally` counts this process's own requests.
+    `max_cost_usd` caps the whole grid.
+    """
 
     rates: Rates | None = None
     request_usd: Callable[[Requests], float] = lambda _: 0.0
@@ -54,31 +58,37 @@ class Accounting:
 
 @dataclass(slots=True)
 class Account:
-    """What one job has used. `billed_s` is of instances; `failed_s` (of attempts that failed) and
-    `lost_s` (of runs whose instance died) are of slots, by pool. `is_whole` says that it was
-    counted from the job's start on."""
+    """Usage of one job.
+
+    `billed_s` are instance seconds. `failed_s` (failed attempts) and `lost_s` (runs whose instance
+    died) are slot seconds by pool. `is_whole` is true if all usage since the job's start was
+    counted.
+    """
 
     billed_s: dict[Kind, float] = field(default_factory=dict)
     failed_s: dict[str, float] = field(default_factory=dict)
     lost_s: dict[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests)
     bundles: int = 0
-    """Outcomes."""
+    """Number of outcomes."""
     is_whole: bool = True
 
     def bill(self, kind: Kind, seconds: float) -> None:
         self.billed_s[kind] = self.billed_s.get(kind, 0.0) + seconds
 
     def fail(self, pool: str, seconds: float) -> None:
-        """An attempt has failed, after so many slot seconds."""
+        """Count the slot seconds of a failed attempt."""
         self.failed_s[pool] = self.failed_s.get(pool, 0.0) + seconds
 
     def lose(self, pool: str, seconds: float) -> None:
-        """What has run for so many slot seconds went with its instance."""
+        """Count the slot seconds of runs that ended with their instance."""
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
 
     def keep_most(self, other: Account) -> None:
-        """Another one has counted too, from the same account on: of each figure the larger one."""
+        """Merge the account of another process that started from the same account.
+
+        The larger value of each figure is taken.
+        """
         _keep_most(self.billed_s, other.billed_s)
         _keep_most(self.failed_s, other.failed_s)
         _keep_most(self.lost_s, other.lost_s)
@@ -87,7 +97,7 @@ class Account:
         self.is_whole = self.is_whole and other.is_whole
 
     def usd(self, rates: Rates) -> float:
-        """What its instances have cost so far."""
+        """Return the cost of the account's instances so far."""
         return sum(rates(kind) * seconds / 3600 for kind, seconds in self.billed_s.items())
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +124,7 @@ class Account:
 
 @dataclass(slots=True)
 class Life:
-    """An instance that is billed. `seen_s` is monotonic, None where another process saw it."""
+    """A billed instance. `seen_s` is monotonic, or None if another process saw the instance."""
 
     kind: Kind
     age_s: float = 0.0
@@ -123,20 +133,20 @@ class Life:
 
     @property
     def prepaid_s(self) -> float:
-        """Billed, and not lived yet."""
+        """Return the seconds that are billed in advance."""
         return max(0.0, self.billed_s - self.age_s)
 
 
 class Meter:
-    """Counts for the whole grid. `nobody` has what no job used."""
+    """Meter of the whole grid. `nobody` is the usage that belongs to no job."""
 
     def __init__(self) -> None:
         self.lives: dict[str, Life] = {}
-        """By instance."""
+        """Billed instances by id."""
         self.nobody = Account()
         self.total = Account()
         self._heard: dict[str, Requests] = {}
-        """What each process has told last of its requests."""
+        """Last reported counts of each process."""
 
     def see(
         self,
@@ -149,8 +159,11 @@ class Meter:
         accounts: Mapping[JobId, Account],
         is_spot: bool = False,
     ) -> None:
-        """Bill the instance up to now, by these shares (sum 1, or none at all). It counts from its
-        launch, and for a minute at the least; as Spot from when that is known (`is_spot`)."""
+        """Bill the instance up to now, divided by these shares. They sum to 1, or are empty.
+
+        The bill begins at the launch and covers at least one minute. The Spot price applies from
+        the time at which `is_spot` is known.
+        """
         if instance.state in _FREE:
             self.lives.pop(instance.id, None)
             return
@@ -160,7 +173,7 @@ class Meter:
         life = self.lives.setdefault(instance.id, Life(kind))
         life.kind = kind
         if life.seen_s is None:
-            # By the calendar, which may jump: once, and then by the watch.
+            # The wall clock may jump, so it is read once. After that, the monotonic clock is used.
             life.age_s = max(life.age_s, now_s - instance.launched_s)
         else:
             life.age_s += monotonic_s - life.seen_s
@@ -179,7 +192,7 @@ class Meter:
             self.nobody.bill(life.kind, more_s * left)
 
     def keep(self, instances: set[str]) -> bool:
-        """Forget all others, which are gone; whether there were any."""
+        """Forget all instances except these. Return whether there were any others."""
         gone = self.lives.keys() - instances
         for one in gone:
             del self.lives[one]
@@ -192,12 +205,16 @@ class Meter:
         shares: Mapping[JobId, float],
         accounts: Mapping[JobId, Account],
     ) -> None:
-        """A process tells what it has asked for since its start; older news changes nothing."""
+        """Count the requests of a process, which reports its total since its start.
+
+        A report that is older than the last one changes nothing.
+        """
         before = self._heard.get(process, Requests())
         if so_far.sqs < before.sqs or so_far.s3_gets < before.s3_gets:
             return
         more = so_far - before
-        self._heard.pop(process, None)  # to the end: one that still tells must not be forgotten
+        # move to the end, so that processes that still report are dropped last
+        self._heard.pop(process, None)
         self._heard[process] = so_far
         while len(self._heard) > HEARD_KEPT:
             del self._heard[next(iter(self._heard))]
@@ -211,7 +228,7 @@ class Meter:
             self.nobody.requests += more.times(left)
 
     def take_in(self, other: Meter) -> None:
-        """Another leader has counted too, from the same books on."""
+        """Merge the counts of another leader that started from the same counts."""
         self.nobody.keep_most(other.nobody)
         self.total.keep_most(other.total)
         for process, requests in other._heard.items():
@@ -220,7 +237,8 @@ class Meter:
             mine = self.lives.setdefault(name, life)
             mine.billed_s = max(mine.billed_s, life.billed_s)
             if mine.age_s < life.age_s:
-                # Our watch has run since before it was so old: its time would be billed once more.
+                # The other age already covers a part of the interval since our `seen_s`. Without
+                # the reset, this part would be billed twice.
                 mine.age_s, mine.seen_s = life.age_s, None
 
     def to_json(self) -> dict[str, Any]:
@@ -248,7 +266,7 @@ class Meter:
 
 
 def most(a: Requests, b: Requests) -> Requests:
-    """Of each count the larger one."""
+    """Return the larger value of each count."""
     return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
 
 

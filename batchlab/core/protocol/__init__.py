@@ -1,1 +1,1 @@
-"""The protocol as pure functions: names, wire format, sizes, and what follows from an outcome."""
+"""The protocol as pure functions: object keys, JSON format, bundle sizes, and follow-ups."""

@@ -1,4 +1,4 @@
-"""Where a bundle's inputs come from: the message, the upstream outcome, or the stage's plan."""
+"""Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan."""
 
 from __future__ import annotations
 
@@ -37,25 +37,26 @@ _PARTS_KEPT = 4
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A stage's plan: `count` tasks; part i holds the inputs from index `starts[i]` on.
+    """Plan of a stage with `count` tasks. Part i has the inputs from index `starts[i]` on.
 
-    `parts` has the name of each part. Plans of release 0.1.0 name none, and number their parts.
+    `parts` has the name of each part. In plans of release 0.1.0 it is empty, and parts have
+    numbers.
     """
 
     count: int
     starts: tuple[int, ...]
     skipped: TaskSet = TaskSet()
-    """Tasks that are cancelled from the start: something upstream did not succeed."""
+    """Tasks that are canceled from the start, because an upstream task did not succeed."""
     round: int = 0
     parts: tuple[str, ...] = ()
 
     def part(self, number: int) -> str:
-        """Return the name of that part (see naming.part)."""
+        """Return the name of that part (see `object_keys.part`)."""
         return self.parts[number] if self.parts else object_keys.old_part(number)
 
     @classmethod
     def of(cls, items: Sequence[Json]) -> Manifest:
-        """The plan of items that came with the job's definition: one part."""
+        """Return the plan of items that came with the job's definition. It has one part."""
         return cls(len(items), (0,))
 
     def to_bytes(self) -> bytes:
@@ -72,7 +73,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Malformed if it is not a plan."""
+        """Return the plan in a document. Raise Malformed if it is not a plan."""
         doc = json_format.loads(data)
         try:
             return _consistent(
@@ -91,8 +92,11 @@ class Manifest:
 
 
 def _consistent(plan: Manifest) -> Manifest:
-    """Return `plan`; ValueError if its parts do not begin at 0, have no order, or lack names. A
-    plan without tasks may have no part."""
+    """Return `plan`.
+
+    Raise ValueError if its parts do not begin at 0, are not in order, or lack names. A plan without
+    tasks may be without parts.
+    """
     starts = plan.starts
     if (starts or plan.count) and starts[:1] != (0,):
         raise ValueError("its first part does not begin at task 0")
@@ -104,11 +108,12 @@ def _consistent(plan: Manifest) -> Manifest:
 
 
 class NoSuchTask(NotFound):
-    """A stage's plan has fewer tasks."""
+    """The stage's plan does not have the task."""
 
 
 class Inputs:
-    """Resolves inputs, keeping the last few plan parts, which neighbouring bundles share."""
+    """Reader of inputs. It caches the last few plan parts, because neighboring bundles share
+    them."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -117,8 +122,11 @@ class Inputs:
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
-        """One encoded input per task of `bundle`; NotFound where an object it needs is gone,
-        Malformed if the bundle cannot be one of its stage."""
+        """Return one encoded input per task of `bundle`.
+
+        Raise NotFound if a required object does not exist, and Malformed if the bundle does not fit
+        its stage.
+        """
         if bundle.source is not None:
             stage = job.stage(bundle.stage)
             if not stage.chained:
@@ -144,8 +152,10 @@ class Inputs:
         return found
 
     async def check(self, job: JobDef, bundle: Bundle) -> None:
-        """NoSuchTask where the plan that `bundle` is of has fewer tasks; NotFound where it is not
-        there, or not yet."""
+        """Raise NoSuchTask if the plan of `bundle` does not have the bundle's last task.
+
+        Raise NotFound if the plan does not exist, or not yet.
+        """
         manifest = await self._manifest(job, bundle)
         if bundle.tasks.last >= manifest.count:
             raise _no_such_task(bundle, bundle.tasks.last, manifest)
@@ -153,7 +163,7 @@ class Inputs:
     async def values(
         self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet, key: CommitKey
     ) -> list[Json]:
-        """The committed results of `tasks` in that upstream bundle."""
+        """Return the committed results of `tasks` in that upstream bundle."""
         stored = object_keys.outcome_of(job.id, stage, bundle, key)
         outcome = await self._outcome(stored)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
@@ -162,7 +172,8 @@ class Inputs:
         return [by_task[task] for task in tasks]
 
     async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
-        """All results of the upstream stages, in task order: a list, or one list per stage."""
+        """Return all results of the upstream stages in task order: a list, or one list per
+        stage."""
         lists: dict[str, list[Json]] = {}
         for stage, bundles in _gather_in(item).items():
             values: list[tuple[int, Json]] = []
@@ -177,11 +188,12 @@ class Inputs:
         try:
             return await read_outcome(self._objects, name, self._patience)
         except Malformed as error:
-            # As good as absent: the task fails with a reason that names the object.
+            # An unreadable outcome counts as absent. The task fails with a reason that names the
+            # object.
             raise NotFound(error.message) from error
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
-        """The plan of the bundle's round, or of the latest round before it that made one."""
+        """Return the plan of the bundle's round, or of the latest earlier round that made one."""
         for round_ in range(bundle.round, -1, -1):
             known = self._manifests.get((bundle.job, bundle.stage, round_))
             if known:
@@ -196,8 +208,10 @@ class Inputs:
         return await self._brought(job, bundle, key)
 
     async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
-        """Return the plan of items that came with the job's definition: they are its root's. `lost`
-        is the key of the object that is not there."""
+        """Return the plan of the items that came with the job's definition, for its root stage.
+
+        `lost` is the key of the missing object.
+        """
         if job.stage(bundle.stage).after:
             what = f"Stage {bundle.stage} of job {bundle.job}"
             raise NotFound(f"{what} has no plan yet, or its plan is gone: {lost}.")
@@ -210,7 +224,7 @@ class Inputs:
         return self.keep(bundle.job, bundle.stage, opening.items)
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
-        """Remember the items that came with a job's definition; their plan."""
+        """Cache the items that came with a job's definition, and return their plan."""
         manifest = Manifest.of(items)
         self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items)
         return self._keep_manifest(job, stage, manifest)
@@ -244,8 +258,10 @@ class Inputs:
 
 
 def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
-    """Return what `read` makes of an object. One that cannot be read is as good as absent: its
-    tasks fail with a reason that names it."""
+    """Return the result of `read` for an object.
+
+    An object that cannot be read counts as absent. Its tasks fail with a reason that names it.
+    """
     try:
         return read(data)
     except (Malformed, TooNew) as error:
@@ -263,8 +279,10 @@ def _items(name: str, data: bytes) -> Sequence[Json]:
 
 
 def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, TaskSet]]]:
-    """Return the tasks that the item stands for, by stage and bundle; NotFound if it cannot be
-    read."""
+    """Return the tasks whose results the item collects, by stage and bundle.
+
+    Raise NotFound if the item cannot be read.
+    """
     try:
         return {
             StageName(name(stage)): [
@@ -286,5 +304,5 @@ def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
 
 
 def is_gather(item: Json) -> bool:
-    """Whether the item stands for the results of whole stages."""
+    """Return whether the item collects the results of whole stages."""
     return isinstance(item, dict) and "$gather" in item

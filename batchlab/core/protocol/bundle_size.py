@@ -1,13 +1,15 @@
-"""How many tasks travel in one bundle, by themselves.
+"""Sizes of bundles.
 
-Three forces: a bundle costs the same requests however full it is (so: large), a lost or long
-bundle costs all that is in it (so: at most three quarters of a second), and the last bundles
-decide the makespan (so: shrinking as the stage runs out). Fixed chunks lose a quarter of the
-makespan to the tail; guided sizes lose nothing measurable.
+Three effects determine the size. A bundle costs the same number of requests at any size, so bundles
+are large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work.
+The last bundles determine the makespan, so bundles shrink toward the end of the stage. With chunks
+of a fixed size, the tail takes a quarter of the makespan. With shrinking sizes, it takes no
+measurable time.
 
-What durations nobody can know spoils, the worker mends: a bundle that is past its budget is split,
-and what waits behind a long task is given away while that runs (worker.shedding). So a long task
-keeps its neighbours no longer than the budget, and counts no more than that for their sizes.
+Task times cannot be known in advance, so workers correct wrong sizes. They split a bundle that is
+past its budget, and they give away the tasks that wait behind a long task (see
+`worker.work_handoff`). So a long task delays its neighbors by at most the budget, and counts at
+most the budget for the sizes of other bundles.
 """
 
 from __future__ import annotations
@@ -16,39 +18,43 @@ TARGET_S = 0.75
 """Work in a bundle once the task time is known."""
 
 BUDGET_S = 2 * TARGET_S
-"""A worker past this starts no further task of a bundle, and gives the rest away, though one may
-still run."""
+"""After this time, a worker starts no further task of a bundle and gives the rest away. One task
+may still be running then."""
 
 FIRST_WAVE = 2
-"""Bundles per slot sent before anything has been measured. The first is a single task, and has an
-answer soonest; the second covers the way of that answer to the next bundle."""
+"""Bundles per slot that are sent before the first measurement. The first one is a single task, so
+its result arrives soonest. The second one keeps the slot busy until the next bundle arrives."""
 
 FIRST_CAP = 8
 FIRST_SHARES = 8
-"""Tasks in the second one at most, and at most this share of what a slot has to do: nobody knows
-yet how long they take."""
+"""Limits of the second bundle: FIRST_CAP tasks, and 1/FIRST_SHARES of a slot's work. The task time
+is not known yet."""
 
 CAP = 4096
-"""Tasks in a bundle at most: keeps an outcome object and a message well under their limits."""
+"""Maximum number of tasks in a bundle. It keeps outcome objects and messages well below their
+limits."""
 
 FLOOR_S = 0.05
-"""Work below which a bundle is not cut while every slot gets one: it would be all overhead."""
+"""Minimum work of a bundle while every slot gets one. A smaller bundle would be mostly overhead."""
 
 SHARES = 2
-"""A bundle is at most this share of what a slot still has to do."""
+"""A bundle has at most 1/SHARES of a slot's remaining work."""
 
 
 def weight_s(tasks: int, run_s: float) -> float:
-    """Seconds that so many tasks of one bundle count for the sizes of others: at most one budget
-    each, and one more than that together, which only a last long one may have used."""
+    """Return the seconds that a bundle's tasks count for the sizes of other bundles.
+
+    Each task counts at most one budget. All of them together count at most two budgets, because
+    only a long last task can exceed the first one.
+    """
     return min(run_s, tasks * BUDGET_S, 2 * BUDGET_S)
 
 
 def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) -> int:
-    """Tasks for the next bundle of a stage with `left` uncut tasks and `slots` slots to serve.
+    """Return the size of the next bundle of a stage with `left` uncut tasks and `slots` slots.
 
-    `mean_s` is the measured seconds per task, None before the first; `fixed` the user's own
-    number, which wins.
+    `mean_s` is the measured time per task in seconds, None before the first measurement. `fixed` is
+    the user's own size, which takes precedence.
     """
     if left <= 0:
         return 0
@@ -64,7 +70,7 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
 
 
 def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:
-    """Sizes of up to `room` bundles to cut now, in order."""
+    """Return the sizes of up to `room` bundles to cut now, in order."""
     slots = max(1, slots)
     if fixed is None and mean_s is None:
         return _first_wave(left, slots, room)
@@ -72,7 +78,8 @@ def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: i
     sizes: list[int] = []
     while left and len(sizes) < room:
         if fixed is None and mean_s is not None and left * mean_s <= last_s and left > slots:
-            # Halved again and again it would be all overhead: as few as they may be, of one size.
+            # Halving would make bundles that are mostly overhead. The rest is cut into the smallest
+            # number of bundles, all of the same size.
             count = slots * -(-left // (slots * CAP))
             even = -(-left // count)
             sizes += [min(even, left - at) for at in range(0, left, even)][: room - len(sizes)]

@@ -1,12 +1,12 @@
-"""The commit keys of a grid's jobs, derived from the secret in its bucket.
+"""Commit keys of a grid's jobs, and the proofs in event messages that are made with them.
 
-Invariant: the secret is created once, by a conditional PUT. Whoever may read `grid/` of the bucket
-can derive every commit key; workers may not, and get the keys with their messages.
+The commit keys are derived from a secret in the bucket. A proof shows that the worker that sent a
+message has the commit keys of its jobs.
 
-Proofs in event messages: that the worker which sent one has the commit keys of its jobs.
-
-Invariant: a proof covers the whole text of its message, so that none can be moved to another one.
-The proofs are the first member of the message's object, and the text is the message without it.
+Invariants: the secret is created once, by a conditional PUT. Every program that may read `grid/` of
+the bucket can derive all commit keys. Workers may not read it, and receive the keys with their
+messages. A proof covers the whole text of its message, so it is not valid for another message. The
+proofs are the first member of the message's object, and the text is the message without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from batchlab.core.protocol.seals import (
 from batchlab.core.retry import Patience
 
 KEPT = 4096
-"""Keys in memory."""
+"""Maximum number of keys in memory."""
 
 
 T = TypeVar("T")
@@ -51,13 +51,13 @@ async def _once(call: Callable[[], Awaitable[T]]) -> T:
 
 
 class CommitKeys:
-    """The commit keys of one grid; the secret is read at the first use."""
+    """Commit keys of one grid. The secret is read at the first use."""
 
     def __init__(
         self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None
     ) -> None:
-        """Without `patience` nothing is tried again. With `ids`, of a manager, the secret is
-        created if the bucket has none."""
+        """Without `patience`, failed calls are not retried. With `ids`, which a manager passes, a
+        missing secret is created."""
         self._objects = objects
         self._patience: _Tries = patience or _once
         self._ids = ids
@@ -65,7 +65,8 @@ class CommitKeys:
         self._keys: dict[JobId, CommitKey] = {}
 
     async def ensure(self) -> None:
-        """Read the secret, or create it. A bucket that has lost it gets back the one in memory."""
+        """Read the secret, or create it. If the bucket has lost the secret, write the one in
+        memory."""
         try:
             secret = await self._read()
         except NotFound:
@@ -88,9 +89,9 @@ class CommitKeys:
         return secret
 
     async def of(self, job: JobDef) -> CommitKey:
-        """Return the commit key of a job, UNSEALED for a job without one.
+        """Return the commit key of a job, or UNSEALED for a job without one.
 
-        BackendError if the bucket has lost the secret under which the job was submitted.
+        Raise BackendError if the bucket has lost the secret under which the job was submitted.
         """
         if not job.commit_hash:
             return UNSEALED
@@ -103,12 +104,13 @@ class CommitKeys:
         return key
 
     async def stored(self, job: JobId) -> CommitKey:
-        """Return the commit key of a job that the bucket has; NotFound."""
+        """Return the commit key of a job in the bucket. Raise NotFound if the job does not
+        exist."""
         data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
         return await self.of(json_format.job_from_json(json_format.loads(data)))
 
     async def new(self, job: JobId) -> CommitKey:
-        """Return the commit key that a job of this id gets, or has."""
+        """Return the commit key of the job with this id. The job may not exist yet."""
         if self._secret is None:
             await self.ensure()
         assert self._secret is not None
@@ -140,12 +142,12 @@ class CommitKeys:
 
 
 MOST_PROOFS = 2_000
-"""One message cannot speak of more jobs."""
+"""Maximum number of proofs in a message, and so of the jobs that it is about."""
 _START = '{"p":{'
 
 
 def jobs_in(events: Events) -> set[JobId]:
-    """Return the jobs that the facts in a message are about."""
+    """Return the jobs that a message is about."""
     jobs = {one.bundle.job for one in events.completions}
     jobs |= {one.bundle.job for one in events.outcomes}
     jobs |= {held.job for beat in events.beats for held in beat.held}
@@ -166,7 +168,10 @@ def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], Comm
 
 
 def split(body: str) -> tuple[str, Mapping[str, str]]:
-    """Return the text of a message and its proofs by job; ValueError if they cannot be read."""
+    """Return the text of a message and its proofs by job.
+
+    Raise ValueError if the proofs cannot be read.
+    """
     if not body.startswith(_START):
         return body, {}
     end = body.find("}")

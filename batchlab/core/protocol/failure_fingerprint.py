@@ -1,8 +1,8 @@
-"""A failure's fingerprint: the same for tasks that failed for the same reason, on whatever item.
+"""Fingerprint of a failure, which is equal for tasks that failed for the same reason.
 
-Invariant: it is a function of what an outcome says of the failure, so that whoever groups failures,
-or compares one with another, comes to the same. Nothing of a machine (folders, process ids, the
-place of Python's own files) and nothing of an item (numbers, quoted text) is in it.
+Invariant: the fingerprint is a function of the failure in the outcome, so every program that groups
+or compares failures calculates the same one. It does not depend on the machine (folders, process
+ids, the path of Python's own files) or on the item (numbers, quoted text).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 from batchlab.core.model import Failure
 
 LENGTH = 12
-"""Hexadecimal digits: of a million different reasons two have the same with a chance of 0.2%."""
+"""Length in hexadecimal digits. Among a million reasons, two have equal fingerprints with a
+probability of 0.2%."""
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
 _COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
-"""Since Python 3.12 these have no frames of their own."""
+"""Comprehensions have their own frames only before Python 3.12."""
 _QUOTED = re.compile(r"""'[^'\n]*'|"[^"\n]*"|`[^`\n]*`""")
 _PATH = re.compile(r"(?:[\w.~-]*/)+[\w.~-]*")
 _NUMBERED = re.compile(r"[\w-]*\d[\w.-]*")
@@ -25,10 +26,11 @@ _INSTALLED = re.compile(r"^.*/(?:site|dist)-packages/|^.*/lib/python3[^/]*/")
 
 
 def fingerprint(failure: Failure) -> str:
-    """Twelve hexadecimal digits.
+    """Return a fingerprint of twelve hexadecimal digits.
 
-    An exception is known by its class and the lines of the user's own code that led to it; what has
-    no such lines, by its kind and its sentence without numbers, quoted text and paths.
+    An exception is identified by its class and the lines of the user's code that led to it. A
+    failure without such lines is identified by its kind and its reason, without numbers, quoted
+    text, and paths.
     """
     parts = [failure.kind.value, failure.error, str(failure.exit_code or "")]
     frames = _frames(failure.traceback)
@@ -40,15 +42,18 @@ def fingerprint(failure: Failure) -> str:
 
 
 def shape(text: str) -> str:
-    """A sentence without what differs from task to task."""
+    """Return a sentence without the parts that differ between tasks."""
     for pattern, mark in ((_QUOTED, "'…'"), (_PATH, "/…"), (_NUMBERED, "#")):
         text = pattern.sub(mark, text)
     return " ".join(text.split())
 
 
 def _frames(traceback: str) -> list[str]:
-    """`file:line:function` of the job's own code, outermost first; of all code where the job has
-    brought none. A recursion counts once."""
+    """Return `file:line:function` of the job's own code, outermost first.
+
+    If the traceback does not contain code of the job, return all frames. Repeated frames of a
+    recursion count once.
+    """
     found = [one for one in _FRAME.findall(traceback) if one[2] not in _COMPREHENSIONS]
     # The worker writes paths in the code folder without that folder.
     own = [one for one in found if not one[0].startswith(("/", "<"))] or found

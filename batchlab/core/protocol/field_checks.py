@@ -1,7 +1,7 @@
 """Checks of single values that another process has written.
 
-Invariant: each function returns the value unchanged and of the type that its name says, within the
-bounds given here, or raises ValueError. No value is converted.
+Invariant: each function returns the value unchanged, of the type in the function's name and within
+the bounds given here, or raises ValueError. Values are never converted.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""Exceptions that reading a malformed document raises; every reader turns them into Malformed."""
+"""Exceptions that a malformed document causes. Every reader turns them into Malformed."""
 
 MOST_TASKS = 1 << 40
-"""Bound of a task's index."""
+"""Upper bound of a task's index."""
 MOST_IN_BUNDLE = 1 << 16
-"""Bound of the tasks in one bundle. The planner cuts bundles of at most `sizing.CAP`."""
+"""Upper bound of the tasks in one bundle. The planner cuts bundles of at most `bundle_size.CAP`."""
 MOST_ROUNDS = 10_000
-"""Bound of a job's rounds. A worker looks for the plan of a bundle's round, then of each before."""
+"""Upper bound of a job's rounds. A worker looks for the plan of a bundle's round, and then for the
+plan of each earlier round."""
 MOST_COUNT = 1 << 53
-"""Bound of any counter: larger numbers are not exact in JSON, and SQL has no room for them."""
+"""Upper bound of every counter. Larger numbers are not exact in JSON and do not fit into SQL
+columns."""
 MOST_S = 1e11
-"""Bound of every time in seconds: in the epoch that is the year 5138."""
+"""Upper bound of every time in seconds. As epoch seconds, it is in the year 5138."""
 MOST_TEXT = 1 << 20
 MOST_KEY = 1024
 MOST_DEPTH = 256
-"""Nesting of a value. `values.encode` refuses values that are nested deeper than 200 levels."""
+"""Maximum nesting of a value. `values.encode` refuses values nested deeper than 200 levels."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@#-]{0,199}")
@@ -58,7 +60,7 @@ def known(kind: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(value: Any, most: int = MOST_TEXT) -> str:
-    """Return `value`; ValueError if it is not a text of at most `most` characters."""
+    """Return `value`. Raise ValueError if it is not a text of at most `most` characters."""
     if type(value) is str and len(value) <= most:
         return value
     raise ValueError(f"a text of at most {most} characters is expected, not {_kind(value)}")
@@ -75,37 +77,41 @@ def _is_label(value: str) -> bool:
 
 
 def name(value: Any) -> str:
-    """Return `value`; ValueError if it cannot name a job or a stage."""
-    # Texts from outside are not kept in the cache unless they are short.
+    """Return `value`. Raise ValueError if it cannot name a job or a stage."""
+    # Only short texts from outside go into the cache.
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_name(value):
         return value
     raise ValueError(f"a name is expected, not {_kind(value)}")
 
 
 def label(value: Any) -> str:
-    """Return `value`; ValueError if it cannot name a worker, an instance, a pool or a queue."""
+    """Return `value`. Raise ValueError if it cannot name a worker, an instance, a pool, or a
+    queue."""
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_label(value):
         return value
     raise ValueError(f"a label is expected, not {_kind(value)}")
 
 
 def new_label(value: Any) -> str:
-    """Return `value` as `label` does. For an execution or a bundle, which few messages name: the
-    cache of labels gains nothing from it."""
+    """Return `value` as `label` does, without its cache.
+
+    It is for names of executions and bundles. Few messages repeat them, so a cache does not help.
+    """
     if type(value) is str and _LABEL.fullmatch(value):
         return value
     raise ValueError(f"a label is expected, not {_kind(value)}")
 
 
 def bundle_name(value: Any) -> str:
-    """Return `value`; ValueError if it is not a bundle's id."""
+    """Return `value`. Raise ValueError if it is not a bundle's id."""
     if type(value) is str and len(value) <= _LONGEST_NAME and _BUNDLE.fullmatch(value):
         return value
     raise ValueError(f"a bundle's id is expected, not {_kind(value)}")
 
 
 def handler(value: Any) -> str:
-    """Return `value`; ValueError if it is neither module:function nor a pickled function's key."""
+    """Return `value`. Raise ValueError if it is neither module:function nor a pickled function's
+    key."""
     kind, _, rest = text(value, MOST_KEY).partition(":")
     if kind == "pickle":
         check_key(rest)
@@ -117,48 +123,48 @@ def handler(value: Any) -> str:
 
 
 def flag(value: Any) -> bool:
-    """Return `value`; ValueError if it is neither True nor False."""
+    """Return `value`. Raise ValueError if it is neither True nor False."""
     if type(value) is bool:
         return value
     raise ValueError(f"true or false is expected, not {_kind(value)}")
 
 
 def figure(value: Any, most: float = MOST_S) -> float:
-    """Return `value`; ValueError if it is not a number from 0 to `most`."""
+    """Return `value`. Raise ValueError if it is not a number from 0 to `most`."""
     if (type(value) is float or type(value) is int) and 0 <= value <= most:
         return value
     raise ValueError(f"a number from 0 to {most:g} is expected, not {_kind(value)}")
 
 
 def whole(value: Any, most: int = MOST_COUNT) -> int:
-    """Return `value`; ValueError if it is not a whole number from 0 to `most`."""
+    """Return `value`. Raise ValueError if it is not a whole number from 0 to `most`."""
     if type(value) is int and 0 <= value <= most:
         return value
     raise ValueError(f"a whole number from 0 to {most} is expected, not {_kind(value)}")
 
 
 def integer(value: Any, most: int = MOST_COUNT) -> int:
-    """Return `value`; ValueError if it is not a whole number from -`most` to `most`."""
+    """Return `value`. Raise ValueError if it is not a whole number from -`most` to `most`."""
     if type(value) is int and -most <= value <= most:
         return value
     raise ValueError(f"a whole number is expected, not {_kind(value)}")
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """Return `value`; ValueError if it is not a list, or a tuple as a document has in memory."""
+    """Return `value`. Raise ValueError if it is not a list, or a tuple of a document in memory."""
     if type(value) is list or type(value) is tuple:
         return value
     raise ValueError(f"a list is expected, not {_kind(value)}")
 
 
 def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
-    """Return the numbers in the list `value`; ValueError if one is not from 0 to `most`."""
+    """Return the numbers in the list `value`. Raise ValueError if one is not from 0 to `most`."""
     found = tuple(listed(value))
     if len(found) == 1:
         figure(found[0], most)
         return found
-    # Passes in C are faster than one in Python, and the sum takes less time than the largest does.
-    # NaN has been refused by `wire.loads`.
+    # Loops in C are faster than one in Python, and `sum` is faster than `max`. `json_format.loads`
+    # has already refused NaN.
     if found and not (
         _NUMBERS.issuperset(map(type, found))
         and min(found) >= 0
@@ -169,8 +175,11 @@ def figures(value: Any, most: float = MOST_S) -> tuple[float, ...]:
 
 
 def fitted(value: T) -> T:
-    """Return `value`, an instance of a dataclass; ValueError if one of its fields has a value that
-    its annotation or the bounds given here do not allow."""
+    """Return `value`, an instance of a dataclass.
+
+    Raise ValueError if a field has a value that its annotation or the bounds given here do not
+    allow.
+    """
     for field, hint in _hints(type(value)).items():
         if not _fits(getattr(value, field), hint):
             raise ValueError(f"{field} has a value that it cannot have")
@@ -207,8 +216,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def shallow(values: Sequence[Any]) -> None:
-    """Raise ValueError if one of these JSON values is nested deeper than MOST_DEPTH levels, or
-    holds a number that is not finite, as 1e999 is read."""
+    """Raise ValueError if a JSON value is nested too deeply or contains a number that is not
+    finite.
+
+    The maximum depth is MOST_DEPTH levels. The number 1e999, for example, is read as infinity.
+    """
     layer = values
     for _ in range(MOST_DEPTH + 1):
         kinds = set(map(type, layer))
@@ -227,7 +239,7 @@ def shallow(values: Sequence[Any]) -> None:
 
 def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:
     numbers = values if len(kinds) == 1 else [one for one in values if type(one) is float]
-    # The sum of finite numbers is finite, except if it is too large.
+    # The sum of finite numbers is finite, unless it is too large for a float.
     return isfinite(sum(numbers)) or all(map(isfinite, numbers))
 
 

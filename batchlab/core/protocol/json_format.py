@@ -1,9 +1,9 @@
-"""The JSON of what leaves a process: job, cut, bundle, outcome, completion, word, end.
+"""JSON format of jobs, cuts, bundles, outcomes, completions, words, and endings.
 
-Invariant: `x_from_json(x_to_json(x)) == x`. What a later batchlab has added is passed over, where
-it has not said that one has to know it: by another `v`, or for a job by `needs`. That is refused,
-never guessed at. Plain dicts by hand, since this is the hot path and the worker must not import
-pydantic.
+Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If
+readers must know a new field, the later batchlab changes `v`, or sets `needs` in the job. Readers
+refuse such a document and do not guess. The conversion is written by hand, because it is on the
+hot path and the worker must not import pydantic.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
-"""A document of tasks, and what was read from it."""
+"""The JSON of a set of tasks, and the set that was read from it."""
 
 VERSION = 1
 PROTOCOL = 2
-"""What a reader of jobs knows. A release whose workers have to do something that those before it do
-not raises it, and writes it as `needs` into the jobs that ask for that, and only into those."""
+"""Version of the protocol that this batchlab knows. A release whose workers need new behavior for
+some jobs increases it, and writes it as `needs` into these jobs only."""
 SEALED = 2
-"""The protocol since which jobs have commit keys."""
+"""First protocol version with commit keys."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 WORDS = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
-# Values are checked for cycles where they are encoded.
+# Cycles are detected earlier, when values are encoded.
 _encode = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 
 
 def dumps(value: Json) -> str:
-    """Compact JSON; NaN and infinity are refused."""
-    return _encode(value)  # json.dumps would make an encoder for each call
+    """Return compact JSON. Raise ValueError for NaN and infinity."""
+    return _encode(value)  # json.dumps would create an encoder for each call
 
 
 def to_bytes(value: Json) -> bytes:
@@ -91,7 +91,7 @@ _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def is_too_heavy(data: bytes | str) -> bool:
-    """Whether a JSON text weighs more than an outcome may."""
+    """Return whether a JSON text exceeds the maximum weight of an outcome."""
     # Counting brackets takes time, and most texts are too short to need it.
     if len(data) * (1 + BRACKET_WEIGHT) <= OUTCOME_WEIGHT:
         return False
@@ -99,13 +99,15 @@ def is_too_heavy(data: bytes | str) -> bool:
 
 
 def loads(data: bytes | str) -> dict[str, Any]:
-    """Return a versioned document; TooNew if a later version has written it, Malformed if it is not
-    a document of batchlab."""
+    """Return a versioned document.
+
+    Raise TooNew if a later version wrote it, and Malformed if it is not a document of batchlab.
+    """
     try:
         text = data if isinstance(data, str) else data.decode()
         doc = _decode(text)
         if "\\u" in text and ("\\ud" in text or "\\uD" in text):
-            # An escaped half of a surrogate pair is JSON, but no text that could be stored or sent.
+            # An escaped half of a surrogate pair is valid JSON, but it cannot be encoded as UTF-8.
             dumps(doc).encode()
     except UNREADABLE as error:
         raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
@@ -122,7 +124,7 @@ def loads(data: bytes | str) -> dict[str, Any]:
 
 
 def brief(error: Exception) -> str:
-    """Return what is wrong in at most 200 characters, without text that a worker has chosen."""
+    """Return the problem in at most 200 characters, without text that a worker chose."""
     if isinstance(error, BatchlabError):
         return error.message.rstrip(".")[:200]
     if isinstance(error, KeyError):
@@ -134,8 +136,10 @@ def brief(error: Exception) -> str:
 
 
 def fields(value: Any) -> dict[str, Json]:
-    """The fields of a value that has slots, by name; asdict, which goes into them too, takes ten
-    times as long."""
+    """Return the fields of a value by name. Its class must have slots.
+
+    `asdict` also converts nested values and takes ten times as long.
+    """
     return {name: getattr(value, name) for name in value.__slots__}
 
 
@@ -144,7 +148,8 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) -> TaskSet:
-    """Return the tasks in a document, which are most of the time those of its bundle (`known`)."""
+    """Return the tasks in a document. `known` is the task set of its bundle, which is often the
+    same."""
     if known and doc == known[0]:
         return known[1]
     if not listed(doc):
@@ -200,7 +205,7 @@ def _follows_from_json(docs: Any, known: Known) -> tuple[Follow, ...]:
 
 
 def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
-    """Return what `read` makes of each document in a list, which is empty most of the time."""
+    """Return the result of `read` for each document in a list. Most lists are empty."""
     return tuple([read(doc) for doc in listed(docs)]) if docs != [] else ()
 
 
@@ -232,8 +237,11 @@ def check_parts(
     cancelled: TaskSet,
     follows: Sequence[Follow],
 ) -> None:
-    """Raise ValueError unless every task of the bundle went exactly one way: it succeeded, failed
-    for good, was cancelled, or goes on in one follow of the same stage (see `settle`)."""
+    """Raise ValueError unless every task of the bundle has exactly one result.
+
+    A task succeeded, failed for good, was canceled, or is in one follow-up of the same stage (see
+    `settlement.settle`).
+    """
     if succeeded.ranges == bundle.tasks.ranges and not (
         follows or failed.ranges or cancelled.ranges
     ):
@@ -284,7 +292,7 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
 
 
 def outcome_text(o: Outcome) -> str:
-    """Its JSON; made once."""
+    """Return the outcome's JSON, which is created once."""
     try:
         return o._text
     except AttributeError:
@@ -294,15 +302,17 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome, without its tracebacks if it would be too heavy with them. Its values fit
-    in any case (see `worker.bench`)."""
+    """Return the outcome, without its tracebacks if they would make it too heavy.
+
+    Its values always fit (see `worker.task_executor`).
+    """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
     return replace(outcome, failed=tuple([replace(one, traceback="") for one in outcome.failed]))
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
-    """Return the outcome in a document; one of UNREADABLE if it is not one."""
+    """Return the outcome in a document. Raise one of UNREADABLE if it is not an outcome."""
     bundle = bundle_from_json(doc["bundle"])
     known = doc["bundle"]["t"], bundle.tasks
     succeeded = tasks_from_json(doc["succeeded"], known)
@@ -340,11 +350,12 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
 
 
 def outcome_from_bytes(data: bytes, key: str) -> Outcome:
-    """Return the outcome in the object `key`, which is an outcome's or a replacement's. Malformed,
-    naming the key, if it cannot be read or is the outcome of another bundle.
+    """Return the outcome in the object `key`, which is the key of an outcome or of a replacement.
 
-    A later format is unreadable too: outcomes of a job whose definition can be read have the format
-    of this release (see PROTOCOL), so a worker cannot hold up a job by naming another one.
+    Raise Malformed, with the key, if the object cannot be read or is the outcome of another bundle.
+    This includes objects in a later format. If this release can read a job's definition, all
+    outcomes of the job have the format of this release (see PROTOCOL). So a worker cannot block a
+    job by writing another version number.
     """
     try:
         if is_too_heavy(data):
@@ -358,7 +369,7 @@ def outcome_from_bytes(data: bytes, key: str) -> Outcome:
 
 
 def unreadable(key: str, error: Exception) -> Malformed:
-    """Return the error that says which object cannot be read."""
+    """Return the error for an object that cannot be read."""
     return Malformed(f"The object {key} cannot be read: {brief(error)}.")
 
 
@@ -378,8 +389,10 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 
 
 def completion_from_json(doc: dict[str, Any]) -> Completion:
-    """Return the completion in a document; one of UNREADABLE if it is not one. Whether its parts
-    agree is checked where it comes from a worker (see `check_parts`)."""
+    """Return the completion in a document. Raise one of UNREADABLE if it is not a completion.
+
+    The reader of a worker's message also checks the parts (see `check_parts`).
+    """
     bundle = bundle_from_json(doc["b"])
     known = doc["b"]["t"], bundle.tasks
     return Completion(
@@ -413,8 +426,10 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
 
 
 def cut_from_json(doc: dict[str, Any]) -> Cut:
-    """Return the cut in a document; Malformed if it is not one, or has a bundle of another job,
-    stage or round."""
+    """Return the cut in a document.
+
+    Raise Malformed if it is not a cut, or if it has a bundle of another job, stage, or round.
+    """
     try:
         at_s, planned = doc.get("at"), doc["planned"]
         cut = Cut(
@@ -440,7 +455,7 @@ def reopening_to_json(r: Reopening) -> dict[str, Json]:
 
 
 def reopening_from_json(doc: dict[str, Any]) -> Reopening:
-    """Return the reopening in a document; one of UNREADABLE if it is not one."""
+    """Return the reopening in a document. Raise one of UNREADABLE if it is not a reopening."""
     return Reopening(
         StageName(name(doc["stage"])),
         whole(doc.get("succeeded", 0)),
@@ -454,7 +469,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     doc = {"v": VERSION, **fields(job)}
     doc["stages"] = [{**fields(stage), "retry": fields(stage.retry)} for stage in job.stages]
     doc["input"] = fields(job.input) if job.input else None
-    # What an earlier batchlab does not know is left out where it says nothing.
+    # Fields that earlier releases do not know are omitted if they are empty.
     if job.max_cost_usd is None:
         del doc["max_cost_usd"]
     if not job.trace:
@@ -471,8 +486,10 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 
 
 def job_from_json(doc: dict[str, Any]) -> JobDef:
-    """The job of a spec object, or of what `job_to_json` made; TooNew where it asks for what this
-    batchlab does not know, or cannot be read."""
+    """Return the job in a spec object or in the result of `job_to_json`.
+
+    Raise TooNew if the job needs a later protocol, or if the definition cannot be read.
+    """
     needs = doc.get("needs", 1)
     if not isinstance(needs, int) or not 1 <= needs <= PROTOCOL:
         raise TooNew(
@@ -533,11 +550,14 @@ def _stage_from_json(doc: dict[str, Any]) -> StageDef:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """The content of a control object. With CANCEL it says what the job ends as, and why. `round`
-    is the job's round that it is for: a word of one round never stands in the place of a later
-    one's, and a bucket whose ETags are hashes tells the words of two rounds apart. `tail`
-    grows each time somebody asks for what running tasks print, the last time at `tail_s` (epoch)
-    (see worker.tails). `number` counts the words before it, so no two words of a job are equal."""
+    """Content of a control object.
+
+    With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the
+    round of the job to which the word applies. A word never replaces the word of a later round.
+    Because of `round`, the words of two rounds differ in buckets whose ETags are hashes. `tail`
+    grows with each request for live logs, and `tail_s` (epoch) is the time of the last request (see
+    `worker.live_logs`). `number` counts the words before it, so all words of a job differ.
+    """
 
     control: Control
     state: JobState = JobState.CANCELLED
@@ -564,8 +584,10 @@ def word_to_bytes(word: Word) -> bytes:
 
 
 def word_from_bytes(data: bytes) -> Word:
-    """BackendError where it cannot be read: whoever asks whether a task may start then knows of no
-    word that allows it."""
+    """Return the word in a control object.
+
+    Raise BackendError if it cannot be read. In that case, the caller must not start tasks.
+    """
     doc = loads(data)
     try:
         tail_s = doc.get("tail_s")
@@ -590,7 +612,7 @@ def ending_to_json(e: Ending) -> dict[str, Json]:
 
 
 def ending_from_json(doc: dict[str, Any]) -> Ending:
-    """Return the ending in a document; Malformed if it is not one."""
+    """Return the ending in a document. Raise Malformed if it is not an ending."""
     try:
         closed = {StageName(name(k)): whole(v, MOST_COUNT) for k, v in doc["closed"].items()}
         state = JobState(doc["state"])

@@ -10,13 +10,13 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.field_checks import UNREADABLE, fitted, known, listed
 
 ASKED_S = 30.0
-"""Time for which a worker stores live logs after a request. A client that follows a job repeats
-its request twice in this time."""
+"""Time for which a worker stores live logs after a request. A client that follows a job repeats its
+request twice in this time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The end of what a running attempt has printed: bytes [start, stop) of its own output."""
+    """The latest output of a running attempt: bytes [start, stop) of its output."""
 
     stage: str
     task: int
@@ -36,7 +36,7 @@ def to_bytes(tails: list[Tail]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[Tail]:
-    """Malformed if they cannot be read."""
+    """Return the live logs in an object. Raise Malformed if they cannot be read."""
     doc: dict[str, Any] = json_format.loads(data)
     try:
         return [fitted(Tail(**known(Tail, one))) for one in listed(doc["tails"])]

@@ -1,7 +1,8 @@
-"""The messages on the queues: a bundle for a worker, and what workers tell the manager.
+"""Messages on the queues: bundles for workers, and events from workers for the manager.
 
-Invariant: `read_x(x(m)) == m` for what its reader needs. A message is written in `wire`'s format;
-a reader refuses any other as a whole with Malformed, so nobody acts on half of it.
+Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of
+`json_format`. A reader refuses any other message as a whole with Malformed, so a message never
+takes effect in part.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ T = TypeVar("T")
 MOST_SLOTS = 1 << 20
 MOST_REQUESTS = 1e15
 MOST_RECEIPT = 2048
-"""Characters. A receipt handle of SQS has at most 1,024."""
+"""Maximum length in characters. A receipt handle of SQS has at most 1,024."""
 MOST_TRACE = 200
 MOST_KEY = 1024
 _COUNTED = len(Requests.__slots__)
@@ -56,13 +57,13 @@ _COUNTED = len(Requests.__slots__)
 
 @dataclass(frozen=True, slots=True)
 class TaskMessage:
-    """What a pool's queue carries.
+    """Message on a pool's queue.
 
-    `items` are the encoded inputs where they are small enough to travel along, aligned with the
-    bundle's tasks. `not_before_s` (epoch) is a wait longer than one DelaySeconds can be.
-    `watchdog` marks a hand-over: the bundle still runs, and is run again only if it fell silent.
-    `trace` is the W3C traceparent of whoever sent it, where the job is traced.
-    `key` is the commit key of the job: a worker compares it with the job's definition.
+    `items` are the encoded inputs, one per task of the bundle, if they are small enough for the
+    message. `not_before_s` (epoch) is the end of a delay that is longer than the maximum
+    DelaySeconds. `watchdog` marks a watchdog message: the bundle still runs, and it runs again only
+    if its worker has stopped reporting. `trace` is the W3C traceparent of the sender if the job is
+    traced. `key` is the commit key of the job. A worker compares it with the job's definition.
     """
 
     bundle: Bundle
@@ -89,8 +90,10 @@ def task_message(m: TaskMessage) -> str:
 
 
 def read_task_message(body: str) -> TaskMessage:
-    """Return the task message with that body. TooNew if a later batchlab has sent it, Malformed if
-    it cannot be read."""
+    """Return the task message with that body.
+
+    Raise TooNew if a later batchlab sent it, and Malformed if it cannot be read.
+    """
     return _read(body, "A task message", _task_message_from_json)
 
 
@@ -112,9 +115,10 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
 
 
 def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
-    """Return what `read` makes of the document in a body; Malformed names `what` it should be."""
+    """Return the result of `read` for the document in a body. Malformed errors begin with
+    `what`."""
     try:
-        # Characters, not bytes: encoding the text only to measure it would take time.
+        # The limit applies to characters here. Counting bytes would need to encode the text.
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(body)} characters")
         return read(loads(body))
@@ -126,9 +130,9 @@ def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A bundle in a worker's hands: the manager gives its message back when the instance dies.
+    """A bundle that a worker holds. If the instance dies, the manager makes its message visible.
 
-    `receipt` is None for one that was handed over: its watchdog message is on the way.
+    `receipt` is None if a watchdog message has taken over the bundle.
     """
 
     queue: str
@@ -141,7 +145,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A worker's sign of life. `held` is complete as of `at_s`; `leaving` says it is draining."""
+    """A worker's heartbeat. `held` is complete as of `at_s`. `leaving` is true if the worker
+    drains."""
 
     worker: str
     instance: str
@@ -151,19 +156,23 @@ class Beat:
     busy: int
     held: tuple[Held, ...]
     number: int
-    """Counts the worker's beats: the queue may deliver an older one later, and clocks jump."""
+    """Number of the heartbeat. The queue may deliver an older one later, and clocks may jump."""
     leaving: bool = False
     gone: bool = False
-    """The last beat: it has given everything back."""
+    """True in the last heartbeat, after the worker has returned all of its messages."""
     key: str = field(default="", repr=False)
-    """The key of its instance, a secret of its workers; "" for a worker of release 0.1.0."""
+    """Key of the worker's instance, a secret that its workers share. "" for a worker of release
+    0.1.0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """What a worker has met twice: a "message" of a bundle whose outcome was there, or an
-    "execution" that another one was faster than, for so many slot seconds. `execution` is its own,
-    so that hearing of it again counts nothing."""
+    """Duplicate work that a worker noticed.
+
+    `kind` is "message" for a message of a bundle that had an outcome, and "execution" for an
+    execution that lost to another one, with its slot seconds. `execution` is the worker's own
+    execution. It identifies the duplicate, so a repeated report counts only once.
+    """
 
     job: JobId
     stage: StageName
@@ -174,14 +183,14 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a worker has done since its start, in numbers by name (see worker.deeds)."""
+    """Counters of a worker since its start, by name (see `worker.worker_counters`)."""
 
     worker: str
     counts: Mapping[str, int]
 
 
 Traces = tuple[tuple[JobId, StageName, BundleId, str], ...]
-"""Where the trace of each bundle goes on, as a W3C traceparent."""
+"""Trace context of each bundle for its follow-ups, as a W3C traceparent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +199,18 @@ class Events:
 
     completions: tuple[Completion, ...] = ()
     committed: tuple[str, ...] = ()
-    """Keys of outcomes whose completion is too large to travel; the reader fetches them."""
+    """Keys of outcomes whose completion is too large for a message. The reader fetches them."""
     beats: tuple[Beat, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    """Instead of completions, where they are small: whoever waits for results need not fetch them.
-    """
+    """Small outcomes, sent instead of completions, so that clients that wait for results do not
+    need to fetch them."""
     asked: tuple[Asked, ...] = ()
-    """Goes along with beats."""
+    """Sent together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()
     told: tuple[Told, ...] = ()
-    """Likewise."""
+    """Sent together with heartbeats."""
     traces: Traces = ()
-    """Of the outcomes in here that belong to a job that is traced."""
+    """Trace contexts of those outcomes in this message whose job is traced."""
 
 
 def events_message(e: Events) -> str:
@@ -304,13 +313,15 @@ def _key_from_json(value: Any) -> str:
 
 
 def read_events_message(body: str) -> Events:
-    """Return what a worker tells. TooNew if a later batchlab has sent it, Malformed if any part of
-    it cannot be read."""
+    """Return the events in a message.
+
+    Raise TooNew if a later batchlab sent it, and Malformed if any part of it cannot be read.
+    """
     return _read(body, "An event", _events_from_json)
 
 
 def _events_from_json(doc: dict[str, Any]) -> Events:
-    # Most messages have one or two of these parts, and an absent one should cost nothing.
+    # Most messages have one or two of these parts, and an absent part must not cost time.
     return Events(
         tuple([_completion_from_json(c) for c in listed(doc["c"])]) if "c" in doc else (),
         tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),

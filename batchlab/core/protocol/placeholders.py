@@ -1,7 +1,7 @@
-"""The placeholders of a command: what a job file may write, and what becomes of it.
+"""Placeholders in the command of a job file, and their values.
 
-Invariant: what `check` lets pass, `expand` can expand, and no output name leads out of the task's
-folder. A literal brace is written twice.
+Invariant: `expand` can expand every command that `check` accepts, and an output name never leads
+out of the task's folder. A literal brace is written twice.
 
     {input}           path of the task's item        {output:NAME}   path to write an output to
     {inputs}          one argument per item          {params.KEY}    a parameter of the job
@@ -22,7 +22,7 @@ _KNOWN = (*(f"{{{name}}}" for name in (*_SINGLE, "inputs")), "{output:NAME}", "{
 
 
 def check(template: Sequence[str], params: Collection[str] | None = None) -> list[str]:
-    """What is wrong with a command, one sentence each; `params` are the keys that exist."""
+    """Return the problems of a command, one sentence each. `params` are the existing keys."""
     problems = [] if template else ["The command is empty."]
     for argument in template:
         for token in _TOKEN.finditer(argument):
@@ -55,12 +55,15 @@ def _problem(argument: str, token: re.Match[str], params: Collection[str] | None
 
 
 def used(template: Sequence[str]) -> list[str]:
-    """The placeholders in a command without their braces, in order, each once."""
+    """Return the placeholders in a command without their braces, in order, each once."""
     return list(dict.fromkeys(_names(template)))
 
 
 def outputs(template: Sequence[str]) -> list[str]:
-    """The names of the outputs in a command, in order, each once; a folder's ends in a slash."""
+    """Return the names of the outputs in a command, in order, each once.
+
+    The name of a folder ends in a slash.
+    """
     names = (name.removeprefix("output:") for name in used(template) if name.startswith("output:"))
     return list(names)
 
@@ -78,8 +81,10 @@ def expand(
     inputs: Sequence[str],
     output: Callable[[str], str],
 ) -> list[str]:
-    """The arguments. `values` has what the other placeholders stand for, by their names;
-    KeyError where one is missing."""
+    """Return the arguments of a command.
+
+    `values` has the values of the other placeholders by name. Raise KeyError if one is missing.
+    """
 
     def one(token: re.Match[str]) -> str:
         if token[1] is None:

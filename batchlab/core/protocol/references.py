@@ -1,7 +1,7 @@
-"""The objects that references in a job's items and results may name.
+"""Check of the objects to which references in a job's items and results refer.
 
-Invariant: manager, worker and client read an object for a reference only after a check here. An
-outcome is written by a worker, and whoever reads it may have more rights than the worker has.
+Invariant: the manager, workers, and clients read a referenced object only after this check. A
+worker writes an outcome, and a reader of the outcome may have more rights than the worker.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from batchlab.core.protocol import values
 
 
 class ForeignReference(UsageError):
-    """A reference names an object that its job may not name, or another object than it says."""
+    """A reference names an object that its job may not use, or the object's content has changed."""
 
 
 class Own:
-    """The objects of one job. A job of the Python API may also name files and raw data of other
-    jobs: its user passes them on as File objects."""
+    """Objects that one job may use.
+
+    A job of the Python API may also use files and raw data of other jobs, because its user passes
+    them on as File objects.
+    """
 
     def __init__(self, job: JobId, inputs: Iterable[str] = (), *, is_python: bool) -> None:
         self._job = job
@@ -36,12 +39,12 @@ class Own:
 
     @classmethod
     def of(cls, job: JobDef) -> Own:
-        """Return the objects of a job as its definition names them."""
+        """Return the objects that a job may use according to its definition."""
         keys = job.input.keys if job.input else ()
         return cls(job.id, keys, is_python=is_python(job))
 
     def key(self, reference: Json) -> str:
-        """Return the key that a reference names; ForeignReference if the job may not name it."""
+        """Return the key in a reference. Raise ForeignReference if the job may not use it."""
         name = reference.get(values.kind(reference) or "")
         if not isinstance(name, str) or not self._has(name):
             raise ForeignReference(
@@ -52,8 +55,10 @@ class Own:
         return name
 
     def value(self, reference: Json, data: bytes) -> Json:
-        """Return the encoded value in the object of a `$value` reference. ForeignReference if it
-        is not the object that the reference was made for."""
+        """Return the encoded value in the object of a `$value` reference.
+
+        Raise ForeignReference if the object has another content than the reference was made for.
+        """
         said = reference.get("sha256")
         if said is not None and hashlib.sha256(data).hexdigest() != said:
             raise ForeignReference(
@@ -71,5 +76,5 @@ class Own:
 
 
 def is_python(job: JobDef) -> bool:
-    """Whether the job comes from the Python API, so that its items and results may be pickled."""
+    """Return whether the job comes from the Python API. Its items and results may be pickled."""
     return any((stage.handler or "").startswith("pickle:") for stage in job.stages)

@@ -1,8 +1,8 @@
 """Commit keys of jobs, and the seals and proofs that are made with them.
 
-Invariant: a seal or a proof is a function of the commit key and of what it covers. The manager
-derives the commit key of each job from the secret of the grid. A worker gets it with the job's
-messages. A job of release 0.1.0 has no commit key: its names carry no seal.
+Invariant: a seal or a proof is a function of the commit key and of the text that it covers. The
+manager derives the commit key of each job from the secret of the grid. A worker gets it with the
+job's messages. Jobs of release 0.1.0 do not have a commit key, and their names do not have a seal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CommitKey = NewType("CommitKey", str)
 """128 bits in hexadecimal digits, or UNSEALED."""
 
 UNSEALED = CommitKey("")
-"""In the place of the commit key of a job that has none."""
+"""Value for a job without a commit key."""
 
 _DIGITS = 32
 
@@ -29,22 +29,22 @@ def commit_key(secret: bytes, job: JobId) -> CommitKey:
 
 
 def digest(key: CommitKey) -> str:
-    """Return the SHA-256 of a commit key, which the definition of its job holds."""
+    """Return the SHA-256 of a commit key, which is part of its job's definition."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def opens(key: CommitKey, job: JobDef) -> bool:
-    """Whether `key` is the commit key of the job, or the job has none."""
+    """Return whether `key` is the commit key of the job, or the job does not have one."""
     return not job.commit_hash or hmac.compare_digest(digest(key), job.commit_hash)
 
 
 def seal(key: CommitKey, *parts: str) -> str:
-    """Return the seal of a name that consists of `parts`, none of which holds a slash."""
+    """Return the seal of a name that consists of `parts`. The parts must not contain a slash."""
     return _mac(key.encode(), f"seal/{'/'.join(parts)}".encode())
 
 
 def summary(text: str) -> bytes:
-    """Return the hash of a text, of which `proof` makes one proof for each job."""
+    """Return the hash of a text. `proof` uses it to make one proof for each job."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -54,7 +54,7 @@ def proof(key: CommitKey, summary: bytes) -> str:
 
 
 def proves(key: CommitKey, summary: bytes, given: str) -> bool:
-    """Whether `given` is the proof of a text under this commit key."""
+    """Return whether `given` is the proof of a text under this commit key."""
     return hmac.compare_digest(proof(key, summary).encode(), given.encode())
 
 

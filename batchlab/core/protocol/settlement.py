@@ -1,11 +1,11 @@
-"""What an execution of a bundle comes to, and what follows from it: pure functions.
+"""Outcomes of executions, their follow-ups, and the failure policy, as pure functions.
 
-Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's succeeded, final
-failed, cancelled, or one follow of the same stage; every succeeded task is in one follow of each
-chained stage. Everything is decided here once, before the commit, and read back by whoever
-repeats the forwarding.
+Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's `succeeded`, final
+`failed`, `cancelled`, or one follow-up of the same stage. Every task that succeeded is in one
+follow-up of each chained stage. All of this is decided once, before the commit. A program that
+repeats the forwarding reads the decision from the outcome.
 
-The failure policy: when failed tasks fail the job, and when they stop it at once.
+The failure policy decides when failed tasks fail the job, and when they stop it at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from batchlab.core.model import (
 )
 
 LOSS_LIMIT = 3
-"""Starts of a task alone that ended without an outcome before it is FAILED as poison."""
+"""Number of times that a task starts alone and ends without an outcome before it is FAILED as a
+poison task."""
 
 _task = attrgetter("task")
 _NO_TASKS = TaskSet()
@@ -38,7 +39,7 @@ _HOPELESS = frozenset({FailureKind.IMPORT, FailureKind.RESULT, FailureKind.LOST}
 
 
 def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
-    """Whether `rule` gives this failure of the `attempt`-th try another one."""
+    """Return whether `rule` retries this failure of the `attempt`-th try."""
     if attempt >= rule.attempts:
         return False
     if not rule.kinds and failure.kind in _HOPELESS:
@@ -53,8 +54,10 @@ def retries(rule: RetryRule, failure: Failure, attempt: int) -> bool:
 
 
 def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
-    """Wait before the try after `bundle`'s, seconds; the jitter is derived from the bundle's id,
-    so that whoever computes it gets the same."""
+    """Return the wait in seconds before the try after the one of `bundle`.
+
+    The jitter is derived from the bundle's id, so every program calculates the same wait.
+    """
     base = _base_s(rule, bundle.attempt)
     digest = hashlib.sha256(f"{bundle.job}/{bundle.stage}/{bundle.id}".encode()).digest()
     unit = int.from_bytes(digest[:4]) / 2**32
@@ -63,23 +66,27 @@ def backoff_s(rule: RetryRule, bundle: Bundle) -> float:
 
 def _base_s(rule: RetryRule, attempt: int) -> float:
     try:
-        # As a float: a whole factor to the power of a forged attempt would fill the memory.
+        # A float is used because an integer power with a forged attempt could fill the memory.
         return min(rule.max_backoff_s, rule.backoff_s * float(rule.factor) ** (attempt - 1))
     except OverflowError:
         return rule.max_backoff_s if rule.backoff_s else 0.0
 
 
 def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
-    """Return how long a retry still waits for the end of its backoff, seconds. It is never longer
-    than the backoff, whatever the clocks of two machines say."""
+    """Return the remaining wait in seconds until the end of a retry's backoff.
+
+    It is never longer than the backoff, even if the clocks of two machines differ.
+    """
     if bundle.due_s is None:
         return 0.0
     return min(max(0.0, bundle.due_s - now_s), _longest_s(job, bundle))
 
 
 def delay_s(job: JobDef, follow: Follow) -> float:
-    """Return the delay of a follow, seconds. It is never longer than the backoff, whatever the
-    outcome says."""
+    """Return the delay of a follow-up in seconds.
+
+    It is never longer than the backoff, whatever value the outcome has.
+    """
     return min(follow.delay_s, _longest_s(job, follow.bundle)) if follow.delay_s else 0.0
 
 
@@ -102,11 +109,12 @@ def settle(
     log: str = "",
     log_spans: Sequence[tuple[int, int, int]] = (),
 ) -> Outcome:
-    """The outcome of an execution that ran `ran` and did not get to the rest.
+    """Return the outcome of an execution with the results `ran`.
 
-    With `cancelled` (the job is being cancelled) the rest and all retries are CANCELLED and
-    nothing follows; otherwise the rest goes on as halves, so that others can help. What is `kept`
-    still runs and goes on as a bundle of its own.
+    The rest are the tasks of the bundle without a result. With `cancelled` (the job is being
+    canceled), the rest and all retries are CANCELLED, and follow-ups are not created. Otherwise,
+    the rest is split into two bundles, so that other workers can help. The tasks in `kept` are
+    still running and become a bundle of their own.
     """
     stage = job.stage(bundle.stage)
     good = sorted((r for r in ran if r.failure is None), key=_task)
@@ -137,7 +145,7 @@ def settle(
         ended_s,
         succeeded,
         tuple([r.value for r in good]),
-        # Rounded here, once: a rebuild sums what was written and must come to the same.
+        # Rounded once, here. A rebuild sums the written values and must get the same sum.
         tuple([round(r.run_s, 6) for r in good]),
         tuple(failed),
         rest if cancelled else TaskSet(),
@@ -160,8 +168,10 @@ def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
 
 
 def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
-    """Whether an outcome of `bundle` with these follows can be one of the job: each follow is in
-    the bundle's own stage, or in a stage that is fed by it item by item."""
+    """Return whether an outcome of `bundle` with these follow-ups fits the job.
+
+    Each follow-up must be in the bundle's own stage, or in a stage that it feeds item by item.
+    """
     unknown = {bundle.stage, *[follow.bundle.stage for follow in follows]}
     for stage in job.stages:
         if stage.name == bundle.stage or (stage.chained and stage.after == (bundle.stage,)):
@@ -170,7 +180,7 @@ def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
 
 
 def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
-    """The bundles that hand `succeeded` on to each stage that follows item by item."""
+    """Return the bundles that pass `succeeded` on to each stage that follows item by item."""
     if not succeeded:
         return []
     return [
@@ -180,9 +190,9 @@ def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
 
 
 def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """The outcome of a bundle that keeps losing its workers: two halves, no task touched.
+    """Return the outcome of a bundle that repeatedly loses its workers: two untouched halves.
 
-    A bundle of one cannot be halved; `poisoned` ends it.
+    A bundle with one task cannot be split. `poisoned` ends it.
     """
     first, second = bundle.tasks.halves()
     halves = [replace(bundle, tasks=part, losses=1) for part in (first, second)]
@@ -192,14 +202,17 @@ def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outc
 
 
 def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """The outcome of a bundle whose tasks are given up on: FAILED with `reason`."""
+    """Return the outcome of a bundle whose tasks are abandoned. They are FAILED with `reason`."""
     failed = tuple(Failure(t, FailureKind.LOST, reason, error="WorkerLost") for t in bundle.tasks)
     return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
 
 
 def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Outcome:
-    """Return the outcome that replaces an object that cannot be read: its tasks have crashed for
-    that reason, and are tried again where the stage's retry rule allows it."""
+    """Return the outcome that replaces an object that cannot be read.
+
+    Its tasks count as crashed for that reason. They are retried if the stage's retry rule allows
+    it.
+    """
     ran = [
         Ran(task, 0.0, failure=Failure(task, FailureKind.CRASH, reason, error="UnreadableOutcome"))
         for task in bundle.tasks
@@ -209,7 +222,7 @@ def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Out
 
 
 def vanished(bundle: Bundle, error: str) -> list[Ran]:
-    """How the tasks end whose input is not there."""
+    """Return the results of tasks whose input does not exist."""
     reason = f"its input is gone: {error}"
     return [
         Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound"))
@@ -218,12 +231,12 @@ def vanished(bundle: Bundle, error: str) -> list[Ran]:
 
 
 def sealed(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """The outcome that a cancelled job's manager commits for a bundle nobody has finished."""
+    """Return the outcome that the manager commits for an unfinished bundle of a canceled job."""
     return Outcome(bundle, execution, worker, now_s, now_s, cancelled=bundle.tasks)
 
 
 def completion(outcome: Outcome) -> Completion:
-    """An outcome without its values, for the ledger."""
+    """Return an outcome without its values, for the ledger."""
     return Completion(
         outcome.bundle,
         outcome.worker,
@@ -239,7 +252,10 @@ def completion(outcome: Outcome) -> Completion:
 
 
 def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
-    """Tasks of later stages, fed item by item, that `done` has made impossible."""
+    """Return the tasks of later stages that `done` has made impossible, by stage.
+
+    These are stages that follow item by item.
+    """
     lost = len(done.failed) + len(done.cancelled)
     if not lost:
         return {}
@@ -248,7 +264,11 @@ def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`failed`: too many tasks have failed for the job to succeed; `stop`: end it at once."""
+    """Verdict on a job.
+
+    `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job
+    ends at once.
+    """
 
     failed: bool = False
     stop: bool = False
@@ -256,10 +276,10 @@ class Verdict:
 
 
 def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
-    """The verdict on the job as its counters stand.
+    """Return the verdict on a job with these counters.
 
-    A number allows that many failed tasks in the whole job; a percentage is of each stage's
-    planned tasks.
+    A number allows that many failed tasks in the whole job. A percentage applies to the planned
+    tasks of each stage.
     """
     failed = sum(s.failed for s in stages)
     if not failed:

@@ -1,6 +1,6 @@
-"""A job's definition as an object, `jobs/<job>/spec.json`, and what may be committed along with it.
+"""Object `jobs/<job>/spec.json`: the definition of a job, and an optional opening.
 
-Invariant: one PUT decides all that is in it.
+Invariant: one PUT commits the whole content.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from batchlab.core.protocol.field_checks import UNREADABLE, listed
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What may come in one object with a job's definition, so that one PUT decides all of it: the
-    encoded items of its root stage, where they are few, and that stage's first cut."""
+    """Additional content of the object with a job's definition, committed with the same PUT.
+
+    It has the encoded items of the root stage, if there are few, and that stage's first cut.
+    """
 
     items: Sequence[Json]
     cut: Cut | None = None
 
 
 def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
-    """The content of a job's spec object."""
+    """Return the content of a job's spec object."""
     doc = json_format.job_to_json(job)
     if opening:
         cut = json_format.cut_to_json(opening.cut) if opening.cut else None
@@ -36,14 +38,18 @@ def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
 
 
 def from_json(doc: dict[str, Any]) -> tuple[JobDef, Opening | None]:
-    """Return the job and the opening in a spec object. TooNew if a later batchlab has written it,
-    Malformed if it cannot be read."""
+    """Return the job and the opening in a spec object.
+
+    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    """
     return json_format.job_from_json(doc), opening_in(doc)
 
 
 def opening_in(doc: dict[str, Any]) -> Opening | None:
-    """Return the opening in a spec object, None if there is none; Malformed if it cannot be
-    read."""
+    """Return the opening in a spec object, or None if it does not have one.
+
+    Raise Malformed if the opening cannot be read.
+    """
     found = doc.get("opening")
     if found is None:
         return None

@@ -1,8 +1,11 @@
-"""Values as JSON: plain data as it is, files and large values as references, the rest pickled.
+"""JSON encoding of values.
 
-Invariant: decoding gives back exactly what was encoded. A dict with a key of one `$` is always a
-reference, for a user's own keys that begin with `$` get one more. Imported by every child process:
-standard library and `batchlab.core.task_context` only.
+Plain data is encoded unchanged, files and large values are references, and other objects are
+pickled.
+
+Invariant: decoding returns exactly the encoded value. A dict with a key that begins with one `$` is
+always a reference, because a user's own keys that begin with `$` get one more. Every child process
+imports the module, so it needs the standard library and `batchlab.core.task_context` only.
 
     {"$file": key, "name": …, "size": …}                            an object, as a File
     {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
@@ -27,15 +30,15 @@ Json = Any
 
 MAX_DEPTH = 200
 _MAX_PATH = 12
-# Python refuses to write longer integers as text (4,300 digits).
+# Python refuses to convert longer integers to text (more than 4,300 digits).
 _MAX_INT_BITS = 14_000
 
 
 OUTCOME_WEIGHT = 32 * 1024 * 1024
-"""Bound of an outcome's weight. Workers write no heavier one, and nobody reads one."""
+"""Maximum weight of an outcome. Workers do not write heavier ones, and readers refuse them."""
 BRACKET_WEIGHT = 24
-"""Weight of a list or a dict beside the byte of its bracket: in memory an empty one takes 64 bytes
-or more, so a bound of bytes alone would not bound the memory that a reader needs."""
+"""Weight of a list or a dict, in addition to the byte of its bracket. In memory, an empty one takes
+at least 64 bytes, so a limit on bytes alone would not limit a reader's memory."""
 
 
 def weight(text: str) -> int:
@@ -44,11 +47,11 @@ def weight(text: str) -> int:
 
 
 class NotAValue(UsageError):
-    """A value that cannot travel; the text says what it is and where it sits."""
+    """A value that cannot be encoded or decoded. The text describes the value and its position."""
 
 
 class _Odd(Exception):
-    """What is odd about a value, and on the way up where it is, innermost part first."""
+    """Problem of a value. Callers add its position, innermost part first."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -60,14 +63,18 @@ class _Odd(Exception):
 
 
 def file_ref(key: str, name: str, size: int) -> Json:
-    """The object `key`, which becomes a File called `name` of `size` bytes."""
+    """Return a reference to the object `key`, which becomes a File called `name` of `size`
+    bytes."""
     return {"$file": key, "name": name, "size": size}
 
 
 def part_ref(
     key: str, start: int, stop: int, *, name: str, header: tuple[int, int] | None = None
 ) -> Json:
-    """Bytes [start, stop) of an object, after its bytes [a, b) of `header`, as one File."""
+    """Return a reference to the bytes [start, stop) of an object as one File.
+
+    The bytes [a, b) of `header` come first.
+    """
     return {
         "$part": key,
         "start": start,
@@ -78,12 +85,16 @@ def part_ref(
 
 
 def value_ref(key: str, sha256: str | None = None) -> Json:
-    """The object `key` holds the JSON of an encoded value, of that hash where it is given."""
+    """Return a reference to the object `key`, which has the JSON of an encoded value.
+
+    `sha256` is the hash of that JSON.
+    """
     return {"$value": key, "sha256": sha256} if sha256 else {"$value": key}
 
 
 def kind(encoded: Json) -> str | None:
-    """Which reference this is: "$file", "$part", "$value", "$pickle"; None for plain data."""
+    """Return the kind of a reference: "$file", "$part", "$value", or "$pickle". None for plain
+    data."""
     if type(encoded) is dict:
         for name in ("$file", "$part", "$value", "$pickle"):
             if name in encoded:
@@ -92,7 +103,7 @@ def kind(encoded: Json) -> str | None:
 
 
 def references(encoded: Json) -> Iterator[Json]:
-    """Every reference to an object, at any depth, in the order that `replace` meets them."""
+    """Yield every reference to an object, at any depth, in the order of `replace`."""
     if type(encoded) is list:
         for one in encoded:
             yield from references(one)
@@ -108,7 +119,7 @@ def references(encoded: Json) -> Iterator[Json]:
 
 
 def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
-    """The same value with `change(reference)` in the place of every reference to an object."""
+    """Return the value with every reference to an object replaced by `change(reference)`."""
     if type(encoded) is list:
         return [replace(one, change) for one in encoded]
     if type(encoded) is dict:
@@ -123,7 +134,10 @@ def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
 
 
 def roughly(encoded: Json) -> int:
-    """About the bytes of its JSON; writing it only to measure it would take ten times as long."""
+    """Return the approximate number of bytes of the value's JSON.
+
+    Encoding it only to measure it would take ten times as long.
+    """
     cls = type(encoded)
     if cls is str:
         return 2 + (len(encoded) if encoded.isascii() else len(encoded.encode()))
@@ -142,15 +156,15 @@ def roughly(encoded: Json) -> int:
 
 
 def no_files(file: File) -> Json:
-    """For `encode` where a File has no place."""
+    """Refuse a File. For calls of `encode` that do not allow files."""
     raise NotAValue(f"{file!r} is a file, which has no place here.")
 
 
 def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str = "result") -> Json:
-    """Strict JSON, for jobs that come from a job file; tuples become lists.
+    """Return strict JSON, for jobs that come from a job file. Tuples become lists.
 
-    `file` gives the reference for a File. NotAValue for anything else that JSON does not know,
-    NaN and infinity included.
+    `file` returns the reference for a File. Raise NotAValue for any other value that JSON does not
+    have, including NaN and infinity.
     """
     try:
         return _encode(value, file, 0)
@@ -193,7 +207,7 @@ def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
     done: list[Json] = []
     try:
         for one in value:
-            done.append(_encode(one, file, depth + 1))  # noqa: PERF401 - its length is the place
+            done.append(_encode(one, file, depth + 1))  # noqa: PERF401 - its length is used below
     except _Odd as odd:
         odd.where.append(f"[{len(done)}]")
         raise
@@ -235,15 +249,16 @@ def _short(value: object) -> str:
 
 
 def type_name(cls: type) -> str:
-    """`numpy.ndarray`, `set`: the name a person looks for."""
+    """Return the name of a type for a person, such as `numpy.ndarray` or `set`."""
     inside = f"{cls.__module__}." if cls.__module__ != "builtins" else ""
     return inside + cls.__qualname__
 
 
 def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Json:
-    """Any object, for the Python API: None, bool, int, finite float and str as JSON, else pickled.
+    """Return the encoding of any object, for the Python API.
 
-    Files at any depth become references. NotAValue where it cannot be pickled.
+    None, bool, int, finite float, and str become JSON. All other objects are pickled. Files at any
+    depth become references. Raise NotAValue if the object cannot be pickled.
     """
     cls = type(value)
     if cls in (type(None), bool, int, float, str):
@@ -279,13 +294,14 @@ def _pickle(value: object, file: Callable[[File], Json]) -> Json:
 
 @cache
 def _pickler() -> Any:
-    import cloudpickle  # only the Python API needs it, and it takes as long as Python's start
+    # only the Python API needs it, and the import takes as long as the start of Python
+    import cloudpickle
 
     def persistent_id(self: Any, obj: object) -> int | None:
         number: int | None = self.told_of(obj) if isinstance(obj, File) else None
         return number
 
-    # A class statement would subclass Any: cloudpickle has no types.
+    # cloudpickle is untyped, so a class statement would be a subclass of Any.
     return type("Pickler", (cloudpickle.Pickler,), {"persistent_id": persistent_id})
 
 
@@ -293,10 +309,10 @@ def _pickler() -> Any:
 
 
 def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
-    """The value again; `file` gives what stands for a $file, $part or $value reference.
+    """Return the decoded value. `file` returns the value of a $file, $part, or $value reference.
 
-    With `pickles`, for the Python API alone, it runs code of whoever wrote the value, and raises
-    whatever unpickling raises. Without, a pickled object is a NotAValue.
+    `pickles` is for the Python API only. It runs code from the writer of the value and raises any
+    exception of that code. Without it, raise NotAValue for a pickled object.
     """
     if type(encoded) is list:
         return [decode(one, file, pickles=pickles) for one in encoded]

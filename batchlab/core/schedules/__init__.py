@@ -1,1 +1,1 @@
-"""Jobs that run again and again: when a schedule is due, and what becomes of each due time."""
+"""Schedules: repeated jobs, their due times, and the decision about each due time."""

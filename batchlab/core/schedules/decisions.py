@@ -1,7 +1,7 @@
-"""What is decided on due times, as pure functions of a schedule and the time.
+"""Decisions about due times, as pure functions of a schedule and the time.
 
-Invariant: each due time is decided on once, in order, and the decision says why. A clock that is
-set back makes those due times come again that were not run; one that has been run is not run twice.
+Invariant: each due time is decided once, in order, and the decision has a reason. If a clock is set
+back, due times without a run come again. A due time never runs twice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from batchlab.core.schedules.model import (
 )
 
 ON_TIME_S = 60.0
-"""What is noticed later than this after its due time has been missed."""
+"""A due time that the manager sees later than this is missed."""
 MOST_MISSED = 100
-"""Of missed due times at most so many are made up for, the latest ones."""
+"""Maximum number of missed due times that are made up for. The latest ones are taken."""
 MOST_WAITING = 100
-"""Runs that wait for the one before them; what falls due then is skipped."""
+"""Maximum number of runs that wait for the one before them. Further due times are skipped."""
 SET_BACK_S = 60.0
-"""A clock that is behind what has been decided on by more than this was set back."""
+"""If the clock is behind the last decided due time by more than this, it was set back."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Fire:
-    """A due time that is to run; `late` ones are made up for, one after the other."""
+    """A due time that will run. `late` ones are made up for, one after the other."""
 
     due_s: float
     why: str = ""
@@ -42,7 +42,7 @@ class _Fire:
 
 
 def lapse(schedule: Schedule, now_s: float) -> Schedule:
-    """Decide on everything that has fallen due; the schedule itself where nothing has."""
+    """Decide all due times up to now. Return the schedule itself if there are none."""
     if schedule.paused or schedule.removed:
         return schedule
     schedule = _rewound(schedule, now_s)
@@ -75,7 +75,7 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
 def _chosen(
     schedule: Schedule, due: Sequence[float], more: bool, now_s: float
 ) -> tuple[list[_Fire], Run | None]:
-    """What of `due` is to run, and where nothing is what stands for it."""
+    """Return the due times that will run, and a skipped run that stands for the others, if any."""
     definition = schedule.definition
     on_time = [_Fire(one) for one in due if now_s - one <= ON_TIME_S]
     missed = [one for one in due if now_s - one > ON_TIME_S]
@@ -91,7 +91,7 @@ def _chosen(
         why = f"{were}; all of it longer ago than it makes up for"
     elif definition.missed is Missed.RUN_ONCE:
         if on_time:
-            # The latest of all is what is to run once.
+            # The latest due time of all is the one that runs once.
             return [replace(on_time[0], why=f"{were}; this one is on time"), *on_time[1:]], None
         return [_Fire(made_up[-1], f"{were}; it is the latest of them")], None
     else:
@@ -107,7 +107,8 @@ def _chosen(
 
 
 def _overlapped(schedule: Schedule, fire: _Fire, now_s: float) -> Schedule:
-    """With the run in it: waiting for its job, or skipped for what has not ended."""
+    """Return the schedule with the run added, either waiting or skipped because of an unfinished
+    run."""
     run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
     waiting = [one for one in unfinished if one.state is RunState.WAITING]
@@ -128,8 +129,10 @@ def _overlapped(schedule: Schedule, fire: _Fire, now_s: float) -> Schedule:
 
 
 def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
-    """With the run that a person's request asks for; the same request again changes nothing.
-    Refused where the run before has not ended and it is to be skipped then."""
+    """Return the schedule with the run that a user requested. A repeated request changes nothing.
+
+    Raise Refused if the previous run has not ended and the overlap policy is to skip.
+    """
     if any(run.asked == asked for run in schedule.runs):
         return schedule
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
@@ -149,8 +152,11 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
 
 
 def startable(schedule: Schedule) -> Run | None:
-    """The run that is to have its job now, None where there is none, or one before it has not
-    ended. A paused schedule starts only what is asked for by hand."""
+    """Return the run that gets its job now, or None.
+
+    A run starts only after the one before it has ended. In a paused schedule, only runs requested
+    by a user start.
+    """
     if schedule.removed or schedule.running:
         return None
     for run in schedule.runs:
@@ -160,18 +166,21 @@ def startable(schedule: Schedule) -> Run | None:
 
 
 def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
-    """With the run as one that has its job; once this is written down, the job must come."""
+    """Return the schedule with the run marked as having its job.
+
+    Once this is written, the job must be submitted.
+    """
     job = object_keys.job_id(schedule.definition.job, run.token)
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 
 
 def skipped(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
-    """With the run as one that is not to be."""
+    """Return the schedule with the run marked as skipped."""
     return schedule.with_run(_skipped(run, now_s, why))
 
 
 def replaced(schedule: Schedule) -> Run | None:
-    """The run whose job is to be cancelled for the one that waits."""
+    """Return the run whose job is to be canceled because another run waits, or None."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
     waits = any(
@@ -182,13 +191,16 @@ def replaced(schedule: Schedule) -> Run | None:
 
 
 def settled(schedule: Schedule, now_s: float) -> Schedule:
-    """With everything up to now decided on: what falls due while it is paused is not run."""
+    """Return the schedule with all due times up to now decided and not run.
+
+    So due times of a paused schedule do not run later.
+    """
     schedule = _rewound(schedule, now_s)
     return replace(schedule, through_s=max(now_s, schedule.through_s))
 
 
 def removed(schedule: Schedule, now_s: float) -> Schedule:
-    """As what is left of it in the bucket; what waits is not run."""
+    """Return the schedule marked as removed, as the bucket stores it. Waiting runs are skipped."""
     for run in schedule.unfinished:
         if run.state is RunState.WAITING:
             schedule = skipped(schedule, run, now_s, "its schedule was removed")
@@ -196,7 +208,7 @@ def removed(schedule: Schedule, now_s: float) -> Schedule:
 
 
 def named(schedule: Schedule, run: Run) -> str:
-    """`the run of 2026-03-29 03:00:00 CEST`, as the beginning of a sentence or in it."""
+    """Return the name of a run for a sentence, such as `the run of 2026-03-29 03:00:00 CEST`."""
     if run.asked:
         return f"a run asked for by hand at {_at(schedule, run)}"
     return f"the run of {_at(schedule, run)}"

@@ -1,15 +1,14 @@
-"""When a schedule is due: cron with five fields in a time zone, or one moment.
+"""Due times of schedules: cron expressions with five fields in a time zone, or one moment.
 
-Invariant: the due times of an expression are a function of it and its zone alone, whatever moment
-they are looked at from. cron's own rules hold where clocks change: a fixed time of day that is left
-out is due at the first minute after, one that comes twice is due the first time; what has `*` as
-its minute or hour follows the clock, so it is due twice there, and not at all where there is none.
+Invariant: the due times of an expression depend only on the expression and its zone, and not on the
+current time. cron's own rules apply to clock changes. If the change skips a fixed time of day, the
+due time is the first minute after the change. If the change repeats it, the first occurrence is
+due. An expression with `*` as its minute or hour follows the clock. It is due twice in a repeated
+hour, and not at all in a skipped one.
 
-Cron with five fields: the local times that an expression names, read by cronsim.
-
-This is the only reader of cron expressions. Callers decide what happens to a local time that a
-clock change skips or repeats: schedules follow cron (below), scheduled actions follow Auto Scaling
-(fleet/scheduled_actions.py).
+`local_times` is the only reader of cron expressions, and uses cronsim. Its callers decide what
+happens to a local time that a clock change skips or repeats. Schedules follow cron, as above.
+Scheduled actions follow Auto Scaling (`fleet/scheduled_actions.py`).
 """
 
 from __future__ import annotations
@@ -27,17 +26,21 @@ FIELDS = 5
 
 
 class NeverDue(ValueError):
-    """Well formed, but for a day that none of its months has."""
+    """The expression is well formed, but its day does not occur in any of its months."""
 
 
 def local_times(expression: str, after: datetime) -> Iterator[datetime]:
-    """The times after `after`, in order, naive as it is or in its zone; they end where there is
-    none within fifty years. ValueError, naming the field, where it is no expression; NeverDue."""
+    """Return the local times after `after`, in order. They are naive if `after` is, else in its
+    zone.
+
+    The sequence ends if no time follows within fifty years. Raise ValueError with the name of the
+    field if the expression is not valid, and NeverDue if it is valid but never due.
+    """
     from cronsim import CronSim, CronSimError
 
     fields = expression.split()
     if len(fields) != FIELDS:
-        # With a sixth cronsim would take the first for seconds.
+        # cronsim reads the first of six fields as seconds.
         noun = "field" if len(fields) == 1 else "fields"
         raise ValueError(f"it has {len(fields)} {noun}, not {FIELDS}")
     try:
@@ -53,17 +56,18 @@ def local_times(expression: str, after: datetime) -> Iterator[datetime]:
 
 _DAY_S = 86_400
 _LONGEST = 200
-"""Characters of an expression: more is a slip."""
+"""Maximum length of an expression in characters. A longer one is probably a mistake."""
 _NEVER = "Write five fields: minute, hour, day of month, month, weekday, such as '0 2 * * 1-5'."
 _FIRST_WINDOW_S = 3600.0
 
 
 @lru_cache(maxsize=256)
 def zone_of(name: str) -> ZoneInfo:
-    """The IANA time zone of that name; UsageError."""
+    """Return the IANA time zone with that name. Raise UsageError if it does not exist."""
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError) as error:  # a folder of the database is an OSError
+    # a name that is a folder of the time zone database raises OSError
+    except (KeyError, ValueError, OSError) as error:
         raise UsageError(
             f"There is no time zone {name!r}.",
             remedy="Write an IANA name such as Europe/Berlin or UTC.",
@@ -71,7 +75,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def check(expression: str, zone: str) -> None:
-    """UsageError where it is no cron expression, never due, or the zone is none."""
+    """Raise UsageError if the expression or the zone is not valid, or if it is never due."""
     known = zone_of(zone)
     fields = len(expression.split())
     if fields != FIELDS:
@@ -89,21 +93,24 @@ def check(expression: str, zone: str) -> None:
 
 
 def next_after(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """The first due time after `after_s` (epoch seconds), None where there is none within fifty
-    years; UsageError where the expression is none."""
+    """Return the first due time after `after_s` (epoch seconds), or None.
+
+    None means that no due time follows within fifty years. Raise UsageError if the expression is
+    not valid.
+    """
     minute, hour, *_ = expression.split()
     if minute.startswith("*") or hour.startswith("*"):
         return _by_the_clock(expression, zone, after_s)
     moments = _cron(expression, datetime.fromtimestamp(after_s, zone))
     for moment in moments:
-        # From a moment within an hour that comes twice, it begins with the first pass once more.
+        # If `after_s` is in a repeated hour, the sequence starts with the first pass of this hour.
         if moment.timestamp() > after_s:
             return moment.timestamp()
     return None
 
 
 def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float]:
-    """Every due time after `after_s`, in order."""
+    """Yield every due time after `after_s`, in order."""
     while (found := next_after(expression, zone, after_s)) is not None:
         yield found
         after_s = found
@@ -112,8 +119,10 @@ def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float
 def latest(
     expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int
 ) -> tuple[list[float], bool]:
-    """The last due times after `after_s` and not after `until_s`, in order, at most `most` of them;
-    and whether there were more. It takes no longer for a year than for a week."""
+    """Return the last due times in (after_s, until_s], and whether there are more.
+
+    They are in order, at most `most`. The search in a year takes no longer than in a week.
+    """
     window_s = _FIRST_WINDOW_S
     while True:
         begin_s = max(after_s, until_s - window_s)
@@ -128,7 +137,7 @@ def latest(
 
 
 def of_local(naive: datetime, zone: ZoneInfo) -> float:
-    """The epoch second of a local time, taken as cron takes a fixed one."""
+    """Return the epoch second of a local time, with cron's rules for a fixed time of day."""
     local = naive.replace(tzinfo=zone)
     while local.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
         naive = naive.replace(second=0, microsecond=0) + timedelta(minutes=1)
@@ -137,25 +146,27 @@ def of_local(naive: datetime, zone: ZoneInfo) -> float:
 
 
 def shown(at_s: float, zone: ZoneInfo) -> str:
-    """`2026-03-29 03:00:00 CEST`."""
+    """Return a time such as `2026-03-29 03:00:00 CEST`."""
     return datetime.fromtimestamp(at_s, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
-    """`2026-03-29T03:00:00+02:00`; in UTC, with a Z, unless there is a zone."""
+    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, it is in UTC and ends in
+    Z."""
     if zone is None:
         return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return datetime.fromtimestamp(at_s, zone).isoformat(timespec="seconds")
 
 
-# --- By the clock --------------------------------------------------------------------------------
+# --- Expressions that follow the clock ------------------------------------------------------------
 
 
 def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """In spans between two changes of the clock, each of which has one offset from UTC.
+    """Return the next due time of an expression that follows the clock.
 
-    cronsim by itself goes by whole hours here, and loses half an hour of due times where the clock
-    changes by half an hour.
+    The function handles each span between two clock changes separately, because a span has one
+    offset from UTC. cronsim alone advances by whole hours and misses half an hour of due times if
+    the clock changes by half an hour.
     """
     offset = _offset(after_s, zone)
     start_s = after_s
@@ -173,7 +184,7 @@ def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | No
 
 
 def _change(after_s: float, until_s: float, zone: ZoneInfo, offset: timedelta) -> float | None:
-    """The first second after `after_s`, and not after `until_s`, that has another offset."""
+    """Return the first second in (after_s, until_s] with another offset, or None."""
     low_s = int(after_s)
     while low_s < until_s:
         high_s = min(low_s + _DAY_S, int(until_s))

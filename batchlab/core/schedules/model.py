@@ -1,7 +1,7 @@
-"""A schedule and its runs: frozen, pure, and as they are written in the bucket.
+"""Schedules and their runs as frozen, pure values, and their format in the bucket.
 
-Invariant: a run is named by its schedule and its due time, so whoever decides on that due time
-names the same run, and the job of the same token.
+Invariant: a run is identified by its schedule and its due time. So every manager that decides a due
+time creates the same run, and the job with the same token.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from batchlab.core.protocol.field_checks import UNREADABLE, figure, fitted, flag
 from batchlab.core.schedules import due_times
 
 KEPT = 50
-"""Runs of which a schedule remembers what came of them, beside those that have not ended."""
+"""Number of runs in a schedule, in addition to the runs that have not ended."""
 
 
 class Missed(StrEnum):
-    """What becomes of due times at which no manager was there to see them."""
+    """Policies for due times that were missed because no manager was running."""
 
     RUN_ONCE = "run-once"
     RUN_ALL = "run-all"
@@ -31,7 +31,7 @@ class Missed(StrEnum):
 
 
 class Overlap(StrEnum):
-    """What becomes of a due time while the run before has not ended."""
+    """Policies for a due time while the previous run has not ended."""
 
     SKIP = "skip"
     QUEUE = "queue"
@@ -39,7 +39,8 @@ class Overlap(StrEnum):
 
 
 class RunState(StrEnum):
-    """WAITING runs have been decided on, and have no job yet; RUNNING ones have one, or get it."""
+    """States of a run. A WAITING run is decided but does not have a job yet. A RUNNING one has or
+    gets a job."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -53,7 +54,7 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """Either `cron` in `zone`, or once at `at_s` (epoch seconds)."""
+    """Time of a schedule: either `cron` in `zone`, or once at `at_s` (epoch seconds)."""
 
     cron: str = ""
     zone: str = "UTC"
@@ -64,13 +65,14 @@ class When:
         return due_times.zone_of(self.zone)
 
     def next_after(self, after_s: float) -> float | None:
-        """The first due time after `after_s`, None where there is none."""
+        """Return the first due time after `after_s`, or None."""
         if self.at_s is not None:
             return self.at_s if self.at_s > after_s else None
         return due_times.next_after(self.cron, self.tz, after_s)
 
     def latest(self, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
-        """The last due times in (after_s, until_s], at most so many; whether there were more."""
+        """Return the last due times in (after_s, until_s], at most `most`, and whether there are
+        more."""
         if self.at_s is not None:
             return ([self.at_s] if after_s < self.at_s <= until_s else []), False
         return due_times.latest(self.cron, self.tz, after_s, until_s, most)
@@ -78,13 +80,13 @@ class When:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What a user asks for. Spans are seconds.
+    """Definition of a schedule, as its user wrote it. Durations are in seconds.
 
-    `template` is the key of the job's definition, whose name is `job`. A run that was missed by
-    more than `missed_within_s` is not made up for; None sets no limit. `capacity` is how many
-    instances are had `prewarm_s` before a due time; None asks the last runs. The job's parameter
-    `due_param`, where it is named, gets the due time. `source` is the job file, and `source_digest`
-    that of what it was when it was added.
+    `template` is the key of the job's definition, and `job` its name. A run that was missed by more
+    than `missed_within_s` is not made up for. None sets no limit. `capacity` is the number of
+    instances to have `prewarm_s` before a due time. With None, it follows from the last runs. The
+    job's parameter `due_param`, if any, gets the due time. `source` is the job file, and
+    `source_digest` is the digest of its content when the schedule was added.
     """
 
     name: str
@@ -103,11 +105,11 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One due time, and what came of it. Epoch seconds.
+    """One due time and its result. Times are epoch seconds.
 
-    `token` is the client token of its job. `asked` is the token of the request, where a person has
-    asked for it. `result` is how its job ended, `peak` how many instances of each pool worked for
-    it at once, `tasks` how many its first stages had.
+    `token` is the client token of its job. `asked` is the token of the request if a user requested
+    the run. `result` is the final state of its job. `peak` is the maximum number of instances of
+    each pool that worked for the job at once. `tasks` is the number of tasks in its first stages.
     """
 
     due_s: float
@@ -126,10 +128,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A schedule as it stands. Each due time up to `through_s` has been decided on. `generation`
-    tells it from one of the same name that was removed before it; `runs` are in the order in which
-    they were decided on. `number` counts the changes before it: no two contents of its object are
-    equal, so a late write over an earlier one is refused by its ETag."""
+    """State of a schedule.
+
+    Each due time up to `through_s` is decided. `generation` distinguishes the schedule from a
+    removed one with the same name. `runs` are in the order of their decisions. `number` counts the
+    earlier changes. So all contents of the object differ, and a conditional write that is late
+    fails because of its ETag.
+    """
 
     definition: Definition
     generation: int
@@ -153,13 +158,15 @@ class Schedule:
         return next((run for run in self.runs if run.state is RunState.RUNNING), None)
 
     def next_s(self) -> float | None:
-        """The next due time to be decided on; None where there is none, or it is not to be."""
+        """Return the next due time to decide. None if there is none, or if it is paused or
+        removed."""
         if self.paused or self.removed:
             return None
         return self.definition.when.next_after(self.through_s)
 
     def with_run(self, run: Run) -> Schedule:
-        """With this run in the place of the one of the same token, or as the last one."""
+        """Return the schedule with this run. It replaces the run with the same token or is the last
+        one."""
         runs = list(self.runs)
         for i, one in enumerate(runs):
             if one.token == run.token:
@@ -173,18 +180,20 @@ class Schedule:
 
 
 def token_of(schedule: Schedule, due_s: float) -> str:
-    """The client token of the run that is due then."""
+    """Return the client token of the run at that due time."""
     return f"schedule/{schedule.name}/{schedule.generation}/{due_times.iso(due_s)}"
 
 
 def token_by_hand(schedule: Schedule, asked: str) -> str:
-    """The client token of the run that a person's request asks for."""
+    """Return the client token of the run that a user requested."""
     return f"schedule/{schedule.name}/{schedule.generation}/by-hand/{asked}"
 
 
 def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobDef:
-    """The job of a run. It depends on nothing but the template, the run's name and its due time,
-    `submitted_s` apart."""
+    """Return the job of a run.
+
+    Except for `submitted_s`, it depends only on the template, the run's name, and its due time.
+    """
     definition = schedule.definition
     due = due_times.iso(run.due_s, definition.when.tz)
     params = template.params
@@ -202,20 +211,22 @@ def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobD
     )
 
 
-# --- As objects ----------------------------------------------------------------------------------
+# --- Stored format --------------------------------------------------------------------------------
 
 _RENAMED = {"fingerprint": "source_digest"}
-"""What fields were called in objects that were written before."""
+"""Names of fields in objects of earlier releases, with their current names."""
 
 
 def to_bytes(schedule: Schedule) -> bytes:
-    """The content of a schedule's object."""
+    """Return the content of a schedule's object."""
     return json_format.to_bytes({"v": json_format.VERSION, **_schedule_to_json(schedule)})
 
 
 def from_bytes(data: bytes) -> Schedule:
-    """Return the schedule in an object; TooNew if a later batchlab has written it, Malformed if it
-    cannot be read."""
+    """Return the schedule in an object.
+
+    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    """
     doc = json_format.loads(data)
     try:
         schedule = Schedule(

@@ -120,7 +120,7 @@ class _JobObjects:
     cuts: list[Cut] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Errors of objects without which the job is restored, by key."""
+    """Errors of unreadable objects, by key. The job is restored without these objects."""
 
     async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
         """Read one object, if it is a cut or an outcome."""

@@ -1,7 +1,7 @@
-"""Two runs, or two sets of them, compared: what changed, how sure that is, why, and is it too much.
+"""Comparison of two runs or two sets of runs: changes, confidence, causes, and gates.
 
-Invariants: a comparison is a function of the runs and the seed. A gate fails only for what got
-worse by more than it allows and, where an interval is known, for what got worse surely.
+Invariants: the runs and the seed alone determine a comparison. A gate fails only if a measure got
+worse by more than the gate allows. If the interval is known, it must also exclude 0.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from batchlab.reports.compare.measures import MEASURES, Key, Measure, Run, Sampl
 RESAMPLES = 1_000
 SURE = 0.95
 GATED = ("p95", "tasks_per_s", "cost")
-"""What `--threshold` is about."""
+"""Measures to which `--threshold` applies."""
 LITTLE = 0.05
-"""What changed by less, and of which nobody knows how it spreads, is the same."""
+"""A relative change below this value counts as the same if its interval is unknown."""
 FLOOR_S = 0.01
-"""Times that differ by less are the same to a gate: so much is the machine's."""
+"""Times that differ by less than this many seconds pass every gate, because of machine noise."""
 _GATE = re.compile(r"\s*(?:(?P<stage>[\w.-]+)\.)?(?P<name>\w+)\s*>\s*(?P<share>[\d.]+)\s*%\s*")
 _SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One measure of both sides: medians of their runs. `relative` is B's change as a share of A,
-    infinite from 0 to something; `low` and `high` bound it with 95% confidence, None where one run
-    on each side says nothing on how it spreads."""
+    """Change of one measure between the medians of both sides.
+
+    `relative` is B's change as a share of A. It is infinite if A is 0 and B is not. `low` and
+    `high` are the bounds of its 95% confidence interval. They are None if the spread is unknown,
+    for example for a measure of a whole run with one run on each side.
+    """
 
     measure: Measure
     stage: str
@@ -50,26 +53,28 @@ class Change:
 
     @property
     def worse_by(self) -> float:
-        """As a share; negative where it got better, 0 where it is neither good nor bad."""
+        """Relative worsening: negative if the measure got better, 0 if no direction counts as
+        better.
+        """
         if self.measure.more_is_better is None:
             return 0.0
         return -self.relative if self.measure.more_is_better else self.relative
 
     @property
     def is_sure(self) -> bool | None:
-        """Whether 0 is outside of the interval; None where there is none."""
+        """Whether the interval excludes 0, or None if the interval is unknown."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
 
     @property
     def is_small(self) -> bool:
-        """Too little for a gate."""
+        """Whether the difference in seconds is too small for a gate."""
         return self.measure.unit == "s" and abs(self.b - self.a) < FLOOR_S
 
     @property
     def verdict(self) -> str:
-        """worse, better, same (as far as one can tell), or "" for what is neither."""
+        """ "worse", "better", or "same". It is "" if neither direction of the measure is better."""
         if self.measure.more_is_better is None:
             return ""
         unknown = self.is_sure is None and abs(self.relative) < LITTLE
@@ -94,7 +99,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A measure must not get worse by more than `share`; of one stage, or wherever it is known."""
+    """Limit for the worsening of a measure, as a share.
+
+    An empty `stage` means the whole run and every stage.
+    """
 
     measure: str
     stage: str
@@ -107,8 +115,11 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`changes` in the order of stages; `broken` are gates with what they failed for; `causes` say
-    in words what got slower and why, the largest first."""
+    """Result of a comparison.
+
+    `changes` follow the order of the stages. `broken` contains the failed gates with their changes.
+    `causes` are sentences about what got slower and why, largest first.
+    """
 
     a: Sequence[Run]
     b: Sequence[Run]
@@ -130,7 +141,7 @@ class Comparison:
 
 
 def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
-    """What `--threshold` and `--fail-on` ask for; UsageError."""
+    """Return the gates of `--threshold` and `--fail-on`. Raise UsageError if one is invalid."""
     found = []
     if threshold is not None:
         share = _SHARE.fullmatch(threshold)
@@ -165,7 +176,7 @@ def _number(text: str) -> float:
 def compare(
     a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0
 ) -> Comparison:
-    """A against B; UsageError for a gate on a stage that neither has."""
+    """Compare B with A. Raise UsageError if a gate names a stage that neither side has."""
     stages = list(dict.fromkeys(stage for run in (*b, *a) for stage in run.stages))
     unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
     if unknown:
@@ -204,7 +215,7 @@ def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) ->
         return made
     drawn = sorted(_drawn(mine, theirs, rng))
     if len(drawn) < RESAMPLES:
-        return made  # some have nothing to divide by
+        return made  # some resamples of A are 0, so their ratio is undefined
     tail = (1 - SURE) / 2
     low, high = drawn[int(tail * RESAMPLES)], drawn[int((1 - tail) * RESAMPLES) - 1]
     return Change(made.measure, made.stage, before, after, low, high)
@@ -215,7 +226,7 @@ def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
 
 
 def _drawn(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
-    """Relative changes between resamples: of the runs, and of the tasks within each."""
+    """Yield relative changes between resamples of the runs and of the tasks within each run."""
     for _ in range(RESAMPLES):
         before, after = _resampled(a, rng), _resampled(b, rng)
         if before:
@@ -223,7 +234,8 @@ def _drawn(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iter
 
 
 def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
-    # By hand: it is done a hundred thousand times, and the library's ways take five times as long.
+    # This function runs about 100,000 times per comparison. The `random` and `statistics` functions
+    # take five times as long.
     draw, n = rng.random, len(side)
     values = []
     for i in range(n):
@@ -234,14 +246,14 @@ def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
     return values[n // 2] if n % 2 else (values[n // 2 - 1] + values[n // 2]) / 2
 
 
-# --- In words ------------------------------------------------------------------------------------
+# --- Causes as sentences -------------------------------------------------------------------------
 
 _TELLING = 0.02
-"""A change of less is not worth a sentence."""
+"""A smaller relative change gets no sentence."""
 
 
 def _causes(known: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
-    """What got slower or dearer, stages first that grew most, then the fleet."""
+    """Yield sentences about what got slower or more expensive: stages by growth, then the fleet."""
 
     def grown_s(stage: str) -> float:
         span = known.get(("span", stage))

@@ -1,6 +1,6 @@
-"""What is compared between runs: measures of each run and of each of its stages.
+"""Measures of each run and of each of its stages, for comparisons between runs.
 
-Invariant: what is drawn at random follows from the seed alone, so a comparison says the same twice.
+Invariant: the seed alone determines all random values, so a repeated comparison has equal results.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 DRAWS = 200
-"""Resamples of a run's tasks; of runs there are more, see comparing."""
+"""Resamples of a run's tasks. A comparison draws more samples of the runs (see `comparison`)."""
 FEW = 5
-"""Of fewer tasks nothing can be said of how they spread."""
+"""A stage with fewer tasks gets percentiles without resamples."""
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """`unit` is s, usd, or "" for a number. Where `more_is_better` is None it is neither good nor
-    bad, and no gate."""
+    """Definition of a measure.
+
+    `unit` is "s", "usd", or "" for a number. `more_is_better` is None if neither direction is
+    better. A gate cannot use such a measure.
+    """
 
     name: str
     unit: str
@@ -59,19 +62,19 @@ MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measure of one run: its value, and what it might have been by the spread of its tasks."""
+    """Value of a measure in one run, with values of resamples of the run's tasks."""
 
     value: float
     draws: Sequence[float] = ()
 
 
 Key = tuple[str, str]
-"""A measure and a stage; "" for the whole run."""
+"""Measure and stage. The stage is "" for the whole run."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One job's measures."""
+    """Measures of one job."""
 
     job: str
     name: str
@@ -84,13 +87,15 @@ class Run:
             self.samples[measure, stage] = Sample(float(value))
 
     def count(self, measure: str, stage: str, number: int, of: int, rng: random.Random) -> None:
-        """So many of so many, per 1,000; another time it would have been about as many."""
+        """Store a rate per 1,000, with draws that express the uncertainty of a count."""
         draws = tuple(1000 * rng.gammavariate(number + 0.5, 1.0) / of for _ in range(DRAWS))
         self.samples[measure, stage] = Sample(1000 * number / of, draws)
 
 
 def runs(folders: Sequence[Path], seed: int) -> list[Run]:
-    """Every run in the folders, in the order in which they were submitted; UsageError."""
+    """Return every run in the folders in the order of submission. Raise UsageError if data is
+    missing.
+    """
     with store.opened(folders) as connection:
         found = {run.job: run for run in _jobs(connection, seed)}
         for run in found.values():
@@ -149,8 +154,11 @@ def _per_1000(
 
 
 def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
-    """Quantiles of the stage's tasks, and those of resamples. A resample's quantile is the value at
-    a random rank, which is known without making one; DuckDB finds all of them in one pass."""
+    """Store the quantiles of a stage's tasks and of resamples.
+
+    A resample's quantile equals the value at a random rank, so the function draws ranks instead of
+    building resamples. DuckDB computes all of them in one pass.
+    """
     where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
     (count,) = _rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
     if not (n := count["n"]):

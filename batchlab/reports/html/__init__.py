@@ -1,5 +1,5 @@
-"""A run's report as one HTML file, which works without a network.
+"""Report of a run as one HTML file that needs no network.
 
-Invariant: all its figures come from DuckDB over the run's Parquet; a run gives one page, always the
-same.
+Invariant: DuckDB computes all figures from the run's Parquet files. The same run always produces
+the same page.
 """

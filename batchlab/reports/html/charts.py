@@ -1,14 +1,11 @@
-"""Charts as geometry: paths, marks and words, which the page's template draws as SVG.
+"""Charts as paths, marks, and labels. The page's template draws them as SVG.
 
-Invariant: a chart's size does not follow the size of the run; it has at most as many shapes as it
-has bins or lanes, and always a table that says the same.
+Invariants: the size of a chart is independent of the size of the run. A chart has at most as many
+shapes as bins or lanes, and a table with the same data. Every tick is on its axis, and the labels
+of an axis differ from each other.
 
-The plot is drawn 1,000 units wide and stretched to the page's width; heights are in pixels, and
-what is written stands beside the plot, so that text is never stretched or shrunk.
-
-Axes: where their marks are and what these say.
-
-Invariant: every mark lies on its axis, and no two of an axis say the same.
+The plot is 1,000 units wide and is stretched to the page's width. Heights are in pixels. Labels are
+outside the plot, so stretching does not distort text.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MOST = 7
-"""Marks that an axis of time has room for."""
+"""Maximum number of ticks of a time axis."""
 _TIMES_S = (
     0.001,
     0.002,
@@ -48,23 +45,25 @@ _TIMES_S = (
     43200,
     86400,
 )
-"""Steps that a person counts time in."""
+"""Round steps of a time axis."""
 _POWERS_S = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0, 360000.0)
-"""Marks of a logarithmic axis of time."""
+"""Tick positions of a logarithmic time axis."""
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (0.001, "ms"), (1e-6, "µs"))
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A mark of an axis: `at` in [0, 1] of its length, and what it says."""
+    """Tick of an axis. `at` is its position in [0, 1] of the axis."""
 
     at: float
     label: str
 
 
 def time_label(seconds: float, unit_s: float = 0.0) -> str:
-    """A time on an axis, such as `90 s` or `1.5 h`: in the unit that is `unit_s` long, or in the
-    largest of which it has a whole one."""
+    """Return the label of a time, such as `90 s` or `1.5 h`.
+
+    The unit is the one with `unit_s` seconds, or else the largest unit that is not above the time.
+    """
     if not seconds:
         return "0"
     if not unit_s:
@@ -74,14 +73,14 @@ def time_label(seconds: float, unit_s: float = 0.0) -> str:
 
 
 def time_ticks(span_s: float) -> tuple[Tick, ...]:
-    """Marks of an axis of [0, `span_s`], at most `MOST` beside that at 0."""
+    """Return the ticks of an axis from 0 to `span_s`: one at 0 and at most `MOST` others."""
     if span_s <= 0:
         return (Tick(0.0, "0"),)
     step_s = next((s for s in _TIMES_S if span_s / s <= MOST), 0.0)
     if not step_s:
         step_s = 86400.0 * _step(span_s / 86400.0, MOST)
     unit_s = next((u for u, _ in _UNITS if step_s >= u * 0.999), 1e-6)
-    # Half hours are read as such, not as 30, 60 and 90 minutes, where the axis has hours.
+    # Label half hours in hours: 0.5 h, 1 h, 1.5 h.
     unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
     number = int(span_s / step_s * (1 + 1e-9))
     return tuple(
@@ -90,7 +89,7 @@ def time_ticks(span_s: float) -> tuple[Tick, ...]:
 
 
 def count_ticks(most: float, ticks: int = 4) -> tuple[float, tuple[Tick, ...]]:
-    """The top of an axis of whole numbers that has room for `most`, and its marks from 0 on."""
+    """Return the top of an integer axis that includes `most`, and the axis's ticks from 0."""
     step = max(1.0, _step(max(most, 1.0), ticks))
     number = math.ceil(max(most, 1.0) / step * (1 - 1e-6))
     top = number * step
@@ -98,7 +97,7 @@ def count_ticks(most: float, ticks: int = 4) -> tuple[float, tuple[Tick, ...]]:
 
 
 def number_label(number: float) -> str:
-    """A number in little room: `1,200`, `120k`, `1.5M`."""
+    """Return a short label of a number, such as `1,200`, `120k`, or `1.5M`."""
     if number >= 1e6:
         return f"{number / 1e6:.4g}M"
     if number >= 1e5:
@@ -108,8 +107,10 @@ def number_label(number: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LogAxis:
-    """A logarithmic axis of time in bins, `PER_DECADE` to a power of ten; bin k is from
-    10**(k / PER_DECADE) seconds on, and the axis has the bins `first` to `last`."""
+    """Logarithmic time axis in bins, with `PER_DECADE` bins for each power of ten.
+
+    Bin k starts at 10**(k / PER_DECADE) seconds. The axis contains the bins `first` to `last`.
+    """
 
     PER_DECADE = 6
 
@@ -121,18 +122,18 @@ class LogAxis:
         return self.last - self.first + 1
 
     def edge_s(self, number: int) -> float:
-        """Where bin `number` begins, in seconds."""
+        """Return the start of a bin in seconds."""
         return float(10.0 ** (number / self.PER_DECADE))
 
     def at(self, seconds: float) -> float:
-        """Where a time lies in [0, 1]; at the edge where it lies beyond."""
+        """Return the position of a time in [0, 1]. A time outside the axis gets the nearest end."""
         if seconds <= 0:
             return 0.0
         place = (math.log10(seconds) * self.PER_DECADE - self.first) / self.bins
         return min(1.0, max(0.0, place))
 
     def ticks(self) -> tuple[Tick, ...]:
-        """Marks at powers of ten, or where these are few at other times; at most `MOST`."""
+        """Return at most `MOST` ticks: powers of ten, or other round times if the axis is short."""
         low, high = self.edge_s(self.first), self.edge_s(self.last + 1)
         inside = [s for s in _POWERS_S if low * 0.999 <= s <= high * 1.001]
         if len(inside) < 3:
@@ -142,20 +143,19 @@ class LogAxis:
 
 
 def _step(span: float, most: int) -> float:
-    """The least of 1, 2, 5, 10 … that goes into `span` at most `most` times."""
+    """Return the smallest of 1, 2, 5, 10 … that divides `span` into at most `most` steps."""
     least = span / most
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 WIDTH = 1000.0
-"""Of a plot, in its own units."""
+"""Width of a plot, in its own units."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A path in the plot's units. `look` is a class of the style sheet, `title` what a pointer
-    that rests on it is told."""
+    """Path in the plot's units. `look` is a CSS class, and `title` is the tooltip."""
 
     path: str
     look: str
@@ -164,7 +164,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A pointer on the time axis, `at` in [0, 1]."""
+    """Marker on the time axis at a position in [0, 1]."""
 
     at: float
     look: str
@@ -173,7 +173,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A line of the legend."""
+    """Entry of the legend."""
 
     look: str
     name: str
@@ -181,7 +181,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A table. A column whose name begins with `#` holds numbers."""
+    """Table. A column whose name starts with `#` contains numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -190,9 +190,11 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart for the template. `text` says in words what there is to see; of a `quiet` one it is
-    not written above it. With `lanes` there are names on the left in place of numbers, and more
-    room for them."""
+    """Chart for the template.
+
+    `text` describes the chart. The template shows it above the chart unless `quiet` is set. With
+    `lanes`, the left axis shows names instead of numbers and is wider.
+    """
 
     id: str
     title: str
@@ -209,21 +211,25 @@ class Chart:
 
 
 def number(value: float) -> str:
-    """A coordinate to a tenth, as short as it can be written."""
+    """Return a coordinate, rounded to a tenth, in its shortest form."""
     text = f"{value:.1f}"
     return (text[:-2] if text.endswith(".0") else text) if text != "-0.0" else "0"
 
 
 def area(levels: Sequence[float], top: float, height: float) -> str:
-    """Bins of equal width, filled from the axis up to a level each; `top` is the level at which
-    the plot ends. Empty where there is nothing to fill."""
+    """Return the path of filled bins of equal width, or "" if all levels are 0.
+
+    `top` is the level at the top edge of the plot.
+    """
     if not any(levels):
         return ""
     return f"M0 {number(height)}{_steps(levels, top, height)}V{number(height)}Z"
 
 
 def line(levels: Sequence[float | None], top: float, height: float) -> str:
-    """The same as a line that steps from bin to bin, broken where there is no level."""
+    """Return the path of a line that steps from bin to bin. The line has a gap where a level is
+    None.
+    """
     width = WIDTH / max(1, len(levels))
     path: list[str] = []
     before: float | None = None
@@ -252,7 +258,7 @@ def _steps(levels: Sequence[float], top: float, height: float) -> str:
 
 
 def stacked(layers: Sequence[Sequence[float]], top: float, height: float) -> list[str]:
-    """Areas on top of each other, the first at the bottom: a path each, empty for nothing."""
+    """Return one path per layer, stacked from the bottom. The path of an empty layer is ""."""
     below = [0.0] * (len(layers[0]) if layers else 0)
     paths: list[str] = []
     for levels in layers:
@@ -275,7 +281,10 @@ def _band(below: Sequence[float], above: Sequence[float], top: float, height: fl
 
 
 def columns(heights: Sequence[float], top: float, height: float) -> str:
-    """A histogram's columns, with a gap between them; what is not 0 is seen."""
+    """Return the path of a histogram with gaps between its columns.
+
+    A level above 0 stays visible.
+    """
     width = WIDTH / max(1, len(heights))
     path: list[str] = []
     for k, level in enumerate(heights):
@@ -286,7 +295,7 @@ def columns(heights: Sequence[float], top: float, height: float) -> str:
 
 
 def box(left: float, right: float, top: float, height: float) -> str:
-    """A box from `left` to `right`, in [0, 1] of the plot's width, at least as wide as is seen."""
+    """Return the path of a box between two positions in [0, 1]. A short box stays visible."""
     return _box(left * WIDTH, top, max(0.6, (right - left) * WIDTH), height)
 
 
@@ -295,7 +304,7 @@ def _box(x: float, y: float, width: float, height: float) -> str:
 
 
 def cells(runs: Iterable[tuple[int, int, float]], bins: int, height: float) -> str:
-    """Cells of a lane that are alike: (first bin, bin after the last, top of the lane)."""
+    """Return the path of equal cells in lanes: (first bin, bin after the last, top of the lane)."""
     width = WIDTH / bins
     return "".join(
         _box(first * width, top, (after - first) * width, height) for first, after, top in runs

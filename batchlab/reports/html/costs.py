@@ -1,7 +1,7 @@
-"""What the run has cost, split: by what for, and by stage.
+"""Cost of the run, split by kind and by stage.
 
-Invariant: the parts that are shown add up to the whole that is shown, to the last digit; each is a
-sum of rows of the bill.
+Invariant: the displayed parts add up exactly to the displayed total. Each part is a sum of rows of
+the bill.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ KINDS = {
     "storage": "S3 storage",
     "ledger": "ledger",
 }
-"""Of the bill's lines, in the order in which they are drawn; others follow by their own names."""
+"""Labels of the kinds of cost, in drawing order. Unknown kinds follow under their own names."""
 BAR = 26.0
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the whole; `usd` is exact, `shown` rounded so that the parts add up."""
+    """Part of the cost.
+
+    `usd` is exact, and the rounded `shown` of all parts add up to the total.
+    """
 
     look: str
     name: str
@@ -44,8 +47,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`total` is what the job's row says, `lines` are the bill's. `kinds` and `stages` are the
-    same amount, split in two ways; `brief` is the total in few digits."""
+    """Cost section of the page.
+
+    `total` comes from the job's row, and `lines` come from the bill. `kinds` and `stages` split the
+    same amount in two ways. `brief` is the total with few digits.
+    """
 
     total: Decimal
     shown: str
@@ -59,7 +65,7 @@ class Cost:
     is_whole: bool
 
     def of(self, kind: str) -> Decimal:
-        """What went to one kind of the bill's lines."""
+        """Return the exact cost of a kind."""
         return sum((part.usd for part in self.kinds if part.name == KINDS.get(kind, kind)), ZERO)
 
 
@@ -67,7 +73,7 @@ ZERO = Decimal(0)
 
 
 def cost(run: Run) -> Cost | None:
-    """None where nobody has put prices to the run."""
+    """Return the cost section, or None for a run without prices."""
     rows = run.rows(
         """SELECT line, kind, pool, sum(cost_usd) AS usd, sum(seconds) AS seconds,
                   any_value(how) AS how

@@ -1,7 +1,7 @@
-"""How long tasks waited and how long they ran, by stage: percentiles and histograms.
+"""Wait times and run times of tasks by stage: percentiles and histograms.
 
-Invariant: each histogram holds every task that its stage's count names; percentiles are exact, with
-linear interpolation between neighbours.
+Invariant: each histogram contains every task of its stage's count. Percentiles are exact, with
+linear interpolation between neighboring values.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from batchlab.reports.html.source import Row, Run
 from batchlab.reports.html.text import share, visible
 
 STAGES = 8
-"""Stages with a histogram: those that took most. All are in the table."""
+"""Maximum number of histograms. The stages with the most time get one, and the table has all."""
 LONGEST = 10
-"""Tasks that are shown one by one."""
+"""Rows in the table of the longest tasks."""
 HEIGHT = 110.0
 LEAST_S = {"run_s": 0.0001, "wait_s": 0.001}
-"""What took less is in the first bin."""
+"""Upper bound of the first bin, per column. Shorter times are counted in it."""
 FEW = 5
-"""Of fewer tasks there is nothing to be seen in a histogram."""
+"""Stages with fewer tasks get no histogram."""
 PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One stage's run or waiting times, in seconds; `bins` are numbers of tasks by the bin of a
-    LogAxis."""
+    """Run times or wait times of one stage, in seconds. `bins` maps a bin of a LogAxis to its
+    tasks.
+    """
 
     stage: str
     tasks: int
@@ -45,8 +46,10 @@ class Spread:
 
 
 def spreads(run: Run, column: str) -> list[Spread]:
-    """Of `run_s` or `wait_s`, a stage each in the job's order; stages of which nothing ran are
-    left out."""
+    """Return the spread of `run_s` or `wait_s` for each stage, in the job's order.
+
+    Stages without values are left out.
+    """
     points = ", ".join(f"{p / 100}" for p in PERCENTILES)
     rows = run.rows(
         f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean_s,
@@ -76,7 +79,7 @@ def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
 
 
 def table(found: Sequence[Spread]) -> Data:
-    """All stages with their percentiles."""
+    """Return the table of all stages with their percentiles."""
     rows = tuple(
         (
             visible(one.stage, 60),
@@ -92,7 +95,7 @@ def table(found: Sequence[Spread]) -> Data:
 
 
 def longest(run: Run) -> Data:
-    """The tasks that took longest, and how that compares with their stage's median."""
+    """Return the table of the longest tasks. It compares each task with its stage's median."""
     rows = run.rows(
         """WITH typical AS (
              SELECT stage, median(run_s) AS median_s FROM tasks
@@ -126,7 +129,7 @@ def longest(run: Run) -> Data:
 
 
 def drawn(run: Run, found: Sequence[Spread], column: str) -> list[Chart]:
-    """A histogram for each of the stages that took most, all over one axis."""
+    """Return a histogram for each of the stages with the most time. All share one axis."""
     some = [one for one in found if one.tasks >= FEW]
     if not some:
         return []

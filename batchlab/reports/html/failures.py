@@ -1,11 +1,7 @@
-"""What failed, grouped by cause.
+"""Failures grouped by cause, with the traceback and the log of one failed attempt per cause.
 
-Invariant: the groups' failed tasks add up to the job's, those of causes that are not shown one by
-one included.
-
-What a failed attempt has left in the bucket: its traceback, and what it printed.
-
-Invariant: of each case at most two objects are asked for, and of its log no more than is shown.
+Invariants: the failed tasks of all groups, including those that are not shown, add up to the job's.
+For each case, at most two objects are read, and only the displayed part of the log is read.
 """
 
 from __future__ import annotations
@@ -29,12 +25,15 @@ from batchlab.reports.html.source import Row, Run
 from batchlab.reports.html.text import moment, visible, visible_lines
 
 GROUPS = 20
-"""Shown one by one; the rest is summed up."""
+"""Maximum number of groups on the page. The others are summed up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One attempt that stands for its group, and where what it printed is found."""
+    """Attempt that represents its group.
+
+    Its fields identify its outcome and its log in the bucket.
+    """
 
     stage: str
     task: int
@@ -46,20 +45,23 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is known of a case beside its row: the traceback, and what it printed."""
+    """Traceback and log of a case."""
 
     traceback: str = ""
     log: str = ""
 
 
 Samples = Callable[[Case], Sample | None]
-"""Where samples come from; None where the case's objects are not there any more."""
+"""Function that returns the sample of a case, or None if the case's objects no longer exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Failures of one cause. `tasks` failed for good of it, `retried` attempts were followed by
-    another."""
+    """Failures with one cause.
+
+    `tasks` counts the tasks that failed for good with this cause. `retried` counts the attempts
+    that another attempt followed.
+    """
 
     fingerprint: str
     title: str
@@ -80,8 +82,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """`groups` are shown, `more` says in words what is not; `tasks` is how many failed for good,
-    `causes` how many there are in all."""
+    """Failures section of the page.
+
+    `groups` contains the shown groups, and `more` describes the others. `tasks` counts the tasks
+    that failed for good. `causes` counts all causes.
+    """
 
     groups: tuple[Group, ...]
     tasks: int
@@ -91,12 +96,12 @@ class Failures:
 
 
 def cases(run: Run) -> list[Case]:
-    """Those of which a sample is shown: one of each cause that is shown."""
+    """Return one case for each group that is shown."""
     return [_case(row["one"]) for row in run.rows(_GROUPS)[:GROUPS] if row["one"]]
 
 
 def failures(run: Run, samples: Samples | None = None) -> Failures:
-    """Those with most tasks that failed for good first, then those with most attempts."""
+    """Return the failures. Groups with the most failed tasks come first, then the most attempts."""
     rows = run.rows(_GROUPS)
     shown = [_group(run, row, samples) for row in rows[:GROUPS]]
     rest = rows[GROUPS:]
@@ -203,7 +208,7 @@ def _case(one: Mapping[str, object]) -> Case:
     )
 
 
-# --- What came twice -----------------------------------------------------------------------------
+# --- Duplicates ----------------------------------------------------------------------------------
 
 _TWICE = {
     "message": "a bundle was delivered again, and nothing ran",
@@ -214,7 +219,7 @@ _TWICE = {
 
 
 def twice(run: Run) -> Data | None:
-    """What came more than once, by kind; None where nothing did."""
+    """Return the table of duplicates by kind, or None for a run without duplicates."""
     rows = run.rows(
         """SELECT kind, sum(seen)::BIGINT AS seen, sum(harmless)::BIGINT AS harmless,
                   sum(harmful)::BIGINT AS harmful, sum(wasted_slot_s) AS wasted_s
@@ -236,12 +241,14 @@ def twice(run: Run) -> Data | None:
 
 
 LOG_BYTES = 8000
-"""The end of what it printed, which is where it failed."""
+"""Size of the last part of a log. The error is usually at the end."""
 
 
 async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Case, Sample]:
-    """Those of which the bucket still has the outcome. BackendError where the bucket cannot be
-    asked."""
+    """Return samples for the cases whose outcome is still in the bucket.
+
+    Raise BackendError if the bucket does not respond.
+    """
     found: dict[Case, Sample] = {}
     try:
         key = await CommitKeys(objects).stored(JobId(job))

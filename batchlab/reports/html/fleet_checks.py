@@ -1,11 +1,7 @@
-"""Checks of the run as a whole: the size of its fleet, when that was there, waste and money.
+"""Checks of the whole run: size and timing of the fleet, waste, and cost.
 
-Invariant: each has one finding about the fleet as it was, in figures that the page shows too.
-
-What to change next: each check looks at a run's signs and says what it has found.
-
-Invariant: a check that finds nothing says what it has looked at, so that a page without anything to
-change is no page without checks.
+Invariants: each check of the fleet returns a finding with figures that the page also shows. A check
+without a problem reports what it examined, so every page lists all checks.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ WASTED = 0.05
 
 
 def idle_slots(signs: Signs) -> Iterator[Finding]:
-    """Instances that are busy in few of their slots."""
+    """Check whether busy instances use only a few of their slots."""
     if signs.filled is None:
         yield good("idle slots", "No instance is half idle", "Each has one slot, or ran nothing.")
         return
@@ -61,7 +57,7 @@ def idle_slots(signs: Signs) -> Iterator[Finding]:
 
 
 def lag(signs: Signs) -> Iterator[Finding]:
-    """How long work waits for instances that are not there yet."""
+    """Check how long work waited for instances to come into service."""
     wait_s = signs.first_wait_s or 0.0
     boots = ""
     if signs.boots and signs.boot_s is not None:
@@ -88,7 +84,7 @@ def lag(signs: Signs) -> Iterator[Finding]:
 
 
 def too_small(signs: Signs) -> Iterator[Finding]:
-    """All slots busy for most of the time, with tasks waiting."""
+    """Check whether all slots were busy for most of the run while tasks waited."""
     figure = (
         f"For {share(signs.full_s, signs.span_s)} of the run nearly all slots were busy while "
         f"tasks waited; at most {signs.peak_slots:,.0f} slots were in service."
@@ -108,7 +104,7 @@ def too_small(signs: Signs) -> Iterator[Finding]:
 
 
 def too_large(signs: Signs) -> Iterator[Finding]:
-    """Instances that are paid for and do nothing."""
+    """Check whether the fleet had too much idle slot time."""
     idle_s = max(0.0, signs.slot_s - signs.busy_s)
     of = count(signs.instances, signs.noun)
     ran = f"{signs.unused:,} of {of} never ran any." if signs.unused else f"{of} ran some of it."
@@ -132,8 +128,10 @@ def too_large(signs: Signs) -> Iterator[Finding]:
 
 
 def idle_cost(signs: Signs) -> Iterator[Finding]:
-    """Instances that cost more than their work, though their slots were busy: boot, tail, and the
-    60 s that are billed at least."""
+    """Check whether idle instance time cost more than the work.
+
+    Idle instance time includes the boot, the tail, and the minimum of 60 billed seconds.
+    """
     if not signs.total:
         yield good("idle cost", "Idle instances cannot be judged", "The run has no prices.")
         return
@@ -158,7 +156,7 @@ def idle_cost(signs: Signs) -> Iterator[Finding]:
 
 
 def starved(signs: Signs) -> Iterator[Finding]:
-    """Slots that are idle though tasks are ready."""
+    """Check whether slots were idle while tasks were ready."""
     figure = (
         f"{share(signs.starved_s, signs.slot_s)} of the slot time, {span(signs.starved_s)}, was "
         "idle while tasks were ready."
@@ -178,7 +176,7 @@ def starved(signs: Signs) -> Iterator[Finding]:
 
 
 def tail(signs: Signs) -> Iterator[Finding]:
-    """A few long tasks at the end, which all wait for."""
+    """Check whether a few long tasks delayed the end of the run."""
     figure = (
         f"For the last {span(signs.tail_s)}, {share(signs.tail_s, signs.span_s)} of the run, less "
         "than half as many tasks ran as at most."
@@ -198,7 +196,7 @@ def tail(signs: Signs) -> Iterator[Finding]:
 
 
 def wasted(signs: Signs) -> Iterator[Finding]:
-    """Slot time for nothing, and results that came twice."""
+    """Check for wasted slot time, and for tasks with two results."""
     if signs.harmful:
         yield Finding(
             "duplicates",
@@ -240,7 +238,7 @@ def _mend(signs: Signs) -> str:
 
 
 def requests(signs: Signs) -> Iterator[Finding]:
-    """Requests that cost more than the work."""
+    """Check whether requests cost more than the work."""
     if not signs.total:
         yield good("requests", "Requests cannot be judged", "No prices were put to the run.")
         return
@@ -277,10 +275,10 @@ CHECKS: tuple[Check, ...] = (
     tail,
     requests,
 )
-"""What matters as much as another stands in this order."""
+"""All checks. Findings of equal level keep this order."""
 
 
 def findings(signs: Signs) -> tuple[Finding, ...]:
-    """Of all checks, what matters most first; each check has at least one, good or not."""
+    """Return the findings of all checks, most important first. Each check returns at least one."""
     found = [finding for check in CHECKS for finding in check(signs)]
     return tuple(sorted(found, key=lambda one: -one.level))

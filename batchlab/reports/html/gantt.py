@@ -1,7 +1,8 @@
-"""Who worked when: a lane for each slot, instance or group of instances, over the run's time.
+"""Gantt chart: a lane for each slot, instance, or group of instances, over the run's time.
 
-Invariant: whatever the size of the run, there are at most `LANES` lanes. Few bundles are drawn one
-by one; of many, each cell of a lane says how much of it was busy, and with which stage most.
+Invariant: the chart has at most `LANES` lanes, whatever the size of the run. A small run shows each
+bundle as a bar. A large run shows cells. A cell's shade is its busy share, and its color is the
+stage with the most slots.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from batchlab.reports.html.text import offset, share, visible
 
 LANES = 40
 BARS = 1000
-"""Bundles that are drawn one by one."""
+"""Maximum number of bundles for which the chart draws one bar per bundle."""
 BINS = 150
 LEVELS = 5
-"""Shades of a cell, by the share of it that was busy."""
+"""Number of shades of a cell. The shade depends on the busy share."""
 FEW = 16
-"""Lanes, up to which they are taller."""
+"""Maximum number of lanes for which lanes are drawn taller."""
 FIRST = 100
-"""Bundles that the table of those drawn one by one has."""
+"""Maximum number of rows in the table of bundles."""
 
 Busy = dict[tuple[int, int], dict[str, float]]
-"""By lane and bin: slots that each stage kept busy."""
+"""Busy slots of each stage, by lane and bin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """`places` are the instances that share it; `slot` is None where it is for all of theirs."""
+    """Lane of the chart.
+
+    `places` are the instances in the lane. `slot` is None if the lane shows all of their slots.
+    """
 
     name: str
     title: str
@@ -43,7 +47,7 @@ class Lane:
 
 
 def drawn(run: Run) -> Chart | None:
-    """The chart; None where nothing ever ran or was launched."""
+    """Return the chart, or None if the job used no instance and ran no bundle."""
     places = run.rows(f"SELECT * FROM {PLACES} ORDER BY pool, launched_s, begin_s, place")
     if not places:
         return None
@@ -54,7 +58,7 @@ def drawn(run: Run) -> Chart | None:
     return _shades(run, places, bundles)
 
 
-# --- One by one ----------------------------------------------------------------------------------
+# --- One bar per bundle --------------------------------------------------------------------------
 
 
 def _bars(run: Run, places: Sequence[Row]) -> Chart:
@@ -112,13 +116,16 @@ def _told(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
 
 
 def _slotted(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    """Each bundle with as many slots of its instance as it takes, that were free when it began.
-    Where clocks differ and none was free, it has those that were first to be."""
+    """Yield each bundle with as many slots of its instance as it takes.
+
+    The slots were free when the bundle started. If clocks differ and too few slots were free, the
+    bundle gets the slots that became free first.
+    """
     free = {place: [0.0] * number for place, number in slots.items()}
     rows = run.rows(f"SELECT * FROM {PLACED} ORDER BY started_s, ended_s, bundle")
     for row in rows:
         ends_s = free[row["place"]]
-        # The lowest of the free ones, so that a worker that is half idle has an empty lane.
+        # Prefer the lowest free slots. A half-idle worker then has an empty lane.
         ready = sorted(range(len(ends_s)), key=lambda n: (max(ends_s[n], row["started_s"]), n))
         taken = tuple(sorted(ready[: row["slots"]]))
         for slot in taken:
@@ -135,7 +142,7 @@ def _said(run: Run, row: Row) -> str:
     return f"{what}, {took} from {start}{failed}{retried}"
 
 
-# --- Shaded --------------------------------------------------------------------------------------
+# --- Cells ---------------------------------------------------------------------------------------
 
 
 def _shades(run: Run, places: Sequence[Row], bundles: int) -> Chart:
@@ -208,21 +215,23 @@ def _busy_s(run: Run, busy: Busy, lane: int) -> float:
     return sum(sum(cell.values()) for cell in cells) * run.span_s / BINS
 
 
-# --- What both have ------------------------------------------------------------------------------
+# --- Both forms ----------------------------------------------------------------------------------
 
 
 def _living(
     run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]
 ) -> list[Shape]:
-    """From when to when each instance was there, and how long it booted; `tops` has the top and
-    the height of its lanes."""
+    """Return shapes for the time in service and the boot time of each instance.
+
+    `tops` contains the top and the height of each instance's lanes.
+    """
     there, boots = [], []
     for row in places:
         top, height = tops[row["place"]]
         launched_s, begin_s, end_s = row["launched_s"], row["begin_s"], row["end_s"]
         if begin_s is not None and begin_s < end_s:
             there.append(charts.box(*_between(run, begin_s, end_s), top, height))
-        # Of one that never was in service all its time was a boot.
+        # An instance that was never in service spent all of its time booting.
         ready_s = end_s if begin_s is None else begin_s
         if launched_s is not None and launched_s < ready_s and ready_s > run.start_s:
             boots.append(charts.box(*_between(run, launched_s, ready_s), top, height))
@@ -234,7 +243,7 @@ def _living(
 
 
 def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
-    """The same for groups of instances: how many of each were there."""
+    """Return shapes for groups of instances. Their shade is the share of instances in service."""
     members = [len(lane.places) for lane in lanes]
     shares = [[0.0] * BINS for _ in lanes]
     rows = run.over(_in_lanes(PLACES), "begin_s", "end_s", "1", "lane", BINS, **_laned(lanes))
@@ -253,7 +262,7 @@ def _there(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
 
 
 def _same(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
-    """Neighbours that are alike: the first, and after the last."""
+    """Yield ranges of equal neighbors as (first, index after the last)."""
     first = 0
     for k in range(1, len(levels) + 1):
         if k == len(levels) or levels[k] != levels[first]:
@@ -273,7 +282,7 @@ def _laned(lanes: Sequence[Lane]) -> dict[str, object]:
 
 
 def _between(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
-    """Both in [0, 1] of the run."""
+    """Return both times as positions in [0, 1] of the run."""
     first, last = ((at_s - run.start_s) / run.span_s for at_s in (begin_s, end_s))
     return min(1.0, max(0.0, first)), min(1.0, max(0.0, last))
 
@@ -283,7 +292,7 @@ def _tall(lanes: int) -> float:
 
 
 def _short(place: str, slot: int | None, slots: int) -> str:
-    """A lane's name: the end of the instance's, which is where names differ."""
+    """Return a lane's name. It uses the end of the instance's name, where names differ."""
     name = _tail(place)
     return name if slot is None or slots == 1 else f"{name} · {slot + 1}"
 
@@ -299,7 +308,7 @@ def _chart(
     tall = _tall(len(lanes))
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]
-    # Of groups of instances boots are not drawn.
+    # The chart does not draw boots for groups of instances.
     boots = [Key("box boot", "booting")] if any(one.look == "fill boot" for one in shapes) else []
     return Chart(
         "gantt",

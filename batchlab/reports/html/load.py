@@ -1,6 +1,6 @@
-"""Work against fleet over time: tasks that run, slots, what is left, and what was decided.
+"""Work and fleet over time: running tasks, slots, remaining tasks, and scaling decisions.
 
-Invariant: the time under the running tasks is the slot time of the run's bundles.
+Invariant: the area under the running tasks equals the slot time of the run's bundles.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from batchlab.reports.html.text import at, offset, visible
 
 BINS = 120
 ROWS = 24
-"""Of a chart's table."""
+"""Rows of a chart's table."""
 HEIGHT = 150.0
 OTHERS = 1.1
-"""From so many times the job's own tasks on, those of all jobs are shown beside them."""
+"""The chart shows the tasks of all jobs if they exceed this multiple of the job's own tasks."""
 DECISIONS = 40
-"""Shown in full; of more, the largest."""
+"""Maximum number of decisions on the page. If there are more, the largest changes are shown."""
 
 
 _WAITS = """(SELECT ready_s, coalesce(started_s, $b) AS begun_s, tasks FROM bundles
@@ -41,10 +41,13 @@ Levels = list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The run in `BINS` equal parts. `running` are tasks by stage, `slots` those in service,
-    `waiting` tasks that are ready, `left` tasks that have not ended at the part's end, and
-    `left_of_all` those of all jobs of the grid; `desired`, `in_service` and `pending` are
-    instances. None where nobody looked."""
+    """Figures of the run in `BINS` equal intervals.
+
+    `running` contains busy slots by stage, and `slots` the slots in service. `waiting` counts the
+    tasks that are ready. `left` counts the tasks that had not ended at the interval's end, and
+    `left_of_all` counts those of all jobs of the grid. `desired`, `in_service`, and `pending` count
+    instances. A value is None if nothing was recorded.
+    """
 
     running: dict[str, list[float]]
     slots: list[float]
@@ -61,7 +64,7 @@ class Series:
 
 
 def series(run: Run) -> Series:
-    """The figures of the charts."""
+    """Return the figures of the charts."""
     running = {row["stage"]: [0.0] * BINS for row in run.stages}
     for row in run.over(PLACED, "started_s", "ended_s", "slots", "stage", BINS):
         running.setdefault(row["stage"], [0.0] * BINS)[row["bin"]] = row["amount"]
@@ -101,8 +104,11 @@ def _left(run: Run) -> list[float]:
 
 
 def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
-    """What stood last in a table of looks at all pools, at the end of each part, summed over them:
-    of each of the columns. Both are names of ours."""
+    """Yield each column of a table of recorded values, summed over all pools.
+
+    Each interval has the last value that was recorded before its end. `table` and `columns` are
+    constants of this module.
+    """
     sums = ", ".join(f"sum({name}) AS {name}" for name in columns)
     rows = run.rows(
         f"""WITH looks AS (SELECT * FROM {table} WHERE job = $job),
@@ -126,7 +132,7 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
 
 
 def drawn(run: Run, found: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
-    """Three charts over one time axis."""
+    """Return two or three charts over one time axis. The third needs recorded instances."""
     ticks = time_ticks(run.span_s)
     made = [_running(run, found), _left_over(run, found)]
     if any(one is not None for one in found.desired):
@@ -192,7 +198,7 @@ def _share(part: Sequence[float], whole: Sequence[float], k: int) -> str:
 
 def _left_over(run: Run, found: Series) -> Chart:
     of_all = [one or 0.0 for one in found.left_of_all]
-    # Of a grid that has no other jobs it says the same.
+    # Without other jobs, the line of all jobs would repeat the line of this job.
     crowded = max(of_all) > OTHERS * found.left[0]
     top, y = count_ticks(max(*found.left, *found.waiting, *(of_all if crowded else ()), 1.0))
     hover = [
@@ -296,7 +302,7 @@ def _hover(titles: Sequence[str]) -> list[Shape]:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One change of desired capacity; `place` is on the time axis, in [0, 1]."""
+    """Change of a pool's desired capacity. `place` is its position in [0, 1] on the time axis."""
 
     place: float
     at: str
@@ -317,8 +323,11 @@ class Decision:
 
 
 def decisions(run: Run) -> tuple[list[Decision], int]:
-    """The scaling decisions in order, at most `DECISIONS`, and how many there were in all. Of
-    more, those that changed most are kept."""
+    """Return at most `DECISIONS` scaling decisions in order of time, and the number of all
+    decisions.
+
+    If there are more, the function returns the largest changes.
+    """
     rows = run.rows(
         """SELECT * FROM (
              SELECT *, count(*) OVER () AS n FROM scaling WHERE job = $job

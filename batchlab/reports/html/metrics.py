@@ -1,6 +1,6 @@
-"""What advice rests on: a run's figures, each asked for once.
+"""Figures of a run on which the checks are based.
 
-Invariant: no sign is a guess; where the data cannot say, it is None.
+Invariant: no figure is estimated. A figure that the data does not contain is None.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ TINY_S = 0.1
 LONG_ON_SPOT_S = 600.0
 TOO_LONG_S = 11 * 3600.0
 ALONE, CROWDED = 0.25, 0.75
-"""Of the other slots of its instance: so much at most, or at least, was busy beside a bundle."""
+"""Limits for the busy share of the instance's other slots during a bundle.
+
+Up to the first limit the bundle ran alone, and from the second limit it ran on a busy instance.
+"""
 LEAST_BUNDLES = 10
-"""On each side of a comparison."""
+"""Minimum number of bundles on each side of the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageSigns:
-    """One stage. Counts are of tasks with a run time; `overhead_s` is slot time of bundles in which
-    no task ran; `alone_s` and `crowded_s` what a task took on average where the rest of its
-    instance was idle and where it was busy."""
+    """Figures of one stage.
+
+    Counts include the tasks with a run time. `overhead_s` is the part of the bundles' slot time
+    during which no task ran. `alone_s` is the mean time of a task while the other slots of its
+    instance were idle. `crowded_s` is the mean time of a task while these slots were busy.
+    """
 
     name: str
     pool: str
@@ -49,11 +55,15 @@ class StageSigns:
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """The run. `slot_s` is slot time in service, `busy_s` what the job's bundles took of it;
-    `starved_s` slot time that was idle while tasks were ready; `full_s` how long nearly all slots
-    were busy while tasks were ready; `tail_s` how long less than half as many tasks as at most were
-    running, at the end. `filled` is how much of an instance was busy while any of it was. Where
-    nobody heard of instances, workers are counted in their place, and `noun` says so."""
+    """Figures of the run.
+
+    `slot_s` is the slot time in service, and `busy_s` is the part that the job's bundles used.
+    `starved_s` is the slot time that was idle while tasks were ready. `full_s` is the time during
+    which at least 90% of the slots were busy while tasks were ready. `tail_s` is the time at the
+    end during which less than half of the peak number of slots were busy. `filled` is the busy
+    share of an instance's slots while at least one of them was busy. If no instance is recorded,
+    the counts are of workers, and `noun` is "worker".
+    """
 
     span_s: float
     stages: tuple[StageSigns, ...]
@@ -83,7 +93,7 @@ class Signs:
 
     @property
     def pool(self) -> str:
-        """Where most of the work was; empty where nothing ran."""
+        """Pool with the most work, or "" if nothing ran."""
         most = max(self.stages, key=lambda one: one.took_s, default=None)
         return most.pool if most else ""
 
@@ -93,7 +103,7 @@ class Signs:
 
 
 def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
-    """All of a run's."""
+    """Return the figures of a run."""
     part_s = run.span_s / BINS
     running, slots = found.in_flight, found.slots
     filled = run.one(_FILLED)
@@ -138,7 +148,9 @@ def signs(run: Run, found: Series, cost: Cost | None) -> Signs:
 
 
 def _tail_s(running: list[float], part_s: float) -> float:
-    """From the last time that half as many ran as at most, to the last that ran."""
+    """Return the time from the last interval with at least half of the peak load to the last busy
+    one.
+    """
     busy = [k for k, level in enumerate(running) if level > 0]
     if not busy:
         return 0.0

@@ -1,7 +1,7 @@
-"""The page: one file with its style in it, and nothing else that a browser would have to fetch.
+"""HTML page of a report: one file that includes its style sheet and loads nothing else.
 
-Invariant: everything that is not ours goes through the template's autoescape; the page has no
-script, and its Content-Security-Policy lets nothing run or load but the one style sheet, by hash.
+Invariant: the template escapes all text from jobs and from the grid. The page does not contain
+scripts. Its Content-Security-Policy allows only the one style sheet, by its hash.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that the template draws."""
+    """Data for the template."""
 
     title: str
     state: str
@@ -64,10 +64,10 @@ class Page:
 def page(
     connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = ""
 ) -> Page:
-    """What there is to say of a job of an opened store (`batchlab.reports.queries.store.opened`).
+    """Return the page of a job in an opened store (`batchlab.reports.queries.store.opened`).
 
-    `samples` finds tracebacks and logs of failed attempts, `version` is batchlab's. UsageError
-    where the store has no such job.
+    `samples` returns tracebacks and logs of failed attempts. `version` is the version of batchlab.
+    Raise UsageError if the store does not contain the job.
     """
     run = Run(connection, job)
     over_time = load.series(run)
@@ -105,13 +105,14 @@ def page(
 
 
 def rendered(found: Page) -> str:
-    """The file's text."""
+    """Return the page as HTML text."""
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     from markupsafe import Markup
 
     template = _environment().get_template("page.html.jinja")
-    # The style sheet is ours, and has to be in the page as it was hashed.
+    # The style sheet is a file of this package. Escaping would change it, and then the hash would
+    # not match.
     return template.render(page=found, style=Markup(style), style_hash=digest)  # noqa: S704
 
 
@@ -133,7 +134,7 @@ def _environment() -> Environment:
 
 
 def _code(text: str) -> Markup:
-    """`text` with what stands between backticks as code."""
+    """Escape `text`, and turn the parts between backticks into code elements."""
     from markupsafe import Markup, escape
 
     parts = [escape(part) for part in text.split("`")]

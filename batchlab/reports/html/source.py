@@ -1,7 +1,7 @@
-"""One run's tables as the page asks for them.
+"""Tables of one run, as the page queries them.
 
-Invariant: all figures of a page are answers of DuckDB over the run's Parquet; whoever asks the
-same of the same files gets the same.
+Invariant: DuckDB computes all figures of a page from the run's Parquet files. The same query on the
+same files has the same result.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 LEAST_S = 0.001
-"""How long a run counts at the least, so that it has a time axis."""
+"""Shortest duration of a run in seconds, so that its time axis is not empty."""
 
-# Whoever ran bundles without an instance that anybody heard of stands for one itself.
+# A worker without a known instance takes the place of an instance.
 PLACED = """(
   SELECT b.stage, b.bundle, b.ready_s, b.started_s, b.ended_s, b.tasks, b.succeeded, b.failed,
          b.retried, b.run_s, coalesce(b.slots, 1) AS slots,
@@ -28,7 +28,7 @@ PLACED = """(
   FROM bundles b LEFT JOIN workers w ON w.job = b.job AND w.worker = b.worker
   WHERE b.job = $job AND b.started_s IS NOT NULL AND b.ended_s IS NOT NULL
 )"""
-"""Bundles that ran, and where."""
+"""SQL for the bundles that ran, each with its place: an instance, or a worker without one."""
 
 LEVELS = f"""
 moves AS (
@@ -40,10 +40,11 @@ moves AS (
   SELECT place, t, sum(d) OVER w AS level, coalesce(lead(t) OVER w, t) - t AS lasts_s
   FROM moves WINDOW w AS (PARTITION BY place ORDER BY t)
 )"""
-"""For a WITH: how many slots are busy at each place from each moment on, and for how long."""
+"""SQL for a WITH clause: the busy slots of each place from each moment, and the duration."""
 
-# An instance is in service from when that was first seen; what it ran before that counts too. Where
-# nobody knows how many slots it had, it had as many as were busy at once.
+# An instance counts as in service from its first record. If it ran a bundle before that, it counts
+# from the start of this bundle. If its number of slots is unknown, the most slots that were busy at
+# once are used.
 PLACES = f"""(
   SELECT coalesce(i.instance, u.place) AS place, coalesce(i.pool, u.pool, '') AS pool,
          coalesce(i.slots, u.slots, u.most, 1)::INTEGER AS slots,
@@ -64,12 +65,14 @@ PLACES = f"""(
     GROUP BY p.place
   ) u ON u.place = i.instance
 )"""
-"""Instances, what they are, from when to when they were in service, and whether they ran any of
-the job; `begin_s` is NULL for one that never was in service."""
+"""SQL for the instances, their time in service, and whether they ran a part of the job.
+
+`begin_s` is NULL for an instance that was never in service.
+"""
 
 
 def only_job(connection: DuckDBPyConnection) -> str:
-    """The one job of an opened store; UsageError where it has more."""
+    """Return the only job of an opened store. Raise UsageError if it does not have exactly one."""
     found = [str(row[0]) for row in connection.execute("SELECT job FROM jobs").fetchall()]
     if len(found) != 1:
         raise UsageError(
@@ -82,7 +85,8 @@ def only_job(connection: DuckDBPyConnection) -> str:
 class Run:
     """One job of an opened store (`batchlab.reports.queries.store.opened`).
 
-    Raise UsageError if the store does not have the job."""
+    The constructor raises UsageError if the store does not have the job.
+    """
 
     def __init__(self, connection: DuckDBPyConnection, job: str) -> None:
         self._connection = connection
@@ -95,7 +99,7 @@ class Run:
         self.job: Row = found[0]
 
     def rows(self, sql: str, **values: object) -> list[Row]:
-        """What a query says; `$job` is the job's id, `$a` and `$b` begin and end of the run."""
+        """Run a query. `$job` is the job's id. `$a` and `$b` are the start and end of the run."""
         known = {"job": self.id, **values}
         if "$a" in sql or "$b" in sql:
             known |= {"a": self.start_s, "b": self.end_s}
@@ -105,18 +109,18 @@ class Run:
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def one(self, sql: str, **values: object) -> Row:
-        """The one row of a query that always has one."""
+        """Run a query that always returns one row, and return this row."""
         (found,) = self.rows(sql, **values)
         return found
 
     @cached_property
     def stages(self) -> Sequence[Row]:
-        """In the job's order."""
+        """Rows of the stages, in the job's order."""
         return self.rows("SELECT * FROM stages WHERE job = $job ORDER BY position, stage")
 
     @cached_property
     def looks(self) -> Mapping[str, str]:
-        """A class of the style sheet for each stage's colour."""
+        """CSS class of each stage's color."""
         return {row["stage"]: f"s{n % 8}" for n, row in enumerate(self.stages)}
 
     @cached_property
@@ -128,7 +132,7 @@ class Run:
 
     @cached_property
     def start_s(self) -> float:
-        """When the time axis begins: at submission, or when a scheduled job was due."""
+        """Start of the time axis: the submission, or the due time of a scheduled job."""
         job = self.job
         began_s: float | None = job["submitted_s"]
         if job["rounds"] == 1 and job["ended_s"] is not None and job["took_s"] is not None:
@@ -140,7 +144,7 @@ class Run:
 
     @cached_property
     def end_s(self) -> float:
-        """When it ends: with the job, or with the last that is known of it."""
+        """End of the time axis: the end of the job, or of its last recorded bundle."""
         ends = [self.job["ended_s"], self._edges["ended_s"]]
         known = [one for one in ends if one is not None]
         return max(self.start_s + LEAST_S, *known) if known else self.start_s + LEAST_S
@@ -159,9 +163,12 @@ class Run:
         bins: int,
         **values: object,
     ) -> list[Row]:
-        """Rows (`by`, `bin`, `amount`): of `bins` equal parts of the run, the mean of the sum of
-        `weight` over the rows of `table`, each there from `begin` to `end`. All five are SQL of
-        ours with `values` for its parameters; `by` may be several columns."""
+        """Return rows (`by`, `bin`, `amount`) for `bins` equal intervals of the run.
+
+        `amount` is the mean over the interval of the sum of `weight`. A row of `table` counts from
+        `begin` to `end`. `table`, `begin`, `end`, `weight`, and `by` are SQL constants of this
+        package, and `values` are their parameters. `by` may contain several columns.
+        """
         return self.rows(
             f"""WITH there AS (
               SELECT {by}, ({weight})::DOUBLE AS weight,

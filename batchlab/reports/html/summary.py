@@ -1,6 +1,6 @@
-"""The run in a few plain sentences, and in a few large figures.
+"""Summary of the run: a few sentences and a few large figures.
 
-Invariant: every sentence is computed from the figures of the sections below it.
+Invariant: every sentence is computed from the figures of the page's other sections.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BAD_STATES = frozenset({"FAILED", "CANCELLED"})
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One large figure, and below it what it is of. `look` is a class: good, bad or none."""
+    """Large figure with its name and a note. `look` is a CSS class: good, bad, or empty."""
 
     name: str
     value: str
@@ -37,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All that the summary speaks of."""
+    """Data for the summary."""
 
     run: Run
     signs: Signs
@@ -49,14 +49,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A few sentences on one question."""
+    """Sentences that answer one question."""
 
     about: str
     words: str
 
 
 def words(found: Found) -> list[Said]:
-    """What ran, how long, on what, for how much, what went wrong, and what to do first."""
+    """Return the sentences: what ran, on which fleet, its cost, its failures, and the next step."""
     parts = (
         ("What ran", _ran(found)),
         ("On what", _fleet(found)),
@@ -172,7 +172,7 @@ def _sentence(text: str) -> str:
 
 
 def tiles(found: Found) -> list[Tile]:
-    """Six of them, or five where there are no prices."""
+    """Return six figures, or five for a run without prices."""
     job, signs, cost = found.run.job, found.signs, found.cost
     state = str(job["state"])
     look = "good" if state in GOOD_STATES else "bad" if state in BAD_STATES else ""
@@ -208,7 +208,7 @@ def tiles(found: Found) -> list[Tile]:
 
 
 def stages(run: Run) -> Data:
-    """One row a stage, and one for all of them."""
+    """Return a table with one row per stage, and a total if there are several stages."""
     rows = [
         (
             visible(row["stage"], 60),
@@ -242,7 +242,7 @@ def _at(run: Run, at_s: float | None) -> str:
 
 
 def particulars(run: Run) -> list[tuple[str, str]]:
-    """What else is known of the job: names and what they are."""
+    """Return further facts about the job as pairs of name and value."""
     job = run.job
     try:
         tags = json.loads(job["tags"] or "{}")

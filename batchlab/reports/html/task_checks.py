@@ -1,10 +1,7 @@
-"""Checks of single stages: whether their tasks have the right size, and the room they need.
+"""Checks of single stages: the size of their tasks and the resources that they need.
 
-Invariant: each looks at every stage, and has a finding for each that is to be changed.
-
-What a check of a run comes to.
-
-Invariant: a finding names the figure it rests on, and what is to be changed the setting too.
+Invariants: each check examines every stage and returns a finding for each stage with a problem. A
+finding contains the figure on which it is based. If a change is due, it also names the setting.
 """
 
 from __future__ import annotations
@@ -19,11 +16,11 @@ from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, Signs, StageSi
 from batchlab.reports.html.text import share, visible
 
 MATTERS_S = 5.0
-"""What lasts less is not worth a word, however large its share of a short run is."""
+"""Shorter times in seconds cause no finding, even if they are a large share of a short run."""
 
 
 class Level(IntEnum):
-    """How much a finding matters: the higher, the sooner."""
+    """Importance of a finding. A higher level comes first."""
 
     GOOD = 0
     NOTE = 1
@@ -33,8 +30,11 @@ class Level(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`check` names the check; `figure` is what it rests on, `setting` what to change, with code
-    between backticks. Of what is GOOD, `setting` is empty."""
+    """Result of a check.
+
+    `check` is the name of the check, and `figure` is the evidence. `setting` describes what to
+    change, with code between backticks. It is empty if the level is GOOD.
+    """
 
     check: str
     level: Level
@@ -51,17 +51,17 @@ def good(check: str, title: str, figure: str) -> Finding:
 
 
 def name(text: str) -> str:
-    """A stage's or a pool's name, as it may stand in a sentence."""
+    """Return the name of a stage or pool, safe for use in a sentence."""
     return visible(text, 40).replace("`", "'")
 
 
 def limits(pool: str, option: str) -> str:
-    """The command that changes a pool's limits."""
+    """Return the command that changes a pool's limits."""
     return f"`batchlab grid scale {name(pool) or 'POOL'} {option} N`"
 
 
 def slots_of(pool: str) -> str:
-    """The option that changes how many slots a pool's instances have."""
+    """Return the option that changes the slots of a pool's instances."""
     return f"`--pool {name(pool) or 'NAME'}:MIN-MAXxSLOTS` of `batchlab grid up`"
 
 
@@ -69,13 +69,13 @@ TINY_SHARE = 0.5
 OVERHEAD = 0.2
 SLOWED = 1.3
 TOLD = 3
-"""Stages that a check without a finding tells of."""
+"""Maximum number of stages in a finding without a problem."""
 
 FINER = "Cut the input finer (`size` in the job file's `input`)"
 
 
 def tiny(signs: Signs) -> Iterator[Finding]:
-    """Tasks of less than 100 ms: a message, a commit and a row for next to nothing."""
+    """Check for stages with tasks below 100 ms. Each task costs a message, a commit, and a row."""
     hit = [one for one in signs.stages if one.bundles and one.tiny > TINY_SHARE * one.tasks]
     for stage in hit:
         second = max(1, math.ceil(1.0 / max(stage.median_s, 1e-4)))
@@ -102,7 +102,7 @@ def _costly(stage: StageSigns) -> bool:
 
 
 def overhead(signs: Signs) -> Iterator[Finding]:
-    """Time of bundles in which no task ran, where that is not for tiny tasks."""
+    """Check how much of the bundles' time no task ran, for stages without tiny tasks."""
     hit = [
         one
         for one in signs.stages
@@ -131,7 +131,7 @@ def overhead(signs: Signs) -> Iterator[Finding]:
 
 
 def long_on_spot(signs: Signs) -> Iterator[Finding]:
-    """Tasks of more than ten minutes on Spot instances, whose notice is two."""
+    """Check for tasks above 10 minutes on Spot instances, which get a notice of 2 minutes."""
     hit = [one for one in signs.stages if one.long_on_spot]
     for stage in hit:
         yield Finding(
@@ -151,7 +151,7 @@ def long_on_spot(signs: Signs) -> Iterator[Finding]:
 
 
 def too_long(signs: Signs) -> Iterator[Finding]:
-    """Tasks of more than eleven hours: SQS hides a message for twelve at most."""
+    """Check for tasks above 11 hours. SQS hides a message for at most 12 hours."""
     hit = [one for one in signs.stages if one.too_long]
     for stage in hit:
         yield Finding(
@@ -171,7 +171,7 @@ def too_long(signs: Signs) -> Iterator[Finding]:
 
 
 def crowding(signs: Signs) -> Iterator[Finding]:
-    """Tasks that are slower the more of them share an instance."""
+    """Check for tasks that run slower when other tasks share their instance."""
     known = [
         (one, one.alone_s, one.crowded_s)
         for one in signs.stages

@@ -1,7 +1,7 @@
-"""What the page says in words: moments, shares, amounts, and texts that are not ours.
+"""Text of the page: moments, shares, amounts, and untrusted text.
 
-Invariant: nothing that a job, a stage, a log or an error is called can change how the page around
-it reads: what is not printable is made visible, and what is long is cut.
+Invariant: the names of jobs and stages, logs, and errors cannot change how the surrounding text
+reads. Non-printable characters become visible escapes, and long text is cut.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ ISOLATE, END = "\u2068", "\u2069"
 
 
 def visible(text: str, most: int = 200) -> str:
-    """`text` in one line of at most `most` characters: control characters, also those that turn
-    the direction of writing, are shown as escapes. What is written from right to left is isolated,
-    so that the words around it stay in order."""
+    """Return `text` as one line of at most `most` characters, with control characters as escapes.
+
+    Characters that change the writing direction are escaped too. Right-to-left text is isolated, so
+    that the surrounding words keep their order.
+    """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     line = line if len(line) <= most else f"{line[: most - 1]}…"
     if any(unicodedata.bidirectional(c) in _RIGHT_TO_LEFT for c in line):
@@ -31,8 +33,11 @@ def visible(text: str, most: int = 200) -> str:
 
 
 def visible_lines(text: str, most: int = 4000) -> str:
-    """`text` with its line breaks and tabs. Of what is longer than `most` characters the beginning
-    and, twice as much, the end."""
+    """Return `text` with its line breaks and tabs, and other control characters as escapes.
+
+    If the text is longer than `most` characters, keep its beginning (a third of `most`) and its end
+    (two thirds of `most`).
+    """
     shown = "".join(
         c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.replace("\r\n", "\n")
     )
@@ -44,14 +49,16 @@ def visible_lines(text: str, most: int = 4000) -> str:
 
 
 def moment(at_s: float | None) -> str:
-    """A moment in UTC, to the second."""
+    """Format a moment in UTC, to the second."""
     if at_s is None:
         return "–"
     return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def offset(seconds: float, span_s: float) -> str:
-    """A moment of the run, from its beginning, as exact as a run of `span_s` asks for."""
+    """Format the time since the run's start. The precision depends on the length `span_s` of the
+    run.
+    """
     if span_s < 100:
         return f"{seconds:.2f} s" if span_s < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
@@ -62,12 +69,12 @@ def offset(seconds: float, span_s: float) -> str:
 
 
 def at(run: Run, part: int, parts: int) -> str:
-    """When a part of the run's time ends."""
+    """Format the end of one of `parts` equal intervals of the run."""
     return offset((part + 1) * run.span_s / parts, run.span_s)
 
 
 def share(part: float, whole: float) -> str:
-    """Per cent: `42%`, `3.1%`, `<0.1%`; what is not all is not told as 100%."""
+    """Format a percentage, such as `42%` or `<0.1%`. Only a full share is shown as 100%."""
     if not whole or not part:
         return "0%"
     per_cent = part / whole * 100
@@ -79,8 +86,10 @@ def share(part: float, whole: float) -> str:
 
 
 def adding_up(parts: Sequence[Decimal], decimals: int) -> list[Decimal]:
-    """The parts rounded to `decimals`, so that they add up to their rounded sum: those with the
-    largest remainders are rounded up."""
+    """Round the parts to `decimals` so that they add up to their rounded sum.
+
+    The parts with the largest remainders are rounded up.
+    """
     unit = Decimal(1).scaleb(-decimals)
     down = [part.quantize(unit, ROUND_FLOOR) for part in parts]
     missing = int((sum(parts, Decimal(0)).quantize(unit) - sum(down, Decimal(0))) / unit)

@@ -1,6 +1,6 @@
-"""The named queries, as `queries.sql` has them.
+"""Named queries from `queries.sql`.
 
-Invariant: a query is only in that file, and is run as it stands there.
+Invariant: this file is the only source of a query, and its text runs unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAME = re.compile(r"^-- name: (\w+)\n((?:-- .*\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """`meaning` is what it answers, in a sentence or two."""
+    """Named query. `meaning` describes its answer in one or two sentences."""
 
     name: str
     meaning: str
@@ -29,14 +29,14 @@ class Query:
 
 @cache
 def known() -> Mapping[str, Query]:
-    """Every named query, in the file's order."""
+    """Return all named queries in the file's order."""
     text = FILE.read_text()
     meanings = {head[1]: _joined(head[2]) for head in _NAME.finditer(text)}
     return {name: Query(name, meanings[name], sql) for name, sql in sections(text).items()}
 
 
 def sections(text: str) -> dict[str, str]:
-    """The statements of a file by name, each after a line `-- name:` and its comment."""
+    """Return the statements of an SQL file by name. A line `-- name:` precedes each statement."""
     heads = list(_NAME.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
     return {
@@ -50,7 +50,7 @@ def _joined(comment: str) -> str:
 
 
 def named(name: str) -> Query:
-    """The query of that name; UsageError."""
+    """Return the query with this name. Raise UsageError if it does not exist."""
     if query := known().get(name):
         return query
     near = difflib.get_close_matches(name, known(), n=2)

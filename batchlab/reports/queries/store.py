@@ -1,7 +1,7 @@
-"""Opens folders of Parquet files for SQL: one view for each table, and nothing else within reach.
+"""SQL access to folders of Parquet files, with one view per table.
 
-Invariant: a query can read the files that were opened, and can do nothing else: no other file, no
-network, no extension, no setting, and nothing can be written (see `checked`).
+Invariant: a query can only read the opened files. It cannot reach other files or the network, load
+extensions, change settings, or write (see `checked`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
-"""Of a parsed query. There are others that write, within a WITH."""
+"""Allowed node types of a parsed query. Other types can write, even within a WITH clause."""
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"}
-"""Others read files, or run a text as SQL."""
+"""Allowed table functions. Other table functions read files or run text as SQL."""
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder, where it holds one run, else those in it that do; UsageError where none does."""
+    """Return the folder if it contains a run, or else its subfolders that do.
+
+    Raise UsageError if no run is found.
+    """
     if (folder / JOBS.file).is_file():
         return [folder]
     found = sorted(one.parent for one in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
@@ -38,10 +41,11 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
-    """A connection with one view for each table of the schema, over all runs in `folders`.
+    """Return a connection with one view per table of the schema, over all runs in `folders`.
 
-    Tables and columns that an older version has not written are there, empty or NULL. UsageError
-    for a folder without data, for data of a newer version, and for a job that comes twice.
+    A table that an older version did not write is empty, and such a column is NULL. Raise
+    UsageError for a folder without data, for data of a newer version, and for a job that occurs
+    twice.
     """
     import duckdb
 
@@ -49,7 +53,8 @@ def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
     connection = duckdb.connect(":memory:")
     try:
         connection.execute("SET python_enable_replacements = false")
-        # Else what does not fit into memory is written to a folder that a query could write to.
+        # Without this setting, DuckDB writes data that exceeds the memory to a folder, which a
+        # query could then use for writing.
         connection.execute("SET temp_directory = ''")
         connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET autoload_known_extensions = false")
@@ -76,7 +81,7 @@ def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) ->
         columns = ", ".join(f'NULL::{c.type} AS "{c.name}"' for c in table.columns)
         return f'CREATE VIEW "{table.name}" AS SELECT {columns} WHERE false'
     files = f"[{', '.join(_quoted(path) for path in paths)}]"
-    # The files of one version all have the same columns, and reading them by name takes longer.
+    # Files of older versions lack newer columns, so this query lists the columns that exist.
     rows = connection.execute(
         f"SELECT name, count(*) FROM parquet_schema({files}) GROUP BY name"  # noqa: S608 - paths
     ).fetchall()
@@ -126,14 +131,16 @@ def _sentence(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-# --- What users ask ------------------------------------------------------------------------------
+# --- User queries --------------------------------------------------------------------------------
 
 
 def asked(
     connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] | None = None
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The names of the columns and the rows that a user's query comes to; UsageError with what
-    DuckDB says of a wrong one, or of one that does not only read."""
+    """Run a user's query and return its column names and rows.
+
+    Raise UsageError with DuckDB's message if the query is invalid, or if it does more than read.
+    """
     import duckdb
 
     try:
@@ -150,10 +157,10 @@ def asked(
 
 
 def checked(connection: DuckDBPyConnection, sql: str) -> None:
-    """UsageError unless `sql` is one query that only reads the views.
+    """Raise UsageError unless `sql` is one query that only reads the views.
 
-    DuckDB takes COPY and INSERT within a WITH, and would write to the very files that were opened;
-    so what it has parsed is looked through, and only what is known to read is let pass.
+    DuckDB accepts COPY and INSERT within a WITH clause, and these could overwrite the opened files.
+    This function therefore inspects the parsed query and accepts only nodes that are known to read.
     """
     from duckdb import StatementType
 

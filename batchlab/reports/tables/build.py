@@ -1,12 +1,9 @@
-"""Makes a job's tables from what was gathered, with DuckDB.
+"""Construction of a job's tables with DuckDB, from the data that `gather` read.
 
-Invariant: what the files say is a function of what was gathered. Memory is bounded: what does not
-fit goes to the scratch folder, and one core is taken, so that a manager has the others.
-
-Writes a table of job performance data as a Parquet file.
-
-Invariant: a file has the columns of its table, in order and of their types, whatever it was made
-from; and says in its own metadata which version of the schema it is of.
+Invariants: the gathered data alone determines the contents of the files. A file has the columns of
+its table in order and with their types. Its metadata contains the schema version. Memory is
+bounded: DuckDB writes larger data to the scratch folder. It uses one core, so that the manager has
+the others.
 """
 
 from __future__ import annotations
@@ -32,22 +29,22 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 ROWS = 122_880
-"""Of a row group: what DuckDB reads on one core at a time."""
+"""Rows of a row group, the unit that DuckDB reads on one core."""
 
 
 def save(
     connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False
 ) -> int:
-    """Write what the query comes to, in the order of the table's key, or where it is `ordered` as
-    it comes; answers how many rows.
+    """Write the rows of a query to a Parquet file and return their number.
 
-    The query names every column of the table, in any order; DuckDB's Error where it does not, or
-    where a value is not of its column's type.
+    The rows are sorted by the table's key, unless `ordered` says that the query already sorts them.
+    The query must return every column of the table, in any order. DuckDB raises its Error if a
+    column is missing or if a value does not have the column's type.
     """
     order = "" if ordered else "ORDER BY " + ", ".join(f'"{name}"' for name in table.key)
     target = str(path).replace("'", "''")
     connection.execute(
-        f"COPY (SELECT {table.select()} FROM ({query}) {order}) "  # noqa: S608 - ours
+        f"COPY (SELECT {table.select()} FROM ({query}) {order}) "  # noqa: S608 - own queries
         f"TO '{target}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS}, "
         f"KV_METADATA {{batchlab_schema: '{VERSION}'}})"
     )
@@ -124,8 +121,11 @@ _INSTANCE = (
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What of a grid is not in its bucket: where it runs, its pools where nothing was recorded,
-    how often it asks, and the prices; without these there is no cost."""
+    """Facts about a grid that its bucket does not contain: backend, pools, poll intervals, and
+    prices.
+
+    `pools` is used for pools without recorded data. Without `book`, the job gets no cost.
+    """
 
     backend: str
     pools: Sequence[Pool]
@@ -134,7 +134,7 @@ class Setting:
 
 
 class Building:
-    """Of one job, in `scratch`, where its staged files are."""
+    """Builder of one job's tables. `scratch` contains the staged files."""
 
     def __init__(self, gathered: Gathered, setting: Setting, scratch: Path) -> None:
         import duckdb
@@ -146,14 +146,17 @@ class Building:
         self._connection: DuckDBPyConnection = duckdb.connect(str(scratch / "work.duckdb"))
 
     def interrupt(self) -> None:
-        """From another thread: end as soon as possible; nothing where it has just ended."""
+        """Stop the running query as soon as possible. Another thread may call this at any time."""
         import duckdb
 
         with suppress(duckdb.ConnectionException):
             self._connection.interrupt()
 
     def run(self, folder: Path) -> dict[str, int]:
-        """Write every table into `folder`; answers the rows of each. duckdb.Error, OSError."""
+        """Write every table into `folder` and return the rows of each table.
+
+        Raise duckdb.Error or OSError if this fails.
+        """
         try:
             return self._run(folder)
         finally:
@@ -192,16 +195,17 @@ class Building:
     def _save_tasks(self, folder: Path) -> int:
         query, table = self._steps["table_tasks"], BY_NAME["tasks"]
         if self._gathered.results_twice:
-            # It must never come to that, and if it does the table still has each task once.
-            query = f"SELECT DISTINCT ON (stage, task) * FROM ({query})"  # noqa: S608 - ours
+            # A task must never have two results. If it has, the table still contains each task
+            # once.
+            query = f"SELECT DISTINCT ON (stage, task) * FROM ({query})"  # noqa: S608 - own queries
         return save(self._connection, table, query, folder / table.file, ordered=True)
 
-    # --- Tables to begin with --------------------------------------------------------------------
+    # --- Initial tables --------------------------------------------------------------------------
 
     def _read(self, name: str, columns: Mapping[str, str], path: Path) -> None:
         types = ", ".join(f"'{column}': '{type_}'" for column, type_ in columns.items())
         self._connection.execute(
-            f"CREATE TABLE {name} AS SELECT * FROM read_json(?, "  # noqa: S608 - names of ours
+            f"CREATE TABLE {name} AS SELECT * FROM read_json(?, "  # noqa: S608 - own names
             f"format = 'newline_delimited', columns = {{{types}}}, "
             f"maximum_object_size = {MOST_LINE_BYTES})",
             [str(path)],
@@ -210,7 +214,7 @@ class Building:
     def _fill(
         self, name: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]
     ) -> None:
-        """A table of what is few."""
+        """Create a table from a small number of rows."""
         path = self._scratch / f"{name}.ndjson"
         with path.open("w", encoding="utf-8") as file:
             for row in rows:
@@ -253,7 +257,9 @@ class Building:
         self._fill("stage_facts", _STAGE, stages)
 
     def _follow_losses(self) -> None:
-        """Of a job that runs: what follows a task that is lost can never come to be."""
+        """Mark tasks as canceled in a running job if the task that they follow failed or was
+        canceled.
+        """
         for stage in self._gathered.job.stages:
             if stage.chained:
                 self._connection.execute(
@@ -263,7 +269,7 @@ class Building:
                     {"stage": stage.name, "source": stage.after[0]},
                 )
 
-    # --- What was seen while it ran --------------------------------------------------------------
+    # --- Data recorded while the job ran ---------------------------------------------------------
 
     def _seen(self) -> None:
         record = self._gathered.record
@@ -298,7 +304,7 @@ class Building:
         self._fill(f"seen_{table}", _types(table, names=names), made)
 
     def _requests(self) -> list[Sequence[Any]]:
-        """With the total in the last row, though nobody may have looked at them over time."""
+        """Return the recorded requests. The last row is the total, even if nothing was recorded."""
         found: list[Sequence[Any]] = list(self._gathered.record["requests"])
         if account := self._gathered.account:
             made = account.requests
@@ -321,7 +327,7 @@ class Building:
     # --- The bill --------------------------------------------------------------------------------
 
     def _cost(self) -> str | None:
-        """Make the bill's lines; answers which prices they are of, None where there are none."""
+        """Create the lines of the bill. Return the name of the price list, or None without one."""
         prices, rows = None, []
         if self._setting.book:
             made, parts = costs.parts(
@@ -355,6 +361,6 @@ class Building:
 
 
 def _types(*tables: str, names: Iterable[str]) -> dict[str, str]:
-    """The types that columns of these names have in the tables."""
+    """Return the types that the columns with these names have in the tables."""
     known = {c.name: c.type for table in tables for c in BY_NAME[table].columns}
     return {name: known[name] for name in names}

@@ -1,7 +1,7 @@
-"""Reads all that the bucket says of a job: its definition, cuts, outcomes, end, and what was seen.
+"""Reader of a job's data in the bucket: definition, cuts, outcomes, end, and recorded data.
 
-Invariant: nothing else is asked, so that whoever has the bucket can write a job's data at any time
-and comes to the same; and of outcomes only a few are in memory at a time.
+Invariants: only the bucket is read, so the data of a job can be written again at any time with the
+same result. Only a few outcomes are in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from batchlab.manager.recording import recorded_data
 from batchlab.reports.tables.staging import Staging, universe
 
 AT_ONCE = 8
-"""Objects that are fetched at once; a manager has other requests to make meanwhile."""
+"""Objects that are fetched concurrently. The value is low because the manager sends other requests.
+"""
 BATCH = 64
 BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What is not in the staged files. `account` is None where nobody has counted; `planned` has
-    the tasks of the stages that are planned; `began_s` is when the last round did."""
+    """Gathered data that is not in the staged files.
+
+    `account` is None if the usage was not recorded. `planned` contains the tasks of each planned
+    stage. `began_s` is the start of the last round.
+    """
 
     job: JobDef
     round: int
@@ -48,7 +52,7 @@ class Gathered:
 
 
 class Gatherer:
-    """Of one bucket."""
+    """Reader of the jobs of one bucket."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -56,8 +60,10 @@ class Gatherer:
         self._keys = CommitKeys(objects, patience)
 
     async def gather(self, job: JobId, folder: Path) -> Gathered:
-        """Read the job, staging what there may be very much of in `folder`; UsageError where the
-        bucket has no such job."""
+        """Read the job, and stage the data that grows with its size in `folder`.
+
+        Raise UsageError if the bucket does not contain the job.
+        """
         try:
             doc = await self._doc(object_keys.spec(job))
         except NotFound:
@@ -114,7 +120,9 @@ class Gatherer:
             return None
 
     async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
-        """Stage every outcome, note every cut; answers with the bytes that the bucket holds."""
+        """Stage every outcome and append every cut to `cuts`. Return the size of these objects in
+        bytes.
+        """
         key = await self._keys.of(job)
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []
@@ -145,14 +153,14 @@ class Gatherer:
         return size_bytes
 
     async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
-        """What the job has used, and what was recorded while it ran."""
+        """Return the usage of the job and the data recorded while it ran."""
         try:
             doc = await self._doc(object_keys.used(job))
             return Account.from_json(doc["account"]), doc.get(
                 "record"
             ) or recorded_data.empty_part()
         except NotFound:
-            pass  # it has not ended, or the manager before it could say what it used
+            pass  # the job still runs, or an older manager ended it without a usage object
         account, record = None, recorded_data.empty_part()
         try:
             doc = await self._doc(object_keys.USE)
@@ -160,7 +168,7 @@ class Gatherer:
                 account = Account.from_json(doc["jobs"][job])
             record = recorded_data.job_part(await self._doc(object_keys.RECORD), job)
         except NotFound:
-            pass  # on a grid where nobody counts
+            pass  # the grid does not record usage
         return account, record
 
 

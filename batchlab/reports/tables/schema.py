@@ -1,8 +1,8 @@
-"""The tables of a job's performance data: their columns, types and meanings.
+"""Schema of a job's performance data: the columns of the tables, their types, and their meanings.
 
-Invariant: adding is allowed, removing or changing is not. A column that is here keeps its name,
-its type and its meaning for ever, so that reports of many versions can be read together; a new
-one is NULL in older reports.
+Invariant: columns can be added, but not removed or changed. A column keeps its name, type, and
+meaning, so that reports of different versions can be read together. A newer column is NULL in older
+reports.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VERSION = 1
-"""Of the schema; grows only where a reader has to know of it, and not with an added column."""
+"""Version of the schema. It grows only for a change that readers must know, not for a new column.
+"""
 
 USD = "DECIMAL(24,12)"
-"""An amount of US dollars: sums of it are exact."""
+"""Type of amounts in US dollars. Sums are exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`type` is DuckDB's. A name that ends in `_s` is in seconds, `_usd` in US dollars, `_bytes`
-    in bytes; a moment (`…ed_s`, `at_s`) is in seconds since 1970 in UTC."""
+    """Column of a table, with DuckDB's type.
+
+    The suffix gives the unit: `_s` for seconds, `_usd` for US dollars, and `_bytes` for bytes. A
+    moment (`…ed_s`, `at_s`) is in seconds since 1970 in UTC.
+    """
 
     name: str
     type: str
@@ -28,7 +32,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table, which is one Parquet file of a run; `key` has one row for each value."""
+    """Table of a run, stored as one Parquet file. The columns of `key` identify a row."""
 
     name: str
     meaning: str
@@ -40,7 +44,7 @@ class Table:
         return f"{self.name}.parquet"
 
     def select(self) -> str:
-        """The columns in order, cast to their types, for a SELECT that reads any version."""
+        """Return the columns in order, cast to their types, for a SELECT on any version."""
         return ", ".join(f'"{c.name}"::{c.type} AS "{c.name}"' for c in self.columns)
 
 

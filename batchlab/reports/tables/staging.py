@@ -1,7 +1,7 @@
-"""What outcomes and cuts say, on its way into tables: lines of JSON in files, without the values.
+"""Staging of outcomes and cuts as JSON lines, from which the tables are built.
 
-Invariant: memory holds a byte for each task and nothing else that grows with the job; and the
-lines say of each task that ended when, where and how, whatever order the outcomes came in.
+Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines say
+when, where, and how each task ended, in whatever order the outcomes arrive. They omit the values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.failure_fingerprint import fingerprint
 
 CHUNK = 8_192
-"""Run times in a line."""
+"""Maximum number of run times in one line."""
 REASON_CHARS = 500
 
 FILES: Mapping[str, Mapping[str, str]] = {
@@ -73,17 +73,22 @@ FILES: Mapping[str, Mapping[str, str]] = {
     },
     "rest": {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"},
 }
-"""The columns of each file, with DuckDB's types."""
+"""Columns of each file with DuckDB's types."""
 
 
 def plain(text: str) -> str:
-    """Without what no table takes: an exception's message may hold anything."""
+    """Replace NUL characters, which the tables cannot store. An exception's message may contain
+    them.
+    """
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 class Staging:
-    """Of one job, into `folder`. `void_before` has the first round that counts, of stages whose
-    plan a retry made void. A context manager; when it ends the files are whole."""
+    """Writer of the staged files of one job.
+
+    `void_before` contains stages whose plan a retry replaced, with the first round that counts.
+    Leave the context manager to close the files before they are read.
+    """
 
     def __init__(self, folder: Path, job: JobDef, void_before: Mapping[StageName, int]) -> None:
         self._job = job
@@ -94,7 +99,7 @@ class Staging:
         self._outcomes = 0
         self._succeeded: dict[StageName, bytearray] = {}
         self.results_twice: dict[StageName, int] = {}
-        """Tasks that succeeded once more, by stage."""
+        """Number of additional successes of tasks that had already succeeded, by stage."""
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +117,7 @@ class Staging:
         self._files[file].write(json_format.dumps(fields) + "\n")
 
     def outcome(self, data: bytes) -> None:
-        """Take a committed outcome, as it is in the bucket."""
+        """Stage a committed outcome, given as the object's bytes."""
         outcome = json_format.outcome_from_json(json_format.loads(data))
         n, self._outcomes = self._outcomes, self._outcomes + 1
         bundle = outcome.bundle
@@ -175,13 +180,13 @@ class Staging:
             marks[start:stop] = b"\x01" * (stop - start)
 
     def cut(self, cut: Cut, otherwise_s: float) -> None:
-        """Take the bundles of a cut, made at `otherwise_s` where it does not say when."""
+        """Stage the bundles of a cut. A cut without a time gets `otherwise_s`."""
         ready_s = otherwise_s if cut.at_s is None else cut.at_s
         for bundle in cut.bundles:
             self._put("planned", **_bundle(bundle), ready_s=ready_s)
 
     def rest(self, stage: StageName, tasks: TaskSet) -> None:
-        """Take the stage's tasks, once every outcome is in: of those that did not succeed."""
+        """Stage the tasks that did not succeed. Call this after all outcomes are staged."""
         marks = self._succeeded.get(stage, bytearray())
         for start, stop in tasks.ranges:
             for first, last in _gaps(marks, start, stop):
@@ -205,7 +210,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges within [start, stop) that are not marked."""
+    """Yield the unmarked half-open ranges within [start, stop)."""
     at = start
     while at < stop:
         first = marks.find(0, at, stop)
@@ -221,8 +226,10 @@ def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def universe(
     job: JobDef, cuts: Iterable[Cut], void_before: Mapping[StageName, int]
 ) -> dict[StageName, TaskSet]:
-    """The tasks of each stage that has been planned, by its first cut; a chained stage has those of
-    the stage that it follows."""
+    """Return the tasks of each planned stage, from the stage's first cut.
+
+    A chained stage has the same tasks as the stage that it follows.
+    """
     first: dict[StageName, Cut] = {}
     for cut in sorted(cuts, key=lambda one: (one.stage, one.round)):
         valid = cut.round >= void_before.get(cut.stage, 0)

@@ -1,10 +1,10 @@
--- How the tables of a job are made from what `staging.py` has written, which stands in the tables
--- outcomes, runs, failures, cancelled, planned and rest; `job` and `stage_facts` have what is known
--- besides. Steps are run in order; a `table_` is written as it comes.
+-- Steps that build a job's tables. The files of `staging.py` are in the tables outcomes, runs,
+-- failures, cancelled, planned, and rest. The tables `job` and `stage_facts` contain further facts.
+-- `build.py` runs the steps in order. The rows of a step `table_NAME` are written to a file.
 
 -- name: done
--- Outcomes with their stage's facts and with the times that count. What a worker keeps of a bundle
--- after it has given the rest away began when that outcome was committed, not when the bundle did.
+-- Outcomes with the facts of their stages, and with corrected start times. If a worker gives away a
+-- part of a bundle, the rest starts at the commit of that outcome and not at the bundle's start.
 CREATE TABLE done AS
 WITH spans AS (
   SELECT *, greatest(started_s, coalesce(max(ended_s) OVER (
@@ -25,7 +25,7 @@ SELECT o.* EXCLUDE (started_s, begun_s), s.position, s.pool, s.slots, d.ready_s,
 FROM spans o JOIN stage_facts s USING (stage) LEFT JOIN due d USING (stage, bundle);
 
 -- name: tries
--- Of each task the attempts that came to nothing: those that failed, and those of a void plan.
+-- Number of unsuccessful attempts per task: failed attempts, and attempts of a void plan.
 CREATE TABLE tries AS
 SELECT stage, task, count(*) AS tries, sum(failed_run_s) AS failed_run_s, min(ready_s) AS ready_s
 FROM (
@@ -52,7 +52,7 @@ FROM cancelled c JOIN done d USING (n)
 WHERE NOT d.is_void AND d.round = (SELECT round FROM job);
 
 -- name: others
--- The tasks that did not succeed, and what became of them.
+-- Tasks that did not succeed, with their states.
 CREATE TABLE others AS
 SELECT l.stage, l.task, f.n, f.run_s, f.fingerprint,
        CASE WHEN f.is_failed THEN 'FAILED'
@@ -63,7 +63,7 @@ LEFT JOIN last_failures f ON f.stage = l.stage AND f.task = l.task
 LEFT JOIN stopped s ON s.stage = l.stage AND s.task = l.task;
 
 -- name: good
--- The tasks that succeeded, in order: each line of run times has neighbours of one bundle.
+-- Tasks that succeeded, in order. Each line of run times contains adjacent tasks of one bundle.
 CREATE VIEW good AS
 SELECT stage, n, first_task + unnest(range(len(run_s))) AS task, unnest(run_s) AS run_s
 FROM (SELECT r.* FROM runs r JOIN stage_facts s USING (stage) ORDER BY s.position, r.first_task);
@@ -149,7 +149,7 @@ SELECT j.job, d.* FROM seen_duplicates d CROSS JOIN job j;
 SELECT j.job, c.* FROM cost_lines c CROSS JOIN job j;
 
 -- name: stage_sums
--- From the tasks as they were written: the parts add up to the whole.
+-- Sums per stage. They use the written tasks, so the stages add up to the job.
 CREATE TABLE stage_sums AS
 WITH counted AS (
   SELECT stage, count(*) AS planned, count(*) FILTER (state = 'SUCCEEDED') AS succeeded,

@@ -1,7 +1,7 @@
-"""Writes a job's performance data: gathered from the bucket, made into Parquet, put back there.
+"""Writer of a job's performance data: it reads the bucket, builds Parquet files, and uploads them.
 
-Invariant: the list of the files is written last, so that who finds it finds them all; and writing
-again comes to the same facts.
+Invariants: the index is written last, so a reader that finds the index also finds all files.
+Writing the data again produces the same facts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ INDEX = "report.json"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Which files there are, and how far the job was: `rows` and `sizes` (bytes) by table."""
+    """List of the written files, and the state of the job.
+
+    `rows` and `sizes` (bytes) are by table.
+    """
 
     round: int
     is_final: bool
@@ -63,7 +66,7 @@ class Index:
 
 
 class Writer:
-    """Of one bucket. `scratch` is a folder for what does not fit into memory, made when needed."""
+    """Writer for one bucket. `scratch` is a folder for temporary files, created when needed."""
 
     def __init__(
         self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None
@@ -74,27 +77,33 @@ class Writer:
         self._scratch = scratch
 
     async def write(self, job: JobId) -> None:
-        """Write the job's data into the bucket. UsageError where there is no such job,
-        BackendError, OSError, duckdb.Error."""
+        """Write the job's data into the bucket.
+
+        Raise UsageError if the job does not exist. BackendError, OSError, and duckdb.Error are also
+        raised.
+        """
         async with self._folder() as folder:
             await self.publish(job, folder, await self.make(job, folder))
 
     async def make(self, job: JobId, folder: Path) -> Index:
-        """Write the job's data into a folder."""
+        """Write the job's data into a folder and return the index."""
         async with self._folder() as scratch:
             gathered = await Gatherer(self._objects, self._patience).gather(job, scratch)
             building = await asyncio.to_thread(Building, gathered, self._setting, scratch)
             try:
                 rows = await asyncio.to_thread(building.run, folder)
             except asyncio.CancelledError:
-                building.interrupt()  # or the process could not end before it is through
+                building.interrupt()  # otherwise the process could not exit before the query ends
                 raise
         sizes = {table.name: (folder / table.file).stat().st_size for table in TABLES}
         return Index(gathered.round, gathered.ending is not None, rows, sizes)
 
     async def publish(self, job: JobId, folder: Path, index: Index) -> None:
-        """Put a folder's files into the bucket, without a condition: only managers may write there.
-        A reader compares each file's size with the index, which comes last."""
+        """Upload a folder's files to the bucket, without a condition: only managers may write
+        there.
+
+        The index is uploaded last. A reader compares each file's size with the index.
+        """
         prefix = object_keys.reports(job)
         for table in TABLES:
             upload = partial(self._objects.upload, prefix + table.file, folder / table.file)
@@ -112,13 +121,15 @@ class Writer:
         try:
             yield folder
         finally:
-            # A thread that was interrupted may hold some of it for another moment.
+            # An interrupted thread may still hold some files for a moment.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | None:
-    """What the bucket has of the job's data, None where that is nothing, or not the job's end: the
-    job went on, or was run again, since."""
+    """Return the index of the job's data, or None if the bucket does not have final data.
+
+    Data is not final if the job still ran when it was written, or if a retry started since.
+    """
     try:
         data = await patience(partial(objects.get, object_keys.reports(job) + INDEX))
     except NotFound:
@@ -131,8 +142,10 @@ async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | 
 
 
 async def fetch(objects: Objects, patience: Patience, job: JobId, index: Index, to: Path) -> None:
-    """Copy the files that an index tells of into a folder; BackendError where they changed while
-    they were read."""
+    """Copy the files of an index into a folder.
+
+    Raise BackendError if a file changed during the download.
+    """
     prefix = object_keys.reports(job)
     for table in TABLES:
         if table.name in index.sizes:

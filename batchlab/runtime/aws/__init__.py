@@ -1,1 +1,1 @@
-"""A grid on AWS, seen from a laptop and from its own instances: where its parts are."""
+"""Grid on AWS: the locations of its parts, for its instances and for clients elsewhere."""

@@ -1,7 +1,6 @@
-"""The analytics store that a stack was given: RDS, SimpleDB, or a file on the manager's disk.
+"""Analytics store of a stack: RDS, SimpleDB, or a file on the manager's disk.
 
-Invariant: nobody gets to a database over a connection that is not encrypted, or without its
-certificate having been checked.
+Invariant: every connection to a database is encrypted, and its certificate is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ from batchlab.runtime.aws.deployment import AwsDeployment, Database
 
 
 def open_ledger(at: AwsDeployment, file: Path) -> Ledger:
-    """The stack's ledger; `file` is where it is where it is one. Connects at the first call."""
+    """Return the stack's ledger. It connects at the first call.
+
+    `file` is the path of the ledger if the stack stores it in a file.
+    """
     if at.database:
         return _postgres(at.database, Endpoint(region=at.region))
     if at.domain:

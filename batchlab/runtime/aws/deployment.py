@@ -1,7 +1,7 @@
-"""Where the parts of a grid on AWS are: what the outputs of its stack say.
+"""Locations of the parts of a grid on AWS, from the outputs of its stack.
 
-Invariant: laptop and instances read one form of file, `aws/deployment.json` in their home, so a
-name means the same everywhere. Nothing in it is secret: of secrets it has the ARNs.
+Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so
+a name means the same everywhere. The file contains the ARNs of secrets, but never a secret.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from batchlab.core.model import Pool
 from batchlab.runtime.home import Home
 
 NAME = "aws"
-"""The backend whose folder in the home this is kept in."""
+"""Backend whose folder in the home contains the file."""
 
 MANAGER_PORT = 8080
-"""On the manager's instance, where it listens on 127.0.0.1 alone."""
+"""Port of the manager. The manager listens only on 127.0.0.1 of its own instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """A PostgreSQL server; `secret` is the ARN of the secret with the user's name and password.
-    With `iam` a token is made in its place for each connection. `ca` is a file with the
-    certificates that the server's must descend from; empty: those of the system."""
+    """PostgreSQL server.
+
+    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client
+    creates a token for each connection instead. `ca` is a file with the certificates of trusted
+    authorities. If it is empty, the system's certificates apply.
+    """
 
     host: str
     port: int
@@ -41,9 +44,12 @@ class Database:
 
 @dataclass(frozen=True, slots=True)
 class AwsDeployment:
-    """One stack. `prefix` begins the names of its queues and groups; `domain` is SimpleDB's.
-    `python` is the version ("3.12") that its instances run on, and `egress` how they reach AWS:
-    "endpoints", "nat", or by the user's "own" network; either is empty where nobody has said."""
+    """Stack and the locations of its parts.
+
+    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is
+    the Python version of the instances, such as "3.12". `egress` is the instances' route to AWS:
+    "endpoints", "nat", or the user's "own" network. `python` and `egress` are empty if unknown.
+    """
 
     stack: str
     region: str
@@ -61,16 +67,16 @@ class AwsDeployment:
 
     @property
     def groups_prefix(self) -> str:
-        """What the names of the pools' Auto Scaling groups begin with."""
+        """Prefix of the names of the pools' Auto Scaling groups."""
         return f"{self.prefix}pool-"
 
     def document(self) -> dict[str, Any]:
-        """As `parse` takes it."""
+        """Return the deployment as a JSON object for `parse`."""
         return asdict(self)
 
 
 def folder(home: Home) -> Path:
-    """What the backend keeps in a home."""
+    """Return the backend's folder in a home."""
     return home.of(NAME)
 
 
@@ -79,8 +85,10 @@ def path_in(home: Home) -> Path:
 
 
 def read(home: Home) -> AwsDeployment | None:
-    """The deployment of this home, None where there is none; BackendError where its file cannot be
-    read, or holds something else."""
+    """Return the deployment of this home, or None if it does not have one.
+
+    Raise BackendError if its file is unreadable or invalid.
+    """
     path = path_in(home)
     try:
         return parse(json.loads(path.read_text()))
@@ -96,7 +104,10 @@ def read(home: Home) -> AwsDeployment | None:
 
 
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:
-    """The deployment of a JSON object; ValueError, TypeError or KeyError where it is none."""
+    """Return the deployment of a JSON object.
+
+    Raise ValueError, TypeError, or KeyError if the object is not a deployment.
+    """
     from batchlab.core.pricing.hourly import LEDGERS
 
     database = fields.get("database")
@@ -117,7 +128,7 @@ def parse(fields: Mapping[str, Any]) -> AwsDeployment:
 
 
 def write(home: Home, deployment: AwsDeployment) -> None:
-    """Keep it; whole or not at all."""
+    """Save the deployment atomically."""
     home.make()
     path = path_in(home)
     path.parent.mkdir(exist_ok=True)
@@ -125,5 +136,5 @@ def write(home: Home, deployment: AwsDeployment) -> None:
 
 
 def forget(home: Home) -> None:
-    """The stack is gone."""
+    """Delete the record of a stack that no longer exists."""
     path_in(home).unlink(missing_ok=True)

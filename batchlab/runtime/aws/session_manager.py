@@ -1,7 +1,7 @@
-"""The way from a laptop to a stack's manager, which listens on its own instance alone.
+"""Connection from a client to the manager of a stack, through Session Manager.
 
-Invariant: no port of the instance is open to anybody; whoever gets in has AWS's permission for a
-Session Manager session on it.
+Invariant: the instance does not open any port. A client needs AWS's permission for a Session
+Manager session on the instance.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.runtime.aws.deployment import MANAGER_PORT, AwsDeployment
 
 PLUGIN = "session-manager-plugin"
-"""AWS's own program that carries a session; the AWS CLI calls it too."""
+"""AWS's program that carries a session. The AWS CLI runs it too."""
 _GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
-"""The variable that the program reads where its first argument is this name."""
+"""Variable with the session's token. AWS's program reads it if its first argument is this name."""
 _DOCUMENT = "AWS-StartPortForwardingSession"
 
 
 def secret_text(region: str, secret: str) -> str:
-    """What the secret of that ARN holds; BackendError."""
+    """Return the text of a secret, given its ARN. Raise BackendError if AWS refuses the request."""
     manager = client(Endpoint(region=region), "secretsmanager", connections=1)
     with closing(manager), translated(f"Secret {secret!r}"):
         return str(manager.get_secret_value(SecretId=secret)["SecretString"])
 
 
 def manager_instance(at: AwsDeployment) -> str:
-    """The id of the instance that the manager runs on; Unreachable while there is none."""
+    """Return the id of the manager's instance. Raise Unreachable while no instance is InService."""
     scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
     try:
         with translated(f"Auto Scaling group {at.manager_group!r}"):
@@ -57,7 +57,7 @@ def manager_instance(at: AwsDeployment) -> str:
 
 
 def find_plugin() -> str:
-    """The path of AWS's program; UsageError where it is not installed."""
+    """Return the path of AWS's program. Raise UsageError if it is not installed."""
     if found := shutil.which(PLUGIN):
         return found
     raise UsageError(
@@ -68,8 +68,10 @@ def find_plugin() -> str:
 
 
 def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """A process that listens on `port` of 127.0.0.1 and carries connections to the manager's;
-    what it says goes to `log`. BackendError where AWS refuses the session."""
+    """Start a process that listens on `port` of 127.0.0.1 and forwards connections to the manager.
+
+    The process writes its output to `log`. Raise BackendError if AWS refuses the session.
+    """
     plugin = find_plugin()
     wanted: dict[str, Any] = {
         "Target": instance,
@@ -81,7 +83,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
         session = ssm.start_session(**wanted)
         url = ssm.meta.endpoint_url
     granted = {key: session[key] for key in ("SessionId", "TokenValue", "StreamUrl")}
-    # The session's token goes by the environment: anybody may read a command line.
+    # Pass the session's token in the environment, because every user can read a command line.
     argv = [plugin, _GRANTED, at.region, "StartSession", "", json.dumps(wanted), url]
     env = {**os.environ, _GRANTED: json.dumps(granted)}
     with log.open("ab") as output:

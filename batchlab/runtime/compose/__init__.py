@@ -1,1 +1,1 @@
-"""The whole architecture on one machine, as a project of Docker Compose (compose/compose.yaml)."""
+"""Complete architecture on one machine as a project of Docker Compose (compose/compose.yaml)."""

@@ -1,7 +1,7 @@
-"""Where the parts of a grid in containers are: one private network, one address per part.
+"""Locations of the parts of a grid in containers: one private network, and one address per part.
 
-Invariant: an address means the same from the host and from every container, so a queue's URL that
-works on one side works on the other.
+Invariant: an address means the same on the host and in every container, so the URL of a queue works
+on both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchlab.core.errors import BackendError, UsageError
 from batchlab.runtime.home import Home
 
 NAME = "localstack"
-"""The backend whose folder in the home this is kept in."""
+"""Backend whose folder in the home contains the deployment's file."""
 
 MANAGER_PORT = 8080
 AUTOSCALING_PORT = 8000
@@ -30,25 +30,25 @@ METADATA_PORT = 8001
 POSTGRES_PORT = 5432
 
 TEMPLATE = "worker-{pool}"
-"""A pool's launch template."""
+"""Name of a pool's launch template."""
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 
 STATE = "asg"
-"""The folder, beside the deployment's own file, in which the Auto Scaling endpoint keeps groups."""
+"""Folder next to the deployment's file, in which the Auto Scaling endpoint stores groups."""
 
 HOME = "/var/lib/batchlab"
-"""The home, as the manager and the Auto Scaling endpoint see it."""
+"""Path of the home in the containers of the manager and the Auto Scaling endpoint."""
 
 _BLOCK = [f"10.213.{n}" for n in range(64, 256)]
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What a grid in containers is called, and where it is.
+    """Grid in containers: its name, its network, and its image.
 
-    `subnet` is the first three numbers of its network's addresses. `user` is the "uid:gid" that
-    the manager and the workers run as, `python` the version ("3.12") that they run on. `pools` are
-    the user's own, as options of the manager.
+    `subnet` contains the first three numbers of the network's addresses. The manager and the
+    workers run as `user` ("uid:gid") on the Python version `python` ("3.12"). `pools` are the
+    user's pools, as options of the manager.
     """
 
     project: str
@@ -68,37 +68,43 @@ class Deployment:
 
     @property
     def metadata_url(self) -> str:
-        """What AWS_EC2_METADATA_SERVICE_ENDPOINT is in an instance."""
+        """Value of AWS_EC2_METADATA_SERVICE_ENDPOINT in an instance."""
         return f"http://{self.subnet}.12:{METADATA_PORT}"
 
     def storage_url(self, port: int) -> str:
-        """Of this grid's own LocalStack."""
+        """Return the URL of this grid's own LocalStack."""
         return f"http://{self.subnet}.10:{port}"
 
     def postgres_url(self, password: str) -> str:
-        """Of the ledger; never to be shown."""
+        """Return the URL of the ledger. It contains the password, so it must not be shown."""
         return f"postgresql://batchlab:{password}@{self.subnet}.11:{POSTGRES_PORT}/batchlab"
 
 
 def folder(home: Home) -> Path:
-    """What the backend keeps in a home."""
+    """Return the backend's folder in a home."""
     return home.of(NAME)
 
 
 def password_file(home: Home) -> Path:
-    """PostgreSQL's password. Its folder is the owner's alone, the file itself is not: a service
-    that runs as another user reads it where it is mounted."""
+    """Return the path of PostgreSQL's password.
+
+    Only the owner can open the folder. The file itself is readable by all, because it is mounted
+    into a container whose service runs as another user.
+    """
     return folder(home) / "secrets" / "postgres"
 
 
 def keys_file(home: Home) -> Path:
-    """The keys that requests to the Auto Scaling endpoint must be signed with. Only the host's
-    commands, the manager, and the endpoint itself can read the file: instances have no keys."""
+    """Return the path of the keys with which clients sign requests to the Auto Scaling endpoint.
+
+    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have
+    keys.
+    """
     return folder(home) / "secrets" / "autoscaling.json"
 
 
 def autoscaling(home: Home, at: Deployment) -> Endpoint:
-    """The Auto Scaling endpoint, with its keys. One that release 0.1.0 started has none."""
+    """Return the Auto Scaling endpoint with its keys. An endpoint of release 0.1.0 has none."""
     own = access_keys.read(keys_file(home))
     if own is None:
         return Endpoint(at.autoscaling_url)
@@ -106,8 +112,10 @@ def autoscaling(home: Home, at: Deployment) -> Endpoint:
 
 
 def read(home: Home) -> Deployment | None:
-    """The deployment of this home, None where there is none; BackendError where its file cannot be
-    read, or holds something else."""
+    """Return the deployment of this home, or None if it does not have one.
+
+    Raise BackendError if its file is unreadable or invalid.
+    """
     path = folder(home) / "deployment.json"
     try:
         fields = json.loads(path.read_text())
@@ -119,29 +127,30 @@ def read(home: Home) -> Deployment | None:
     except (ValueError, TypeError, AttributeError) as error:
         raise BackendError(
             f"{path} cannot be read: {error}.",
-            # In this order: what the folder seems to know of is not swept.
+            # `batchlab gc` skips containers that a home still records, so the file must go first.
             remedy="Delete the file, then sweep what is left with `batchlab gc`.",
         ) from error
 
 
 _MADE_HERE: set[Path] = set()
-"""Homes whose deployment this process made."""
+"""Homes whose deployment this process created."""
 
 
 def is_made_here(home: Home) -> bool:
-    """Return whether this process made the deployment of this home."""
+    """Return whether this process created the deployment of this home."""
     return home.path in _MADE_HERE
 
 
 def write(home: Home, deployment: Deployment) -> None:
-    """Keep it, with a password of its own where there is none yet; whole or not at all."""
+    """Save the deployment atomically. Create the password and the keys if they do not exist."""
     here = folder(home)
     here.mkdir(parents=True, exist_ok=True)
-    here.chmod(PRIVATE_FOLDER)  # the manager cannot: in its container the folder is read-only
+    # the manager cannot do it, because its container mounts the folder read-only
+    here.chmod(PRIVATE_FOLDER)
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
-        # A full disk would else leave an empty one, and that would be kept.
+        # Write atomically. A full disk could otherwise leave an empty password file.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
     access_keys.provide(keys_file(home))
     (here / STATE).mkdir(exist_ok=True)
@@ -152,25 +161,29 @@ def write(home: Home, deployment: Deployment) -> None:
 
 
 def locked(home: Home) -> AbstractContextManager[None]:
-    """Wait until nobody else brings this home's containers up or down, and be the one who does."""
+    """Lock this home's deployment, so that only one command changes its containers."""
     return local_files.locked(folder(home) / "deployment.json")
 
 
 def forget(home: Home) -> None:
-    """After everything of it is gone."""
-    # Last the file that says that there is something to take down.
+    """Delete the files of a deployment whose parts are removed."""
+    # Delete the deployment's own file last, because it records that containers must be removed.
     password_file(home).unlink(missing_ok=True)
     keys_file(home).unlink(missing_ok=True)
-    # The next grid here has the same name: it would launch for groups that ended with this one.
+    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint
+    # would launch instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
     _MADE_HERE.discard(home.path)
 
 
 def free_subnet(taken: Iterable[str], project: str = "") -> str:
-    """The first of our blocks that overlaps none of the networks `taken` ("10.0.0.0/8");
-    UsageError where there is none. Each project begins elsewhere: two that come up at the same
-    time do not know of each other's network yet."""
+    """Return the first of batchlab's /24 networks that overlaps none of the networks `taken`.
+
+    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block,
+    because two projects that start at the same time do not see each other's network. Raise
+    UsageError if all are taken.
+    """
     networks = [ipaddress.ip_network(one, strict=False) for one in taken]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)
     for block in _BLOCK[begin:] + _BLOCK[:begin]:

@@ -1,6 +1,6 @@
-"""The image that manager, Auto Scaling endpoint and workers run from: this very code.
+"""Image of the manager, the Auto Scaling endpoint, and the workers. It contains the installed code.
 
-Invariant: an image's tag is made of everything that goes into it, so one that is there is right.
+Invariant: an image's tag is a hash of all its inputs, so an existing image is up to date.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ REPOSITORY = "batchlab/grid"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What an image is made of beside the code: a base with Python, Debian's packages and PyPI's
-    that users' tasks call."""
+    """Contents of an image in addition to the code.
+
+    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users'
+    tasks.
+    """
 
     base: str
     apt: Sequence[str] = ()
@@ -33,9 +36,11 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
-        """From BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT and BATCHLAB_IMAGE_PIP, where they are set;
-        `apt` and `pip` where not."""
-        # Functions travel as their bytecode, which only the same Python understands.
+        """Return the recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
+
+        Unset variables default to an image with this Python version, and to `apt` and `pip`.
+        """
+        # Functions travel as bytecode, which only the same version of Python can run.
         ours = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
         return cls(
             settings.get("BATCHLAB_BASE_IMAGE") or ours,
@@ -45,9 +50,9 @@ class Recipe:
 
 
 def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
-    """The tag of the image, which is built first where it is missing; `say` hears of that.
+    """Return the tag of the image. Build the image if it does not exist.
 
-    BackendError where the build fails; its output is in `log`.
+    `say` is called before a build. Raise BackendError if the build fails. Its output is in `log`.
     """
     if named := os.environ.get("BATCHLAB_IMAGE"):
         return named
@@ -63,7 +68,10 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
 
 
 def python_of(tag: str) -> str:
-    """The Python in an image, as "3.12"; BackendError where it has none."""
+    """Return the Python version of an image, such as "3.12".
+
+    Raise BackendError if there is none.
+    """
     ask = "import sys; print('%d.%d' % sys.version_info[:2])"
     asked = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", ask)
     if asked.returncode:
@@ -83,8 +91,9 @@ def _fill(context: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """What batchlab needs, and those of its extras that are installed, each in the version that is
-    installed beside it here."""
+    """Return batchlab's dependencies and those of its installed extras, with their installed
+    versions.
+    """
     from packaging.requirements import Requirement
 
     found = set()
@@ -97,8 +106,10 @@ def requirements() -> list[str]:
 
 
 def _extras() -> list[str]:
-    """What is here of the extras, with "" for what every installation has. Traces are no grid's by
-    themselves: who wants them names their packages."""
+    """Return the installed extras, and "" for the required dependencies.
+
+    The extra `otel` is left out. Users who want traces add its packages to the image.
+    """
     return [
         "",
         *(
@@ -110,8 +121,10 @@ def _extras() -> list[str]:
 
 
 def constraints() -> list[str]:
-    """All that batchlab needs, by whatever it needs, each in the version that is installed here:
-    what a build finds does not depend on its day."""
+    """Return all direct and indirect dependencies with their installed versions.
+
+    With these constraints, a build does not depend on its date.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -180,7 +193,7 @@ def _cause(log: Path) -> str:
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What the command line client answers; UsageError where there is none."""
+    """Run the Docker command line client. Raise UsageError if it is not installed."""
     try:
         return subprocess.run(
             ["docker", *arguments],

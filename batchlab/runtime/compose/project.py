@@ -1,7 +1,7 @@
-"""A grid's containers as one Compose project: brought up, waited for, taken down, swept.
+"""Compose project with a grid's containers: start, wait, stop, and sweep.
 
-Invariant: everything that is made carries the label `batchlab.grid` with the project's name, and
-nothing without it is ever touched.
+Invariant: everything that is created has the label `batchlab.grid` with the project's name. Nothing
+without this label is changed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ HOME_LABEL = "batchlab.home"
 START_S = 240.0
 _LOOK_S = 0.3
 _RESTARTS = 3
-"""So often a service may end while it is waited for."""
+"""Number of restarts after which a service counts as failed."""
 _STOP_S = "5"
 _SOCKET = "/var/run/docker.sock"
 
 
 def name_for(home: Home) -> str:
-    """The project of a home, the same each time: two grids in one folder cannot be."""
+    """Return the project name of a home.
+
+    It is always the same, so a home has at most one project.
+    """
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
 
 
 def networks() -> list[str]:
-    """The subnets of every Docker network on this machine; Unreachable where Docker is away."""
-    # One call: of a list first and each of them then, one may be gone in between.
+    """Return the subnets of every Docker network. Raise Unreachable if Docker does not respond."""
+    # Use one call. With a list and one call per network, a network could vanish in between.
     with Engine() as engine:
         found = engine.do("list the networks", lambda api: api.networks())
     return [
@@ -58,7 +61,7 @@ def networks() -> list[str]:
 
 
 class Project:
-    """The Compose project of one home."""
+    """Compose project of one home."""
 
     def __init__(
         self,
@@ -68,7 +71,10 @@ class Project:
         settings: Mapping[str, str],
         passed: Sequence[str] = (),
     ) -> None:
-        """`passed` are names of variables of this process's environment for the manager's."""
+        """Create the project.
+
+        `passed` names variables of this process's environment that the manager receives.
+        """
         self._home = home
         self._at = at
         self._settings = settings
@@ -77,10 +83,14 @@ class Project:
         self._more = deployment.folder(home) / "compose.more.json"
 
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
-        """Start every service and wait until all are healthy, `storage` being a LocalStack of
-        the grid's own; BackendError with the reason, and what runs then is left as it is."""
+        """Start every service and wait until all are healthy.
+
+        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason
+        if a service fails. The containers that run at this time keep running.
+        """
         say("Starting the containers; missing images are pulled, which may take minutes.")
-        # Names alone: Compose takes the values from its own environment, and none is in a file.
+        # Write only the names. Compose takes the values from its environment, so no value is in a
+        # file.
         more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
         self._more.parent.mkdir(parents=True, exist_ok=True)
         self._more.write_text(json.dumps(more))
@@ -95,7 +105,7 @@ class Project:
         while True:
             looked = self._inspected()
             states = {service: _state(one["State"]) for service, one in looked.items()}
-            # Docker starts what has ended again and again, so it is seldom seen as ended.
+            # Docker restarts a container that ends, so its state is rarely "exited".
             restarts = {service: int(one["RestartCount"]) for service, one in looked.items()}
             before = {**restarts, **before}
             for service, state in sorted(states.items()):
@@ -115,7 +125,7 @@ class Project:
             time.sleep(_LOOK_S)
 
     def states(self) -> dict[str, str]:
-        """Each service's health ("healthy", "starting"…), or its state where it is not up."""
+        """Return the health of each service, such as "healthy", or its state if it does not run."""
         return {service: _state(one["State"]) for service, one in self._inspected().items()}
 
     def _inspected(self) -> dict[str, Any]:
@@ -135,22 +145,25 @@ class Project:
         }
 
     def last_line(self, service: str) -> str:
-        """The last that a service has said."""
+        """Return the last line of a service's output."""
         said = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
         lines = (said.stdout + said.stderr).strip().splitlines()
         return lines[-1].strip().rstrip(".") if lines else "it ended without a word"
 
     def down(self, *, drain_s: float = 0.0) -> None:
-        """Stop and remove everything, the instances included, which have `drain_s` to give back
-        what they have in hand. What is gone already is no error."""
-        # A full disk must not keep a grid from being taken down.
+        """Stop and remove everything, including the instances.
+
+        The instances have `drain_s` seconds to return their work. Parts that no longer exist are
+        ignored.
+        """
+        # A full disk must not prevent the removal of a grid.
         with suppress(OSError):
             self._keep_logs()
         self._run("stop", "--timeout", _STOP_S, "manager")
-        # Else it would replace the instances that end.
+        # The endpoint would otherwise replace the instances that end.
         self._run("kill", "asg")
         sweep_instances(self._at.project, drain_s=drain_s)
-        # It does not remove a network that something of ours is still on, which the sweep does.
+        # Compose does not remove a network that still has containers. The sweep below removes it.
         self._run(
             "--profile",
             "localstack",
@@ -217,8 +230,8 @@ class Project:
 
 
 def unpulled_of(lines: Sequence[str]) -> list[str]:
-    """The services whose images Compose could not pull, by the lines it has printed."""
-    parts = ("Container", "Network", "Volume")  # it tells of what it could not start likewise
+    """Return the services whose images Compose could not pull, from its output."""
+    parts = ("Container", "Network", "Volume")  # Compose prints " Error " for these parts too
     failed = [line.split()[0] for line in lines if " Error " in line]
     return [name for name in failed if name not in parts]
 
@@ -231,7 +244,7 @@ def _state(state: Mapping[str, object]) -> str:
 
 
 def _group(settings: Mapping[str, str]) -> int:
-    """The group that may speak to Docker; 0 where the socket is not here to be looked at."""
+    """Return the group id of Docker's socket, or 0 if the socket is not on this machine."""
     path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
     try:
         found = path.stat()
@@ -241,7 +254,7 @@ def _group(settings: Mapping[str, str]) -> int:
 
 
 def checked(*arguments: str) -> str:
-    """What the docker command prints; Unreachable where it fails."""
+    """Return the output of a docker command. Raise Unreachable if it fails."""
     done = docker(*arguments)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
@@ -253,7 +266,7 @@ def checked(*arguments: str) -> str:
 
 
 def sweep_instances(project: str, *, drain_s: float) -> None:
-    """End the project's instances, each within `drain_s`, and remove them."""
+    """Stop the project's instances within `drain_s` and remove them."""
     filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
     if drain_s and (ids := checked("ps", "-q", *filters).split()):
         docker("stop", "--time", str(math.ceil(drain_s)), *ids)
@@ -262,35 +275,43 @@ def sweep_instances(project: str, *, drain_s: float) -> None:
 
 
 def sweep(project: str) -> int:
-    """Remove what carries the project's label: containers, networks, volumes; how many."""
+    """Remove all containers, networks, and volumes with the project's label.
+
+    Return their number.
+    """
     with Engine() as engine:
         return len(docker_engine.sweep(engine, {LABEL: project}))
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What of one project is on this machine."""
+    """Parts of one project on this machine."""
 
     project: str
     home: str
-    """The folder of its grid; "" where nothing says so."""
+    """Folder of the grid, or "" if the labels do not name it."""
     parts: int
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its grid's folder knows nothing of it, or is gone. What names no folder is
-        somebody's who will end it himself, such as an `asg serve` of its own."""
+        """Whether the grid's folder is missing or does not record the project.
+
+        A project without a folder belongs to its user, for example a separate `asg serve`.
+        """
         if not self.home:
             return False
         try:
             known = deployment.read(Home(Path(self.home)))
         except BackendError:
-            return False  # another user's, or damaged: nobody can tell
+            return False  # the file is damaged or belongs to another user, so the owner is unknown
         return known is None or known.project != self.project
 
 
 def projects() -> list[Found]:
-    """Every project of which something is there; Unreachable where Docker is away."""
+    """Return every project with parts on this machine.
+
+    Raise Unreachable if Docker does not respond.
+    """
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
     with Engine() as engine:

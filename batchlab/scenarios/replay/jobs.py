@@ -42,7 +42,8 @@ class PreparedJob:
 class JobPreparer:
     """Preparation of the jobs of one run.
 
-    `run` distinguishes them from those of other runs of the same scenario.
+    `run` is an id that distinguishes the jobs of this run from the jobs of other runs of the same
+    scenario.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from batchlab.scenarios.record import InjectedFault, Sample
 from batchlab.scenarios.replay.measurements import ObservedJob
 
 RUN_ENDED = "the run was over before"
-"""Reason for a fault that was not injected."""
+"""Reason why a fault was not injected."""
 
 
 @dataclass(frozen=True, slots=True)

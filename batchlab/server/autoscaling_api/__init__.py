@@ -1,5 +1,6 @@
-"""EC2 Auto Scaling's wire protocol over the engine in `batchlab.fleet`.
+"""Wire protocol of EC2 Auto Scaling on top of the engine in `batchlab.fleet`.
 
-Requests are parsed and answers are written from botocore's model of the service, so no action has
-code for that. `batchlab.server.autoscaling_api.scheduled_changes` has one row for each action.
+The service parses requests and writes answers with botocore's model of the service, so no action
+needs code for that. `batchlab.server.autoscaling_api.scheduled_changes` has the table with one row
+for each action.
 """

@@ -1,7 +1,7 @@
-"""HTTP around the services: one ASGI application, from whatever bytes to an answer of AWS's form.
+"""ASGI application that passes HTTP requests to the emulated AWS services.
 
-Invariant: no request, however malformed, ends otherwise than in an answer; an answer tells of no
-defect of ours more than that there is one, and the log tells the rest.
+Invariant: every request gets an answer in AWS's format, even a malformed one. The answer to an
+internal error contains no details. The log contains them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from batchlab.server.autoscaling_api.errors import Fault
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
-"""The largest request of Auto Scaling's (a group with its tags, hooks and overrides) is a tenth."""
+"""Limit of a request body. The largest request of Auto Scaling, a group with its tags, hooks, and
+overrides, has a tenth of this size."""
 
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -27,7 +28,7 @@ _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An HTTP request; the names of its headers are lower case."""
+    """HTTP request. The names of the headers are in lower case."""
 
     method: str
     path: str
@@ -48,18 +49,19 @@ class Response:
 
 
 class Service(Protocol):
-    """One service of AWS's, in whatever protocol it speaks."""
+    """One AWS service. The implementation determines its wire protocol."""
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        """The answer to a request; Fault where it refuses."""
+        """Return the answer to a request. Raise Fault if the service refuses it."""
 
     def refuse(self, request: Request, fault: Fault, request_id: str) -> Response:
-        """The answer that tells of a fault."""
+        """Return the answer that reports a fault."""
 
 
 class App:
-    """The ASGI application. `services` by the name that requests are signed for; one for an unknown
-    name is answered by `default`. Without `key` signatures are not checked."""
+    """ASGI application. The keys of `services` are the service names in request signatures. The
+    service `default` answers requests for an unknown name. Without `key`, signatures are not
+    checked."""
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class App:
     async def __call__(
         self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send
     ) -> None:
-        """As ASGI says."""
         if scope["type"] != "http":
             raise ValueError(f"asked for {scope['type']}, and speaks http only")
         request_id = self._request_id()
@@ -114,11 +115,11 @@ class App:
 
 
 class _GoneAway(Exception):
-    """The client has left in the middle of its request."""
+    """The client disconnected before it had sent the whole request."""
 
 
 async def _body(receive: _Receive) -> bytes | None:
-    """The request's body, None where it is too large."""
+    """Return the request body, or None if it is larger than MAX_BODY_BYTES."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -144,7 +145,7 @@ def _request(scope: Mapping[str, Any], body: bytes) -> Request:
 
 
 def _greeting(path: str) -> Response:
-    """For health checks, and for whoever opens the address in a browser."""
+    """Answer a GET or HEAD request, as health checks and browsers send it."""
     if path != "/":
         return Response(404, b"Nothing here.\n", "text/plain")
     return Response(200, b"EC2 Auto Scaling, by batchlab.\n", "text/plain")

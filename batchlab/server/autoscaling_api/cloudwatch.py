@@ -1,5 +1,9 @@
-"""The part of CloudWatch that target tracking needs: custom metrics are put in, and policies look
-at them. Kept in memory for a few minutes; whoever measures goes on putting."""
+"""The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling
+policies read them.
+
+Metrics stay in memory for FRESH_S. Their senders put new values regularly, so a restart loses
+little.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,11 @@ from batchlab.server.autoscaling_api.parameters import Asked
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
 
 PERIOD_S = 60.0
-"""A statistic is taken over the newest minute that has data."""
+"""Length in seconds of the period that a statistic covers. It ends with the newest data point."""
 FRESH_S = 300.0
-"""Older data is none."""
+"""Maximum age in seconds of a data point. Older ones are ignored."""
 LARGEST = 2.0**360
-"""CloudWatch takes no number that is farther from zero."""
+"""Largest absolute value that CloudWatch accepts."""
 MOST_METRICS = 1_000
 MOST_POINTS = 1_000
 
@@ -32,7 +36,7 @@ _Name = tuple[str, str, tuple[tuple[str, str], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What was measured: the summary of `count` values at `at_s`, epoch seconds."""
+    """Summary of `count` measured values at `at_s`, in epoch seconds."""
 
     at_s: float
     count: float
@@ -51,14 +55,16 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Point]], float]] = {
 
 
 class MetricStore:
-    """The Metrics port over what was put in. Predefined metrics and metric math have no data."""
+    """Implementation of the Metrics port on the metrics that clients put. Predefined metrics and
+    metric math return no data."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._points: dict[_Name, list[Point]] = {}
 
     def put(self, namespace: str, data: Sequence[Asked]) -> None:
-        """PutMetricData: all of it, or a Fault."""
+        """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it
+        is invalid."""
         now_s = self._clock.now_s()
         fresh = [(_name(namespace, one), point) for one in data for point in _points(one, now_s)]
         for name, point in fresh:
@@ -71,7 +77,6 @@ class MetricStore:
             del self._points[next(iter(self._points))]
 
     def value(self, policy: ScalingPolicy) -> float | None:
-        """As the port says."""
         tracking = policy.target_tracking_configuration
         if tracking is None or not tracking.customized_metric_specification:
             return None
@@ -113,7 +118,7 @@ def _points(one: Asked, now_s: float) -> Sequence[Point]:
 
 
 class CloudWatch:
-    """PutMetricData in the two protocols that clients speak here: JSON and query."""
+    """PutMetricData in the two protocols that clients use here: JSON and query."""
 
     def __init__(self, store: MetricStore) -> None:
         async def act(operation: OperationModel, asked: Asked) -> Mapping[str, Any]:
@@ -128,11 +133,9 @@ class CloudWatch:
         self._json, self._query = JsonService(service, act), QueryService(service, act)
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        """As `app.Service` says."""
         return await self._spoken(request).answer(request, request_id)
 
     def refuse(self, request: Request, fault: Fault, request_id: str) -> Response:
-        """As `app.Service` says."""
         return self._spoken(request).refuse(request, fault, request_id)
 
     def _spoken(self, request: Request) -> JsonService | QueryService:

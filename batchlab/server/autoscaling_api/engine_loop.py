@@ -1,4 +1,4 @@
-"""The engine kept going beside the server that answers for it."""
+"""Loop of the Auto Scaling engine, and the HTTP server for it."""
 
 from __future__ import annotations
 
@@ -27,37 +27,40 @@ from batchlab.server.autoscaling_api.scheduled_changes import act
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""How often the engine looks where nothing happens: cooldowns and timeouts are whole seconds."""
+"""Interval of the engine's ticks in seconds if no action or instance changes. Cooldowns and
+timeouts are whole seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class AsgSettings:
-    """What `asg serve` is told."""
+    """Settings of `batchlab asg serve`."""
 
     state: Path
-    """The folder that the groups are kept in."""
+    """Folder that stores the state of the groups."""
     templates: Path
     launcher: str = "process"
     host: str = "127.0.0.1"
     port: int = 0
     key: Keys | None = None
     drain_s: float = 30.0
-    """How long an instance may take to end before it is killed."""
+    """Time in seconds that an instance has to end before it is killed."""
     grid: str = "asg"
-    """What containers are named and labelled with."""
+    """Name that is a part of container names and labels."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """More labels for them."""
+    """Additional labels of containers."""
     images: tuple[str, ...] = ()
-    """The only images of containers, none of which may then be root's; any without names."""
+    """The only allowed images of containers. Such containers must not run as root. Empty: all
+    images are allowed."""
     scale: float = 1.0
-    """A container's share of its instance type's processors and memory."""
+    """Share of the processors and the memory of its instance type that a container gets."""
     metadata_port: int | None = None
-    """Where the instances' metadata service listens, beside the host; None: there is none."""
+    """Port of the instances' metadata service on `host`. None: no metadata service runs."""
 
 
 @contextmanager
 def locked(state: Path) -> Iterator[None]:
-    """Be the only server over this folder, which is made; Refused while another is."""
+    """Create the folder and hold its lock, so that only one server uses it. Raise Refused if
+    another server holds the lock."""
     state.mkdir(parents=True, exist_ok=True)
     with (state / "server.lock").open("a") as file:
         try:
@@ -78,8 +81,8 @@ def application(
     metrics: MetricStore,
     key: Keys | None = None,
 ) -> App:
-    """What answers for the engine, and takes in the metrics that it looks at; each action sets
-    `changed`."""
+    """Return the application that answers requests for the engine and stores the metrics that the
+    engine reads. Each action sets `changed`."""
     service = QueryService(model("autoscaling"), act(engine, changed.set))
     services: dict[str, Service] = {
         "autoscaling": service,
@@ -90,7 +93,7 @@ def application(
 
 
 def _request_id() -> str:
-    return str(uuid.uuid4())  # noqa: TID251 - as random as AWS's, and nothing depends on it
+    return str(uuid.uuid4())  # noqa: TID251 - random, as on AWS
 
 
 async def run(
@@ -100,7 +103,8 @@ async def run(
     changed: asyncio.Event,
     stop: asyncio.Event,
 ) -> None:
-    """Serve and tick until `stop` is set or SIGTERM or SIGINT comes; raises what either does."""
+    """Serve and tick until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the
+    server or of the loop."""
     keeping = asyncio.create_task(_keep(engine, changed))
     serving = asyncio.create_task(_serve(app, listener, stop))
     await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -112,10 +116,10 @@ async def run(
 
 
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
-    """Tick about every second, and at once when `changed` is set; forever.
+    """Tick about once per second, and at once when `changed` is set. Never return.
 
-    A tick that fails is logged, the same failure once, and tried again: to end here would end
-    every instance.
+    A failed tick is logged and repeated. Repetitions of the same failure are not logged. The loop
+    must not end, because the end of this process ends every instance.
     """
     failing = ""
     while True:
@@ -142,7 +146,7 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
         uvicorn.Config(
             app,
             interface="asgi3",
-            log_config=None,  # its lines are ours
+            log_config=None,  # the process sets up its own logs
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",

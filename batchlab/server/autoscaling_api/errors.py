@@ -1,4 +1,4 @@
-"""What a service of AWS answers with where it refuses: `Fault`, and how the model describes it."""
+"""Errors of the emulated AWS services: `Fault`, and its HTTP status from the service model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _COMMON = {
     "SignatureDoesNotMatch": 403,
     "Throttling": 400,
 }
-"""HTTP status of the errors that every service has and its model does not list; others are 400."""
+"""HTTP status of the errors that every service has and that its model does not list. Other errors
+have status 400."""
 
 
 class Fault(Exception):
-    """An answer that refuses: `code` is AWS's name for why, `message` a sentence."""
+    """Error answer of a service. `code` is AWS's error code, and `message` is a sentence."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -34,20 +35,20 @@ class Fault(Exception):
 
 
 def invalid(message: str) -> Fault:
-    """The request is well formed, and cannot be done."""
+    """Return the fault for a well-formed request that cannot be performed."""
     return Fault("ValidationError", message)
 
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """How a fault is told: HTTP status, and whether it is the sender's."""
+    """HTTP status of a fault, and whether the sender caused it."""
 
     status: int
     is_senders: bool
 
 
 class Faults:
-    """The faults of one service, by their code."""
+    """Statuses of the faults of one service, by their code."""
 
     def __init__(self, service: ServiceModel) -> None:
         self._known = {code: Blame(status, status < 500) for code, status in _COMMON.items()}
@@ -63,7 +64,8 @@ class Faults:
 
 @contextmanager
 def sent_wrong(where: str) -> Iterator[None]:
-    """Turns a value that is none of its type into AWS's fault for that."""
+    """Convert a ValueError or OverflowError of a value at `where` into AWS's fault for malformed
+    input."""
     try:
         yield
     except (ValueError, OverflowError) as error:

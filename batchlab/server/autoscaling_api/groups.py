@@ -1,6 +1,6 @@
-"""Actions on groups and instances, as rows over the engine.
+"""Actions on groups, instances, and tags.
 
-One request on its way to the engine, as the rows of the table of actions see it.
+`Call` is the request that an action receives. Each action calls one method of the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Action = Callable[["Call"], Answer]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is asked of which engine, and of what shape the answer is."""
+    """Request of one action, with the engine and the model of the operation."""
 
     engine: AutoScaling
     operation: OperationModel
@@ -34,15 +34,15 @@ class Call:
 
     @property
     def group(self) -> str:
-        """The group's name, which the model requires."""
+        """Return the group's name. The model requires this parameter."""
         return str(self.asked["AutoScalingGroupName"])
 
     def some(self, *names: str) -> dict[str, Any]:
-        """Those of these parameters that were given, by the engine's names."""
+        """Return the given ones of these parameters, by the engine's names."""
         return {xform_name(name): self.asked[name] for name in names if name in self.asked}
 
     def told(self, member: str, value: Any) -> Answer:
-        """An answer whose only member is this one."""
+        """Return an answer with this member only."""
         return {member: parameters.told(self._shape(member), value)}
 
     def paged(
@@ -54,7 +54,8 @@ class Call:
         most: int = MOST,
         tell: Callable[[StructureShape, T], Answer] = parameters.told,
     ) -> Answer:
-        """An answer that is one page of these, each as `tell` says for the shape of an entry."""
+        """Return one page of `items` as an answer. `tell` converts an item into an entry of the
+        answer."""
         found, following = page(items, self.asked, key, most=most)
         entry = self._shape(member).member
         return {member: [tell(entry, one) for one in found], **following}
@@ -69,8 +70,9 @@ class Call:
 def matching(
     call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], Sequence[str]]]
 ) -> Sequence[T]:
-    """The items that satisfy all of the request's filters: one of a filter's values is among those
-    that `names` finds for its name. A name like `tag:KEY` is found under "tag:", as `KEY=value`."""
+    """Return the items that match all filters of the request. An item matches a filter if one of
+    the filter's values is among the values that `names` returns for it. A filter named `tag:KEY`
+    uses the entry "tag:" of `names`, and its values have the form `KEY=value`."""
     for one in call.asked.get("Filters", ()):
         name, wanted = one.get("Name", ""), set(one.get("Values", ()))
         if name.startswith("tag:"):
@@ -183,7 +185,7 @@ def _tag(group: str, tag: Tag) -> dict[str, Any]:
     }
 
 
-# --- Capacity, processes --------------------------------------------------------------------------
+# --- Capacity and processes -----------------------------------------------------------------------
 
 
 def set_desired_capacity(call: Call) -> Answer:
@@ -226,7 +228,7 @@ def describe_instances(call: Call) -> Answer:
 
 
 def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any]:
-    # Here, and not in DescribeAutoScalingGroups, AWS writes it in capitals.
+    # AWS writes this value in capitals here, but not in DescribeAutoScalingGroups.
     return {**told(shape, instance), "HealthStatus": instance.health_status.upper()}
 
 

@@ -1,5 +1,7 @@
-"""AWS's JSON protocol, from the service's side and by the service's model, as `query` does the
-other. boto3 speaks it to CloudWatch."""
+"""Server side of AWS's JSON protocol, driven by the service model.
+
+boto3 uses this protocol for CloudWatch. `query_protocol` is the other protocol.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 class JsonService:
-    """Parses, checks, has `act` do it, and writes what came of it."""
+    """Service over the JSON protocol: it parses and checks a request, calls `act`, and writes the
+    result."""
 
     def __init__(self, service: ServiceModel, act: Act) -> None:
         self._service = service
@@ -47,13 +50,11 @@ class JsonService:
         self._act = act
 
     async def answer(self, request: Request, request_id: str) -> Response:  # noqa: ARG002
-        """As `app.Service` says."""
         operation, asked = parse(self._service, request.header(TARGET) or "", request.body)
         parameters.check(operation, asked)
         return Response(200, result(operation, await self._act(operation, asked)), _TYPE)
 
     def refuse(self, _request: Request, fault: Fault, _request_id: str) -> Response:
-        """As `app.Service` says."""
         blame: Blame = self._faults.blame(fault)
         body = json.dumps({"__type": fault.code, "message": fault.message}).encode()
         whose = "Sender" if blame.is_senders else "Receiver"
@@ -62,8 +63,8 @@ class JsonService:
 
 
 def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationModel, dict[str, Any]]:
-    """The operation that is asked for, with its parameters; Fault for what is none. Parameters
-    that the model does not have are left out."""
+    """Return the requested operation and its parameters. Raise Fault for an unknown operation or a
+    malformed body. Parameters that the model does not have are ignored."""
     prefix, _, action = target.partition(".")
     if prefix != service.metadata.get("targetPrefix") or action not in service.operation_names:
         raise Fault("InvalidAction", f"Could not find operation {target or 'without a name'}")
@@ -101,7 +102,7 @@ def _read(shape: Shape, value: Any, path: str) -> Any:
 
 
 def _expect(value: Any, kinds: tuple[type, ...], path: str) -> None:
-    # True is an int to Python, and to nobody else.
+    # In Python, a bool is also an int. In the protocol it is not.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         place = path.lstrip(".") or "the top"
         raise Fault("SerializationException", f"The value at {place!r} cannot be read.")
@@ -120,7 +121,8 @@ def _scalar(shape: Shape, value: Any, path: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any]) -> bytes:
-    """The body of a successful answer; ValueError where it is not of the operation's shape."""
+    """Return the body of a successful answer. Raise ValueError if it does not match the operation's
+    output shape."""
     shape = operation.output_shape
     if shape is None:
         if answer:

@@ -1,15 +1,15 @@
-"""Launch templates and their versions, from a TOML file that may change while it is served.
+"""Launch templates and their versions from a TOML file, which may change while the server runs.
 
     [worker]
-    default = 1                       # the version that `$Default` is; 1 where nothing is said
+    default = 1                       # the version for `$Default`; 1 if it is left out
 
     [[worker.version]]                # version 1; the next such table is version 2
     command = ["my-worker", "--name", "{instance}", "--slots", "{slots}"]
     type = "m7i.large"
     slots = 2
 
-A template's id is derived from its name, as is which file is read: none is kept in memory longer
-than the file stays as it is, so that `$Latest` is the latest at every launch.
+The id of a template is derived from its name. The server reads the file again when it has changed,
+so `$Latest` is the latest version at every launch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from batchlab.fleet.errors import ValidationError
 from batchlab.fleet.external_data import Template
 
 VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
-"""Environment variable of an instance: the template that it was launched from, and its version, as
-in `worker:1`. A launcher reads there what the engine does not know of a template."""
+"""Environment variable of an instance with its launch template and version, such as `worker:1`. A
+launcher reads from it the fields of the template that the engine does not know."""
 
 MOST_USER_DATA = 16 * 1024
-"""Bytes before base64."""
+"""Limit of user data in bytes, before base64."""
 
 _PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
-"""A user by number, and not root. Docker reads 00 as root, too."""
+"""A numeric user id other than root. Docker also reads 00 as root."""
 
 _UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
 
@@ -60,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class Role(_Strict):
-    """An instance's role, with the keys that its instances get."""
+    """Role of an instance, with the keys that its instances get."""
 
     name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,64}$")]
     access_key: str
@@ -69,27 +69,29 @@ class Role(_Strict):
 
 
 class Version(_Strict):
-    """One version of a template, as the file says it."""
+    """One version of a template, as it is written in the file."""
 
     command: tuple[str, ...] = ()
-    """What an instance runs where it is a process; {instance}, {group} and {slots} are replaced."""
+    """Command of an instance that is a process. {instance}, {group}, and {slots} are replaced."""
     image: str = ""
-    """What an instance runs where it is a container; the command's words are its arguments."""
+    """Image of an instance that is a container. The words of `command` are its arguments."""
     network: str = "bridge"
-    """Docker's network that such an instance is on."""
+    """Docker network of an instance that is a container."""
     user: str = "65534:65534"
-    """Whom its processes run as: "uid:gid"."""
+    """User of the container's processes: "uid:gid"."""
     type: str = ""
     market: Market = Market.ON_DEMAND
     slots: Annotated[int, Field(ge=1)] = 1
     boot_s: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = {}
     system: bool = False
-    """Whether the image boots an init of its own, as a machine does, and has a machine's rights."""
+    """Whether the image boots an init system, as a machine does, and gets the privileges of a
+    machine."""
     user_data: Annotated[str, AfterValidator(_decoded)] = ""
-    """What the metadata service has for it, in base64 as EC2 takes it; decoded here."""
+    """User data that the metadata service returns. The file contains it in base64, as EC2 does.
+    This field is decoded."""
     role: Role | None = None
-    """Whose credentials the metadata service gives it."""
+    """Role whose credentials the metadata service returns."""
 
 
 class _Named(_Strict):
@@ -101,16 +103,18 @@ _FILE = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[a-zA-Z0-9().\-/_]{3,12
 
 
 def template_id(name: str) -> str:
-    """The id of the template of this name, of EC2's form."""
+    """Return the id of the template with this name, in EC2's form."""
     return f"lt-{hashlib.sha256(name.encode()).hexdigest()[:17]}"
 
 
 class TemplateFile:
-    """The Templates of a file, and what a launcher needs beyond them."""
+    """Implementation of the Templates port on a file, with the fields that a launcher needs in
+    addition."""
 
     def __init__(self, path: Path, images: Collection[str] = ()) -> None:
-        """UsageError where the file cannot be read. With `images`, a version is refused unless its
-        image is one of them, and it has neither root's user nor a machine's rights."""
+        """Raise UsageError if the file cannot be read. With `images`, a version is refused unless
+        its image is one of them, its user is not root, and it does not have the privileges of a
+        machine."""
         self._path = path
         self._images = frozenset(images)
         self._stamp = (0, 0)
@@ -118,7 +122,6 @@ class TemplateFile:
         self._read()
 
     def template(self, reference: LaunchTemplate) -> Template:
-        """As the port says."""
         version = self.referred(reference)
         name = self._name(reference)
         number = self._number(name, reference.version)
@@ -132,22 +135,23 @@ class TemplateFile:
         )
 
     def launch_configuration(self, name: str) -> Template:
-        """ValidationError: there are none, as AWS takes no new ones either."""
+        """Raise ValidationError: launch configurations do not exist here. AWS accepts no new ones
+        either."""
         raise ValidationError(f"Launch configuration name not found - {name}")
 
     def argv(self, pool: Pool, instance: str) -> Sequence[str]:
-        """The command of the template that the pool's instance is launched from."""
+        """Return the command of the template from which the pool's instance is launched."""
         told = {"{instance}": instance, "{group}": pool.name, "{slots}": str(pool.slots)}
         return [_filled(word, told) for word in self.launched(pool).command]
 
     def launched(self, pool: Pool) -> Version:
-        """The version that an instance of the pool is launched from."""
+        """Return the version from which an instance of the pool is launched."""
         self._look()
         name, _, number = dict(pool.env)[VARIABLE].rpartition(":")
         return self._version(name, int(number))
 
     def referred(self, reference: LaunchTemplate) -> Version:
-        """The version that is referred to; ValidationError where there is none."""
+        """Return the referenced version. Raise ValidationError if it does not exist."""
         self._look()
         name = self._name(reference)
         return self._version(name, self._number(name, reference.version))
@@ -186,7 +190,8 @@ class TemplateFile:
         )
 
     def _look(self) -> None:
-        """Read the file again where it has changed; ValidationError where it is none any more."""
+        """Read the file again if it has changed. Raise ValidationError if it is invalid or
+        missing."""
         try:
             if self._stamp_now() != self._stamp:
                 self._read()

@@ -1,8 +1,8 @@
-"""What the engine knows of an instance, told where its metadata service asks for it.
+"""Metadata of instances from the engine, and a service that sends notices to instances.
 
-Spot interruptions on demand: what AWS decides for its own reasons, somebody here decides.
-
-A service of our own beside Auto Scaling, under the same signatures: JSON in, JSON out.
+AWS sends Spot interruptions and rebalance recommendations for its own reasons. Here a user requests
+them. The notice service is not a part of AWS. It takes and returns JSON, and its requests have the
+same signatures.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
     from batchlab.fleet.autoscaling import AutoScaling
 
 CREDENTIALS_S = 6 * 3600.0
-"""How long a role's credentials are said to be good for, as EC2's are."""
+"""Lifetime of a role's credentials in seconds, as on EC2."""
 
 
 class Facts:
-    """A group's word on its instances; the engine comes to it once its launcher is there."""
+    """Facts of the engine about an instance. `engine` is set after the launcher is created."""
 
     engine: AutoScaling
 
     def signals(self, instance: str) -> Signals:
-        """What the instance's future is; of one that no group knows, that it will end."""
+        """Return the signals of an instance. An instance that belongs to no group gets the signal
+        that it will end."""
         try:
             known = self.engine.metadata(instance)
         except ValidationError:
@@ -53,8 +54,8 @@ class Facts:
         return Signals(known.target_lifecycle_state, interruption, known.rebalance_time)
 
     def of(self, launcher: object, templates: TemplateFile, clock: Clock) -> MetadataSource:
-        """The launcher's own metadata with the group's tags, and the user data and credentials of
-        the launch template; nothing where it has none."""
+        """Return a source of the launcher's metadata with the group's tags, and with the user data
+        and the credentials of the launch template."""
         return _Told(self, launcher, templates, clock)
 
 
@@ -68,7 +69,6 @@ class _Told:
         self._clock = clock
 
     async def metadata(self, address: str) -> Metadata | None:
-        """As the port says."""
         ask = getattr(self._launcher, "metadata", None)
         found: Metadata | None = await ask(address) if ask else None
         if found is None:
@@ -81,7 +81,7 @@ class _Told:
                 return found
             version = self._templates.referred(row.launch_template)
         except (ValidationError, ValueError):
-            return found  # it has just gone, or its template has
+            return found  # the instance or its template no longer exists
         credentials = {}
         if role := version.role:
             credentials[role.name] = _document(role, self._clock.now_s())
@@ -89,7 +89,7 @@ class _Told:
 
 
 def _document(role: Role, now_s: float) -> Mapping[str, str]:
-    """Credentials as the metadata service tells them."""
+    """Return credentials in the format of the metadata service."""
     return {
         "Code": "Success",
         "LastUpdated": iso(now_s),
@@ -102,20 +102,20 @@ def _document(role: Role, now_s: float) -> Mapping[str, str]:
 
 
 NAME = "batchlab"
-"""What its requests are signed for."""
+"""Service name in the signatures of its requests."""
 _MOST_S = 3600.0
 _ANSWER_S = 10.0
 
 
 class NoticeService:
-    """Gives an instance a notice, by the engine; `changed` is called where that went well."""
+    """Service that sends notices to instances through the engine. It calls `changed` after each
+    success."""
 
     def __init__(self, engine: AutoScaling, changed: Callable[[], None]) -> None:
         self._engine = engine
         self._changed = changed
 
     async def answer(self, request: Request, _: str) -> Response:
-        """As `app.Service` says."""
         instance, kind, notice_s = _asked(request.body)
         try:
             if kind == "interruption":
@@ -128,7 +128,6 @@ class NoticeService:
         return Response(200, b"{}", "application/json")
 
     def refuse(self, _: Request, fault: Fault, __: str) -> Response:
-        """As `app.Service` says."""
         body = json.dumps({"code": fault.code, "message": fault.message}).encode()
         status = 500 if fault.code == "InternalFailure" else 400
         return Response(status, body, "application/json")
@@ -150,9 +149,9 @@ def _asked(body: bytes) -> tuple[str, str, float]:
 
 
 def give(at: Endpoint, instance: str, notice: str, notice_s: float) -> None:
-    """Ask the endpoint for a notice ("interruption" or "rebalance") to an instance.
+    """Request a notice ("interruption" or "rebalance") to an instance from the endpoint.
 
-    UsageError where it refuses, Unreachable where nothing answers.
+    Raise UsageError if the endpoint refuses, and Unreachable if it does not answer.
     """
     import httpx
     from botocore.auth import SigV4Auth

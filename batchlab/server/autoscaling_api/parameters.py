@@ -1,12 +1,10 @@
-"""What the model demands of parameters (required, lengths, ranges, patterns, enums), checked with
-AWS's own wording of what is wrong.
+"""Parameters of requests and answers.
 
-Between parameters by AWS's names and the engine's frozen values, field by field.
-
-A field has AWS's name in snake case, as botocore writes it. Only where the engine's value is built
-otherwise than AWS's structure does a type have a conversion of its own, here.
-
-Long answers in pages, as MaxRecords and NextToken ask for them.
+`check` tests the model's constraints (required, lengths, ranges, patterns, enums) and reports
+violations in AWS's words. `given` and `told` convert between AWS's parameters and the engine's
+dataclasses, field by field. A field has AWS's name in snake case, as botocore writes it. Only types
+that differ in structure from AWS have a conversion of their own. `page` splits long answers by
+MaxRecords and NextToken.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _PAIR = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECA
 
 
 def check(operation: OperationModel, asked: Mapping[str, Any]) -> None:
-    """Fault that names every constraint that `asked` does not satisfy."""
+    """Raise a Fault that lists every constraint that `asked` violates."""
     shape = operation.input_shape
     if not isinstance(shape, StructureShape):
         return
@@ -42,7 +40,7 @@ def check(operation: OperationModel, asked: Mapping[str, Any]) -> None:
 
 def _structure(shape: StructureShape, asked: Mapping[str, Any], path: str) -> Iterator[str]:
     for name, member in shape.members.items():
-        # AWS writes paths as its Java classes name their fields.
+        # AWS writes these paths with the field names of its Java classes.
         place = f"{path}{name[0].lower()}{name[1:]}"
         if name in asked:
             yield from _value(member, asked[name], place)
@@ -107,7 +105,8 @@ def _told(value: Any) -> str:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """The model's patterns are Java's, which writes what is beyond U+FFFF as two halves."""
+    """Return the compiled pattern. The model has Java patterns, which write characters above U+FFFF
+    as surrogate pairs."""
     return re.compile(_PAIR.sub(_joined, pattern))
 
 
@@ -120,12 +119,12 @@ T = TypeVar("T")
 Asked = Mapping[str, Any]
 
 
-# --- From the wire --------------------------------------------------------------------------------
+# --- From AWS's parameters to dataclasses ---------------------------------------------------------
 
 
 def given(kind: type[T], asked: Asked, **more: Any) -> T:
-    """A value of the dataclass from those parameters that are fields of it, and `more`; Fault
-    where one is missing that AWS's model leaves to choice and the engine needs."""
+    """Create the dataclass from `more` and from the parameters that are its fields. Raise Fault if
+    the engine needs a parameter that is optional in AWS's model and was not given."""
     found = {**fields(kind, asked), **more}
     whole: Any = kind
     for name in _needed(whole):
@@ -135,20 +134,20 @@ def given(kind: type[T], asked: Asked, **more: Any) -> T:
 
 
 def fields(kind: type, asked: Asked) -> dict[str, Any]:
-    """The fields of the dataclass that the parameters have, by name."""
+    """Return the parameters that are fields of the dataclass, by field name."""
     hints = _hints(kind)
     named = {xform_name(name): value for name, value in asked.items()}
     return {name: _field(hints[name], value) for name, value in named.items() if name in hints}
 
 
 def rest(kind: type, asked: Asked) -> dict[str, Any]:
-    """The parameters that are no fields of the dataclass."""
+    """Return the parameters that are not fields of the dataclass."""
     return {name: value for name, value in asked.items() if xform_name(name) not in _hints(kind)}
 
 
 @cache
 def _needed(kind: Any) -> list[str]:
-    """The fields that have no default."""
+    """Return the fields without a default."""
     return [
         field.name
         for field in dataclass_fields(kind)
@@ -171,7 +170,7 @@ def _field(hint: Any, value: Any) -> Any:
         kind: Any = next(one for one in (hint, *get_args(hint)) if is_dataclass(one))
         return given(kind, _GIVEN.get(kind, dict)(value))
     if isinstance(value, str) and int in (hint, *get_args(hint)):
-        # Weights are text on the wire.
+        # Weights are strings in requests.
         return int(value)
     return value
 
@@ -200,12 +199,12 @@ _GIVEN: dict[Any, Callable[[Asked], Asked]] = {
 }
 
 
-# --- To the wire ----------------------------------------------------------------------------------
+# --- From dataclasses to answers ------------------------------------------------------------------
 
 
 def told(shape: Shape, value: Any) -> Any:
-    """The value as an answer of the shape. None and "" are left out unless the shape needs them,
-    and so are members that the value has no field for."""
+    """Convert the value into an answer of the shape. None and "" are left out unless the shape
+    requires them. Members without a field in the value are left out."""
     if isinstance(shape, StructureShape):
         special = _TOLD.get(type(value))
         return special(shape, value) if special else _structure_convert(shape, value)
@@ -273,10 +272,10 @@ USUAL = 50
 def page(
     items: Sequence[T], asked: Mapping[str, Any], key: Callable[[T], str], *, most: int = MOST
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """The page that is asked for, and its NextToken where others follow.
+    """Return the requested page, and its NextToken if more items follow.
 
-    `key` tells items apart. A token holds the last item's key and number: a page goes on after
-    that item, or where that is gone by now, at its number.
+    `key` identifies an item. A token contains the key and the number of the last item. The next
+    page starts after that item, or at its number if the item no longer exists.
     """
     size = asked.get("MaxRecords", min(USUAL, most))
     if not 1 <= size <= most:

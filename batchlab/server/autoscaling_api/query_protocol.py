@@ -1,9 +1,8 @@
-"""AWS's query protocol, from the service's side: a form in, XML out, both by the service's model.
+"""Server side of AWS's query protocol: a form as the request, and XML as the answer.
 
-Invariant: nothing here knows any action. What botocore's serializer sends comes back from `parse`,
-and what `result` writes botocore's parser reads, for every operation of the model.
-
-A service over the query protocol: its model, and a table of what its actions do.
+Invariant: the service model drives this module, which does not contain code for individual actions.
+For every operation, `parse` reads the output of botocore's serializer, and botocore's parser reads
+the output of `result`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(slots=True)
 class _Node:
-    """The fields whose names begin alike: the text of the one whose name ends here, and the others
+    """Fields with a common prefix: the text of the field whose name ends here, and the other fields
     by the next step of their names."""
 
     text: str | None = None
@@ -50,9 +49,10 @@ class _Node:
 
 
 def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
-    """The operation that a form asks for, with its parameters; Fault for what is none.
+    """Return the requested operation and its parameters. Raise Fault for an unknown operation or a
+    malformed form.
 
-    Parameters that the model does not have are left out, as AWS does.
+    Parameters that the model does not have are ignored, as on AWS.
     """
     try:
         fields = dict(
@@ -91,7 +91,7 @@ def _tree(fields: Mapping[str, str]) -> _Node:
 
 
 def _value(shape: Shape, node: _Node, path: str) -> Any:
-    """What is sent at `path`; None where that is nothing."""
+    """Return the value at `path`, or None if it was not sent."""
     if isinstance(shape, StructureShape):
         return _structure(shape, node, path)
     if isinstance(shape, ListShape):
@@ -109,7 +109,8 @@ def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] 
     for name, member in shape.members.items():
         wire = member.serialization.get("name", name)
         if isinstance(member, ListShape) and member.serialization.get("flattened"):
-            # Its entries have their own name, and where there are none it has its own.
+            # The entries of a flattened list have their own name. Otherwise the list's name is
+            # used.
             entries = member.member.serialization.get("name", wire)
             wire = entries if entries in node.parts else wire
         if wire in node.parts:
@@ -179,8 +180,8 @@ def _scalar(shape: Shape, text: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str) -> bytes:
-    """The body of a successful answer; ValueError where it is not of the operation's shape, which
-    is a defect."""
+    """Return the body of a successful answer. Raise ValueError if it does not match the operation's
+    output shape, which is a bug."""
     name, shape = operation.name, operation.output_shape
     inner = ""
     if shape is not None:
@@ -194,7 +195,7 @@ def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str
 
 
 def refusal(service: ServiceModel, fault: Fault, blame: Blame, request_id: str) -> bytes:
-    """The body of an answer that refuses."""
+    """Return the body of an error answer."""
     kind = "Sender" if blame.is_senders else "Receiver"
     error = f"<Type>{kind}</Type><Code>{_text(fault.code)}</Code>"
     error += f"<Message>{_text(fault.message)}</Message>"
@@ -208,7 +209,8 @@ def _document(root: str, service: ServiceModel, inner: str) -> bytes:
 
 
 def _element(name: str, shape: Shape, value: Any) -> str:
-    """`value` as an element of this name, or as several where a flattened list or map says so."""
+    """Return `value` as one element with this name, or as several elements for a flattened list or
+    map."""
     flattened = bool(shape.serialization.get("flattened"))
     if isinstance(shape, ListShape):
         own = shape.member.serialization.get("name")
@@ -263,22 +265,23 @@ def _members(shape: StructureShape, answer: Mapping[str, Any]) -> str:
 
 
 def _text(text: str) -> str:
-    # A carriage return that is not escaped is a newline to whoever reads XML.
+    # XML parsers read an unescaped carriage return as a newline.
     return escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})
 
 
 Act = Callable[[OperationModel, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""Does what an operation asks, with parameters that satisfy the model; Fault where it cannot."""
+"""Performs an operation with checked parameters. Raises Fault if it cannot."""
 
 
 @cache
 def model(name: str) -> ServiceModel:
-    """The newest model that botocore has of the service."""
+    """Return botocore's newest model of the service."""
     return ServiceModel(Loader().load_service_model(name, "service-2"), name)
 
 
 class QueryService:
-    """Parses, checks, has `act` do it, and writes what came of it."""
+    """Service over the query protocol: it parses and checks a request, calls `act`, and writes the
+    result."""
 
     def __init__(self, service: ServiceModel, act: Act) -> None:
         self._service = service
@@ -286,14 +289,12 @@ class QueryService:
         self._act = act
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        """As `app.Service` says."""
         operation, asked = parse(self._service, _form(request))
         parameters.check(operation, asked)
         answer = await self._act(operation, asked)
         return Response(200, result(operation, answer, request_id))
 
     def refuse(self, _: Request, fault: Fault, request_id: str) -> Response:
-        """As `app.Service` says."""
         blame = self._faults.blame(fault)
         return Response(blame.status, refusal(self._service, fault, blame, request_id))
 

@@ -1,9 +1,8 @@
-"""Actions on what a group does later: hooks, policies, schedules, refreshes, warm pools.
+"""Actions on hooks, policies, scheduled actions, instance refreshes, and warm pools, and the table
+of all actions.
 
-The table of what each action of Auto Scaling does, and `act`, which looks it up.
-
-Invariant: a row holds no rule of Auto Scaling's. It names a method of the engine, and says where
-AWS's parameters are built otherwise than the engine's.
+Invariant: an action contains no rule of Auto Scaling. It calls a method of the engine, and converts
+parameters whose structure differs from AWS's.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ MOST_WARM = 50
 
 
 def put_hook(call: Call) -> Answer:
-    """What is not given stays as it was: AWS's PutLifecycleHook updates."""
+    """Create or update a hook. Parameters that are not given keep their value, as in AWS's
+    PutLifecycleHook."""
     known = call.engine.describe_lifecycle_hooks(call.group, [call.asked["LifecycleHookName"]])
     if known:
         hook = replace(known[0], **fields(LifecycleHook, call.asked))
@@ -87,7 +87,7 @@ def heartbeat(call: Call) -> Answer:
 
 def put_policy(call: Call) -> Answer:
     policy = call.engine.put_scaling_policy(given(ScalingPolicy, call.asked))
-    # No alarm is to be seen in CloudWatch: the engine looks at the metric itself.
+    # The list of alarms is empty, because the engine reads the metric itself, without CloudWatch.
     return {"PolicyARN": policy.policy_arn, "Alarms": []}
 
 
@@ -112,7 +112,7 @@ def execute_policy(call: Call) -> Answer:
     return {}
 
 
-# --- Schedules ------------------------------------------------------------------------------------
+# --- Scheduled actions ----------------------------------------------------------------------------
 
 
 def put_scheduled(call: Call) -> Answer:
@@ -121,16 +121,16 @@ def put_scheduled(call: Call) -> Answer:
 
 
 def _schedule(call: Call, asked: Asked) -> None:
-    """Keep the fields of an older action of this name that the request does not have."""
+    """Create or update a scheduled action. Fields that are not given keep their value."""
     changes = fields(ScheduledAction, asked)
     if "Time" in asked:
-        # Its old name.
+        # `Time` is the former name of `StartTime`.
         changes.setdefault("start_time", asked["Time"].timestamp())
     name = asked["ScheduledActionName"]
     known = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
     old = known[0] if known else ScheduledAction(call.group, name)
     if {"recurrence", "time_zone"} & changes.keys():
-        # The start of a described action is its next run, by the old recurrence.
+        # The start time of a described action is its next run according to the old recurrence.
         old = replace(old, start_time=None)
     call.engine.put_scheduled_update_group_action(replace(old, **changes))
 
@@ -263,7 +263,7 @@ ACTIONS: Mapping[str, Action] = {
 
 
 _LIMITS = {"MaxNumberOfAutoScalingGroups": 500, "MaxNumberOfLaunchConfigurations": 200}
-"""AWS's defaults for an account; the engine has none of its own."""
+"""AWS's default limits of an account. The engine does not have them."""
 
 
 def _limits(call: Call) -> Answer:
@@ -287,7 +287,7 @@ ACTIONS_ACTIONS: Mapping[str, Action] = {
         {"AdjustmentTypes": [{"AdjustmentType": name} for name in ADJUSTMENTS]}
     ),
     "DescribeLifecycleHookTypes": _always({"LifecycleHookTypes": [LAUNCHING, TERMINATING]}),
-    # No group metrics are collected, so there are none to choose from.
+    # The endpoint collects no group metrics, so the list is empty.
     "DescribeMetricCollectionTypes": _always({"Metrics": [], "Granularities": []}),
     "DescribeScalingProcessTypes": _always(
         {"Processes": [{"ProcessName": str(process)} for process in Process]}
@@ -299,8 +299,8 @@ ACTIONS_ACTIONS: Mapping[str, Action] = {
 
 
 def act(engine: AutoScaling, changed: Callable[[], None]) -> Act:
-    """What a service over this engine does; `changed` is called after each action that may have
-    changed something, and should have the engine tick soon."""
+    """Return the function that performs the actions on this engine. It calls `changed` after each
+    action that may change something, so that the engine ticks soon."""
 
     async def do(operation: OperationModel, asked: Asked) -> Answer:
         action = ACTIONS_ACTIONS.get(operation.name)

@@ -1,8 +1,8 @@
-"""Signature Version 4 from the service's side, computed by botocore's own signer.
+"""Server side of Signature Version 4, computed with botocore's signer.
 
-Invariant: no request passes without naming a credential, whether its signature is checked or not.
-A web page cannot have a browser send that header to another origin, so it cannot reach a server on
-its reader's own machine.
+Invariant: every request must name a credential, even if signatures are not checked. A web page
+cannot make a browser send the Authorization header to another origin, so a page cannot send
+requests to a server on the user's machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _AUTHORIZATION = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """Who asks, and for what: a request's Authorization header, taken apart."""
+    """Parsed Authorization header of a request."""
 
     key: str
     date: str
@@ -48,7 +48,7 @@ class Credential:
 
 
 def credential(request: Request) -> Credential:
-    """What the request's Authorization header says; Fault where it has none that can be read."""
+    """Return the parsed Authorization header. Raise Fault if it is missing or malformed."""
     text = request.header("authorization")
     if text is None:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
@@ -63,7 +63,7 @@ def credential(request: Request) -> Credential:
 
 
 def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
-    """Fault unless the request was signed with `key`, whole, in the last five minutes."""
+    """Raise Fault unless the whole request was signed with `key` within the last five minutes."""
     if not hmac.compare_digest(asks.key.encode(), key.access_key.encode()):
         raise Fault(
             "InvalidClientTokenId", "The security token included in the request is invalid."
@@ -93,7 +93,7 @@ def check(request: Request, asks: Credential, key: Keys, now_s: float) -> None:
 
 
 class _AsSigned(SigV4Auth):
-    """Signs every header that it is given, where botocore leaves some out."""
+    """Signer that signs all given headers. botocore leaves some out."""
 
     def headers_to_sign(self, request: AWSRequest) -> HTTPHeaders:
         return request.headers

@@ -1,6 +1,7 @@
-"""The manager's HTTP API: JSON under /v1, described at /openapi.json.
+"""HTTP API of the manager: JSON below /v1, described at /openapi.json.
 
-Invariant: no rules live here. A request becomes one call of the manager, an answer one view.
+Invariant: the endpoints contain no business rules. A request calls the manager once, and the answer
+is one view.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from batchlab.server.http.authentication import OWN_NAMES, Door
 from batchlab.server.http.common import Served, answer
 from batchlab.server.http.sessions import Sessions, Store
 
-_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - nobody listens on it here
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared, not listened on
 
 
 def create_app(
@@ -47,9 +48,9 @@ def create_app(
     sessions: Store | None = None,
     hosts: Iterable[str] = (),
 ) -> tuple[FastAPI, Served]:
-    """The application, and what may be exchanged in it. `on_shutdown` is called in the event loop
-    when a client asks for the manager's end, after the answer has been sent. `sessions` keeps those
-    of the web page. Visitors without the token must use a name of this machine or of `hosts`."""
+    """Return the application and its replaceable parts. `on_shutdown` is called in the event loop
+    after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page.
+    A request without the token must use a name of this machine or of `hosts`."""
     app = _routed()
     known = Sessions(token, manager.ports.clock, sessions)
     names = OWN_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
@@ -68,7 +69,7 @@ def _failed(scope: Scope, error: Exception) -> JSONResponse:
 
 
 def description() -> dict[str, Any]:
-    """The API's OpenAPI document, as a manager serves it; no manager is needed for it."""
+    """Return the OpenAPI document of the API. It does not need a manager."""
     return _routed().openapi()
 
 
@@ -76,7 +77,7 @@ def _routed() -> FastAPI:
     app = FastAPI(
         title="batchlab",
         version=__version__,
-        # Their pages load scripts from the network, which a laptop on a train does not have.
+        # These pages load scripts from the internet, so they do not work offline.
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,

@@ -1,8 +1,8 @@
-"""The endpoint that gives a job's results away as one archive.
+"""Endpoint that returns the results of a job as one archive.
 
-Invariant: whatever a job's tasks have written, the manager that packs it goes on: how large a thing
-is is known before it is read, all of it together fits a budget, one archive is made at a time, and
-nothing of it stays.
+Invariant: no result can exhaust the manager's memory or disk. The size of an object is known before
+it is read, and an archive has a total limit. The manager makes one archive at a time and removes it
+afterwards.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from batchlab.server.views import jobs
 router = guarded()
 
 MOST_BYTES = 2 * 1024**3
-"""Of what is in an archive; whoever has more fetches it by `batchlab job results`."""
+"""Limit of the contents of an archive. `batchlab job results` fetches larger results."""
 MOST_OUTCOMES = 50_000
 MOST_VALUE_BYTES = 16 * 1024**2
-"""Of the values of one result that are no files: they are in memory together."""
+"""Limit of the inline values of one result, because all of them are in memory at once."""
 WAITS_S = 3.0
-"""How long a request waits for the archive before it."""
+"""Time in seconds that a request waits for the archive before it."""
 
 _BY_HAND = "`batchlab job results` fetches them from the bucket itself, however many there are."
 
@@ -53,9 +53,9 @@ _BY_HAND = "`batchlab job results` fetches them from the bucket itself, however 
 async def archive(
     manager: Leader, served: Given, job: JobId, stage: Annotated[list[str] | None, Query()] = None
 ) -> FileResponse:
-    """The job's results as a ZIP archive of what `batchlab job results` writes; of what has
-    succeeded so far, if it still runs. Up to 2 GiB, and one archive at a time: another request
-    meanwhile is answered with 503."""
+    """Return the job's results as a ZIP archive of the files that `batchlab job results` writes.
+    For a job that still runs, the archive contains the results so far. An archive has up to 2 GiB.
+    While one archive is made or sent, another request gets status 503."""
     try:
         async with asyncio.timeout(WAITS_S):
             await served.archiving.acquire()
@@ -85,7 +85,7 @@ async def _archive(
         await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=roomy())
     )
     try:
-        # In a loop of its own: thousands of results are decoded and written meanwhile.
+        # In an event loop on another thread, because it decodes and writes thousands of results.
         path = await asyncio.to_thread(_pack, manager, view, listing, stages, folder)
     except BaseException:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -94,7 +94,7 @@ async def _archive(
 
 
 class _Archive(FileResponse):
-    """Sends the archive, and has it removed however that ends."""
+    """Response that sends the archive and removes it afterwards, even after an error."""
 
     def __init__(
         self, path: Path, folder: Path, over: Callable[[], None], *, filename: str
@@ -148,5 +148,5 @@ def _pack(
             if file.is_file() and not file.name.startswith(".batchlab"):
                 claim(0)
                 zipped.write(file, f"{view['id']}/{file.relative_to(out).as_posix()}")
-                file.unlink()  # what is in the archive need not be on the disk twice
+                file.unlink()  # saves disk space, because the archive contains the file now
     return path

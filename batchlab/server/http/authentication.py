@@ -1,8 +1,8 @@
-"""The checks before every route: signatures, the bearer token, the host, and the origin.
+"""Checks before every route: signatures, the bearer token, the host, and the origin.
 
-Invariant: of a request without the token no byte of its body is read, so a stranger cannot fill the
-manager's memory, and no web page of another origin gets an answer. A signed request gets a signed
-answer. A request with the token sends up to MOST_BYTES.
+Invariant: the body of a request without the token is not read, so a stranger cannot fill the
+manager's memory. A web page of another origin gets no answer. A signed request gets a signed
+answer. The body of a request with the token has up to MOST_BYTES.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from batchlab.core import request_signatures
 from batchlab.core.request_signatures import PROOF, WINDOW_S, Signed
 
 MOST_BYTES = 64 * 1024**2
-"""Limit of a body. A client puts more into the bucket, or sends it as files."""
+"""Limit of a body. A client stores larger data in the bucket or sends it as files."""
 MOST_USED = 50_000
-"""Signatures of requests that are kept, so that none is accepted twice."""
+"""Number of stored signatures. A signature is accepted only once."""
 PAGE = "/ui"
-"""The path of the web page, which has a guard of its own."""
+"""Path of the web page. `Guard` protects it."""
 OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE = frozenset({"GET", "HEAD"})
 """Methods that change nothing."""
@@ -36,8 +36,8 @@ _FILES = "/v1/jobs/files"
 
 
 class Door:
-    """Middleware before the API. To the application a signed request looks like one with the bearer
-    token, and a request without the token like one with an empty body."""
+    """Middleware before the API. The application sees a signed request as one with the bearer
+    token, and a request without the token as one with an empty body."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Door:
         hosts: frozenset[str],
         failed: Callable[[Scope, Exception], Response],
     ) -> None:
-        """`now_s` is the wall clock. `hosts` are the manager's names. `failed` makes the
-        answer to an error that the application does not handle."""
+        """`now_s` is the wall clock. `hosts` are the manager's names. `failed` makes the answer to
+        an error that the application does not handle."""
         self._app = app
         self._token = token
         self._word = f"bearer {token}".encode()
@@ -89,7 +89,8 @@ class Door:
         return compare_digest(f"{kind.lower()} {token.strip()}".encode(), self._word)
 
     def _doubt(self, signed: Signed) -> dict[str, str] | None:
-        """Return the problem with a signed request that is too old or not the first of its kind."""
+        """Return the error for a signed request that is too old or repeated. Return None for other
+        requests."""
         now_s = self._now_s()
         if abs(now_s - signed.at_s) > WINDOW_S:
             return {
@@ -105,8 +106,8 @@ class Door:
         return None
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application. Starlette answers an unhandled error outside of every middleware,
-        where the answer would not be signed."""
+        """Call the application and answer its unhandled errors. Starlette would answer them outside
+        of every middleware, so that the answer would not be signed."""
         has_begun = False
 
         async def noted(message: Message) -> None:
@@ -168,7 +169,7 @@ class _Used:
         """Requests that were signed at this time or before it are refused."""
 
     def is_first(self, signed: Signed, now_s: float) -> bool:
-        """Note a signature. Return False if it was noted before, or may have been."""
+        """Record a signature. Return False if it was recorded before, or may have been."""
         mac = bytes.fromhex(signed.mac)
         if signed.at_s <= self._floor_s or mac in self._known:
             return False
@@ -184,7 +185,7 @@ class _Used:
 
 
 def name_of(host: str) -> str:
-    """Return the name in a `Host` header in lower case, or "" if there is none."""
+    """Return the name in a `Host` header in lower case, or "" if the header has none."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
@@ -192,8 +193,8 @@ def name_of(host: str) -> str:
 
 
 def is_ours(headers: Headers) -> bool:
-    """Return whether a page of the manager has sent the request. A browser sends `Sec-Fetch-Site`
-    to a trusted origin. For another origin, such as a container's, the `Origin` must be the
+    """Return whether a page of the manager sent the request. A browser sends `Sec-Fetch-Site` to a
+    trusted origin. For another origin, such as a container's address, the `Origin` must be the
     manager's own."""
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -205,10 +206,10 @@ def is_ours(headers: Headers) -> bool:
 
 
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
-    """Return the answer to a request of another web page. `hosts` are the allowed names, or None
-    for a request with the token, which no web page has."""
-    # A foreign name may resolve to this machine. The browser would let its pages read the answers
-    # (DNS rebinding). An IP address cannot be rebound.
+    """Return the answer that refuses a request of another web page, or None. `hosts` are the
+    allowed names, or None for a request with the token, which no web page has."""
+    # A foreign name may resolve to this machine, and then the browser lets the pages of that name
+    # read the answers (DNS rebinding). An IP address cannot be rebound.
     if hosts is not None and not _is_named(name_of(headers.get("host", "")), hosts):
         return PlainTextResponse("The manager does not answer to that name.\n", 421)
     is_typed = "origin" not in headers and headers.get("sec-fetch-site", "none") == "none"
@@ -237,7 +238,8 @@ def _with_bearer(headers: Iterable[tuple[bytes, bytes]], token: str) -> list[tup
 
 
 def _hashed(receive: Receive, signed: Signed) -> Receive:
-    """Receive a body whose SHA-256 is signed; HTTPException at its end if it is another body."""
+    """Receive a body whose SHA-256 is signed. Raise HTTPException at the end of a different
+    body."""
     found = hashlib.sha256()
 
     async def hashed() -> Message:

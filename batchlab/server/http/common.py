@@ -1,10 +1,7 @@
-"""What every endpoint shares: whom it answers, which manager it asks, and how errors look.
+"""Shared parts of the endpoints: authorization, the manager behind them, errors, groups of
+failures, and the outcomes in the bucket.
 
-Invariant: an error becomes one status, one sentence and a remedy, whatever raised it.
-
-What has been read of a job's failures, grouped by their stages and fingerprints.
-
-Reading the outcomes that workers have left in the bucket.
+Invariant: every error becomes one status, one sentence, and a remedy.
 """
 
 from __future__ import annotations
@@ -46,18 +43,19 @@ from batchlab.server.http.history import History
 from batchlab.server.http.sessions import Sessions
 
 Cause = tuple[str, str]
-"""A stage and a fingerprint."""
+"""Stage and fingerprint of a group of failures."""
 
 MOST_CAUSES = 500
-"""Most groups of a job. Failures of further causes are one group for each stage."""
+"""Maximum number of groups of a job. The failures of all further causes form one group per
+stage."""
 OTHERS = "others"
-"""The fingerprint of that group."""
+"""Fingerprint of the group of all further causes."""
 
 
 @dataclass(slots=True)
 class Groups:
-    """Of one round: the tasks of each cause, and the failure that was heard of first. `seq`
-    is of the last outcome that was read. Adding the same again changes nothing."""
+    """Failures of one round, grouped by cause: the tasks of each group, and its first failure.
+    `seq` is the seq of the last outcome that was read. It does no harm to add a failure twice."""
 
     round: int
     seq: int = 0
@@ -66,7 +64,7 @@ class Groups:
 
     @property
     def others(self) -> Mapping[str, set[int]]:
-        """The tasks of further causes, by stage."""
+        """Return the tasks of further causes, by stage."""
         return {stage: tasks for (stage, cause), tasks in self.tasks.items() if cause == OTHERS}
 
     def add(self, failure: FailureView) -> None:
@@ -79,20 +77,21 @@ class Groups:
         self.first.setdefault(cause, failure)
 
 
-# What checks an answer is made for the first one, before any endpoint says what it answers: for all
-# of them together it was 4% of a manager's start.
+# Each validator is built on its first use. Building all of them took 4% of a manager's start-up
+# time.
 for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
 LEADS_WITHIN_S = 3.0
-"""How long a request waits for a manager that is about to lead, before it is told to come back."""
+"""Time in seconds that a request waits for a manager that is about to become the leader. After it,
+the request gets an error."""
 LONGEST_WAIT_S = 60.0
 MOST = 1000
 LONGEST_ERROR = 10_000
-"""Characters of an error's sentence."""
+"""Limit of an error's text in characters."""
 MISTAKES = 10
-"""Of a job file, told besides the first."""
+"""Number of mistakes in a job file that an error lists after the first one."""
 
 
 class _Unauthorised(BatchlabError):
@@ -101,27 +100,27 @@ class _Unauthorised(BatchlabError):
 
 @dataclass(slots=True)
 class Served:
-    """What `create_app` was given."""
+    """Arguments of `create_app`, and the state that the endpoints share."""
 
     manager: Manager
-    """Replaced by a fresh one when it has lost the lead."""
+    """A new manager replaces it after it has lost the lease."""
     token: str
     backend_name: str
     capabilities: Capabilities
     on_shutdown: Callable[[], None]
     sessions: Sessions
     hosts: frozenset[str]
-    """The names by which visitors without the token may call the manager."""
+    """Host names by which a request without the token may address the manager."""
     groups: dict[JobId, Groups] = field(default_factory=dict)
-    """What is known of the failures of the jobs that were asked for last."""
+    """Groups of failures of the most recently requested jobs."""
     history: History = field(default_factory=History)
     archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while an archive of results is being made or sent."""
+    """Held while an archive of results is made or sent."""
 
 
-# Coroutines, all of them: a plain function would be run on a thread, which takes longer. And what
-# every request needs depends on the request alone, since each dependency below another takes a
-# hundredth of a short call.
+# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes
+# longer. A dependency of every request depends only on the request, because each nested dependency
+# takes 1% of a short call.
 async def _served(request: Request) -> Served:
     return _of(request)
 
@@ -139,7 +138,8 @@ async def authorised(
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> None:
     token = _of(request).token
-    # Constant time: an answer's delay must not tell how much of a guess was right.
+    # The comparison takes constant time, so the response time does not reveal how much of a guess
+    # was right.
     if given is None or not compare_digest(given.credentials.encode(), token.encode()):
         raise _Unauthorised(
             "The bearer token is missing or wrong.",
@@ -150,7 +150,8 @@ async def authorised(
 async def _leader(request: Request) -> Manager:
     manager = _of(request).manager
     if not manager.is_leader.is_set():
-        # One that has just been started leads in a moment, and its first client is here already.
+        # A manager that has just started becomes the leader in a moment, and its first client may
+        # already wait.
         await set_within(manager.is_leader, LEADS_WITHIN_S)
     if not manager.is_leader.is_set():
         raise BackendError(
@@ -183,8 +184,9 @@ Timetable = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MOST)]
 Wait = Annotated[float, Query(ge=0, le=LONGEST_WAIT_S, description="Long poll, seconds")]
 
-# Named in one and referred to in the others: FastAPI makes a validator for every model of every
-# endpoint, and these alone were a tenth of a manager's start.
+# Only the first response defines the model, and the others refer to it. FastAPI makes a validator
+# for every model of every endpoint. The validators of these responses took 10% of a manager's
+# start-up time.
 _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
 for _code in (400, 401, 404, 409, 413, 503):
@@ -192,12 +194,13 @@ for _code in (400, 401, 404, 409, 413, 503):
 
 
 def guarded() -> APIRouter:
-    """A router whose endpoints ask for the token."""
+    """Return a router whose endpoints require the token."""
     return APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=_PROBLEMS)
 
 
 def of_our_version(doc: Any) -> Any:
-    """A job as it is posted; ValueError where another version of batchlab has written it."""
+    """Return a posted job without its format version. Raise ValueError if the version is not this
+    manager's."""
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != json_format.VERSION:
@@ -219,14 +222,14 @@ _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
 
 
 def answer(request: Request, error: Exception) -> JSONResponse:
-    """Every error as one status, one sentence and a remedy."""
+    """Return the answer to an error: a status, a sentence, and a remedy."""
     status, problem = problem_of(request, error)
     return JSONResponse(problem, status, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
 
 
 def problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
-    """The error's status, and what to say of it. A request's own text may be in that, so it is cut
-    to a length that a person reads, and a lone surrogate becomes a question mark."""
+    """Return the status and the description of an error. The description may contain text of the
+    request. It is cut to LONGEST_ERROR, and a lone surrogate becomes a question mark."""
     status, problem = _problem_of(request, error)
     problem["error"] = problem["error"].encode(errors="replace").decode()[:LONGEST_ERROR]
     return status, problem
@@ -256,7 +259,8 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
 
 
 def _told(error: BatchlabError) -> str:
-    """Of a job file's mistakes the first, and where the others are."""
+    """Return the error's text. For a job file, it contains the first mistake and the lines of the
+    others."""
     if not isinstance(error, JobFileError):
         return error.message
     first, *others = getattr(error, "errors", (error,))
@@ -275,13 +279,14 @@ def _invalid(error: RequestValidationError) -> str:
 READ_AT_ONCE = 16
 
 NOT_STORED = "(not stored until the long task that follows it in its worker has ended)\n"
-"""A bundle's log is stored when its run has ended, its first outcome while a long task runs."""
+"""Text for a log that is not stored yet. A bundle's log is stored after the bundle's last task.
+While a long task runs, the outcome of the tasks before it may already exist."""
 
 
 async def outcomes_of(
     manager: Manager, records: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """The outcomes of these, all of one job, in order, read some at a time."""
+    """Read the outcomes of these bundles of one job in order, READ_AT_ONCE at a time."""
     if not records:
         return
     objects, patience = manager.ports.objects, manager.ports.patience

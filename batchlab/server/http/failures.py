@@ -1,7 +1,7 @@
-"""Endpoints of failed tasks: page by page, and grouped by what they have in common.
+"""Endpoints of failed tasks: page by page, and grouped by cause.
 
-Invariant: read from the outcomes in the bucket, BUDGET of them in one request at the most. What is
-kept between requests is what they say of failures, and can be thrown away at any moment.
+Invariant: the endpoints read failures from the outcomes in the bucket, at most BUDGET outcomes in
+one request. The groups that they store between requests are a cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ router = guarded()
 
 BUDGET = 500
 KEPT = 8
-"""Jobs whose groups are kept."""
+"""Number of jobs whose groups are cached."""
 
 
 @router.get("/jobs/{job}/failures")
@@ -45,8 +45,9 @@ async def failures(
     after: Annotated[str | None, Query(description="`next` of the page before")] = None,
     fingerprint: str | None = None,
 ) -> api_types.FailuresView:
-    """Tasks that failed for good and stand so, in the order in which that was heard; with
-    `fingerprint` those of one cause. A page may hold fewer than `limit` and not be the last."""
+    """Return failed tasks, in the order in which the ledger folded their outcomes. Tasks that a
+    retry runs again are left out. `fingerprint` selects one cause. A page may contain fewer than
+    `limit` tasks and not be the last one."""
     begin = _cursor(after)
     record = await manager.ports.ledger.job(job)
     rows = await _rows(manager, job, begin[0] - 1)
@@ -77,7 +78,7 @@ def _cursor(after: str | None) -> tuple[int, int]:
 
 @router.get("/jobs/{job}/failures/groups")
 async def failure_groups(manager: Leader, served: Given, job: JobId) -> api_types.FailureGroupsView:
-    """The failed tasks by their stages and fingerprints."""
+    """Return the failed tasks, grouped by stage and fingerprint."""
     record = await manager.ports.ledger.job(job)
     known, is_whole = await _read_on(manager, served, record)
     live = manager.lives.get(job)
@@ -106,8 +107,8 @@ async def chosen_tasks(
     fingerprints: Collection[str],
     tasks: TaskSelection,
 ) -> TaskSelection:
-    """The failed tasks with these fingerprints, and `tasks`; Refused for a fingerprint that no
-    failure has."""
+    """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown
+    fingerprint."""
     chosen: dict[StageName, list[TaskSet]] = {name: [some] for name, some in tasks.items()}
     record = await manager.ports.ledger.job(job)
     is_whole = not fingerprints
@@ -127,12 +128,13 @@ async def chosen_tasks(
 
 
 async def _read_on(manager: Manager, served: Served, record: JobRecord) -> tuple[Groups, bool]:
-    """The groups with the next outcomes, and whether that was all there are."""
+    """Add the next outcomes to the groups. Return the groups, and whether all outcomes were
+    read."""
     kept = served.groups
     known = kept.pop(record.job.id, None)
     if known is None or known.round != record.round:
         known = Groups(record.round)
-    kept[record.job.id] = known  # the last used comes last
+    kept[record.job.id] = known  # the most recently used job is the last one
     while len(kept) > KEPT:
         del kept[next(iter(kept))]
     rows = await _rows(manager, record.job.id, known.seq)
@@ -152,8 +154,8 @@ async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[Bundle
 async def _standing(
     manager: Manager, record: JobRecord, rows: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
-    """The failures in these that no retry has taken back, each with its place: the seq of its
-    outcome, and which of that."""
+    """Return the failures in these rows that no retry runs again. The place of each is the seq of
+    its outcome and its position in the outcome."""
     taken = await RetriedTasks.of(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()

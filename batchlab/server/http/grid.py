@@ -1,8 +1,7 @@
-"""Endpoints of the grid itself: its pools and queues, its capacity, its ledger, its end.
+"""Endpoints of the grid: its pools, queues, capacity, ledger, shutdown, and notifications.
 
-Endpoints of notifications: whom the grid tells, a test of that, and what came of it.
-
-Invariant: nothing here changes whom is told; that stands in the grid's own files and in jobs.
+Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs
+define them.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ router = guarded()
 
 @public.get("/health")
 async def health(served: Given) -> api_types.HealthView:
-    """Whether the manager answers, and leads."""
+    """Return whether the manager responds, and whether it is the leader."""
     leads = served.manager.is_leader.is_set()
     return {"status": "ok", "version": __version__, "leader": leads}
 
 
 @router.post("/shutdown", status_code=202)
 async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthView:
-    """End the manager, and with it what it started."""
+    """End the manager and the processes that it started."""
 
-    async def end() -> None:  # asynchronous: a plain function would be called in another thread
+    async def end() -> None:  # a coroutine, because a plain function would run on another thread
         served.on_shutdown()
 
     after.add_task(end)
@@ -52,10 +51,11 @@ async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthVie
 
 @router.post("/sessions", status_code=201)
 async def open_session(served: Given) -> api_types.SessionView:
-    """A code that opens the web page once; the token itself has no place in an address."""
+    """Return a code that opens the web page once. The token itself must not be a part of an
+    address."""
     if module := optional_dependencies.missing("web"):
         said = optional_dependencies.sentence("web", "The grid's page", module)
-        # A path of this process is of use only to a client on the same machine.
+        # A path of this process helps only a client on the same machine.
         is_here = served.capabilities.local_manager
         raise Refused(
             said,
@@ -70,13 +70,14 @@ async def open_session(served: Given) -> api_types.SessionView:
 
 @router.get("/sessions/{name}")
 async def session_code(served: Given, name: str) -> api_types.CodeView:
-    """Whether a code, by its name, may still be used: not once it was, nor after its time."""
+    """Return whether the code with this name is still valid. A code becomes invalid after its use
+    or at its expiry."""
     return {"name": name, "waits": served.sessions.waits(name)}
 
 
 @router.post("/ledger/rebuild")
 async def rebuild(manager: Leader) -> api_types.RebuiltView:
-    """Make the ledger anew from the bucket alone; go on past objects that cannot be read."""
+    """Rebuild the ledger from the bucket. Objects that cannot be read are skipped and listed."""
     rebuilt = await manager.rebuild_ledger()
     told = rebuilt.unreadable.items()
     return {
@@ -89,7 +90,8 @@ async def rebuild(manager: Leader) -> api_types.RebuiltView:
 
 
 class Scaling(BaseModel):
-    """What is left out stays as it is. `auto` true hands the pool back to the policy."""
+    """Limits and desired capacity of a pool. Omitted values do not change. `auto` true returns the
+    pool to the autoscaler."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -100,7 +102,7 @@ class Scaling(BaseModel):
 
 
 class Draining(BaseModel):
-    """Without a pool it is all of them."""
+    """The pool to drain. Without a pool, all pools are drained."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -109,7 +111,7 @@ class Draining(BaseModel):
 
 @router.get("/grid")
 async def grid(manager: Leader, served: Given) -> api_types.GridView:
-    """Pools with their instances, and queues with their depths."""
+    """Return the pools with their instances, and the queues with their depths."""
     return await _grid(manager, served.backend_name)
 
 
@@ -117,20 +119,21 @@ async def grid(manager: Leader, served: Given) -> api_types.GridView:
 async def activities(
     manager: Leader, pool: str | None = None, limit: Limit = 50
 ) -> api_types.ActivitiesView:
-    """Scaling activities with their causes, newest first."""
+    """Return scaling activities with their causes, newest first."""
     found = await manager.ports.fleet.activities(pool, limit=limit)
     return {"activities": [jobs.activity_view(activity) for activity in found]}
 
 
 @router.get("/grid/history")
-async def history(manager: Leader, served: Given) -> api_types.HistoryView:  # noqa: ARG001 - who leads
-    """Instances, running bundles and what waits, pool by pool, over the last half hour."""
+async def history(manager: Leader, served: Given) -> api_types.HistoryView:  # noqa: ARG001 - requires the leader
+    """Return the instances, running bundles, and waiting work of each pool during the last half
+    hour."""
     return served.history.view()
 
 
 @router.post("/grid/pools/{pool}")
 async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
-    """Change a pool's limits, set its capacity by hand, or hand it back to the policy."""
+    """Change a pool's limits, set its desired capacity manually, or return it to the autoscaler."""
     view = await fleet_commands.scale(
         manager,
         pool,
@@ -144,7 +147,7 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
 
 @router.post("/grid/drain")
 async def drain(manager: Leader, draining: Draining, served: Given) -> api_types.GridView:
-    """Take one pool, or all, to no instances, and hold it there."""
+    """Scale one pool or all pools to zero instances, and keep them there."""
     await fleet_commands.drain(manager, draining.pool)
     return await _grid(manager, served.backend_name)
 
@@ -192,13 +195,13 @@ Telling = Annotated[Notifier, Depends(_notifying)]
 
 @router.get("/notifications")
 async def log(telling: Telling, limit: Limit = 100) -> api_types.NotificationsView:
-    """What is on its way, and what came of what was."""
+    """Return pending notifications, and the results of recent ones."""
     return api_types.log_view(telling, limit)
 
 
 @router.get("/notifications/targets")
 async def targets(telling: Telling, manager: Leader) -> api_types.TargetsView:
-    """Whom the grid tells, and whom the jobs name that have not ended."""
+    """Return the grid's notification targets, and those of jobs that have not ended."""
     return {"targets": [api_types.target_view(one) for one in _all(telling, manager)]}
 
 
@@ -214,5 +217,5 @@ def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
 
 @router.post("/notifications/targets/{target}/test")
 async def test(telling: Telling, target: str) -> api_types.TestedView:
-    """Tell one of the grid's own targets that this is a test, once."""
+    """Send one test notification to one of the grid's own targets."""
     return {"target": target, "error": await telling.test(target)}

@@ -1,10 +1,7 @@
-"""The fleet and its queues over the last while, for curves.
+"""Recent history of the fleet and its queues, and the estimate of a job's remaining time.
 
-Invariant: bounded, and a look costs nothing: every value is what the manager's last tick has seen.
-What a manager before this one has seen is taken from the recorder, which keeps its own for reports,
-and only of the time while there were jobs.
-
-How long a job still takes, from what its manager has in memory.
+Invariant: the history has a limited size, and all values come from the memory of the manager. The
+history of an earlier manager comes from the recorder, which records only while jobs run.
 """
 
 from __future__ import annotations
@@ -25,9 +22,10 @@ from batchlab.server.views.jobs import running_tasks
 
 EVERY_S = 2.0
 KEPT = 900
-"""Moments; half an hour of them."""
+"""Number of stored moments, which cover half an hour."""
 SHOWN = 300
-"""Moments in one answer; of more every second one, or third, is left out."""
+"""Maximum number of moments in one answer. If there are more, only every second or third one is
+included."""
 
 _NONE = (0, 0, 0, 0, 0, 0)
 _NAMES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
@@ -35,14 +33,14 @@ _NAMES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
 
 @dataclass(slots=True)
 class History:
-    """Moments in order: when, and by pool what PoolCurve names."""
+    """Moments in order: the time, and for each pool the values of PoolCurve."""
 
     moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(
         default_factory=lambda: deque(maxlen=KEPT)
     )
 
     def look(self, manager: Manager) -> None:
-        """Note what the manager knows now."""
+        """Record the current values of the manager."""
         now_s = manager.ports.clock.now_s()
         if not self.moments and manager.recorder:
             self._recall(manager.recorder.samples(now_s - KEPT * EVERY_S))
@@ -66,7 +64,7 @@ class History:
         self.moments.append((now_s, seen_now))
 
     def _recall(self, samples: Mapping[str, Sequence[Point]]) -> None:
-        """Begin with what was recorded before."""
+        """Start with the values of the recorder."""
         earlier: dict[float, dict[str, tuple[int, ...]]] = {}
         for name, points in samples.items():
             for point in points:
@@ -74,7 +72,7 @@ class History:
         self.moments.extend(sorted(earlier.items()))
 
     def view(self) -> HistoryView:
-        """Curves, thinned to SHOWN moments, the newest one among them."""
+        """Return the curves with at most SHOWN moments. The newest moment is always included."""
         step = -(-len(self.moments) // SHOWN) or 1
         kept = list(self.moments)[::-1][::step][::-1]
         names = sorted({name for _, pools in kept for name in pools})
@@ -87,7 +85,7 @@ class History:
 
 
 def _recorded(point: Point) -> tuple[int, ...]:
-    """What the recorder noted, as PoolCurve names it."""
+    """Convert a point of the recorder into the values of PoolCurve."""
     _, _, visible, in_flight, delayed, _, desired, booting, in_service, *_, busy_slots = point
     return desired, in_service, booting, round(busy_slots), visible + delayed, in_flight
 
@@ -108,7 +106,7 @@ def _curve(name: str, rows: list[tuple[int, ...]]) -> PoolCurve:
 
 
 async def keep_looking(history: History, manager: Callable[[], Manager]) -> None:
-    """Note a moment every EVERY_S for ever, of the manager that there is at that time."""
+    """Record a moment of the current manager every EVERY_S seconds. Never return."""
     while True:
         if (now := manager()).is_leader.is_set():
             history.look(now)
@@ -116,7 +114,7 @@ async def keep_looking(history: History, manager: Callable[[], Manager]) -> None
 
 
 def eta_of(manager: Manager, job: JobId) -> EtaView:
-    """The band of a job that has not ended, or why there is none."""
+    """Return the band of the remaining time of a job, or the reason why it is unknown."""
     live = manager.lives.get(job)
     if live is None or live.record.state.ended:
         return _none("it has ended" if live is None or live.ended.is_set() else "it is ending")
@@ -154,7 +152,7 @@ def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
         counts = live.stages[stage.name].counts
         pace = live.measured.get(stage.name, Pace())
         if pace.bundles < eta.FEW and pace.tasks < counts.succeeded:
-            # By a manager before us, which has told the ledger their sum.
+            # An earlier manager measured these tasks, and the ledger has only their sum.
             pace = Pace().with_bundle(counts.succeeded, counts.run_s)
         found.append(
             StageWork(

@@ -1,7 +1,7 @@
-"""The endpoint of files: a job sent with all that it is made of.
+"""Endpoint that accepts a job file together with its code and data.
 
-Invariant: nothing is read or written outside of a folder of the request's own, whatever the files
-are called and whatever the job file says; and that folder is gone afterwards.
+Invariant: the endpoint reads and writes only inside a temporary folder of the request, whatever the
+names of the files and the contents of the job file are. It removes the folder afterwards.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 router = guarded()
 
 MOST_BYTES = 1024**3
-"""Of one upload; whoever has more gives it to the bucket directly, by `batchlab job submit`."""
+"""Limit of one upload. `batchlab job submit` stores more data in the bucket directly."""
 MOST_CODE_BYTES = 64 * 1024**2
-"""Of the code among it, which is packed in memory."""
+"""Limit of the code in an upload, because it is packed in memory."""
 MOST_FILES = 5000
 MOST_FIELDS = 200
 
@@ -76,7 +76,7 @@ _UPLOAD: dict[str, Any] = {
 }
 
 
-# --- A job with its files -------------------------------------------------------------------------
+# --- Submission with files ------------------------------------------------------------------------
 
 
 @router.post("/jobs/files", status_code=201, openapi_extra=_UPLOAD)
@@ -97,14 +97,14 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
 
 
 async def read(request: Request, size_bytes: int) -> FormData:
-    """The form with a job's files, to be closed."""
+    """Return the form with a job's files. The caller closes it."""
     return await form_with_files(
         request, size_bytes, max_files=MOST_FILES, max_fields=MOST_FIELDS, remedy=_BY_HAND
     )
 
 
 def check_length(text: str | None, most: int = MOST_BYTES) -> int:
-    """How long a body is; UsageError where that is longer than what is taken, or is not said."""
+    """Return the length of a body. Raise UsageError if it is missing or above the limit."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError(
             "The request does not say how long its body is.", remedy="Send a Content-Length."
@@ -118,7 +118,7 @@ def check_length(text: str | None, most: int = MOST_BYTES) -> int:
 
 
 async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
-    """The job that the form's files make, accepted. Its code is not run here."""
+    """Submit the job that the files of the form define. The manager does not run the job's code."""
     from batchlab.jobs import submission
 
     files, data = _sent(form, "files"), _sent(form, "data")
@@ -148,7 +148,8 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
 
 
 def _sent(form: FormData, name: str) -> list[UploadFile]:
-    """The files of one field. A browser sends one without a name where none was chosen."""
+    """Return the files of one field. If the user chose no file, a browser sends one without a
+    name."""
     return [
         one
         for one in form.getlist(name)
@@ -179,12 +180,12 @@ def _own_folder() -> Iterator[Path]:
 
 
 def _placed(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
-    """Where each goes, as a path within the job's folder; UsageError where one would leave it, or
-    two are the same."""
+    """Return the path of each file in the job's folder. Raise UsageError if a path would leave the
+    folder, or if two paths are equal."""
     paths = [PurePosixPath(_safe(one.filename or "")) for one in files]
     tops = {path.parts[0] for path in paths}
     if len(tops) == 1 and all(len(path.parts) > 1 for path in paths):
-        # A browser names a folder's files with the folder.
+        # If a user chooses a folder, the browser prefixes each name with the folder's name.
         paths = [PurePosixPath(*path.parts[1:]) for path in paths]
     folder = PurePosixPath(_safe(data_folder))
     paths += [folder / _safe((one.filename or "").rpartition("/")[2]) for one in data]
@@ -276,8 +277,8 @@ def _loaded(
 
 
 def _stay_inside(path: Path) -> None:
-    """UsageError where the job file names a local path that is not below it: looked at before
-    anything is looked for, since a pattern may be of a whole disk."""
+    """Raise UsageError if the job file names a local path that is not below its folder. This check
+    comes before any search for files, because a pattern may match a whole disk."""
     from batchlab.jobs import yaml_source
     from batchlab.jobs.schema import SHAPE
 
@@ -293,7 +294,7 @@ def _stay_inside(path: Path) -> None:
 
 
 def _retold(error: JobFileError, folder: Path) -> JobFileError:
-    """The same, told to somebody who has never heard of the request's own folder."""
+    """Return the error without the temporary folder's path, which the user does not know."""
     from batchlab.jobs.api import JobFileErrors
 
     return JobFileErrors(

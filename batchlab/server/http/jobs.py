@@ -1,10 +1,7 @@
-"""Endpoints of jobs: submit them, watch them, steer them.
+"""Endpoints of jobs: submission, state, control, and outcomes.
 
-Invariant: an answer shows the job as it is once the request has taken effect.
-
-Endpoints of what came of a job's tasks: their outcomes.
-
-Invariant: read from the outcomes in the bucket; the ledger only says which there are.
+Invariant: the answer to a request shows the job after the request has taken effect. The endpoints
+read outcomes from the bucket, and the ledger lists them.
 """
 
 from __future__ import annotations
@@ -35,7 +32,8 @@ from batchlab.server.views import jobs as viewing
 from batchlab.server.views.wait_reasons import why
 
 entrance = guarded()
-"""Where jobs come in; looked at before all the others, since short calls wait for it."""
+"""Router of the submission. It is matched before all others, because it determines the latency of
+short calls."""
 router = guarded()
 
 NDJSON = "application/x-ndjson"
@@ -61,13 +59,15 @@ async def submit(
     wait_s: Wait = 0.0,
     traceparent: Annotated[str, Header(max_length=200)] = "",
 ) -> Any:
-    """Accept a job: 201 where it is new, 200 where the id or client token is known already.
+    """Accept a job. The status is 201 for a new job, and 200 if the id or the client token is
+    known.
 
-    A job without an input brings its items: a few here, encoded as in a plan; more in the bucket.
-    With `wait_s` the answer has two lines of JSON: the job at once, and its first outcomes, as
-    from /outcomes, as soon as there are some; their seq is 0 where they are committed and not yet
-    counted, and /outcomes lists them again. W3C's header `traceparent` says of which trace the
-    job's is a part, where the grid is traced.
+    A job without an input brings its items: a few in the request, encoded as in a plan, or more in
+    the bucket. With `wait_s`, the answer has two lines of JSON. The first line is the job, and it
+    is sent at once. The second line has the first outcomes, as /outcomes returns them. The manager
+    sends it as soon as there are outcomes. Their seq is 0 if they are committed but not counted
+    yet, and then /outcomes lists them again. If the grid records traces, the W3C header
+    `traceparent` names the parent of the job's trace.
     """
     written = await accept(manager, replace(job, trace=traceparent), items)
     status = 201 if written.is_new else 200
@@ -83,7 +83,7 @@ async def submit(
 
 
 def _refuse_capitals(job: JobDef) -> None:
-    # On a disk that ignores case, the objects of two jobs would be the same files.
+    # On a file system that ignores case, the objects of two jobs would be the same files.
     if job.id != job.id.lower():
         raise UsageError(
             f"{job.id!r} cannot be the id of a new job: it has capital letters.",
@@ -92,15 +92,15 @@ def _refuse_capitals(job: JobDef) -> None:
 
 
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Written:
-    """Submit the job where this grid could run it; UsageError where not."""
+    """Submit the job. Raise UsageError if this grid could not run it."""
     try:
         _refuse_capitals(job)
         manager.admit(job)
     except UsageError as error:
-        # A job that is known stays accepted, though this grid would not accept it today.
+        # A job that was accepted before stays accepted, even if this grid would refuse it today.
         try:
             await manager.ports.ledger.job(job.id)
-        except (NotFound, UnicodeEncodeError):  # or an id that no job can have
+        except (NotFound, UnicodeEncodeError):  # the latter for an id that no job can have
             raise error from None
     try:
         shallow([*(items or ()), *(value for _, value in job.params)])
@@ -118,9 +118,9 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Writ
 
 
 class _Lines(Response):
-    """The job, and its first outcomes when there are some. Not a StreamingResponse, whose task that
-    looks whether somebody still listens takes a tenth of what a short call does; who does not
-    listen any more is waited for as long as who does."""
+    """Response with the job, and then its first outcomes. A StreamingResponse would start a task
+    that detects a disconnected client, and this task takes 10% of the time of a short call. This
+    class waits for the outcomes even if the client has disconnected."""
 
     media_type = NDJSON
 
@@ -149,7 +149,7 @@ def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
 async def jobs(
     manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
 ) -> api_types.JobsView:
-    """Jobs, newest first; `before` is the id of the last one of the previous page."""
+    """Return jobs, newest first. `before` is the id of the last job of the previous page."""
     records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
     return {"jobs": [await shown(manager, record) for record in records]}
 
@@ -158,7 +158,7 @@ async def jobs(
 async def job(
     manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0
 ) -> api_types.JobView:
-    """One job; with `version` the answer waits until the job's version is another."""
+    """Return one job. With `version`, the answer waits until the version of the job differs."""
     live = manager.lives.get(job)
     if live and version is not None:
         await news(live, version, wait_s)
@@ -167,7 +167,7 @@ async def job(
 
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
-    """Answers once no task of the job can start any more."""
+    """Cancel a job. The answer arrives when no further task of the job can start."""
     record = await manager.known(job)
     await manager.requests.cancel(job)
     return await shown(manager, record)
@@ -175,7 +175,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
-    """Running tasks end, no further one starts."""
+    """Pause a job. Running tasks continue, and no further task starts."""
     record = await manager.ports.ledger.job(job)
     await manager.requests.pause(job)
     return await shown(manager, record)
@@ -183,15 +183,15 @@ async def pause(manager: Leader, job: JobId) -> api_types.JobView:
 
 @router.post("/jobs/{job}/resume")
 async def resume(manager: Leader, job: JobId) -> api_types.JobView:
-    """Go on with a paused job."""
+    """Resume a paused job."""
     record = await manager.ports.ledger.job(job)
     await manager.requests.resume(job)
     return await shown(manager, record)
 
 
 class Choice(BaseModel):
-    """Of the tasks that failed, those to run again: by fingerprint, and by stage as ranges
-    [first, beyond the last)."""
+    """The failed tasks to run again: by fingerprint, and by stage as ranges. A range includes its
+    first task and excludes its end."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -203,8 +203,8 @@ class Choice(BaseModel):
 async def retry(
     manager: Leader, served: Given, job: JobId, choice: Choice | None = None
 ) -> api_types.JobView:
-    """Run again what did not succeed; with a choice only those of the tasks that failed, and what
-    was cancelled."""
+    """Run again all tasks that did not succeed. With a choice, run only the chosen failed tasks and
+    the canceled tasks."""
     chosen = None
     if choice is not None:
         sets = {
@@ -217,19 +217,19 @@ async def retry(
 
 @router.get("/jobs/{job}/eta")
 async def eta(manager: Leader, job: JobId) -> api_types.EtaView:
-    """How long the job still takes."""
+    """Return the remaining time of the job."""
     await manager.ports.ledger.job(job)
     return eta_of(manager, job)
 
 
 @router.get("/jobs/{job}/why")
 async def explain(manager: Leader, job: JobId) -> api_types.WhyView:
-    """Why the job is not further than it is, in one line."""
+    """Explain in one line why the job has not progressed further."""
     return {"why": why(await job_facts.gather(manager, job))}
 
 
 async def shown(manager: Manager, record: JobRecord) -> api_types.JobView:
-    """The job as it is now; `record` may be older."""
+    """Return the job in its current state. `record` may be older."""
     job = record.job.id
     live = manager.lives.get(job)
     if live:
@@ -249,6 +249,6 @@ async def outcomes(
     limit: Limit = MOST,
     wait_s: Wait = 0.0,
 ) -> api_types.OutcomesView:
-    """Outcomes in the order in which they were folded, those after seq `after`; with `wait_s` the
+    """Return outcomes with a seq above `after`, in the order of their seq. With `wait_s`, the
     answer waits for the first one."""
     return await page(manager, job, stage, after, limit, wait_s)

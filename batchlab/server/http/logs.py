@@ -1,7 +1,7 @@
-"""Endpoints of what a job's tasks print: all of it once they have ended, its end while they run.
+"""Endpoints of task logs: complete logs of ended tasks, and live logs of running tasks.
 
-Invariant: read from the bucket; the ledger only says which outcomes there are. No answer holds more
-than MOST_BYTES of what tasks have printed, and who asked hears of what is left out.
+Invariant: the endpoints read logs from the bucket, and the ledger lists the outcomes. An answer
+contains at most MOST_BYTES of logs, and it marks the logs that are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from batchlab.server.views import jobs
 MOST_BYTES = 32 * 1024**2
 LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
 PAGE_BUNDLES = 50
-"""Outcomes whose logs make one answer to somebody who follows a job."""
+"""Number of outcomes whose logs form one answer to a client that follows a job."""
 
 router = guarded()
 
 
 @dataclass(slots=True)
 class _Room:
-    """What an answer may still hold."""
+    """Remaining size of an answer."""
 
     left_bytes: int = field(default_factory=lambda: MOST_BYTES)
     is_over: bool = False
-    """Something has been left out, so nothing comes after it, or that would look as if it came
-    next."""
+    """A log was left out. No further log is added, because it would seem to follow directly."""
 
     def takes(self, outcome: Outcome, attempt: Attempt) -> bool:
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
@@ -56,20 +55,21 @@ async def logs(
     failed: bool = False,
     since_s: float | None = None,
 ) -> api_types.LogsView:
-    """What tasks printed, each attempt of its own, also those that were tried again; with `failed`
-    of tasks that failed for good, with `since_s` of attempts that ended within so many seconds."""
+    """Return the logs of tasks, one for each attempt, including retried attempts. `failed` selects
+    tasks that failed permanently. `since_s` selects attempts that ended within this number of
+    seconds."""
     record = await manager.ports.ledger.job(job)
     records = await manager.ports.ledger.bundles(job, stage=stage, done=True, failed=failed)
     if task is not None:
         records = [r for r in records if task in r.bundle.tasks]
     if failed:
-        # What failed in an earlier round has been taken back by the retry.
+        # Failures of earlier rounds are outdated, because the retry ran their tasks again.
         records = [r for r in records if r.bundle.round == record.round]
     found: list[api_types.LogView] = []
     room = _Room()
     async for _, outcome in outcomes_of(manager, _recent(manager, records, since_s)):
         async for log in _of(manager, outcome, task, limit - len(found), room, failed=failed):
-            found.append(log)  # noqa: PERF401 - its length bounds what is read
+            found.append(log)  # noqa: PERF401 - its length limits the reads
         if len(found) >= limit or room.is_over:
             break
     return {"logs": sorted(found, key=lambda log: (log["stage"], log["task"], log["attempt"]))}
@@ -86,7 +86,8 @@ async def logs_after(
     since_s: float | None = None,
     wait_s: Wait = 0.0,
 ) -> api_types.NewLogsView:
-    """What was printed in outcomes folded after seq `seq`, in that order; waits for the first."""
+    """Return the logs of outcomes with a seq above `seq`, in the order of their seq. The answer
+    waits for the first outcome."""
     live = manager.lives.get(job)
     round_ = live.round if live else (await manager.ports.ledger.job(job)).round
     waited = await page(manager, job, stage, seq, 1, wait_s)
@@ -108,7 +109,7 @@ async def logs_after(
         if outcome.bundle.id in kept and (current or not failed):
             found += [log async for log in _of(manager, outcome, task, MOST, room, failed=failed)]
         if room.is_over or room.left_bytes < MOST_BYTES / 2:
-            last = record.seq  # the others in the next answer
+            last = record.seq  # the next answer contains the other logs
             break
     ended = waited["ended"] and not records
     return {"logs": found, "seq": last, "ended": ended or over}
@@ -116,8 +117,9 @@ async def logs_after(
 
 @router.post("/jobs/{job}/tails")
 async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
-    """The end of what running tasks have printed. Workers store that while it is asked for: the
-    first answers may be empty, and who wants more asks again every `every_s`."""
+    """Return the end of the logs of running tasks. Workers store live logs only while a client
+    requests them, so the first answers may be empty. A client repeats the request every `every_s`
+    seconds."""
     live = manager.lives.get(job)
     if live is None:
         await manager.ports.ledger.job(job)
@@ -142,7 +144,8 @@ def _recent(
 async def _of(
     manager: Manager, outcome: Outcome, task: int | None, limit: int, room: _Room, *, failed: bool
 ) -> AsyncIterator[api_types.LogView]:
-    """The logs of an outcome's tasks, of one of them, or of those that failed for good."""
+    """Return the logs of an outcome: of all tasks, of one task, or of the tasks that failed
+    permanently."""
     wanted = [
         attempt
         for number in dict.fromkeys(span[0] for span in outcome.log_spans)

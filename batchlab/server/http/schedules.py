@@ -1,6 +1,6 @@
-"""Endpoints of schedules: keep them, look at them, steer them.
+"""Endpoints of schedules: add, list, pause, resume, run, and remove them.
 
-Invariant: an answer shows the schedule as it is once the request has taken effect.
+Invariant: the answer to a request shows the schedule after the request has taken effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batchlab.server.http.common import Leader, Timetable, guarded, of_our_versi
 router = guarded()
 
 LAST_S = 253_000_000_000
-"""In the year 9987; later ones no calendar holds."""
+"""Latest allowed time, in the year 9987. Calendars cannot represent much later times."""
 LONGEST_S = 10 * 366 * 86_400.0
 LONGEST_WARM_S = 86_400.0
 COMING = 1000
@@ -29,8 +29,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 
 
 class Timed(BaseModel):
-    """When the job runs, and what becomes of due times that cannot be kept. Spans are seconds,
-    `at_s` is an epoch second; either that or `cron` is set."""
+    """Due times of a schedule, and the handling of missed and overlapping runs. Durations are in
+    seconds, and `at_s` is in epoch seconds. Either `at_s` or `cron` is set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +49,7 @@ class Timed(BaseModel):
 
 
 class Adding(BaseModel):
-    """`replace` lets it take the place of the one of that name."""
+    """A schedule and its job. With `replace`, it replaces the schedule with the same name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +59,7 @@ class Adding(BaseModel):
 
 
 class Asking(BaseModel):
-    """`token` names the request: the same again is the same run."""
+    """Request of a run. A repetition with the same `token` returns the same run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,7 +70,8 @@ class Asking(BaseModel):
 async def add_schedule(
     schedules: Timetable, adding: Adding, response: Response
 ) -> api_usage_types.ScheduleView:
-    """Keep a schedule: 201 where it is new or another one now, 200 where it is just so already."""
+    """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same
+    schedule exists."""
     schedule, is_new = await schedules.add(
         _definition(adding.schedule, adding.job), adding.job, replacing=adding.replace
     )
@@ -80,14 +81,14 @@ async def add_schedule(
 
 @router.get("/schedules")
 async def list_schedules(schedules: Timetable) -> api_usage_types.SchedulesView:
-    """All schedules by name, each with its last run."""
+    """Return all schedules by name, each with its last run."""
     views = [api_usage_types.schedule_view(one, runs=1) for one in await schedules.all()]
     return {"schedules": views, "notes": schedules.notes}
 
 
 @router.get("/schedules/{name}")
 async def schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
-    """One schedule with its runs."""
+    """Return one schedule with its runs."""
     return await _view(schedules, await schedules.one(name))
 
 
@@ -98,32 +99,32 @@ async def coming(
     name: str,
     count: Annotated[int, Query(ge=1, le=COMING)] = 10,
 ) -> api_usage_types.ComingView:
-    """When it is due next."""
+    """Return the next due times of a schedule."""
     found = await schedules.one(name)
     return {"times": api_usage_types.coming(found, manager.ports.clock.now_s(), count)}
 
 
 @router.post("/schedules/{name}/pause")
 async def pause_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
-    """Start nothing until it is resumed; what falls due meanwhile is not run."""
+    """Pause a schedule. Due times during the pause start no runs."""
     return await _view(schedules, await schedules.pause(name))
 
 
 @router.post("/schedules/{name}/resume")
 async def resume_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
-    """Go on with what falls due from now on."""
+    """Resume a schedule. It runs at its next due time."""
     return await _view(schedules, await schedules.resume(name))
 
 
 @router.post("/schedules/{name}/remove")
 async def remove_schedule(schedules: Timetable, name: str) -> api_usage_types.ScheduleView:
-    """Forget it; a job of it that runs is finished."""
+    """Remove a schedule. A running job of the schedule continues."""
     return await _view(schedules, await schedules.remove(name))
 
 
 @router.post("/schedules/{name}/run")
 async def run_schedule(schedules: Timetable, name: str, asking: Asking) -> api_usage_types.RunView:
-    """Run it now, beside its due times."""
+    """Run the job of a schedule now, in addition to its due times."""
     return api_usage_types.run_view(*await schedules.run_now(name, asking.token))
 
 

@@ -1,11 +1,11 @@
-"""Who has opened the web page: one-time codes, and sessions in a signed cookie.
+"""Sign-in to the web page: one-time codes, and sessions in a signed cookie.
 
 Invariant: the grid's token is in no cookie and no address. A session needs its cookie and its
 place, which is a part of the page's addresses. A browser sends a cookie to every port of a host,
 but only below the cookie's path, and a program on another port does not know that path. A code
-opens the page once and for CODE_S. A session ends at its time, when it is closed, and when the
-grid's token becomes another. What is closed stays closed: it is kept beside what all sessions are
-signed by, so that whoever has lost the one has lost the other.
+opens the page once, within CODE_S. A session ends when it expires, when it is closed, and when the
+grid's token changes. Closed sessions are stored in the same file as the seed of the signing key. If
+the file is lost, the sessions end too, so a closed session never becomes valid again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 CODE_S = 60.0
 SESSION_S = 12 * 3600.0
 PLACE_CHARS = 32
-"""Of a session's place, in hexadecimal digits."""
+"""Length of a session's place in hexadecimal digits."""
 MOST_CODES = 100
 MOST_CLOSED = 1000
-"""Beyond so many all sessions end, and none need be remembered."""
+"""Limit of stored closed sessions. Above it, all sessions end, and none needs to be stored."""
 
 
 class Store(Protocol):
-    """Where it is kept; BackendError where that fails."""
+    """Storage of the sessions. Its methods raise BackendError if they fail."""
 
     def load(self) -> bytes | None: ...
 
@@ -42,25 +42,25 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One login, until `until_s` (seconds of the epoch)."""
+    """One sign-in. It is valid until `until_s`, in epoch seconds."""
 
     name: str
     until_s: int
 
 
 class Sessions:
-    """All of one manager. With `kept` they survive its restart."""
+    """All sessions of one manager. With `kept`, they survive its restart."""
 
     def __init__(self, token: str, clock: Clock, kept: Store | None = None) -> None:
         self._clock = clock
         self._token = token
         self._kept = kept
         self._codes: dict[str, float] = {}
-        """When each is over, monotonic seconds."""
+        """Expiry of each code in monotonic seconds."""
         self._seed = ""
-        """With the token it makes the key that signs. No secret by itself."""
+        """The key that signs is derived from it and from the token. It is not secret by itself."""
         self._closed: dict[str, int] = {}
-        """Sessions that were closed before their time, and when that would have been."""
+        """Sessions that were closed before their expiry, and their expiry."""
         self._load()
 
     def _load(self) -> None:
@@ -76,7 +76,7 @@ class Sessions:
             self._seed, self._closed = seed, closed
 
     def _begin_anew(self) -> None:
-        """End all sessions there are."""
+        """End all sessions."""
         self._seed, self._closed = secrets.token_hex(16), {}
         self._save()
 
@@ -89,16 +89,16 @@ class Sessions:
             log.warning("who has logged out of the web page is known until a restart: %s", error)
 
     def place(self, session: Session) -> str:
-        """Return the part of the page's addresses that only this session's browser knows."""
+        """Return the part of the page's addresses that only the browser of this session knows."""
         return self._sign("place", session)[:PLACE_CHARS]
 
     def cookie(self, place: str) -> str:
-        """Return the name of the cookie of the session at that place."""
+        """Return the name of the cookie of the session with this place."""
         own = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
         return f"batchlab-{own.hex()[:12]}"
 
     def code(self) -> str:
-        """A code that opens a session once."""
+        """Return a new code that opens one session."""
         now_s = self._clock.monotonic_s()
         self._codes = {code: over_s for code, over_s in self._codes.items() if over_s > now_s}
         while len(self._codes) >= MOST_CODES:
@@ -108,26 +108,27 @@ class Sessions:
         return code
 
     def waits(self, name: str) -> bool:
-        """Whether the code of that name may still be used."""
+        """Return whether the code with this name is still valid."""
         now_s = self._clock.monotonic_s()
         return any(name_of(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
     def opens(self, word: str) -> bool:
-        """Whether the word is the token, or a code that was not used yet."""
+        """Return whether the word is the token or a valid code. A code becomes invalid with this
+        call."""
         if _is(word, self._token):
             return True
         known = next((code for code in self._codes if _is(word, code)), None)
         return known is not None and self._codes.pop(known) > self._clock.monotonic_s()
 
     def begin(self) -> tuple[Session, str]:
-        """A new session, and its cookie's value."""
+        """Start a session. Return it and the value of its cookie."""
         until_s = int(self._clock.now_s() + SESSION_S)
         session = Session(secrets.token_urlsafe(12), until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
     def of(self, cookie: str, place: str) -> Session | None:
-        """The session that a cookie's value stands for, None where it is not ours, is over, or has
-        another place."""
+        """Return the session of a cookie's value. Return None if the cookie is not signed by this
+        manager, has expired, or has another place."""
         until, _, rest = cookie.partition(".")
         name, _, mark = rest.rpartition(".")
         if not (until.isascii() and until.isdigit() and len(until) < 15 and name):
@@ -138,7 +139,7 @@ class Sessions:
         return session if is_ours and not is_over else None
 
     def close(self, session: Session) -> None:
-        """End it before its time."""
+        """End a session before its expiry."""
         now_s = self._clock.now_s()
         self._closed = {name: end_s for name, end_s in self._closed.items() if end_s > now_s}
         self._closed[session.name] = session.until_s
@@ -148,11 +149,12 @@ class Sessions:
             self._save()
 
     def form_token(self, session: Session) -> str:
-        """What every form of the session carries, so that no other site can send one."""
+        """Return the token that every form of the session contains, so that no other site can send
+        a form."""
         return self._sign("form", session)
 
     def has_sent(self, session: Session, given: str) -> bool:
-        """Whether a form of this session has it."""
+        """Return whether `given` is the form token of this session."""
         return _is(given, self.form_token(session))
 
     def _sign(self, purpose: str, session: Session) -> str:
@@ -162,10 +164,11 @@ class Sessions:
 
 
 def name_of(code: str) -> str:
-    """What a code is called where it must not be read."""
+    """Return the name of a code, for places where the code itself must stay secret."""
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _is(given: str, known: str) -> bool:
-    # Constant time: an answer's delay must not tell how much of a guess was right.
+    # The comparison takes constant time, so the response time does not reveal how much of a guess
+    # was right.
     return hmac.compare_digest(given.encode(errors="replace"), known.encode())

@@ -1,4 +1,4 @@
-"""Endpoints of what the grid and its jobs use, and of caps on the cost of that."""
+"""Endpoints of the usage and the cost caps of the grid and its jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = guarded()
 
 
 class Cap(BaseModel):
-    """In USD; null takes the cap away."""
+    """Cap in USD. null removes the cap."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,13 +25,13 @@ class Cap(BaseModel):
 
 @router.get("/use")
 async def use(books: Books) -> api_usage_types.UseView:
-    """What the grid has used, as AWS would bill it, and what is billed now."""
+    """Return the grid's usage, as AWS bills it, and the instances that are billed now."""
     return api_usage_types.use_view(books)
 
 
 @router.post("/use/cap")
 async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.UseView:
-    """Cap what the grid costs since its account was opened."""
+    """Set the cap on the grid's cost since its account was opened."""
     books.set_cap(None, cap.max_cost_usd)
     manager.wake()
     return api_usage_types.use_view(books)
@@ -39,7 +39,7 @@ async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.U
 
 @router.get("/jobs/{job}/use")
 async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
-    """What a job has used."""
+    """Return the usage of a job."""
     return await _job_use(books, manager, job)
 
 
@@ -47,7 +47,7 @@ async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.
 async def cap_job(
     books: Books, manager: Leader, job: JobId, cap: Cap
 ) -> api_usage_types.JobUseView:
-    """Cap what a job costs that has not ended."""
+    """Set the cap on the cost of a job that has not ended."""
     manager.requests.running(job, "capped")
     books.set_cap(job, cap.max_cost_usd)
     manager.wake()

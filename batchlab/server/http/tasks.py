@@ -1,7 +1,7 @@
-"""One task in full: how it ended, what it was given, what it printed.
+"""Endpoint of one task: its end, its input, and its log.
 
-Invariant: nothing is decoded that could run code, and no answer is longer than SHOWN_BYTES for each
-of input and log, however much there is.
+Invariant: the endpoint never unpickles a value, because that could run code. An answer contains at
+most SHOWN_BYTES of the input and of the log.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Seq = Annotated[
 async def task(
     manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None
 ) -> api_types.TaskView:
-    """A task that has come to an end, by its last outcome or the one of `seq`."""
+    """Return an ended task according to its last outcome, or to the outcome `seq`."""
     record = await manager.ports.ledger.job(job)
     row = await _row(manager, job, stage, task, seq)
     objects, patience = manager.ports.objects, manager.ports.patience
@@ -77,7 +77,7 @@ async def task(
 async def _row(
     manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None
 ) -> BundleRecord | None:
-    """The bundle whose outcome tells of the task; the latest, unless `seq` says which."""
+    """Return the bundle whose outcome contains the task: the one with this `seq`, or the latest."""
     ledger = manager.ports.ledger
     if seq is not None:
         rows = await ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
@@ -90,13 +90,13 @@ async def _row(
     return found
 
 
-# --- What it was given ----------------------------------------------------------------------------
+# --- Input ----------------------------------------------------------------------------------------
 
 
 async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tuple[str, str, bool]:
-    """The input as text, what file it is of, and whether there is more of it."""
+    """Return the input as text, its file, and whether the text is incomplete."""
     if job.stage(bundle.stage).gather == "*":
-        # As much as the results of whole stages: nobody reads that, and a manager must not.
+        # The input has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports
     one = Bundle(
@@ -141,11 +141,11 @@ def _text(data: bytes) -> tuple[str, bool]:
     return shown.decode(errors="replace"), len(data) > SHOWN_BYTES
 
 
-# --- What it printed ------------------------------------------------------------------------------
+# --- Log ------------------------------------------------------------------------------------------
 
 
 async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool]:
-    """The end of what it printed, and whether there was more before that."""
+    """Return the end of the task's log, and whether it is incomplete."""
     objects, patience = manager.ports.objects, manager.ports.patience
     try:
         text, before = await log_end(

@@ -1,7 +1,7 @@
-"""A form with files, streamed to the disk while it comes.
+"""Forms with files, written to disk while they arrive.
 
-Invariant: whatever is sent, no file of it is in memory or open but the one that is coming, there is
-room for all of it before the first byte is read, and a form that is closed has left nothing.
+Invariant: no file of a form is kept in memory, and at most the file that arrives is open. Before
+the first byte is read, the disk must have room for the whole form. A closed form leaves no files.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from batchlab.core.errors import UsageError
 from batchlab.core.text import size
 
 KEPT_FREE_BYTES = 512 * 1024**2
-"""What nothing that is sent or fetched by HTTP takes of the manager's disk."""
+"""Free space on the manager's disk that uploads and downloads never use, in bytes."""
 LONGEST_FIELD = 64 * 1024
-_ROOMY = "/var/tmp"  # noqa: S108 - a folder of our own is made in it, as in the usual one
+_ROOMY = "/var/tmp"  # noqa: S108 - mkdtemp creates a folder in it
 
 
 def roomy() -> str:
-    """The folder for what is large and soon gone. The usual one is memory on many systems."""
+    """Return the folder for large temporary files. On many systems, the default temporary folder is
+    in memory."""
     said = tempfile.tempdir or any(name in os.environ for name in ("TMPDIR", "TEMP", "TMP"))
     usual = tempfile.gettempdir()
     return usual if said or not os.access(_ROOMY, os.W_OK | os.X_OK) else _ROOMY
 
 
 def has_room(folder: Path | str, size_bytes: int) -> bool:
-    """Whether so much more leaves of the disk what must stay free."""
+    """Return whether KEPT_FREE_BYTES stay free after `size_bytes` more are written."""
     return shutil.disk_usage(folder).free - size_bytes >= KEPT_FREE_BYTES
 
 
 async def form_with_files(
     request: Request, size_bytes: int, *, max_files: int, max_fields: int, remedy: str
 ) -> FormData:
-    """The request's form, to be closed; `size_bytes` is what it says that it brings. UsageError
-    where there is no room for that."""
-    # Twice: what came is packed and copied before it goes.
+    """Return the request's form, which the caller closes. `size_bytes` is the declared size of the
+    request. Raise UsageError if the disk does not have room for it."""
+    # Twice the size, because the manager copies and packs the upload before it removes it.
     if not has_room(roomy(), 2 * size_bytes):
         raise UsageError(
             f"The manager's disk has no room for {size(size_bytes)} that are sent to it.",
@@ -70,13 +71,14 @@ async def form_with_files(
         raise
     if not parser.files:
         await asyncio.to_thread(folder.rmdir)
-    # For one that nobody closes, such as one that was refused.
+    # Also removes the files of a form that is never closed, such as one of a refused request.
     weakref.finalize(form, shutil.rmtree, folder, ignore_errors=True)
     return form
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which keeps files in memory, or open, until it has read all of them."""
+    """Starlette's parser keeps the files in memory, or open, until it has read all of them. This
+    one writes them to `folder`."""
 
     folder: Path
     files: int = 0
@@ -91,11 +93,12 @@ class _Parser(MultiPartParser):
 
 
 class _File:
-    """A file of a form. It is open while it is written to, and from the first read to the next
-    `seek`; closed it is gone, and with the last one its folder."""
+    """File of a form. It is open during a write, and from the first read until the next `seek`.
+    `close` deletes it. With the last file, it also deletes the folder."""
 
     _rolled = False
-    """What is small is written at once: the disk's cache is not worth a thread."""
+    """Starlette reads this attribute. With False it writes without a thread, because small writes
+    to the disk's cache are fast."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -104,7 +107,8 @@ class _File:
         path.touch()
 
     def write(self, data: bytes) -> int:
-        # Many of a form's files may come in one piece, and are all written before one is ended.
+        # One received block can contain many files of a form, and all of them are written before
+        # the first one is ended.
         with self._path.open("ab") as file:
             self._size_bytes += file.write(data)
         return len(data)
@@ -117,7 +121,7 @@ class _File:
         return self._open.read(size)
 
     def seek(self, offset: int) -> int:
-        """Back to its beginning, the only place that forms go to."""
+        """Go back to the start, the only position that Starlette's forms use."""
         assert offset == 0
         self._shut()
         return 0
@@ -125,7 +129,7 @@ class _File:
     def close(self) -> None:
         self._shut()
         self._path.unlink(missing_ok=True)
-        with suppress(OSError):  # there are others in it
+        with suppress(OSError):  # fails while the folder contains other files
             self._path.parent.rmdir()
 
     def _shut(self) -> None:

@@ -1,6 +1,6 @@
-"""Waiting for news of a job, and for outcomes of its tasks.
+"""Long polls: waits for a new version of a job, and for outcomes of its tasks.
 
-Invariant: whoever waits for news is woken by it, not by polling.
+Invariant: changes wake the waiting requests, which do not poll.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from batchlab.server.views import jobs
 
 
 async def news(live: LiveJob, version: int, wait_s: float) -> None:
-    """Wait until the job's version is another, for so long at the most."""
+    """Wait until the job's version differs from `version`, at most `wait_s`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             await live.news(version)
 
 
 async def first(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
-    """The first outcomes of a job that is new: as soon as they are committed, which is before they
-    are counted."""
+    """Return the first outcomes of a new job as soon as they are committed. At this time, they may
+    not be counted yet."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     if live := manager.lives.get(job):
@@ -65,12 +65,14 @@ async def page(
     limit: int,
     wait_s: float,
 ) -> api_types.OutcomesView:
-    """Outcomes folded after seq `after`, those of one stage or of all; waits for the first."""
+    """Return outcomes with a seq above `after`, of one stage or of all. The answer waits for the
+    first one."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     while True:
         live = manager.lives.get(job)
-        # Read before the outcomes: what comes between the two must not be missed.
+        # Read the number of folds before the outcomes, so that an outcome that is folded in between
+        # is not missed.
         folds = live.folds if live else 0
         record = live.record if live else await manager.ports.ledger.job(job)
         ended = record.state.ended

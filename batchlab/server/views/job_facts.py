@@ -1,6 +1,7 @@
-"""What the grid knows about a job that is not further than it is: read once, then only looked at.
+"""Facts about a job that `wait_reasons` turns into an explanation. They are read once.
 
-Invariant: no fact is a guess; each is a row of the ledger, a beat, or what the fleet says.
+Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fleet. None is a
+guess.
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.state import LiveJob, Outstanding, WorkerStatus
 
 ACTIVITIES = 20
-"""Looked at per pool: enough to see past the pauses of a crash loop."""
+"""Number of activities that are read per pool. It covers the pauses between the launches of a crash
+loop."""
 
 Key = tuple[StageName, BundleId]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known. `groups`, `held` (capacity set by hand), `activities` (newest first),
-    `capped` (why a cap on cost lets nothing more be launched) and `stopped` (why nothing more is
-    launched that would not come up) are by pool, `workers` by instance;
-    `live` is None where the manager does not conduct the job; `trouble` says why the manager's last
-    tick was skipped."""
+    """Facts about a job and its grid.
+
+    `groups`, `held` (manually set capacity), `activities` (newest first), `capped` (why a cap on
+    cost stops launches), and `stopped` (why launches that would fail are stopped) are keyed by
+    pool. `workers` is keyed by instance. `live` is None if the manager does not run the job.
+    `trouble` is the reason why the manager's last tick was skipped.
+    """
 
     record: JobRecord
     stages: Sequence[StageRecord]
@@ -56,13 +60,13 @@ class Facts:
     stopped: Mapping[str, str] = field(default_factory=dict)
     trouble: str = ""
     lag_s: float = 0.0
-    """How far behind the manager is with what workers have told it."""
+    """Age in seconds of the oldest unprocessed event of the workers."""
     said: tuple[float, str] | None = None
-    """When (epoch) and what the manager's log last warned of, about this job."""
+    """Last warning about this job in the manager's log: its epoch time and its text."""
     unreadable: str = ""
-    """Which of its messages and objects cannot be read, as a clause."""
+    """Messages and objects of the job that cannot be read, as a clause."""
     undelivered: str = ""
-    """What keeps a notification of it from its target, as a clause."""
+    """Reason why a notification of the job is not delivered, as a clause."""
 
     @cached_property
     def by_stage(self) -> Mapping[StageName, StageRecord]:
@@ -70,19 +74,20 @@ class Facts:
 
     @cached_property
     def open_stages(self) -> list[StageDef]:
-        """Stages that have not ended, in order."""
+        """Return the stages that have not ended, in order."""
         return [s for s in self.record.job.stages if not self.by_stage[s.name].counts.ended]
 
     @cached_property
     def outstanding(self) -> Mapping[Key, Outstanding]:
         every = self.live.all_outstanding() if self.live else []
-        # A stage's end may leave one behind whose outcome came before it was expected.
+        # An ended stage may keep an outstanding bundle whose outcome came before the bundle was
+        # expected.
         open_ = {stage.name for stage in self.open_stages}
         return {(o.bundle.stage, o.bundle.id): o for o in every if o.bundle.stage in open_}
 
     @cached_property
     def running(self) -> Mapping[Key, tuple[float, str]]:
-        """Since when (monotonic) and on which instance each outstanding bundle runs."""
+        """Return the start (monotonic) and the instance of each outstanding bundle that runs."""
         found: dict[Key, tuple[float, str]] = {}
         for instance, seen in self.workers.items():
             for one, since_s in seen.since_s.items():
@@ -93,22 +98,24 @@ class Facts:
 
     @cached_property
     def idle(self) -> list[Outstanding]:
-        """Outstanding bundles that no worker runs."""
+        """Return the outstanding bundles that no worker runs."""
         return [one for key, one in self.outstanding.items() if key not in self.running]
 
     @cached_property
     def delayed(self) -> list[Outstanding]:
-        """Those whose backoff has not run out, next due first."""
+        """Return the idle bundles whose backoff has not expired. The one that is due next comes
+        first."""
         found = [one for one in self.idle if one.heard_s > self.monotonic_s]
         return sorted(found, key=lambda one: one.heard_s)
 
     @cached_property
     def queued(self) -> list[Outstanding]:
-        """The others: what a worker could pick up now, or has prefetched."""
+        """Return the other idle bundles. A worker could receive them now, or has prefetched
+        them."""
         return [one for one in self.idle if one.heard_s <= self.monotonic_s]
 
     def pools(self) -> list[str]:
-        """Pools in which something of the job could start now, in order."""
+        """Return the pools in which tasks of the job could start now, in order."""
         busy = {self.record.job.stage(one.bundle.stage).pool for one in self.queued}
         busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
         return sorted(busy)
@@ -123,7 +130,7 @@ class Facts:
         return [i for i in self.groups[pool].instances if i.state is state]
 
     def rivals(self, pool: str) -> Iterator[LiveJob]:
-        """Other running jobs that have work for the pool, oldest first."""
+        """Return the other running jobs that have work for the pool, oldest first."""
         for live in sorted(self.lives.values(), key=lambda one: (one.job.submitted_s, one.id)):
             runs = live.record.control is Control.RUN
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
@@ -134,12 +141,12 @@ class Facts:
 
 
 async def gather(manager: Manager, job: JobId) -> Facts:
-    """The facts about one job; NotFound."""
+    """Return the facts about one job. Raise NotFound if it is unknown."""
     fleet, ledger = manager.ports.fleet, manager.ports.ledger
     groups = await fleet_commands.groups(manager)
     activities = {pool: await fleet.activities(pool, limit=ACTIVITIES) for pool in groups}
     rows = await ledger.rows(job)
-    # Last, and without waiting in between, so that what is in memory is of one moment.
+    # Read last and without waits, so that all facts in memory are from one moment.
     live = manager.lives.get(job)
     return Facts(
         record=live.record if live else rows.job,

@@ -1,6 +1,6 @@
-"""Views, made of what the manager knows.
+"""Views of the API, built from the manager's data.
 
-Invariant: pure; a view is a function of the facts handed in.
+Invariant: the functions are pure and depend only on their arguments.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def job_view(
     workers: Iterable[WorkerStatus] = (),
     report: str = "",
 ) -> JobView:
-    """A job, with its version and running tasks where it is `live`."""
+    """Return the view of a job. A `live` job has a version and running tasks."""
     job = record.job
     running = running_tasks(live, workers) if live else {}
     starts = [s.counts.first_start_s for s in stages if s.counts.first_start_s is not None]
@@ -86,7 +86,8 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
 
 
 def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
-    """Tasks by stage of those bundles that beats say are running, each bundle once."""
+    """Return the number of running tasks by stage, according to the heartbeats. Each bundle counts
+    once."""
     bundles = {
         (one.stage, one.bundle)
         for seen in workers
@@ -95,7 +96,7 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
     }
     found: dict[str, int] = {}
     for stage, bundle in bundles:
-        # One that has come to its outcome since the beat is outstanding no more.
+        # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
         if one := live.outstanding.get(stage, {}).get(bundle):
             found[stage] = found.get(stage, 0) + len(one.bundle.tasks)
     return found
@@ -104,7 +105,8 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
 def outcome_view(
     record: BundleRecord, key: CommitKey, outcome: Outcome | None = None
 ) -> OutcomeView:
-    """A folded bundle of the job with that commit key; ValueError where it is only planned."""
+    """Return the view of a folded bundle. `key` is the commit key of its job. Raise ValueError if
+    the bundle is only planned."""
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
     return {
@@ -119,7 +121,7 @@ def outcome_view(
 
 
 def failure_view(seq: int, outcome: Outcome, failure: Failure) -> FailureView:
-    """One failure in the outcome that was folded as `seq`."""
+    """Return the view of one failure in the outcome with this seq."""
     return {
         "seq": seq,
         "stage": outcome.bundle.stage,
@@ -173,7 +175,7 @@ def pool_view(
     held: bool,
     trouble: str = "",
 ) -> PoolView:
-    """A pool's group, its work and its workers."""
+    """Return the view of a pool: its group, its work, and its workers."""
     pool = view.pool
     return {
         "name": pool.name,

@@ -1,8 +1,9 @@
-"""Why a job is not further than it is: one line, the most specific reason first.
+"""Explanation in one line of why a job has not progressed further. The most specific reason comes
+first.
 
-Invariant: there is always an answer, and it is read off facts that the grid has, never guessed.
-A job that waits for ever without a reason is what users of other batch services complain of most.
-The questions are in one file, since their order is the answer.
+Invariant: an explanation always exists, and it is derived from facts of the grid. Users of other
+batch services complain most about jobs that wait forever without a reason. All reasons are in one
+file, because their order determines the explanation.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from batchlab.server.views.job_facts import Facts
 
 Reason = Callable[[Facts], str | None]
 LAG_S = 10.0
-"""Behind by less is nothing that anybody need act on."""
+"""Lag in seconds below which no user needs to act."""
 WARNED_S = 600.0
-"""A warning of the log is worth telling for so long."""
+"""Maximum age in seconds of a log warning in an explanation."""
 LONG_S = 10.0
-"""A bundle that runs for longer may be worth watching."""
+"""Run time in seconds above which the explanation mentions the log of the oldest bundle."""
 NAMED = 3
-"""How many jobs are named before the rest is counted."""
+"""Number of jobs that are listed by id. Further jobs are only counted."""
 
 
 def why(facts: Facts) -> str:
-    """The answer, without a line break."""
+    """Return the explanation, without line breaks."""
     reason, answer = next((one, text) for one in _REASONS if (text := one(facts)))
-    # What is also wrong, where somebody can do something about it.
+    # Append other problems that the user can solve.
     more = [f"Also, {text}." for beside in _BESIDE if (text := beside(facts, reason))]
     return " ".join(" ".join([answer, *more]).split())
 
@@ -89,7 +90,8 @@ def _stopping(f: Facts) -> str | None:
 
 
 def _misplaced(f: Facts) -> str | None:
-    """Refused at submission, but a grid can be restarted with other pools."""
+    """Return the reason if a stage does not fit the pools. The submission refuses such a job, but a
+    grid can be restarted with other pools."""
     for stage in f.open_stages:
         group = f.groups.get(stage.pool)
         if group is None:
@@ -107,11 +109,12 @@ def _misplaced(f: Facts) -> str | None:
     return None
 
 
-# --- No capacity, and none will come by itself ----------------------------------------------------
+# --- No capacity without a user's action ----------------------------------------------------------
 
 
 def _capped(f: Facts) -> str | None:
-    """Held back by a cap on cost: of the job, of the grid, or of what a pool may launch."""
+    """Return the reason if a cap on cost holds the job back: a cap of the job, of the grid, or of a
+    pool's launches."""
     if f.live and f.live.capped:
         still = f"{count(len(f.running), 'bundle')} that had begun may still end"
         more = f"; {still}" if f.running else ""
@@ -151,8 +154,8 @@ def _blocked(f: Facts) -> str | None:
 
 
 def _crashes(f: Facts, group: GroupView) -> str | None:
-    """What keeps the pool's instances from coming up, None where nothing has failed since the
-    last one that did."""
+    """Return why the pool's instances fail to start. Return None if no launch has failed since the
+    last success."""
     pool = group.pool.name
     failed: list[Activity] = []
     for activity in f.activities.get(pool, ()):
@@ -271,7 +274,8 @@ def _delayed(f: Facts) -> str | None:
 
 
 def _uncut(f: Facts) -> str | None:
-    """Planned, but no bundle is out: there was no room in the pool's window."""
+    """Return the reason if tasks are planned and none of their bundles was sent, because the pool's
+    window was full."""
     for stage in f.open_stages:
         left = len(f.by_stage[stage.name].left)
         if not left:
@@ -287,7 +291,7 @@ def _uncut(f: Facts) -> str | None:
     return None
 
 
-# --- Nothing to run yet, or any more -------------------------------------------------------------
+# --- Before the first task and after the last ----------------------------------------------------
 
 
 def _planning(f: Facts) -> str | None:
@@ -317,7 +321,7 @@ def _closing(f: Facts) -> str | None:
 
 
 def _between(f: Facts) -> str:
-    """Every task that is not terminal is on its way from one bundle to the next."""
+    """Return the reason if every open task is between two bundles."""
     return (
         f"{capital(_progress(f))} and no bundle is outstanding at this moment; the manager looks "
         f"again within {f.settings.tick_s:g} s{_then(f)}."
@@ -346,11 +350,12 @@ _REASONS: tuple[Reason, ...] = (
 )
 
 
-# --- Beside the reason ----------------------------------------------------------------------------
+# --- Additional notes -----------------------------------------------------------------------------
 
 
 def _behind(f: Facts, reason: Reason) -> str:
-    """What the answer says may be old news."""
+    """Return a note if the explanation may be outdated, because the manager lags behind its
+    workers."""
     if reason in (_ended, _scheduled, _paused) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
         return ""
     return (
@@ -360,7 +365,8 @@ def _behind(f: Facts, reason: Reason) -> str:
 
 
 def _warned(f: Facts, reason: Reason) -> str:
-    """The log's last word on a job that does not run, unless the answer says the same."""
+    """Return the log's last warning about a job that does not run, unless the explanation already
+    contains it."""
     if f.said is None or reason in (_ended, _scheduled, _paused, _running, _troubled):
         return ""
     at_s, text = f.said
@@ -370,17 +376,17 @@ def _warned(f: Facts, reason: Reason) -> str:
     return f"the manager's log has said of it, {whole(age_s)} ago: {text.rstrip('.')}"
 
 
-def _unread(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
+def _unread(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - applies to each job
     return f.unreadable
 
 
-def _undelivered(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - it says so of any job
+def _undelivered(f: Facts, reason: Reason) -> str:  # noqa: ARG001 - applies to each job
     return f"{f.undelivered} (`batchlab notify log` has more)" if f.undelivered else ""
 
 
 _BESIDE: tuple[Callable[[Facts, Reason], str], ...] = (_behind, _warned, _unread, _undelivered)
 
-# --- Words ---------------------------------------------------------------------------------------
+# --- Text helpers --------------------------------------------------------------------------------
 
 
 def _progress(f: Facts) -> str:
@@ -399,7 +405,7 @@ def _retries(f: Facts) -> str:
 
 
 def _then(f: Facts) -> str:
-    """The stage that waits for all of another, if there is one."""
+    """Return a note about a stage that waits for another whole stage, if the job has one."""
     for stage in f.open_stages:
         if stage.chained:
             continue

@@ -1,7 +1,7 @@
-"""The web page of the manager: HTML for people, rendered from the same answers as /v1.
+"""Web page of the manager: HTML for people, rendered from the same data as /v1.
 
-Invariant: no rules live here. A view shows what an endpoint of /v1 answers, an action is one
-request of /v1; what the page cannot ask of the API it does not know.
+Invariant: business rules are not a part of the page. A view shows the answers of endpoints of /v1,
+and an action is one request of /v1. The page shows only data that the API also returns.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from batchlab.server.web.security import Guard
 
 
 def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> None:
-    """Serve the page below PAGE of `app`. Without `prices` it shows no costs, and without
-    the extra `web` nothing but that it is missing."""
+    """Serve the page below PAGE of `app`. Without `prices`, the page shows no costs. Without the
+    extra `web`, it shows only that the extra is missing."""
 
     async def to_page() -> RedirectResponse:
         return RedirectResponse(f"{PAGE}/", 303)
 
     app.add_api_route("/", to_page, include_in_schema=False)
     page = _IfThere(_Later(partial(page_of, served, prices)))
-    # Not as a middleware: an answer to an unforeseen error is made outside of those.
+    # The Guard is not a middleware, because the application answers an unhandled error outside of
+    # its middlewares.
     app.mount(PAGE, Guard(page, served.sessions, served.hosts))
 
 
 def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
-    """What is behind the Guard."""
+    """Return the application that the Guard protects."""
     from batchlab.server.web import actions, login, schedules, views
     from batchlab.server.web.rendering import Assets, problem_page
     from batchlab.server.web.shared import State
@@ -59,7 +60,8 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
 
 
 class _IfThere:
-    """A page that is there once the extra `web` is, also where that came after the grid."""
+    """Serves the page if the extra `web` is installed, even if it was installed after the grid's
+    start."""
 
     def __init__(self, page: ASGIApp) -> None:
         self._page = page
@@ -73,7 +75,7 @@ class _IfThere:
 
 
 class _Later:
-    """An application that is made for its first request: a grid's start need not wait for it."""
+    """Application that is created by its first request, so that a grid starts faster."""
 
     def __init__(self, make: Callable[[], ASGIApp]) -> None:
         self._make = make

@@ -1,9 +1,8 @@
-"""What a person may do from the page: one request of the API each.
+"""Actions of the web page: each is one request of the API.
 
-Invariant: what cannot be taken back is asked about first, by the server too: a form that does not
-say that its sender is sure leads to the question.
-
-The view to submit a job: its folder, or its parts, sent by the browser.
+Invariant: an irreversible action needs a confirmation, which the server checks. A form without the
+confirmation leads to the question. The submission accepts a job's folder, or its parts, from the
+browser.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ def _job(job: str) -> str:
 
 @router.get("/jobs/{job}/cancel")
 async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
-    """Whether to cancel."""
+    """Ask for a confirmation of the cancellation."""
     view = await jobs.job(manager, job)
     return render(request, "ask_cancel.html", here="jobs", job=view, progress=words.of_job(view))
 
 
 @router.post("/jobs/{job}/cancel")
 async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
-    """Cancel, where its sender is sure."""
+    """Cancel the job if the form contains the confirmation."""
     if not is_sure(await form_of(request)):
         return to(request, f"{_job(job)}/cancel")
     await jobs.cancel(manager, job)
@@ -56,21 +55,21 @@ async def cancel(request: Request, manager: Leader, job: JobId) -> Response:
 
 @router.post("/jobs/{job}/pause")
 async def pause(request: Request, manager: Leader, job: JobId) -> Response:
-    """Pause."""
+    """Pause the job."""
     await jobs.pause(manager, job)
     return to(request, _job(job))
 
 
 @router.post("/jobs/{job}/resume")
 async def resume(request: Request, manager: Leader, job: JobId) -> Response:
-    """Resume."""
+    """Resume the job."""
     await jobs.resume(manager, job)
     return to(request, _job(job))
 
 
 @router.post("/jobs/{job}/retry")
 async def retry(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
-    """Run again: all that did not succeed, or the groups and tasks that were ticked."""
+    """Run tasks again: all that did not succeed, or the selected groups and tasks."""
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await jobs.retry(manager, served, job, choice)
@@ -90,7 +89,7 @@ def _choice(form: FormData) -> jobs.Choice:
 
 @router.get("/jobs/{job}/cap")
 async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
-    """What the job may cost."""
+    """Ask for the cost cap of the job."""
     use = await spending.job_use(books, manager, job)
     return render(
         request,
@@ -105,14 +104,14 @@ async def ask_cap(request: Request, manager: Leader, books: Books, job: JobId) -
 
 @router.post("/jobs/{job}/cap")
 async def cap(request: Request, manager: Leader, books: Books, job: JobId) -> Response:
-    """Cap what it costs."""
+    """Set the cost cap of the job."""
     await spending.cap_job(books, manager, job, _cap(await form_of(request)))
     return to(request, _job(job))
 
 
 @router.get("/costs/cap")
 async def ask_grid_cap(request: Request, books: Books) -> Response:
-    """What the grid may cost."""
+    """Ask for the cost cap of the grid."""
     use = await spending.use(books)
     return render(
         request,
@@ -127,7 +126,7 @@ async def ask_grid_cap(request: Request, books: Books) -> Response:
 
 @router.post("/costs/cap")
 async def grid_cap(request: Request, manager: Leader, books: Books) -> Response:
-    """Cap what the grid costs."""
+    """Set the cost cap of the grid."""
     await spending.cap_grid(books, manager, _cap(await form_of(request)))
     return to(request, "/costs")
 
@@ -147,7 +146,7 @@ def _cap(form: FormData) -> spending.Cap:
 async def ask_scale(
     request: Request, manager: Leader, served: Given, page: Page, pool: str
 ) -> Response:
-    """How large a pool is to be."""
+    """Ask for the size of a pool."""
     grid = await page.grid(manager, served)
     for one in grid["pools"]:
         if one["name"] == pool:
@@ -157,7 +156,7 @@ async def ask_scale(
 
 @router.post("/grid/pools/{pool}")
 async def scale(request: Request, manager: Leader, pool: str) -> Response:
-    """Set limits, and who decides on the capacity."""
+    """Set the limits of a pool, and whether its capacity is set manually or by the autoscaler."""
     form = await form_of(request)
     by_hand = field_of(form, "by") == "hand"
     scaling = api_grid.Scaling(
@@ -185,7 +184,7 @@ def _number(form: FormData, name: str) -> int | None:
 async def ask_drain(
     request: Request, manager: Leader, served: Given, page: Page, pool: str | None = None
 ) -> Response:
-    """Whether to drain."""
+    """Ask for a confirmation of the drain."""
     grid = await page.grid(manager, served)
     pools = [one for one in grid["pools"] if pool in (None, one["name"])]
     return render(request, "ask_drain.html", here="grid", pools=pools, pool=pool)
@@ -193,7 +192,7 @@ async def ask_drain(
 
 @router.post("/grid/drain")
 async def drain(request: Request, manager: Leader, served: Given) -> Response:
-    """Drain one pool, or all, where its sender is sure."""
+    """Drain one pool or all pools if the form contains the confirmation."""
     form = await form_of(request)
     pool = field_of(form, "pool") or None
     if not is_sure(form):
@@ -204,7 +203,8 @@ async def drain(request: Request, manager: Leader, served: Given) -> Response:
 
 @router.get("/submit")
 async def submit_page(request: Request) -> Response:
-    """The form. It brings a client token, so that sent twice it makes one job."""
+    """Show the submission form. It contains a client token, so a repeated submission creates only
+    one job."""
     return render(
         request,
         "submit.html",
@@ -217,7 +217,7 @@ async def submit_page(request: Request) -> Response:
 
 @router.post("/submit")
 async def submit(request: Request, manager: Leader) -> Response:
-    """Submit what was sent, and go on to the job."""
+    """Submit the job in the form, and redirect to it."""
     form = await form_of(request)
     try:
         view = await submit_form(manager, form)

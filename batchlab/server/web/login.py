@@ -1,4 +1,4 @@
-"""Coming and going: the login page, and the end of a session."""
+"""Sign-in page, and the end of a session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchlab.server.web.security import SESSION, below
 from batchlab.server.web.shared import field_of, form_of, guarded
 
 router = APIRouter()
-"""Without a form's token: who logs in has no session yet to have one of."""
+"""Routes without a form token, because a visitor gets a session only by signing in."""
 inside = guarded()
 
 LONGEST = 200
@@ -21,13 +21,13 @@ LONGEST = 200
 
 @router.get("/login")
 async def login_page(request: Request) -> Response:
-    """Ask for the token. The address that `grid open` shows brings a code in its fragment."""
+    """Ask for the token. The address that `grid open` shows contains a code in its fragment."""
     return render(request, "login.html", refused=False)
 
 
 @router.post("/login")
 async def log_in(request: Request, served: Given) -> Response:
-    """Begin a session."""
+    """Start a session."""
     word = field_of(await form_of(request), "word")
     if not word or len(word) > LONGEST or not served.sessions.opens(word):
         return render(request, "login.html", status=403, refused=True)
@@ -48,7 +48,7 @@ async def log_in(request: Request, served: Given) -> Response:
 
 @inside.post("/logout")
 async def log_out(request: Request, served: Given) -> Response:
-    """End the session, here and for whoever has its cookie."""
+    """End the session. Its cookie becomes invalid in every browser."""
     session = request.scope[SESSION]
     place = served.sessions.place(session)
     served.sessions.close(session)

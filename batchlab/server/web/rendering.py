@@ -1,11 +1,7 @@
-"""Templates become answers, and so do errors.
+"""Rendering of templates and errors, and the static files of the page.
 
-Invariant: everything is escaped where it is put into a page; a template that asks for what it was
-not given is an error, not a gap.
-
-The page's static files, as they were shipped.
-
-Invariant: what is served is a file of this package's `static` folder, and nothing else.
+Invariant: every value is escaped when it is inserted into a page. A template that uses a missing
+value fails. Only files of this package's `static` folder are served.
 """
 
 from __future__ import annotations
@@ -75,7 +71,7 @@ def _templates() -> Environment:
 def render(
     request: Request, template: str, *, status: int = 200, here: str = "", **values: Any
 ) -> HTMLResponse:
-    """The template as an answer; `here` is the place in the navigation."""
+    """Render the template as an answer. `here` is the active entry of the navigation."""
     served = cast(Served, request.app.state.served)
     session = request.scope.get(SESSION)
     text = (
@@ -96,12 +92,14 @@ def render(
 
 
 def _is_part(request: Request) -> bool:
-    """Whether only a part of a page is asked for, to be put into one that is there."""
+    """Return whether the browser requests only a part of a page, to insert it into the open
+    page."""
     return "hx-request" in request.headers
 
 
 def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLResponse:
-    """A page that keeps itself up to date: whole, or what changes of it, `page` with `_live`."""
+    """Return a page that updates itself: the whole page, or only its changing part, the template
+    `page` with the suffix `_live`."""
     url = request.url.include_query_params(part="live")
     values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
@@ -111,14 +109,14 @@ def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLRespon
 
 
 def _root(request: Request) -> str:
-    """Return the path below which the page is, with the session's place."""
+    """Return the path of the page's root, including the session's place."""
     return str(request.scope["root_path"])
 
 
 async def problem_page(request: Request, error: Exception) -> HTMLResponse:
-    """Any error as a page, with one sentence and what to do."""
+    """Return the page for an error, with one sentence and a remedy."""
     status, problem = problem_of(request, error)
-    # A job file's mistakes; what FastAPI raises has a method of that name.
+    # The mistakes in a job file. FastAPI's errors have a method with the same name.
     mistakes = getattr(error, "errors", ()) if isinstance(error, BatchlabError) else ()
     several = [str(one) for one in mistakes]
     return render(
@@ -133,7 +131,8 @@ async def problem_page(request: Request, error: Exception) -> HTMLResponse:
 
 
 def _asked_from(request: Request) -> str:
-    """The page of ours that has asked for this, by the browser's word; the first one without."""
+    """Return the page that sent the request, according to the `Referer` header. Without the header,
+    return the first page."""
     said, first = urlsplit(request.headers.get("referer", "")), f"{_root(request)}/"
     if said.netloc != request.url.netloc or not said.path.startswith(first):
         return first
@@ -148,7 +147,7 @@ _TYPES = {
 
 
 class Assets:
-    """Serves them, read once."""
+    """Application that serves the static files from memory."""
 
     def __init__(self) -> None:
         self._known: dict[str, Response] = {}
@@ -157,7 +156,7 @@ class Assets:
             for one in folder.iterdir():
                 kind = _TYPES.get(one.name.rpartition(".")[2])
                 if kind and one.is_file():
-                    # No cache: after an upgrade the page must not meet yesterday's script.
+                    # Without a cache, so that a page never uses the script of an earlier release.
                     headers = {"Cache-Control": "no-cache", "Content-Type": kind}
                     self._known[prefix + one.name] = Response(one.read_bytes(), headers=headers)
 

@@ -1,4 +1,4 @@
-"""Views of schedules: all of them, one with its runs, and what a person may do with it."""
+"""Pages of schedules: the list, one schedule with its runs, and the actions on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMING = 5
 
 @router.get("/schedules")
 async def schedules(request: Request, manager: Leader) -> Response:
-    """All schedules, each with its last run."""
+    """Show all schedules, each with its last run."""
     found: api_usage_types.SchedulesView | None = None
     if manager.scheduler is not None:
         found = await api.list_schedules(manager.scheduler)
@@ -33,7 +33,7 @@ async def schedules(request: Request, manager: Leader) -> Response:
 
 @router.get("/schedules/{name}")
 async def schedule(request: Request, manager: Leader, schedules: Timetable, name: str) -> Response:
-    """One schedule with its runs, and when it is due next."""
+    """Show one schedule with its runs and its next due times."""
     view = await api.schedule(schedules, name)
     coming = await api.coming(schedules, manager, name, COMING)
     return live(
@@ -48,27 +48,28 @@ async def schedule(request: Request, manager: Leader, schedules: Timetable, name
 
 
 def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
-    """A moment in the schedule's own zone, as the command line writes it."""
+    """Return a time in the schedule's own time zone, as the command line writes it."""
     return due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 
 @router.post("/schedules/{name}/pause")
 async def pause(request: Request, schedules: Timetable, name: str) -> Response:
-    """Start nothing until it is resumed."""
+    """Pause the schedule."""
     await api.pause_schedule(schedules, name)
     return to(request, _path(name))
 
 
 @router.post("/schedules/{name}/resume")
 async def resume(request: Request, schedules: Timetable, name: str) -> Response:
-    """Go on with what falls due from now on."""
+    """Resume the schedule."""
     await api.resume_schedule(schedules, name)
     return to(request, _path(name))
 
 
 @router.post("/schedules/{name}/run")
 async def run(request: Request, schedules: Timetable, name: str) -> Response:
-    """Run it now. The form brings a token, so that sent twice it is one run."""
+    """Run the job of the schedule now. The form contains a token, so a repeated submission is the
+    same run."""
     token = field_of(await form_of(request), "token") or secrets.token_urlsafe(16)
     try:
         asking = api.Asking(token=token)
@@ -80,14 +81,14 @@ async def run(request: Request, schedules: Timetable, name: str) -> Response:
 
 @router.get("/schedules/{name}/remove")
 async def ask_remove(request: Request, schedules: Timetable, name: str) -> Response:
-    """Whether to remove."""
+    """Ask for a confirmation of the removal."""
     view = await api.schedule(schedules, name)
     return render(request, "ask_remove.html", here="schedules", schedule=view)
 
 
 @router.post("/schedules/{name}/remove")
 async def remove(request: Request, schedules: Timetable, name: str) -> Response:
-    """Remove it, where its sender is sure."""
+    """Remove the schedule if the form contains the confirmation."""
     if not is_sure(await form_of(request)):
         return to(request, f"{_path(name)}/remove")
     await api.remove_schedule(schedules, name)

@@ -1,7 +1,7 @@
-"""Who may see the page, and what its browser may do with it.
+"""Access checks and security headers of the web page.
 
-Invariant: without a session nothing answers but the login page and the static files; a request that
-changes something comes from a page of ours; and whatever is answered, errors too, carries HEADERS.
+Invariant: without a session, only the login page and the static files are available. A request that
+changes data must come from a page of this manager. Every answer, including errors, carries HEADERS.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HEADERS = MappingProxyType(
             )
         ),
         "X-Content-Type-Options": "nosniff",
-        # Not no-referrer: by that a browser sends a form with the origin "null", and by http to any
-        # address but this machine's own it says in no other way that the form is ours.
+        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another
+        # machine, the browser sends no other header that shows the form's origin.
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -42,20 +42,20 @@ HEADERS = MappingProxyType(
     }
 )
 SESSION = "batchlab.session"
-"""Where a request's session is in its scope."""
+"""Key of a request's session in its ASGI scope."""
 
 _OPEN = ("/login", "/static/")
 _BELOW = re.compile(r"/s/(?P<place>[0-9a-f]+)(?=/)", re.ASCII)
-"""The beginning of the paths of one session."""
+"""Prefix of the paths of one session."""
 
 
 def below(place: str) -> str:
-    """Return the path below which the page of one session is."""
+    """Return the path below which the pages of one session are."""
     return f"{PAGE}/s/{place}"
 
 
 class Guard:
-    """Stands before every route of the page."""
+    """ASGI wrapper that checks each request before the routes of the page."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
         self.app = app
@@ -88,8 +88,8 @@ class Guard:
     def _refusal(
         self, method: str, path: str, headers: Headers, session: Session | None
     ) -> Response | None:
-        # A name that leads here by somebody else's DNS is another origin to the browser: its
-        # pages would read ours (DNS rebinding).
+        # A foreign DNS name may resolve to this machine. For the browser it is another origin,
+        # whose pages could then read these pages (DNS rebinding).
         if name_of(headers.get("host", "")) not in self._hosts:
             return PlainTextResponse("This page does not answer to that name.\n", 421)
         if method not in SAFE and not is_ours(headers):

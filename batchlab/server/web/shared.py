@@ -1,7 +1,7 @@
-"""What the page's routes share: its state, its forms, and answers that are kept for a moment.
+"""Shared parts of the page's routes: its state, its forms, and the cached view of the grid.
 
-Invariant: a form is read only after its token has been looked at, and however many browsers watch,
-the fleet and the queues are asked once in FRESH_S.
+Invariant: a form is used only after its token was checked. The fleet and the queues are queried at
+most once in FRESH_S, regardless of the number of browsers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ TOKEN = "form_token"  # noqa: S105 - a field's name
 
 @dataclass(slots=True)
 class State:
-    """What the page keeps between requests."""
+    """State that the page keeps between requests."""
 
     prices: PriceBook | None
     _grid: tuple[float, api_types.GridView] | None = None
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def grid(self, manager: Manager, served: Served) -> api_types.GridView:
-        """Pools, instances and queues, as they were FRESH_S ago at the most."""
+        """Return the pools, instances, and queues. The view is at most FRESH_S old."""
         async with self._asking:
             now_s = manager.ports.clock.monotonic_s()
             if self._grid is None or now_s - self._grid[0] > FRESH_S:
@@ -54,7 +54,7 @@ Page = Annotated[State, Depends(_state)]
 
 
 async def form_of(request: Request) -> FormData:
-    """The request's form, read once."""
+    """Return the request's form. It is read only once."""
     kind = request.headers.get("content-type", "")
     is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
     size_bytes = check_length(
@@ -79,21 +79,21 @@ async def _comes_from_a_form(request: Request, served: Given) -> None:
 
 
 def guarded() -> APIRouter:
-    """A router whose forms must carry their session's token."""
+    """Return a router whose forms must contain the token of their session."""
     return APIRouter(dependencies=[Depends(_comes_from_a_form)])
 
 
 def to(request: Request, path: str) -> Response:
-    """Go on to a path of the page, in the same session."""
+    """Redirect to a path of the page in the same session."""
     return RedirectResponse(f"{request.scope['root_path']}{path}", 303)
 
 
 def field_of(form: FormData, name: str) -> str:
-    """A text field, "" where it is missing."""
+    """Return the value of a text field, or "" if it is missing."""
     value = form.get(name)
     return "" if value is None or isinstance(value, UploadFile) else value.strip()
 
 
 def is_sure(form: FormData) -> bool:
-    """Whether the form says that its sender has been asked, and wants it."""
+    """Return whether the form contains the user's confirmation."""
     return field_of(form, "sure") == "yes"

@@ -1,6 +1,6 @@
-"""How the page says things: what batchlab/core/text.py says, and states, bars, moments.
+"""Texts of the page: the formats of `batchlab/core/text.py`, and states, bars, and times.
 
-Invariant: pure; what is returned as markup holds only what was escaped here.
+Invariant: the functions are pure. Returned markup contains only escaped values.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ _TONES = {
 
 
 def tone(state: str) -> str:
-    """The colour of a state, among Bootstrap's."""
+    """Return the Bootstrap color of a state."""
     return _TONES.get(state, "warning" if state.startswith("Terminating") else "info")
 
 
 def span(seconds: float | None) -> str:
-    """A duration; "–" where there is none."""
+    """Return a duration, or "–" for None."""
     return "–" if seconds is None else in_words.span(seconds)
 
 
 def number(value: float | None) -> str:
-    """A count, as 1,234,567; "–" where there is none."""
+    """Return a number in the form 1,234,567, or "–" for None."""
     return "–" if value is None else f"{value:,.0f}"
 
 
 def amount(usd: Usd) -> tuple[str, str]:
-    """What is most likely, and where it is not certain from how much to how much."""
+    """Return the most likely amount, and the range of an uncertain amount or ""."""
     text, _, between = str(usd).partition(" (")
     return text, between.removesuffix(")")
 
 
 def to_go(view: EtaView) -> tuple[str, str]:
-    """How long a job still takes, and what is to be said beside."""
+    """Return the remaining time of a job, and a remark on it."""
     if view["low_s"] is None or view["high_s"] is None:
         return "–", view["text"].removeprefix("unknown: ")
     band, _, beside = view["text"].partition("; ")
@@ -68,8 +68,8 @@ def to_go(view: EtaView) -> tuple[str, str]:
 
 
 def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
-    """A moment, which the browser shows in its reader's zone, with what stands `before` it; not
-    where that is the zone of `unless`."""
+    """Return a time, preceded by `before`, as an element that the browser shows in the reader's
+    time zone. The element is hidden if that is the zone `unless`."""
     if at_s is None:
         return Markup("–")
     at = datetime.fromtimestamp(at_s, UTC)
@@ -82,12 +82,12 @@ def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
 
 
 def ticks(text: str) -> Markup:
-    """A sentence with its `commands` set as code."""
-    return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
+    """Return a sentence with its `commands` marked as code."""
+    return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - the text is escaped
 
 
 def path(text: object) -> str:
-    """A name as one part of an address."""
+    """Quote a name as one segment of an address."""
     return quote(str(text), safe="")
 
 
@@ -96,7 +96,7 @@ def path(text: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a bar, in percent of its width."""
+    """Part of a progress bar. `start` and `width` are percentages of the bar."""
 
     kind: str
     start: float
@@ -105,7 +105,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far tasks have come; `planned` is None where the number is not known yet."""
+    """Progress of tasks. `planned` is None if the number is not known yet."""
 
     planned: int | None
     succeeded: int
@@ -113,7 +113,7 @@ class Progress:
     cancelled: int
     running: int
     is_open: bool = False
-    """More may be planned."""
+    """Whether more tasks may be planned."""
 
     @property
     def ended(self) -> int:
@@ -121,13 +121,14 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Of what is planned; 100 only where all has ended."""
+        """Return the percentage of planned tasks that have ended. It is 100 only if all have
+        ended."""
         planned = max(self.planned or 0, self.ended)
         return self.ended * 100 // planned if planned else 0
 
     @property
     def parts(self) -> list[Part]:
-        """The pieces of its bar, each wide enough to be seen."""
+        """Return the parts of the bar. Each is wide enough to be visible."""
         whole = max(self.planned or 0, self.ended + self.running, 1)
         found: list[Part] = []
         at = 0.0
@@ -141,7 +142,7 @@ class Progress:
 
     @property
     def told(self) -> str:
-        """For who does not see the bar."""
+        """Return the progress as text, for screen readers."""
         of = "?" if self.planned is None else str(self.planned)
         return (
             f"{self.ended} of {of}{'+' if self.is_open else ''} tasks ended: "
@@ -151,7 +152,7 @@ class Progress:
 
 
 def of_stage(stage: StageView) -> Progress:
-    """How far one stage has come."""
+    """Return the progress of one stage."""
     return Progress(
         stage["planned"],
         stage["succeeded"],
@@ -162,7 +163,7 @@ def of_stage(stage: StageView) -> Progress:
 
 
 def of_job(job: JobView) -> Progress:
-    """How far all of its stages have come together."""
+    """Return the progress of all stages of a job."""
     stages = [of_stage(stage) for stage in job["stages"]]
     return Progress(
         sum(one.planned or 0 for one in stages),
@@ -175,7 +176,8 @@ def of_job(job: JobView) -> Progress:
 
 
 def took_s(job: JobView, now_s: float) -> float | None:
-    """Seconds since its first task began, up to its end; None before."""
+    """Return the seconds from the start of the job's first task to the job's end, or to `now_s`.
+    Return None before the start."""
     if job["started_s"] is None:
         return None
     return (job["ended_s"] or now_s) - job["started_s"]

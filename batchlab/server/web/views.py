@@ -1,11 +1,4 @@
-"""Views of jobs: all of them, and one.
-
-The view of costs: what the grid costs now, has cost, and may cost.
-
-Views of what has failed: where there is something, why, one task in full, and what to do.
-
-Views of the grid: pools, instances and their workers, queues, activities, curves.
-"""
+"""Pages of jobs, costs, failures, and the grid."""
 
 from __future__ import annotations
 
@@ -42,7 +35,7 @@ LARGEST_GROUPS = 3
 async def jobs(
     request: Request, manager: Leader, active: bool = False, before: str | None = None
 ) -> Response:
-    """Jobs, newest first."""
+    """Show the jobs, newest first."""
     found = (await api.jobs(manager, limit=A_PAGE + 1, before=before, active=active))["jobs"]
     now_s = manager.ports.clock.now_s()
     rows = [
@@ -59,7 +52,7 @@ async def _eta(manager: Manager, job: api_types.JobView) -> api_types.EtaView | 
 
 @router.get("/jobs/{job}")
 async def job(request: Request, manager: Leader, served: Given, page: Page, job: JobId) -> Response:
-    """One job."""
+    """Show one job."""
     view = await api.job(manager, job)
     groups = None
     if any(stage["failed"] for stage in view["stages"]):
@@ -81,7 +74,8 @@ async def job(request: Request, manager: Leader, served: Given, page: Page, job:
 
 
 async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] | None:
-    """What the job has used and may use; None where nobody counts or no price is known."""
+    """Return the costs and the cap of the job. Return None if the account or the prices are
+    missing."""
     if manager.spending is None or page.prices is None:
         return None
     use = await spending.job_use(manager.spending, manager, job)
@@ -94,7 +88,7 @@ async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] 
 
 @router.get("/jobs/{job}/results.zip")
 async def results(manager: Leader, served: Given, job: JobId) -> Response:
-    """The job's results as an archive."""
+    """Return the job's results as an archive."""
     return await archive.archive(manager, served, job)
 
 
@@ -103,7 +97,7 @@ JOBS = 10
 
 @router.get("/costs")
 async def costs(request: Request, manager: Leader, served: Given, page: Page) -> Response:
-    """What is billed, by pool and by job."""
+    """Show the billed usage by pool and by job."""
     found = None
     if manager.spending is not None and page.prices is not None:
         found = await _found(manager, manager.spending, page.prices)
@@ -153,13 +147,13 @@ async def _of_job(
 
 
 LOOKED_AT = 200
-"""Jobs, the newest ones, among which those with failures are shown."""
+"""Number of recent jobs that the page checks for failures."""
 FAILURES_A_PAGE = 50
 
 
 @router.get("/failures")
 async def failures(request: Request, manager: Leader, served: Given, page: Page) -> Response:
-    """Jobs with failed tasks, and what lies in the dead-letter queues."""
+    """Show the jobs with failed tasks, and the depths of the dead-letter queues."""
     found = (await api_jobs.jobs(manager, limit=LOOKED_AT))["jobs"]
     grid = await page.grid(manager, served)
     return live(
@@ -174,7 +168,7 @@ async def failures(request: Request, manager: Leader, served: Given, page: Page)
 
 @router.get("/jobs/{job}/failures")
 async def of_job(request: Request, manager: Leader, served: Given, job: JobId) -> Response:
-    """A job's failures by fingerprint."""
+    """Show a job's failures by fingerprint."""
     view = await api_jobs.job(manager, job)
     return render(
         request,
@@ -195,7 +189,7 @@ async def of_group(
     fingerprint: str,
     after: str | None = None,
 ) -> Response:
-    """The tasks of one group, page by page."""
+    """Show the tasks of one group, page by page."""
     view = await api_jobs.job(manager, job)
     groups = (await api_failures.failure_groups(manager, served, job))["groups"]
     found = await api_failures.failures(
@@ -223,7 +217,7 @@ async def to_task(
     stage: StageName,
     task: Annotated[int, Query(ge=0, le=2**53)],
 ) -> Response:
-    """The task that a form names."""
+    """Redirect to the task that the form names."""
     await api_jobs.job(manager, job)
     path = f"/jobs/{text.path(job)}/stages/{text.path(stage)}/tasks/{task}"
     return to(request, path)
@@ -238,7 +232,7 @@ async def task(
     task: tasks.Index,
     seq: tasks.Seq = None,
 ) -> Response:
-    """One task: how it ended, its input, its log."""
+    """Show one task: its end, its input, and its log."""
     view = await api_jobs.job(manager, job)
     found = await tasks.task(manager, job, stage, task, seq)
     return render(
@@ -256,7 +250,7 @@ ACTIVITIES = 20
 
 @router.get("/grid")
 async def grid(request: Request, manager: Leader, served: Given, page: Page) -> Response:
-    """The fleet, as it is."""
+    """Show the current fleet."""
     return live(
         request,
         "grid",
@@ -269,5 +263,5 @@ async def grid(request: Request, manager: Leader, served: Given, page: Page) -> 
 
 @router.get("/history.json")
 async def history(manager: Leader, served: Given) -> Response:
-    """What the curves are drawn from."""
+    """Return the data of the curves."""
     return JSONResponse(await api_fleet.history(manager, served))

@@ -1,1 +1,1 @@
-"""Alembic's environment, run by migrate.py."""
+"""Alembic environment that `migrate` runs."""

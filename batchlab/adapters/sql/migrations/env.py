@@ -1,6 +1,6 @@
-"""Runs inside Alembic: takes the connection that migrate.py handed in.
+"""Alembic's entry point, which uses the connection that `migrate` passes in.
 
-Invariant: the caller's transaction is the migration's, so a half-made schema is never seen.
+Invariant: the migration runs in the caller's transaction, so a partial schema is never visible.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
   "use strict";
   const EVERY_MS = 2000;
   const HEIGHT = 190;
-  const SHORTEST_S = 120; // of a time axis: a grid that has just begun has seen one moment
+  const SHORTEST_S = 120; // of a time axis, because a new grid has only one data point
   const place = document.getElementById("curves");
   const source = place.dataset.source;
   const picker = document.getElementById("curves-pool");
@@ -72,7 +72,7 @@
           draw(false);
         }
       } catch {
-        // The manager is away: the rest of the page says so, and the next time comes.
+        // The manager is unavailable. The rest of the page shows this, and the next request may succeed.
       }
     }
     window.setTimeout(ask, EVERY_MS);

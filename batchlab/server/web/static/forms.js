@@ -1,5 +1,4 @@
-// Before anything is drawn, so that what a quick reader ticks or sends while the page still loads
-// counts as it does later.
+// Runs before the first rendering, so that boxes and forms also work while the page still loads.
 (function () {
   "use strict";
 
@@ -15,14 +14,14 @@
     if (all.dataset.all) reached.set(all, follow(all, 0));
   });
   document.addEventListener("DOMContentLoaded", function () {
-    // Only the rows that came after the tick: of the others the reader may have changed some.
+    // Only the rows that loaded after the change. The reader may have changed earlier rows.
     for (const [all, from] of reached) follow(all, from);
   });
   document.addEventListener("input", function (event) {
     if (event.target.id === "desired") document.getElementById("by-hand").checked = true;
   });
   document.addEventListener("submit", function (event) {
-    // Sent once, however often it is clicked; a page that comes back from memory starts anew.
+    // Repeated clicks send the form only once. A page restored from memory is loaded again.
     const button = event.submitter;
     if (!button) return;
     if (button.getAttribute("aria-disabled") === "true") event.preventDefault();

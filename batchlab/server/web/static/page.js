@@ -1,12 +1,13 @@
 (function () {
   "use strict";
 
-  // The place of the session, for a visit without it. Only pages of this port can read it.
+  // Stores the place of the session for a visit to the sign-in page. Only pages of this port can
+  // read it.
   const place = document.body.dataset.place;
   if (place) localStorage.setItem("batchlab-place", place);
 
-  // A moment in the reader's own zone. It is shown from a shadow root: what the server wrote stays
-  // as it is, so that an update finds nothing to change.
+  // A time in the reader's time zone. A shadow root shows it, and the server's text does not change,
+  // so that an update finds no difference.
   const MOMENT = { year: "numeric", month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" };
   const moments = new Intl.DateTimeFormat("en-CA", MOMENT);
   class LocalTime extends HTMLElement {
@@ -19,7 +20,7 @@
         this.shadowRoot.replaceChildren();
         return;
       }
-      // Date and time as parts, so that a narrow column breaks between them.
+      // Date and time are separate elements, so that a narrow column breaks between them.
       const words = moments.format(at).split(", ").flatMap(function (text) {
         const word = document.createElement("span");
         word.part = "word";
@@ -39,14 +40,14 @@
   document.body.addEventListener("htmx:beforeRequest", function (event) {
     const polls = event.detail.elt.id === "live";
     const picking = document.getSelection().toString() !== "";
-    // Nobody looks, or somebody is marking text that an update would take away.
+    // The page is hidden, or an update would remove the selection of text.
     if (polls && (document.hidden || picking)) event.preventDefault();
   });
   document.body.addEventListener("htmx:afterRequest", function (event) {
     if (event.detail.elt.id === "live") away.hidden = event.detail.successful;
   });
 
-  // --- Questions -------------------------------------------------------------------------------
+  // --- Dialogs ---------------------------------------------------------------------------------
 
   const dialog = document.getElementById("dialog");
   document.addEventListener("click", function (event) {

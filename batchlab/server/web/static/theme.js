@@ -1,4 +1,4 @@
-// Before anything is drawn: light or dark, as chosen here or by the system.
+// Sets the light or dark theme before the first rendering, as chosen here or by the system.
 (function () {
   "use strict";
   const KEY = "batchlab-theme";

@@ -1,1 +1,1 @@
-"""One file per schema version, numbered; each spells out its own tables and never changes."""
+"""Numbered schema versions. Each file declares its own tables and never changes."""

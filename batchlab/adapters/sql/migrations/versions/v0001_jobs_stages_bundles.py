@@ -1,4 +1,4 @@
-"""The first schema: jobs, their stages with counters, their bundles, the lease."""
+"""The first schema: jobs, stages with counters, bundles, and leases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # Spelt out, not taken from tables.py: this is what the schema was then, whatever it is now.
+    # The tables are written out here, because `tables` changes and this schema must not.
     name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
     op.create_table(
         "jobs",

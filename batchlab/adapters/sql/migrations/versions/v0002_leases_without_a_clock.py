@@ -1,4 +1,4 @@
-"""A lease is renewed by a count, no longer until a time: no two clocks have to agree."""
+"""A lease is renewed by a count and not until a time, so clocks need not agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    # Whoever held it holds it no longer: the ledger is migrated while no manager runs.
+    # Holders lose their leases here. The ledger is migrated only while no manager runs.
     op.drop_table("leases")
     op.create_table(
         "leases",
