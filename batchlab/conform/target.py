@@ -287,7 +287,7 @@ class Target:
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             raise BackendError(
-                f"There is no Auto Scaling at {self.place}: DescribeAutoScalingGroups answers"
+                f"There is no Auto Scaling at {self.place}: DescribeAutoScalingGroups returns"
                 f" {status} {aws.code_of(error)}."
             ) from error
         if not self._keep_template:
@@ -308,7 +308,7 @@ class Target:
         except ClientError as error:
             self._template_made = False
             raise UsageError(
-                f"No launch template can be made at {self.place}: {error.operation_name} answers"
+                f"No launch template can be made at {self.place}: {error.operation_name} returns"
                 f" {aws.code_of(error)}.",
                 remedy="Name one that is there with --template NAME.",
             ) from error

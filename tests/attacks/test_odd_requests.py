@@ -123,7 +123,7 @@ def test_an_item_that_json_does_not_know_is_refused(rig: Rig, odd: str) -> None:
     found = post(rig, text)
     assert found.status_code == 422, found.text
     error = found.json()["error"]
-    assert "that JSON does not know" in error or "a number that is not finite" in error
+    assert "that JSON cannot represent" in error or "a number that is not finite" in error
 
 
 def test_an_error_does_not_repeat_a_request_without_end(rig: Rig) -> None:

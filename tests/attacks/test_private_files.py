@@ -22,7 +22,10 @@ def readable_by_others(folder: Path) -> list[str]:
     """The entries below the folder, itself included, that group or others may use."""
     found = []
     for path in (folder, *folder.rglob("*")):
-        mode = path.lstat().st_mode
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:  # a worker has removed a scratch folder meanwhile
+            continue
         if not stat.S_ISLNK(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
             found.append(f"{path.relative_to(folder)} {stat.filemode(mode)}")
     return found

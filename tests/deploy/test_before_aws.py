@@ -115,4 +115,4 @@ def test_leftovers_are_looked_for_where_the_folder_knows_a_stack(
     assert "AWS is asked, in eu-west-1" in err
     code, _, err = nobody("gc", "--home", tmp_path)
     assert code == 2
-    assert "Say --aws" in err
+    assert "Add --aws" in err

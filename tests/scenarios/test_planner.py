@@ -205,7 +205,7 @@ def test_a_budget_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_a_price_there_is_no_plan() -> None:
     grid = Grid(10, 1.0)
-    with pytest.raises(UsageError, match="says no cost"):
+    with pytest.raises(UsageError, match="has no cost"):
         a_plan(lambda scenario, seed: replace(grid(scenario, seed), usd=None), Goal(600.0))
     with pytest.raises(UsageError, match="deadline of 0 s"):
         a_plan(grid, Goal(0.0))

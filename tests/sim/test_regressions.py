@@ -211,7 +211,7 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
         record = await ended(world, made)
         assert (died, record.state) == ([1], JobState.FAILED)
         assert world.managers == 2
-        assert "its own items, but neither" in record.reason
+        assert "has items of its own, but neither" in record.reason
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(1.0))

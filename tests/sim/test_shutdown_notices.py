@@ -199,7 +199,7 @@ def test_who_does_not_answer_is_asked_again_and_named_once(
     assert heard == [Notice("the end", 5.0)]
     said = [record.getMessage() for record in caplog.records]
     assert sum("No metadata service answers" in line for line in said) == 2
-    assert sum("somebody again" in line for line in said) == 2
+    assert sum("can be read again" in line for line in said) == 2
     assert said[-1] == "leaving: the end"
 
 

@@ -304,12 +304,15 @@ WHOLE = {
 }
 """Of pages, or of one part of a page."""
 
-ON_AWS = re.compile(
-    r"batchlab deploy |batchlab .*--backend aws\b|batchlab (gc|conform) --aws|aws sts "
-    r"|export AWS_ENDPOINT_URL="
+NEEDS_ACCOUNT = re.compile(
+    r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws sts "
+    r"|export AWS_ENDPOINT_URL=|gcloud auth "
 )
-"""What needs an account. Of the commands and their options among these test_docs.py says that they
-exist; on emulated control planes the tests below `system/deploy` give them."""
+"""Commands that need an account with AWS or Google Cloud.
+
+test_docs.py checks that the commands and options exist. The tests below `system/deploy` run those
+of AWS on emulated control planes, and `test_gcs.py` runs a grid at a stub of Google Cloud Storage.
+"""
 
 DEVELOPERS = (
     ".venv/bin/pytest",

@@ -180,8 +180,8 @@ def test_what_cannot_be_removed_is_named(moto: Endpoint, run: Run) -> None:
         code, _, err = run("conform", "--endpoint", address, "--only", "*-create-[fs]*")
     bucket, *queues = _clear(moto)
     assert code == 0
-    assert f"Left behind: bucket {bucket}: DeleteBucket answers AccessDenied" in err
-    assert f"Left behind: queue {bucket}: DeleteQueue answers AccessDenied" in err
+    assert f"Left behind: bucket {bucket}: DeleteBucket returns AccessDenied" in err
+    assert f"Left behind: queue {bucket}: DeleteQueue returns AccessDenied" in err
     assert len(err.splitlines()) == len(queues) + 1
 
 

@@ -180,7 +180,7 @@ def test_what_cannot_be_removed_is_named(ours: Endpoint, run: Run) -> None:
     asg = aws.client(ours, "autoscaling", connections=1)
     asg.delete_auto_scaling_group(AutoScalingGroupName=left, ForceDelete=True)
     assert code == 0
-    reason = "DeleteAutoScalingGroup answers AccessDenied"
+    reason = "DeleteAutoScalingGroup returns AccessDenied"
     assert err == f"Left behind: Auto Scaling group {left}: {reason}\n"
 
 

@@ -361,7 +361,7 @@ def test_nothing_of_the_grid_is_changed_and_none_need_be_up(
         ("files", "gathered/0", "The input of gathered/0 cannot be had", "AttemptDays"),
         ("raw", "parse/1", "The input of parse/1 cannot be had", "uploads its input again"),
         ("code", "parse/1", "The code of parse/1 cannot be had", "uploads its code again"),
-        ("jobs", "parse/1", "has no job", "job list"),
+        ("jobs", "parse/1", "The bucket does not contain the job", "job list"),
     ],
 )
 def test_what_is_no_longer_there_is_named(

@@ -48,6 +48,7 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import JobUsage
 from batchlab.manager.state import Ports, WorkerStatus
+from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.runtime.listening import listen, listen_locally
 from batchlab.server import web
@@ -126,7 +127,13 @@ class StillGrid:
             accounting=accounting_of(self.home, POOLS, Tally()),
             schedules=True,
         )
-        app, served = create_app(manager, token=TOKEN, backend_name="aws", on_shutdown=lambda: None)
+        app, served = create_app(
+            manager,
+            token=TOKEN,
+            backend_name="aws",
+            capabilities=factory.load("aws").capabilities,
+            on_shutdown=lambda: None,
+        )
         web.mount(app, served, prices=price_book.load(self.home.path))
         assert manager.scheduler
         manager.scheduler._is_read.set()

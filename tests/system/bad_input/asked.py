@@ -35,7 +35,7 @@ QUESTIONS = [
     Question(
         "unknown job",
         "asks for a job that is not there",
-        "There is no job 'nope-0123456789'",
+        "The job 'nope-0123456789' does not exist",
         ("job", "show", "nope-0123456789"),
     ),
     Question("no id", "gives an empty id", "could be any of", ("job", "why", "")),
@@ -43,12 +43,12 @@ QUESTIONS = [
         "half an id", "gives the beginning of many ids", "could be any of", ("job", "why", "job")
     ),
     Question(
-        "a path", "gives a path as id", "There is no job", ("job", "cancel", "../../etc/passwd")
+        "a path", "gives a path as id", "does not exist", ("job", "cancel", "../../etc/passwd")
     ),
     Question(
         "odd id",
         "gives an id with a line break",
-        "There is no job",
+        "does not exist",
         ("job", "logs", "job\n\x1b[31m"),
     ),
     Question(

@@ -63,12 +63,20 @@ CODE = [
     Case(
         "link out",
         "links out of the code folder",
-        "is a link that leaves the code folder",
+        "is a link out of the code folder",
         link("etc", "/etc"),
     ),
-    Case("link loop", "has a link to itself", "is a link that leaves", link("loop", "loop")),
     Case(
-        "dangling link", "has a link to nowhere", "is a link that leaves", link("gone", "nowhere")
+        "link loop",
+        "has a link to itself",
+        "is a link out of the code folder",
+        link("loop", "loop"),
+    ),
+    Case(
+        "dangling link",
+        "has a link to nowhere",
+        "is a link out of the code folder",
+        link("gone", "nowhere"),
     ),
     Case("code pipe", "has a pipe in the code folder", "is neither a file nor a folder", code_pipe),
     Case("huge code", "has 600 MB beside the code", "Move data out of it", endless_code),

@@ -112,7 +112,7 @@ PLACES = [
     Case(
         "damaged fleet",
         "has a damaged record of its workers",
-        "Move it away (fleet/groups.json in the grid's folder)",
+        "Move fleet/groups.json out of the grid's folder",
         home("fleet/groups.json", b""),
         RUN,
         3,

@@ -127,7 +127,10 @@ WORK = ("work.py", jobs.HANDLERS)
 
 TAMPERED = [
     Tampered(
-        "input gone", "deletes the input from the bucket", "is gone", _then(Path.unlink, INPUT)
+        "input gone",
+        "deletes the input from the bucket",
+        "does not exist",
+        _then(Path.unlink, INPUT),
     ),
     Tampered(
         "code gone",

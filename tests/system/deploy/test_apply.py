@@ -211,5 +211,5 @@ def test_a_release_that_is_damaged_is_refused_before_anything_is_made(
     archive.write_bytes(b"x")
     code, _, err = deploy("apply", "--yes", "--release", archive)
     assert code == 2
-    assert "not called by the SHA-256" in err
+    assert "is not the SHA-256 of its content" in err
     assert stacks() == {}

@@ -276,7 +276,7 @@ def test_gc_lists_what_is_left_and_removes_it_only_when_told(
     ]
     assert f"gone-{account}" not in [one["Name"] for one in s3.list_buckets()["Buckets"]]
     _, _, err = run("gc", "--yes")
-    assert "Say --aws" in err
+    assert "Add --aws" in err
 
 
 def test_what_only_its_name_says_to_be_a_stacks_is_removed_by_that_name(
