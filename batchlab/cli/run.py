@@ -1,20 +1,16 @@
-"""`batchlab run`, `demo`, and `init`.
-
-`run --backend sim` runs a job's own handlers in virtual time.
-"""
+"""`batchlab run`, `demo`, and `init`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import options, output, signals
+from batchlab.cli import options, output
 from batchlab.cli.options import (
     AsIfOption,
     BackendOption,
@@ -28,15 +24,8 @@ from batchlab.cli.options import (
     cap_of,
     home_of,
 )
-from batchlab.cli.run_job import pools_for
-from batchlab.cli.submission import default_folder
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import UsageError
-from batchlab.core.pricing.price_book import load as load_prices
-from batchlab.jobs.job_file import load
-from batchlab.reports.tables.build import Setting
-from batchlab.runtime import factory
-from batchlab.sim.job_run import REPORT, Simulated, run_job
 
 if TYPE_CHECKING:
     from batchlab.cli.run_job import Summary
@@ -103,6 +92,8 @@ def run(
                 "A simulated run does not record costs.",
                 remedy="Leave out --max-cost and --as-if-aws, or use `batchlab cost estimate`.",
             )
+        from batchlab.cli.run_simulated import run_simulated
+
         factory.load(backend, endpoint)
         changes = overrides(set_ or ())
         run_simulated(file, out, changes, workers=workers, seed=seed, json=json)
@@ -227,60 +218,3 @@ def init(
         data = make_data(example, folder / DATA)
         output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
     output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")
-
-
-PRINTED = "printed.log"
-
-
-def run_simulated(
-    file: Path,
-    out: Path | None,
-    overrides: Mapping[str, str],
-    *,
-    workers: int | None,
-    seed: int,
-    json: bool,
-) -> None:
-    """Run a job in the simulator and print its end; exit with 1 unless it succeeded."""
-    jobfile = load(file, overrides)
-    backend = factory.load("sim")
-    pools = pools_for(backend, jobfile, workers) or backend.pools
-    folder = out or default_folder(jobfile.job.name)
-    output.check_folder(folder)
-    # The handlers run in this process. Their output must not mix with the output of this command.
-    with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
-        setting = Setting(backend.name, pools, backend.pace, load_prices())
-        with signals.as_keyboard_interrupt():
-            ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
-    if json:
-        output.show_json(
-            {
-                "job": ended.view,
-                "virtual_s": ended.virtual_s,
-                "instances": ended.instances,
-                "out": str(folder),
-                "report": str(folder / REPORT),
-            }
-        )
-    else:
-        output.show(_text(ended))
-    if ended.view["state"] != "SUCCEEDED":
-        raise typer.Exit(1)
-
-
-def _text(ended: Simulated) -> str:
-    view = ended.view
-    told = [
-        f"{view['id']} {view['state']} after {output.span(ended.virtual_s)} of virtual time on "
-        f"{output.count(ended.instances, 'simulated instance')}"
-    ]
-    if view["reason"]:
-        told.append(view["reason"])
-    told += [
-        f"  {stage['name']}: {stage['succeeded']} of {stage['planned']} succeeded, "
-        f"{stage['failed']} failed, {stage['cancelled']} cancelled, {stage['retried']} retried"
-        for stage in view["stages"]
-    ]
-    told.append(f"Results in {ended.fetched.folder}, what the tasks printed in {PRINTED} there")
-    told.append(f"How it went: batchlab report query summary {ended.fetched.folder / REPORT}")
-    return "\n".join(told)

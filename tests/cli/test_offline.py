@@ -112,6 +112,13 @@ def test_a_command_imports_no_others() -> None:
     assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
 
 
+def test_run_does_not_import_the_simulator() -> None:
+    """The simulator takes half a second to import."""
+    imported = imported_by("run", "--help")
+    assert "batchlab.cli.run" in imported
+    assert not [name for name in imported if name.startswith(("batchlab.sim", "sqlalchemy"))]
+
+
 def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -> None:
     """It is to be up soon, and there are many."""
     code = "import sys, batchlab.server.worker_service; print(*sys.modules)"
