@@ -249,7 +249,7 @@ class Chart:
 NOTHING = "-"
 
 
-def text_verdicts(rows: Sequence[VerdictRow]) -> str:
+def verdict_text(rows: Sequence[VerdictRow]) -> str:
     """Return the table of verdicts and a sentence that counts them."""
     if not rows:
         return "The scenario expects nothing, so nothing is judged."

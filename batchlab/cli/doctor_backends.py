@@ -192,8 +192,7 @@ def _stack_manager(home: Home, backend: Backend) -> Finding:
 def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     """Check the account, the stack, and the session to its manager."""
     from batchlab.client.aws_connection import VARIABLE
-    from batchlab.runtime.aws import deployment as deployment
-    from batchlab.runtime.aws import session_manager
+    from batchlab.runtime.aws import deployment, session_manager
 
     try:
         known = deployment.read(home)

@@ -247,7 +247,7 @@ class Follower:
         self.close()
 
     def close(self) -> None:
-        """Print the last lines that have no end."""
+        """Print the last lines, which do not end with a line break."""
         for key, shown in self._shown.items():
             if shown.rest:
                 self._say(key, shown.rest)

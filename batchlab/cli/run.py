@@ -98,10 +98,10 @@ def run(
         changes = overrides(set_ or ())
         run_simulated(file, out, changes, workers=workers, seed=seed, json=json)
         return
-    from batchlab.cli import run_job as runner
+    from batchlab.cli import run_job
     from batchlab.cli.run_job import Phases
 
-    request = runner.RunRequest(
+    request = run_job.RunRequest(
         file=file,
         home=home_of(home),
         backend=backend,
@@ -116,7 +116,7 @@ def run(
         max_cost_usd=cap_of(max_cost) if max_cost else None,
         as_if_aws=as_if_aws,
     )
-    show_summary(runner.run(request, Phases.of_process()), json=json)
+    show_summary(run_job.run(request, Phases.of_process()), json=json)
 
 
 def show_summary(summary: Summary, *, json: bool) -> None:
@@ -157,7 +157,7 @@ def demo(
     Example: batchlab demo --files 400
     """
     from batchlab.cli import demo as claims_demo
-    from batchlab.cli import run_job as runner
+    from batchlab.cli import run_job
     from batchlab.cli.run_job import Phases
 
     phases = Phases.of_process()
@@ -165,7 +165,7 @@ def demo(
         prepared = claims_demo.prepare(
             home_of(home), seed=seed, files=files, claims_per_file=claims_per_file
         )
-    request = runner.RunRequest(
+    request = run_job.RunRequest(
         file=prepared.job_file,
         home=home_of(home),
         backend=backend,
@@ -174,7 +174,7 @@ def demo(
         out=out,
         resume=resume,
     )
-    summary = runner.run(request, phases)
+    summary = run_job.run(request, phases)
     verdict = claims_demo.check(prepared, summary)
     if json:
         output.show_json({**summary.to_json(), "totals": verdict.to_json()})

@@ -262,11 +262,11 @@ def calibrate(
     Example: batchlab scenario calibrate monday.json tuesday.json --out local.json
     """
     from batchlab.scenarios import record
-    from batchlab.scenarios.forecast import calibration as numbers
+    from batchlab.scenarios.forecast import calibration
 
-    found = numbers.calibrate([record.read(path) for path in records])
+    found = calibration.calibrate([record.read(path) for path in records])
     if out is not None:
-        numbers.write(found.calibration, out)
+        calibration.write(found.calibration, out)
     if json:
         output.show_json(
             {

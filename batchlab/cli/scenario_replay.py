@@ -122,7 +122,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
     else:
         if comparison:
             output.show(f"{comparison_text(comparison)}\n")
-        output.show(charts.text_verdicts(rows))
+        output.show(charts.verdict_text(rows))
     output.say(f"The record is {path}.")
     if request.keep_up and request.home.settings_file.exists():
         output.say(
@@ -171,7 +171,7 @@ def _free(folder: Path, name: str) -> Path:
 
 def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
     from batchlab.runtime import settings
-    from batchlab.scenarios import record as records
+    from batchlab.scenarios import record
     from batchlab.scenarios.faults import autoscaling_groups
     from batchlab.scenarios.replay import driver
 
@@ -192,7 +192,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         stack.enter_context(autoscaling_groups.with_spot_shares(backend, home, spot))
         found = asyncio.run(_run(request, session, scenario, front))
         # The record is written before the changes for this replay are undone, which may fail.
-        records.write(found, path)
+        record.write(found, path)
     return found
 
 

@@ -247,7 +247,7 @@ def _text(made: Record, rows: list[VerdictRow]) -> str:
             for one in made.faults
         ]
         parts.append(output.table(("fault", "at", "what was seen of it"), told))
-    parts.append(charts.text_verdicts(rows))
+    parts.append(charts.verdict_text(rows))
     return "\n\n".join(parts)
 
 

@@ -67,30 +67,34 @@ class ScheduleCalls(Calls):
 
     def schedule(self, name: str) -> ScheduleView:
         """Return one schedule with its runs."""
-        return cast("ScheduleView", self._call("GET", _of(name)))
+        return cast("ScheduleView", self._call("GET", _schedule_path(name)))
 
     def coming(self, name: str, *, count: int = 10) -> list[DueView]:
         """Return the next due times of a schedule."""
-        return cast("list[DueView]", self._call("GET", _of(name, "/next"), count=count)["times"])
+        return cast(
+            "list[DueView]", self._call("GET", _schedule_path(name, "/next"), count=count)["times"]
+        )
 
     def pause_schedule(self, name: str) -> ScheduleView:
         """Pause a schedule. Due times during the pause start no runs."""
-        return cast("ScheduleView", self._call("POST", _of(name, "/pause")))
+        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/pause")))
 
     def resume_schedule(self, name: str) -> ScheduleView:
         """Resume a schedule. It runs at its next due time."""
-        return cast("ScheduleView", self._call("POST", _of(name, "/resume")))
+        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/resume")))
 
     def remove_schedule(self, name: str) -> ScheduleView:
         """Remove a schedule. A running job of the schedule continues."""
-        return cast("ScheduleView", self._call("POST", _of(name, "/remove")))
+        return cast("ScheduleView", self._call("POST", _schedule_path(name, "/remove")))
 
     def run_schedule(self, name: str, token: str) -> RunView:
         """Run the job of a schedule now. A repetition with the same token returns the same run."""
-        return cast("RunView", self._call("POST", _of(name, "/run"), body={"token": token}))
+        return cast(
+            "RunView", self._call("POST", _schedule_path(name, "/run"), body={"token": token})
+        )
 
 
-def _of(name: str, what: str = "") -> str:
+def _schedule_path(name: str, what: str = "") -> str:
     return f"{_ALL}/{quote(name, safe='')}{what}"
 
 
@@ -166,20 +170,20 @@ class Client(ScheduleCalls):
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
         """Return one job. With `version`, wait up to `wait_s` until the version of the job
         differs."""
-        answer = self._call("GET", _of_client(job), version=version, wait_s=wait_s)
+        answer = self._call("GET", _job_path(job), version=version, wait_s=wait_s)
         return cast("JobView", answer)
 
     def cancel(self, job: str) -> JobView:
         """Cancel a job. Return when no further task of the job can start."""
-        return cast("JobView", self._call("POST", _of_client(job, "/cancel")))
+        return cast("JobView", self._call("POST", _job_path(job, "/cancel")))
 
     def pause(self, job: str) -> JobView:
         """Pause a job. Running tasks continue, and no further task starts."""
-        return cast("JobView", self._call("POST", _of_client(job, "/pause")))
+        return cast("JobView", self._call("POST", _job_path(job, "/pause")))
 
     def resume(self, job: str) -> JobView:
         """Resume a paused job."""
-        return cast("JobView", self._call("POST", _of_client(job, "/resume")))
+        return cast("JobView", self._call("POST", _job_path(job, "/resume")))
 
     def retry(
         self,
@@ -193,15 +197,15 @@ class Client(ScheduleCalls):
         task and excludes its end."""
         body = {"fingerprints": list(fingerprints), "tasks": tasks or {}}
         chosen = body if fingerprints or tasks else None
-        return cast("JobView", self._call("POST", _of_client(job, "/retry"), body=chosen))
+        return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=chosen))
 
     def eta(self, job: str) -> EtaView:
         """Return the remaining time of a job."""
-        return cast("EtaView", self._call("GET", _of_client(job, "/eta")))
+        return cast("EtaView", self._call("GET", _job_path(job, "/eta")))
 
     def why(self, job: str) -> str:
         """Return one line that explains why the job has not progressed further."""
-        return str(self._call("GET", _of_client(job, "/why"))["why"])
+        return str(self._call("GET", _job_path(job, "/why"))["why"])
 
     def outcomes(
         self,
@@ -214,7 +218,7 @@ class Client(ScheduleCalls):
     ) -> OutcomesView:
         """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s`
         for the first one."""
-        path = _of_client(job, "/outcomes")
+        path = _job_path(job, "/outcomes")
         answer = self._call("GET", path, stage=stage, after=after, limit=limit, wait_s=wait_s)
         return cast("OutcomesView", answer)
 
@@ -227,7 +231,7 @@ class Client(ScheduleCalls):
         while len(found) < limit:
             answer = self._call(
                 "GET",
-                _of_client(job, "/failures"),
+                _job_path(job, "/failures"),
                 limit=min(limit - len(found), MOST),
                 after=after,
                 fingerprint=fingerprint,
@@ -241,13 +245,13 @@ class Client(ScheduleCalls):
     def failure_groups(self, job: str) -> list[FailureGroupView]:
         """Return the failed tasks by fingerprint, the largest group first."""
         while True:
-            answer = self._call("GET", _of_client(job, "/failures/groups"))
+            answer = self._call("GET", _job_path(job, "/failures/groups"))
             if answer["is_whole"]:
                 return cast("list[FailureGroupView]", answer["groups"])
 
     def task(self, job: str, stage: str, task: int) -> TaskView:
         """Return one ended task, with its input and its log."""
-        path = _of_client(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")
+        path = _job_path(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")
         return cast("TaskView", self._call("GET", path))
 
     def logs(
@@ -265,7 +269,7 @@ class Client(ScheduleCalls):
         seconds."""
         answer = self._call(
             "GET",
-            _of_client(job, "/logs"),
+            _job_path(job, "/logs"),
             stage=stage,
             task=task,
             limit=limit,
@@ -289,7 +293,7 @@ class Client(ScheduleCalls):
         outcome."""
         answer = self._call(
             "GET",
-            _of_client(job, "/logs/after"),
+            _job_path(job, "/logs/after"),
             seq=seq,
             stage=stage,
             task=task,
@@ -302,7 +306,7 @@ class Client(ScheduleCalls):
     def tails(self, job: str) -> TailsView:
         """Return the live logs of running tasks. Workers store them only while a client requests
         them."""
-        return cast("TailsView", self._call("POST", _of_client(job, "/tails")))
+        return cast("TailsView", self._call("POST", _job_path(job, "/tails")))
 
     # --- The grid --------------------------------------------------------------------------------
 
@@ -349,12 +353,12 @@ class Client(ScheduleCalls):
 
     def job_use(self, job: str) -> JobUseView:
         """Return the usage of a job."""
-        return cast("JobUseView", self._call("GET", _of_client(job, "/use")))
+        return cast("JobUseView", self._call("GET", _job_path(job, "/use")))
 
     def cap_job(self, job: str, max_cost_usd: float | None) -> JobUseView:
         """Set the cap in USD on the cost of a job. None removes the cap."""
         body = {"max_cost_usd": max_cost_usd}
-        return cast("JobUseView", self._call("POST", _of_client(job, "/cap"), body=body))
+        return cast("JobUseView", self._call("POST", _job_path(job, "/cap"), body=body))
 
     # --- Notifications ---------------------------------------------------------------------------
 
@@ -379,5 +383,5 @@ def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:
     return {"job": json_format.job_to_json(job), "items": items}
 
 
-def _of_client(job: str, what: str = "") -> str:
+def _job_path(job: str, what: str = "") -> str:
     return f"/v1/jobs/{quote(job, safe='')}{what}"

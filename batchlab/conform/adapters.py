@@ -273,7 +273,7 @@ async def port_refused(site: Site) -> None:
     promise="Queue raises NotFound",
     otherwise="a removed queue looks like an outage, and callers wait for it",
 )
-async def port_missing_sqs_ports(site: Site) -> None:
+async def port_missing_queue(site: Site) -> None:
     async with site.port() as queue:
         calls: list[Callable[[], Awaitable[object]]] = [
             partial(queue.send, "nothing", [Outgoing("a")]),

@@ -262,7 +262,7 @@ class OwnQueue:
         """Return the queue's ARN for a redrive policy."""
         found = self.attributes().get("QueueArn")
         if found is None:
-            raise Untried("the queue has no ARN")
+            raise Untried("the queue's attributes lack its ARN")
         return found
 
 

@@ -336,7 +336,7 @@ class Target:
             return
         if there.status == 404:
             raise UsageError(
-                f"There is no bucket {self.bucket} at {self.place}.",
+                f"The bucket {self.bucket} does not exist at {self.place}.",
                 remedy="Leave --bucket out, and one is made and removed.",
             )
         if self.s3.get_bucket_versioning(Bucket=self.bucket).get("Status"):

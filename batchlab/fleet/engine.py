@@ -28,8 +28,6 @@ from batchlab.fleet import (
     scheduled_actions,
     warm_pool,
 )
-from batchlab.fleet import health as standby
-from batchlab.fleet import health as upkeep
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.external_data import Metrics, Resting
 from batchlab.fleet.group_state import ENDING, STARTING, ActivityLog, Group, Member, Store, weigh
@@ -50,14 +48,14 @@ def attend(
     asg = group.asg
     assert asg is not None
     lifecycle_hooks.expire(changes, group)
-    standby.arrive(changes, group)
-    upkeep.enforce(changes, group)
+    health.arrive(changes, group)
+    health.enforce(changes, group)
     health.replace_unhealthy(changes, group)
     scheduled_actions.run_due(changes, group)
     scaling_policies.track(changes, group, asg, metrics, alarm_period_s)
     instance_refresh.roll(changes, group)
     warm_pool.trim(changes, group, asg)
-    upkeep.keep_up(changes, group, sources)
+    health.keep_up(changes, group, sources)
     _rest(changes, group)
 
 

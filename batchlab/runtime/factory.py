@@ -27,7 +27,7 @@ from batchlab.core.retry import Patience
 from batchlab.core.tracing import NOBODY, Tracer
 from batchlab.runtime import descriptor
 from batchlab.runtime.aws import deployment as stacks
-from batchlab.runtime.compose import deployment as deployment
+from batchlab.runtime.compose import deployment
 from batchlab.runtime.descriptor import (
     VARIABLE,
     Image,

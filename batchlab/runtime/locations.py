@@ -19,7 +19,7 @@ from batchlab.core import optional_dependencies
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime.aws import deployment as stacks
-from batchlab.runtime.compose import deployment as deployment
+from batchlab.runtime.compose import deployment
 from batchlab.runtime.descriptor import VARIABLE, Descriptor, fresh_bucket, place_of
 from batchlab.runtime.home import Home, Place
 

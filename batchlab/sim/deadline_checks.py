@@ -85,7 +85,7 @@ BUNDLE_SILENCES, INSTANCE_SILENCES = 14.0, 3.75
 """Limits for a new copy of a lost bundle, and the end of a stopped instance, in `silence_s`."""
 INSTANCE_S = 375.0
 """Seconds for which an instance may be silent, however short `silence_s` is."""
-SILENCES_SLACK_S = 60.0
+SILENCE_SLACK_S = 60.0
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ class Silences:
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}
         if since_s is None:
             return
-        limit_s = BUNDLE_SILENCES * self.silence_s + SILENCES_SLACK_S
+        limit_s = BUNDLE_SILENCES * self.silence_s + SILENCE_SLACK_S
         for name, lost_s in self._lost_s.items():
             self.require(
                 now_s - max(lost_s, since_s) <= limit_s,
@@ -125,7 +125,7 @@ class Silences:
                 f"{name} is lost since {lost_s:.0f} s, and nobody has sent it again",
                 name[0],
             )
-        limit_s = max(INSTANCE_S, INSTANCE_SILENCES * self.silence_s) + SILENCES_SLACK_S
+        limit_s = max(INSTANCE_S, INSTANCE_SILENCES * self.silence_s) + SILENCE_SLACK_S
         for actor in [one for one in self.stopped if one.alive]:
             self.stopped[actor] += min(step_s, now_s - since_s)
             self.require(
@@ -137,7 +137,7 @@ class Silences:
             )
 
 
-StartTimesRequire = Callable[[bool, str, str, str], None]
+RequireForJob = Callable[[bool, str, str, str], None]
 """A check with the arguments (holds, promise, facts, job)."""
 
 EARLY_S = 0.6
@@ -151,7 +151,7 @@ Try = tuple[str, str, int, int, int]
 class StartTimes:
     """The earliest start of each further attempt. All times are seconds since the epoch."""
 
-    require: StartTimesRequire
+    require: RequireForJob
     is_exact: bool = False
     """Whether the clocks of all processes agree. If not, starts are not checked."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)

@@ -159,11 +159,6 @@ CLOSE_S = 0.001
 """Sums of seconds are equal if they differ by less."""
 
 
-def _require_accounts(holds: bool, facts: str) -> None:
-    if not holds:
-        raise Violated(f"accounts is violated: {facts}")
-
-
 async def check_account(
     world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool
 ) -> None:
@@ -176,7 +171,7 @@ async def check_account(
             break
         await asyncio.sleep(1.0)
     data = world.objects.content(object_keys.used(job.id))
-    _require_accounts(data is not None or not undisturbed, f"{job.id} has no account")
+    _require(data is not None or not undisturbed, "accounts", f"{job.id} has no account")
     if data is None:
         return
     account = JobUsage.from_bytes(data).account
@@ -188,12 +183,14 @@ async def check_account(
     told_s = sum(account.failed_s.values())
     told = f"{account.bundles} outcomes and {told_s:.3f} s of failed attempts"
     facts = f"{job.id} has {told} in its account, and {len(outcomes)} and {failed_s:.3f} s happened"
-    _require_accounts(account.bundles <= len(outcomes) and told_s <= failed_s + CLOSE_S, facts)
+    _require(account.bundles <= len(outcomes) and told_s <= failed_s + CLOSE_S, "accounts", facts)
     exact = account.bundles == len(outcomes) and told_s >= failed_s - CLOSE_S
-    _require_accounts(exact or not undisturbed, facts)
+    _require(exact or not undisturbed, "accounts", facts)
     used_s = [*account.billed_s.values(), *account.failed_s.values(), *account.lost_s.values()]
-    _require_accounts(
-        all(seconds >= 0.0 for seconds in used_s), f"{job.id} has used less than nothing"
+    _require(
+        all(seconds >= 0.0 for seconds in used_s),
+        "accounts",
+        f"the usage of {job.id} is negative",
     )
 
 

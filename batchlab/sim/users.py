@@ -233,7 +233,7 @@ class User:
 
 NAME = "timed"
 INPUT = "raw/timed.jsonl"
-SCHEDULES_LOOK_S = 5.0
+SCHEDULE_POLL_S = 5.0
 LATER_S = 10 * 366 * 86_400.0
 PROMISE = "Once for each due time"
 
@@ -282,7 +282,7 @@ class Keeper:
             # While it is being rebuilt, the ledger has none of the jobs.
             if not (await self._shown()).unfinished and not self._world.rebuilding:
                 break
-            await asyncio.sleep(SCHEDULES_LOOK_S)
+            await asyncio.sleep(SCHEDULE_POLL_S)
         await self._check(first, last.through_s)
 
     async def _keep(self, definition: Definition, *, replacing: bool) -> Schedule:

@@ -158,7 +158,7 @@ def _adapted(handler: str, found: Callable[..., Any]) -> Call:
     try:
         parameters = list(inspect.signature(found).parameters.values())
     except (ValueError, TypeError):
-        return lambda item, _: found(item)  # A compiled function has no signature.
+        return lambda item, _: found(item)  # inspect cannot read compiled functions
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     by_place = [p for p in parameters if p.kind in places]
     required = [p for p in by_place if p.default is p.empty]

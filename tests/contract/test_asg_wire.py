@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 
 from batchlab.server.autoscaling_api.launch_templates import template_id
 from batchlab.server.autoscaling_api.query_protocol import model
-from batchlab.server.autoscaling_api.scheduled_changes import ACTIONS_ACTIONS as ACTIONS
+from batchlab.server.autoscaling_api.scheduled_changes import ALL_ACTIONS as ACTIONS
 from tests.support.aws.autoscaling_api import TEMPLATE, Thread, Wire, aws, refused
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"

@@ -23,7 +23,7 @@ def test_a_shipped_scenario_passes_its_own_expectations(name: str) -> None:
     record = simulate(scenario)
     rows = verdicts.judge(record, scenario.expect)
     assert rows, "a scenario that expects nothing teaches nothing"
-    assert not verdicts.is_red(rows), charts.text_verdicts(rows)
+    assert not verdicts.is_red(rows), charts.verdict_text(rows)
     assert (record.lost, record.duplicates) == (0, 0)
     assert len(record.faults) == len(scenario.faults)
     for fault in record.faults:

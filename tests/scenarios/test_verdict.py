@@ -191,7 +191,7 @@ def test_a_person_reads_a_table() -> None:
         Expectation("peak_fleet", least=0),
         Expectation("cost", most=1.0),
     ]
-    told = charts.text_verdicts(judge(record, expected)).splitlines()
+    told = charts.verdict_text(judge(record, expected)).splitlines()
     assert [" ".join(line.split()) for line in told] == [
         "MEASURE JOBS EXPECTED MEASURED VERDICT WHY",
         "makespan all at most 60 min 00 s 60.0 s green",
@@ -201,6 +201,6 @@ def test_a_person_reads_a_table() -> None:
         "",
         "Red: 2 green, 1 red, 1 not judged.",
     ]
-    assert "expects nothing" in charts.text_verdicts([])
+    assert "expects nothing" in charts.verdict_text([])
     endless = judge(a_record(a_job(ended_s=None)), [Expectation("makespan", most=1)])
-    assert "never" in charts.text_verdicts(endless)
+    assert "never" in charts.verdict_text(endless)

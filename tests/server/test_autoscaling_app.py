@@ -19,7 +19,7 @@ from batchlab.adapters.local.access_keys import Keys
 from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App
 from batchlab.server.autoscaling_api.errors import Fault
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
-from batchlab.server.autoscaling_api.scheduled_changes import ACTIONS_ACTIONS as ACTIONS
+from batchlab.server.autoscaling_api.scheduled_changes import ALL_ACTIONS as ACTIONS
 from tests.support import ROOT
 
 KEY = Keys("AKIDEXAMPLE", "secret")

@@ -90,7 +90,7 @@ def test_what_changes_of_a_page_is_a_part_of_it(rig: Rig, visitor: Visitor) -> N
 
 
 def test_jobs_come_in_pages(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.server.web.views.A_PAGE", 2)
+    monkeypatch.setattr("batchlab.server.web.views.JOBS_PER_PAGE", 2)
     names = [rig.submit(job(token=f"page-{number}")) for number in range(3)]
     first = visitor.get("/").text
     assert [name in first for name in names] == [False, True, True]

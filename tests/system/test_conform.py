@@ -129,7 +129,7 @@ def test_it_uses_a_bucket_that_is_there_and_leaves_the_rest_of_it_alone(
     assert "keeps old versions" in err
     code, _, err = run("conform", "--endpoint", ministack.url, "--bucket", "of-nobody")
     assert code == 2
-    assert "There is no bucket of-nobody" in err
+    assert "The bucket of-nobody does not exist" in err
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 workers.
 
 Invariants: a beat counts only for an instance that the fleet describes, in that instance's pool,
-and with the key of its first beat. A beat of another instance waits until the fleet describes it,
-and has no effect before. The first key wins: no worker can know another instance's id before its
-first beat, because ids are random and the role of workers lists no instances. A rule by which a
-second key ends the instance would let a worker end others whose ids it learns later. The digest of
-a key is in the bucket before a beat with that key counts, so the next leader binds the same key.
+and with the key of its first beat. A beat of another instance waits until the fleet describes it.
+The first key wins: no worker can know another instance's id before its first beat, because ids are
+random and the role of workers lists no instances. A rule by which a second key ends the instance
+would let a worker end others whose ids it learns later. The digest of a key is in the bucket before
+a beat with that key counts, so the next leader binds the same key.
 """
 
 from __future__ import annotations

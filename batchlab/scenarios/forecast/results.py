@@ -270,7 +270,7 @@ class ResultCounter:
         planned = counts.planned if counts else None
         if planned is None:
             planned = 0 if stage.after else job.tasks
-        # Tasks that never ran because of an earlier failure have no outcome.
+        # Tasks that never ran because of an earlier failure are missing from the outcomes.
         cancelled = counts.cancelled if counts else 0
         ended = len(TaskSet.union((succeeded, failed))) + cancelled
         self._results.lost += max(0, planned - ended)

@@ -128,7 +128,7 @@ class JobSpec(Keys):
     )
     deadline: field_types.Timeout | None = Field(
         default=None,
-        description="Time from a job's arrival to its deadline. The default is no deadline.",
+        description="Time from a job's arrival to its deadline. Jobs have none by default.",
         examples=["6h"],
     )
     tenant: str = Field(default="", description="Tenant of the job.", examples=["payer-a"])

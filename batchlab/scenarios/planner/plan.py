@@ -170,7 +170,7 @@ class Plan:
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
-        """Return the scenario's Spot waves that have no target in the chosen fleet.
+        """Return the scenario's Spot waves without a target in the chosen fleet.
 
         A scenario with such a wave is invalid.
         """

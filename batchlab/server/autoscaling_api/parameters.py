@@ -207,7 +207,7 @@ def told(shape: Shape, value: Any) -> Any:
     requires them. Members without a field in the value are left out."""
     if isinstance(shape, StructureShape):
         special = _TOLD.get(type(value))
-        return special(shape, value) if special else _structure_convert(shape, value)
+        return special(shape, value) if special else _answer_structure(shape, value)
     if isinstance(shape, ListShape):
         return [told(shape.member, one) for one in value]
     if shape.type_name == "timestamp":
@@ -215,7 +215,7 @@ def told(shape: Shape, value: Any) -> Any:
     return str(value) if shape.type_name == "string" else value
 
 
-def _structure_convert(shape: StructureShape, value: Any) -> dict[str, Any]:
+def _answer_structure(shape: StructureShape, value: Any) -> dict[str, Any]:
     found = {}
     for name, member in shape.members.items():
         one = getattr(value, xform_name(name), None)
@@ -255,7 +255,7 @@ def _tracking_told(_: StructureShape, value: TargetTracking) -> dict[str, Any]:
 
 def _warm_told(shape: StructureShape, value: WarmPool) -> dict[str, Any]:
     reuse = {"ReuseOnScaleIn": value.reuse_on_scale_in}
-    return {**_structure_convert(shape, value), "InstanceReusePolicy": reuse}
+    return {**_answer_structure(shape, value), "InstanceReusePolicy": reuse}
 
 
 _TOLD: dict[type, Callable[[StructureShape, Any], dict[str, Any]]] = {

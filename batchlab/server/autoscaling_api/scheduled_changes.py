@@ -279,7 +279,7 @@ def _always(answer: Answer) -> Action:
     return lambda _: answer
 
 
-ACTIONS_ACTIONS: Mapping[str, Action] = {
+ALL_ACTIONS: Mapping[str, Action] = {
     **groups.ACTIONS,
     **ACTIONS,
     "DescribeAccountLimits": _limits,
@@ -303,7 +303,7 @@ def act(engine: AutoScaling, changed: Callable[[], None]) -> Act:
     action that may change something, so that the engine ticks soon."""
 
     async def do(operation: OperationModel, asked: Asked) -> Answer:
-        action = ACTIONS_ACTIONS.get(operation.name)
+        action = ALL_ACTIONS.get(operation.name)
         if action is None:
             raise Fault("NotImplemented", f"{operation.name} is not served here.")
         try:

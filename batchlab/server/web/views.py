@@ -17,7 +17,6 @@ from batchlab.manager.spending import Spending
 from batchlab.server.http import archive, spending, tasks
 from batchlab.server.http import failures as api_failures
 from batchlab.server.http import grid as api_fleet
-from batchlab.server.http import jobs as api
 from batchlab.server.http import jobs as api_jobs
 from batchlab.server.http import spending as api_costs
 from batchlab.server.http.common import Given, Leader
@@ -27,7 +26,7 @@ from batchlab.server.web.shared import Page, State, guarded, to
 
 router = guarded()
 
-A_PAGE = 25
+JOBS_PER_PAGE = 25
 LARGEST_GROUPS = 3
 
 
@@ -36,24 +35,26 @@ async def jobs(
     request: Request, manager: Leader, active: bool = False, before: str | None = None
 ) -> Response:
     """Show the jobs, newest first."""
-    found = (await api.jobs(manager, limit=A_PAGE + 1, before=before, active=active))["jobs"]
+    found = (await api_jobs.jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active))[
+        "jobs"
+    ]
     now_s = manager.ports.clock.now_s()
     rows = [
         {"job": one, "took_s": text.took_s(one, now_s), "eta": await _eta(manager, one)}
-        for one in found[:A_PAGE]
+        for one in found[:JOBS_PER_PAGE]
     ]
-    older = found[A_PAGE - 1]["id"] if len(found) > A_PAGE else None
+    older = found[JOBS_PER_PAGE - 1]["id"] if len(found) > JOBS_PER_PAGE else None
     return live(request, "jobs", here="jobs", rows=rows, active=active, before=before, older=older)
 
 
 async def _eta(manager: Manager, job: api_types.JobView) -> api_types.EtaView | None:
-    return None if job["state"] in ENDED else await api.eta(manager, JobId(job["id"]))
+    return None if job["state"] in ENDED else await api_jobs.eta(manager, JobId(job["id"]))
 
 
 @router.get("/jobs/{job}")
 async def job(request: Request, manager: Leader, served: Given, page: Page, job: JobId) -> Response:
     """Show one job."""
-    view = await api.job(manager, job)
+    view = await api_jobs.job(manager, job)
     groups = None
     if any(stage["failed"] for stage in view["stages"]):
         groups = await api_failures.failure_groups(manager, served, job)
@@ -63,7 +64,7 @@ async def job(request: Request, manager: Leader, served: Given, page: Page, job:
         here="jobs",
         job=view,
         progress=text.of_job(view),
-        why=(await api.explain(manager, job))["why"],
+        why=(await api_jobs.explain(manager, job))["why"],
         eta=await _eta(manager, view),
         took_s=text.took_s(view, manager.ports.clock.now_s()),
         groups=groups,
@@ -148,7 +149,7 @@ async def _of_job(
 
 LOOKED_AT = 200
 """Number of recent jobs that the page checks for failures."""
-FAILURES_A_PAGE = 50
+FAILURES_PER_PAGE = 50
 
 
 @router.get("/failures")
@@ -193,7 +194,7 @@ async def of_group(
     view = await api_jobs.job(manager, job)
     groups = (await api_failures.failure_groups(manager, served, job))["groups"]
     found = await api_failures.failures(
-        manager, served, job, limit=FAILURES_A_PAGE, after=after, fingerprint=fingerprint
+        manager, served, job, limit=FAILURES_PER_PAGE, after=after, fingerprint=fingerprint
     )
     return render(
         request,

@@ -169,7 +169,7 @@ def claims_are_evidence(plant: Plant) -> None:
 
 
 @planted("I8", weather="lies")
-def next_leader_binds_anew(plant: Plant) -> None:
+def next_leader_binds_again(plant: Plant) -> None:
     """A leader binds each instance to the key of the first heartbeat that it receives. After a
     change of leaders, another worker can be first (I8)."""
 
