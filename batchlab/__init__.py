@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from batchlab.client.executor import GridExecutor
     from batchlab.client.grid import Grid
     from batchlab.client.http import Client
-    from batchlab.client.job_result import JobResult
+    from batchlab.client.results import JobResult
     from batchlab.core.errors import BatchlabError, JobFailed, TaskFailed
     from batchlab.core.job_definition import RetryRule
     from batchlab.core.model import JobState, Pool
@@ -48,7 +48,7 @@ _HOMES = {
     "Grid": "batchlab.client.grid",
     "GridExecutor": "batchlab.client.executor",
     "JobFailed": "batchlab.core.errors",
-    "JobResult": "batchlab.client.job_result",
+    "JobResult": "batchlab.client.results",
     "JobState": "batchlab.core.model",
     "Pool": "batchlab.core.model",
     "RetryRule": "batchlab.core.job_definition",
@@ -60,7 +60,7 @@ _PUBLISHED = {
     "batchlab.grid": "batchlab.client.grid",
     "batchlab.grid.executor": "batchlab.client.executor",
     "batchlab.grid.joblib": "batchlab.client.joblib",
-    "batchlab.grid.result": "batchlab.client.job_result",
+    "batchlab.grid.result": "batchlab.client.results",
     "batchlab.jobdef": "batchlab.core.job_definition",
     "batchlab.model": "batchlab.core.model",
     "batchlab.task": "batchlab.core.task_context",

@@ -32,10 +32,10 @@ from batchlab import Grid
 from batchlab.adapters.local.objects import open_local
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs import input_split
-from batchlab.manager.jobs.stage_plans import PartWriter
+from batchlab.manager import input_split
+from batchlab.manager.stage_plans import PartWriter
 
 MB_PER_SECOND = 300
 WITHIN_S = 60

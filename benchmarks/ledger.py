@@ -39,14 +39,13 @@ from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.adapters.sql import open_postgres, open_sqlite
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Completion, JobId, JobState, Pool, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, Cut, Fold, Ledger, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, events_message, read_task_message
-from batchlab.core.retry import Patience
-from batchlab.manager.events.collector import events_queue
+from batchlab.manager.collector import events_queue
 from batchlab.manager.manager import Manager
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports
+from batchlab.manager.state import ManagerSettings, Ports
 from tests.support.no_fleet import NoFleet
 
 PER_SECOND = 10_000

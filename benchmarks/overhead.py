@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from docker import DockerClient
 
 from batchlab.core.model import LifecycleState, Pool
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import compose_deployment
 from batchlab.runtime.home import Home
 from benchmarks.request_counts import cpu_s
 from tests.support.docker.chaos import docker, wait_for
@@ -91,7 +91,7 @@ class Parts:
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        found = deployment.read(home)
+        found = compose_deployment.read(home)
         assert found
         self.project = found.project
         self._engine = DockerClient.from_env()
@@ -125,7 +125,7 @@ class Parts:
 
     def latency_ms(self, count: int) -> dict[str, float]:
         """Medians of single calls, one after the other, made in the manager's container."""
-        place = self.home.place(deployment.NAME)
+        place = self.home.place(compose_deployment.NAME)
         assert place
         probe = (PYTHON, "-c", PROBE, place.url, place.bucket, str(count))
         found: dict[str, float] = json.loads(docker("exec", self.service("manager"), *probe))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batchlab.reports.queries import named_queries, store
+from batchlab.reports.queries import store
 from batchlab.reports.tables.schema import TABLES
 from tests.support.reports.made import Made, write_run
 
@@ -35,7 +35,7 @@ def measured(folder: Path) -> dict[str, float]:
     begun_s = time.perf_counter()
     with store.opened([folder]) as connection:
         found = {"(opening)": time.perf_counter() - begun_s}
-        for name, query in named_queries.known().items():
+        for name, query in store.known().items():
             took_s = []
             for _ in range(TIMES):
                 begun_s = time.perf_counter()

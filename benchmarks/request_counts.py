@@ -24,8 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.request_costs import usd_of
-from batchlab.core.request_counter import Requests, steps
+from batchlab.core.pricing.request_costs import Requests, steps, usd_of
 from benchmarks.run import emulator
 from tests.support.conform.proxy import Request, Response, Send, proxy
 

@@ -25,7 +25,7 @@ from batchlab.core.model import Pool
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenarios.traces.columns import Columns, ColumnSum
+from batchlab.scenarios.traces.rows import Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 HOURS = (1, 6, 24)

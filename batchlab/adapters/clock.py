@@ -1,13 +1,25 @@
 """Real time and random ids, for every backend except the simulator.
 
 Invariant: the core gets wall time and randomness of a real backend only from this module.
+
+Execution of the blocking calls of a ledger or a queue.
+
+Invariant: an object that supports one thread at a time is used by one thread at a time. This also
+holds if the task that waits for a call is canceled.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
+from batchlab.core.errors import Unreachable
 from batchlab.worker.shared_memory import boot_s
 
 
@@ -33,3 +45,120 @@ class RandomIds:
     def fresh(self, kind: str) -> str:
         """Return a new id with the prefix `kind`. With 64 bits, ten million ids do not collide."""
         return f"{kind}-{secrets.token_hex(8)}"
+
+
+T = TypeVar("T")
+
+_BUSY_S = 10.0
+_AGAIN_S = 0.01
+
+
+class Busy(Unreachable):
+    """Another connection holds the database's lock."""
+
+
+class Run(Protocol):
+    """Runner of blocking calls. Calls that write run one at a time, in the order of the calls."""
+
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
+        """Return the result of `call`. A `quick` call takes about a millisecond."""
+
+    async def close(self, last: Callable[[], None]) -> None:
+        """Run `last` after all earlier calls, and run nothing after it.
+
+        This also holds if the task that waits for it is canceled.
+        """
+
+
+class Inline:
+    """Runner that uses the caller's thread, for the simulator, which runs without threads."""
+
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
+        return call()
+
+    async def close(self, last: Callable[[], None]) -> None:
+        last()
+
+
+class OneThread:
+    """Runner with one thread, which makes the calls in their order.
+
+    A quick call that finds the thread idle runs in the caller's thread, because a change of threads
+    takes as long as the call.
+    """
+
+    def __init__(self, name: str = "ledger") -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether all submitted calls have ended."""
+        return not self._waiting
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run the call in the thread, even if its caller is canceled."""
+        with self._lock:
+            self._waiting += 1
+        submitted = self._executor.submit(call)
+        submitted.add_done_callback(self._ended)
+        return submitted
+
+    def _ended(self, _: Future[T]) -> None:
+        with self._lock:
+            self._waiting -= 1
+
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
+        if quick and self.is_idle:
+            # The wait for another process's lock takes place in the thread, where it blocks no
+            # other task.
+            with suppress(Busy):
+                return call()
+        return await asyncio.wrap_future(self.submit(lambda: _patiently(call)))
+
+    async def close(self, last: Callable[[], None]) -> None:
+        closing = self.submit(lambda: _patiently(last))
+        closing.add_done_callback(lambda _: self._executor.shutdown(wait=False))
+        await asyncio.shield(asyncio.wrap_future(closing))
+        self._executor.shutdown()
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    deadline_s = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return call()
+        except Busy:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(_AGAIN_S)
+
+
+class Threads:
+    """Runner with one thread for writing calls and a few threads for reading calls.
+
+    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the
+    calls.
+
+    It is for a database in a network: even a quick call would block the event loop while it waits.
+    A read that begins during a write may see the state before it, even if its answer comes later.
+    """
+
+    READERS = 3
+
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-write")
+        self._readers = ThreadPoolExecutor(self.READERS, thread_name_prefix="ledger-read")
+
+    async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
+        executor = self._writer if writes else self._readers
+        return await asyncio.get_running_loop().run_in_executor(executor, call)
+
+    async def close(self, last: Callable[[], None]) -> None:
+        def end() -> None:
+            self._readers.shutdown()
+            self._writer.shutdown()
+            last()
+
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, end))

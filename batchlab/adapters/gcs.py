@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from obstore import PutMode
     from obstore.store import GCSConfig
 
-    from batchlab.adapters.bucket import Bucket
+    from batchlab.adapters.limits import Bucket
 
 _URL = "https://storage.googleapis.com"
 _EMULATOR = "STORAGE_EMULATOR_HOST"

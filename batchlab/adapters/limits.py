@@ -1,16 +1,22 @@
 """Checks of every adapter before a request: object keys, and the limits of SQS.
 
 Invariant: all backends refuse the same calls with the same errors.
+
+Description of a bucket for the adapter that opens it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from batchlab.core.atomic_write import Sync
+from batchlab.core.atomic_write import check_key as check_key
+from batchlab.core.atomic_write import check_prefix as check_prefix
 from batchlab.core.errors import TooLarge
-from batchlab.core.object_names import check_key as check_key
-from batchlab.core.object_names import check_prefix as check_prefix
 from batchlab.core.ports import (
     MAX_BATCH,
     MAX_DELAY_S,
@@ -19,6 +25,10 @@ from batchlab.core.ports import (
     MAX_WAIT_S,
     Outgoing,
 )
+from batchlab.core.pricing.request_costs import Tally
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws.endpoint import Endpoint
 
 MAX_IN_FLIGHT = 120_000
 
@@ -81,3 +91,15 @@ def check_changes(changes: Sequence[tuple[str, float]]) -> None:
 def body_bytes(body: str) -> int:
     """Return the size of a message body as SQS counts it."""
     return len(body) if body.isascii() else len(body.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket: a folder, or a name at a service. An adapter uses the fields that it needs."""
+
+    name: str = ""
+    folder: Path = Path()
+    sync: Sync = Sync.JOBS
+    endpoint: Endpoint | None = None
+    tally: Tally | None = None
+    """Counter of requests."""

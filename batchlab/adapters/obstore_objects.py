@@ -29,10 +29,10 @@ from obstore.exceptions import (
 
 from batchlab.adapters.aws.endpoint import CONNECT_S, loopback
 from batchlab.adapters.limits import check_key, check_prefix, check_size
-from batchlab.adapters.local.local_files import download_whole
+from batchlab.adapters.local.objects import download_whole
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable
 from batchlab.core.ports import ObjectInfo
-from batchlab.core.request_counter import Tally
+from batchlab.core.pricing.request_costs import Tally
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult

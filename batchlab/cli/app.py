@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from batchlab.cli import output, signals
+from batchlab.cli import output
 from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
@@ -170,7 +170,7 @@ def batchlab(
 
 def start(arguments: Sequence[str]) -> None:
     """Run one command line and exit with its code."""
-    signals.install()
+    output.install()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     if _OWN_DEBUG in arguments[:end]:

@@ -16,11 +16,10 @@ from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
-from batchlab.core.pricing.money import Usd, range_json
-from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
 from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.core.pricing.request_costs import Moved
-from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.pricing.usage import Account, Kind
 from batchlab.core.text import listed
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
@@ -76,9 +75,9 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
 def _egress(home: Home, backend: str) -> str:
     """Return how the stack's instances reach AWS, or "" without a stack."""
-    from batchlab.runtime.aws import deployment
+    from batchlab.runtime import aws_deployment
 
-    known = deployment.read(home) if capabilities_of(backend).stack else None
+    known = aws_deployment.read(home) if capabilities_of(backend).stack else None
     return known.egress if known else ""
 
 
@@ -111,7 +110,7 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
     """Return the facts of a job of a grid that is down, from the ledger in its folder."""
     from batchlab.core.api_usage_types import job_use_view
     from batchlab.runtime import factory
-    from batchlab.server.views.jobs import job_view
+    from batchlab.server.job_views import job_view
 
     if not home.ledger_file.exists():
         raise UsageError(

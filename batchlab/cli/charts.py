@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from math import ceil, log10
 
 from batchlab.cli import output
-from batchlab.core.pricing.money import shown
-from batchlab.scenarios.model.demand_curve import Curve, PoolLoad
+from batchlab.core.pricing.price_book import shown
+from batchlab.scenarios.model.expansion import Curve, PoolLoad
 from batchlab.scenarios.model.values import LASTING_FAULTS, Fault, FaultName, Scenario
 from batchlab.scenarios.verdicts import Color, Unit, VerdictRow
 

@@ -1,6 +1,8 @@
 """`batchlab cost`: estimates and bills of the cost on AWS.
 
 Invariant: an estimate lists each value that it assumes.
+
+`batchlab prices`: the price book with its sources.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +35,7 @@ from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
     from batchlab.core.model import Pool
+    from batchlab.core.pricing.price_book import PriceBook
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.factory import Backend
 
@@ -189,11 +193,11 @@ class EstimateRequest:
 def estimate_job(request: EstimateRequest) -> Estimate:
     """Return the estimate; raise UsageError or JobFileErrors."""
     from batchlab.core.model import JobId
-    from batchlab.jobs import api
+    from batchlab.jobs import job_file
     from batchlab.jobs.job_file import compile_job
     from batchlab.runtime import factory
 
-    jobfile = api.load(request.file, request.overrides, needs_input=not request.tasks)
+    jobfile = job_file.load(request.file, request.overrides, needs_input=not request.tasks)
     job = compile_job(
         jobfile, job_id=JobId("estimate"), token="", code_key=None, input_keys=(), submitted_s=0.0
     )
@@ -208,7 +212,7 @@ def estimate_job(request: EstimateRequest) -> Estimate:
         assumed += [whence] if whence else []
     root_tasks, size_bytes, files = 0, 0, 0
     if not set(roots) <= given.keys():
-        jobfile = api.load(request.file, request.overrides)
+        jobfile = job_file.load(request.file, request.overrides)
         root_tasks, files, size_bytes = asyncio.run(count(jobfile))
     stages, more = loads(job.stages, root_tasks, told, given)
     backend = factory.load("aws")
@@ -252,7 +256,7 @@ def _results(request: EstimateRequest, name: str, assumed: list[str]) -> int | N
 
     An earlier run is noted in `assumed`.
     """
-    from batchlab.core import units
+    from batchlab.core import text as units
     from batchlab.runtime import home as fetches
 
     if request.results:
@@ -296,7 +300,7 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
     from batchlab.adapters.local.objects import open_local
     from batchlab.core.job_definition import InputDef, SplitBy
     from batchlab.jobs.job_file import task_size
-    from batchlab.manager.jobs.input_split import items
+    from batchlab.manager.input_split import items
 
     tasks = size_bytes = 0
     how = SplitBy(jobfile.job.input.split)
@@ -421,3 +425,159 @@ def text(found: Estimate) -> str:
             *(f"Assumed: {one}." for one in found.assumed),
         ]
     )
+
+
+def register_prices(root: typer.Typer) -> None:
+    """Add the group `prices` to the root command."""
+    root.add_typer(app, name="prices")
+
+
+@app.callback()
+def prices() -> None:
+    """Show and update the price book.
+
+    \b
+    Example: batchlab prices show
+    """
+
+
+@app.command()
+def show(
+    types: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TYPE", help="Only these instance types.", show_default=False),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show prices with their region, date, and source.
+
+    \b
+    Example: batchlab prices show m7i.large c7g.large
+    """
+    from batchlab.core.pricing.price_book import load
+
+    book = load(home_of(home).path)
+    for name in types or ():
+        book.instance_usd_h(name)  # raises UsageError for an unknown type
+    if json:
+        output.show_json(_json(book, types))
+    else:
+        output.show(_text(book, types))
+
+
+def _json(book: PriceBook, types: list[str] | None) -> dict[str, object]:
+    blocks = {
+        name: {
+            "region": block.region,
+            "date": block.date.isoformat(),
+            "source": block.source,
+            **block.prices,
+            **({"usd_per_hour": _some(block.table, types, name)} if block.table else {}),
+        }
+        for name, block in book.blocks.items()
+    }
+    return {"currency": "USD", "path": str(book.path), "blocks": blocks}
+
+
+def _some(table: object, types: list[str] | None, block: str) -> object:
+    if types is None or block == "rds" or not isinstance(table, dict):
+        return table
+    return {name: price for name, price in table.items() if name in types}
+
+
+def _text(book: PriceBook, types: list[str] | None) -> str:
+    from batchlab.core.model import Market
+
+    names = types or sorted(book.blocks["on_demand"].table)
+    instances = []
+    for name in names:
+        spot = book.instance_usd_h(name, Market.SPOT)
+        figures = (book.instance_usd_h(name).typical, spot.low, spot.typical, spot.high)
+        instances.append((name, *(f"{usd:.4f}" for usd in figures)))
+    columns = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
+    others = [
+        (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", f"{price:g}")
+        for name, block in book.blocks.items()
+        for key, price in block.prices.items()
+    ]
+    others += [
+        ("rds", f"{name} USD per hour", f"{price:g}")
+        for name, price in book.blocks["rds"].table.items()
+    ]
+    sources = [
+        (name, block.region, block.date.isoformat(), block.source)
+        for name, block in book.blocks.items()
+    ]
+    parts = [output.table(columns, instances)]
+    if types is None:
+        parts.append(output.table(("block", "price", "amount"), others))
+    parts.append(output.table(("block", "region", "as of", "source"), sources))
+    return "\n\n".join([*parts, f"Price book: {book.path}"])
+
+
+@app.command()
+def refresh(
+    from_: Annotated[
+        Path,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
+            "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
+            show_default=False,
+        ),
+    ],
+    region: Annotated[
+        str, typer.Option("--region", help="Region, if the file has several.", show_default=False)
+    ] = "",
+    date: Annotated[
+        datetime | None,
+        typer.Option(
+            "--date",
+            formats=["%Y-%m-%d"],
+            help="Date of the prices, if the file does not have one.",
+            show_default=False,
+        ),
+    ] = None,
+    home: HomeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Copy newer prices from a file to the grid's price book, which overrides the shipped one.
+
+    \b
+    Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
+    """
+    from batchlab.core.atomic_write import write_whole
+    from batchlab.core.pricing import price_refresh
+    from batchlab.core.pricing.price_book import NAME, load, write
+
+    place = home_of(home)
+    found = price_refresh.find(from_, region=region, day=date.date() if date else None)
+    book = price_refresh.refreshed(load(place.path), found)
+    place.make()
+    path = place.path / NAME
+    # Prices are public, and the manager of a grid in containers may be another user.
+    write_whole(path, write(book), mode=0o644)
+    if json:
+        output.show_json(
+            {
+                "path": str(path),
+                "block": found.block,
+                "region": found.region,
+                "date": found.date.isoformat(),
+                "types": len(found.table),
+                "prices": dict(found.prices),
+            }
+        )
+        return
+    output.show(
+        f"{output.count(found.count, 'price')} of [{found.block}] for {found.region}, as of "
+        f"{found.date.isoformat()}, are in {path}."
+    )
+    others = sorted(b.name for b in book.blocks.values() if b.region != found.region)
+    if others:
+        output.say(
+            f"Still of another region: {', '.join(others)}. Their prices are few: write them "
+            f"into that file."
+        )

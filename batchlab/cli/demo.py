@@ -16,7 +16,7 @@ from typing import Any
 
 from batchlab.cli import output
 from batchlab.cli.run_job import Summary
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 
@@ -36,7 +36,7 @@ def starter_files() -> dict[str, bytes]:
 
 def example_files(name: str) -> dict[str, bytes]:
     """Return the files of a shipped example without data and results; raise UsageError."""
-    root = package_data.folder("examples")
+    root = installation.folder("examples")
     names = sorted(path.parent.name for path in root.glob("*/job.yaml"))
     if name not in names:
         raise UsageError(

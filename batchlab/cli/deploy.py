@@ -81,8 +81,7 @@ def plan(
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
     """
-    from batchlab.cli.deploy_options import check_settings, settings_for
-    from batchlab.cli.deploy_output import Person
+    from batchlab.cli.deploy_options import Person, check_settings, settings_for
     from batchlab.deploy import settings as settings_
     from batchlab.deploy import template
     from batchlab.deploy.plan import planned
@@ -138,8 +137,7 @@ def template_(
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
     """
-    from batchlab.cli.deploy_options import settings_without_aws
-    from batchlab.cli.deploy_output import cost_lines
+    from batchlab.cli.deploy_options import cost_lines, settings_without_aws
     from batchlab.deploy import plan, template
 
     named: dict[str, str | float | None] = {"Ledger": ledger, "Egress": egress}
@@ -187,8 +185,7 @@ def apply(
     \b
     Example: batchlab deploy apply
     """
-    from batchlab.cli.deploy_options import check_settings, release_archive, settings_for
-    from batchlab.cli.deploy_output import Person
+    from batchlab.cli.deploy_options import Person, check_settings, release_archive, settings_for
     from batchlab.deploy import template
     from batchlab.deploy.apply import Apply
 
@@ -244,7 +241,7 @@ def status(
     from batchlab.cli.deploy_options import DeployArguments
     from batchlab.core.errors import NotFound
     from batchlab.deploy.status import look
-    from batchlab.runtime.aws import deployment
+    from batchlab.runtime import aws_deployment
 
     where = home_of(home)
     with _stack(DeployArguments(stack=stack, region=region), where) as there:
@@ -260,8 +257,8 @@ def status(
     else:
         _show(found, f"in {there.account.region}, account {there.account.id}")
     if found.drift and found.deployment and not state.is_moving:
-        deployment.write(where, found.deployment)
-        output.say(f"{deployment.path_in(where)} is written anew ({', '.join(found.drift)}).")
+        aws_deployment.write(where, found.deployment)
+        output.say(f"{aws_deployment.path_in(where)} is written anew ({', '.join(found.drift)}).")
 
 
 def _show(found: Status, where: str) -> None:
@@ -325,10 +322,9 @@ def destroy(
     \b
     Example: batchlab deploy destroy --delete-data
     """
-    from batchlab.cli.deploy_options import DeployArguments
-    from batchlab.cli.deploy_output import Person
+    from batchlab.cli.deploy_options import DeployArguments, Person
     from batchlab.deploy.destroy import Destroy
-    from batchlab.runtime.aws import deployment
+    from batchlab.runtime import aws_deployment
 
     where = home_of(home)
     with _stack(DeployArguments(stack=stack, region=region), where) as there:
@@ -337,9 +333,9 @@ def destroy(
         name = there.name
     if stays is None:
         raise typer.Exit(1)
-    known = deployment.read(where)
+    known = aws_deployment.read(where)
     if known and known.stack == name:
-        deployment.forget(where)
+        aws_deployment.forget(where)
     if json:
         output.show_json(
             {

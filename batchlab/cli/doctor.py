@@ -3,36 +3,377 @@
 Each check tries the feature itself, because a version number is not a proof.
 
 Invariant: checks leave nothing behind, and a check cannot make another one fail.
+
+`batchlab doctor`: checks of a backend, such as its endpoint, containers, or stack on AWS.
+
+Invariant: checks of a stack change nothing on AWS and cost nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import socket
 import sqlite3
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.doctor_backends import Finding, Level, backend_findings
 from batchlab.cli.options import BackendOption, EndpointOption, HomeOption, JsonOption, home_of
-from batchlab.core import optional_dependencies
-from batchlab.core.errors import BatchlabError
+from batchlab.core import installation
+from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, UsageError
+from batchlab.core.ports import Outgoing, QueueSpec
+from batchlab.runtime import compose_deployment, compose_project
 from batchlab.runtime.home import Home
+
+if TYPE_CHECKING:
+    from batchlab.adapters.aws.endpoint import Endpoint
+    from batchlab.runtime.factory import Backend
+
+
+class Level(StrEnum):
+    """Result of a check."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `remedy` is a sentence on what to do."""
+
+    about: str
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "check": self.about,
+            "level": self.level.value,
+            "text": self.text,
+            "remedy": self.remedy,
+        }
+
+
+def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Finding]:
+    from batchlab.runtime import factory
+
+    backend = factory.load(name, endpoint)
+    yield Finding("backend", Level.OK, f"{name}: {backend.description}")
+    if backend.extra and (module := installation.missing(backend.extra)):
+        said = installation.sentence(backend.extra, f"The backend {name}", module)
+        yield Finding("extra", Level.FAIL, said, installation.remedy(backend.extra))
+    elif backend.capabilities.container_manager:
+        yield from container_findings(home, backend)
+        if named := backend.named_place(home):
+            yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
+    elif backend.capabilities.stack:
+        yield from stack_findings(home, backend)
+    elif backend.bucket_scheme:
+        yield _bucket(home, backend)
+    elif backend.emulator:
+        yield from _endpoint(home, backend)
+
+
+def _bucket(home: Home, backend: Backend) -> Finding:
+    try:
+        backend.provide(home, lambda _: None)
+    except BatchlabError as error:
+        return Finding("bucket", Level.FAIL, error.message, error.remedy)
+    named = backend.named_place(home)
+    assert named is not None
+    return Finding("bucket", Level.OK, f"{named.address} can be listed")
+
+
+def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check the named endpoint, the one of the running grid, or a temporary emulator."""
+    if named := backend.named_place(home):
+        yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
+        return
+    from batchlab.adapters.local.ministack import (
+        VERSION,
+        Emulator,
+        environment,
+        find,
+        installed_version,
+        provide,
+    )
+
+    python = find()
+    if python is None:
+        text = f"MiniStack {VERSION} is not here yet; the first grid fetches it from PyPI by pip"
+        yield Finding("emulator", Level.WARN, text, f"It will be in {environment()}.")
+        return
+    provide(lambda _: None)
+    version = installed_version(python)
+    level = Level.OK if version == VERSION else Level.WARN
+    remedy = "" if level is Level.OK else f"batchlab was tested with {VERSION}."
+    yield Finding("emulator", level, f"MiniStack {version} in {python.parent.parent}", remedy)
+    record, place = home.record(), home.place(backend.name)
+    if record and record.backend == backend.name and place:
+        yield from _endpoint_findings(backend.endpoint_at(home, place), "of the grid that is up")
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="batchlab-doctor-") as folder,
+        Emulator(python, Path(folder)) as emulator,
+    ):
+        yield from _endpoint_findings(emulator.endpoint, "started for this check")
+
+
+def _endpoint_findings(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
+    from batchlab.adapters.aws.endpoint import check
+
+    url = endpoint.url
+    try:
+        check(endpoint)
+    except BackendError as error:
+        yield Finding("endpoint", Level.FAIL, error.message, error.remedy)
+        return
+    faults = asyncio.run(_failed_checks(endpoint))
+    text = f"{url} ({whose}): " + ("; ".join(faults) or "conditional creates and queues work")
+    if faults:
+        remedy = f"`batchlab conform --endpoint {url}` shows in detail what differs from AWS."
+        yield Finding("endpoint", Level.FAIL, text, remedy)
+    else:
+        yield Finding("endpoint", Level.OK, text)
+
+
+async def _failed_checks(at: Endpoint) -> list[str]:
+    """Return the failed checks that affect every job; raise BackendError if the endpoint fails."""
+    from batchlab.adapters.aws import endpoint as aws
+    from batchlab.adapters.aws.objects import open_s3
+    from batchlab.adapters.aws.sqs import SqsQueue
+
+    faults = []
+    name = f"batchlab-doctor-{secrets.token_hex(5)}"
+    objects, queue = open_s3(at, name), SqsQueue(at)
+    try:
+        await objects.put("a", b"first", if_absent=True)
+        with suppress(AlreadyExists):
+            await objects.put("a", b"second", if_absent=True)
+            faults.append("a conditional create replaces what is there")
+        await queue.ensure(QueueSpec(name))
+        await queue.send(name, [Outgoing("sent")])
+        if [one.body for one in await queue.receive(name, wait_s=5)] != ["sent"]:
+            faults.append("a message that was sent is not received")
+    finally:
+        with suppress(BackendError):  # the first error is reported, not one of the cleanup
+            await objects.delete(["a"])
+            await queue.remove(name)
+            with aws.translated("Bucket"):
+                aws.client(at, "s3", connections=1).delete_bucket(Bucket=name)
+        await queue.close()
+    return faults
+
+
+def _caller(region: str | None) -> Finding:
+    """Check the credentials and the region that AWS's tools find."""
+    from batchlab.cli.deploy_options import retry_notes
+    from batchlab.deploy.account import Account
+
+    try:
+        with Account.open(region, notes=retry_notes) as account:
+            text = f"{account.id} in {account.region}, as {account.who}"
+            place = "" if account.is_real else ", at what AWS_ENDPOINT_URL puts in AWS's place"
+            return Finding("account", Level.OK, text + place)
+    except (BackendError, UsageError) as error:
+        return Finding("account", Level.FAIL, error.message, error.remedy)
+
+
+def _stack_manager(home: Home, backend: Backend) -> Finding:
+    """Check the stack that the grid's folder names, and the instance of its manager."""
+    from batchlab.runtime import aws_session
+
+    try:
+        at = backend.stack(home)
+        instance = aws_session.manager_instance(at)
+    except BackendError as error:
+        return Finding("stack", Level.FAIL, error.message, error.remedy)
+    text = f"{at.stack} in {at.region}: its manager runs on {instance}"
+    return Finding("stack", Level.OK, text)
+
+
+def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check the account, the stack, and the session to its manager."""
+    from batchlab.client.aws_connection import VARIABLE
+    from batchlab.runtime import aws_deployment, aws_session
+
+    try:
+        known = aws_deployment.read(home)
+    except BackendError:
+        known = None  # reported below
+    yield (caller := _caller(known.region if known else None))
+    # Without credentials this check would only fail for the same reason.
+    if caller.level is Level.OK or not known:
+        yield _stack_manager(home, backend)
+    if named := os.environ.get(VARIABLE):
+        yield Finding("session", Level.OK, f"the manager is reached at {named}")
+        return
+    try:
+        yield Finding("session", Level.OK, f"sessions are carried by {aws_session.find_plugin()}")
+    except UsageError as error:
+        yield Finding("session", Level.FAIL, error.message, error.remedy)
+
+
+ENGINE = 25
+"""First Docker version with a health check interval for starting containers."""
+COMPOSE = (2, 20)
+"""First version in which a service may depend on an optional one."""
+LAST_WITHOUT_TOKEN = (4, 14)
+OLDEST = (4, 0)
+"""First LocalStack version with conditional writes to S3."""
+FAIL_BELOW_BYTES = 3 * 2**30
+_LOCALSTACK = "localstack/localstack:4.14.0"
+_POSTGRES = "postgres:17"
+
+
+def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
+    """Check Docker, its plugins, the images, the token, the network, and running services."""
+    version = compose_project.docker("version", "--format", "{{.Server.Version}}")
+    if version.returncode:
+        reason = (version.stderr.strip().splitlines() or ["no error text"])[-1]
+        remedy = "Start Docker, and see that you may use it (`docker info`)."
+        yield Finding("docker", Level.FAIL, f"Docker does not answer: {reason}", remedy)
+        return
+    yield _engine(version.stdout.strip())
+    yield _plugin("compose", COMPOSE)
+    yield _plugin("buildx", (0, 10))
+    yield _room()
+    named = backend.named_place(home)
+    if not named:
+        yield _token()
+        yield _image("BATCHLAB_LOCALSTACK_IMAGE", _LOCALSTACK)
+    yield _image("BATCHLAB_POSTGRES_IMAGE", _POSTGRES)
+    recipe = compose_project.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    yield _image("BATCHLAB_BASE_IMAGE", recipe.base)
+    yield from _parts(home)
+
+
+def _engine(version: str) -> Finding:
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) < ENGINE:
+        return _old("docker", f"Docker {version}", f"Install Docker {ENGINE} or newer.")
+    return Finding("docker", Level.OK, f"Docker {version} answers")
+
+
+def _plugin(name: str, least: tuple[int, int]) -> Finding:
+    asked = compose_project.docker(name, "version")
+    found = re.search(r"(\d+)\.(\d+)", asked.stdout)
+    remedy = f"Install Docker's {name} plugin (docker-{name}), {least[0]}.{least[1]} or newer."
+    if asked.returncode or found is None:
+        return Finding(name, Level.FAIL, f"There is no `docker {name}`.", remedy)
+    version = (int(found[1]), int(found[2]))
+    text = f"docker {name} {found[0]}"
+    return Finding(name, Level.OK, text) if version >= least else _old(name, text, remedy)
+
+
+def _old(name: str, text: str, remedy: str) -> Finding:
+    return Finding(name, Level.FAIL, f"{text} is too old.", remedy)
+
+
+def _room() -> Finding:
+    root = compose_project.docker("info", "--format", "{{.DockerRootDir}}").stdout.strip()
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return Finding("disk", Level.OK, f"Docker keeps its images in {root}, not on this machine")
+    free_bytes = found.f_bavail * found.f_frsize
+    text = f"{free_bytes / 2**30:.1f} GiB free for Docker's images in {root}"
+    if free_bytes < FAIL_BELOW_BYTES:
+        return Finding("disk", Level.FAIL, text, "Free some, for example by `docker image prune`.")
+    return Finding("disk", Level.OK, text)
+
+
+def _token() -> Finding:
+    image = os.environ.get("BATCHLAB_LOCALSTACK_IMAGE") or _LOCALSTACK
+    has_token = bool(os.environ.get("LOCALSTACK_AUTH_TOKEN"))
+    found = re.search(r":v?(\d+)\.(\d+)", image)
+    if found is None or has_token:
+        whose = "with LOCALSTACK_AUTH_TOKEN" if has_token else "by its name it needs no token"
+        return Finding("token", Level.OK, f"{image}, {whose}")
+    version = (int(found[1]), int(found[2]))
+    if version > LAST_WITHOUT_TOKEN:
+        return Finding(
+            "token",
+            Level.FAIL,
+            f"{image} starts only with a token, and LOCALSTACK_AUTH_TOKEN is not set.",
+            f"Set it, or use {_LOCALSTACK}, the last that needs none.",
+        )
+    if version < OLDEST:
+        return Finding(
+            "token",
+            Level.FAIL,
+            f"{image} is too old: it does not support conditional writes to S3.",
+            f"Use {_LOCALSTACK}, or leave BATCHLAB_LOCALSTACK_IMAGE out.",
+        )
+    return Finding("token", Level.OK, f"{image} needs no token")
+
+
+def _image(variable: str, default: str) -> Finding:
+    name = os.environ.get(variable) or default
+    if not compose_project.docker("image", "inspect", name).returncode:
+        return Finding("image", Level.OK, f"{name} is here")
+    return Finding(
+        "image",
+        Level.WARN,
+        f"{name} is not here yet; the first grid pulls it",
+        f"Without an image registry: compose/offline/build.sh, and {variable} names the result.",
+    )
+
+
+def _parts(home: Home) -> Iterator[Finding]:
+    at = compose_deployment.read(home)
+    if at is None:
+        subnet = compose_deployment.free_subnet(
+            compose_project.networks(), compose_project.name_for(home)
+        )
+        yield Finding("network", Level.OK, f"the network {subnet}.0/24 is free")
+    else:
+        states = compose_project.Project(home, at, settings={}).states()
+        for service, state in sorted(states.items()):
+            level = Level.OK if state == "healthy" else Level.FAIL
+            remedy = "" if level is Level.OK else "`batchlab grid up` starts it again."
+            yield Finding("service", level, f"{service} is {state}", remedy)
+        if "localstack" in states and (place := home.place(compose_deployment.NAME)):
+            yield _localstack(place.url)
+    for one in compose_project.projects():
+        if one.is_orphan:
+            text = f"{one.project} has been left behind, with {one.parts} parts"
+            yield Finding("orphans", Level.WARN, text, "`batchlab gc` removes it.")
+
+
+def _localstack(storage: str) -> Finding:
+    url = f"{storage}/_localstack/health"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
+            version = str(json.load(answer).get("version", "unknown"))
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise BackendError(f"LocalStack does not answer at {url}: {error}.") from error
+    return Finding("emulator", Level.OK, f"LocalStack {version} answers")
+
 
 PYTHON = (3, 11)
 SQLITE = (3, 35)
 """First SQLite version with RETURNING, which a fold of the ledger uses."""
-FAIL_BELOW_BYTES = 200 * 2**20
+DOCTOR_FAIL_BELOW_BYTES = 200 * 2**20
 WARN_BELOW_BYTES = 2 * 2**30
 SANE_S = 1_700_000_000.0
 SKEW_S = 2.0
@@ -108,14 +449,14 @@ def _python() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    lacking = [one for one in optional_dependencies.MODULES if optional_dependencies.missing(one)]
-    here = ", ".join(one for one in optional_dependencies.MODULES if one not in lacking)
+    lacking = [one for one in installation.MODULES if installation.missing(one)]
+    here = ", ".join(one for one in installation.MODULES if one not in lacking)
     text = f"installed: {here or 'none'}"
     if not lacking:
         yield Finding("extras", Level.OK, text)
     else:
         text += f"; not installed, and not needed for the backend local: {', '.join(lacking)}"
-        yield Finding("extras", Level.OK, text, optional_dependencies.remedy(*lacking))
+        yield Finding("extras", Level.OK, text, installation.remedy(*lacking))
 
 
 def _folder(home: Home) -> Iterator[Finding]:
@@ -136,7 +477,7 @@ def _folder(home: Home) -> Iterator[Finding]:
             return
     free_bytes = shutil.disk_usage(home.path).free
     text = f"{home.path} can be written, {free_bytes / 2**30:.1f} GiB free"
-    if free_bytes < FAIL_BELOW_BYTES:
+    if free_bytes < DOCTOR_FAIL_BELOW_BYTES:
         yield Finding("folder", Level.FAIL, text, "Free some space, or name another with --home.")
     elif free_bytes < WARN_BELOW_BYTES:
         yield Finding("folder", Level.WARN, text, "Little room for inputs and results.")
@@ -146,7 +487,7 @@ def _folder(home: Home) -> Iterator[Finding]:
 
 def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     """Check the local bucket, if it exists, for damaged objects."""
-    from batchlab.adapters.local.local_files import damaged
+    from batchlab.adapters.local.objects import damaged
 
     if not home.objects.is_dir():
         return

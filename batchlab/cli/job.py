@@ -316,7 +316,7 @@ def check(file: FileArgument, set_: SetOption = None, json: JsonOption = False) 
     Example: batchlab job check job.yaml
     """
     from batchlab.cli.submission import overrides
-    from batchlab.jobs.api import load
+    from batchlab.jobs.job_file import load
     from batchlab.jobs.submission import check_input, code_digest
 
     jobfile = load(file, overrides(set_ or ()))

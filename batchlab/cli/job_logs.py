@@ -17,7 +17,7 @@ import typer
 from batchlab.cli import output
 from batchlab.cli.options import HomeOption, JobArgument, JsonOption, home_of, seconds_of
 from batchlab.core.errors import UsageError
-from batchlab.core.task_names import attempt_name
+from batchlab.core.job_definition import attempt_name
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -69,7 +69,7 @@ def logs(
     \b
     Example: batchlab job logs last --follow
     """
-    from batchlab.core.task_names import parse_task
+    from batchlab.core.job_definition import parse_task
 
     index: int | None = None
     if task is not None:
@@ -88,7 +88,7 @@ def logs(
 
 def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) -> None:
     from batchlab.cli.session import connect, resolve
-    from batchlab.core.task_names import attempt_name
+    from batchlab.core.job_definition import attempt_name
 
     with connect(home) as client:
         found = client.logs(
@@ -112,8 +112,8 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
 
 
 def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
+    from batchlab.cli.output import Stopped
     from batchlab.cli.session import Session, resolve
-    from batchlab.cli.signals import Stopped
 
     with Session.attached(home) as session:
         view = session.call(lambda client: resolve(client, job))

@@ -25,13 +25,12 @@ from batchlab.cli.options import (
     home_of,
 )
 from batchlab.core.errors import UsageError
-from batchlab.core.task_names import parse_task, task_name
+from batchlab.core.job_definition import parse_task, task_name
 
 if TYPE_CHECKING:
     from batchlab.cli.session import Bucket
     from batchlab.client.debug.foreground import How
-    from batchlab.client.debug.task_folder import Told
-    from batchlab.client.debug.verdict import Verdict
+    from batchlab.client.debug.task_folder import Told, Verdict
 
 AttemptOption = Annotated[
     int | None,
@@ -265,7 +264,8 @@ def _shell(told: Told, how: How) -> None:
 
 
 def _run(told: Told, how: How, *, json: bool) -> None:
-    from batchlab.client.debug import foreground, verdict
+    from batchlab.client.debug import foreground
+    from batchlab.client.debug import task_folder as verdict
 
     limits = "" if how.no_limits else _limits(told)
     output.say(f"Running {told.name}, attempt {told.attempt}, on this machine{limits}.")
@@ -285,7 +285,7 @@ def _run(told: Told, how: How, *, json: bool) -> None:
 
 
 def _limits(told: Told) -> str:
-    from batchlab.client.debug.verdict import limits
+    from batchlab.client.debug.task_folder import limits
 
     text = limits(told)
     return "" if text == "none" else f", within {text}"

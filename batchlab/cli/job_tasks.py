@@ -17,7 +17,7 @@ from batchlab.cli.options import (
     TaskArgument,
     home_of,
 )
-from batchlab.core.task_names import parse_task, parse_tasks, task_name
+from batchlab.core.job_definition import parse_task, parse_tasks, task_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_types import FailureGroupView, FailureView, JobView, LogView
     from batchlab.core.model import Json
+    from batchlab.core.port_retries import Patience
     from batchlab.core.ports import Objects
-    from batchlab.core.retry import Patience
     from batchlab.jobs.attempts import Attempt
 
 LAST_LINES = 5

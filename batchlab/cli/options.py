@@ -59,11 +59,11 @@ def _of(incomplete: str, names: Iterable[str]) -> list[str]:
 
 
 def _files(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
-    from batchlab.core import package_data
+    from batchlab.core import installation
     from batchlab.core.errors import UsageError
 
     try:
-        return sorted(name(path) for path in package_data.folder(folder).glob(pattern))
+        return sorted(name(path) for path in installation.folder(folder).glob(pattern))
     except UsageError:
         return []
 
@@ -265,7 +265,7 @@ def home_of(option: Path | None) -> Home:
 
 def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
     """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
-    from batchlab.core.units import DURATION_FORMS, seconds, shown
+    from batchlab.core.text import DURATION_FORMS, seconds, shown
 
     try:
         found = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
@@ -280,7 +280,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
 
 def cap_of(text: str) -> float | None:
     """Parse `5USD`, or `none` as None; raise UsageError."""
-    from batchlab.core.pricing.money import parse
+    from batchlab.core.pricing.price_book import parse
 
     return None if text == "none" else parse(text)
 

@@ -1,18 +1,24 @@
 """Output on stdout and stderr: sentences, tables, times, and JSON.
 
 Invariant: control characters in a text never reach the terminal.
+
+Ctrl-C and SIGTERM as an exception that asyncio, Typer, and finalizers do not swallow.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import BatchlabError, JobFileError, UsageError
 from batchlab.core.text import count as count
@@ -20,6 +26,9 @@ from batchlab.core.text import size as size
 from batchlab.core.text import span as span
 from batchlab.core.text import visible as visible
 from batchlab.core.text import visible_json
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 _NUMBER = re.compile(r"-|[\d.,/+]*( (ms|s|min|h|days|B|[KMGT]iB)( \d\d? (s|min|h))?)?")
 
@@ -138,3 +147,59 @@ def moment(at_s: float | None) -> str:
     if at_s is None:
         return "-"
     return datetime.fromtimestamp(at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+INTERRUPTED = 130
+AGAIN_S = 0.05
+"""Delay after which an exception that Python dropped in a finalizer is raised again."""
+_BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM of this command.
+
+    It is a SystemExit, because asyncio passes on only SystemExit and KeyboardInterrupt, and Typer
+    turns KeyboardInterrupt into exit code 1.
+    """
+
+
+def install() -> None:
+    """Let both signals raise Stopped in the main thread."""
+    for number in _BOTH:
+        signal.signal(number, _stop)
+    sys.unraisablehook = _on_dropped
+
+
+@contextmanager
+def as_keyboard_interrupt() -> Iterator[None]:
+    """Let both signals raise KeyboardInterrupt inside the block, and Stopped at its end.
+
+    The simulator runs a user's code in this process and takes a SystemExit for one of that code.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(INTERRUPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stopped(INTERRUPTED)
+
+
+def _on_dropped(dropped: UnraisableHookArgs) -> None:
+    """Raise a dropped signal again.
+
+    Python drops an exception in a finalizer or in a callback of a weak reference. asyncio has such
+    a callback for each task.
+    """
+    if not issubclass(dropped.exc_type, (Stopped, KeyboardInterrupt)):
+        sys.__unraisablehook__(dropped)
+        return
+    main = threading.main_thread().ident
+    again = threading.Timer(AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
+    again.daemon = True
+    again.start()

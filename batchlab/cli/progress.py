@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from batchlab.deploy.failure_cause import Event
+    from batchlab.deploy.stack_records import Event
     from batchlab.scenarios.replay.run_state import ReplayProgress
 
 LINE_EVERY_S = 3.0

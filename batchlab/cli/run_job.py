@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from batchlab.cli import output
 from batchlab.cli.bills import LiveCost
+from batchlab.cli.output import Stopped
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
-from batchlab.cli.signals import Stopped
 from batchlab.cli.startup import START_S
 from batchlab.cli.submission import (
     EarlierRun,
@@ -31,9 +31,8 @@ from batchlab.cli.submission import (
 )
 from batchlab.core.api_types import FailureView, JobView, StageView
 from batchlab.core.errors import Refused, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, task_name, without_task
 from batchlab.core.model import JobState
-from batchlab.core.task_names import task_name, without_task
 from batchlab.jobs.attempts import definition
 from batchlab.jobs.results import Fetched
 from batchlab.runtime.home import Home

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from batchlab.cli import output, signals
+from batchlab.cli import output
 from batchlab.cli.run_job import pools_for
 from batchlab.cli.submission import default_folder
 from batchlab.core.pricing.price_book import load as load_prices
@@ -41,7 +41,7 @@ def run_simulated(
     # The handlers run in this process. Their output must not mix with the output of this command.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
         setting = Setting(backend.name, pools, backend.pace, load_prices())
-        with signals.as_keyboard_interrupt():
+        with output.as_keyboard_interrupt():
             ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
     if json:
         output.show_json(

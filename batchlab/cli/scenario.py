@@ -12,11 +12,11 @@ import typer
 from batchlab.cli import charts, output
 from batchlab.cli.options import JsonOption, ScenarioArgument
 from batchlab.core.errors import UsageError
-from batchlab.scenarios.model.demand_curve import Curve
+from batchlab.scenarios.model.expansion import Curve
 from batchlab.scenarios.model.values import Scenario, Schedule
 
 if TYPE_CHECKING:
-    from batchlab.scenarios.model.demand_curve import Curve
+    from batchlab.scenarios.model.expansion import Curve
     from batchlab.scenarios.model.values import Anomaly, Scenario, Schedule
 
 app = typer.Typer(no_args_is_help=True)
@@ -84,7 +84,7 @@ def check(
     \b
     Example: batchlab scenario check claims-month-end
     """
-    from batchlab.scenarios.model import demand_curve, loader
+    from batchlab.scenarios.model import expansion, loader
     from batchlab.scenarios.model.expansion import expand
 
     path = loader.find(name)
@@ -96,7 +96,7 @@ def check(
             remedy="Give its arrivals a higher rate or a later until, or another --seed; from, "
             "until and limit may leave nothing of a trace.",
         )
-    seen = demand_curve.build_curve(scenario, schedule.jobs)
+    seen = expansion.build_curve(scenario, schedule.jobs)
     doubts = list(warnings(scenario, schedule, seen))
     if json:
         output.show_json({**_facts(scenario, schedule, seen), "doubts": doubts})

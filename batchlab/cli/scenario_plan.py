@@ -24,10 +24,10 @@ from batchlab.cli.options import (
     home_of,
     seconds_of,
 )
+from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_simulate import calibrated
-from batchlab.cli.signals import INTERRUPTED, Stopped
-from batchlab.core.pricing.money import shown
+from batchlab.core.pricing.price_book import shown
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
@@ -168,7 +168,7 @@ def search_and_show(search: Search, *, json: bool) -> int:
 
 
 def _goal(deadline: str, budget: str | None) -> Goal:
-    from batchlab.core.pricing.money import parse
+    from batchlab.core.pricing.price_book import parse
     from batchlab.scenarios.planner.candidates import Goal
 
     return Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
@@ -182,7 +182,7 @@ def _progress(search: Search) -> Iterator[None]:
 
 
 def _progress_text(progress: SearchProgress) -> str:
-    from batchlab.core.pricing.money import shown
+    from batchlab.core.pricing.price_book import shown
 
     best = progress.best
     known = ""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchlab.cli import charts, output, signals
+from batchlab.cli import charts, output
 from batchlab.cli.options import (
     BackendOption,
     CalibrationOption,
@@ -130,7 +130,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
             "that file the next one has the backend's own."
         )
     if found.cut == INTERRUPTED:
-        raise typer.Exit(signals.INTERRUPTED)
+        raise typer.Exit(output.INTERRUPTED)
     if verdicts.is_red(rows):
         raise typer.Exit(1)
 
@@ -172,7 +172,7 @@ def _free(folder: Path, name: str) -> Path:
 def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
     from batchlab.runtime import settings
     from batchlab.scenarios import record
-    from batchlab.scenarios.faults import autoscaling_groups
+    from batchlab.scenarios.faults import aws_stack
     from batchlab.scenarios.replay import driver
 
     home = request.home
@@ -189,7 +189,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
         session.start()
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
-        stack.enter_context(autoscaling_groups.with_spot_shares(backend, home, spot))
+        stack.enter_context(aws_stack.with_spot_shares(backend, home, spot))
         found = asyncio.run(_run(request, session, scenario, front))
         # The record is written before the changes for this replay are undone, which may fail.
         record.write(found, path)
@@ -262,7 +262,7 @@ def _stopping() -> Iterator[asyncio.Event]:
 
     def ask() -> None:
         if stop.is_set():
-            raise signals.Stopped(signals.INTERRUPTED)
+            raise output.Stopped(output.INTERRUPTED)
         output.say("Stopping: what runs is cancelled, and what was measured is kept.")
         stop.set()
 
@@ -274,7 +274,7 @@ def _stopping() -> Iterator[asyncio.Event]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-        signals.install()
+        output.install()
 
 
 def _note_late(found: Record) -> None:
@@ -299,13 +299,13 @@ def _compared(
 ) -> Comparison | None:
     """Return the comparison with a forecast, or print a note and return None if that fails."""
     from batchlab.core.pricing import price_book
-    from batchlab.scenarios.faults import fault_table
+    from batchlab.scenarios.faults import fault_injection
     from batchlab.scenarios.forecast.comparison import compare
     from batchlab.scenarios.forecast.grid import ForecastOptions
     from batchlab.scenarios.forecast.simulate import simulate
 
     output.say("Simulating the same.")
-    options = ForecastOptions(impossible=fault_table.impossible(backend.name))
+    options = ForecastOptions(impossible=fault_injection.impossible(backend.name))
     try:
         forecast = simulate(
             scenario,

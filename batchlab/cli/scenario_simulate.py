@@ -22,8 +22,8 @@ from batchlab.cli.options import (
     ScenarioArgument,
     home_of,
 )
+from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
-from batchlab.cli.signals import Stopped
 from batchlab.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def faults(
     \b
     Example: batchlab scenario faults --backend localstack
     """
-    from batchlab.scenarios.faults.fault_table import BACKENDS, rows
+    from batchlab.scenarios.faults.fault_injection import BACKENDS, rows
     from batchlab.scenarios.model.values import FaultName
 
     if backend is not None and backend not in BACKENDS:

@@ -24,8 +24,8 @@ from batchlab.runtime.home import Home, ManagerRecord
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
     from batchlab.core.model import Pool, StageName
+    from batchlab.core.port_retries import Patience
     from batchlab.core.ports import Objects
-    from batchlab.core.retry import Patience
     from batchlab.runtime.factory import Backend
     from batchlab.runtime.home import Home
 
@@ -53,10 +53,10 @@ def connect(home: Home) -> Iterator[Client]:
 
 
 def _no_grid(home: Home) -> Unreachable:
-    from batchlab.runtime.aws import deployment
+    from batchlab.runtime import aws_deployment
 
     # Without --backend, `grid up` would start a second grid here instead of connecting.
-    deployed = deployment.path_in(home).exists()
+    deployed = aws_deployment.path_in(home).exists()
     knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
     remedy = (
         "Connect to its stack on AWS with `batchlab grid up --backend aws`; without --backend a "
@@ -305,7 +305,7 @@ class Bucket:
     def patience(self) -> Patience:
         import random
 
-        from batchlab.core.retry import Patience
+        from batchlab.core.port_retries import Patience
 
         return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
 

@@ -20,8 +20,8 @@ import typer
 from batchlab import __version__
 from batchlab.cli import output
 from batchlab.cli.options import JsonOption
+from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
-from batchlab.cli.signals import INTERRUPTED, Stopped
 from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
 from batchlab.sim.fuzz import Failure, Shrunk, Tally, command, written

@@ -38,12 +38,12 @@ REQUIRED_MODULES = frozenset(
 
 def missing_module_message(error: ModuleNotFoundError) -> str | None:
     """Return the error text for a missing required package or extra, or None for other modules."""
-    from batchlab.core import optional_dependencies
+    from batchlab.core import installation
 
     name = (error.name or "").partition(".")[0]
-    if extra := optional_dependencies.bringing(name):
-        sentence = optional_dependencies.sentence(extra, "This command", name)
-        return f"Error: {sentence}\n  {optional_dependencies.remedy(extra)}"
+    if extra := installation.bringing(name):
+        sentence = installation.sentence(extra, "This command", name)
+        return f"Error: {sentence}\n  {installation.remedy(extra)}"
     if name not in REQUIRED_MODULES:
         return None
     return (

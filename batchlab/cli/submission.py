@@ -23,9 +23,9 @@ from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.model import ENDED, JobId, JobState
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
 from batchlab.jobs.results import Fetched, fetch, listed
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
@@ -115,14 +115,14 @@ class Submission:
     @classmethod
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
         """Read and check a job file; raise JobFileErrors."""
-        from batchlab.jobs import api
+        from batchlab.jobs import job_file
         from batchlab.jobs.submission import check_input, code_digest, refuse_recurring
 
-        jobfile = api.load(file, params)
+        jobfile = job_file.load(file, params)
         refuse_recurring(jobfile)
         check_input(jobfile)
         packed = code_digest(jobfile)
-        source_digest = api.source_digest(jobfile, packed[1])
+        source_digest = job_file.source_digest(jobfile, packed[1])
         return cls(jobfile, packed, source_digest, home, backend)
 
     async def located(self) -> Submission:

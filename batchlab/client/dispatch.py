@@ -18,15 +18,22 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from batchlab.client import thread_cache
-from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, death, revived
+from batchlab.client.futures import (
+    Batch,
+    BrokenGridExecutor,
+    Call,
+    CallFuture,
+    Sender,
+    death,
+    revived,
+)
 from batchlab.client.grid_link import Link
 from batchlab.client.job_watch import Watch
 from batchlab.client.results import decoded
-from batchlab.client.sending import Sender
 from batchlab.client.submission import MAP, Outgoing
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.model import JobId, Json, Outcome
-from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.worker.executor_calls import Initializer, Raised
 
 if TYPE_CHECKING:

@@ -22,13 +22,13 @@ from batchlab.client.submission import MAP, Outgoing, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import JobDef, RetryRule, StageDef
 from batchlab.core.model import ENDED, Pool
-from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.runtime import factory
 from batchlab.runtime.home import find_home
 
 if TYPE_CHECKING:
     from batchlab.client.executor import GridExecutor
-    from batchlab.client.job_result import JobResult
+    from batchlab.client.results import JobResult
     from batchlab.core.api_types import JobView
 
 __all__ = ["Grid"]
@@ -272,7 +272,7 @@ class Grid:
         return self._wait(job, None)
 
     def _wait(self, job: str, timeout_s: float | None) -> JobResult:
-        from batchlab.client.job_result import JobResult
+        from batchlab.client.results import JobResult
 
         link = self._link
         now_s = link.clock.monotonic_s

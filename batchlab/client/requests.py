@@ -2,6 +2,8 @@
 
 Invariant: the module must be fast to import and its objects fast to create, because every command
 uses it. Every failure is an error class of batchlab.
+
+Signing of an httpx client's requests to a manager.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import json
 import os
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 
-from batchlab.core import request_signatures
+import httpx
+
+from batchlab.core import http_connections
 from batchlab.core.errors import (
     BackendError,
     BatchlabError,
@@ -25,8 +29,7 @@ from batchlab.core.errors import (
     Unreachable,
     UsageError,
 )
-from batchlab.core.http_connections import Connections
-from batchlab.core.request_signatures import PROOF, Expected, Signed, Unproven
+from batchlab.core.http_connections import PROOF, Connections, Expected, Signed, Unproven
 
 if TYPE_CHECKING:
     import httpx
@@ -100,8 +103,6 @@ class Calls:
         share this number of connections."""
         import httpx
 
-        from batchlab.client.signed_http import Signing
-
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
         # This context trusts no certificate, so a redirect to https fails safely.
         tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -167,7 +168,7 @@ class Calls:
             connection.sock.settimeout(answer_s + float(given.get("wait_s", 0.0)))
             signed = None
             if not self._unix:
-                signed = request_signatures.sign(self._token, method, target, data or b"")
+                signed = http_connections.sign(self._token, method, target, data or b"")
                 headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
             # Closed explicitly, because the response's finalizer would lose an interrupt that
@@ -253,3 +254,25 @@ def _no_manager(url: str, status: int) -> BackendError:
 
 def _text(value: str | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Signing(httpx.Auth):
+    """Signs each request with the grid's token, and checks the signature of each answer."""
+
+    requires_request_body = True
+    requires_response_body = True
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        target = request.url.raw_path.decode("ascii")
+        signed = http_connections.sign(self._token, request.method, target, request.content)
+        request.headers["Authorization"] = signed.header
+        response = yield request
+        try:
+            status, proof = response.status_code, response.headers.get(PROOF)
+            Expected(self._token, signed, status, proof).checked(response.content)
+        except Unproven:
+            message = "The program that answered does not prove that it is the manager."
+            raise httpx.RemoteProtocolError(message, request=request) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.conform.check import Differs, Severity, Table, expect
-from batchlab.conform.s3_list import ODD_KEYS, ORDERED
+from batchlab.conform.s3_create import ODD_KEYS, ORDERED
 from batchlab.conform.site import Site
 from batchlab.core.errors import AlreadyExists, NotFound
 from batchlab.core.ports import Message, Outgoing, QueueSpec

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from datetime import datetime
 
-from batchlab.conform.asg_site import QUIET_S, OwnGroup
 from batchlab.conform.check import Severity, Table, expect
-from batchlab.conform.site import Site
+from batchlab.conform.site import QUIET_S, OwnGroup, Site
 
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED
 

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable
 
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_template import GroupForm
-from batchlab.conform.asg_site import LAUNCHING, QUIET_S, TERMINATING, OwnGroup, hook
+from batchlab.adapters.aws.group_descriptions import GroupForm
 from batchlab.conform.check import Differs, Severity, Table, expect
-from batchlab.conform.site import Site
+from batchlab.conform.site import LAUNCHING, QUIET_S, TERMINATING, OwnGroup, Site, hook
 from batchlab.core.model import GroupView, LifecycleState, Pool
 
 NEEDED, NOTED = Severity.NEEDED, Severity.NOTED

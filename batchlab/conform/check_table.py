@@ -1,24 +1,29 @@
 """Table of all checks.
 
 Invariant: names are unique and begin with the name of the service.
+
+Report of a run, as JSON and as sections of the page about emulators.
+
+Invariant: the report changes only if the endpoint changes. A page with the report can therefore be
+compared with a new run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from batchlab.conform.adapters import S3_PORTS, SQS_PORTS
 from batchlab.conform.asg_groups import ASG_GROUPS
 from batchlab.conform.asg_instances import ASG_INSTANCES
-from batchlab.conform.check import Check
-from batchlab.conform.s3_create import S3_CREATE
-from batchlab.conform.s3_list import S3_LIST
-from batchlab.conform.s3_read import S3_READ
-from batchlab.conform.s3_upload import S3_UPLOAD
+from batchlab.conform.check import Check, Severity, Verdict, linked, pages
+from batchlab.conform.run import Result
+from batchlab.conform.s3_create import S3_CREATE, S3_LIST
+from batchlab.conform.s3_read import S3_READ, S3_UPLOAD
 from batchlab.conform.sqs_queues import SQS_QUEUES
-from batchlab.conform.sqs_receipts import SQS_RECEIPTS
-from batchlab.conform.sqs_receive import SQS_RECEIVE
+from batchlab.conform.sqs_receive import SQS_RECEIPTS, SQS_RECEIVE
 from batchlab.conform.sqs_send import SQS_SEND
 
 CHECKS: tuple[Check, ...] = (
@@ -51,3 +56,112 @@ def of_service(service: str | None) -> Sequence[Check]:
 def matching(pattern: str, checks: Sequence[Check] = CHECKS) -> list[Check]:
     """Return the checks whose name matches a shell pattern, in order."""
     return [check for check in checks if fnmatchcase(check.name, pattern)]
+
+
+ALL_CHECKS = "every check"
+"""Name of the section that lists all checks."""
+
+
+def of(
+    results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = ""
+) -> int:
+    """Return the number of results with this verdict, severity, and service."""
+    return sum(
+        one.verdict is verdict
+        and severity in (None, one.check.severity)
+        and service in ("", one.check.service)
+        for one in results
+    )
+
+
+def relied_on(results: Sequence[Result]) -> bool:
+    """Return whether all rules that batchlab needs hold."""
+    return all(
+        one.verdict is Verdict.AGREES or one.check.severity is Severity.NOTED for one in results
+    )
+
+
+def agrees(results: Sequence[Result]) -> bool:
+    """Return whether all needed rules hold and no other rule differs."""
+    return relied_on(results) and not of(results, Verdict.DIFFERS)
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Return the result of a check as a JSON object."""
+    check = result.check
+    return {
+        "check": check.name,
+        "service": check.service,
+        "severity": check.severity.value,
+        "verdict": result.verdict.value,
+        "observed": result.observed,
+        "rule": check.rule,
+        "source": check.source,
+        "pages": [url for _, url in pages(check.source) if url],
+        "promise": check.promise,
+        "follows": check.follows,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def verdict_text(results: Sequence[Result]) -> str:
+    """Return a summary of the run in one or two sentences."""
+    parts = []
+    for severity, what in (
+        (Severity.NEEDED, "needed"),
+        (Severity.NOTED, "noted"),
+    ):
+        some = [one for one in results if one.check.severity is severity]
+        held = of(some, Verdict.AGREES)
+        if some:
+            parts.append(f"{held} of {len(some)} {what} rules {'holds' if held == 1 else 'hold'}")
+    untried = of(results, Verdict.UNTRIED)
+    return "; ".join(parts) + "." + (f" {untried} could not be tested." if untried else "")
+
+
+def section(name: str, results: Sequence[Result]) -> str:
+    """Return the results as a section of the page."""
+    lines = [f"### {name}", "", verdict_text(results)]
+    for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
+        rows = [
+            (
+                f"`{one.check.name}`",
+                one.check.severity.value,
+                one.check.rule,
+                one.observed,
+                one.check.follows,
+            )
+            for one in results
+            if one.verdict is verdict
+        ]
+        if rows:
+            head = ("check", "", "AWS's rule", title, "effect on batchlab")
+            lines += ["", *_table(head, rows)]
+    return "\n".join(lines)
+
+
+def list_section(checks: Iterable[Check]) -> str:
+    """Return the list of checks as a section of the page."""
+    rows = [
+        (f"`{one.name}`", one.severity.value, one.rule, linked(one.source), one.promise)
+        for one in checks
+    ]
+    head = ("check", "", "AWS's rule", "AWS documentation", "use in batchlab")
+    return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+
+def merged(page: str, name: str, text: str) -> str:
+    """Return `page` with the section `name` replaced, or appended if it does not exist."""
+    begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
+    block = f"{begin}\n{text}\n{end}"
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
+    if found is None:
+        return f"{page.rstrip()}\n\n{block}\n".lstrip()
+    return page[: found.start()] + block + page[found.end() :]

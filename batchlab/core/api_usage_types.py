@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
 
-from batchlab.core.schedules import due_times
+from batchlab.core import due_times
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from batchlab.core.job_definition import JobDef
     from batchlab.core.model import Pool
-    from batchlab.core.pricing.usage_meter import Account
-    from batchlab.core.schedules.model import Run, Schedule
+    from batchlab.core.pricing.usage import Account
+    from batchlab.core.schedules import Run, Schedule
     from batchlab.manager.spending import Spending
 
 
@@ -111,8 +111,8 @@ def account_view(account: Account) -> AccountView:
 def account_of(view: AccountView) -> Account:
     """Return the account that a response of the manager describes."""
     from batchlab.core.model import Market
-    from batchlab.core.pricing.usage_meter import Account, Kind
-    from batchlab.core.request_counter import Requests
+    from batchlab.core.pricing.request_costs import Requests
+    from batchlab.core.pricing.usage import Account, Kind
 
     return Account(
         {Kind(b["pool"], b["type"], Market(b["market"])): b["seconds"] for b in view["billed"]},

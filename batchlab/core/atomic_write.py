@@ -7,12 +7,20 @@ holds either its old or its new content. When `write_whole` returns, the new con
 client, the manager, and the workers together. A job outlives them, so its writes wait for the disk.
 The result of a single call has a reader only while its client runs. So the writes of a single call
 do not wait unless the user configures it.
+
+Rules for object keys that are valid on every backend.
+
+Every child process imports the module at start-up, with `task_context`, so it needs the standard
+library only.
+
+Invariant: all checks agree on the endings that a key must not have.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -146,3 +154,32 @@ def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+STAGED = re.compile(r"#\d+$")
+"""Ending of the local store's files that are still being written."""
+
+NEVER_EMPTY = ("code/", "grid/", "jobs/", "logs/.workers/", "reports/")
+"""Prefixes of documents and archives. An empty file there is the remains of a power cut."""
+
+VOLATILE = re.compile(r"^(logs/(\.workers|[^/]+/\.tails)/|jobs/[^/]+/[^/]+/(running|starts)/)")
+"""Keys of data about running workers, which does not need to survive a power cut: markers, their
+environment, and live logs."""
+
+
+def check_key(key: str) -> None:
+    """Raise ValueError if some backend cannot store the key."""
+    if CONTROL.search(key):
+        raise ValueError(f"object key {key!r} holds a control character")
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            raise ValueError(f"object key {key!r} has an empty, '.' or '..' segment")
+    if STAGED.search(key):
+        raise ValueError(f"object key {key!r} ends like a file that is still being written")
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise ValueError if no key can have the prefix."""
+    check_key(f"{prefix}x")

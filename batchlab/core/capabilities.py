@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-from batchlab.core import package_data
+from batchlab.core import installation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ NO_CAPABILITIES = Capabilities()
 
 def backend_names() -> list[str]:
     """Return the names of all backends."""
-    return sorted(p.parent.name for p in package_data.folder("backends").glob("*/backend.toml"))
+    return sorted(p.parent.name for p in installation.folder("backends").glob("*/backend.toml"))
 
 
 def read_descriptor(name: str) -> dict[str, Any]:
     """Return the descriptor of an existing backend."""
-    return tomllib.loads((package_data.folder("backends") / name / "backend.toml").read_text())
+    return tomllib.loads((installation.folder("backends") / name / "backend.toml").read_text())
 
 
 def capabilities_in(descriptor: dict[str, Any]) -> Capabilities:

@@ -3,16 +3,26 @@
 Invariant: a connection has one user at a time, and a connection that its server has closed is not
 used again. The module needs the standard library only and is cheap to import, because every command
 imports it.
+
+Signatures of requests to a manager and of its responses, made with the grid's token.
+
+Invariant: the token is never sent. A program without the token can sign neither a request nor a
+response, and a signed response belongs to exactly one request. The module needs the standard
+library only and is cheap to import, because every command imports it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
+import secrets
 import select
 import socket
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPSConnection
 from typing import TYPE_CHECKING
 
@@ -121,3 +131,127 @@ def _is_open(kept: HTTPConnection) -> bool:
     look = select.poll()  # select() supports only about a thousand descriptors
     look.register(kept.sock, select.POLLIN)
     return not look.poll(0)
+
+
+SCHEME = "Batchlab-HMAC-SHA256"
+"""Scheme of the `Authorization` header of a signed request."""
+PROOF = "Batchlab-Proof"
+"""Header with the signature of a response."""
+WINDOW_S = 300
+"""Maximum difference between a request's time and the manager's clock."""
+MAC_BYTES = 64
+"""Length of a signature in hexadecimal digits."""
+_WHOLE, _STREAM = "whole", "stream"
+_FIELDS = 4
+_LONGEST_TIME = 15
+
+
+class Unproven(Exception):
+    """The response is not signed with the grid's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """Fields of a signed request's `Authorization` header.
+
+    `at_s` is in epoch seconds, and `body` is the SHA-256 of the request's body.
+    """
+
+    at_s: int
+    nonce: str
+    body: str
+    mac: str
+
+    @property
+    def header(self) -> str:
+        return f"{SCHEME} {self.at_s}.{self.nonce}.{self.body}.{self.mac}"
+
+
+def digest(body: bytes) -> str:
+    """Return the SHA-256 of a body in hexadecimal digits."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
+    """Sign a request with the time `at_s`, by default now.
+
+    `target` is the path and the query as they are sent.
+    """
+    if at_s is None:
+        at_s = time.time()  # noqa: TID251 - a client has no Clock
+    fields = int(at_s), secrets.token_hex(16), digest(body)
+    return Signed(*fields, _request_mac(token, method, target, *fields))
+
+
+def read(token: str, header: str, method: str, target: str) -> Signed | None:
+    """Return the signature in an `Authorization` header, or None if it is not valid.
+
+    The caller checks its time, its reuse, and the body.
+    """
+    scheme, _, text = header.partition(" ")
+    fields = text.strip().split(".")
+    if scheme.lower() != SCHEME.lower() or len(fields) != _FIELDS:
+        return None
+    at, nonce, body, mac = fields
+    if not (at.isascii() and at.isdigit() and len(at) <= _LONGEST_TIME):
+        return None
+    known = _request_mac(token, method, target, int(at), nonce, body)
+    return Signed(int(at), nonce, body, mac) if _same(mac, known) else None
+
+
+def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:
+    """Return the value of the PROOF header of a response with this body."""
+    return f"{_WHOLE} {answer_mac(token, request.mac, status, digest(body))}"
+
+
+def stream_proof(token: str, request: Signed, status: int) -> str:
+    """Return the value of the PROOF header of a response whose body ends with its signature."""
+    return f"{_STREAM} {answer_mac(token, request.mac, status, _STREAM)}"
+
+
+def answer_mac(token: str, request_mac: str, status: int, body: str) -> str:
+    """Return the signature of a response. `body` is the SHA-256 of its body."""
+    return _mac(token, "batchlab answer", request_mac, str(status), body)
+
+
+class Expected:
+    """Check of the signature of one response. It raises Unproven if the signature is not valid."""
+
+    def __init__(self, token: str, request: Signed, status: int, proof: str | None) -> None:
+        self._token = token
+        self._request_mac = request.mac
+        self._status = status
+        kind, _, self._proof = (proof or "").partition(" ")
+        self._is_stream = kind == _STREAM
+        if kind not in (_WHOLE, _STREAM):
+            raise Unproven
+        if self._is_stream and not _same(self._proof, self._mac(_STREAM)):
+            raise Unproven
+
+    def checked(self, content: bytes) -> bytes:
+        """Return the body in the content of the response, which was read to its end."""
+        body, proof = content, self._proof
+        if self._is_stream:
+            body = content[:-MAC_BYTES]
+            proof = content[-MAC_BYTES:].decode("ascii", "replace")
+        if not _same(proof, self._mac(digest(body))):
+            raise Unproven
+        return body
+
+    def _mac(self, body: str) -> str:
+        return answer_mac(self._token, self._request_mac, self._status, body)
+
+
+def _request_mac(token: str, method: str, target: str, at_s: int, nonce: str, body: str) -> str:
+    return _mac(token, "batchlab request", method, target, str(at_s), nonce, body)
+
+
+def _mac(token: str, *fields: str) -> str:
+    # The lengths ensure that different fields never form the same text.
+    text = "".join(f"{len(field)}:{field}" for field in fields)
+    return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _same(given: str, known: str) -> bool:
+    # The comparison takes constant time, so its duration does not reveal a part of the signature.
+    return hmac.compare_digest(given.encode(errors="replace"), known.encode())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import UsageError
 
 ARCHITECTURES = ("x86_64", "arm64")
@@ -78,7 +78,7 @@ def load(path: Path | None = None) -> Catalogue:
 
     Raise UsageError if it is not valid.
     """
-    path = path or package_data.folder("backends") / "instance-types.toml"
+    path = path or installation.folder("backends") / "instance-types.toml"
     try:
         doc = tomllib.loads(path.read_text())
     except OSError as error:

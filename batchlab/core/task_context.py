@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from batchlab.core.object_names import STAGED
+from batchlab.core.atomic_write import STAGED
 
 
 def name_problem(name: str) -> str | None:

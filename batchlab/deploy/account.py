@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from batchlab.adapters.aws.endpoint import ANSWER_S, CONNECT_S, code_of, session, translated
-from batchlab.core import optional_dependencies
+from batchlab.core import installation
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 
 ATTEMPTS = 10
@@ -103,7 +103,7 @@ class Account:
 
 def chosen_region(named: str | None) -> str:
     """Return the given region, or the one that boto3 finds. Raises UsageError without a region."""
-    optional_dependencies.need("aws", "What asks AWS", "boto3")
+    installation.need("aws", "What asks AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
 

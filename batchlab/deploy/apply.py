@@ -17,17 +17,22 @@ from typing import Any, Protocol
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.objects import open_s3
 from batchlab.core.errors import BackendError, Refused, UsageError
-from batchlab.deploy import outputs, release, settings
+from batchlab.deploy import release, settings, status
 from batchlab.deploy.account import Missing, asked
-from batchlab.deploy.failure_cause import Cause, Event
 from batchlab.deploy.plan import Plan, planned
 from batchlab.deploy.settings import RELEASE, Settings
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import State, must_go, next_step, refuse_unchangeable
+from batchlab.deploy.stack_records import (
+    Cause,
+    Event,
+    State,
+    must_go,
+    next_step,
+    refuse_unchangeable,
+)
 from batchlab.deploy.template import Template
-from batchlab.runtime import factory
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime import aws_deployment, factory
+from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 
 
@@ -176,7 +181,7 @@ class Apply:
                 return None
             settings.write(self.home, self.wanted)
             there = Endpoint(region=self.stack.account.region)
-            bucket = open_s3(there, outputs.of(state, "Bucket"))
+            bucket = open_s3(there, status.of(state, "Bucket"))
             release.upload(bucket, archive, factory.patience(), self.front.say)
             if not state.is_protected and ask:
                 self.stack.protect(on=True)
@@ -206,7 +211,7 @@ class Apply:
         """Replace instances with an older launch template, one after another. Workers may finish
         their tasks first."""
         scaling = self.stack.account.client("autoscaling")
-        groups = [outputs.of(state, "ManagerGroup"), *outputs.pool_groups(state)]
+        groups = [status.of(state, "ManagerGroup"), *status.pool_groups(state)]
         told = self.stack.account.pages(
             "autoscaling",
             "describe_auto_scaling_groups",
@@ -236,8 +241,8 @@ class Apply:
     # --- After -----------------------------------------------------------------------------------
 
     def _kept(self, state: State) -> AwsDeployment:
-        found = outputs.deployment_of(state, self.stack.account.region, python_of(self.archive()))
-        deployment.write(self.home, found)
+        found = status.deployment_of(state, self.stack.account.region, python_of(self.archive()))
+        aws_deployment.write(self.home, found)
         return found
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchlab.core.errors import BackendError, Refused, Unreachable
-from batchlab.deploy import outputs, removal
+from batchlab.deploy import leftovers, status
 from batchlab.deploy.account import Missing, asked
 from batchlab.deploy.apply import Front, StackFailed
-from batchlab.deploy.removal import Thing
+from batchlab.deploy.leftovers import Thing
 from batchlab.deploy.stack import Stack
 from batchlab.deploy.stack_records import Resource, State
 
@@ -56,7 +56,7 @@ def holdings(stack: Stack) -> list[Holding]:
         # CloudFormation's default is a snapshot for databases, and deletion for all else.
         usual = "Snapshot" if one.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
-        if one.type == _BUCKET and removal.has_data(stack.account, one.physical):
+        if one.type == _BUCKET and leftovers.has_data(stack.account, one.physical):
             found.append(Holding(one, fate, "objects"))
         elif one.type == _DATABASE:
             found.append(Holding(one, fate, "a PostgreSQL database"))
@@ -133,7 +133,7 @@ class Destroy:
         if not names:
             return
         # The manager ends first, because it sets the capacity of the other groups.
-        workers = outputs.pool_groups(state)
+        workers = status.pool_groups(state)
         managers = [one for one in self._groups(names) if _name(one) not in workers]
         for some in (managers, self._groups(names)):
             for group in some:
@@ -213,7 +213,7 @@ class Destroy:
         kept = [] if self.delete_data else [one.resource for one in held]
         for one in self.stack.resources():
             if one.type == _BUCKET and one not in kept and one.status != "CREATE_FAILED":
-                removal.empty(self.stack.account, one.physical, self.front.say)
+                leftovers.empty(self.stack.account, one.physical, self.front.say)
 
     def _deleted(self, state: State) -> list[Resource]:
         before = self.stack.resources()
@@ -259,7 +259,7 @@ class Destroy:
                 ):
                     name = told["logGroupName"]
                     thing = Thing(name, "logs:log-group", name, self.stack.name)
-                    removal.remove(account, thing, self.front.say)
+                    leftovers.remove(account, thing, self.front.say)
             except BackendError as error:
                 # The stack is deleted in any case.
                 self.front.say(f"There may be logs left below {prefix}: {error}")
@@ -271,11 +271,13 @@ class Destroy:
         if kind is None:
             return False
         if not self.delete_data and (
-            resource.type != _BUCKET or removal.has_data(self.stack.account, resource.physical)
+            resource.type != _BUCKET or leftovers.has_data(self.stack.account, resource.physical)
         ):
             return False
         name = resource.physical
-        removal.remove(self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say)
+        leftovers.remove(
+            self.stack.account, Thing(name, kind, name, self.stack.name), self.front.say
+        )
         return True
 
 

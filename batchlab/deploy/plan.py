@@ -15,7 +15,7 @@ from typing import Any
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
-from batchlab.deploy import pool_templates, settings, template
+from batchlab.deploy import settings, template
 from batchlab.deploy.account import Account, asked
 from batchlab.deploy.settings import RELEASE, Settings, text_of
 from batchlab.deploy.stack import TAG, Stack
@@ -107,9 +107,9 @@ def planned(
     block, it is deleted unless it was executed. Without a `release`, the deployed one stays."""
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
-    base = deployed.get("PoolName", pool_templates.BASE)
+    base = deployed.get("PoolName", template.BASE)
     given = settings.parameters(wanted, source, base)
-    expanded = pool_templates.expand(source, [pool.name for pool in wanted.pools], base)
+    expanded = template.expand(source, [pool.name for pool in wanted.pools], base)
     sent = _sent(expanded, given, deployed, release)
     effective = _effective(expanded, given)
     _check_region(stack.account.region, effective.get("Ledger", ""))
@@ -200,7 +200,7 @@ def on_paper(wanted: Settings, source: Template, home: Home) -> tuple[Template, 
     """Return the template with the settings as its defaults, and the cost of its stack, without
     calls to AWS. Raises UsageError for settings that the template does not accept."""
     given = settings.parameters(wanted, source)
-    made = pool_templates.expand(source, [pool.name for pool in wanted.pools])
+    made = template.expand(source, [pool.name for pool in wanted.pools])
     region = wanted.region or price_book.load(home.path).region
     costs = cost(_effective(made, given), region, home, shape_of(made))
     forms = made["Parameters"]

@@ -2,29 +2,331 @@
 
 Invariant: its name is the SHA-256 of its content. The same code, packages, and target give the same
 archive. An instance installs from the stack's bucket, not from a package index.
+
+Wheels for an instance, which installs without a package index: batchlab's own and its
+dependencies.
+
+Invariant: a package that is installed next to the command has the same version on instances, so
+instances run the tested versions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import hashlib
+import os
+import re
+import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
+from importlib import metadata, util
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 
-from batchlab.core import package_data
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from batchlab.adapters.local.ministack import pip_reason
+from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.retry import Patience
-from batchlab.deploy import wheelhouse
-from batchlab.deploy.wheelhouse import Target
-from batchlab.runtime import environment
+from batchlab.runtime import compose_project, descriptor
+
+ARCHITECTURES = ("x86_64", "aarch64")
+PYTHONS = ("3.11", "3.12", "3.13")
+"""Python versions in the repositories of Amazon Linux 2023 that batchlab supports."""
+INSTALLER = "pip==25.3"
+"""The installer of the other wheels. An instance's own Python may lack it."""
+
+_GLIBC = 34
+"""Amazon Linux 2023 has glibc 2.34."""
+_OLDEST_GLIBC = 5
+_MISSING = re.compile(r"No matching distribution found for (\S+)")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The earliest time that a zip file can store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Target of the wheels: Linux with glibc, of an architecture and a Python version ("3.12")."""
+
+    architecture: str
+    python: str
+
+    @classmethod
+    def of(cls, architecture: str, python: str) -> Target:
+        """Return the target. An empty version means the running Python. Raises UsageError for one
+        that instances do not have."""
+        # Functions are sent as bytecode, which only the same Python version can run.
+        python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
+        if architecture not in ARCHITECTURES:
+            raise UsageError(
+                f"The architecture {architecture!r} is not supported.",
+                remedy=f"Name one of {', '.join(ARCHITECTURES)}.",
+            )
+        if python not in PYTHONS:
+            raise UsageError(
+                f"Instances do not run Python {python}.",
+                remedy=f"Name one of {', '.join(PYTHONS)}.",
+            )
+        return cls(architecture, python)
+
+    def __str__(self) -> str:
+        return f"Python {self.python} on {self.architecture}"
+
+    def markers(self) -> dict[str, str]:
+        """Return the environment for evaluating the markers of requirements."""
+        return {
+            "implementation_name": "cpython",
+            "implementation_version": f"{self.python}.0",
+            "os_name": "posix",
+            "platform_machine": self.architecture,
+            "platform_python_implementation": "CPython",
+            "platform_release": "",
+            "platform_system": "Linux",
+            "platform_version": "",
+            "python_full_version": f"{self.python}.0",
+            "python_version": self.python,
+            "sys_platform": "linux",
+        }
+
+    def pip(self) -> list[str]:
+        """Return pip's options for wheels of this target."""
+        # All platforms are named: pip does not know that a newer glibc runs wheels for an older
+        # one.
+        names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
+        names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
+        platforms = [f"--platform={name}_{self.architecture}" for name in names]
+        return [
+            "--only-binary=:all:",
+            "--no-deps",
+            "--implementation=cp",
+            f"--python-version={self.python}",
+            *platforms,
+        ]
+
+
+def own_wheel(folder: Path) -> Path:
+    """Write batchlab's wheel from the files and metadata of the running package, and return its
+    path."""
+    installed = metadata.distribution("batchlab")
+    version = installed.version
+    info = f"batchlab-{version}.dist-info"
+    content = {name: path.read_bytes() for name, path in installation.files()}
+    content |= {
+        file.as_posix(): file.read_binary()
+        for file in installed.files or ()
+        if file.parts[:2] == (info, "licenses")
+    }
+    content[f"{info}/METADATA"] = (installed.read_text("METADATA") or "").encode()
+    content[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: batchlab\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    content[f"{info}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
+    record = [f"{name},{_digest(body)},{len(body)}" for name, body in sorted(content.items())]
+    record.append(f"{info}/RECORD,,\n")
+    content[f"{info}/RECORD"] = "\n".join(record).encode()
+    path = folder / f"batchlab-{version}-py3-none-any.whl"
+    # Not compressed: the version of the compression library would change the file.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
+        for name, body in content.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = 0o100644 << 16
+            wheel.writestr(entry, body)
+    return path
+
+
+def _digest(body: bytes) -> str:
+    """Return the hash in the form of a wheel's RECORD."""
+    encoded = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).rstrip(b"=")
+    return f"sha256={encoded.decode()}"
+
+
+def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[str]:
+    """Download the wheels of batchlab's and `packages`' dependencies from pip's configured index,
+    and return them as "name==version". Raises BackendError with pip's reason, and UsageError for an
+    invalid package name."""
+    with _Pip(target, folder) as pip:
+        pins, missing = _closure([*compose_project.requirements(), *packages], target, pip)
+        pip.download([*pins, INSTALLER])
+    return sorted([*pins, *missing, INSTALLER])
+
+
+def _closure(
+    roots: Sequence[str], target: Target, pip: _Pip
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the dependencies for the target: pins of those that are installed here, and those of
+    the others, which are downloaded to read their metadata."""
+    pins: dict[str, str] = {}
+    fetched: dict[str, metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [_requirement(line) for line in roots]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        if name not in fetched:
+            try:
+                found = metadata.distribution(name)
+                pins[name] = f"{name}=={found.version}"
+            except metadata.PackageNotFoundError:
+                found = fetched[name] = pip.one(f"{name}{wanted.specifier}", name)
+        else:
+            found = fetched[name]
+        for extra in ("", *sorted(wanted.extras)):
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                waiting += _needed(found, target, extra)
+    return list(pins.values()), [f"{name}=={one.version}" for name, one in fetched.items()]
+
+
+def _requirement(line: str) -> Requirement:
+    from packaging.requirements import InvalidRequirement
+
+    try:
+        return Requirement(line)
+    except InvalidRequirement as error:
+        raise UsageError(
+            f"{line!r} is not a requirement of a package.", remedy="Write for example 'pandas>=2'."
+        ) from error
+
+
+def _needed(found: metadata.Distribution, target: Target, extra: str) -> list[Requirement]:
+    env = {**target.markers(), "extra": extra}
+    needed = map(Requirement, found.requires or ())
+    return [one for one in needed if one.marker is None or one.marker.evaluate(env)]
+
+
+class _Pip:
+    """pip of this environment, or of a temporary one. It downloads into `folder` for the target."""
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self._target = target
+        self._folder = folder
+        self._made = tempfile.TemporaryDirectory(prefix="batchlab-pip-")
+        self._python = ""
+
+    def __enter__(self) -> _Pip:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made.cleanup()
+
+    def one(self, requirement: str, name: str) -> metadata.Distribution:
+        """Download a package that is not installed here, and return the metadata of its wheel."""
+        self.download([requirement])
+        for path in self._folder.glob("*.whl"):
+            if parse_wheel_filename(path.name)[0] == name:
+                with zipfile.ZipFile(path) as wheel:
+                    (info,) = {
+                        top for top, _, rest in (n.partition("/") for n in wheel.namelist())
+                        if top.endswith(".dist-info") and rest == "METADATA"
+                    }  # fmt: skip
+                    text = wheel.read(f"{info}/METADATA").decode()
+                return _Told(text)
+        raise BackendError(f"pip reports a download of {requirement}, but its wheel is missing.")
+
+    def download(self, requirements: Sequence[str]) -> None:
+        """Download a wheel of each requirement. A package that has only a source distribution is
+        built here, if its wheel fits any platform. Raises BackendError with the reason."""
+        wanted = list(requirements)
+        while wanted:
+            told = self._run("download", *self._target.pip(), *wanted)
+            if told is None:
+                return
+            missing = _MISSING.search(told)
+            if missing is None or missing[1] not in wanted:
+                raise self._refusal(told)
+            wanted.remove(missing[1])
+            self._build(missing[1])
+
+    def _build(self, requirement: str) -> None:
+        with tempfile.TemporaryDirectory(dir=self._made.name) as made:
+            told = self._run("wheel", "--no-deps", requirement, folder=made)
+            if told is not None:
+                raise self._refusal(told)
+            (wheel,) = Path(made).glob("*.whl")
+            if not wheel.name.endswith("-none-any.whl"):
+                raise self._refusal(f"{requirement} has no wheel for that platform")
+            wheel.replace(self._folder / wheel.name)
+
+    def _run(self, command: str, *options: str, folder: str = "") -> str | None:
+        """Run pip, and return its error output, or None on success."""
+        done = subprocess.run(
+            [
+                self._interpreter(),
+                "-I",
+                "-m",
+                "pip",
+                command,
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-input",
+                "--retries",
+                "2",
+                "--dest" if command == "download" else "--wheel-dir",
+                folder or self._folder,
+                *options,
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            # Otherwise a wheel that is built here contains the time of day.
+            env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
+        )
+        return (done.stderr or done.stdout).strip() if done.returncode else None
+
+    def _refusal(self, told: str) -> BackendError:
+        return BackendError(
+            f"The packages for {self._target} cannot be fetched: {pip_reason(told)}.",
+            remedy="They come by pip: check the network and pip's settings. Each package needs "
+            "a wheel for that platform.",
+        )
+
+    def _interpreter(self) -> str:
+        if self._python:
+            return self._python
+        if util.find_spec("pip"):
+            self._python = sys.executable
+            return self._python
+        done = subprocess.run(
+            [sys.executable, "-I", "-m", "venv", self._made.name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BackendError(
+                "pip is missing, so packages cannot be downloaded: "
+                f"{pip_reason(done.stdout.strip())}.",
+                remedy=f"Install pip for {sys.executable}.",
+            )
+        self._python = os.fspath(Path(self._made.name) / "bin" / "python")
+        return self._python
+
+
+class _Told(metadata.Distribution):
+    """A distribution with only its METADATA."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def read_text(self, filename: str) -> str | None:
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        raise FileNotFoundError(os.fspath(path))
+
 
 SUFFIX = ".tar.gz"
 PREFIX = "boot/"
@@ -54,15 +356,15 @@ def build_release(
     with tempfile.TemporaryDirectory(prefix="batchlab-release-") as made:
         wheels = Path(made)
         say(f"Fetching the packages for {target}.")
-        pins = wheelhouse.fetch(wheels, target, packages)
-        wheelhouse.own_wheel(wheels)
+        pins = fetch(wheels, target, packages)
+        own_wheel(wheels)
         content = _boot_files()
         content["packages.txt"] = ("\n".join(pins) + "\n").encode()
         content["version"] = _version(target)
         if database_ca:
             content[DATABASE_CA] = _read(database_ca)
         if variables:
-            content[environment.FILE] = environment.content(variables)
+            content[descriptor.FILE] = descriptor.content(variables)
         content |= {f"wheels/{one.name}": one.read_bytes() for one in wheels.glob("*.whl")}
     path = _write(folder, content)
     size_mib = path.stat().st_size / _MIB
@@ -98,7 +400,7 @@ def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[s
 
 
 def _boot_files() -> dict[str, bytes]:
-    root = package_data.folder("backends") / "aws" / "boot"
+    root = installation.folder("backends") / "aws" / "boot"
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")

@@ -19,9 +19,8 @@ import yaml
 from batchlab.core import instance_types
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, UsageError
-from batchlab.deploy.pool_templates import BASE, parameters_of, renamed
-from batchlab.deploy.template import Template
-from batchlab.runtime import environment
+from batchlab.deploy.template import BASE, Template, parameters_of, renamed
+from batchlab.runtime import descriptor
 from batchlab.runtime.home import Home
 
 STACK = "batchlab"
@@ -193,7 +192,7 @@ def parse(found: Any, where: str) -> Settings:
     fields["parameters"] = _parameters(fields.pop("parameters", None), where)
     variables = fields.pop("environment", None)
     fields["environment"] = _parameters(variables, f"{where}: environment")
-    environment.check(dict(fields["environment"]), f"{where}: environment")
+    descriptor.check(dict(fields["environment"]), f"{where}: environment")
     fields["packages"] = _texts(fields.pop("packages", None), f"{where}: packages")
     for name in ("stack", "region", "database_ca"):
         if name in fields:

@@ -14,14 +14,17 @@ from typing import Any
 
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.deploy.account import Account, Missing, asked
-from batchlab.deploy.failure_cause import Cause, Event, advice, root_cause
 from batchlab.deploy.stack_records import (
+    Cause,
     Change,
     ChangeSet,
+    Event,
     Resource,
     State,
+    advice,
     change_of,
     event_of,
+    root_cause,
     state_of,
 )
 from batchlab.deploy.template import Template, parse

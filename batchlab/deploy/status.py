@@ -1,5 +1,8 @@
 """Status of a stack: its groups, queues, and alarms, and its differences from the home's deployment
-file."""
+file.
+
+Conversion of a stack's outputs to the deployment that `--backend aws` uses.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,83 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.deploy import outputs
 from batchlab.deploy.account import Account, asked
-from batchlab.deploy.failure_cause import Cause
-from batchlab.deploy.settings import RELEASE
+from batchlab.deploy.settings import RELEASE, from_stack
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import State
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.deploy.stack_records import Cause, State
+from batchlab.runtime import aws_deployment, factory
+from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
+
+IAM_USER = "batchlab_iam"
+"""The template's name for the database user of an IAM token."""
+
+
+def of(state: State, name: str) -> str:
+    """Return one output. Raises BackendError if the stack does not have it."""
+    if found := state.outputs.get(name):
+        return found
+    raise BackendError(
+        f"The stack {state.name} has no output {name}.",
+        remedy="Was it made from this version's template? `batchlab deploy apply` updates it.",
+    )
+
+
+def pool_groups(state: State) -> list[str]:
+    """Return the names of the Auto Scaling groups of the workers."""
+    return [one for one in state.outputs.get("PoolGroups", "").split(",") if one]
+
+
+def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
+    """Return the deployment from the outputs and parameters of the stack. The caller gives the
+    `python` of its release, which they do not contain. Raises BackendError if an output is
+    missing."""
+    ledger = of(state, "Ledger")
+    database = None
+    if ledger == "postgres":
+        by_iam = state.parameters.get("DatabaseLogin") == "iam"
+        database = Database(
+            of(state, "DatabaseHost"),
+            int(of(state, "DatabasePort")),
+            of(state, "DatabaseName"),
+            "" if by_iam else of(state, "DatabaseSecret"),
+            IAM_USER if by_iam else "",
+            by_iam,
+        )
+    return AwsDeployment(
+        stack=state.name,
+        region=state.outputs.get("Region", region),
+        bucket=of(state, "Bucket"),
+        prefix=of(state, "QueuePrefix"),
+        manager_group=of(state, "ManagerGroup"),
+        token_secret=of(state, "TokenSecret"),
+        pools=_pools(state, region),
+        ledger=ledger,
+        database=database,
+        domain=of(state, "Domain") if ledger == "simpledb" else "",
+        log_group=state.outputs.get("LogGroup", ""),
+        python=python,
+        egress="own" if state.parameters.get("VpcId") else state.parameters.get("Egress", ""),
+    )
+
+
+def _pools(state: State, region: str) -> tuple[Pool, ...]:
+    settings, _ = from_stack(state.name, region, state.parameters)
+    (usual,) = factory.load("aws").pools
+    return tuple(
+        Pool(
+            one.name,
+            one.min_size,
+            one.max_size,
+            one.slots,
+            usual.boot_s,
+            instance_type=one.types[0] if one.types else usual.instance_type,
+        )
+        for one in settings.pools
+    )
+
 
 ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
 """Suffixes of alarm names after the name of a group."""
@@ -105,8 +175,8 @@ def look(stack: Stack, state: State, home: Home) -> Status:
         cause = stack.cause(state.id, stack.last_operation(state.id)[1])
     found = None
     if state.outputs.get("Bucket"):
-        found = outputs.deployment_of(state, account.region, _python(home))
-    names = [found.manager_group, *outputs.pool_groups(state)] if found else []
+        found = deployment_of(state, account.region, _python(home))
+    names = [found.manager_group, *pool_groups(state)] if found else []
     return Status(
         state,
         cause,
@@ -121,7 +191,7 @@ def look(stack: Stack, state: State, home: Home) -> Status:
 def _python(home: Home) -> str:
     """Return the Python version in the home's deployment file. The stack does not have it."""
     try:
-        kept = deployment.read(home)
+        kept = aws_deployment.read(home)
     except BackendError:
         return ""
     return kept.python if kept else ""
@@ -130,7 +200,7 @@ def _python(home: Home) -> str:
 def drift(home: Home, found: AwsDeployment) -> Iterator[str]:
     """Yield the fields in which the home's file differs from the stack's outputs."""
     try:
-        kept = deployment.read(home)
+        kept = aws_deployment.read(home)
     except BackendError:
         yield "the whole file"
         return

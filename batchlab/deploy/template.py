@@ -8,19 +8,31 @@ file.
 A rendered template creates the same resources as its source with the same parameters. Emulators
 refuse a template with a type that they lack, whatever its conditions are, and support fewer
 functions in conditions than AWS. Templates for AWS itself are not rendered.
+
+The template of a stack with several pools, made from the template of a stack with one.
+
+Invariant: a pool's logical ids depend neither on other pools nor on their order, so adding or
+removing one pool never replaces another pool's resources.
+
+In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a
+logical id that begins with "Pool". Parameters, conditions, and rules of a pool have such ids, too.
+For the pool `base` they keep their ids. For another pool, "PoolQueue" becomes "PoolBigQueue". If a
+shared part refers to them, the element of the innermost list with the reference is repeated for
+each pool.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import BatchlabError, UsageError
 
 Template = dict[str, Any]
@@ -63,7 +75,7 @@ _Loader.yaml_implicit_resolvers = {
 
 def shipped() -> Path:
     """Return the stack's template in this installation."""
-    return package_data.folder("backends") / "aws" / "stack.yaml"
+    return installation.folder("backends") / "aws" / "stack.yaml"
 
 
 def load(path: Path) -> Template:
@@ -194,3 +206,218 @@ class _Rendering:
         if name in self._values:
             return self._values[name]
         raise BatchlabError(f"The stack's template is flawed: a condition asks for {name}.")
+
+
+BASE = "default"
+PREFIX = "Pool"
+
+_Rename = Callable[[str], str]
+
+_INTERFACE = "AWS::CloudFormation::Interface"
+_POOL_TEMPLATES_NAMED = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
+
+
+def word(pool: str) -> str:
+    """Return the pool's name as part of a logical id: "gpu-large" is "GpuLarge"."""
+    return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
+
+
+def renamed(name: str, pool: str, base: str = BASE) -> str:
+    """Return this pool's name for a logical id or parameter that begins with "Pool"."""
+    return name if pool == base else f"{PREFIX}{word(pool)}{name.removeprefix(PREFIX)}"
+
+
+def parameters_of(template: Template) -> list[str]:
+    """Return the template's parameters that exist once per pool."""
+    return [name for name in template.get("Parameters", {}) if _is_pools(name)]
+
+
+def _is_pools(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
+    """Return a template with exactly these pools. Raises UsageError if their names collide.
+
+    `base` is the pool whose ids do not contain its name. Metadata for tools that read the file is
+    left out.
+    """
+    if not pools:
+        raise UsageError("A stack needs a pool.", remedy="Say --pool default:0-10x2.")
+    return _Expansion(template, list(pools), base).made()
+
+
+class _Expansion:
+    def __init__(self, template: Template, pools: list[str], base: str) -> None:
+        self._template = template
+        self._pools = pools
+        self._base = base
+        self._resources = {
+            name for name, one in template["Resources"].items() if _is_per_pool(name, one)
+        }
+        self._per_pool = self._resources | {
+            name
+            for section in ("Parameters", "Conditions", "Rules")
+            for name in template.get(section, {})
+            if _is_pools(name)
+        }
+
+    def made(self) -> Template:
+        made: Template = {}
+        for section, held in self._template.items():
+            if section == "Metadata":
+                if _INTERFACE in held:
+                    made[section] = {_INTERFACE: self._interface(held[_INTERFACE])}
+            elif section in ("Parameters", "Conditions", "Rules", "Resources", "Outputs"):
+                made[section] = self._section(section, held)
+            else:
+                made[section] = held
+        for pool in self._pools:
+            made["Parameters"][renamed("PoolName", pool, self._base)]["Default"] = pool
+        return made
+
+    def _section(self, section: str, held: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, one in held.items():
+            if section == "Resources":
+                one = _without_notes(one)
+            shared, is_open = self._spread(one)
+            if name in self._per_pool or (is_open and section == "Outputs" and _is_pools(name)):
+                found = [(renamed(name, p, self._base), self._follow(one, p)) for p in self._pools]
+            elif is_open:
+                raise _flawed(f"{section} {name} mentions a pool's part outside of a list.")
+            else:
+                found = [(name, shared)]
+            for key, value in found:
+                if key in made or (key != name and key in held):
+                    raise UsageError(
+                        f"The pools {', '.join(self._pools)} cannot be in one stack: two things "
+                        f"would be called {key}.",
+                        remedy="Give a pool another name.",
+                    )
+                made[key] = value
+        return made
+
+    def _for(self, pool: str) -> _Rename:
+        def rename(name: str) -> str:
+            return renamed(name, pool, self._base) if name in self._per_pool else name
+
+        return rename
+
+    def _follow(self, node: Any, pool: str) -> Any:
+        return _mapped(node, self._for(pool))
+
+    def _spread(self, node: Any) -> tuple[Any, bool]:
+        """Return the node with list elements repeated, and whether it still refers to a pool's
+        part."""
+        if isinstance(node, dict):
+            made, is_open = {}, False
+            for key, value in node.items():
+                if key == "DependsOn" and isinstance(value, str):
+                    value = [value] if value in self._per_pool else value
+                made[key], opened = self._spread_in(key, value)
+                is_open |= opened
+            return made, is_open or self._mentioned(node)
+        if isinstance(node, list):
+            repeated: list[Any] = []
+            for element in node:
+                one, is_open = self._spread(element)
+                if is_open or (isinstance(element, str) and element in self._resources):
+                    repeated += [self._follow_element(element, pool) for pool in self._pools]
+                else:
+                    repeated.append(one)
+            return repeated, False
+        return node, False
+
+    def _spread_in(self, key: str, value: Any) -> tuple[Any, bool]:
+        if key.startswith("Fn::") and isinstance(value, list):
+            # Arguments of a function have fixed positions, so none is repeated.
+            parts = [self._spread(part) for part in value]
+            return [one for one, _ in parts], any(is_open for _, is_open in parts)
+        return self._spread(value)
+
+    def _follow_element(self, element: Any, pool: str) -> Any:
+        if isinstance(element, str):  # A DependsOn.
+            return self._for(pool)(element)
+        return self._follow(element, pool)
+
+    def _mentioned(self, node: dict[str, Any]) -> bool:
+        """Return whether this node itself, without the nodes below it, refers to a pool's part."""
+        found = False
+
+        def see(name: str) -> str:
+            nonlocal found
+            found |= name in self._per_pool
+            return name
+
+        for key, value in node.items():
+            if key != "DependsOn":
+                _mentions(key, value, see)
+        return found
+
+    def _interface(self, held: dict[str, Any]) -> dict[str, Any]:
+        """Return the groups and labels of parameters that the console shows."""
+        made = copy.deepcopy(held)
+        for group in made.get("ParameterGroups", ()):
+            group["Parameters"] = [
+                self._for(pool)(name)
+                for name in group.get("Parameters", ())
+                for pool in (self._pools if name in self._per_pool else self._pools[:1])
+            ]
+        if "ParameterLabels" in made:
+            made["ParameterLabels"] = {
+                self._for(pool)(name): label
+                for name, label in made["ParameterLabels"].items()
+                for pool in (self._pools if name in self._per_pool else self._pools[:1])
+            }
+        return made
+
+
+def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
+    is_marked: bool = resource.get("Metadata", {}).get("batchlab", {}).get("per") == "pool"
+    if is_marked and not _is_pools(name):
+        raise _flawed(f"{name} is one per pool, so its name must begin with {PREFIX}.")
+    return is_marked
+
+
+def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
+    """Return the resource without the metadata for checkov, cfn-lint, and this module."""
+    kept = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
+    made = {key: value for key, value in resource.items() if key != "Metadata"}
+    return {**made, "Metadata": kept} if kept else made
+
+
+def _mentions(key: str, value: Any, rename: _Rename) -> Any:
+    """Return `value` under `key` with every logical id that it names directly renamed."""
+    if key in ("Ref", "Condition") and isinstance(value, str):
+        return rename(value)
+    if key == "DependsOn":
+        return rename(value) if isinstance(value, str) else [rename(one) for one in value]
+    if key == "Fn::GetAtt" and isinstance(value, str):
+        name, dot, attribute = value.partition(".")
+        return f"{rename(name)}{dot}{attribute}"
+    if key in ("Fn::GetAtt", "Fn::If") and isinstance(value[0], str):
+        return [rename(value[0]), *value[1:]]
+    if key == "Fn::Sub":
+        text, own = (value, {}) if isinstance(value, str) else value
+
+        def put(found: re.Match[str]) -> str:
+            name = found[1] if found[1] in own else rename(found[1])
+            return f"${{{name}{found[2]}}}"
+
+        text = _POOL_TEMPLATES_NAMED.sub(put, text)
+        return text if isinstance(value, str) else [text, own]
+    return value
+
+
+def _mapped(node: Any, rename: _Rename) -> Any:
+    """Return a copy of the node with all logical ids renamed."""
+    if isinstance(node, dict):
+        return {key: _mapped(_mentions(key, value, rename), rename) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_mapped(one, rename) for one in node]
+    return node
+
+
+def _flawed(why: str) -> BatchlabError:
+    return BatchlabError(f"The stack's template is flawed: {why}")

@@ -3,14 +3,22 @@
 Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit.
 Durations are in seconds, times in seconds since the epoch, and percentages from 0 to 100. Fields
 that AWS omits from an answer are None.
+
+Errors of the Auto Scaling API, with AWS's error codes.
+
+Each `code` is the one in the response. The message is AWS's if it is known.
+
+External data of a group: launch templates, metrics, and prices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar, Protocol, runtime_checkable
 
-from batchlab.core.model import LifecycleState, Market
+from batchlab.core.errors import Refused
+from batchlab.core.model import LifecycleState, Machine, Market
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -356,3 +364,108 @@ class Metadata:
     rebalance_time: float | None = None
     """`events/recommendations/rebalance`: time of the recommendation (epoch seconds)."""
     tags: tuple[tuple[str, str], ...] = field(default=())
+
+
+class Fault(Refused):
+    """A refused request. All have HTTP status 400, as on AWS."""
+
+    code: ClassVar[str] = "ValidationError"
+
+
+class ValidationError(Fault):
+    """A parameter is wrong, or names an object that does not exist."""
+
+
+class AlreadyExists(Fault):
+    """A group of this name exists."""
+
+    code = "AlreadyExists"
+
+
+class LimitExceeded(Fault):
+    """The group has the maximum number of hooks, policies, or actions."""
+
+    code = "LimitExceeded"
+
+
+class ResourceInUse(Fault):
+    """The group has instances, and ForceDelete was not given."""
+
+    code = "ResourceInUse"
+
+
+class ScalingActivityInProgress(Fault):
+    """A cooldown or an activity in progress prevents the request."""
+
+    code = "ScalingActivityInProgress"
+
+
+class InstanceRefreshInProgress(Fault):
+    """Another instance refresh is in progress."""
+
+    code = "InstanceRefreshInProgress"
+
+
+class ActiveInstanceRefreshNotFound(Fault):
+    """The group does not have an active refresh."""
+
+    code = "ActiveInstanceRefreshNotFound"
+
+
+class IrreversibleInstanceRefresh(Fault):
+    """The instance refresh cannot be rolled back."""
+
+    code = "IrreversibleInstanceRefresh"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The data of a launch template version that a launch needs. The launcher gets `slots`,
+    `boot_s`, and `env` in its Pool."""
+
+    reference: LaunchTemplate
+    """The id, the name, and the number of the version."""
+    instance_type: str = ""
+    market: Market = Market.ON_DEMAND
+    slots: int = 1
+    boot_s: float = 0.0
+    env: tuple[tuple[str, str], ...] = ()
+
+
+class Templates(Protocol):
+    """Store of launch templates. Every launch reads it, so `$Latest` is the latest version."""
+
+    def template(self, reference: LaunchTemplate) -> Template:
+        """Return the referenced version. Raise ValidationError if it does not exist."""
+
+    def launch_configuration(self, name: str) -> Template:
+        """Return a launch configuration as a template. Raise ValidationError if it is missing."""
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A launcher that can stop and restart instances.
+
+    `Launcher.running` includes stopped instances, because they have not ended. `terminate` ends
+    them too.
+    """
+
+    async def stop(self, instance: str, *, hibernate: bool) -> None:
+        """Stop an instance, and return when it has stopped. `hibernate` keeps its memory."""
+
+    async def start(self, instance: str) -> None:
+        """Start a stopped instance, and return when it runs."""
+
+
+class Metrics(Protocol):
+    """Source of the metrics of target-tracking policies."""
+
+    def value(self, policy: ScalingPolicy) -> float | None:
+        """Return the newest value, or None without data."""
+
+
+class Prices(Protocol):
+    """Prices of instances, for the allocation strategy `lowest-price`."""
+
+    def hourly(self, machine: Machine) -> float | None:
+        """Return the dollars per hour. If it is None, the order of the overrides decides."""

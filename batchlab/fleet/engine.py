@@ -9,12 +9,15 @@ The steps of a tick, and the effect of a crash after each:
 2. Save, then ask the launcher to end Terminating instances. After a crash, it is asked again.
 3. Save the new instances as Pending, then launch them. After a crash, instances that were not
    launched are found missing and replaced. If they were launched first, the state could miss them.
+
+Launches of instances in a tick, and failed launches.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Instance, LifecycleState
@@ -22,19 +25,93 @@ from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet import (
     health,
     instance_refresh,
-    launch,
     lifecycle_hooks,
+    placement,
     scaling_policies,
-    scheduled_actions,
     warm_pool,
 )
+from batchlab.fleet import warm_pool as warm
+from batchlab.fleet.api_types import Fault, Metrics, Process, Resting
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.external_data import Metrics, Resting
 from batchlab.fleet.group_state import ENDING, STARTING, ActivityLog, Group, Member, Store, weigh
-from batchlab.fleet.launch import Fresh
-from batchlab.fleet.placement import Sources
+from batchlab.fleet.placement import Placement, Sources
 from batchlab.fleet.saved_state import decode, encode
 from batchlab.fleet.termination import shortfall
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A member to launch. `place` is None in a plain pool."""
+
+    group: Group
+    member: Member
+    place: Placement | None = None
+    asleep: bool = False
+    """The instance is stopped in the warm pool and must be started."""
+
+
+def admit(
+    changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
+) -> list[Fresh]:
+    """Add members for `missing` units of capacity and for the warm pool."""
+    if group.asg is None or sources is None:
+        size = len(group.counted())
+        return [Fresh(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
+    if group.asg.deleting or group.suspended(Process.LAUNCH):
+        return []
+    missing -= weigh(warm.leave(changes, group, missing))
+    fresh = [
+        Fresh(group, member, asleep=True)
+        for member in group.members.values()
+        if member.state is LifecycleState.PENDING and member.bond.asleep
+    ]
+    while missing > 0:
+        one = admit_one(changes, group, now_s, sources)
+        if one is None:
+            break
+        fresh.append(one)
+        missing -= one.member.bond.weight
+    for _ in range(warm.room(group, now_s)):
+        one = admit_one(changes, group, now_s, sources, warm_pool=True)
+        if one is None:
+            break
+        fresh.append(one)
+    return fresh
+
+
+def admit_one(
+    changes: Changes, group: Group, now_s: float, sources: Sources, *, warm_pool: bool = False
+) -> Fresh | None:
+    """Add one member. If its template does not exist, record a failed activity, return None."""
+    assert group.asg is not None
+    try:
+        place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)
+    except Fault as fault:
+        _no_template(changes, group, fault)
+        return None
+    size = weigh(group.staying())
+    return Fresh(group, changes.admit(group, size, now_s, place), place)
+
+
+def _no_template(changes: Changes, group: Group, fault: Fault) -> None:
+    assert group.asg is not None
+    reason = f"{fault.message} Launching EC2 instance failed."
+    # Recorded once for every wait of the crash loop, like any failed launch.
+    changes.stumble(group, reason)
+    what = f"Launching a new EC2 instance.  Status Reason: {reason}"
+    changes.note(
+        group.pool.name, what, changes.told(group.asg, "an instance was started"), "Failed"
+    )
+
+
+def failed(changes: Changes, fresh: Fresh, error: str) -> None:
+    """Record a failed launch, and avoid its capacity pool for a while."""
+    group, member = fresh.group, fresh.member
+    if group.asg is not None:
+        placement.avoid(group.asg, member.instance.machine, changes.steady.now_s())
+    # A request may have made the instance Terminating during its launch.
+    if member.state not in ENDING:
+        changes.fail_launch(group, member, f"its launch failed: {error}")
 
 
 def attend(
@@ -51,7 +128,7 @@ def attend(
     health.arrive(changes, group)
     health.enforce(changes, group)
     health.replace_unhealthy(changes, group)
-    scheduled_actions.run_due(changes, group)
+    scaling_policies.run_due(changes, group)
     scaling_policies.track(changes, group, asg, metrics, alarm_period_s)
     instance_refresh.roll(changes, group)
     warm_pool.trim(changes, group, asg)
@@ -215,7 +292,7 @@ class Engine:
         for group in self._groups.values():
             self._changes.back_off(group, now_s)
             missing = shortfall(group, now_s, self._changes.steady.now_s())
-            fresh += launch.admit(self._changes, group, missing, now_s, self._sources)
+            fresh += admit(self._changes, group, missing, now_s, self._sources)
         self._save()
         if not fresh:
             return
@@ -234,7 +311,7 @@ class Engine:
                 place = fresh.place
                 await self._launcher.launch(place.pool, member.instance.id, place.machine)
         except BackendError as error:
-            launch.failed(self._changes, fresh, str(error))
+            failed(self._changes, fresh, str(error))
             now_s = self._clock.monotonic_s()
             self._changes.bury(group, member, note=member.instance.note, now_s=now_s)
         else:

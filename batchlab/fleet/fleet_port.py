@@ -8,7 +8,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import Activity, GroupView, LifecycleState, Pool
 from batchlab.fleet.engine import Engine
 from batchlab.fleet.group_state import Group, Member
-from batchlab.fleet.scheduled_actions import check_decrement, check_desired, check_limits
+from batchlab.fleet.scaling_policies import check_decrement, check_desired, check_limits
 from batchlab.fleet.termination import clamp
 
 

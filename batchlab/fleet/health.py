@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from batchlab.core.model import LifecycleState
-from batchlab.fleet import instance_refresh, mixed_instances
+from batchlab.fleet import instance_refresh, placement
 from batchlab.fleet.api_types import Process
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.group_features import Asg
-from batchlab.fleet.group_state import ENDING, ON_STANDBY, STARTING, Group, Member, weigh
+from batchlab.fleet.group_state import ENDING, ON_STANDBY, STARTING, Asg, Group, Member, weigh
 from batchlab.fleet.placement import Sources, configuration, zones_of
 from batchlab.fleet.termination import CRASH_LOOP, narrow
 
@@ -166,7 +165,7 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()
-    usable = set(zones) - mixed_instances.barren_zones(asg, now_s)
+    usable = set(zones) - placement.barren_zones(asg, now_s)
     if (
         not usable
         or busy

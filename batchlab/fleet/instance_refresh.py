@@ -14,8 +14,7 @@ from typing import Any
 from batchlab.core.model import LifecycleState
 from batchlab.fleet.api_types import GroupConfig, InstanceRefresh, Process
 from batchlab.fleet.changes import Changes
-from batchlab.fleet.group_features import Asg, Rolling
-from batchlab.fleet.group_state import ON_STANDBY, WARM, Group, Member, weigh
+from batchlab.fleet.group_state import ON_STANDBY, WARM, Asg, Group, Member, Rolling, weigh
 from batchlab.fleet.placement import Sources, apply, configuration, template_of
 
 GIVE_UP_S = 3_600.0

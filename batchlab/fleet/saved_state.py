@@ -14,8 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Activity, Instance, LifecycleState, Machine, Market, Pool
-from batchlab.fleet.group_features import Asg
-from batchlab.fleet.group_state import FINAL, ActivityLog, Bond, Group, Member
+from batchlab.fleet.group_state import FINAL, ActivityLog, Asg, Bond, Group, Member
 
 _FORMAT = 2
 _PLAIN = Bond()

@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from batchlab.core.model import LifecycleState, Market, Pool
-from batchlab.core.retry import doubled_s
-from batchlab.fleet import lifecycle_hooks, mixed_instances
+from batchlab.core.port_retries import doubled_s
+from batchlab.fleet import lifecycle_hooks, placement
 from batchlab.fleet.api_types import LaunchTemplate, MixedInstancesPolicy
-from batchlab.fleet.group_features import Asg
-from batchlab.fleet.group_state import STARTING, Group, Member, weigh
+from batchlab.fleet.group_state import STARTING, Asg, Group, Member, weigh
 from batchlab.fleet.placement import configuration
 
 HOUR_S = 3600.0
@@ -74,7 +73,7 @@ def take_by_default(asg: Asg, members: Sequence[Member], count: int, now_s: floa
 def _pick(asg: Asg, staying: Sequence[Member], able: Sequence[Member], now_s: float) -> Member:
     mixed = configuration(asg).mixed_instances_policy
     if mixed is not None:
-        market = mixed_instances.market_to_remove(mixed.instances_distribution, staying)
+        market = placement.market_to_remove(mixed.instances_distribution, staying)
         able = [m for m in able if m.instance.machine.market is market] or able
     sizes = Counter(member.instance.machine.zone for member in staying)
     most = max(sizes[member.instance.machine.zone] for member in able)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.model import LifecycleState
 from batchlab.fleet import lifecycle_hooks
 from batchlab.fleet.api_types import LAUNCHING, TERMINATING, Process, WarmPool
-from batchlab.fleet.group_features import Asg
-from batchlab.fleet.group_state import WARM, WARMING, Group, Member, weigh
+from batchlab.fleet.group_state import WARM, WARMING, Asg, Group, Member, weigh
 from batchlab.fleet.termination import CRASH_LOOP, take_by_default
 
 if TYPE_CHECKING:

@@ -13,15 +13,14 @@ from functools import partial
 
 from batchlab.core.commit import committed
 from batchlab.core.errors import NotFound, UsageError
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
 from batchlab.core.protocol.bundle_inputs import Inputs, NoSuchTask
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.failure_fingerprint import fingerprint
-from batchlab.core.retry import Patience
-from batchlab.core.task_names import task_name
+from batchlab.core.protocol.settlement import fingerprint
 
 READ_AT_ONCE = 16
 _SHOWN = 200

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchlab.core import notifications, units
+from batchlab.core import notifications, text
 from batchlab.core.job_definition import NotifyDef
-from batchlab.core.protocol import placeholders
-from batchlab.jobs import field_types, handler_lookup, paths
+from batchlab.core.protocol import values
+from batchlab.jobs import field_types, handler_lookup
 from batchlab.jobs.field_types import NotifySpec
 from batchlab.jobs.schema import JobSpec, StageSpec
 from batchlab.jobs.validation import Structure
@@ -30,7 +30,7 @@ class Subject:
 
     @property
     def code(self) -> Path:
-        return paths.absolute(self.folder / self.job.code)
+        return handler_lookup.absolute(self.folder / self.job.code)
 
     def stages(self) -> Iterator[tuple[Loc, StageSpec]]:
         for i, stage in enumerate(self.job.stages):
@@ -96,14 +96,14 @@ def _gathers(subject: Subject) -> Iterator[Problem]:
 
 
 def _code(subject: Subject) -> Iterator[Problem]:
-    if not paths.is_folder(subject.code):
-        what = "is a file" if paths.is_file(subject.code) else "does not exist"
+    if not handler_lookup.is_folder(subject.code):
+        what = "is a file" if handler_lookup.is_file(subject.code) else "does not exist"
         message = f"The code folder {subject.code} {what}."
         yield Problem(("code",), message, "Write a folder relative to the job file.")
 
 
 def _handlers(subject: Subject) -> Iterator[Problem]:
-    if not paths.is_folder(subject.code):
+    if not handler_lookup.is_folder(subject.code):
         return
     broken: set[str] = set()
     for loc, stage in subject.stages():
@@ -121,7 +121,7 @@ def _placeholders(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
             # Only the first argument is the program, for which a special rule applies.
-            for message in placeholders.check([argument] if i == 0 else ["program", argument]):
+            for message in values.check([argument] if i == 0 else ["program", argument]):
                 remedy = "Write a brace of your own twice, as in {{ and }}."
                 yield Problem((*loc, "command", i), message, remedy)
 
@@ -130,7 +130,7 @@ def _params(subject: Subject) -> Iterator[Problem]:
     declared = subject.job.params
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
-            for name in placeholders.used([argument]):
+            for name in values.used([argument]):
                 key = name.removeprefix("params.")
                 if key not in (name, "") and key not in declared:
                     message = f"The job has no parameter '{key}' for {{{name}}}."
@@ -140,7 +140,7 @@ def _params(subject: Subject) -> Iterator[Problem]:
 
 def _outputs(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
-        names = placeholders.outputs(stage.command or ()) + ([stage.stdout] if stage.stdout else [])
+        names = values.outputs(stage.command or ()) + ([stage.stdout] if stage.stdout else [])
         places = [f"{name.rstrip('/')}/" for name in names]
         for i, place in enumerate(places):
             clash = next((j for j in range(i) if place.startswith(places[j])), None)
@@ -169,7 +169,7 @@ def _input_size(subject: Subject) -> Iterator[Problem]:
     elif isinstance(given.size, str) and given.split != "bytes":
         message = f"With split: {given.split} size counts {given.split}, not bytes."
         yield Problem(("input", "size"), message, "Write a number such as 1000.")
-    elif given.split == "bytes" and given.size is not None and units.size_bytes(given.size) < 1:
+    elif given.split == "bytes" and given.size is not None and text.size_bytes(given.size) < 1:
         yield Problem(("input", "size"), "A part of no bytes is no part.", "Write 8 MiB.")
     if given.header and given.split not in ("lines", "bytes"):
         message = f"With split: {given.split} there is no header line to repeat."
@@ -192,24 +192,24 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
         if is_url(pattern):
             if bucket_and_key(pattern) is None:
                 remedy = "Write s3://bucket/prefix, or a local pattern."
-                what = units.shown(pattern)
+                what = text.shown(pattern)
                 yield Problem(loc, f"{what} is no URL of an S3 bucket.", remedy)
         else:
             yield from _matches(loc, pattern, subject.folder)
 
 
 def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
-    found = paths.matches(pattern, folder)
+    found = handler_lookup.matches(pattern, folder)
     if not found:
-        message = f"No file matches {units.shown(pattern)}, looked for in {folder}."
+        message = f"No file matches {text.shown(pattern)}, looked for in {folder}."
         remedy = "Write a pattern relative to the job file, such as data/*.csv."
-        if pattern and paths.is_folder(folder / pattern):
+        if pattern and handler_lookup.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
         yield Problem(loc, message, remedy)
     # Report only the first one. Several such names usually have the same reason.
-    unfit = next((path for path in found if paths.unfit(path.name)), None)
+    unfit = next((path for path in found if handler_lookup.unfit(path.name)), None)
     if unfit is not None:
-        message = f"The name of the input file {str(unfit)!r} {paths.unfit(unfit.name)}."
+        message = f"The name of the input file {str(unfit)!r} {handler_lookup.unfit(unfit.name)}."
         yield Problem(loc, message, "Rename it, or write a pattern that leaves it out.")
 
 

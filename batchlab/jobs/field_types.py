@@ -26,11 +26,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from batchlab.core import units
+from batchlab.core import due_times
+from batchlab.core import text as units
 from batchlab.core.errors import UsageError
 from batchlab.core.notifications import MOST_TARGETS
-from batchlab.core.pricing import money
-from batchlab.core.schedules import due_times
+from batchlab.core.pricing import price_book
 from batchlab.core.task_context import name_problem
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
@@ -109,7 +109,7 @@ def _cost(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{units.shown(value)} is no amount with its currency")
     try:
-        money.parse(value)
+        price_book.parse(value)
     except UsageError as error:
         raise ValueError(error.message.rstrip(".")) from error
     return value
@@ -185,7 +185,7 @@ Allowance = Annotated[
 Cost = Annotated[
     str,
     BeforeValidator(_check(_cost, "an amount with its currency such as 5USD")),
-    WithJsonSchema({"type": "string", "pattern": money.PATTERN}),
+    WithJsonSchema({"type": "string", "pattern": price_book.PATTERN}),
 ]
 Start = Annotated[
     str, BeforeValidator(_check(_start, units.AT_FORMS)), WithJsonSchema({"type": "string"})

@@ -2,6 +2,8 @@
 
 Invariants: a JobFile has passed every check. Only its content, its files, and the arguments
 determine the resulting job.
+
+Job file: load, validate, explain, and compile. None of this runs the user's code.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchlab.core import units
+from batchlab.core import text as units
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.core.model import FailureKind, JobId, Json, StageName
-from batchlab.core.pricing import money
-from batchlab.jobs import checks, paths, yaml_source
-from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text
+from batchlab.core.pricing import price_book
+from batchlab.jobs import checks, handler_lookup, yaml_source
+from batchlab.jobs.schema import SHAPE, JobSpec, RetrySpec, StageSpec, is_text, json_schema
+from batchlab.jobs.starter import starter
 from batchlab.jobs.validation import validate
-from batchlab.jobs.yaml_source import Problem, suggest
+from batchlab.jobs.yaml_source import JobFileErrors, Problem, suggest
 
 _NONE = "Write its path, or make one with `batchlab init`."
 _TASK_SIZES = {"file": 1, "lines": 1000, "bytes": 8 * 1024 * 1024, "items": 1}
@@ -61,7 +64,7 @@ def load(
     `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is
     set. Raise JobFileErrors with all mistakes. The function does not run the user's code.
     """
-    path = paths.absolute(path)
+    path = handler_lookup.absolute(path)
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
     if isinstance(document.data, dict) and {"jobs", "arrivals"} <= document.data.keys():
         raise yaml_source.another(
@@ -124,7 +127,7 @@ def compile_job(
         priority=job.priority,
         tags=tuple(job.tags.items()),
         token=token,
-        max_cost_usd=None if job.max_cost is None else money.parse(job.max_cost),
+        max_cost_usd=None if job.max_cost is None else price_book.parse(job.max_cost),
         notify=tuple(map(checks.notify_def, job.notify)),
         start_at_s=None if job.at is None else units.start_s(job.at, submitted_s),
     )
@@ -175,7 +178,7 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
         if checks.is_url(pattern):
             found[pattern] = None
         else:
-            found.update((file, None) for file in paths.matches(pattern, folder))
+            found.update((file, None) for file in handler_lookup.matches(pattern, folder))
     return tuple(found)
 
 
@@ -214,3 +217,14 @@ def retry_rule(retry: RetrySpec) -> RetryRule:
         exit_codes=tuple(retry.exit_codes),
         exceptions=tuple(retry.exceptions),
     )
+
+
+__all__ = [
+    "JobFile",
+    "JobFileErrors",
+    "compile",
+    "json_schema",
+    "load",
+    "source_digest",
+    "starter",
+]

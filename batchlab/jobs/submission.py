@@ -15,10 +15,10 @@ from pathlib import Path
 
 from batchlab.core.errors import AlreadyExists, UsageError
 from batchlab.core.job_definition import JobDef
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, ObjectInfo, Objects
 from batchlab.core.protocol import object_keys
-from batchlab.core.retry import Patience
-from batchlab.jobs import paths
+from batchlab.jobs import handler_lookup
 from batchlab.jobs.checks import bucket_and_key
 from batchlab.jobs.job_file import JobFile, compile_job
 from batchlab.worker import code_cache
@@ -135,7 +135,7 @@ def check_key(shown: str, key: str) -> None:
             f"The input {shown!r} is not below raw/ in the grid's bucket, where workers may read.",
             remedy="Write a prefix such as raw/incoming/, which ends in a slash.",
         )
-    if why := paths.unfit(key):
+    if why := handler_lookup.unfit(key):
         raise UsageError(
             f"The input {shown!r} {why}.", remedy="Give the objects other names, and name those."
         )

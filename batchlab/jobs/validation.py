@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchlab.core.model import Json
-from batchlab.core.units import shown
+from batchlab.core.text import shown
 from batchlab.jobs import field_types
 from batchlab.jobs.yaml_source import Loc, Problem, nearest, suggest
 

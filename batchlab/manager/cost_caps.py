@@ -13,12 +13,20 @@ from collections.abc import Mapping, Sequence
 from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.ports import Clock
-from batchlab.core.pricing.cap import Budget, Purse, launch_usd, launches
-from batchlab.core.pricing.money import shown
-from batchlab.core.pricing.usage_meter import Account, Accounting, Kind, Meter, Rates
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob
+from batchlab.core.pricing.price_book import shown
+from batchlab.core.pricing.usage import (
+    Account,
+    Accounting,
+    Budget,
+    Kind,
+    Meter,
+    Purse,
+    Rates,
+    launch_usd,
+    launches,
+)
+from batchlab.manager.state import LiveJob, ManagerSettings
+from batchlab.manager.worker_registry import WorkerRegistry
 
 
 class UsageAttribution:

@@ -27,7 +27,7 @@ WORKER_COUNTERS = frozenset(
         *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS),
     }
 )
-"""Names of the counts that workers report (see worker/worker_counters.py). Other names are ignored,
+"""Names of the counts that workers report (see worker/outbox.py). Other names are ignored,
 because a worker may run another program."""
 BEAT = "heartbeat"
 UNREADABLE_KINDS = ("event", "unproven event", BEAT, "dead letter", "outcome", "object")

@@ -3,13 +3,19 @@
 Invariant: only the holder of the lease collects, plans, and scales. Two managers at once would do
 no harm, because every decision is a conditional PUT and every fold counts once. This module is long
 because it connects all parts in one place and in one order.
+
+The leader's lease. A standby takes the lease after it has expired.
+
+Invariant: clocks need not agree. A standby takes the lease only after the holder's beat has not
+changed for the lease's duration, measured by the standby's monotonic clock. The holder gives up
+earlier.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,35 +24,97 @@ from batchlab.core import logs
 from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
-from batchlab.core.ports import Depth, JobRecord, QueueSpec
-from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.port_retries import heed_cancellation, patiently, set_within
+from batchlab.core.ports import Clock, Depth, JobRecord, Ledger, QueueSpec
+from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
-from batchlab.core.retry import heed_cancellation, patiently, set_within
 from batchlab.core.tracing import NOBODY, Tracer
+from batchlab.manager import admission
+from batchlab.manager.adoption import Adoption, DelayedJobs
+from batchlab.manager.autoscaler import Autoscaler, Prewarm
+from batchlab.manager.bundling import Bundler
+from batchlab.manager.collector import Collector, PendingSubmissions, events_queue
 from batchlab.manager.counters import Counters
-from batchlab.manager.events.collector import Collector, PendingSubmissions, events_queue
-from batchlab.manager.events.ledger_writer import LedgerWriter
-from batchlab.manager.events.quarantine import Quarantine
-from batchlab.manager.jobs import admission
-from batchlab.manager.jobs.adoption import Adoption, DelayedJobs
-from batchlab.manager.jobs.bundling import Bundler
-from batchlab.manager.jobs.commands import JobCommands
-from batchlab.manager.jobs.job_coordinator import JobCoordinator
-from batchlab.manager.jobs.ledger_rebuild import RebuildResult, rebuild
-from batchlab.manager.jobs.live_logs import LiveLogs
-from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.manager.lease import LeaderLease
+from batchlab.manager.job_commands import JobCommands
+from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
+from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.live_logs import LiveLogs
 from batchlab.manager.notifier import NotificationChannels, Notifier
-from batchlab.manager.recording.recorder import Recorder
-from batchlab.manager.recording.report_queue import ReportQueue
-from batchlab.manager.scaling.autoscaler import Autoscaler
-from batchlab.manager.scaling.prewarm import Prewarm
-from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
+from batchlab.manager.quarantine import Quarantine
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
-from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, Ports, outstanding_in_pool, set_job_state
+from batchlab.manager.state import (
+    LiveJob,
+    ManagerSettings,
+    Ports,
+    outstanding_in_pool,
+    set_job_state,
+)
+from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
+from batchlab.manager.worker_registry import WorkerRegistry
+
+LEASE = "leader"
+
+
+class LeaderLease:
+    """One manager's side of the lease. `ttl_s` is the time until an unrenewed lease expires."""
+
+    def __init__(self, ledger: Ledger, clock: Clock, owner: str, ttl_s: float) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._owner = owner
+        self._ttl_s = ttl_s
+        self._beat = 0
+        """Beat of the last renewal."""
+        self._asked_s = 0.0
+        """Monotonic time of the request that renewed the lease last."""
+
+    async def take(self) -> None:
+        """Wait until the lease is free, or until its holder has not renewed it for `ttl_s`, and
+        take it."""
+        seen, since_s = None, self._clock.monotonic_s()
+        while True:
+            asked_s = self._clock.monotonic_s()
+            is_over = asked_s - since_s >= self._ttl_s
+            stands = await self._ledger.lease(LEASE, self._owner, over=seen if is_over else None)
+            if stands.owner == self._owner:
+                self._beat, self._asked_s = stands.beat, asked_s
+                return
+            if stands != seen:
+                seen, since_s = stands, self._clock.monotonic_s()
+            await asyncio.sleep(self._ttl_s / 3)
+
+    async def keep(self, on_gap: Callable[[], None]) -> None:
+        """Renew the lease until it is lost. `on_gap` is called if another manager may have led in
+        between."""
+        while True:
+            now_s = self._clock.monotonic_s()
+            await asyncio.sleep(max(0.0, self._asked_s + self._ttl_s / 3 - now_s))
+            asked_s = self._clock.monotonic_s()
+            # The lease counts from the last request, because the response may have arrived much
+            # later. A process that was paused for longer than that asks once.
+            left_s = self._asked_s + self._ttl_s - asked_s
+            try:
+                async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
+                    stands = await self._ledger.lease(LEASE, self._owner)
+            except TimeoutError:
+                return  # the lease has expired, and a standby may have taken it
+            if stands.owner != self._owner:
+                return
+            if stands.beat != self._beat + 1:
+                # This process was paused, and the lease was free again. Or a response was lost, and
+                # the request was sent twice. Then `on_gap` is not needed, but harmless.
+                on_gap()
+            self._beat, self._asked_s = stands.beat, asked_s
+
+    async def release(self) -> None:
+        """Release the lease, so that another manager can take it at once."""
+        with suppress(BackendError):  # the lease expires by itself
+            await self._ledger.release(LEASE, self._owner)
+
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+from batchlab.core import due_times, schedules
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import decisions, due_times
-from batchlab.core.schedules.model import Definition, Missed, Overlap, Run, Schedule
+from batchlab.core.schedules import Definition, Missed, Overlap, Run, Schedule
 from batchlab.core.text import listed
 from batchlab.manager.scheduler import Scheduler
 
@@ -119,7 +119,7 @@ class ScheduleCommands(Scheduler):
             )
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
-            return replace(decisions.settled(schedule, now_s), definition=definition)
+            return replace(schedules.settled(schedule, now_s), definition=definition)
 
         return await self._change(definition.name, change), True
 
@@ -132,7 +132,7 @@ class ScheduleCommands(Scheduler):
                     f"Schedule {name} is paused already.",
                     remedy="`batchlab schedule resume` resumes it.",
                 )
-            return replace(decisions.settled(schedule, now_s), paused=True)
+            return replace(schedules.settled(schedule, now_s), paused=True)
 
         return await self._change(name, change)
 
@@ -145,19 +145,19 @@ class ScheduleCommands(Scheduler):
                     f"Schedule {name} is not paused.",
                     remedy="`batchlab schedule show` shows when it is due.",
                 )
-            return replace(decisions.settled(schedule, now_s), paused=False)
+            return replace(schedules.settled(schedule, now_s), paused=False)
 
         return await self._change(name, change)
 
     async def remove(self, name: str) -> Schedule:
         """Remove the schedule. A running job finishes."""
-        return await self._change(name, decisions.removed)
+        return await self._change(name, schedules.removed)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
         """Run the schedule now. A repeated request returns the same run."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
-            return decisions.by_hand(schedule, asked, now_s)
+            return schedules.by_hand(schedule, asked, now_s)
 
         after = await self._change(name, change)
         return after, next(run for run in after.runs if run.asked == asked)

@@ -18,18 +18,16 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+from batchlab.core import schedules
 from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
+from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import set_within
-from batchlab.core.schedules import decisions, model
-from batchlab.core.schedules.decisions import named
-from batchlab.core.schedules.model import Run, RunState, Schedule, job_of
-from batchlab.manager.jobs.commands import JobCommands
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.core.schedules import Run, RunState, Schedule, job_of, named
+from batchlab.manager.job_commands import JobCommands
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.worker_registry import WorkerRegistry
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ class ScheduleStore:
         self.unreadable.discard(name)
         if found:
             try:
-                schedule = model.from_bytes(found[0])
+                schedule = schedules.from_bytes(found[0])
                 schedule.next_s()
                 self.schedules[name] = schedule
                 self._etags[name] = found[1]
@@ -85,7 +83,7 @@ class ScheduleStore:
         put = partial(
             objects.put,
             object_keys.schedule(name),
-            model.to_bytes(schedule),
+            schedules.to_bytes(schedule),
             if_absent=etag is None,
             if_match=etag,
         )
@@ -255,7 +253,7 @@ class Scheduler:
         run = after.running
         if run and run.job and run.job not in self._submitted:
             await self._submit(after, run)
-        if victim := decisions.replaced(after):
+        if victim := schedules.replaced(after):
             self._cancel(after, victim)
         await self._get_ready(after)
 
@@ -277,9 +275,9 @@ class Scheduler:
             now_s = max(now_s, at_s)
         due_s = self.next_s(schedule)
         # If nothing is due, only a clock that was set back needs a decision.
-        if (due_s is None or due_s > now_s) and schedule.through_s - now_s <= decisions.SET_BACK_S:
+        if (due_s is None or due_s > now_s) and schedule.through_s - now_s <= schedules.SET_BACK_S:
             return schedule
-        return decisions.lapse(schedule, now_s)
+        return schedules.lapse(schedule, now_s)
 
     def _has_waited(self, schedule: Schedule, at_s: float, now_s: float) -> bool:
         monotonic_s = self._ports.clock.monotonic_s()
@@ -290,21 +288,21 @@ class Scheduler:
 
     async def _started(self, schedule: Schedule) -> Schedule:
         """Return the schedule with a job for the run that may start."""
-        while run := decisions.startable(schedule):
+        while run := schedules.startable(schedule):
             now_s = self._ports.clock.now_s()
             try:
                 template = await self.store.template(schedule.definition.template)
             except NotFound:
                 why = "the bucket has lost its job's definition; add the schedule again"
-                schedule = decisions.skipped(schedule, run, now_s, why)
+                schedule = schedules.skipped(schedule, run, now_s, why)
                 continue
             if await self.store.is_empty(template):
                 where = ", ".join(template.input.keys if template.input else ())
-                schedule = decisions.skipped(
+                schedule = schedules.skipped(
                     schedule, run, now_s, f"there was no object in {where}"
                 )
                 continue
-            schedule = decisions.started(schedule, run, now_s)
+            schedule = schedules.started(schedule, run, now_s)
         return schedule
 
     async def _submit(self, schedule: Schedule, run: Run) -> None:
@@ -413,7 +411,7 @@ class Scheduler:
             text = describe_run(after, run)
             log.info("%s", text)
             is_new = was is None and not run.asked and after.name not in self._met
-            if is_new and (run.reason or run.decided_s - run.due_s > decisions.ON_TIME_S):
+            if is_new and (run.reason or run.decided_s - run.due_s > schedules.ON_TIME_S):
                 self.notes = [*self.notes, text][-NOTES_KEPT:]
 
 

@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Control, GroupView, JobId, Pool
-from batchlab.core.pricing.usage_meter import Account, Accounting, Meter, most
+from batchlab.core.pricing.request_costs import Requests
+from batchlab.core.pricing.usage import Account, Accounting, Meter, most
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.request_counter import Requests
 from batchlab.manager.cost_caps import CostCaps, UsageAttribution
-from batchlab.manager.recording.recorded_data import RecordedData, merge_parts
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.recorded_data import RecordedData, merge_parts
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
+from batchlab.manager.worker_registry import WorkerRegistry
 
 if TYPE_CHECKING:
-    from batchlab.manager.recording.recorder import Recorder
+    from batchlab.manager.recorder import Recorder
 
 log = logging.getLogger(__name__)
 

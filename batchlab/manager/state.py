@@ -3,6 +3,10 @@
 Invariant: all of it can be discarded at any moment. A new leader reads it from the ledger. Retained
 outcomes take at most MOST_BYTES, whatever workers send. The oldest outcome is released first, and
 clients read a released outcome from the bucket.
+
+The manager's time constants. A backend names them in its descriptor.
+
+Invariant: this module imports nothing else of the manager, because workers read descriptors too.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from batchlab.core.model import (
     Outcome,
     StageName,
 )
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
     BundleRecord,
     Clock,
@@ -38,12 +43,10 @@ from batchlab.core.ports import (
     Queue,
     StageRecord,
 )
-from batchlab.core.pricing.cap import Budget
-from batchlab.core.pricing.usage_meter import Account
-from batchlab.core.protocol import bundle_size
+from batchlab.core.pricing.usage import Account, Budget
+from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, Held
-from batchlab.core.retry import Patience
 from batchlab.core.tracing import LINKS
 
 MOST_BYTES = 16 * 1024**2
@@ -266,7 +269,7 @@ class LiveJob:
         """Record how long the tasks of a completion took, and its failed attempts."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
-        seconds += bundle_size.weight_s(count, done.run_s)
+        seconds += settlement.weight_s(count, done.run_s)
         self.paces[done.bundle.stage] = tasks + count, seconds
         pace = self.measured.get(done.bundle.stage, Pace())
         self.measured[done.bundle.stage] = pace.with_bundle(count, done.run_s)
@@ -431,3 +434,33 @@ class WorkerStatus:
     """Monotonic time of the beat."""
     since_s: Mapping[Held, float]
     """Monotonic time when each running bundle was first reported."""
+
+
+WINDOW = 3
+"""Outstanding bundles per slot: one runs, one is prefetched, and one covers the manager's latency.
+A shallow queue lets bundle sizes follow measurements and lets priorities take effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerSettings:
+    """All durations are seconds. `control_lease_s` belongs to the workers (see WorkerSettings). The
+    reconciler looks for a planned, uncommitted bundle that was silent for `silence_s`, and sends it
+    again. `lease_ttl_s` is the leader's lease. `tick_s` paces the autoscaler, the reconciler, and
+    the fleet. `drain_target_s`, `cooldown_in_s`, and `idle_s` belong to the scaling policy. After
+    `boot_tries` consecutive failed launches in a pool, the next launch waits for `boot_pause_s` (0
+    if the fleet slows down by itself; see LaunchBreaker). `boot_tries`, `max_receives`, and
+    `window` (bundles per slot) are numbers."""
+
+    control_lease_s: float = 1.0
+    visibility_s: float = 30.0
+    silence_s: float = 90.0
+    lease_ttl_s: float = 10.0
+    tick_s: float = 1.0
+    wait_s: float = 20.0
+    drain_target_s: float = 2.0
+    cooldown_in_s: float = 10.0
+    idle_s: float = 5.0
+    boot_tries: int = 3
+    boot_pause_s: float = 0.0
+    max_receives: int = 10
+    window: int = WINDOW

@@ -13,7 +13,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from batchlab.core.pricing.bill import Bill, Billed, PoolFacts, StageUse, bill, seconds
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
-from batchlab.core.pricing.usage_meter import Account
+from batchlab.core.pricing.usage import Account
 
 DIGIT = Decimal("0.000000000001")
 

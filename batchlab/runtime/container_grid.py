@@ -18,16 +18,16 @@ from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.runtime import environment, notification_settings
-from batchlab.runtime.compose import deployment, images
-from batchlab.runtime.compose.deployment import MANAGER_PORT, Deployment
-from batchlab.runtime.compose.project import Project, name_for, networks
+from batchlab.runtime import compose_deployment, compose_project, descriptor
+from batchlab.runtime import settings as notification_settings
+from batchlab.runtime.compose_deployment import MANAGER_PORT, Deployment
+from batchlab.runtime.compose_project import Project, name_for, networks
 from batchlab.runtime.factory import VARIABLE, Backend, fresh_bucket
 from batchlab.runtime.home import Home, ManagerRecord, Place
 
 _TYPE = "m7i.large"
 """Instance type of a pool that does not name one."""
-_WORKER = ["worker", "--backend", deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - in the container
+_WORKER = ["worker", "--backend", compose_deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - in the container
 _NOBODY = 10001
 
 
@@ -43,7 +43,7 @@ def up(
     if named:
         _refuse_loopback(named)
         backend.provide(home, say)
-    for name, value in environment.taken_over(os.environ).items():
+    for name, value in descriptor.taken_over(os.environ).items():
         if "ENDPOINT" in name and loopback(value):
             say(
                 f"{name} is {value}, which in a container is the container itself: let the "
@@ -51,8 +51,8 @@ def up(
             )
     _refuse_foreign(home)
     home.make()
-    deployment.folder(home).mkdir(exist_ok=True)
-    with deployment.locked(home):
+    compose_deployment.folder(home).mkdir(exist_ok=True)
+    with compose_deployment.locked(home):
         if running := home.record():  # another command has started it in the meantime
             return running
         return _up(home, backend, pools, named, say)
@@ -66,7 +66,7 @@ def _up(
     say: Callable[[str], None],
 ) -> ManagerRecord:
     passed = notification_settings.variables(home)  # check notify.toml before anything starts
-    known = deployment.read(home)
+    known = compose_deployment.read(home)
     try:
         at = _plan(home, backend, pools, known, named, say)
         project = Project(home, at, settings=_settings(at), passed=passed)
@@ -74,7 +74,7 @@ def _up(
     except BaseException:
         # Keep a grid that existed before: it has work and a database.
         if known is None:
-            if begun := deployment.read(home):
+            if begun := compose_deployment.read(home):
                 Project(home, begun, settings={}).down()
             _forget(home, backend)
         raise
@@ -89,10 +89,10 @@ def _up(
 
 def down(home: Home, backend: Backend) -> bool:
     """Remove every part. Return False if the grid does not exist."""
-    if deployment.read(home) is None:
+    if compose_deployment.read(home) is None:
         return False
-    with deployment.locked(home):
-        at = deployment.read(home)
+    with compose_deployment.locked(home):
+        at = compose_deployment.read(home)
         if at is None:
             return False
         place = home.place(backend.name)
@@ -115,14 +115,17 @@ def _plan(
 
     An existing grid keeps its locations.
     """
-    recipe = images.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
-    image = images.provide(recipe, home.of(backend.name) / "image.log", say)
+    recipe = compose_project.Recipe.of(os.environ, apt=backend.image.apt, pip=backend.image.pip)
+    image = compose_project.provide(recipe, home.of(backend.name) / "image.log", say)
     if known is None:
         name = name_for(home)
-        subnet, python = deployment.free_subnet(networks(), name), images.python_of(image)
+        subnet, python = (
+            compose_deployment.free_subnet(networks(), name),
+            compose_project.python_of(image),
+        )
         at = Deployment(name, subnet, image, _user(), python)
     else:
-        at = replace(known, image=image, python=images.python_of(image))
+        at = replace(known, image=image, python=compose_project.python_of(image))
     if pools:
         at = replace(at, pools=tuple(map(_option, pools)))
     place = (
@@ -130,13 +133,13 @@ def _plan(
         or (home.place(backend.name) if known else None)
         or Place(at.storage_url(_storage_port()), fresh_bucket(), named=False)
     )
-    deployment.write(home, at)
-    path = deployment.folder(home) / "templates.toml"
+    compose_deployment.write(home, at)
+    path = compose_deployment.folder(home) / "templates.toml"
     if known and not pools and path.exists():  # the user may have edited the existing templates
         old, new = (f"image = {json.dumps(one.image)}" for one in (known, at))
         templates = path.read_text().replace(old, new)
     else:
-        more = environment.taken_over(os.environ)
+        more = descriptor.taken_over(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
     write_whole(path, templates)  # an endpoint that runs may read the file at any time
     home.write_place(backend.name, place)
@@ -160,7 +163,7 @@ def templates_for(
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
     for pool in pools:
-        name = json.dumps(deployment.TEMPLATE.replace("{pool}", pool.name))
+        name = json.dumps(compose_deployment.TEMPLATE.replace("{pool}", pool.name))
         lines += [
             f"[[{name}.version]]",
             f"image = {json.dumps(at.image)}",
@@ -240,7 +243,7 @@ def handed_over(home: Home) -> list[Path]:
     files += [home.settings_file, home.notify_file]
     # the containers must be able to write in these folders
     folders = [here, home.objects, home.fleet, home.scratch]
-    ours = deployment.folder(home)
+    ours = compose_deployment.folder(home)
     return [*folders, *files, ours, *ours.rglob("*")]
 
 
@@ -252,9 +255,9 @@ def _settings(at: Deployment) -> dict[str, str]:
     command = [
         "manager",
         "--home",
-        deployment.HOME,
+        compose_deployment.HOME,
         "--backend",
-        deployment.NAME,
+        compose_deployment.NAME,
         "--host",
         at.manager_host,
         "--port",
@@ -271,7 +274,7 @@ def _settings(at: Deployment) -> dict[str, str]:
 
 def _forget(home: Home, backend: Backend) -> None:
     """Delete the deployment, and the location of the grid's own LocalStack and its bucket."""
-    deployment.forget(home)
+    compose_deployment.forget(home)
     place = home.place(backend.name)
     if place and not place.named:
         home.forget_place(backend.name)

@@ -16,32 +16,25 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.bucket import Bucket
-from batchlab.core import optional_dependencies
+from batchlab.adapters.limits import Bucket
+from batchlab.core import installation
 from batchlab.core.atomic_write import read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
-from batchlab.core.request_counter import Tally
-from batchlab.core.retry import Patience
+from batchlab.core.pricing.request_costs import Tally
 from batchlab.core.tracing import NOBODY, Tracer
-from batchlab.runtime import descriptor
-from batchlab.runtime.aws import deployment as stacks
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.descriptor import (
-    VARIABLE,
-    Image,
-    fresh_bucket,
-    with_pools,
-)
+from batchlab.runtime import aws_deployment, compose_deployment, descriptor
+from batchlab.runtime.descriptor import VARIABLE, Image, fresh_bucket, with_pools
 from batchlab.runtime.home import Home
 from batchlab.runtime.locations import Placed, client_environment
 
 if TYPE_CHECKING:
+    from batchlab.adapters.aws.fleet import DrainHook
     from batchlab.adapters.aws.instance_metadata import Imds
     from batchlab.adapters.aws.metadata_server import Signals
     from batchlab.adapters.aws.sqs import SqsQueue
-    from batchlab.adapters.aws.termination_hook import DrainHook
     from batchlab.adapters.docker.launcher import ContainerLauncher
     from batchlab.adapters.local.local_wakeup_queue import RungQueue
     from batchlab.adapters.local.ministack import Emulator
@@ -134,7 +127,7 @@ class Backend(Placed):
             log.warning(
                 "OTEL_EXPORTER_OTLP_ENDPOINT is set, but batchlab's extra `otel` is not installed, "
                 "so there are no traces: %s",
-                optional_dependencies.remedy("otel"),
+                installation.remedy("otel"),
             )
             return NOBODY
         return OtelTracer(f"batchlab-{service}", instance)
@@ -234,12 +227,16 @@ class Backend(Placed):
             from batchlab.adapters.sql import open_postgres
 
             at = self.deployment(home)
-            return open_postgres(at.postgres_url(deployment.password_file(home).read_text()))
+            return open_postgres(
+                at.postgres_url(compose_deployment.password_file(home).read_text())
+            )
         if self.ledger == "deployed":
-            from batchlab.runtime.aws.analytics_store import open_ledger
+            from batchlab.runtime.aws_session import open_ledger
 
-            stacks.folder(home).mkdir(parents=True, exist_ok=True)
-            return open_ledger(self.stack(home), stacks.folder(home) / home.ledger_file.name)
+            aws_deployment.folder(home).mkdir(parents=True, exist_ok=True)
+            return open_ledger(
+                self.stack(home), aws_deployment.folder(home) / home.ledger_file.name
+            )
         _only("ledger", self.ledger, "sqlite")
         from batchlab.adapters.sql import open_sqlite
 
@@ -292,7 +289,7 @@ class Backend(Placed):
     def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:
             from batchlab.adapters.aws.fleet import Ec2Fleet
-            from batchlab.adapters.aws.group_template import GroupForm
+            from batchlab.adapters.aws.group_descriptions import GroupForm
 
             if self.capabilities.stack:
                 stack = self.stack(home)
@@ -301,8 +298,8 @@ class Backend(Placed):
                 there = Endpoint(region=stack.region)
                 return Ec2Fleet(there, clock, None, prefix=stack.groups_prefix)
             at = self.deployment(home)
-            form = GroupForm(deployment.TEMPLATE, zones=deployment.ZONES)
-            here = deployment.autoscaling(home, at)
+            form = GroupForm(compose_deployment.TEMPLATE, zones=compose_deployment.ZONES)
+            here = compose_deployment.autoscaling(home, at)
             return Ec2Fleet(here, clock, form, prefix=f"{at.project}-")
         from batchlab.adapters.local.fleet_state_file import StateFile
         from batchlab.fleet.fleet_port import ManagedFleet
@@ -323,7 +320,7 @@ class Backend(Placed):
         if not self.capabilities.termination_hook:
             return None
         from batchlab.adapters.aws.endpoint import Endpoint
-        from batchlab.adapters.aws.termination_hook import DrainHook
+        from batchlab.adapters.aws.fleet import DrainHook
 
         at = self.stack(home)
         return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)

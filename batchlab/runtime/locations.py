@@ -13,21 +13,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.bucket import Bucket
+from batchlab.adapters.limits import Bucket
 from batchlab.adapters.local import access_keys
-from batchlab.core import optional_dependencies
+from batchlab.core import installation
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
-from batchlab.runtime.aws import deployment as stacks
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import aws_deployment, compose_deployment
 from batchlab.runtime.descriptor import VARIABLE, Descriptor, fresh_bucket, place_of
 from batchlab.runtime.home import Home, Place
 
 if TYPE_CHECKING:
     from batchlab.adapters.aws.endpoint import Endpoint
     from batchlab.adapters.local.ministack import Emulator
-    from batchlab.runtime.aws.deployment import AwsDeployment
-    from batchlab.runtime.compose.deployment import Deployment
+    from batchlab.runtime.aws_deployment import AwsDeployment
+    from batchlab.runtime.compose_deployment import Deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,11 @@ class Placed(Descriptor):
         If the caller names `modules`, only these modules of the extra must be installed.
         """
         if self.extra:
-            optional_dependencies.need(self.extra, f"The backend {self.name}", *modules)
+            installation.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
         """Return the location of the containers. Raise Unreachable if there are none."""
-        if at := deployment.read(home):
+        if at := compose_deployment.read(home):
             return at
         raise Unreachable(
             f"No grid on {self.name} is up in {home.path}.",
@@ -62,11 +61,11 @@ class Placed(Descriptor):
 
     def restarts_manager(self, home: Home) -> bool:
         """Return whether Docker restarts a manager that has ended."""
-        return self.capabilities.container_manager and deployment.read(home) is not None
+        return self.capabilities.container_manager and compose_deployment.read(home) is not None
 
     def manager_log(self, home: Home) -> str:
         """Return the location of the manager's log, as text for a user."""
-        if self.capabilities.container_manager and (at := deployment.read(home)):
+        if self.capabilities.container_manager and (at := compose_deployment.read(home)):
             return f"what `docker logs {at.project}-manager-1` shows"
         return str(home.manager_log)
 
@@ -77,7 +76,7 @@ class Placed(Descriptor):
         """
         there, remedy = "", ""
         if self.capabilities.container_manager:
-            at = deployment.read(home)
+            at = compose_deployment.read(home)
             there = at.python if at else ""
             remedy = (
                 "Name an image with Python {here} by BATCHLAB_BASE_IMAGE before the grid comes up"
@@ -100,7 +99,7 @@ class Placed(Descriptor):
 
         Raise Unreachable if this home records no stack.
         """
-        if at := stacks.read(home):
+        if at := aws_deployment.read(home):
             return at
         raise Unreachable(
             f"No stack is known in {home.path}.",
@@ -119,7 +118,7 @@ class Placed(Descriptor):
         machine.
         """
         if self.capabilities.stack:
-            from batchlab.runtime.aws.session_manager import secret_text
+            from batchlab.runtime.aws_session import secret_text
 
             at = self.stack(home)
             home.keep_token(secret_text(at.region, at.token_secret))

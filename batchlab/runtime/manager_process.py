@@ -22,8 +22,7 @@ from batchlab.core.atomic_write import private
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
-from batchlab.runtime import factory
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 
@@ -146,7 +145,7 @@ def _refuse_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
 def has_started(home: Home, record: ManagerRecord | None) -> bool:
     """Return whether this process started that manager, or the containers that it runs in."""
     if record is None or _is_in_container(record):
-        return deployment.is_made_here(home)
+        return compose_deployment.is_made_here(home)
     return record.pid in _STARTED
 
 
@@ -158,10 +157,10 @@ def stop_manager(home: Home) -> bool:
     """Stop the manager that runs here and its instances. Return False if none runs."""
     record = home.record()
     _bury()
-    if deployment.read(home) and (record is None or _is_in_container(record)):
+    if compose_deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab.runtime import container_grid
 
-        return container_grid.down(home, factory.load(deployment.NAME))
+        return container_grid.down(home, factory.load(compose_deployment.NAME))
     if record is None:
         return False
     if _is_in_container(record):

@@ -6,19 +6,55 @@ until the file changes.
     [manager]
     drain_target_s = 600
     cooldown_in_s = 120
+
+Notification settings of a grid: `notify.toml` in its home.
+
+The file lists the targets that receive the events of every job, and limits the targets of jobs.
+
+Invariant: only this file can contain a command to run. A user who can write this file can run
+commands anyway. A user who may only submit jobs cannot add a command. Example:
+
+    [ops]
+    webhook = "https://hooks.example.org/batch"
+    secret = "env:BATCHLAB_NOTIFY_SECRET"
+    on = ["failed", "stuck"]
+
+    [chat]
+    webhook = "env:CHAT_URL"
+    jobs = true
+    on = []
+
+    [jobs]
+    local = ["http://127.0.0.1:8000"]
+
+    [jobs.secrets]
+    BATCHLAB_NOTIFY_SECRET = ["https://hooks.example.org"]
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from typing import Any
+from urllib.parse import urlsplit
 
+from batchlab.core import notifications
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import UsageError
-from batchlab.manager.settings import ManagerSettings
+from batchlab.core.notifications import (
+    KINDS,
+    MOMENTS,
+    SECRET_PREFIX,
+    TARGET_NAME,
+    Directory,
+    Target,
+)
+from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 
@@ -117,3 +153,188 @@ def said(
             path.unlink(missing_ok=True)
         elif not keep and before is not None:
             write_whole(path, before)
+
+
+log = logging.getLogger(__name__)
+
+_ENV = "env:"
+KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")
+CONTAINERS = "localstack"
+"""Backend whose manager runs in a container. Its folder in a home has the same name."""
+JOBS = "jobs"
+"""Name of the table with the limits of jobs' targets. All other tables are targets."""
+
+
+def read_notification_settings(
+    home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
+) -> Directory:
+    """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
+
+    A manager in a container can write this file, but must not choose a command for its user. If the
+    home was ever used by such a manager, commands are refused outside a container.
+    """
+    path = home.notify_file
+    try:
+        doc = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        return Directory()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"The grid's targets {path} cannot be read: {why}.", remedy="Mend or delete the file."
+        ) from error
+    local, secrets = _of_jobs(str(path), doc.pop(JOBS, {}))
+    found = [_target(str(path), name, fields, environ) for name, fields in doc.items()]
+    if not in_container and home.of(CONTAINERS).exists() and any(one.command for one in found):
+        raise UsageError(
+            f"{path} names a command, and a manager in a container could have written it.",
+            remedy=f"Name another folder with --home, or read the file and delete "
+            f"{home.of(CONTAINERS)}.",
+        )
+    return Directory(tuple(found), local, secrets)
+
+
+def variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the names of the set variables that the manager needs for its notifications.
+
+    These are the variables that the grid's targets name, and those that jobs may name. Raise
+    UsageError if the file is invalid.
+    """
+    read_notification_settings(home, environ, in_container=True)
+    doc = tomllib.loads(home.notify_file.read_text()) if home.notify_file.exists() else {}
+    texts = [text for fields in doc.values() for text in fields.values() if isinstance(text, str)]
+    named = {text.removeprefix(_ENV) for text in texts if text.startswith(_ENV)}
+    ours = {name for name in environ if name.startswith(SECRET_PREFIX)}
+    return sorted((named | ours) & environ.keys())
+
+
+def _of_jobs(where: str, fields: Any) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
+    """Return the local origins that jobs' targets may use, and the allowed origins by secret."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("secrets", {}), dict):
+        raise UsageError(
+            f"{where}: [{JOBS}] is about what jobs may do, and it is no table of that.",
+            remedy=f"Write local = [ORIGIN] below [{JOBS}], and NAME = [ORIGIN] below "
+            f"[{JOBS}.secrets]; a target needs another name.",
+        )
+    if unknown := sorted(fields.keys() - {"local", "secrets"}):
+        raise UsageError(
+            f"{where}: [{JOBS}] has {unknown[0]!r}, which is no key.",
+            remedy="There are local and secrets. A target needs another name.",
+        )
+    secrets: dict[str, frozenset[str]] = {}
+    for name, given in fields.get("secrets", {}).items():
+        if not name.startswith(SECRET_PREFIX):
+            raise UsageError(
+                f"{where}: [{JOBS}.secrets] has {name!r}, which no job can name as its secret.",
+                remedy=f"The names of such variables begin with {SECRET_PREFIX}.",
+            )
+        secrets[name] = _origins(f"{where}: {name} below [{JOBS}.secrets]", given)
+    return _origins(f"{where}: local below [{JOBS}]", fields.get("local", [])), secrets
+
+
+def _origins(where: str, given: Any) -> frozenset[str]:
+    found = set()
+    if not isinstance(given, list):
+        raise UsageError(f"{where} is no list.", remedy='Write ["https://hooks.example.org"].')
+    for one in given:
+        try:
+            parts = urlsplit(str(one))
+            found.add(notifications.origin(str(one)))
+        except ValueError:
+            parts = urlsplit("")
+        if not parts.netloc or "@" in parts.netloc or parts.path.strip("/") or parts.query:
+            raise UsageError(
+                f"{where} has {str(one)!r}, which is no origin.",
+                remedy="Write scheme, host and, unless it is the usual one, port, without a path: "
+                '"https://hooks.example.org:8443".',
+            )
+    return frozenset(found)
+
+
+def watched(home: Home, *, in_container: bool = False) -> Callable[[], Directory]:
+    """Return a function that returns the current settings.
+
+    It reads the file again after a change. If the new file is invalid, it logs a warning once and
+    returns the previous settings.
+    """
+    seen: tuple[int, int] | None = None
+    known = read_notification_settings(home, in_container=in_container)
+
+    def now() -> Directory:
+        nonlocal seen, known
+        try:
+            stat = home.notify_file.stat()
+            state = (stat.st_mtime_ns, stat.st_size)
+        except OSError:
+            state = (0, 0)
+        if state != seen:
+            seen = state
+            try:
+                known = read_notification_settings(home, in_container=in_container)
+            except UsageError as error:
+                log.warning("the targets stay what they were: %s", error)
+        return known
+
+    return now
+
+
+def _target(where: str, name: str, fields: Any, environ: Mapping[str, str]) -> Target:
+    def wrong(what: str, remedy: str) -> UsageError:
+        return UsageError(f"{where}: target {name!r} {what}.", remedy=remedy)
+
+    if not TARGET_NAME.fullmatch(name):
+        raise wrong("has no fit name", "Use up to 40 small letters, digits, '-' and '_'.")
+    if not isinstance(fields, dict):
+        raise wrong("is no table", f"Write [{name}] and its keys below.")
+    if unknown := sorted(fields.keys() - set(KEYS)):
+        raise wrong(f"has {unknown[0]!r}, which is no key", f"There are {', '.join(KEYS)}.")
+    kinds = [kind for kind in KINDS if kind in fields]
+    if len(kinds) != 1:
+        raise wrong("does not say one way", "Write one of webhook, sns and command.")
+    (kind,) = kinds
+    on = fields.get("on", ["ended"])
+    on = [on] if isinstance(on, str) else on
+    if not isinstance(on, list) or not all(isinstance(one, str) for one in on):
+        raise wrong("has an 'on' that is no list", f"The moments are {', '.join(MOMENTS)}.")
+    # Import this here. It imports the whole job file module, which would slow every worker's start.
+    from batchlab.core import text as units
+
+    command = _command(fields["command"]) if kind == "command" else ()
+    if command is None:
+        raise wrong("has a command that is no list of texts", 'Write command = ["program"].')
+    try:
+        stuck_s = units.seconds(fields.get("stuck_after", 600))
+    except ValueError as error:
+        raise wrong(f"says stuck_after, but {error}", f"Write {units.DURATION_FORMS}.") from error
+    failures = fields.get("failures", 1)
+    if type(failures) is not int:
+        raise wrong(f"says failures = {failures!r}", "Write a whole number.")
+    jobs = fields.get("jobs", False)
+    if not isinstance(jobs, bool):
+        raise wrong(f"says jobs = {jobs!r}", "Write true where jobs may name it.")
+    to = "" if kind == "command" else _looked_up(str(fields[kind]), environ, wrong)
+    secret = str(fields.get("secret", ""))
+    target = Target(name, kind, to, command, tuple(on), secret, failures, stuck_s, jobs=jobs)
+    if problem := notifications.target_problem(target):
+        raise wrong("cannot be used", problem)
+    return target
+
+
+def _command(given: Any) -> tuple[str, ...] | None:
+    fits = isinstance(given, list) and all(isinstance(one, str) for one in given)
+    return tuple(given) if fits else None
+
+
+def _looked_up(
+    text: str, environ: Mapping[str, str], wrong: Callable[[str, str], UsageError]
+) -> str:
+    """Return an address, or the value of the variable that it names. Some addresses are secrets."""
+    if not text.startswith(_ENV):
+        return text
+    name = text.removeprefix(_ENV)
+    if found := environ.get(name):
+        return found
+    raise wrong(
+        f"is at what {name} says, and that is not set",
+        "Set the variable where the grid is brought up, or write the address here.",
+    )

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.model import JobId, Pool
+from batchlab.core.port_retries import heed_cancellation
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.money import HOURS_A_MONTH, WORKER_DISK_GB
-from batchlab.core.pricing.request_costs import usd_of
-from batchlab.core.pricing.usage_meter import Accounting, Kind
-from batchlab.core.request_counter import Tally
-from batchlab.core.retry import heed_cancellation
+from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB
+from batchlab.core.pricing.request_costs import Tally, usd_of
+from batchlab.core.pricing.usage import Accounting, Kind
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
@@ -101,15 +100,14 @@ async def _lead(
     hosts: Sequence[str],
     stop: asyncio.Event,
 ) -> None:
+    from batchlab.manager.collector import events_queue
     from batchlab.manager.counters import Counters
-    from batchlab.manager.events.collector import events_queue
-    from batchlab.manager.lease import LEASE
-    from batchlab.manager.manager import Manager
+    from batchlab.manager.manager import LEASE, Manager
     from batchlab.manager.notifier import NotificationChannels
-    from batchlab.manager.recording.report_queue import ReportQueue
+    from batchlab.manager.recorder import ReportQueue
     from batchlab.manager.state import Ports
-    from batchlab.runtime import notification_settings
-    from batchlab.runtime.listening import leave, listen, listen_locally
+    from batchlab.runtime import settings
+    from batchlab.runtime.home import leave, listen, listen_locally
     from batchlab.server.report_writer import open_reporter
 
     clock, ids = backend.open_clock(), backend.open_ids()
@@ -152,9 +150,7 @@ async def _lead(
         counts=counts,
         tracer=tracer,
         outlets=NotificationChannels(
-            notification_settings.watched(
-                home, in_container=backend.capabilities.container_manager
-            ),
+            settings.watched(home, in_container=backend.capabilities.container_manager),
             backend.open_deliveries(home, clock),
         ),
         recent=recent,
@@ -309,8 +305,8 @@ async def _lead_on(lead: _Lead, fresh: Callable[[], Manager]) -> None:
 
 def _explaining(manager: Manager) -> Manager:
     """Give the manager's notifications the function that explains why a job does not progress."""
-    from batchlab.server.views import job_facts
-    from batchlab.server.views.wait_reasons import why
+    from batchlab.server import job_facts
+    from batchlab.server.wait_reasons import why
 
     async def explain(job: JobId) -> str:
         return why(await job_facts.gather(manager, job))

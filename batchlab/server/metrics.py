@@ -21,7 +21,7 @@ from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, Outstanding
 from batchlab.server.http.common import Given, authorised
-from batchlab.server.views.jobs import running_tasks
+from batchlab.server.job_views import running_tasks
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -12,7 +12,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from batchlab.core.retry import set_within
+from batchlab.core.port_retries import set_within
 
 if TYPE_CHECKING:
     from batchlab.adapters.docker.launcher import ContainerLauncher

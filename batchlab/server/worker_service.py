@@ -13,19 +13,19 @@ import secrets
 import signal
 from collections.abc import Callable
 
-from batchlab.adapters.aws.group_template import POOL_TAG, SLOTS_TAG
+from batchlab.adapters.aws.group_descriptions import POOL_TAG, SLOTS_TAG
 from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError
 from batchlab.core.ports import Objects
-from batchlab.core.request_counter import Tally
+from batchlab.core.pricing.request_costs import Tally
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Scratch
 from batchlab.worker.loop import Worker
 from batchlab.worker.process_runner import ProcessRunner
-from batchlab.worker.runner import Scratch
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from batchlab.adapters.clock import Run
 from batchlab.adapters.sql.ledger import SqlLedger
-from batchlab.adapters.threads import Run
 from batchlab.core.errors import NotFound
 from batchlab.core.model import JobId
 from batchlab.core.ports import JobRecord, JobRows, Lease

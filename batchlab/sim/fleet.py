@@ -17,7 +17,7 @@ from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.fleet.group_state import ActivityLog, Group
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
+from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError
 from batchlab.sim.runtime_checks import Violated

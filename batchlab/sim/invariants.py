@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from batchlab.adapters.sql.ledger import open_memory
 from batchlab.core.commit import outcome_at
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import (
     FailureKind,
     GroupView,
@@ -23,14 +23,13 @@ from batchlab.core.model import (
     Outcome,
     StageCounts,
 )
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, Ledger, Objects
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.retry import Patience
-from batchlab.core.task_names import task_name
 from batchlab.fleet.group_state import COUNTED
-from batchlab.manager.jobs.ledger_rebuild import RebuildResult, rebuild
-from batchlab.manager.jobs.retries import Retry
+from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
+from batchlab.manager.retry_rounds import Retry
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimIds
 from batchlab.sim.job_checks import check_account, check_damaged, check_rounds, is_lost

@@ -25,15 +25,14 @@ from typing import TYPE_CHECKING
 
 from batchlab.core.commit import outcome_at
 from batchlab.core.errors import BackendError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Control, FailureKind, JobId, JobState, Outcome, StageName, TaskSet
 from batchlab.core.ports import JobRecord
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.task_names import task_name
-from batchlab.manager.jobs.ledger_rebuild import RebuildResult
-from batchlab.manager.jobs.retries import Retry, TaskSelection
+from batchlab.manager.ledger_rebuild import RebuildResult
 from batchlab.manager.manager import LOST_OBJECTS
+from batchlab.manager.retry_rounds import Retry, TaskSelection
 from batchlab.manager.spending import JobUsage
 from batchlab.sim.faults import FaultKind
 from batchlab.sim.runtime_checks import Violated

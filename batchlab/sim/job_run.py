@@ -15,24 +15,24 @@ from pathlib import Path
 from batchlab.core.api_types import JobView
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.retry import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import JobFile
 from batchlab.jobs.results import Fetched, Listed, fetch
-from batchlab.manager.jobs.admission import admit
-from batchlab.manager.recording.report_queue import ReportQueue
+from batchlab.manager.admission import admit
+from batchlab.manager.recorder import ReportQueue
 from batchlab.reports.tables.build import Setting
 from batchlab.reports.tables.write import Writer
-from batchlab.server.views.jobs import job_view, outcome_view
+from batchlab.server.job_views import job_view, outcome_view
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
+from batchlab.worker.inflight_message import Runner
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
-from batchlab.worker.runner import Runner
 
 TASK_S = (0.5, 1.5)
 """Virtual seconds that a task takes, drawn uniformly from this range, whatever its handler does."""

@@ -16,7 +16,7 @@ from typing import Any
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.ports import Message
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.seals import CommitKey, proof, seal, summary
+from batchlab.core.protocol.object_keys import CommitKey, proof, seal, summary
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 from batchlab.sim.lying_worker import ODD, UNREADABLE, Doc, Liar, Means, bundle_id, loaded, tasks_in
 

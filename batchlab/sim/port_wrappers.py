@@ -15,8 +15,7 @@ from typing import Any, TypeVar, cast
 
 from batchlab.core.errors import Throttled, Unreachable
 from batchlab.core.ports import MAX_DELAY_S
-from batchlab.sim.actors import Actor, ActorKilled
-from batchlab.sim.controls import Pause
+from batchlab.sim.actors import Actor, ActorKilled, Pause
 from batchlab.sim.event_log import EventLog, brief
 from batchlab.sim.faults import CREATE, LATE_S, FaultKind, Faults, Point
 from batchlab.sim.runtime_checks import Watch

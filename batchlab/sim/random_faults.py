@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BackendError, Refused
-from batchlab.manager.scaling import fleet_commands
+from batchlab.manager import fleet_commands
 from batchlab.sim.actors import Actor, SkewedClock
 from batchlab.sim.faults import DAMAGES, SKY, FaultKind, Faults
 from batchlab.sim.world import SimWorker, World

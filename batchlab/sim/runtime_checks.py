@@ -16,20 +16,18 @@ from typing import Any
 
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.job_definition import task_name
 from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Cut, Ending, Message, StageRecord
-from batchlab.core.protocol import json_format, object_keys, spec_object
-from batchlab.core.task_names import task_name
-from batchlab.manager.scaling.unresponsive_workers import UNKNOWN_WORK
-from batchlab.sim.actors import CURRENT, Actor, SimulationError
-from batchlab.sim.controls import JobControls
-from batchlab.sim.deadline_checks import Leads, Silences, StartTimes
+from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
+from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, told_in
 from batchlab.sim.faults import LATENCY_S
-from batchlab.sim.oracles import GIVE_BACK_S, Oracles
-from batchlab.sim.unsynced_writes import Unsynced
+from batchlab.sim.progress_checks import GIVE_BACK_S, Leads, Oracles, Silences, StartTimes
+from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
-from batchlab.worker.visibility_heartbeat import RETURN_S
+from batchlab.worker.heartbeats import RETURN_S
 
 TOLERANCE_S = 1.0
 
@@ -222,7 +220,7 @@ class Watch:
             self._following.update(follows)
         elif kind == "spec.json":
             doc = json_format.loads(data)
-            job, opening = json_format.job_from_json(doc), spec_object.opening_in(doc)
+            job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self.oracles.defined(job)
             self.start_times.defined(job)
             if opening and opening.cut:

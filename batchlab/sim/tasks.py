@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, Json, Ran
 from batchlab.core.ports import Clock
-from batchlab.sim.controls import Pause
-from batchlab.worker.runner import Handle, Work
+from batchlab.sim.actors import Pause
+from batchlab.worker.inflight_message import Handle, Work
 
 STEP_S = 0.05
 """Seconds after which a running task notices that it must stop."""

@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from batchlab.core.model import JobId, JobState
-from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.pricing.usage import Accounting
 from batchlab.sim import invariants
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
-from batchlab.sim.focused_worlds import WEATHERS as FOCUSED
-from batchlab.sim.focused_worlds import Focus, focus_of, focused
-from batchlab.sim.plans import LIMIT_S, Plan, draw, with_bystanders
+from batchlab.sim.plans import LIMIT_S, Focus, Plan, draw, focus_of, focused, with_bystanders
+from batchlab.sim.plans import WEATHERS as FOCUSED
 from batchlab.sim.random_faults import Sky
 from batchlab.sim.tasks import Fates
 from batchlab.sim.users import Keeper, User

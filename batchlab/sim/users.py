@@ -19,10 +19,10 @@ from typing import Any
 from batchlab.core.errors import Malformed, NotFound, Refused, Unreachable
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
-from batchlab.core.retry import Patience
-from batchlab.core.schedules.decisions import MOST_MISSED
-from batchlab.core.schedules.model import (
+from batchlab.core.schedules import (
+    MOST_MISSED,
     Definition,
     Missed,
     Overlap,
@@ -31,10 +31,10 @@ from batchlab.core.schedules.model import (
     When,
     token_of,
 )
-from batchlab.manager.jobs.retries import failed_tasks
-from batchlab.manager.jobs.stage_plans import PartWriter
 from batchlab.manager.manager import Manager
+from batchlab.manager.retry_rounds import failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
+from batchlab.manager.stage_plans import PartWriter
 from batchlab.sim.actors import SimulationError
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.plans import Plan

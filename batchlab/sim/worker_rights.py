@@ -18,9 +18,9 @@ from typing import Any
 
 from batchlab.core.errors import BackendError
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
+from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim.actors import Actor
 
 READS = (

@@ -22,17 +22,15 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import BackendError, NotFound, Refused
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import GroupView, JobId, Pool
-from batchlab.core.notification_targets import Directory
-from batchlab.core.notifications import Notification, Target
+from batchlab.core.notifications import Directory, Notification, Target
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
-from batchlab.core.pricing.usage_meter import Accounting
+from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
 from batchlab.manager.manager import Manager
 from batchlab.manager.notifier import NotificationChannels
-from batchlab.manager.recording.report_queue import ReportQueue
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports
+from batchlab.manager.recorder import ReportQueue
+from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
 from batchlab.sim.event_log import EventLog
 from batchlab.sim.event_loop import Crashed, SimLoop
@@ -46,9 +44,8 @@ from batchlab.sim.storage_faults import Damage
 from batchlab.sim.tasks import Scene, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Runner, WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.runner import Runner
-from batchlab.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from batchlab.sim.cached_ledger import FollowedLedger

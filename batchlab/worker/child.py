@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-from batchlab.worker import handlers, task_log
+from batchlab.worker import handlers, live_logs
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor
 
@@ -222,7 +222,7 @@ class Output:
             first = os.fstat(1)
             if first.st_ino == self._inode == os.fstat(2).st_ino:
                 return (
-                    task_log.trim(self._log, log_at)
+                    live_logs.trim(self._log, log_at)
                     if self._large(first, log_at)
                     else first.st_size
                 )
@@ -232,7 +232,7 @@ class Output:
         return self.size()
 
     def _large(self, info: os.stat_result, log_at: int) -> bool:
-        return info.st_size - log_at > task_log.share(log_at)
+        return info.st_size - log_at > live_logs.share(log_at)
 
 
 def _stream(fd: int) -> IO[str]:

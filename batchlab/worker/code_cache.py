@@ -25,8 +25,8 @@ from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
 from batchlab.worker.handlers import Problem
+from batchlab.worker.inflight_message import Scratch
 from batchlab.worker.materialization import OffLoop
-from batchlab.worker.runner import Scratch
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_FILES = 20_000

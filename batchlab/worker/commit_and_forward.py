@@ -3,29 +3,114 @@
 Invariant: a message is deleted only in three cases. Its outcome is committed and forwarded, a fresh
 copy of it has been sent, or its job is cancelled or paused (the manager then knows the outstanding
 tasks). A crash between any two lines therefore loses no task.
+
+Trace spans and log lines of a bundle.
+
+Invariants: a bundle has at most TASK_SPANS task spans, for failed tasks first and then for the
+longest ones. Totals cover all tasks. The worker's log contains no text from user code; the outcome
+has it.
+
+Handoff of the tasks that wait behind a long task, and the slots of an instance.
+
+Invariant: the outcome of the bundle is committed and reported first. It names the part that this
+worker keeps among its follow-ups. The message stays in flight until the outcome of that part is
+also reported. If the worker dies, the next receiver of the message finds the first outcome and
+forwards it again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
+from batchlab.core import logs
 from batchlab.core.commit import Addressed, address, commit, follow_ups, uncommitted
 from batchlab.core.errors import BackendError, TooNew
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Json, Outcome, Ran, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Message, Objects, Outgoing, Queue
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import Duplicate
-from batchlab.core.retry import Patience
-from batchlab.core.tracing import Tracer, span
-from batchlab.worker import spans as lines
+from batchlab.core.protocol.settlement import BUDGET_S
+from batchlab.core.tracing import Span, Tracer, span, trace_of
 from batchlab.worker.inflight_message import InflightMessage
-from batchlab.worker.outbox import Outbox
-from batchlab.worker.worker_counters import WorkerCounters
+from batchlab.worker.outbox import Outbox, WorkerCounters
+
+TASK_SPANS = 16
+
+Ended = tuple[Ran, float]
+"""A result and its end time in seconds since the epoch."""
+
+
+async def with_end_times(
+    runs: AsyncIterator[Ran], ended: list[Ended], clock: Clock
+) -> AsyncIterator[Ran]:
+    """Yield the results, and append each with its end time to `ended`."""
+    async for ran in runs:
+        ended.append((ran, clock.now_s()))
+        yield ran
+
+
+def record_task_spans(
+    tracer: Tracer, running: Span, bundle: Bundle, ended: Sequence[Ended], started_s: float
+) -> None:
+    """Record totals in the span `running`, which began at `started_s`, and spans of tasks."""
+    failed = sum(ran.failure is not None for ran, _ in ended)
+    running.note(
+        succeeded=len(ended) - failed,
+        failed=failed,
+        run_s=sum(ran.run_s for ran, _ in ended),
+        longest_s=max((ran.run_s for ran, _ in ended), default=0.0),
+    )
+    first = sorted(ended, key=lambda one: (one[0].failure is None, -one[0].run_s))[:TASK_SPANS]
+    for ran, end_s in sorted(first, key=lambda one: one[1]):
+        tracer.record(
+            "task",
+            running.context,
+            bundle,
+            # The child measured `run_s` with its own clock.
+            start_s=max(started_s, end_s - ran.run_s),
+            end_s=end_s,
+            error=ran.failure.kind.value if ran.failure else "",
+            task=ran.task,
+        )
+
 
 log = logging.getLogger(__name__)
+
+FAILURES_LOGGED = 10
+"""Most failed tasks of a bundle that get their own log line."""
+
+
+def set_log_fields(inflight: InflightMessage) -> None:
+    """Add the bundle's ids to all further log lines of this asyncio task."""
+    bundle = inflight.bundle
+    alone = {"task": bundle.tasks.first} if len(bundle.tasks) == 1 else {}
+    logs.note(
+        job=bundle.job,
+        stage=bundle.stage,
+        bundle=bundle.id,
+        attempt=bundle.attempt,
+        execution=inflight.execution,
+        trace=trace_of(inflight.task.trace),
+        **alone,
+    )
+
+
+def log_failures(outcome: Outcome) -> None:
+    """Log the failed attempts of an outcome."""
+    for one in outcome.failed[:FAILURES_LOGGED]:
+        what = f"{one.kind}: {one.error}" if one.error else one.kind
+        follows = "for good" if one.final else "and is tried again"
+        log.info("the task failed (%s) %s", what, follows, extra={"task": one.task})
+    more = len(outcome.failed) - FAILURES_LOGGED
+    if more > 0:
+        log.info("%d more tasks failed", more)
+
 
 OTHERS_S = 30.0
 """Delay in seconds of a message that only a newer worker can read."""
@@ -69,7 +154,7 @@ class BundleFinisher:
         spans = [s for s in inflight.handle.log_spans if s[0] in inflight.bundle.tasks]
         log = inflight.handle.log, spans
         outcome = self._settled(inflight, job, started_s, ran, log, cancelled=cancelled)
-        lines.log_failures(outcome)
+        log_failures(outcome)
         committed = await self._commit(inflight, outcome)
         if committed.execution != inflight.execution:
             took_s = outcome.ended_s - outcome.started_s
@@ -100,7 +185,7 @@ class BundleFinisher:
         outcome = await self._commit(inflight, draft)
         if outcome != draft:
             return False
-        lines.log_failures(outcome)
+        log_failures(outcome)
         # The kept part needs no message, because this worker runs it.
         others = tuple(follow for follow in outcome.follows if follow.bundle != kept)
         await self._forward(inflight, job, outcome, replace(outcome, follows=others), items)
@@ -250,3 +335,125 @@ class BundleFinisher:
             receipt, inflight.receipt = inflight.receipt, None
             # If this worker has no other message, events and follow-ups are sent before deletes.
             await self._outbox.delete(inflight.queue, receipt, hurry=len(self._inflight) > 1)
+
+
+LOOK_S = 0.1
+"""Seconds until the next check if no task is running at the moment."""
+
+
+class WorkHandoff:
+    """Handoff of waiting tasks by one worker."""
+
+    def __init__(self, finisher: BundleFinisher) -> None:
+        self._finisher = finisher
+
+    async def run(
+        self,
+        inflight: InflightMessage,
+        job: JobDef,
+        items: Sequence[Json],
+        started_s: float,
+        runs: AsyncIterator[Ran],
+    ) -> list[Ran]:
+        """Collect the results of the tasks that stay here: all tasks, or those of `inflight.part`.
+
+        Raise BackendError if a committed outcome could not be forwarded.
+        """
+        ran: list[Ran] = []
+        watching = self._watch(inflight, job, items, ran, started_s)
+        watch = asyncio.create_task(watching, name=f"handoff {inflight.bundle.id}")
+        try:
+            async for one in runs:
+                ran.append(one)  # noqa: PERF401 - `_watch` reads the list while it grows
+        finally:
+            if not inflight.shedding:
+                watch.cancel()
+            # Wait for a commit that is in progress.
+            await asyncio.wait({watch})
+        if inflight.shedding:
+            watch.result()
+        return [one for one in ran if one.task in inflight.bundle.tasks]
+
+    async def _watch(
+        self,
+        inflight: InflightMessage,
+        job: JobDef,
+        items: Sequence[Json],
+        ran: Sequence[Ran],
+        started_s: float,
+    ) -> None:
+        """Hand off the tasks behind the running one once the budget is used up."""
+        await asyncio.sleep(BUDGET_S)
+        while (running := inflight.handle.running) is None or not _after(inflight, ran, running):
+            if inflight.handle.stop or len(ran) >= len(inflight.bundle.tasks):
+                return
+            await asyncio.sleep(LOOK_S)
+        if inflight.handle.stop:
+            return
+        inflight.shedding = True
+        inflight.handle.stop = True
+        await self._shed(inflight, job, items, list(ran), _after(inflight, ran, running), started_s)
+
+    async def _shed(
+        self,
+        inflight: InflightMessage,
+        job: JobDef,
+        items: Sequence[Json],
+        ran: Sequence[Ran],
+        rest: TaskSet,
+        started_s: float,
+    ) -> None:
+        bundle = inflight.bundle
+        kept = replace(bundle, tasks=bundle.tasks - TaskSet.of(r.task for r in ran) - rest)
+        if await self._finisher.shed(inflight, job, started_s, ran, items, kept):
+            # Set only after the commit: once a heartbeat names the part, the manager no longer
+            # needs the message. If another worker's outcome counts, this run finds it at its end.
+            inflight.part = kept
+
+
+def _after(inflight: InflightMessage, ran: Sequence[Ran], running: int) -> TaskSet:
+    """Return the tasks that have not started. Tasks start in order."""
+    left = inflight.bundle.tasks - TaskSet.of(r.task for r in ran)
+    return left - TaskSet.span(0, running + 1)
+
+
+class Slots:
+    """Task slots of one instance, served first come, first served.
+
+    A later waiter that needs fewer slots does not go first. Otherwise, a stage that needs all slots
+    would starve.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.free = total
+        self._waiters: deque[tuple[int, asyncio.Future[bool]]] = deque()
+
+    def ask(self, count: int) -> asyncio.Future[bool]:
+        """Return a future that becomes True when the caller has `count` slots, at most `total`."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiters.append((min(count, self.total), future))
+        self._serve()
+        return future
+
+    def release(self, count: int) -> None:
+        self.free += min(count, self.total)
+        self._serve()
+
+    def refuse(self, waiter: asyncio.Future[bool]) -> None:
+        """Resolve a waiter with False. A waiter that has its slots keeps them."""
+        if not waiter.done():
+            waiter.set_result(False)
+            self._serve()
+
+    def _serve(self) -> None:
+        while self._waiters:
+            count, future = self._waiters[0]
+            if future.done():  # It was refused.
+                self._waiters.popleft()
+                continue
+            if count > self.free:
+                return
+            self._waiters.popleft()
+            self.free -= count
+            future.set_result(True)

@@ -17,10 +17,10 @@ from typing import Any
 
 from batchlab.core.errors import Malformed, NotFound, TooNew
 from batchlab.core.model import Json
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, fitted, known
-from batchlab.core.retry import Patience
 
 SETTINGS = (
     "LANG",

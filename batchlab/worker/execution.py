@@ -21,16 +21,23 @@ from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json, Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.core.protocol.settlement import LOSS_LIMIT
-from batchlab.worker import materialization, task_log
+from batchlab.worker import live_logs, materialization
 from batchlab.worker.child import RequestLine
-from batchlab.worker.child_process import ChildProcess, Children, describe_crash, monotonic_s
+from batchlab.worker.child_process import (
+    TICK_S,
+    ChildProcess,
+    Children,
+    Limits,
+    Sampler,
+    Termination,
+    describe_crash,
+    monotonic_s,
+)
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.handlers import Fault, Problem, fault
-from batchlab.worker.process_table import Sampler
-from batchlab.worker.resource_limits import TICK_S, Limits, Termination
-from batchlab.worker.runner import Handle, Peek, Work
+from batchlab.worker.inflight_message import Handle, Peek, Work
 from batchlab.worker.shared_memory import IMPORTING, boot_s
 from batchlab.worker.task_executor import ExecutionRequest
 
@@ -291,10 +298,10 @@ class Execution:
         task, log_at = child.board.task, child.board.log_at
         if (
             task >= 0
-            and task_log.overflowing(self._log_size(), log_at)
+            and live_logs.overflowing(self._log_size(), log_at)
             and child.board.task == task
         ):
-            await asyncio.to_thread(task_log.trim, str(self._log), log_at)
+            await asyncio.to_thread(live_logs.trim, str(self._log), log_at)
 
     async def _lost(self, child: ChildProcess, verdict: Termination | None) -> str:
         """Kill a child that has died or broke a limit, and fail the task that caused it."""
@@ -332,7 +339,7 @@ class Execution:
     def _span(self, task: int, log_at: int) -> None:
         """Record the output of a task that did not end."""
         if task >= 0 and task in self._pending and self._log_size() > log_at:
-            end = task_log.trim(str(self._log), log_at)
+            end = live_logs.trim(str(self._log), log_at)
             self._handle.log_spans.append((task, log_at, end))
 
     def _peek(self, most: int) -> Peek | None:
@@ -344,7 +351,7 @@ class Execution:
         if task < 0 or size < log_at:
             return None
         start = max(log_at, size - most)
-        data = task_log.read(str(self._log), start, size - start)
+        data = live_logs.read(str(self._log), start, size - start)
         # If the running task changed, the data may contain the next task's output.
         return Peek(task, log_at, start, data) if child.board.task == task else None
 

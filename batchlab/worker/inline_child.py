@@ -23,15 +23,22 @@ from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, Json, Ran
 from batchlab.core.ports import Clock, Objects
-from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.worker import materialization
 from batchlab.worker.child import RequestLine
-from batchlab.worker.child_process import ChildProcess, Children, describe_crash, monotonic_s
+from batchlab.worker.child_process import (
+    TICK_S,
+    ChildProcess,
+    Children,
+    Limits,
+    Sampler,
+    Termination,
+    describe_crash,
+    monotonic_s,
+)
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.handlers import Fault, Problem, fault
-from batchlab.worker.process_table import Sampler
-from batchlab.worker.resource_limits import TICK_S, Limits, Termination
-from batchlab.worker.runner import Handle, Scratch, Work
+from batchlab.worker.inflight_message import Handle, Scratch, Work
 from batchlab.worker.task_executor import ExecutionRequest
 
 T = TypeVar("T")

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from batchlab.core import control_object
+from batchlab.core import commit
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId
+from batchlab.core.port_retries import Patience, heed_cancellation
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.live_logs import ASKED_S
-from batchlab.core.protocol.seals import UNSEALED, CommitKey, opens
-from batchlab.core.retry import Patience, heed_cancellation
+from batchlab.core.protocol.messages import ASKED_S
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, opens
 
 KEPT = 64
 KEYS_KEPT = 4096
@@ -139,7 +139,7 @@ class ControlPoller:
         changed: tuple[Control, str | None, bool] | None = None
         tail = 0
         try:
-            found = await control_object.look(self._objects, job, entry.etag if entry else None)
+            found = await commit.look(self._objects, job, entry.etag if entry else None)
             if found is not None:
                 word = found.word
                 changed, tail = (word.control, found.etag, False), word.tail

@@ -3,13 +3,15 @@
 Invariant: a received message stays in flight until its bundle is committed and forwarded, or sent
 again. An error either concerns one bundle, which is then returned to the queue, or stops the whole
 worker. All steps share the in-flight messages and the slots, so they are one class.
+
+Shutdown of a worker: termination notices, and the drain within the remaining time (I6).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -17,32 +19,120 @@ from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Control, JobId, Json, Ran
+from batchlab.core.port_retries import Patience, both, heed_cancellation, set_within
 from batchlab.core.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
+from batchlab.core.pricing.request_costs import Tally
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
-from batchlab.core.protocol.bundle_size import BUDGET_S
 from batchlab.core.protocol.messages import read_task_message
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.request_counter import Tally
-from batchlab.core.retry import Patience, both, heed_cancellation, set_within
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.core.protocol.settlement import BUDGET_S
 from batchlab.core.tracing import NOBODY, Tracer, span
-from batchlab.worker import spans
-from batchlab.worker.commit_and_forward import BundleFinisher
-from batchlab.worker.heartbeats import Heartbeats, Identity
-from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker import commit_and_forward
+from batchlab.worker.commit_and_forward import (
+    BundleFinisher,
+    Ended,
+    Slots,
+    WorkHandoff,
+    record_task_spans,
+    with_end_times,
+)
+from batchlab.worker.heartbeats import Heartbeats, Identity, VisibilityHeartbeat
+from batchlab.worker.inflight_message import InflightMessage, Runner, Work, WorkerSettings
 from batchlab.worker.job_cache import ControlPoller, JobCache, WrongKeyError
 from batchlab.worker.live_logs import LiveLogs
-from batchlab.worker.outbox import Outbox
+from batchlab.worker.outbox import Outbox, WorkerCounters
 from batchlab.worker.poison_detection import PoisonDetector, RunsElsewhereError
-from batchlab.worker.runner import Runner, Work
-from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.shutdown import Shutdown, poll_notices
-from batchlab.worker.spans import Ended, record_task_spans, with_end_times
-from batchlab.worker.visibility_heartbeat import VisibilityHeartbeat
-from batchlab.worker.work_handoff import Slots, WorkHandoff
-from batchlab.worker.worker_counters import WorkerCounters
 
 log = logging.getLogger(__name__)
+
+POLL_S = 5.0
+"""Seconds between two checks for a Spot interruption notice, as AWS recommends."""
+
+LEAVE_S = 5.0
+"""Seconds reserved to commit and return bundles after the last task has ended."""
+
+
+async def poll_notices(notices: Notices, leave: Callable[[Notice], None]) -> None:
+    """Poll until there is a notice, then call `leave`.
+
+    A failed poll is repeated. The log records the first failure and the recovery.
+    """
+    silent = False
+    while True:
+        try:
+            notice = await notices.notice()
+        except BackendError as error:
+            heed_cancellation()
+            if not silent:
+                log.warning("termination notices cannot be read: %s", error)
+            silent = True
+        else:
+            if silent:
+                log.info("termination notices can be read again")
+            silent = False
+            if notice is not None:
+                log.warning("leaving: %s", notice.why)
+                leave(notice)
+                return
+        await asyncio.sleep(POLL_S)
+
+
+class Shutdown:
+    """Drain of a worker. Waiting bundles are returned at once, and running tasks get a time limit.
+
+    The worker's loop shares `inflight_messages`.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        drain_s: float,
+        inflight_messages: Mapping[str, InflightMessage],
+        slots: Slots,
+    ) -> None:
+        self._clock = clock
+        self._drain_s = drain_s
+        self._inflight = inflight_messages
+        self._slots = slots
+        self._left_s = drain_s
+        self._due_s: float | None = None
+
+    def told(self, notice: Notice | None) -> None:
+        """Set the time limit: the notice's time, or `drain_s` if there is none.
+
+        The earliest limit of several notices applies. For example, a SIGTERM after a two-minute
+        Spot notice shortens the limit.
+        """
+        left_s = self._drain_s
+        if notice is not None and notice.by_s is not None:
+            left_s = max(0.0, notice.by_s - LEAVE_S - self._clock.now_s())
+        due_s = self._clock.monotonic_s() + left_s
+        if self._due_s is None:
+            self._left_s = left_s
+        elif due_s < self._due_s:
+            asyncio.get_running_loop().call_later(left_s, self._end)
+        else:
+            return
+        self._due_s = due_s
+
+    def hand_back(self) -> None:
+        """Prevent further starts of tasks, and return waiting bundles."""
+        for inflight in list(self._inflight.values()):
+            inflight.handle.stop = True
+            if inflight.waiting:
+                self._slots.refuse(inflight.waiting)
+
+    async def over(self, empty: asyncio.Event) -> None:
+        """Wait until no message is in flight. Kill running tasks when the time is up."""
+        if not await set_within(empty, self._left_s):
+            self._end()
+            await empty.wait()
+
+    def _end(self) -> None:
+        for inflight in list(self._inflight.values()):
+            inflight.handle.kill = True
+
 
 OUTAGE_S = 1.0
 """Seconds between a failed receive and the next try."""
@@ -230,7 +320,7 @@ class Worker:
         return None
 
     async def _hold(self, inflight: InflightMessage) -> None:
-        spans.set_log_fields(inflight)
+        commit_and_forward.set_log_fields(inflight)
         if not inflight.task.trace:
             await self._handle(inflight)
             return

@@ -20,10 +20,10 @@ from batchlab.core.errors import AlreadyExists, BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json
 from batchlab.core.ports import LocalFiles, Objects
 from batchlab.core.protocol import object_keys, values
-from batchlab.core.protocol.references import ForeignReference, Own
+from batchlab.core.protocol.bundle_inputs import ForeignReference, Own
 from batchlab.core.task_context import name_problem
 from batchlab.worker.handlers import Fault
-from batchlab.worker.runner import Work
+from batchlab.worker.inflight_message import Work
 from batchlab.worker.task_executor import ExecutionRequest, local_ref
 
 OffLoop = Callable[..., Awaitable[Any]]

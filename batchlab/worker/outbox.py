@@ -4,12 +4,17 @@ Invariant: a call returns only when the service has accepted its entry. Entries 
 request go out together in the next one, so batching adds no delay. Entries that are not urgent wait
 for others: events up to `LINGER_S`, deletes up to `STEP_BACK_S`. Reports of duplicates stay here
 until the service has accepted them.
+
+Counters of a worker since its start, sent to the manager with its heartbeats.
+
+Invariant: a counter never decreases, so the last value received is the total.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,14 +22,38 @@ from typing import Generic, Protocol, TypeVar
 
 from batchlab.core.commit import Addressed, by_queue, send_to
 from batchlab.core.model import JobId, Outcome
+from batchlab.core.port_retries import STEP_BACK_S, Patience
 from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
+from batchlab.core.pricing.request_costs import Asked, Tally
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, Told, Traces, events_message
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
-from batchlab.core.request_counter import Asked, Tally
-from batchlab.core.retry import STEP_BACK_S, Patience
-from batchlab.worker.worker_counters import WorkerCounters
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
+
+
+class WorkerCounters:
+    """Counters of one worker."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._told: Mapping[str, int] = {}
+
+    def committed(self, draft: Outcome, counts: Outcome) -> None:
+        """Count a commit of `draft`. `counts` is the outcome that was committed first."""
+        if counts is not draft and counts.execution != draft.execution:
+            self._counts["duplicate"] += 1
+            return
+        for one in draft.failed:
+            self._counts[f"{'failed' if one.final else 'retried'}.{one.kind.value}"] += 1
+
+    def news(self) -> Mapping[str, int]:
+        """Return all counters if any changed since the last report, else {}."""
+        return {} if self._counts == self._told else dict(self._counts)
+
+    def told(self, news: Mapping[str, int]) -> None:
+        """Record that these counters have been sent."""
+        self._told = news
+
 
 T = TypeVar("T")
 

@@ -20,11 +20,11 @@ from itertools import count
 from batchlab.core.commit import commit, committed
 from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, TooNew
 from batchlab.core.model import Bundle, Json, Outcome
+from batchlab.core.port_retries import Patience, heed_cancellation, set_within
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import UNREADABLE, figure, label
-from batchlab.core.protocol.seals import CommitKey, seal
-from batchlab.core.retry import Patience, heed_cancellation, set_within
+from batchlab.core.protocol.object_keys import CommitKey, seal
 from batchlab.worker.inflight_message import InflightMessage
 
 log = logging.getLogger(__name__)

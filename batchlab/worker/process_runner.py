@@ -13,12 +13,10 @@ from contextlib import aclosing
 
 from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
-from batchlab.worker.child_process import Children, monotonic_s
+from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.execution import Execution
-from batchlab.worker.process_table import Sampler
-from batchlab.worker.resource_limits import TICK_S
-from batchlab.worker.runner import Handle, Scratch, Work
+from batchlab.worker.inflight_message import Handle, Scratch, Work
 
 CLEAN_AFTER_S = 0.02
 """Delay in seconds before the folder of an ended execution is removed."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from batchlab.core.protocol import values
 from batchlab.core.task_context import Context, File, name_problem
-from batchlab.worker import commands, handlers
+from batchlab.worker import handlers, programs
 
 Json = Any
 
@@ -112,7 +112,7 @@ class TaskExecutor:
 
     def _command(self, item: Any, ctx: Context) -> Any:
         request = self._request
-        return commands.run(request["command"], request["stdout"], request["code"], item, ctx)
+        return programs.run(request["command"], request["stdout"], request["code"], item, ctx)
 
     def _keep(self, value: Any, ctx: Context) -> TaskResult:
         outputs = Outputs(f"{self._request['prefix']}{ctx.task}", ctx)

@@ -59,7 +59,7 @@ def reference() -> str:
     columns = ("", *(f"`{one.name}`" for one in found))
     return "".join(
         (
-            head("backends/*/backend.toml and batchlab/scenarios/faults/fault_table.py"),
+            head("backends/*/backend.toml and batchlab/scenarios/faults/fault_injection.py"),
             _WORDS,
             table(columns, [_row(title, say, found) for title, say in _PARTS]),
             _FACTS,
@@ -141,7 +141,7 @@ def _pool(one: Backend) -> list[str]:
 
 
 def _faults() -> str:
-    from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE
+    from batchlab.scenarios.faults.fault_injection import BACKENDS, TABLE
 
     rows = [
         (

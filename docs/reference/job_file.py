@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from batchlab.core import units
-from batchlab.jobs.json_schema import json_schema
-from batchlab.jobs.schema import SECTIONS
+from batchlab.core import text
+from batchlab.jobs.schema import SECTIONS, json_schema
 from batchlab.jobs.starter import JOB
 from batchlab.jobs.yaml_source import Loc
 
@@ -87,8 +86,8 @@ Write a literal brace twice: `awk "{{{{print $1}}}}"`.
 
 ## Durations, sizes, and truth values
 
-- A duration is {units.DURATION_FORMS}.
-- A size is {units.SIZE_FORMS}. KiB, MiB, GiB, and TiB are powers of 1024; kB,
+- A duration is {text.DURATION_FORMS}.
+- A size is {text.SIZE_FORMS}. KiB, MiB, GiB, and TiB are powers of 1024; kB,
   MB, GB, and TB are powers of 1000.
 - The file is YAML 1.2: only `true` and `false` are truth values. batchlab refuses a plain `yes`,
   `no`, `on`, or `off` if it could be a truth value. Keys may not repeat. Anchors and `<<` work.

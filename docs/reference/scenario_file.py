@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchlab.core import units
+from batchlab.core import text
 from batchlab.scenarios.model.schema import json_schema
 from docs.reference import job_file
 
@@ -48,8 +48,8 @@ _HEAD = f"""\
 A scenario is one YAML mapping. It defines who submits which jobs when, to which fleet, which faults
 occur, and what is expected. [Scenarios](scenarios.md) is the guide; this page describes every key.
 
-- A duration is {units.DURATION_FORMS}. All times count from the start of the scenario.
-- A size is {units.SIZE_FORMS}.
+- A duration is {text.DURATION_FORMS}. All times count from the start of the scenario.
+- A size is {text.SIZE_FORMS}.
 - Money is in US dollars: `12 USD`.
 - A distribution of numbers has the same keys as one of durations, with numbers as values.
 - `retry` has the same keys as in a [job file](job-file.md).

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import pytest
 
-from batchlab.adapters.local import local_files
+from batchlab.adapters.local import objects
 from batchlab.core.errors import AlreadyExists
 
 
@@ -23,11 +23,11 @@ class Torn(io.BytesIO):
 
 
 def copy_in(source: BinaryIO, root: Path, key: str) -> None:
-    local_files.FileWriter(root).replace(key, local_files.copy_into(source), durable=True)
+    objects.FileWriter(root).replace(key, objects.copy_into(source), durable=True)
 
 
 def keys(root: Path, prefix: str = "", after: str = "") -> list[str]:
-    return [info.key for info in local_files.walk(root, prefix, after)]
+    return [info.key for info in objects.walk(root, prefix, after)]
 
 
 def test_a_copy_makes_the_folders_it_needs(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_folders_sort_where_their_keys_do(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_object(tmp_path: Path) -> None:
     copy_in(io.BytesIO(), tmp_path, "a/b")
-    assert local_files.head(tmp_path, "a") is None
-    assert local_files.head(tmp_path, "a/b/c") is None
-    assert local_files.head(tmp_path, "a/b") is not None
+    assert objects.head(tmp_path, "a") is None
+    assert objects.head(tmp_path, "a/b/c") is None
+    assert objects.head(tmp_path, "a/b") is not None
 
 
 def test_a_put_leaves_alone_what_another_writer_stages_meanwhile(
@@ -88,9 +88,9 @@ def test_a_writer_that_finds_an_object_waits_until_its_name_is_on_the_disk(
 ) -> None:
     """It goes on from what it found, which a power cut must not take away afterwards."""
     waits: list[str] = []
-    writer = local_files.FileWriter(tmp_path)
-    writer.create("jobs/x", local_files.copy_into(io.BytesIO(b"{}")), durable=False)
-    monkeypatch.setattr(local_files, "sync_folder", waits.append)
+    writer = objects.FileWriter(tmp_path)
+    writer.create("jobs/x", objects.copy_into(io.BytesIO(b"{}")), durable=False)
+    monkeypatch.setattr(objects, "sync_folder", waits.append)
     with pytest.raises(AlreadyExists):
-        writer.create("jobs/x", local_files.copy_into(io.BytesIO(b"[]")), durable=True)
+        writer.create("jobs/x", objects.copy_into(io.BytesIO(b"[]")), durable=True)
     assert str(tmp_path / "jobs") in waits

@@ -19,9 +19,9 @@ from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_mock_engine, make_url
 
-from batchlab.adapters.sql import migrate, open_sqlite
-from batchlab.adapters.sql.bundle_rows import select_bundles
+from batchlab.adapters.sql import engines, open_sqlite
 from batchlab.adapters.sql.engines import sqlite_engine, transaction
+from batchlab.adapters.sql.rows import select_bundles
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.core.errors import BackendError
 from batchlab.core.model import JobId
@@ -38,14 +38,14 @@ def _schema(engine: Engine) -> list[tuple[str, ...]]:
 def _migrated() -> Engine:
     engine = sqlite_engine(None)
     with transaction(engine, writes=True) as connection:
-        migrate.upgrade(connection)
+        engines.upgrade(connection)
     return engine
 
 
 def _created() -> Engine:
     engine = sqlite_engine(None)
     with transaction(engine, writes=True) as connection:
-        migrate.create(connection)
+        engines.create(connection)
     return engine
 
 
@@ -99,7 +99,7 @@ def test_both_ways_say_the_same_to_postgresql() -> None:
 
 
 def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(migrate.MIGRATIONS))
+    return ScriptDirectory(str(engines.MIGRATIONS))
 
 
 def test_migrations_are_numbered_in_one_line_up_to_the_head() -> None:
@@ -130,8 +130,8 @@ def test_a_database_that_is_behind_is_migrated_at_the_first_call(
 ) -> None:
     """Also where batchlab is installed in a folder whose name Alembic would interpolate."""
     installed = tmp_path / "100%" / "migrations"
-    shutil.copytree(migrate.MIGRATIONS, installed)
-    monkeypatch.setattr(migrate, "MIGRATIONS", installed)
+    shutil.copytree(engines.MIGRATIONS, installed)
+    monkeypatch.setattr(engines, "MIGRATIONS", installed)
     path = tmp_path / "ledger.sqlite"
     engine = sqlite_engine(path)
     with transaction(engine, writes=True) as connection:
@@ -164,7 +164,7 @@ def test_a_database_of_a_newer_batchlab_is_refused_and_not_touched(tmp_path: Pat
 def test_a_schema_is_made_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = migrate.create
+    create = engines.create
 
     def create_and_fail(connection: Connection) -> None:
         create(connection)
@@ -172,7 +172,7 @@ def test_a_schema_is_made_whole_or_not_at_all(
 
     path = tmp_path / "ledger.sqlite"
     with monkeypatch.context() as patch:
-        patch.setattr(migrate, "create", create_and_fail)
+        patch.setattr(engines, "create", create_and_fail)
         with pytest.raises(BackendError, match="plug"):
             _open(path)
     engine = sqlite_engine(path)

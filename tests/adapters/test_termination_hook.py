@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_template import DRAIN_HOOK
+from batchlab.adapters.aws.fleet import DrainHook
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK
 from batchlab.adapters.aws.instance_metadata import Imds
 from batchlab.adapters.aws.metadata_server import Signals
-from batchlab.adapters.aws.termination_hook import DrainHook
-from batchlab.core.retry import Patience
+from batchlab.core.port_retries import Patience
 from tests.support.aws.autoscaling_api import Thread, Wire, autoscaling
 from tests.support.aws.metadata_service import HERE, SPOT, Service
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from batchlab.adapters.threads import Busy, OneThread, Run, Threads
+from batchlab.adapters.clock import Busy, OneThread, Run, Threads
 
 
 def test_a_quick_call_runs_on_the_spot() -> None:

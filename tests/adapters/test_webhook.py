@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from batchlab.adapters import notifications
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.notifications import Deliveries, sns_and_command, webhook
+from batchlab.adapters.notifications import Deliveries
 from batchlab.core.job_definition import NotifyDef
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from tests.support import ROOT
@@ -126,7 +127,7 @@ def test_no_other_status_is_success_and_no_redirect_is_followed(
 
 
 def test_who_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook, "WHOLE_S", 0.2)
+    monkeypatch.setattr(notifications, "WHOLE_S", 0.2)
     with Hook(wait_s=1.0) as hook:
         begun_s = time.monotonic()
         error = refused(at(hook))
@@ -290,7 +291,7 @@ def test_a_command_that_fails_says_why() -> None:
 def test_a_command_that_hangs_ends_with_all_it_has_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sns_and_command, "WHOLE_S", 1.0)
+    monkeypatch.setattr(notifications, "WHOLE_S", 1.0)
     pid = tmp_path / "pid"
     error = refused(
         script(

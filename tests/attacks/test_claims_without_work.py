@@ -13,7 +13,7 @@ from batchlab.core.ports import Depth, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import with_proofs
 from batchlab.core.protocol.messages import Beat, Events, Held, events_message
-from batchlab.manager.scaling.unresponsive_workers import NO_WORK_TAKEN, UNKNOWN_WORK
+from batchlab.manager.unresponsive_workers import NO_WORK_TAKEN, UNKNOWN_WORK
 from batchlab.sim.world import SimWorker, World
 from tests.support.sim import scenes
 

@@ -17,18 +17,17 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.commit import Addressed, address, committed
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, JobId, Json, Outcome, Ran, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import QueueSpec
-from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.seals import UNSEALED, CommitKey, seal
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, seal
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Handle, Work, WorkerSettings
 from batchlab.worker.loop import Worker
 from batchlab.worker.poison_detection import marker
-from batchlab.worker.runner import Handle, Work
-from batchlab.worker.settings import WorkerSettings
 from tests.support.attacks.victim import Victim, messages_left
 from tests.support.attacks.worker_rights import worker_of
 from tests.support.grid.fixtures import Bring
@@ -173,7 +172,7 @@ class Scene:
             await self.queue.ensure(QueueSpec(queue))
         plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
         job = await self.keys.sealed(plain)
-        await self.objects.put(object_keys.spec(job.id), spec_object.to_bytes(job))
+        await self.objects.put(object_keys.spec(job.id), commit_keys.to_bytes(job))
         return job, await self.keys.of(job)
 
 
@@ -258,7 +257,7 @@ def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
         scene = Scene()
         job, key = await scene.prepare()
         name = JobId(f"{job.id}/work/running/x")
-        await scene.objects.put(object_keys.spec(name), spec_object.to_bytes(job))
+        await scene.objects.put(object_keys.spec(name), commit_keys.to_bytes(job))
         bundle = Bundle(name, WORK, TaskSet.of([0]))
         sent = address(job, bundle, key, items=[7], now_s=1.0)
         await scene.queue.send(sent.queue, [sent.message])

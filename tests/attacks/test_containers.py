@@ -13,11 +13,10 @@ import yaml
 from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import UsageError
-from batchlab.runtime import notification_settings
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.images import docker
+from batchlab.runtime import compose_deployment, settings
+from batchlab.runtime.compose_project import docker
 from batchlab.runtime.home import Home
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.grid import need_containers
@@ -44,25 +43,25 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
 
 
 @pytest.fixture
-def at(grid: LocalGrid) -> deployment.Deployment:
-    found = deployment.read(grid.home)
+def at(grid: LocalGrid) -> compose_deployment.Deployment:
+    found = compose_deployment.read(grid.home)
     assert found
     return found
 
 
-def in_manager(at: deployment.Deployment, *command: str) -> tuple[int, str]:
+def in_manager(at: compose_deployment.Deployment, *command: str) -> tuple[int, str]:
     """A command of a compromised manager's container: its exit code, and what it printed."""
     done = docker("exec", f"{at.project}-manager-1", *command)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_the_manager_cannot_choose_what_docker_starts(
-    grid: LocalGrid, at: deployment.Deployment
+    grid: LocalGrid, at: compose_deployment.Deployment
 ) -> None:
     """Finding 10: `asg`, which has Docker's socket, launches what templates.toml says."""
-    ours = deployment.folder(grid.home)
+    ours = compose_deployment.folder(grid.home)
     before = {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()}
-    there = f"{deployment.HOME}/{deployment.NAME}"
+    there = f"{compose_deployment.HOME}/{compose_deployment.NAME}"
     for file in ("templates.toml", "deployment.json", "asg/groups.json", "compose.more.json"):
         script = f"printf '%s' '{ROOT}' > {there}/{file}"
         code, said = in_manager(at, "sh", "-c", script)
@@ -82,13 +81,13 @@ def test_the_manager_cannot_choose_what_docker_starts(
 
 
 def test_the_endpoint_launches_no_image_of_another(
-    grid: LocalGrid, at: deployment.Deployment
+    grid: LocalGrid, at: compose_deployment.Deployment
 ) -> None:
     """Finding 10: a writer of templates.toml chooses neither image nor rights of a container. Here
     the host's user writes what a manager would write."""
-    path = deployment.folder(grid.home) / "templates.toml"
+    path = compose_deployment.folder(grid.home) / "templates.toml"
     template = path.read_text()
-    scaling: Any = aws(deployment.autoscaling(grid.home, at), "autoscaling")
+    scaling: Any = aws(compose_deployment.autoscaling(grid.home, at), "autoscaling")
     try:
         for forged in (
             template.replace(at.image, "alpine"),
@@ -110,9 +109,11 @@ def test_the_endpoint_launches_no_image_of_another(
         path.write_text(template)
 
 
-def test_only_signed_requests_change_groups(grid: LocalGrid, at: deployment.Deployment) -> None:
+def test_only_signed_requests_change_groups(
+    grid: LocalGrid, at: compose_deployment.Deployment
+) -> None:
     """Finding 16: a worker's container could start and end every instance of the grid."""
-    own = deployment.autoscaling(grid.home, at)
+    own = compose_deployment.autoscaling(grid.home, at)
     group = f"{at.project}-default"
     honest = aws(own, "autoscaling")
     honest.set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=1)
@@ -158,7 +159,7 @@ def test_only_signed_requests_change_groups(grid: LocalGrid, at: deployment.Depl
     (what, *_) = json.loads(docker("inspect", *docker("ps", "-q", *filters).stdout.split()).stdout)
     assert own.secret_key not in json.dumps(what), "an instance has no keys"
     assert not [one for one in what["Mounts"] if one["Type"] == "bind"]
-    file = deployment.keys_file(grid.home)
+    file = compose_deployment.keys_file(grid.home)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     told = docker("inspect", f"{at.project}-asg-1", f"{at.project}-manager-1").stdout
@@ -171,18 +172,18 @@ def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_
     home = Home(tmp_path / "home")
     home.make()
     home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
-    assert notification_settings.read(home).targets[0].command
-    deployment.folder(home).mkdir()  # the manager's container cannot remove it
+    assert settings.read_notification_settings(home).targets[0].command
+    compose_deployment.folder(home).mkdir()  # the manager's container cannot remove it
     with pytest.raises(UsageError, match="a manager in a container could have written it"):
-        notification_settings.read(home)
-    assert notification_settings.read(home, in_container=True).targets[0].command
+        settings.read_notification_settings(home)
+    assert settings.read_notification_settings(home, in_container=True).targets[0].command
     home.notify_file.write_text('[mine]\nwebhook = "https://hooks.example.org"\n')
-    assert not notification_settings.read(home).targets[0].command
+    assert not settings.read_notification_settings(home).targets[0].command
 
 
 def test_no_service_publishes_a_port() -> None:
     """Finding 1: LocalStack takes any key, so only the grid's own network reaches it."""
-    file = Path(str(package_data.folder("compose") / "compose.yaml"))
+    file = Path(str(installation.folder("compose") / "compose.yaml"))
     services = yaml.safe_load(file.read_text())["services"]
     assert not [name for name, one in services.items() if "ports" in one or "network_mode" in one]
     assert services["localstack"]["environment"]["S3_SKIP_SIGNATURE_VALIDATION"] == "0"

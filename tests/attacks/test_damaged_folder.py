@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.doctor import examine
-from batchlab.cli.doctor_backends import Finding, Level
+from batchlab.cli.doctor import Finding, Level, examine
 from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import LocalGrid
 

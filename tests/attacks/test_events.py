@@ -19,14 +19,14 @@ from batchlab.core.commit import commit
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import Bundle, Completion, Failure, FailureKind, JobId, Outcome, TaskSet
 from batchlab.core.ports import Message
-from batchlab.core.protocol import json_format, object_keys, settlement, spec_object
+from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, Held, Told, events_message
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
-from batchlab.core.request_counter import Asked, Requests
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.manager.counters import BEAT
-from batchlab.manager.scaling.worker_registry import InstanceKeys
 from batchlab.manager.versioned_document import VersionedDocument
+from batchlab.manager.worker_registry import InstanceKeys
 from tests.support.attacks.victim import Victim
 from tests.support.attacks.worker_rights import WorkerRights, actions, worker_of
 from tests.support.grid.fixtures import Bring
@@ -325,7 +325,7 @@ def test_a_definition_below_the_markers_of_a_job_is_not_restored(
 def test_a_restored_job_passes_admission(rig: Rig) -> None:
     """Finding 4: an event restores no job that the grid would not have accepted."""
     made = job("wrong", pool="nowhere")
-    rig.run(rig.objects.put(object_keys.spec(made.id), spec_object.to_bytes(made)))
+    rig.run(rig.objects.put(object_keys.spec(made.id), commit_keys.to_bytes(made)))
     bundle = Bundle(made.id, MAP, TaskSet.of([0]))
     take(rig, events_message(Events(completions=(settlement.completion(forged(bundle)),))))
     assert rig.client.jobs() == []

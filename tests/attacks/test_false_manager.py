@@ -15,7 +15,7 @@ import pytest
 
 from batchlab.cli import options
 from batchlab.client.http import Client
-from batchlab.core import request_signatures
+from batchlab.core import http_connections
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.grid.local_grid import LocalGrid
@@ -152,7 +152,7 @@ def test_a_request_that_was_seen_cannot_be_sent_again_or_changed(rig: Rig) -> No
 def test_a_signed_request_has_the_body_that_was_signed(rig: Rig) -> None:
     """Finding 9: a relay may change the body alone."""
     before = len(rig.client.jobs())
-    signed = request_signatures.sign(TOKEN, "POST", "/v1/jobs", b'{"job": 1}')
+    signed = http_connections.sign(TOKEN, "POST", "/v1/jobs", b'{"job": 1}')
     headers = {"Authorization": signed.header, "Content-Type": "application/json"}
     answer = forward(rig.url, Request("POST", "/v1/jobs", headers, b'{"job": {}}'))
     assert answer.status == 400
@@ -162,12 +162,12 @@ def test_a_signed_request_has_the_body_that_was_signed(rig: Rig) -> None:
 
 def test_an_old_signature_is_refused_in_words(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 9: a signature is good for some minutes, so the clocks must agree roughly."""
-    sign = request_signatures.sign
+    sign = http_connections.sign
 
-    def earlier(token: str, method: str, target: str, body: bytes) -> request_signatures.Signed:
-        return sign(token, method, target, body, time.time() - request_signatures.WINDOW_S - 60)
+    def earlier(token: str, method: str, target: str, body: bytes) -> http_connections.Signed:
+        return sign(token, method, target, body, time.time() - http_connections.WINDOW_S - 60)
 
-    monkeypatch.setattr(request_signatures, "sign", earlier)
+    monkeypatch.setattr(http_connections, "sign", earlier)
     with Client(rig.url, TOKEN) as client, pytest.raises(Refused, match="clocks of client and"):
         client.jobs()
 
@@ -175,7 +175,7 @@ def test_an_old_signature_is_refused_in_words(rig: Rig, monkeypatch: pytest.Monk
 def test_an_error_of_the_manager_is_signed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding 9: or a bug in the manager would look like another program."""
     rig.submit(job(token="failing"))
-    monkeypatch.setattr("batchlab.server.views.jobs.job_view", None)
+    monkeypatch.setattr("batchlab.server.job_views.job_view", None)
     with pytest.raises(BackendError, match="The manager failed"):
         rig.client.jobs()
 

@@ -37,8 +37,10 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
-from batchlab.core.protocol import json_format, object_keys, settlement, spec_object
+from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.messages import (
     Beat,
     Duplicate,
@@ -51,18 +53,15 @@ from batchlab.core.protocol.messages import (
     read_task_message,
     task_message,
 )
-from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
-from batchlab.core.request_counter import Asked, Requests
-from batchlab.core.retry import Patience
+from batchlab.manager.collector import Collector, PendingSubmissions
 from batchlab.manager.counters import Counters
-from batchlab.manager.events.collector import Collector, PendingSubmissions
-from batchlab.manager.events.ledger_writer import LedgerWriter
-from batchlab.manager.events.quarantine import OutcomeStore, Quarantine
-from batchlab.manager.jobs.ledger_rebuild import rebuild
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.ledger_rebuild import rebuild
+from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.quarantine import OutcomeStore, Quarantine
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.worker import handlers, task_executor
 from tests.support.attacks.worker_rights import WorkerRights
 from tests.support.no_fleet import NoFleet
@@ -288,7 +287,7 @@ class Desk:
     async def open(self) -> None:
         await self.queue.ensure(QueueSpec(object_keys.tasks_queue("default")))
         cut = Cut(JOB.id, MAP, 0, 0, (BUNDLE,), TaskSet(), 10)
-        spec = spec_object.to_bytes(JOB, spec_object.Opening(list(range(10)), cut))
+        spec = commit_keys.to_bytes(JOB, commit_keys.Opening(list(range(10)), cut))
         await self.objects.put(object_keys.spec(JOB.id), spec)
         written = await self.ledger.apply(AddJob(JOB, JobState.SUBMITTED, cut))
         live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
@@ -444,7 +443,7 @@ def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -
         other = replace(JOB, id=JobId("other-0123456789"))
         broken = replace(JOB, id=JobId("broken-0123456789"))
         for one in (other, broken):
-            await desk.objects.put(object_keys.spec(one.id), spec_object.to_bytes(one))
+            await desk.objects.put(object_keys.spec(one.id), commit_keys.to_bytes(one))
         cut = object_keys.cut(broken.id, MAP, 0, 0)
         await desk.objects.put(cut, b"{}")
         await desk.objects.put(object_keys.outcome(BUNDLE, UNSEALED), b'{"v":1}')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters.local.ministack_install import VARIABLE, VERSION, find, install, requirements
+from batchlab.adapters.local.ministack import VARIABLE, VERSION, find, install, requirements
 from batchlab.core.errors import BackendError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.clock import RandomIds, WallClock
-from batchlab.adapters.local import local_files
+from batchlab.adapters.local import objects as local_files
 from batchlab.adapters.local.fleet_state_file import StateFile
 from batchlab.adapters.local.objects import LocalObjects
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
@@ -23,20 +23,18 @@ from batchlab.core.atomic_write import Sync
 from batchlab.core.errors import Refused
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, Json, Pool, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ledger
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
-from batchlab.core.schedules.model import Definition, When
+from batchlab.core.schedules import Definition, When
 from batchlab.fleet.fleet_port import ManagedFleet
-from batchlab.manager.lease import LEASE
-from batchlab.manager.manager import Manager
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports
+from batchlab.manager.manager import LEASE, Manager
+from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.runtime.home import Home
 from batchlab.sim.tasks import Play, Scene, ScriptedRunner
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.settings import WorkerSettings
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
 from tests.support.server.api import Machine
 

@@ -30,12 +30,12 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import settlement, values
-from batchlab.core.protocol.references import ForeignReference, Own
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs import stage_plans
+from batchlab.core.protocol.bundle_inputs import ForeignReference, Own
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.manager import stage_plans
 from batchlab.manager.state import Ports
 from batchlab.worker import materialization
 from batchlab.worker.handlers import Problem

@@ -15,30 +15,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.adapters.memory.objects import SimObjects
+from batchlab.core import schedules
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import InputDef, JobDef, NotifyDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Cut, Depth, Ending, JobRecord, Reopening
-from batchlab.core.protocol import json_format, live_logs, object_keys, spec_object
+from batchlab.core.protocol import commit_keys, json_format, messages, object_keys
 from batchlab.core.protocol.bundle_inputs import Inputs, Manifest
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
-from batchlab.core.retry import Patience
-from batchlab.core.schedules import model
-from batchlab.core.schedules.model import Definition, Run, RunState, Schedule, When
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
+from batchlab.core.schedules import Definition, Run, RunState, Schedule, When
+from batchlab.manager import ledger_rebuild
 from batchlab.manager.counters import Counters
-from batchlab.manager.events.quarantine import Quarantine, UnreadableObject
-from batchlab.manager.jobs import ledger_rebuild
-from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.manager.jobs.retries import Retry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Superseded
+from batchlab.manager.quarantine import Quarantine, UnreadableObject
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.retry_rounds import Retry
+from batchlab.manager.state import LiveJob, ManagerSettings, Superseded
 from batchlab.worker import environment, poison_detection
 from tests.attacks.test_malformed import BUNDLE, JOB, MAP, many, mutated
 from tests.support.attacks.worker_rights import WorkerRights
 from tests.support.server.api import TOKEN, Rig, job
 
 KEY = CommitKey("0f" * 16)
-TAIL = live_logs.Tail("map", 3, 1, 0, BUNDLE.id, "w-1-1", 0, 5, "hello")
+TAIL = messages.Tail("map", 3, 1, 0, BUNDLE.id, "w-1-1", 0, 5, "hello")
 FULL = replace(
     JOB,
     params=(("n", 3), ("deep", {"x": [1, None]})),
@@ -71,12 +70,12 @@ def text_of(write: Callable[[Any], Any]) -> Callable[[Any], bytes]:
 def readers() -> dict[str, Reader]:
     """Return the content, reader, and writer of each kind of stored object."""
     word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "why", 1, 2, 3.0)
-    opening = spec_object.Opening([1, 2], CUT)
+    opening = commit_keys.Opening([1, 2], CUT)
     ending = Ending(JobState.FAILED, "why", 9.0, {MAP: 1})
     retry = Retry((Reopening(MAP, 1, 2, 3, True),), (CUT,))
     manifest = Manifest(20, (0, 10), TaskSet.of([3]), 1, ("a", "b"))
     cut, end = text_of(json_format.cut_to_json), text_of(json_format.ending_to_json)
-    spec = document(spec_object.from_json)
+    spec = document(commit_keys.from_json)
     there = text_of(environment.to_json)
     return {
         "control": (
@@ -88,9 +87,9 @@ def readers() -> dict[str, Reader]:
         "end": (end(ending), document(json_format.ending_from_json), end),
         "retry": (retry.to_bytes(), Retry.from_bytes, Retry.to_bytes),
         "manifest": (manifest.to_bytes(), Manifest.from_bytes, Manifest.to_bytes),
-        "spec": (spec_object.to_bytes(FULL, opening), spec, lambda v: spec_object.to_bytes(*v)),
-        "schedule": (model.to_bytes(SCHEDULE), model.from_bytes, model.to_bytes),
-        "tails": (live_logs.to_bytes([TAIL]), live_logs.from_bytes, live_logs.to_bytes),
+        "spec": (commit_keys.to_bytes(FULL, opening), spec, lambda v: commit_keys.to_bytes(*v)),
+        "schedule": (schedules.to_bytes(SCHEDULE), schedules.from_bytes, schedules.to_bytes),
+        "tails": (messages.to_bytes([TAIL]), messages.from_bytes, messages.to_bytes),
         "environment": (there(environment.current()), document(environment.from_json), there),
     }
 
@@ -219,7 +218,7 @@ def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
     async def main() -> None:
         objects = SimObjects()
         await objects.put(
-            object_keys.spec(JOB.id), spec_object.to_bytes(JOB, spec_object.Opening([0] * 10))
+            object_keys.spec(JOB.id), commit_keys.to_bytes(JOB, commit_keys.Opening([0] * 10))
         )
         plan = Manifest(10, (0,), parts=("lost",))
         await objects.put(object_keys.manifest(JOB.id, MAP, 0), plan.to_bytes())
@@ -263,9 +262,9 @@ def test_a_cut_with_a_bundle_of_another_job_stage_or_round_is_refused(stranger: 
 
 @pytest.mark.parametrize("cut", [replace(CUT, seq=1), replace(CUT, job=JobId("other"), bundles=())])
 def test_a_definition_with_another_cut_than_the_first_of_its_job_is_refused(cut: Cut) -> None:
-    doc = json_format.loads(spec_object.to_bytes(JOB, spec_object.Opening([1], cut)))
+    doc = json_format.loads(commit_keys.to_bytes(JOB, commit_keys.Opening([1], cut)))
     with pytest.raises(Malformed, match="first cut"):
-        spec_object.from_json(doc)
+        commit_keys.from_json(doc)
 
 
 def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
@@ -278,7 +277,7 @@ def test_a_rebuild_does_not_count_a_cut_under_the_key_of_another() -> None:
             objects=objects, patience=PATIENCE, keys=keys, ledger=AsyncMock(), clock=clock
         )
         key = object_keys.cut(JOB.id, MAP, 0, 1)
-        await objects.put(object_keys.spec(JOB.id), spec_object.to_bytes(JOB))
+        await objects.put(object_keys.spec(JOB.id), commit_keys.to_bytes(JOB))
         await objects.put(key, json_format.to_bytes(json_format.cut_to_json(CUT)))
         with pytest.raises(UnreadableObject, match="another cut") as caught:
             await ledger_rebuild.restore(ports, JOB.id)

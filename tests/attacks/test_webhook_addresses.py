@@ -10,7 +10,7 @@ import pytest
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.job_definition import JobDef, NotifyDef
 from batchlab.core.model import JobId
-from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.runtime import manager_process
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.server.api import Rig, job
@@ -86,7 +86,7 @@ def test_a_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
 def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
     """Finding 18: its addresses are in the spec itself."""
     old = replace(told("old"), max_failures=0.0)  # as the API reads it
-    rig.run(rig.objects.put(object_keys.spec(old.id), spec_object.to_bytes(old)))
+    rig.run(rig.objects.put(object_keys.spec(old.id), commit_keys.to_bytes(old)))
     assert rig.client.rebuild() == 1
     assert rig.run(rig.ledger.job(old.id)).job.notify == (TOPIC, HOOK)
     assert rig.client.submit(old)["id"] == old.id

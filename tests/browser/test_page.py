@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchlab.cli import grid_page
+from batchlab.cli import grid as grid_page
 from batchlab.core.model import Pool
 from tests.support.browser import ELSEWHERE, Seen, offences, opened, place_of, too_wide
 from tests.support.grid.local_grid import LocalGrid

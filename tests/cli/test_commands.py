@@ -13,8 +13,8 @@ import pytest
 
 from batchlab.cli import app, session
 from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, Place
 from tests.support.cli import FakeClient, Run, a_grid, a_job
 
@@ -437,8 +437,8 @@ def test_what_goes_with_a_grid_is_said_when_it_goes(
 ) -> None:
     """The bucket of a LocalStack of the grid's own, and all that is in it."""
     home = Home(tmp_path)
-    deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
-    home.write_place(deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))
+    compose_deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
+    home.write_place(compose_deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))
     monkeypatch.setattr("batchlab.runtime.manager_process.stop_manager", lambda _: True)
     timed = [{"state": state} for state in ("active", "active", "paused")]
     manager.answers = {"jobs": [a_job("sums-0123456789")], "schedules": {"schedules": timed}}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import options
-from batchlab.core import request_signatures
-from batchlab.core.request_signatures import PROOF
+from batchlab.core import http_connections
+from batchlab.core.http_connections import PROOF
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import runner
 
@@ -74,13 +74,11 @@ class Manager(BaseHTTPRequestHandler):
         jobs = [{"id": f"sums-000000000{n}"} for n in (2, 1)]
         answers = {"jobs": {"jobs": jobs}, "schedules": {"schedules": [{"name": "nightly"}]}}
         name = self.path.removeprefix("/v1/").partition("?")[0]
-        signed = request_signatures.read(
-            self.token, self.headers["Authorization"], "GET", self.path
-        )
+        signed = http_connections.read(self.token, self.headers["Authorization"], "GET", self.path)
         body = json.dumps(answers[name]).encode() if signed else b"no"
         self.send_response(200 if signed else 401)
         if signed:
-            self.send_header(PROOF, request_signatures.whole_proof(self.token, signed, 200, body))
+            self.send_header(PROOF, http_connections.whole_proof(self.token, signed, 200, body))
         self.end_headers()
         self.wfile.write(body)
 

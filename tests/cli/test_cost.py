@@ -14,10 +14,9 @@ from batchlab.cli import bills, cost
 from batchlab.core.api_usage_types import JobUseView, UseView
 from batchlab.core.errors import UsageError
 from batchlab.jobs.job_file import load
-from batchlab.runtime import factory
+from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime import home as fetches
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 from tests.support.cli import FakeClient, Run, a_grid, a_job
 
@@ -254,7 +253,7 @@ def test_a_bill_on_a_stack_has_the_data_that_was_counted(
         pools=(),
         egress="nat",
     )
-    deployment.write(home, at)
+    aws_deployment.write(home, at)
     fetches.note(home, "sums-0123456789", 1024**3)
     used = account(requests={"sqs": 1e6, "sqs_bytes": 20 * 1024**3})
     job: Any = a_job("sums-0123456789", "SUCCEEDED")
@@ -350,7 +349,7 @@ def test_an_amount_without_usd_is_refused_before_anybody_is_asked(
 
 
 def test_a_job_file_has_its_cap_in_usd_and_it_does_not_change_its_digest(folder: Path) -> None:
-    from batchlab.jobs.api import source_digest
+    from batchlab.jobs.job_file import source_digest
     from batchlab.jobs.yaml_source import JobFileErrors
 
     before = source_digest(load(folder / "job.yaml", {}), "code")

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import session
-from batchlab.cli.doctor_backends import Level, stack_findings
+from batchlab.cli.doctor import Level, stack_findings
 from batchlab.core.errors import Unreachable
 from batchlab.deploy.account import Account
-from batchlab.runtime import factory
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime import aws_deployment, factory
+from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 
 KNOWN = AwsDeployment(
@@ -46,7 +45,7 @@ def test_before_there_is_a_stack_all_that_is_missing_is_told(tmp_path: Path) -> 
 @pytest.mark.usefixtures("nobody")
 def test_without_credentials_a_known_stack_is_not_asked_for(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    deployment.write(home, KNOWN)
+    aws_deployment.write(home, KNOWN)
     assert [one.about for one in stack_findings(home, factory.load("aws"))] == [
         "account",
         "session",
@@ -70,7 +69,7 @@ def test_a_home_that_knows_a_stack_says_how_to_connect_to_it(tmp_path: Path) -> 
     with pytest.raises(Unreachable) as told, session.connect(home):
         pass
     assert told.value.remedy.startswith("Start one with `batchlab grid up`,")
-    deployment.write(home, KNOWN)
+    aws_deployment.write(home, KNOWN)
     with pytest.raises(Unreachable) as told, session.connect(home):
         pass
     assert "`batchlab grid up --backend aws`" in told.value.remedy

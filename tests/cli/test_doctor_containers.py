@@ -10,10 +10,9 @@ import pytest
 
 from batchlab.adapters.docker import engine
 from batchlab.adapters.docker.engine import Found
-from batchlab.cli import doctor_backends
-from batchlab.cli.doctor_backends import Finding, Level, container_findings
-from batchlab.runtime import factory
-from batchlab.runtime.compose import images, project
+from batchlab.cli import doctor
+from batchlab.cli.doctor import Finding, Level, container_findings
+from batchlab.runtime import compose_project, factory
 from batchlab.runtime.home import Home
 
 WELL = {
@@ -45,10 +44,10 @@ def examined(
             return subprocess.CompletedProcess(arguments, 1, "", broken[first])
         return subprocess.CompletedProcess(arguments, 0, {**WELL, **said}[first], "")
 
-    monkeypatch.setattr(images, "docker", docker)
-    monkeypatch.setattr(project, "docker", docker)
+    monkeypatch.setattr(compose_project, "docker", docker)
+    monkeypatch.setattr(compose_project, "docker", docker)
     monkeypatch.setattr(engine, "find", lambda *_: left)
-    monkeypatch.setattr(project, "networks", list)
+    monkeypatch.setattr(compose_project, "networks", list)
     for name in ("BATCHLAB_LOCALSTACK_IMAGE", "LOCALSTACK_AUTH_TOKEN", "BATCHLAB_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -60,7 +59,7 @@ def examined(
 def test_nothing_is_wrong_where_all_is_well(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor_backends, "FAIL_BELOW_BYTES", 0)
+    monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 0)
     found = examined(monkeypatch, tmp_path)
     assert {one.level for one in found.values()} == {Level.OK}
     assert set(found) == {"docker", "compose", "buildx", "disk", "token", "image", "network"}
@@ -105,7 +104,7 @@ def test_a_token_is_enough_for_a_newer_image(
 def test_an_image_that_is_not_here_and_a_full_disk_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor_backends, "FAIL_BELOW_BYTES", 2**80)
+    monkeypatch.setattr(doctor, "FAIL_BELOW_BYTES", 2**80)
     found = examined(monkeypatch, tmp_path, broken={"image": "No such image"})
     assert found["image"].level is Level.WARN
     assert "compose/offline" in found["image"].remedy
@@ -113,7 +112,10 @@ def test_an_image_that_is_not_here_and_a_full_disk_are_told(
 
 
 def test_what_was_left_behind_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    labels = {project.LABEL: "batchlab-1", project.HOME_LABEL: str(tmp_path / "gone")}
+    labels = {
+        compose_project.LABEL: "batchlab-1",
+        compose_project.HOME_LABEL: str(tmp_path / "gone"),
+    }
     volume = Found("volume", "1", "postgres", labels)
     one = examined(monkeypatch, tmp_path, left=[volume])["orphans"]
     assert one.level is Level.WARN

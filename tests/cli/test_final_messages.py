@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from batchlab.cli import demo, doctor, output
-from batchlab.cli.doctor_backends import Level
+from batchlab.cli.doctor import Level
 from batchlab.cli.run_job import Phases, Summary
 from batchlab.core.api_types import FailureView
+from batchlab.core.job_definition import with_task
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.task_names import with_task
 from batchlab.jobs.job_file import load
 from batchlab.jobs.results import Fetched
 from batchlab.runtime.home import Home, ManagerRecord

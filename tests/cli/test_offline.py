@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from batchlab.cli import app, demo, main, output
 from batchlab.cli.startup import REQUIRED_MODULES
-from batchlab.core import optional_dependencies
+from batchlab.core import installation
 from batchlab.core.errors import JobFileError, Refused
 from batchlab.jobs.yaml_source import JobFileErrors
 from tests.support.cli import Run
@@ -71,9 +71,7 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"batchlab {batchlab.__version__}\n", "")
 
 
-OF_EXTRAS = frozenset(
-    module for modules in optional_dependencies.MODULES.values() for module in modules
-)
+OF_EXTRAS = frozenset(module for modules in installation.MODULES.values() for module in modules)
 HEAVY = frozenset(
     REQUIRED_MODULES - {"typer"}
     | OF_EXTRAS
@@ -133,7 +131,7 @@ def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -
         "pydantic",
     )
     of_others = {name for name in imported if name.startswith(others)}
-    assert of_others == {"batchlab.manager.settings"}
+    assert of_others == {"batchlab.manager.state"}
 
 
 def imported_by(*arguments: str) -> set[str]:
@@ -162,7 +160,7 @@ def test_a_package_that_is_missing_is_named_and_what_to_do(
     for module in [name for name in sys.modules if name.startswith("batchlab.jobs")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "argv", ["batchlab", "job", "check", "job.yaml"])
-    monkeypatch.setattr("batchlab.cli.signals.install", lambda: None)
+    monkeypatch.setattr("batchlab.cli.output.install", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

@@ -22,13 +22,12 @@ from batchlab.client.http import Client
 from batchlab.core.api_types import GridView
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.core.model import ENDED, JobState, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
 from batchlab.jobs.job_file import JobFile, load
 from batchlab.jobs.starter import starter
-from batchlab.runtime import factory
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.deployment import Deployment
+from batchlab.runtime import compose_deployment, factory
+from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import a_grid, view
 
@@ -251,7 +250,7 @@ def test_containers_that_stand_without_a_manager_are_not_taken_down(
     made = managers([2, 2])
     made.backend = "localstack"
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
-    deployment.write(made.home, at)
+    compose_deployment.write(made.home, at)
     with Session(made.home, factory.load("localstack")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
@@ -265,11 +264,11 @@ def test_after_containers_were_taken_down_the_next_ones_are_the_commands_own(
     made = managers([1, 2])
     made.backend, made.started = "localstack", 1
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
-    deployment.write(made.home, at)
+    compose_deployment.write(made.home, at)
     with Session(made.home, factory.load("localstack")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
-        deployment.forget(made.home)  # as `grid down` does
+        compose_deployment.forget(made.home)  # as `grid down` does
         assert grid.call(lambda _: made.answer()) == "answer"
     assert (made.started, made.stopped) == (2, 1)
 
@@ -294,7 +293,7 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
     grid = Session(made.home, factory.load("localstack"))
     grid._client = Client("http://1", "secret")
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
-    deployment.write(made.home, at)
+    compose_deployment.write(made.home, at)
     assert grid.call(lambda _: made.answer()) == "answer"
 
     later = iter([0, 0, 1])  # twice there is none yet
@@ -308,7 +307,7 @@ def test_a_manager_that_docker_starts_again_is_waited_for(
 
     assert grid.call(ask) == "answer"
     assert not made.options
-    deployment.forget(made.home)  # the grid was taken down meanwhile
+    compose_deployment.forget(made.home)  # the grid was taken down meanwhile
     attached = Session(made.home, factory.load("localstack"), revivals=0)
     attached._client = grid._client
     with pytest.raises(Unreachable, match="nothing is lost"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.cli import schedule_upload
+from batchlab.cli import schedule as schedule_upload
 from batchlab.core.errors import NotFound, Refused
 from batchlab.core.job_definition import JobDef
 from batchlab.runtime import factory

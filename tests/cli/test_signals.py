@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import signals
+from batchlab.cli import output
 from tests.support import job_files as jobfiles
 from tests.support.cli import runner
 
@@ -20,7 +20,7 @@ from tests.support.cli import runner
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    signals.install()
+    output.install()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -49,18 +49,18 @@ def referred() -> None:
 @pytest.mark.parametrize("dropping", [finalized, referred])
 def test_a_signal_that_python_drops_is_raised_again(dropping: Callable[[], None]) -> None:
     dropping()
-    with pytest.raises(signals.Stopped):
+    with pytest.raises(output.Stopped):
         time.sleep(10)
 
 
 @pytest.mark.parametrize("dropping", [finalized, referred])
 def test_one_that_is_dropped_in_code_of_users_is_too(dropping: Callable[[], None]) -> None:
     def run() -> None:
-        with signals.as_keyboard_interrupt():
+        with output.as_keyboard_interrupt():
             dropping()
             time.sleep(10)
 
-    with pytest.raises(signals.Stopped):
+    with pytest.raises(output.Stopped):
         run()
 
 
@@ -96,15 +96,15 @@ def test_code_of_users_meets_a_keyboard_interrupt(number: signal.Signals) -> Non
     caught = []
 
     def run() -> None:
-        with signals.as_keyboard_interrupt():
+        with output.as_keyboard_interrupt():
             try:
                 signal.raise_signal(number)
             except KeyboardInterrupt as error:
                 caught.append(error)
                 raise
 
-    with pytest.raises(signals.Stopped) as ended:
+    with pytest.raises(output.Stopped) as ended:
         run()
-    assert (len(caught), ended.value.code) == (1, signals.INTERRUPTED)
-    with pytest.raises(signals.Stopped):
+    assert (len(caught), ended.value.code) == (1, output.INTERRUPTED)
+    with pytest.raises(output.Stopped):
         signal.raise_signal(number)

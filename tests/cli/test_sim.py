@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.signals import Stopped
+from batchlab.cli.output import Stopped
 from batchlab.cli.sim import Campaign
 from batchlab.core.model import JobId
 from batchlab.sim import fuzz, invariants

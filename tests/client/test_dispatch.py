@@ -16,7 +16,7 @@ import pytest
 from batchlab.client import results, thread_cache
 from batchlab.client.dispatch import Dispatch
 from batchlab.client.futures import BrokenGridExecutor, Call, CallFuture, WorkerDied
-from batchlab.client.pickling import Shipping
+from batchlab.client.submission import Shipping
 from batchlab.core.errors import JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet

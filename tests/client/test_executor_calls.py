@@ -22,11 +22,11 @@ from batchlab.client.futures import (
     RemoteTraceback,
     revived,
 )
-from batchlab.client.pickling import Shipping
+from batchlab.client.submission import Shipping
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId
 from batchlab.core.protocol import values
-from batchlab.manager.jobs.stage_plans import PART_ITEMS
+from batchlab.manager.stage_plans import PART_ITEMS
 from batchlab.worker.executor_calls import Calls, Initializer, Raised, Timed
 
 JOB = JobId("job-1")

@@ -12,7 +12,7 @@ from batchlab.client.grid_link import Link
 from batchlab.client.results import GAP_S, decoded, gap_s
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId, Json
-from batchlab.core.protocol.references import Own
+from batchlab.core.protocol.bundle_inputs import Own
 
 
 class FakeLink:

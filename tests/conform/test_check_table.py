@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from batchlab.conform import check as sources
-from batchlab.conform import report
+from batchlab.conform import check_table
 from batchlab.conform.check import Answer, Check, Differs, Severity, Verdict
 from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 from batchlab.conform.run import Result
@@ -163,20 +163,20 @@ def test_what_counts_as_agreement(
     severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool
 ) -> None:
     results = [a_result(Verdict.AGREES), a_result(verdict, severity)]
-    assert (report.relied_on(results), report.agrees(results)) == (relied_on, agrees)
+    assert (check_table.relied_on(results), check_table.agrees(results)) == (relied_on, agrees)
 
 
 def test_a_run_in_a_sentence() -> None:
     needed = [a_result(verdict) for verdict in (Verdict.AGREES, Verdict.AGREES, Verdict.UNTRIED)]
     noted = [a_result(verdict, Severity.NOTED) for verdict in (Verdict.AGREES, Verdict.DIFFERS)]
-    assert report.verdict_text([*needed, *noted]) == (
+    assert check_table.verdict_text([*needed, *noted]) == (
         "2 of 3 needed rules hold; 1 of 2 noted rules holds. 1 could not be tested."
     )
-    assert report.verdict_text(noted) == "1 of 2 noted rules holds."
+    assert check_table.verdict_text(noted) == "1 of 2 noted rules holds."
 
 
 def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
-    text = report.section(
+    text = check_table.section(
         "Mine 1.0", [a_result(Verdict.AGREES), a_result(Verdict.DIFFERS), a_result(Verdict.UNTRIED)]
     )
     head, *tables = text.split("\n\n")
@@ -186,22 +186,22 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     assert [one.split("\n")[2:] for one in tables[1:]] == [[row], [row]]
     assert "observed" in tables[1]
     assert "why not tested" in tables[2]
-    assert report.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1
+    assert check_table.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1
 
 
 def test_a_page_keeps_all_but_the_section_that_is_written() -> None:
-    page = report.merged("", "one", "first")
-    page = report.merged(page, "two", "second")
-    page = report.merged(f"# Title\n\n{page}\nThe end.\n", "one", "changed \\1")
+    page = check_table.merged("", "one", "first")
+    page = check_table.merged(page, "two", "second")
+    page = check_table.merged(f"# Title\n\n{page}\nThe end.\n", "one", "changed \\1")
     assert page == (
         "# Title\n\n<!-- conform: one -->\nchanged \\1\n<!-- conform end -->\n\n"
         "<!-- conform: two -->\nsecond\n<!-- conform end -->\n\nThe end.\n"
     )
-    assert report.merged(page, "two", "second") == page
+    assert check_table.merged(page, "two", "second") == page
 
 
 def test_programs_are_told_all_about_a_check() -> None:
-    told = report.to_json(a_result(Verdict.DIFFERS))
+    told = check_table.to_json(a_result(Verdict.DIFFERS))
     assert told.pop("pages") == [
         "https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html"
     ]
@@ -230,12 +230,17 @@ def page_sections(page: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_lists_every_check_as_it_is(page: str) -> None:
-    assert page_sections(page)[report.ALL_CHECKS] == report.list_section(PAGES[page])
+    assert page_sections(page)[check_table.ALL_CHECKS] == check_table.list_section(PAGES[page])
 
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [(page, name) for page in PAGES for name in page_sections(page) if name != report.ALL_CHECKS],
+    [
+        (page, name)
+        for page in PAGES
+        for name in page_sections(page)
+        if name != check_table.ALL_CHECKS
+    ],
 )
 def test_a_section_of_a_page_speaks_of_the_checks_as_they_are(page: str, name: str) -> None:
     """Whether what was seen is still so takes the emulator: see tests/system/test_conform.py.
@@ -253,7 +258,7 @@ def test_a_section_of_a_page_speaks_of_the_checks_as_they_are(page: str, name: s
         for one in PAGES[page]
     ]
     assert seen == {}
-    assert report.section(name, results) == page_sections(page)[name]
+    assert check_table.section(name, results) == page_sections(page)[name]
 
 
 def test_the_page_is_right_about_what_is_needed() -> None:
@@ -261,7 +266,7 @@ def test_the_page_is_right_about_what_is_needed() -> None:
     needed = {
         name: re.findall(r"^\| `(\S+)` \| needed", text, re.MULTILINE)
         for name, text in page_sections("emulators.md").items()
-        if name != report.ALL_CHECKS
+        if name != check_table.ALL_CHECKS
     }
     assert needed == {
         "MiniStack 1.5.33": [],

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import conform
-from batchlab.cli.signals import Stopped
+from batchlab.cli import endpoints
+from batchlab.cli.output import Stopped
 from batchlab.conform.check import Check, Verdict
 from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result
@@ -205,8 +205,8 @@ def test_only_the_first_interrupt_that_is_heard_counts(
     monkeypatch.setattr(Target, "close", close)
     with (
         pytest.raises(Stopped),
-        conform._interruptible(),
-        conform._target(NOWHERE.url, None, None, None),
+        endpoints._interruptible(),
+        endpoints._target(NOWHERE.url, None, None, None),
     ):
         work()
     assert cleaned == ["all"]

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws import endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_template import DRAIN_HOOK, READY_HOOK, GroupForm
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, READY_HOOK, GroupForm
 from batchlab.adapters.clock import WallClock
 from batchlab.core.errors import (
     AlreadyExists,

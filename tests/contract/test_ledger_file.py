@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.adapters import threads
+from batchlab.adapters import clock
 from batchlab.core.errors import BackendError, Unreachable
 from tests.support.contract.ledger_suite import (
     JOB,
@@ -48,7 +48,7 @@ def test_a_lock_that_is_given_up_in_time_is_waited_for(tmp_path: Path) -> None:
 def test_a_lock_that_is_not_given_up_is_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "_BUSY_S", 0.05)
+    monkeypatch.setattr(clock, "_BUSY_S", 0.05)
     path = tmp_path / "ledger.sqlite"
 
     async def main() -> None:

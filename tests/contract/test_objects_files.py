@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from obstore.store import S3Store
 
-from batchlab.adapters.local import local_files
+from batchlab.adapters.local import objects as local_files
 from batchlab.adapters.local.objects import FilesInPlace, open_local
 from batchlab.adapters.obstore_objects import ObstoreObjects
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled, Unreachable

@@ -11,9 +11,9 @@ import obstore
 import pytest
 
 from batchlab.adapters import gcs
-from batchlab.adapters.bucket import Bucket
+from batchlab.adapters.limits import Bucket
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, TooLarge
-from batchlab.core.request_counter import Requests, Tally
+from batchlab.core.pricing.request_costs import Requests, Tally
 from tests.support.gcs_stub import Stub, served
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint, session
-from batchlab.adapters.notifications.sns_and_command import Topics
+from batchlab.adapters.notifications import Topics
 from batchlab.core.notifications import NotDelivered, Notification, Target
 
 REGION = "us-east-1"

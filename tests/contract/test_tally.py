@@ -14,7 +14,7 @@ from batchlab.adapters.aws.objects import open_s3
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.core.errors import NotFound
 from batchlab.core.ports import Message, Objects, Outgoing, QueueSpec
-from batchlab.core.request_counter import STEP_BYTES, Requests, Tally
+from batchlab.core.pricing.request_costs import STEP_BYTES, Requests, Tally
 from tests.support.conform.proxy import Request, Response, Send, proxy
 
 SPEC = QueueSpec("work", visibility_s=30.0)

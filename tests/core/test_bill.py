@@ -7,11 +7,9 @@ import pytest
 from batchlab.core.model import Instance, JobId, LifecycleState, Machine, Market, Pool
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
-from batchlab.core.pricing.cap import Budget, Purse, launch_usd, launches
 from batchlab.core.pricing.hourly import hourly_cost
-from batchlab.core.pricing.request_costs import Moved
-from batchlab.core.pricing.usage_meter import Account, Kind, Meter
-from batchlab.core.request_counter import Requests, Tally
+from batchlab.core.pricing.request_costs import Moved, Requests, Tally
+from batchlab.core.pricing.usage import Account, Budget, Kind, Meter, Purse, launch_usd, launches
 
 BOOK = price_book.load()
 POOL = Pool("default", 0, 4, 2, instance_type="m7i.large")

@@ -9,12 +9,12 @@ from random import Random
 import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.core import control_object
-from batchlab.core.control_object import Spoken
+from batchlab.core import commit
+from batchlab.core.commit import Spoken
 from batchlab.core.errors import NotFound
 from batchlab.core.model import Control, JobId, JobState
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.json_format import Word
-from batchlab.core.retry import Patience
 
 JOB = JobId("sums-1")
 RUN, PAUSE = Word(Control.RUN), Word(Control.PAUSE)
@@ -25,53 +25,49 @@ async def acts() -> None:
     objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
 
     async def spoken() -> Spoken:
-        found = await control_object.spoken(objects, JOB, patience)
+        found = await commit.spoken(objects, JOB, patience)
         assert found
         return found
 
     # None is there.
-    assert await control_object.spoken(objects, JOB, patience) is None
+    assert await commit.spoken(objects, JOB, patience) is None
     with pytest.raises(NotFound):
-        await control_object.look(objects, JOB, None)
+        await commit.look(objects, JOB, None)
     with pytest.raises(NotFound):
-        await control_object.word_of(objects, JOB, patience)
-    assert not await control_object.say(objects, JOB, RUN, patience, over=Spoken(RUN, '"gone"'))
+        await commit.word_of(objects, JOB, patience)
+    assert not await commit.say(objects, JOB, RUN, patience, over=Spoken(RUN, '"gone"'))
 
-    assert await control_object.say(objects, JOB, RUN, patience, over=None)
+    assert await commit.say(objects, JOB, RUN, patience, over=None)
     first = await spoken()
     assert first.word == RUN
-    assert await control_object.look(objects, JOB, first.etag) is None
-    assert not await control_object.say(objects, JOB, PAUSE, patience, over=None)
-    assert await control_object.say(objects, JOB, PAUSE, patience, over=first)
-    assert (await control_object.word_of(objects, JOB, patience)) == PAUSE
-    assert not await control_object.say(objects, JOB, RUN, patience, over=first), (
-        "it was paused since"
-    )
+    assert await commit.look(objects, JOB, first.etag) is None
+    assert not await commit.say(objects, JOB, PAUSE, patience, over=None)
+    assert await commit.say(objects, JOB, PAUSE, patience, over=first)
+    assert (await commit.word_of(objects, JOB, patience)) == PAUSE
+    assert not await commit.say(objects, JOB, RUN, patience, over=first), "it was paused since"
 
     paused = await spoken()
-    assert await control_object.insist(objects, JOB, CANCEL, patience) == CANCEL
-    assert not await control_object.say(objects, JOB, RUN, patience, over=paused)
-    found = await control_object.look(objects, JOB, paused.etag)
+    assert await commit.insist(objects, JOB, CANCEL, patience) == CANCEL
+    assert not await commit.say(objects, JOB, RUN, patience, over=paused)
+    found = await commit.look(objects, JOB, paused.etag)
     assert found
     assert found.word == CANCEL
 
     # The first cancellation of a round stays.
     other = replace(CANCEL, reason="another reason")
-    assert await control_object.insist(objects, JOB, other, patience) == CANCEL
-    assert await control_object.word_of(objects, JOB, patience) == CANCEL
+    assert await commit.insist(objects, JOB, other, patience) == CANCEL
+    assert await commit.word_of(objects, JOB, patience) == CANCEL
 
     # A retry permits its round over the words of earlier ones, once.
-    await control_object.permit(objects, JOB, 3, patience)
+    await commit.permit(objects, JOB, 3, patience)
     allowed = Word(Control.RUN, round=3)
-    assert await control_object.word_of(objects, JOB, patience) == allowed
-    assert await control_object.insist(objects, JOB, CANCEL, patience) is None, "its round is over"
-    assert await control_object.word_of(objects, JOB, patience) == allowed
+    assert await commit.word_of(objects, JOB, patience) == allowed
+    assert await commit.insist(objects, JOB, CANCEL, patience) is None, "its round is over"
+    assert await commit.word_of(objects, JOB, patience) == allowed
     late = replace(CANCEL, round=3)
-    assert await control_object.insist(objects, JOB, late, patience) == late
-    await control_object.permit(objects, JOB, 3, patience)
-    assert await control_object.word_of(objects, JOB, patience) == late, (
-        "that round was cancelled since"
-    )
+    assert await commit.insist(objects, JOB, late, patience) == late
+    await commit.permit(objects, JOB, 3, patience)
+    assert await commit.word_of(objects, JOB, patience) == late, "that round was cancelled since"
 
 
 def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:
@@ -83,12 +79,12 @@ def test_a_late_word_changes_nothing_although_the_same_word_stands_again() -> No
 
     async def main() -> None:
         objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
-        assert await control_object.say(objects, JOB, RUN, patience, over=None)
-        read = await control_object.spoken(objects, JOB, patience)
+        assert await commit.say(objects, JOB, RUN, patience, over=None)
+        read = await commit.spoken(objects, JOB, patience)
         for word in (PAUSE, RUN):
-            found = await control_object.spoken(objects, JOB, patience)
-            assert await control_object.say(objects, JOB, word, patience, over=found)
-        assert not await control_object.say(objects, JOB, PAUSE, patience, over=read)
-        assert await control_object.word_of(objects, JOB, patience) == RUN
+            found = await commit.spoken(objects, JOB, patience)
+            assert await commit.say(objects, JOB, word, patience, over=found)
+        assert not await commit.say(objects, JOB, PAUSE, patience, over=read)
+        assert await commit.word_of(objects, JOB, patience) == RUN
 
     asyncio.run(main())

@@ -11,8 +11,8 @@ from cronsim import CronSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchlab.core import due_times
 from batchlab.core.errors import UsageError
-from batchlab.core.schedules import due_times
 
 CHANGES = [
     ("Europe/Berlin", "2026-03-29T00:00"),

@@ -9,9 +9,8 @@ from batchlab.core.job_definition import StageDef
 from batchlab.core.model import StageName
 from batchlab.core.pricing import price_book, request_costs
 from batchlab.core.pricing.estimate import Policy, PoolPlan, StageLoad, bundles_of, estimate, loads
-from batchlab.core.pricing.request_costs import PER_BUNDLE, Pace
-from batchlab.core.protocol import bundle_size
-from batchlab.core.request_counter import Requests, steps
+from batchlab.core.pricing.request_costs import PER_BUNDLE, Pace, Requests, steps
+from batchlab.core.protocol import settlement
 
 BOOK = price_book.load()
 POOL = PoolPlan("default", "m7i.large", slots=2, max_size=10, boot_s=60.0, disk_gb=0.0)
@@ -114,10 +113,10 @@ def test_bundles_are_counted_as_the_manager_cuts_them(
     tasks: int, slots: int, mean_s: float, fixed: int | None
 ) -> None:
     window = 3 * slots + 1
-    first = [] if fixed is not None else bundle_size.wave(tasks, slots, None, None, window)
+    first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, window)
     left, count = tasks - sum(first), len(first)
     while left:
-        sizes = bundle_size.wave(left, slots, mean_s, fixed, window)
+        sizes = settlement.wave(left, slots, mean_s, fixed, window)
         left -= sum(sizes)
         count += len(sizes)
     assert bundles_of(tasks, slots, mean_s, fixed) == pytest.approx(count, abs=slots)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from batchlab.core.model import Failure, FailureKind
-from batchlab.core.protocol.failure_fingerprint import LENGTH, fingerprint, shape
+from batchlab.core.protocol.settlement import LENGTH, fingerprint, shape
 from batchlab.worker.handlers import user_traceback
 
 

@@ -15,11 +15,10 @@ from batchlab.core import notifications
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
 from batchlab.core.model import JobId, StageName
-from batchlab.core.notification_targets import Directory
-from batchlab.core.notifications import Target
+from batchlab.core.notifications import Directory, Target
 from batchlab.core.protocol import json_format
-from batchlab.manager.jobs.admission import admit
-from batchlab.runtime import notification_settings
+from batchlab.manager.admission import admit
+from batchlab.runtime import settings
 from batchlab.runtime.home import Home
 
 TOPIC = "arn:aws:sns:eu-central-1:123456789012:batch"
@@ -273,7 +272,7 @@ failures = 10
 command = ["/usr/local/bin/page", "--urgent"]
 """,
     )
-    read = notification_settings.read(home, {"CHAT_URL": "https://chat.example/x"})
+    read = settings.read_notification_settings(home, {"CHAT_URL": "https://chat.example/x"})
     found = {one.name: one for one in read.targets}
     assert found == {
         "ops": Target(
@@ -296,7 +295,7 @@ command = ["/usr/local/bin/page", "--urgent"]
 
 
 def test_no_file_is_nobody(tmp_path: Path) -> None:
-    assert notification_settings.read(at(tmp_path, None)) == Directory()
+    assert settings.read_notification_settings(at(tmp_path, None)) == Directory()
 
 
 @pytest.mark.parametrize(
@@ -332,7 +331,7 @@ def test_no_file_is_nobody(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        notification_settings.read(at(tmp_path, text))
+        settings.read_notification_settings(at(tmp_path, text))
     assert told in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -341,19 +340,19 @@ def test_the_manager_needs_the_variables_that_are_named(tmp_path: Path) -> None:
     text = "[ops]\nwebhook = 'env:HOOK'\nsecret = 'env:KEY'\n[chat]\nwebhook = 'https://a.b'\n"
     home = at(tmp_path, text + "secret = 'env:NOT_SET'\n")
     environ = {"HOOK": URL, "KEY": "k", "BATCHLAB_NOTIFY_TEAM": "t", "OTHER": "o"}
-    assert notification_settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
+    assert settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM", "HOOK", "KEY"]
     home.notify_file.unlink()
-    assert notification_settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
+    assert settings.variables(home, environ) == ["BATCHLAB_NOTIFY_TEAM"]
     home.notify_file.write_text("[ops\n")
     with pytest.raises(UsageError, match="cannot be read"):
-        notification_settings.variables(home, environ)
+        settings.variables(home, environ)
 
 
 def test_the_file_is_read_again_when_it_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = at(tmp_path, "[a]\ncommand = ['x']\n")
-    now = notification_settings.watched(home)
+    now = settings.watched(home)
 
     def names() -> list[str]:
         return [one.name for one in now().targets]

@@ -16,24 +16,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.notifications.sns_and_command import Topics
+from batchlab.adapters.notifications import Topics
 from batchlab.cli.startup import REQUIRED_MODULES, missing_module_message
 from batchlab.client.grid import Grid
-from batchlab.core import optional_dependencies
+from batchlab.core import installation
 from batchlab.core.capabilities import backend_names
 from batchlab.core.errors import UsageError
 from batchlab.core.notifications import NotDelivered, Notification, Target
-from batchlab.runtime import factory
-from batchlab.runtime.compose import images
+from batchlab.runtime import compose_project, factory
 from tests.support import ROOT
 from tests.support.cli import Run, run
 from tests.support.supply import EXTRAS
 
 __all__ = ["run"]
 
-OF_EXTRAS = frozenset(
-    module for modules in optional_dependencies.MODULES.values() for module in modules
-)
+OF_EXTRAS = frozenset(module for modules in installation.MODULES.values() for module in modules)
 
 
 def project() -> dict[str, Any]:
@@ -47,10 +44,10 @@ def names(lines: list[str]) -> set[str]:
 
 def test_the_code_knows_the_extras_that_there_are_and_what_they_bring() -> None:
     asked = project()["project"]["optional-dependencies"]
-    assert set(asked) == set(optional_dependencies.MODULES) == set(EXTRAS)
+    assert set(asked) == set(installation.MODULES) == set(EXTRAS)
     homes = metadata.packages_distributions()
     for extra, lines in asked.items():
-        given = {canonicalize_name(name) for one in optional_dependencies.MODULES[extra]
+        given = {canonicalize_name(name) for one in installation.MODULES[extra]
                  for name in homes[one.partition(".")[0]]}  # fmt: skip
         assert names(lines) <= given, extra
         assert extra == "otel" or given - names(lines) <= {"botocore"}, "boto3 brings it"
@@ -127,7 +124,7 @@ def test_who_uses_a_part_without_its_extra_gets_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(optional_dependencies, "_origin", dict)
+    monkeypatch.setattr(installation, "_origin", dict)
     code, out, err = run(*command.split())
     assert (code, out) == (2, "")
     said, remedy = err.splitlines()[-2:]
@@ -152,7 +149,7 @@ def test_from_python_it_is_a_usage_error(
 def test_an_import_that_nobody_has_asked_about_is_told_likewise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(optional_dependencies, "_origin", dict)
+    monkeypatch.setattr(installation, "_origin", dict)
     told = missing_module_message(ModuleNotFoundError(name="docker.errors"))
     assert told is not None
     assert told.startswith("Error: This command needs batchlab's extra `docker`, which is not ")
@@ -166,7 +163,7 @@ def test_the_doctor_names_what_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "boto3", None)
-    monkeypatch.setattr(optional_dependencies, "_origin", dict)
+    monkeypatch.setattr(installation, "_origin", dict)
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h")
     assert code == 0, "the backend local needs none"
     (found,) = (one for one in json.loads(out) if one["check"] == "extras")
@@ -199,12 +196,10 @@ WHEEL = "file:///home/a%20b/dist/batchlab-0.1.0-py3-none-any.whl"
 def test_the_command_installs_from_where_this_has_come_from(
     monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], what: str
 ) -> None:
-    monkeypatch.setattr(optional_dependencies, "_origin", lambda: origin)
-    assert optional_dependencies.remedy("web").endswith(f" {what}` brings it.")
-    monkeypatch.setattr(optional_dependencies, "find_spec", lambda _: None)
-    assert optional_dependencies.remedy("web").startswith(
-        f"`uv pip install --python {sys.executable} "
-    )
+    monkeypatch.setattr(installation, "_origin", lambda: origin)
+    assert installation.remedy("web").endswith(f" {what}` brings it.")
+    monkeypatch.setattr(installation, "find_spec", lambda _: None)
+    assert installation.remedy("web").startswith(f"`uv pip install --python {sys.executable} ")
 
 
 def test_every_backend_says_what_it_needs() -> None:
@@ -233,12 +228,12 @@ def test_a_topic_without_the_sdk_is_told_and_not_tried_again(
 def test_images_and_releases_have_the_extras_that_are_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    every = {line.partition("=")[0].partition("[")[0] for line in images.requirements()}
+    every = {line.partition("=")[0].partition("[")[0] for line in compose_project.requirements()}
     asked = project()["project"]
     brought = [line for extra, lines in asked["optional-dependencies"].items()
                if extra != "otel" for line in lines]  # fmt: skip
     assert {canonicalize_name(one) for one in every} == names([*asked["dependencies"], *brought])
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    fewer = {line.partition("=")[0].partition("[")[0] for line in images.requirements()}
+    fewer = {line.partition("=")[0].partition("[")[0] for line in compose_project.requirements()}
     assert every - fewer == {"jinja2"}
-    assert "jinja2" not in {line.partition("=")[0] for line in images.constraints()}
+    assert "jinja2" not in {line.partition("=")[0] for line in compose_project.constraints()}

@@ -14,7 +14,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import StackShape, hourly_cost
-from batchlab.core.pricing.money import WORKER_DISK_GB, Usd, parse, shown
+from batchlab.core.pricing.price_book import WORKER_DISK_GB, Usd, parse, shown
 from batchlab.deploy import template
 from tests.support import ROOT
 

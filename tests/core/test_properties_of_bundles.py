@@ -19,8 +19,8 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
-from batchlab.core.protocol import bundle_size, json_format, object_keys, settlement
-from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.object_keys import CommitKey
 from tests.support.properties import PROPERTY, SLOW
 
 ONE, TWO = StageName("one"), StageName("two")
@@ -46,9 +46,9 @@ FIXED = st.none() | st.integers(1, 10**30)
 def test_a_wave_takes_what_is_there_and_no_more(
     left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
 ) -> None:
-    sizes = bundle_size.wave(left, slots, mean_s, fixed, room)
+    sizes = settlement.wave(left, slots, mean_s, fixed, room)
     assert len(sizes) <= room
-    assert all(1 <= size <= bundle_size.CAP for size in sizes)
+    assert all(1 <= size <= settlement.CAP for size in sizes)
     assert sum(sizes) <= left
     assert sizes or not left or not room
 
@@ -61,7 +61,7 @@ def test_the_cuts_of_a_stage_cover_each_task_once(
     left, bundles = TaskSet.span(0, planned), []
     while left:
         room = rooms.pop() if rooms else 50
-        for size in bundle_size.wave(len(left), slots, mean_s, fixed, room):
+        for size in settlement.wave(len(left), slots, mean_s, fixed, room):
             tasks, left = left.take(size)
             bundles.append(Bundle(JOB.id, ONE, tasks))
     assert [task for bundle in bundles for task in bundle.tasks] == list(range(planned))

@@ -15,11 +15,11 @@ from batchlab.adapters.limits import check_key, check_prefix, check_queue_name
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Bundle, JobId, StageName, TaskSet
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.task_context import name_problem
-from batchlab.jobs import paths
+from batchlab.jobs import handler_lookup
 from batchlab.jobs.field_types import NAME_PATTERN
-from batchlab.jobs.result_files import Names
+from batchlab.jobs.results import Names
 from batchlab.worker import code_cache
 from tests.support.properties import PROPERTY, SLOW
 
@@ -144,7 +144,7 @@ ODD = st.text(st.sampled_from("a.#/\\ \n\0é☃\ud83d0-~*"), max_size=12) | st.t
 def test_a_name_that_is_safe_stays_in_its_folder(name: str) -> None:
     if name_problem(name) is None:
         check_key(f"files/j/s/{name}")
-        assert paths.absolute(Path("/folder") / name).is_relative_to("/folder")
+        assert handler_lookup.absolute(Path("/folder") / name).is_relative_to("/folder")
 
 
 @PROPERTY
@@ -169,5 +169,5 @@ def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(
 @given(ODD.filter(lambda name: "/" not in name and name not in ("", ".", "..")))
 def test_an_input_is_refused_at_the_door_or_has_a_key(name: str) -> None:
     """What passes the check of a job file can be stored."""
-    if paths.unfit(name) is None:
+    if handler_lookup.unfit(name) is None:
         check_key(f"{object_keys.raw(JobId('j'))}0000000/{name}")

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.core import units
-from batchlab.core.protocol import placeholders, values
+from batchlab.core import text as units
+from batchlab.core.protocol import values
 from batchlab.core.task_context import File
 from batchlab.jobs import yaml_source
 from tests.support.properties import PROPERTY
@@ -128,19 +128,19 @@ KNOWN = {
 @given(TEXT)
 def test_text_in_double_braces_stands_for_itself(text: str) -> None:
     written = text.replace("{", "{{").replace("}", "}}")
-    assert placeholders.check(["p", written]) == []
-    assert placeholders.expand([written], {}, [], str) == [text]
+    assert values.check(["p", written]) == []
+    assert values.expand([written], {}, [], str) == [text]
 
 
 @PROPERTY
 @given(COMMANDS)
 def test_what_passes_the_check_can_be_expanded(command: list[str]) -> None:
-    if placeholders.check(command, {"k"}):
+    if values.check(command, {"k"}):
         return
-    made = placeholders.expand(command, KNOWN, ["/1", "/2"], lambda name: f"/out/{name}")
+    made = values.expand(command, KNOWN, ["/1", "/2"], lambda name: f"/out/{name}")
     count = sum(argument == "{inputs}" for argument in command)
     assert len(made) == len(command) + count
-    for name in placeholders.outputs(command):
+    for name in values.outputs(command):
         assert (Path("/out") / name).resolve().is_relative_to("/out")
 
 

@@ -22,7 +22,8 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.ports import Cut
-from batchlab.core.protocol import bundle_size, json_format, object_keys, settlement, spec_object
+from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.messages import (
     Beat,
     Events,
@@ -34,9 +35,8 @@ from batchlab.core.protocol.messages import (
     read_task_message,
     task_message,
 )
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.protocol.settlement import judge
-from batchlab.core.request_counter import Asked, Requests
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
 JOB = JobDef(
@@ -174,7 +174,7 @@ def test_a_bisected_bundle_touches_no_task_and_makes_the_next_worker_careful() -
 def test_a_wave_never_cuts_more_than_is_left(
     left: int, slots: int, mean_s: float | None, fixed: int | None, room: int
 ) -> None:
-    sizes = bundle_size.wave(left, slots, mean_s, fixed, room)
+    sizes = settlement.wave(left, slots, mean_s, fixed, room)
     assert sum(sizes) <= left
     assert all(size >= 1 for size in sizes)
     assert len(sizes) <= max(0, room)
@@ -183,11 +183,11 @@ def test_a_wave_never_cuts_more_than_is_left(
 
 
 def test_a_long_task_counts_no_more_than_it_keeps_its_neighbours() -> None:
-    assert bundle_size.weight_s(100, 0.5) == 0.5
-    assert bundle_size.weight_s(1, 600.0) == bundle_size.BUDGET_S
-    assert bundle_size.weight_s(2, 600.0) == 2 * bundle_size.BUDGET_S
-    assert bundle_size.weight_s(100, 600.0) == 2 * bundle_size.BUDGET_S  # the last of them was long
-    assert bundle_size.weight_s(0, 0.0) == 0.0
+    assert settlement.weight_s(100, 0.5) == 0.5
+    assert settlement.weight_s(1, 600.0) == settlement.BUDGET_S
+    assert settlement.weight_s(2, 600.0) == 2 * settlement.BUDGET_S
+    assert settlement.weight_s(100, 600.0) == 2 * settlement.BUDGET_S  # the last of them was long
+    assert settlement.weight_s(0, 0.0) == 0.0
 
 
 def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() -> None:
@@ -208,33 +208,33 @@ def test_what_is_kept_is_a_bundle_of_its_own_and_the_rest_goes_on_as_halves() ->
 
 
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
-    assert bundle_size.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
-    assert bundle_size.bundle_size(10_000, 2, 60.0, None) == 1
-    assert bundle_size.bundle_size(120, 2, 0.005, None) == 30
-    assert bundle_size.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
-    assert bundle_size.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
-    assert bundle_size.bundle_size(1, 2, 0.005, None) == 1
-    assert bundle_size.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
-    assert bundle_size.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
+    assert settlement.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
+    assert settlement.bundle_size(10_000, 2, 60.0, None) == 1
+    assert settlement.bundle_size(120, 2, 0.005, None) == 30
+    assert settlement.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
+    assert settlement.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
+    assert settlement.bundle_size(1, 2, 0.005, None) == 1
+    assert settlement.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
+    assert settlement.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
 
 
 def test_the_first_wave_has_a_task_to_measure_and_some_to_go_on_with_for_each_slot() -> None:
-    assert bundle_size.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
-    assert bundle_size.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
-    assert bundle_size.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
-    assert bundle_size.wave(3, 2, None, None, 7) == [1, 1, 1]
-    assert bundle_size.wave(2000, 2, None, None, 3) == [1, 1, 8]
-    assert bundle_size.wave(2000, 2, None, None, 0) == []
+    assert settlement.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
+    assert settlement.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
+    assert settlement.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
+    assert settlement.wave(3, 2, None, None, 7) == [1, 1, 1]
+    assert settlement.wave(2000, 2, None, None, 3) == [1, 1, 8]
+    assert settlement.wave(2000, 2, None, None, 0) == []
 
 
 def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
     """Halved again and again, ten thousand tasks of nothing would travel in a dozen bundles."""
-    assert bundle_size.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
-    assert bundle_size.wave(20, 2, 0.005, None, 7) == [10, 10]
-    assert bundle_size.wave(19, 2, 0.005, None, 7) == [10, 9]
-    assert bundle_size.wave(19, 2, 0.005, None, 1) == [10]
-    assert bundle_size.wave(21, 2, 0.005, None, 7)[:1] == [10]
-    assert bundle_size.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
+    assert settlement.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
+    assert settlement.wave(20, 2, 0.005, None, 7) == [10, 10]
+    assert settlement.wave(19, 2, 0.005, None, 7) == [10, 9]
+    assert settlement.wave(19, 2, 0.005, None, 1) == [10]
+    assert settlement.wave(21, 2, 0.005, None, 7)[:1] == [10]
+    assert settlement.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
 
 
 # --- The wire ------------------------------------------------------------------------------------
@@ -268,9 +268,9 @@ def test_what_is_written_is_what_is_read() -> None:
     message = replace(message, key=CommitKey("0f" * 16))
     assert read_task_message(task_message(message)) == message
     first = replace(cut, round=0, seq=0, bundles=(BUNDLE,))
-    for opening in (None, spec_object.Opening([1, "a"]), spec_object.Opening([1, "a"], first)):
-        doc = json_format.loads(spec_object.to_bytes(JOB, opening))
-        assert (json_format.job_from_json(doc), spec_object.opening_in(doc)) == (JOB, opening)
+    for opening in (None, commit_keys.Opening([1, "a"]), commit_keys.Opening([1, "a"], first)):
+        doc = json_format.loads(commit_keys.to_bytes(JOB, opening))
+        assert (json_format.job_from_json(doc), commit_keys.opening_in(doc)) == (JOB, opening)
     held = Held("q", "r", JOB.id, A, BUNDLE.id, True)
     beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7, key="instance-key")
     events = Events((done,), (object_keys.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))

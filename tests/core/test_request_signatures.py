@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.core import request_signatures
-from batchlab.core.request_signatures import Expected, Unproven
+from batchlab.core import http_connections
+from batchlab.core.http_connections import Expected, Unproven
 from batchlab.server.http import authentication
 
-SIGNED = request_signatures.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
+SIGNED = http_connections.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
 
 
 def test_a_request_is_read_as_it_was_signed() -> None:
-    assert request_signatures.read("token", SIGNED.header, "POST", "/v1/jobs?a=1") == SIGNED
+    assert http_connections.read("token", SIGNED.header, "POST", "/v1/jobs?a=1") == SIGNED
     assert SIGNED.at_s == 1000
     for token, header, method, target in (
         ("other", SIGNED.header, "POST", "/v1/jobs?a=1"),
@@ -29,15 +29,15 @@ def test_a_request_is_read_as_it_was_signed() -> None:
         ("token", SIGNED.header.replace("1000", "²"), "POST", "/v1/jobs?a=1"),
         ("token", SIGNED.header.replace("1000", "1" * 5000), "POST", "/v1/jobs?a=1"),
     ):
-        assert request_signatures.read(token, header, method, target) is None, header
+        assert http_connections.read(token, header, method, target) is None, header
 
 
 def test_no_two_requests_have_one_signature() -> None:
     """Neither a random number nor the place where one field ends and the next begins is shared."""
-    macs = {request_signatures.sign("t", "GET", "/a", b"", 1.0).mac for _ in range(10)}
+    macs = {http_connections.sign("t", "GET", "/a", b"", 1.0).mac for _ in range(10)}
     assert len(macs) == 10
     fields = (("GET", "/a\nb"), ("GET", "/a\\nb"), ("GET\n/a", "b"), ("GET/a", "b"), ("G", "ET/ab"))
-    same = {request_signatures._request_mac("t", *one, 1, "nonce", "body") for one in fields}
+    same = {http_connections._request_mac("t", *one, 1, "nonce", "body") for one in fields}
     assert len(same) == len(fields)
 
 
@@ -48,19 +48,17 @@ def test_an_answer_without_a_signature_is_no_answer(proof: str | None) -> None:
 
 
 def test_an_answer_belongs_to_one_request() -> None:
-    proof = request_signatures.whole_proof("token", SIGNED, 200, b"yes")
+    proof = http_connections.whole_proof("token", SIGNED, 200, b"yes")
     assert Expected("token", SIGNED, 200, proof).checked(b"yes") == b"yes"
-    other = request_signatures.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
+    other = http_connections.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
     for signed, status, body in ((other, 200, b"yes"), (SIGNED, 201, b"yes"), (SIGNED, 200, b"no")):
         with pytest.raises(Unproven):
             Expected("token", signed, status, proof).checked(body)
 
 
 def test_an_answer_in_parts_ends_with_its_signature() -> None:
-    proof = request_signatures.stream_proof("token", SIGNED, 200)
-    end = request_signatures.answer_mac(
-        "token", SIGNED.mac, 200, request_signatures.digest(b"a\nb\n")
-    )
+    proof = http_connections.stream_proof("token", SIGNED, 200)
+    end = http_connections.answer_mac("token", SIGNED.mac, 200, http_connections.digest(b"a\nb\n"))
     expected = Expected("token", SIGNED, 200, proof)
     assert expected.checked(b"a\nb\n" + end.encode()) == b"a\nb\n"
     for content in (b"", b"a\nb\n", b"a\n" + end.encode(), b"a\nb\n" + end.encode() + b"\n"):
@@ -73,10 +71,10 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
 def test_what_is_remembered_of_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "MOST_USED", 3)
     used = authentication._Used()
-    some = [request_signatures.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
+    some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
     assert [used.is_first(one, 5.0) for one in some] == [True] * 5
     assert len(used._known) == 3
     assert [used.is_first(one, 5.0) for one in some] == [False] * 5
-    late = request_signatures.sign("t", "GET", "/", b"", 2000)
+    late = http_connections.sign("t", "GET", "/", b"", 2000)
     assert used.is_first(late, 2000.0)
     assert len(used._known) == 1, "what is too old anyway is forgotten"

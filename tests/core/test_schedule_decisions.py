@@ -8,19 +8,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from batchlab.core import schedules
 from batchlab.core.errors import BackendError, Refused
-from batchlab.core.schedules import decisions, model
-from batchlab.core.schedules.model import (
-    KEPT,
-    Definition,
-    Missed,
-    Overlap,
-    Run,
-    RunState,
-    Schedule,
-    When,
-)
-from batchlab.manager.scaling.prewarm import affordable
+from batchlab.core.schedules import KEPT, Definition, Missed, Overlap, Run, RunState, Schedule, When
+from batchlab.manager.autoscaler import affordable
 
 BEGIN_S = datetime(2026, 3, 2, 9, 30, tzinfo=UTC).timestamp()
 MINUTE, HOUR = 60.0, 3600.0
@@ -44,48 +35,48 @@ def ended(made: Schedule) -> Schedule:
 
 def test_nothing_due_is_no_change_at_all() -> None:
     made = schedule()
-    assert decisions.lapse(made, BEGIN_S + 29 * MINUTE) is made
-    after = decisions.lapse(made, BEGIN_S + 30 * MINUTE)
+    assert schedules.lapse(made, BEGIN_S + 29 * MINUTE) is made
+    after = schedules.lapse(made, BEGIN_S + 30 * MINUTE)
     assert states(after) == ["10:00 waiting"]
-    assert decisions.lapse(after, BEGIN_S + 31 * MINUTE) is after
+    assert schedules.lapse(after, BEGIN_S + 31 * MINUTE) is after
 
 
 def test_late_by_a_minute_is_on_time_and_by_more_is_missed() -> None:
     made = schedule(missed=Missed.SKIP)
-    assert states(decisions.lapse(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
-    assert states(decisions.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
+    assert states(schedules.lapse(made, BEGIN_S + 31 * MINUTE)) == ["10:00 waiting"]
+    assert states(schedules.lapse(made, BEGIN_S + 31 * MINUTE + 1)) == ["10:00 skipped"]
 
 
 def test_of_many_missed_at_most_a_hundred_run_and_it_is_said_that_there_were_more() -> None:
     made = schedule("* * * * *", missed=Missed.RUN_ALL)
-    after = decisions.lapse(made, BEGIN_S + 100 * HOUR + 30)
+    after = schedules.lapse(made, BEGIN_S + 100 * HOUR + 30)
     waiting = [run for run in after.runs if run.state is RunState.WAITING]
-    assert len(waiting) == decisions.MOST_MISSED
+    assert len(waiting) == schedules.MOST_MISSED
     assert waiting[-1].due_s == BEGIN_S + 100 * HOUR
     assert waiting[0].reason.startswith("more than 99 due times were missed")
 
 
 def test_where_the_latest_is_on_time_run_once_is_that_one() -> None:
-    after = decisions.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
+    after = schedules.lapse(schedule(), BEGIN_S + 3 * HOUR + 30 * MINUTE + 5)
     assert states(after) == ["13:00 waiting"]
     assert "3 due times were missed" in after.runs[0].reason
 
 
 def test_what_waits_is_bounded() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    for minute in range(decisions.MOST_WAITING + 3):
-        made = decisions.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+    for minute in range(schedules.MOST_WAITING + 3):
+        made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
     states_ = [run.state for run in made.runs]
-    assert states_.count(RunState.WAITING) == decisions.MOST_WAITING
+    assert states_.count(RunState.WAITING) == schedules.MOST_WAITING
     assert made.runs[-1].reason == "100 runs wait already for the one before them"
 
 
 def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None:
     made = schedule("* * * * *", overlap=Overlap.QUEUE)
-    made = decisions.lapse(made, BEGIN_S + MINUTE)
+    made = schedules.lapse(made, BEGIN_S + MINUTE)
     first = made.runs[0]
     for minute in range(1, KEPT + 10):
-        made = decisions.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
+        made = schedules.lapse(made, BEGIN_S + (minute + 1) * MINUTE)
         made = made.with_run(replace(made.runs[-1], state=RunState.ENDED))
     assert len(made.runs) == KEPT + 1
     assert made.runs[0] == first
@@ -93,53 +84,53 @@ def test_a_schedule_remembers_so_many_runs_and_all_that_have_not_ended() -> None
 
 def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() -> None:
     made = schedule(missed=Missed.SKIP)
-    made = decisions.lapse(made, BEGIN_S + 30 * MINUTE)
-    run = decisions.startable(made)
+    made = schedules.lapse(made, BEGIN_S + 30 * MINUTE)
+    run = schedules.startable(made)
     assert run
-    made = ended(decisions.started(made, run, BEGIN_S + 30 * MINUTE))
-    made = decisions.lapse(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
+    made = ended(schedules.started(made, run, BEGIN_S + 30 * MINUTE))
+    made = schedules.lapse(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
     assert states(made) == ["10:00 ended", "11:00 skipped"]
-    back = decisions.lapse(made, BEGIN_S + 20 * MINUTE)
+    back = schedules.lapse(made, BEGIN_S + 20 * MINUTE)
     assert back.through_s == BEGIN_S + 20 * MINUTE
-    again = decisions.lapse(decisions.lapse(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
+    again = schedules.lapse(schedules.lapse(back, BEGIN_S + 30 * MINUTE), BEGIN_S + 90 * MINUTE)
     assert states(again) == ["10:00 ended", "11:00 waiting"]
 
 
 def test_by_hand_obeys_what_is_said_of_overlaps() -> None:
-    made = decisions.lapse(schedule(), BEGIN_S + 30 * MINUTE)
+    made = schedules.lapse(schedule(), BEGIN_S + 30 * MINUTE)
     with pytest.raises(Refused, match="has not ended"):
-        decisions.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
+        schedules.by_hand(made, "mine", BEGIN_S + 31 * MINUTE)
     queued = replace(made, definition=replace(made.definition, overlap=Overlap.QUEUE))
-    assert len(decisions.by_hand(queued, "mine", BEGIN_S + 31 * MINUTE).unfinished) == 2
+    assert len(schedules.by_hand(queued, "mine", BEGIN_S + 31 * MINUTE).unfinished) == 2
     replacing = replace(made, definition=replace(made.definition, overlap=Overlap.REPLACE))
-    after = decisions.by_hand(replacing, "mine", BEGIN_S + 31 * MINUTE)
+    after = schedules.by_hand(replacing, "mine", BEGIN_S + 31 * MINUTE)
     assert [run.state for run in after.runs] == [RunState.SKIPPED, RunState.WAITING]
 
 
 def test_a_paused_schedule_starts_only_what_is_asked_for() -> None:
     made = replace(schedule(), paused=True)
-    assert decisions.lapse(made, BEGIN_S + 10 * HOUR) is made
-    run = decisions.startable(decisions.by_hand(made, "mine", BEGIN_S))
+    assert schedules.lapse(made, BEGIN_S + 10 * HOUR) is made
+    run = schedules.startable(schedules.by_hand(made, "mine", BEGIN_S))
     assert run
     assert run.asked == "mine"
 
 
 def test_a_schedule_comes_back_from_the_bucket_as_it_went() -> None:
-    made = decisions.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
+    made = schedules.lapse(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
     run = replace(
         made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7
     )
     made = made.with_run(run).with_run(Run(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
-    assert model.from_bytes(model.to_bytes(made)) == made
+    assert schedules.from_bytes(schedules.to_bytes(made)) == made
     with pytest.raises(BackendError):
-        model.from_bytes(b'{"v": 99}')
+        schedules.from_bytes(b'{"v": 99}')
 
 
 def test_an_object_written_when_the_digest_was_called_otherwise_is_read() -> None:
     made = schedule(source="job.yaml", source_digest="d")
-    doc = json.loads(model.to_bytes(made))
+    doc = json.loads(schedules.to_bytes(made))
     doc["definition"]["fingerprint"] = doc["definition"].pop("source_digest")
-    assert model.from_bytes(json.dumps(doc).encode()) == made
+    assert schedules.from_bytes(json.dumps(doc).encode()) == made
 
 
 @pytest.mark.parametrize(

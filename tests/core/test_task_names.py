@@ -9,15 +9,15 @@ import pytest
 
 import batchlab
 from batchlab.core.errors import UsageError
-from batchlab.core.task_names import attempt_name, parse_task, parse_tasks, task_name
+from batchlab.core.job_definition import attempt_name, parse_task, parse_tasks, task_name
 
 PACKAGE = Path(batchlab.__file__).parent
 TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
 OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
 PLACES = {
     "sim/tasks.py",
-    "jobs/result_files.py",
-    "client/debug/verdict.py",
+    "jobs/results.py",
+    "client/debug/task_folder.py",
     "worker/task_executor.py",
 }
 """Folders and seeds, which are no names for a person."""
@@ -53,4 +53,4 @@ def test_no_other_place_spells_a_task() -> None:
         for path in PACKAGE.rglob("*.py")
         if OTHERWISE.search(path.read_text())
     }
-    assert found - PLACES == {"core/task_names.py"}
+    assert found - PLACES == {"core/job_definition.py"}

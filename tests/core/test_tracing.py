@@ -28,10 +28,10 @@ from batchlab.core.protocol.messages import (
     read_events_message,
     read_task_message,
 )
-from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.tracing import NOBODY, Subject
 from batchlab.runtime import factory
-from batchlab.worker import spans as traced
+from batchlab.worker import commit_and_forward
 from tests.support.trace_receiver import Receiver, named
 
 MAP = StageName("map")
@@ -236,7 +236,7 @@ def test_a_bundle_has_so_many_spans_however_many_tasks(environment: pytest.Monke
     with Receiver() as receiver:
         tracer = opened(receiver.url, environment)
         running = tracer.begin("run", ABOVE, bundle, start_s=20.0)
-        traced.record_task_spans(tracer, running, bundle, ended, 20.0)
+        commit_and_forward.record_task_spans(tracer, running, bundle, ended, 20.0)
         running.end()
         asyncio.run(tracer.close())
         spans = receiver.spans()
@@ -244,7 +244,7 @@ def test_a_bundle_has_so_many_spans_however_many_tasks(environment: pytest.Monke
     assert (run.attributes["batchlab.succeeded"], run.attributes["batchlab.failed"]) == (999, 1)
     assert run.attributes["batchlab.longest_s"] == 0.5
     tasks = named(spans, "task")
-    assert len(tasks) == traced.TASK_SPANS
+    assert len(tasks) == commit_and_forward.TASK_SPANS
     assert {one.parent for one in tasks} == {run.id}
     by_task = {one.attributes["batchlab.task"]: one for one in tasks}
     assert by_task[7].error == "timeout"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchlab.core.protocol import placeholders, values
+from batchlab.core.protocol import values
 from batchlab.core.task_context import Context, File, name_problem
 
 TEXT = st.text(st.characters(codec="utf-8"))
@@ -213,7 +213,7 @@ def test_an_unsafe_output_name_is_refused(name: str, tmp_path: Path) -> None:
     assert name_problem(name)
     with pytest.raises(ValueError, match="cannot save"):
         a_context(tmp_path).save(b"", name)
-    assert placeholders.check(["x", f"{{output:{name}}}"])
+    assert values.check(["x", f"{{output:{name}}}"])
 
 
 def test_save_moves_what_is_the_tasks_own_and_copies_the_rest(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_parameters_are_a_copy_of_each_tasks_own(tmp_path: Path) -> None:
 
 
 def test_placeholders_expand() -> None:
-    assert placeholders.expand(
+    assert values.expand(
         ["p", "-i{input}", "{inputs}", "{{{task}}}", "{output:a.b}x", "{params.k}"],
         {"input": "/i", "task": "7", "params.k": "v"},
         ["/1", "/2"],
@@ -255,13 +255,13 @@ def test_placeholders_expand() -> None:
 
 
 def test_values_are_not_expanded_again() -> None:
-    assert placeholders.expand(["{params.k}"], {"params.k": "{task}"}, [], str) == ["{task}"]
+    assert values.expand(["{params.k}"], {"params.k": "{task}"}, [], str) == ["{task}"]
 
 
 def test_outputs_and_used_names_come_in_order_and_once() -> None:
     template = ["{output:b}", "{output:a/}", "{output:b}", "{task}"]
-    assert placeholders.outputs(template) == ["b", "a/"]
-    assert placeholders.used(template) == ["output:b", "output:a/", "task"]
+    assert values.outputs(template) == ["b", "a/"]
+    assert values.used(template) == ["output:b", "output:a/", "task"]
 
 
 @pytest.mark.parametrize(
@@ -278,17 +278,17 @@ def test_outputs_and_used_names_come_in_order_and_once() -> None:
     ],
 )
 def test_a_wrong_placeholder_is_explained(argument: str, says: str) -> None:
-    problems = placeholders.check(["program", argument], {"known"})
+    problems = values.check(["program", argument], {"known"})
     assert len(problems) == 1
     assert says in problems[0]
 
 
 def test_right_commands_pass() -> None:
     template = ["awk", "{{print}}", "{input}", "{inputs}", "{inputs_list}", "{output:d/a.txt}"]
-    assert placeholders.check([*template, "{params.k}{task}", "{scratch}/x", "{code}"], {"k"}) == []
-    assert placeholders.check([*template, "{params.any}"]) == []
+    assert values.check([*template, "{params.k}{task}", "{scratch}/x", "{code}"], {"k"}) == []
+    assert values.check([*template, "{params.any}"]) == []
 
 
 def test_an_empty_command_and_a_list_as_program_are_refused() -> None:
-    assert placeholders.check([]) == ["The command is empty."]
-    assert placeholders.check(["{inputs}"]) == ["The program itself cannot be {inputs}."]
+    assert values.check([]) == ["The command is empty."]
+    assert values.check(["{inputs}"]) == ["The program itself cannot be {inputs}."]

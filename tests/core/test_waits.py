@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.retry import doubled_s, set_within
+from batchlab.core.port_retries import doubled_s, set_within
 from batchlab.server.autoscaling_api import engine_loop
 from batchlab.sim.event_loop import SimLoop
 

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from batchlab.deploy import pool_templates
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.deploy import template as pool_templates
+from batchlab.runtime import aws_deployment
+from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.server.autoscaling_api.launch_templates import MOST_USER_DATA
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE, SHAPES
@@ -27,7 +27,7 @@ def script(shape: cfn.Rendered, name: str) -> str:
 def deployed(text: str) -> AwsDeployment:
     """The deployment that user data writes."""
     (found,) = re.findall(r"deployment\.json <<'END'\n(.*?)\nEND\n", text, re.S)
-    return deployment.parse(json.loads(found.replace("<Database.Endpoint.Port>", "5432")))
+    return aws_deployment.parse(json.loads(found.replace("<Database.Endpoint.Port>", "5432")))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from batchlab.deploy.failure_cause import Event, advice, root_cause
+from batchlab.deploy.stack_records import Event, advice, root_cause
 
 STACK = "AWS::CloudFormation::Stack"
 

@@ -14,8 +14,7 @@ from botocore.stub import Stubber
 from batchlab.core.errors import NotFound, Refused
 from batchlab.deploy.account import Account
 from batchlab.deploy.destroy import Destroy, Holding
-from batchlab.deploy.leftovers import Left, Leftovers, chosen
-from batchlab.deploy.removal import Thing, remove
+from batchlab.deploy.leftovers import Left, Leftovers, Thing, chosen, remove
 from batchlab.deploy.stack_records import Resource
 from tests.support.aws.deploy import Front
 

@@ -12,17 +12,16 @@ from botocore.stub import Stubber
 from rich.console import Console
 
 from batchlab.cli import deploy_options
-from batchlab.cli.deploy_output import Person, plan_text
+from batchlab.cli.deploy_options import Person, plan_text
 from batchlab.cli.progress import StackDisplay
 from batchlab.core.errors import UsageError
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import StackFailed, python_of
-from batchlab.deploy.failure_cause import Cause, Event
+from batchlab.deploy.leftovers import remove, thing_of
 from batchlab.deploy.plan import Cost, Plan, cost, shape_of
-from batchlab.deploy.removal import remove, thing_of
 from batchlab.deploy.settings import Settings
-from batchlab.deploy.stack_records import Change, ChangeSet, State
+from batchlab.deploy.stack_records import Cause, Change, ChangeSet, Event, State
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL, release
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import BatchlabError, UsageError
-from batchlab.deploy import pool_templates, template
+from batchlab.deploy import template
 from tests.support.aws.deploy import SMALL
 
 REAL = template.shipped()
@@ -35,7 +35,7 @@ SECTIONS = ("Parameters", "Resources", "Conditions")
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
 def test_with_its_own_pool_the_template_says_the_same(path: Path) -> None:
     source = template.load(path)
-    made = pool_templates.expand(source, ["default"])
+    made = template.expand(source, ["default"])
     for section in ("Parameters", "Conditions", "Outputs", "Rules", "Mappings"):
         assert made.get(section, {}) == source.get(section, {})
     for name, resource in source["Resources"].items():
@@ -61,7 +61,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
         if one.get("Metadata", {}).get("batchlab", {}).get("per") == "pool"
     }
     assert len(per_pool) >= 5
-    made = pool_templates.expand(source, pools)
+    made = template.expand(source, pools)
     follows = per_pool | {
         name
         for section in ("Parameters", "Conditions")
@@ -74,12 +74,12 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
         for name in per_pool:
             there = {n for n in named_in(source["Resources"][name]) if n in follows}
             assert there, f"{name} would be the same for every pool"
-            here = named_in(made["Resources"][pool_templates.renamed(name, pool)])
-            assert {pool_templates.renamed(n, pool) for n in there} <= here
+            here = named_in(made["Resources"][template.renamed(name, pool)])
+            assert {template.renamed(n, pool) for n in there} <= here
             assert (
                 not {n for n in here if n.startswith("Pool")}
                 - variables
-                - {pool_templates.renamed(n, pool) for n in there}
+                - {template.renamed(n, pool) for n in there}
             )
     known = {name for section in SECTIONS for name in made.get(section, {})}
     for section in ("Resources", "Outputs", "Conditions", "Rules"):
@@ -89,7 +89,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
 
 
 def test_what_is_shared_names_every_pool() -> None:
-    made = pool_templates.expand(template.load(SMALL), ["default", "big"])
+    made = template.expand(template.load(SMALL), ["default", "big"])
     reads = made["Resources"]["Reads"]
     assert reads["DependsOn"] == ["PoolTasks", "PoolBigTasks"]
     assert reads["Properties"]["Queues"] == [
@@ -108,7 +108,7 @@ def test_what_is_shared_names_every_pool() -> None:
 
 
 def test_a_pools_name_is_the_default_of_its_parameter() -> None:
-    made = pool_templates.expand(template.load(SMALL), ["default", "gpu-large"])
+    made = template.expand(template.load(SMALL), ["default", "gpu-large"])
     assert made["Parameters"]["PoolName"]["Default"] == "default"
     assert made["Parameters"]["PoolGpuLargeName"]["Default"] == "gpu-large"
     assert made["Parameters"]["PoolGpuLargeMax"] == made["Parameters"]["PoolMax"]
@@ -117,9 +117,9 @@ def test_a_pools_name_is_the_default_of_its_parameter() -> None:
 
 def test_the_order_of_pools_and_other_pools_change_no_pools_ids() -> None:
     source = template.load(SMALL)
-    alone = pool_templates.expand(source, ["big"])["Resources"]
+    alone = template.expand(source, ["big"])["Resources"]
     for pools in (["big", "default"], ["default", "big"], ["a", "big", "c"]):
-        made = pool_templates.expand(source, pools)["Resources"]
+        made = template.expand(source, pools)["Resources"]
         for name in alone:
             if name.startswith("PoolBig"):
                 assert made[name] == alone[name]
@@ -127,13 +127,13 @@ def test_the_order_of_pools_and_other_pools_change_no_pools_ids() -> None:
 
 def test_a_stack_made_by_hand_keeps_its_ids_whatever_its_pool_is_called() -> None:
     source = template.load(SMALL)
-    made = pool_templates.expand(source, ["gpu", "default"], base="gpu")
+    made = template.expand(source, ["gpu", "default"], base="gpu")
     assert made["Parameters"]["PoolName"]["Default"] == "gpu"
     assert made["Parameters"]["PoolDefaultName"]["Default"] == "default"
 
 
 def test_sub_keeps_literals_and_its_own_variables() -> None:
-    made = pool_templates.expand(template.load(SMALL), ["big"])
+    made = template.expand(template.load(SMALL), ["big"])
     data = made["Resources"]["PoolBigTemplate"]["Properties"]["LaunchTemplateData"]
     text, own = data["UserData"]["Fn::Base64"]["Fn::Sub"]
     assert "${Release} ${PoolBigName} ${Queue}" in text
@@ -143,7 +143,7 @@ def test_sub_keeps_literals_and_its_own_variables() -> None:
 
 
 def test_the_consoles_groups_and_labels_have_every_pool() -> None:
-    made = pool_templates.expand(template.load(SMALL), ["default", "big"])
+    made = template.expand(template.load(SMALL), ["default", "big"])
     interface = made["Metadata"]["AWS::CloudFormation::Interface"]
     assert interface["ParameterGroups"][0]["Parameters"] == [
         "PoolName",
@@ -159,7 +159,7 @@ def test_the_consoles_groups_and_labels_have_every_pool() -> None:
 
 
 def test_notes_for_other_tools_are_not_sent() -> None:
-    made = pool_templates.expand(template.load(REAL), ["default"])
+    made = template.expand(template.load(REAL), ["default"])
     for resource in made["Resources"].values():
         assert all(key.startswith("AWS::") for key in resource.get("Metadata", {}))
 
@@ -171,7 +171,7 @@ def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> Non
     from cfnlint.config import ManualArgs
 
     source = template.load(path)
-    made = pool_templates.expand(source, ["default", "gpu-large"])
+    made = template.expand(source, ["default", "gpu-large"])
     # What the file gives reasons for beside a resource is not judged again.
     excused = {
         check
@@ -194,37 +194,37 @@ def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> Non
 @pytest.mark.parametrize("pools", [["a-b", "a_b"], ["gpu", "gpu-"]], ids=str)
 def test_pools_that_would_have_the_same_ids_are_refused(pools: list[str]) -> None:
     with pytest.raises(UsageError, match="two things would be called Pool"):
-        pool_templates.expand(template.load(SMALL), pools)
+        template.expand(template.load(SMALL), pools)
 
 
 def test_a_pool_whose_ids_the_template_has_is_refused() -> None:
     source = template.load(SMALL)
     source["Resources"]["PoolBigTasks"] = source["Resources"]["PoolTasks"]
     with pytest.raises(UsageError, match="PoolBigTasks"):
-        pool_templates.expand(source, ["default", "big"])
+        template.expand(source, ["default", "big"])
 
 
 def test_without_pools_there_is_no_stack() -> None:
     with pytest.raises(UsageError, match="needs a pool"):
-        pool_templates.expand(template.load(SMALL), [])
+        template.expand(template.load(SMALL), [])
 
 
 def test_a_shared_part_that_can_have_one_pool_only_is_a_flaw() -> None:
     source = template.load(SMALL)
     source["Resources"]["Events"]["Properties"]["QueueName"] = {"Ref": "PoolTasks"}
     with pytest.raises(BatchlabError, match="Resources Events mentions a pool's part"):
-        pool_templates.expand(source, ["default", "big"])
+        template.expand(source, ["default", "big"])
 
 
 def test_a_pools_part_must_be_called_so() -> None:
     source = template.load(SMALL)
     source["Resources"]["Tasks"] = source["Resources"]["PoolTasks"]
     with pytest.raises(BatchlabError, match="Tasks is one per pool"):
-        pool_templates.expand(source, ["default"])
+        template.expand(source, ["default"])
 
 
 def test_more_than_cloudformation_takes_is_refused_before_it_is_asked() -> None:
-    made = pool_templates.expand(template.load(REAL), [f"p{n}" for n in range(40)])
+    made = template.expand(template.load(REAL), [f"p{n}" for n in range(40)])
     with pytest.raises(UsageError, match="CloudFormation takes"):
         template.body(made)
 
@@ -263,5 +263,5 @@ def test_what_is_no_template_is_refused(text: str, tmp_path: Path) -> None:
 def test_with_ten_pools_the_real_template_is_far_from_too_large() -> None:
     """With its user data it fits into no request: it goes by a bucket, on creation by one that is
     made for it."""
-    made = pool_templates.expand(template.load(REAL), ["default", *(f"pool-{i}" for i in range(9))])
+    made = template.expand(template.load(REAL), ["default", *(f"pool-{i}" for i in range(9))])
     assert len(template.body(made).encode()) <= template.STORED_BYTES / 4

@@ -18,19 +18,18 @@ import pytest
 from packaging.utils import parse_wheel_filename
 
 import batchlab
-from batchlab.adapters.aws.group_template import READY_HOOK, GroupForm
+from batchlab.adapters.aws.group_descriptions import READY_HOOK, GroupForm
 from batchlab.adapters.local.objects import open_local
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
-from batchlab.core.retry import Patience
-from batchlab.deploy import release, wheelhouse
-from batchlab.deploy.wheelhouse import Target
-from batchlab.runtime import environment, factory
-from batchlab.runtime.compose import images
-from batchlab.worker.shutdown import LEAVE_S
+from batchlab.core.port_retries import Patience
+from batchlab.deploy import release
+from batchlab.deploy.release import Target
+from batchlab.runtime import compose_project, descriptor, factory
+from batchlab.worker.loop import LEAVE_S
 from tests.support.aws.instance_boot import USER_DATA, rendered
 
-BOOT = package_data.folder("backends") / "aws" / "boot"
+BOOT = installation.folder("backends") / "aws" / "boot"
 TARGET = Target("x86_64", "3.12")
 VALUES = {
     "Role": "worker",
@@ -57,7 +56,7 @@ def wheel(folder: Path, name: str, version: str, *requires: str, tag: str = "py3
     return path
 
 
-class Pip(wheelhouse._Pip):
+class Pip(release._Pip):
     """pip whose index is what a test has made; `asked` is what was fetched."""
 
     index: dict[str, Callable[[Path], object]] = {}  # noqa: RUF012 - a test's own
@@ -88,7 +87,7 @@ def test_what_is_needed_is_what_the_target_needs_in_the_versions_that_are_here(
     }
     pip = Pip(TARGET, tmp_path)
     with pip:
-        pins, missing = wheelhouse._closure(["absent[web]>=1,<2", "httpx"], TARGET, pip)
+        pins, missing = release._closure(["absent[web]>=1,<2", "httpx"], TARGET, pip)
     assert sorted(missing) == ["absent==1.5", "h2==4.1", "more==7.0"]
     names = {pin.partition("==")[0] for pin in pins}
     assert {"httpx", "httpcore", "anyio"} <= names, "what those need that are here"
@@ -104,19 +103,19 @@ def test_an_architecture_or_a_python_that_no_instance_has_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Instances do not run Python 2\.7"):
         Target.of("x86_64", "2.7")
     with pytest.raises(UsageError, match="is not a requirement"):
-        wheelhouse._requirement("duckdb=1")
+        release._requirement("duckdb=1")
 
 
 def test_pips_word_on_what_cannot_be_had_is_passed_on(tmp_path: Path) -> None:
     said = r"The packages for Python 3\.12 on x86_64 cannot be fetched: .*surely-absent==1"
-    with wheelhouse._Pip(TARGET, tmp_path) as pip, pytest.raises(BackendError, match=said):
+    with release._Pip(TARGET, tmp_path) as pip, pytest.raises(BackendError, match=said):
         pip.download(["--no-index", "surely-absent==1"])
 
 
 def test_our_own_wheel_is_the_package_that_runs_and_the_same_each_time(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    first, second = (wheelhouse.own_wheel(tmp_path / name) for name in "ab")
+    first, second = (release.own_wheel(tmp_path / name) for name in "ab")
     assert first.read_bytes() == second.read_bytes()
     name, version, _, _ = parse_wheel_filename(first.name)
     assert name == "batchlab"
@@ -144,7 +143,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         wheel(folder, "six", "1.17.0")
         return ["six==1.17.0"]
 
-    monkeypatch.setattr(wheelhouse, "fetch", fetch)
+    monkeypatch.setattr(release, "fetch", fetch)
     return asked
 
 
@@ -185,14 +184,14 @@ def test_the_databases_certificates_travel_with_it(tmp_path: Path, made: list[st
 
 def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[str]) -> None:
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "BATCHLAB_LOG": "DEBUG"}
-    environment.check(variables, "here")
+    descriptor.check(variables, "here")
     with tarfile.open(release.build_release(tmp_path, variables=variables)) as archive:
-        file = archive.extractfile(environment.FILE)
+        file = archive.extractfile(descriptor.FILE)
         assert file
         text = file.read().decode()
     assert text == "BATCHLAB_LOG=DEBUG\nOTEL_EXPORTER_OTLP_ENDPOINT=http://10.0.0.1:4318\n"
     with tarfile.open(release.build_release(tmp_path)) as archive:
-        assert environment.FILE not in archive.getnames()
+        assert descriptor.FILE not in archive.getnames()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_variables_travel_with_it_and_secrets_do_not(tmp_path: Path, made: list[
 )
 def test_what_cannot_travel_with_it_is_told(name: str, value: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        environment.check({name: value}, "settings.yaml: environment")
+        descriptor.check({name: value}, "settings.yaml: environment")
 
 
 def test_a_release_is_uploaded_once(tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_user_data_fits_and_has_no_braces_but_cloudformations(tmp_path: Path) ->
 
 
 def test_scripts_are_clean() -> None:
-    offline = package_data.folder("compose") / "offline"
+    offline = installation.folder("compose") / "offline"
     shellcheck(*BOOT.glob("*.sh"), USER_DATA, offline / "build.sh")
     shellcheck(offline / "instance" / "begin", offline / "instance" / "run-user-data")
 
@@ -280,8 +279,8 @@ def unit(role: str) -> dict[str, str]:
 
 
 def test_the_image_has_the_files_that_a_wheel_has(tmp_path: Path) -> None:
-    images._fill(tmp_path)
-    for name, path in package_data.files():
+    compose_project._fill(tmp_path)
+    for name, path in installation.files():
         assert (tmp_path / name).read_bytes() == path.read_bytes()
 
 
@@ -294,12 +293,12 @@ def test_what_running_an_example_has_made_is_no_part_of_the_package(
     for name in kept | {f"examples/claims/{one}" for one in made}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(package_data, "_PACKAGE", tmp_path / "batchlab")
-    assert {path.relative_to(tmp_path).as_posix() for _, path in package_data.files()} == kept
+    monkeypatch.setattr(installation, "_PACKAGE", tmp_path / "batchlab")
+    assert {path.relative_to(tmp_path).as_posix() for _, path in installation.files()} == kept
 
 
 def test_the_image_is_made_of_the_package_and_of_pinned_packages_alone(tmp_path: Path) -> None:
-    images._fill(tmp_path)
+    compose_project._fill(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {"Dockerfile", "batchlab", "constraints.txt", "requirements.txt"}
     recipe = (tmp_path / "Dockerfile").read_text()

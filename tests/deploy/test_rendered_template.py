@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import BatchlabError
-from batchlab.deploy import pool_templates, template
+from batchlab.deploy import template
 from batchlab.deploy.settings import text_of
 from batchlab.deploy.template import rendered
 from tests.support.aws import cfn
@@ -31,7 +31,7 @@ def values(made: template.Template, given: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("given", SHAPES, ids=str)
 def test_it_makes_what_the_whole_template_makes(given: dict[str, str]) -> None:
-    source = pool_templates.expand(template.load(template.shipped()), ["default"])
+    source = template.expand(template.load(template.shipped()), ["default"])
     made = rendered(source, values(source, given))
     judge = cfn.Rendered(cfn.load(), **given)
     assert made["Resources"].keys() == judge.resources.keys()
@@ -49,7 +49,7 @@ def test_it_makes_what_the_whole_template_makes(given: dict[str, str]) -> None:
 
 
 def test_with_more_pools_it_is_as_good() -> None:
-    source = pool_templates.expand(template.load(template.shipped()), ["default", "big"])
+    source = template.expand(template.load(template.shipped()), ["default", "big"])
     made = rendered(source, values(source, {"PoolBigInstanceTypes": "m7i.large,m6i.large"}))
     assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
     overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')

@@ -12,9 +12,9 @@ from batchlab.cli.options import parse_typed_pool
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.protocol import object_keys
 from batchlab.deploy import settings, template
-from batchlab.deploy.pool_templates import expand
+from batchlab.deploy.release import Target
 from batchlab.deploy.settings import PoolSettings, Settings
-from batchlab.deploy.wheelhouse import Target
+from batchlab.deploy.template import expand
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL
 

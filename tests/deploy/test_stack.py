@@ -13,9 +13,8 @@ from botocore.stub import ANY, Stubber
 
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.deploy.account import Account, asked
-from batchlab.deploy.failure_cause import Event, root_cause
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import must_go
+from batchlab.deploy.stack_records import Event, must_go, root_cause
 
 ID = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
 SET = "arn:aws:cloudformation:us-east-1:1:changeSet/c/1"

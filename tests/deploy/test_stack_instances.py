@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from batchlab.adapters.aws.group_template import (
+from batchlab.adapters.aws.group_descriptions import (
     DRAIN_HOOK,
     POOL_TAG,
     READY_HOOK,
@@ -16,7 +16,7 @@ from batchlab.adapters.aws.group_template import (
     GroupForm,
 )
 from batchlab.core.model import Pool
-from batchlab.runtime.aws.deployment import AwsDeployment, Database, parse
+from batchlab.runtime.aws_deployment import AwsDeployment, Database, parse
 from tests.support.aws import cfn
 from tests.support.aws.stack_shapes import RELEASE, SHAPES
 

@@ -12,7 +12,7 @@ import boto3
 import pytest
 
 from batchlab.core.errors import Refused
-from batchlab.deploy import apply, release, removal
+from batchlab.deploy import apply, leftovers, release
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import Apply, StackFailed
 from batchlab.deploy.destroy import Destroy
@@ -195,4 +195,4 @@ def test_what_somebody_has_deleted_by_hand_is_in_nobodys_way() -> None:
         assert Destroy(stack_of(cloud, s3=s3), Front(), delete_data=False).run() == []
         stub.assert_no_pending_responses()
         stub.add_client_error("list_object_versions", "NoSuchBucket", http_status_code=404)
-        assert removal.empty(stack_of(cloud, s3=s3).account, "gone", lambda _: None) == 0
+        assert leftovers.empty(stack_of(cloud, s3=s3).account, "gone", lambda _: None) == 0

@@ -13,7 +13,7 @@ import pytest
 from batchlab.core.ports import MAX_MESSAGE_BYTES, QueueSpec
 from batchlab.core.protocol import object_keys
 from batchlab.deploy.status import ALARMS
-from batchlab.manager.events.collector import events_queue
+from batchlab.manager.collector import events_queue
 from batchlab.runtime import factory
 from tests.support import ROOT
 from tests.support.aws import cfn

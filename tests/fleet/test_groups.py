@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from batchlab.core.model import LifecycleState
-from batchlab.fleet.api_types import LaunchTemplate, MixedInstancesPolicy, Process, Tag
-from batchlab.fleet.errors import (
+from batchlab.fleet.api_types import (
     AlreadyExists,
     Fault,
+    LaunchTemplate,
+    MixedInstancesPolicy,
+    Process,
     ResourceInUse,
     ScalingActivityInProgress,
+    Tag,
     ValidationError,
 )
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws

@@ -22,6 +22,7 @@ from batchlab.fleet.api_types import (
     CONTINUE,
     LAUNCHING,
     TERMINATING,
+    Fault,
     InstancesDistribution,
     LaunchTemplate,
     MixedInstancesPolicy,
@@ -31,7 +32,6 @@ from batchlab.fleet.api_types import (
     ScheduledAction,
     WarmPool,
 )
-from batchlab.fleet.errors import Fault
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.fleet.group_state import FINAL
 from tests.support.autoscaling_group import CONFIG, GROUP, ZONES, World, hook

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from batchlab.core.model import LifecycleState
-from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.api_types import ValidationError
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws
 
 # --- Health ---------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from batchlab.core.model import LifecycleState
-from batchlab.fleet.api_types import ABANDON, CONTINUE, TERMINATING
-from batchlab.fleet.errors import LimitExceeded, ValidationError
+from batchlab.fleet.api_types import ABANDON, CONTINUE, TERMINATING, LimitExceeded, ValidationError
 from batchlab.server.autoscaling_api import engine_loop
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws
 

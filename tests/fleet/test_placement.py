@@ -17,9 +17,9 @@ from batchlab.fleet.api_types import (
     LaunchTemplate,
     MixedInstancesPolicy,
     Override,
+    ValidationError,
 )
-from batchlab.fleet.errors import ValidationError
-from batchlab.fleet.mixed_instances import wanted_on_demand
+from batchlab.fleet.placement import wanted_on_demand
 from tests.support.autoscaling_group import CONFIG, GROUP, ZONES, World, hook, in_aws
 
 OD, SPOT = Market.ON_DEMAND, Market.SPOT

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 from batchlab.core.model import Pool
-from batchlab.fleet.api_types import ScalingPolicy, StepAdjustment, TargetTracking
-from batchlab.fleet.errors import LimitExceeded, ScalingActivityInProgress, ValidationError
+from batchlab.fleet.api_types import (
+    LimitExceeded,
+    ScalingActivityInProgress,
+    ScalingPolicy,
+    StepAdjustment,
+    TargetTracking,
+    ValidationError,
+)
 from batchlab.fleet.group_state import Group
 from batchlab.fleet.scaling_policies import adjusted, step_for
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws

@@ -10,15 +10,13 @@ import pytest
 from batchlab.core.model import LifecycleState
 from batchlab.fleet.api_types import (
     TERMINATING,
+    ActiveInstanceRefreshNotFound,
     DesiredConfiguration,
     InstanceRefresh,
-    LaunchTemplate,
-    RefreshPreferences,
-)
-from batchlab.fleet.errors import (
-    ActiveInstanceRefreshNotFound,
     InstanceRefreshInProgress,
     IrreversibleInstanceRefresh,
+    LaunchTemplate,
+    RefreshPreferences,
     ValidationError,
 )
 from tests.support.autoscaling_group import CONFIG, GROUP, World, hook, in_aws

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.fleet import scheduled_actions
-from batchlab.fleet.api_types import ScheduledAction
-from batchlab.fleet.errors import AlreadyExists, LimitExceeded, ValidationError
+from batchlab.fleet import scaling_policies
+from batchlab.fleet.api_types import AlreadyExists, LimitExceeded, ScheduledAction, ValidationError
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 NEW_YORK = "America/New_York"
@@ -27,7 +26,7 @@ def runs(expression: str, after: str, count: int = 3, zone: str = "UTC") -> list
 
     def following() -> Any:
         at_s = datetime.fromisoformat(after).replace(tzinfo=UTC).timestamp()
-        while (at := scheduled_actions.first_s(rule, at_s)) is not None:
+        while (at := scaling_policies.first_s(rule, at_s)) is not None:
             yield datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
             at_s = at
 
@@ -67,7 +66,7 @@ def test_cron_follows_the_clocks_of_its_zone() -> None:
 )
 def test_what_is_no_cron_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"fields|Bad (minute|month)"):
-        scheduled_actions.first_s(action(recurrence=wrong), 0.0)
+        scaling_policies.first_s(action(recurrence=wrong), 0.0)
 
 
 # --- Actions --------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from batchlab.fleet.api_types import (
     LaunchTemplate,
     MixedInstancesPolicy,
     Override,
+    ValidationError,
 )
-from batchlab.fleet.errors import ValidationError
 from tests.support.autoscaling_group import CONFIG, World, hook, in_aws
 
 SPOT = replace(

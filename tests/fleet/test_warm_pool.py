@@ -11,8 +11,15 @@ import pytest
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import LifecycleState
-from batchlab.fleet.api_types import CONTINUE, TERMINATING, InstanceDetails, WarmPool
-from batchlab.fleet.errors import InstanceRefreshInProgress, ResourceInUse, ValidationError
+from batchlab.fleet.api_types import (
+    CONTINUE,
+    TERMINATING,
+    InstanceDetails,
+    InstanceRefreshInProgress,
+    ResourceInUse,
+    ValidationError,
+    WarmPool,
+)
 from tests.support.autoscaling_group import CONFIG, GROUP, MachineLauncher, World, hook, in_aws
 
 SMALL = replace(CONFIG, max_size=4)

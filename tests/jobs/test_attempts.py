@@ -23,11 +23,11 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
-from batchlab.core.protocol import json_format, object_keys, spec_object, values
+from batchlab.core.port_retries import Patience
+from batchlab.core.protocol import commit_keys, json_format, object_keys, values
 from batchlab.core.protocol.bundle_inputs import Manifest
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
-from batchlab.core.protocol.spec_object import Opening
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.commit_keys import Opening
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.jobs import attempts
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
@@ -52,7 +52,7 @@ async def a_bucket() -> SimObjects:
     """Task 1 of `map` failed, was tried again, and succeeded; task 2 failed for good."""
     objects = SimObjects()
     opening = Opening(["a", "b", {"c": 1}])
-    await objects.put(object_keys.spec(JOB.id), spec_object.to_bytes(JOB, opening))
+    await objects.put(object_keys.spec(JOB.id), commit_keys.to_bytes(JOB, opening))
     first = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
     log = object_keys.log(first, "w-1-1", UNSEALED)
     await objects.put(log, b"hello\nodd\n")
@@ -233,7 +233,7 @@ def test_a_task_that_the_plan_has_not_is_refused_with_what_there_is(
     """`show-task` said that no attempt of it had ended yet, and exited with 0."""
     run = runner(monkeypatch, capsys)
     objects = factory.load("local").open_objects(Home(tmp_path))
-    spec = spec_object.to_bytes(JOB, Opening(["a", "b", "c"]))
+    spec = commit_keys.to_bytes(JOB, Opening(["a", "b", "c"]))
     asyncio.run(objects.put(object_keys.spec(JOB.id), spec))
     for task in ("map/3", "next/3"):
         code, out, err = run("job", "show-task", JOB.id, task, "--home", tmp_path)

@@ -14,9 +14,9 @@ import yaml
 
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, SplitBy, StageDef
 from batchlab.core.model import FailureKind, JobId, StageName
-from batchlab.core.protocol import placeholders
+from batchlab.core.protocol import values
 from batchlab.core.task_context import File
-from batchlab.jobs import api
+from batchlab.jobs import job_file as api
 from batchlab.jobs.schema import SECTIONS
 from docs.reference import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load, write
@@ -285,8 +285,8 @@ def test_the_schema_is_plain_json_that_forbids_unknown_keys() -> None:
 def test_the_page_names_every_placeholder_and_only_those() -> None:
     table = job_file.reference().split("## Placeholders")[1].split("##")[0]
     named = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `{")]
-    assert placeholders.check(["program", *named]) == []
-    unknown = placeholders.check(["{nonsense}"])[0].split("there are ")[1]
+    assert values.check(["program", *named]) == []
+    unknown = values.check(["{nonsense}"])[0].split("there are ")[1]
     assert sorted(unknown.rstrip(".").split(", ")) == sorted(named)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from batchlab.core.errors import JobFileError, UsageError
-from batchlab.jobs import api
+from batchlab.jobs import job_file
 from tests.support.job_files import FOLDER, FULL, MINIMAL, load, refused, told, write
 from tests.support.mistakes import altered, complete, mangled
 
@@ -224,13 +224,13 @@ def test_overrides_are_not_held_against_a_broken_list_of_parameters(folder: Path
 
 def test_a_byte_order_mark_is_passed_over(folder: Path) -> None:
     (folder / "job.yaml").write_text(MINIMAL, encoding="utf-8-sig")
-    assert api.load(folder / "job.yaml").job.name == "j"
+    assert job_file.load(folder / "job.yaml").job.name == "j"
 
 
 def test_the_text_of_the_exception_shows_each_mistake_on_its_own_line(folder: Path) -> None:
     (folder / "job.yaml").write_text("nmae: j\nstages: []\ninput: {files: data/*}\n")
     with pytest.raises(UsageError) as caught:
-        api.load(folder / "job.yaml")
+        job_file.load(folder / "job.yaml")
     path = folder / "job.yaml"
     assert str(caught.value).splitlines() == [
         f"{path}:1: There is no key 'nmae' here. Did you mean 'name'?",
@@ -248,12 +248,12 @@ def test_a_file_that_is_no_mapping_is_refused(folder: Path, text: str) -> None:
 
 def test_a_missing_or_unreadable_file_is_refused(folder: Path) -> None:
     with pytest.raises(JobFileError, match="no such job file"):
-        api.load(folder / "jbo.yaml")
+        job_file.load(folder / "jbo.yaml")
     with pytest.raises(JobFileError, match="cannot be read"):
-        api.load(folder)
+        job_file.load(folder)
     (folder / "job.yaml").write_bytes(b"name: \xff")
     with pytest.raises(JobFileError, match="cannot be read"):
-        api.load(folder / "job.yaml")
+        job_file.load(folder / "job.yaml")
 
 
 def test_a_cycle_is_shown_in_the_direction_of_the_data(folder: Path) -> None:
@@ -334,6 +334,6 @@ def test_whatever_is_done_to_a_file_it_loads_or_is_refused_with_lines_and_remedi
 ) -> None:
     try:
         load(folder, text)
-    except api.JobFileErrors as errors:
+    except job_file.JobFileErrors as errors:
         for error in complete(errors.errors, folder / "job.yaml", text):
             assert error.line is not None, error

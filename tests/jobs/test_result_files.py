@@ -26,10 +26,10 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.jobs.results import (
     OUTCOMES_AT_ONCE,
     Fetched,

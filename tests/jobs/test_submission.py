@@ -14,11 +14,11 @@ from batchlab.adapters.clock import WallClock
 from batchlab.adapters.local.objects import open_local
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.retry import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import load
-from batchlab.manager.jobs import input_split
+from batchlab.manager import input_split
 from tests.support import job_files as jobfiles
 
 

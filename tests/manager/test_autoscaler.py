@@ -12,12 +12,11 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat, Held
-from batchlab.core.retry import Patience
-from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog, desired_capacity
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports, WorkerStatus
+from batchlab.manager.autoscaler import Autoscaler, Backlog, desired_capacity
+from batchlab.manager.state import ManagerSettings, Ports, WorkerStatus
+from batchlab.manager.worker_registry import WorkerRegistry
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.manager.jobs.bundling import Bundler
+from batchlab.manager.bundling import Bundler
 from batchlab.manager.state import LiveJob
 from tests.support.contract.queue_worlds import LoopClock
 

@@ -20,6 +20,7 @@ from batchlab.adapters.sql.ledger import SqlLedger
 from batchlab.core.errors import BackendError, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Completion, JobId, JobState, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
     MAX_BATCH,
     AddCut,
@@ -34,12 +35,10 @@ from batchlab.core.ports import (
 )
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
-from batchlab.core.retry import Patience
-from batchlab.manager.events.collector import Collector, PendingSubmissions, events_queue
-from batchlab.manager.events.ledger_writer import LedgerWriter
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.collector import Collector, PendingSubmissions, events_queue
+from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.worker_registry import WorkerRegistry
 from tests.support.no_fleet import NoFleet
 
 STAGE = StageName("map")
@@ -159,7 +158,7 @@ def test_it_says_when_nobody_can_be_heard(tmp_path: Path, monkeypatch: pytest.Mo
         await queue.send(object_keys.EVENTS, some)
         assert len(await collector._received()) == MAX_BATCH
         assert registry.outage_s is None, "it has heard them all"
-        monkeypatch.setattr("batchlab.manager.events.collector.FOLD_BYTES", 1)
+        monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
         await queue.send(object_keys.EVENTS, some)
         await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
         await collector._received()

@@ -19,7 +19,7 @@ from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import Json
 from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import values
-from batchlab.manager.jobs import input_split
+from batchlab.manager import input_split
 
 
 class Bucket:

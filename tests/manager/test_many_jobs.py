@@ -12,8 +12,8 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql.ledger import open_memory
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob
-from batchlab.core.retry import Patience
 from batchlab.manager.state import Ports, list_jobs
 
 JOBS = 10_200

@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Bundle, Failure, JobId, Json, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import values
-from batchlab.core.protocol.bundle_inputs import Inputs
-from batchlab.core.protocol.references import Own
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs import input_split, stage_plans
+from batchlab.core.protocol.bundle_inputs import Inputs, Own
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.manager import input_split, stage_plans
 from batchlab.worker import materialization
 from tests.support.properties import SLOW
 

@@ -21,22 +21,16 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.core.pricing.usage_meter import Account
+from batchlab.core.pricing.usage import Account
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Duplicate, Events, events_message, read_events_message
+from batchlab.manager import recorded_data
+from batchlab.manager.autoscaler import Backlog
 from batchlab.manager.counters import Counters
-from batchlab.manager.recording import recorded_data
-from batchlab.manager.recording.recorded_data import (
-    FINE,
-    TimeSeries,
-    latest_point,
-    merge_pool_points,
-)
-from batchlab.manager.recording.recorder import FEW, SHORT_S, Recorder, _LiveRecording
-from batchlab.manager.recording.report_queue import ReportQueue
-from batchlab.manager.scaling.autoscaler import Backlog
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
+from batchlab.manager.recorded_data import FINE, TimeSeries, latest_point, merge_pool_points
+from batchlab.manager.recorder import FEW, SHORT_S, Recorder, ReportQueue, _LiveRecording
 from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.worker_registry import WorkerRegistry
 
 
 def pool_point(at_s: float, step_s: float = 1.0, visible: int = 0, busy: float = 0.0) -> list[Any]:
@@ -160,7 +154,7 @@ class Moody:
 def test_what_cannot_be_written_is_tried_again_and_then_told(
     failures: int, tries: int, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchlab.manager.recording import report_queue
+    from batchlab.manager import recorder as report_queue
 
     monkeypatch.setattr(report_queue, "RETRY_S", 0.0)
     monkeypatch.setattr(report_queue, "QUIET_S", 0.0)
@@ -213,7 +207,7 @@ def test_it_is_written_when_no_job_has_come_for_a_while_or_at_last_all_the_same(
     latest_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
-    from batchlab.manager.recording import report_queue
+    from batchlab.manager import recorder as report_queue
 
     monkeypatch.setattr(report_queue, "QUIET_S", 0.05)
     monkeypatch.setattr(report_queue, "LATEST_S", latest_s)

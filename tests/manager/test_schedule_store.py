@@ -8,8 +8,8 @@ from random import Random
 from typing import Any, cast
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.core.retry import Patience
-from batchlab.core.schedules.model import Definition, Schedule, When
+from batchlab.core.port_retries import Patience
+from batchlab.core.schedules import Definition, Schedule, When
 from batchlab.manager.scheduler import ScheduleStore
 from batchlab.manager.state import Ports
 

@@ -10,11 +10,11 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, JobId, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.bundle_inputs import Inputs
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs import stage_plans
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.manager import stage_plans
 
 
 @pytest.mark.parametrize(("parts", "turns"), [(3, 0), (4, 1), (9, 2)])

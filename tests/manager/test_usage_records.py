@@ -14,18 +14,17 @@ from batchlab.adapters.sql import open_memory
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, Pool, StageCounts, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, StageRecord
-from batchlab.core.pricing.usage_meter import Account, Accounting, Kind, Meter
+from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.usage import Account, Accounting, Kind, Meter
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.request_counter import Requests, Tally
-from batchlab.core.retry import Patience
-from batchlab.manager.recording import recorded_data
-from batchlab.manager.recording.recorder import Recorder
-from batchlab.manager.scaling.worker_registry import WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
+from batchlab.manager import recorded_data
+from batchlab.manager.recorder import Recorder
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from batchlab.manager.versioned_document import VersionedDocument
+from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet
@@ -392,7 +391,7 @@ def test_what_is_asked_for_until_a_job_ends_is_the_jobs() -> None:
 
 def test_who_still_tells_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
-    monkeypatch.setattr("batchlab.core.pricing.usage_meter.HEARD_KEPT", 3)
+    monkeypatch.setattr("batchlab.core.pricing.usage.HEARD_KEPT", 3)
     meter = Meter()
     for n in range(1, 10):
         meter.hear("manager", Requests(sqs=n), {}, {})

@@ -13,12 +13,12 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.core.errors import BatchlabError, Refused, Unreachable
 from batchlab.core.model import BundleId, Instance, JobId, LifecycleState, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, Queue
 from batchlab.core.protocol.messages import Beat, Held, Told
-from batchlab.core.retry import Patience
 from batchlab.manager.counters import DUPLICATE, Counters
-from batchlab.manager.scaling.worker_registry import LOST_S, WorkerRegistry
 from batchlab.manager.state import Ports
+from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from tests.support.no_fleet import NoFleet

@@ -12,10 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli import report_diff
+from batchlab.cli import report
 from batchlab.core.errors import UsageError
-from batchlab.reports.compare.comparison import Change, Comparison, Gate, compare, gates
-from batchlab.reports.compare.measures import MEASURES, Run, Sample, runs
+from batchlab.reports.comparison import (
+    MEASURES,
+    Change,
+    Comparison,
+    Gate,
+    Run,
+    Sample,
+    compare,
+    gates,
+    runs,
+)
 from tests.support.cli import run
 from tests.support.reports.made import Made, write_run
 
@@ -247,7 +256,7 @@ def test_runs_are_named_one_by_one_too(sides: dict[str, Path], run: object) -> N
     ],
 )
 def test_markdown_calls_for_nobody_and_refers_to_nothing(name: str, shown: str) -> None:
-    assert report_diff._md(name).startswith(shown)
+    assert report._md(name).startswith(shown)
 
 
 def renamed(folder: Path) -> Path:

@@ -6,9 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from batchlab.reports.html.fleet_checks import CHECKS, findings
+from batchlab.reports.html.checks import CHECKS, Level, findings
 from batchlab.reports.html.metrics import Signs
-from batchlab.reports.html.task_checks import Level
 from tests.support.reports.metrics import SIGNS, of_stage, signs
 
 

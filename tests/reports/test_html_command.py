@@ -12,7 +12,7 @@ from batchlab.adapters.local.objects import open_local
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.reports.html.failures import LOG_BYTES, Case, cases, samples
 from batchlab.reports.html.source import Run as ReportedRun
 from batchlab.reports.queries import store

@@ -16,8 +16,7 @@ import pytest
 from batchlab.reports.html import costs, durations, failures, gantt, load
 from batchlab.reports.html.charts import LogAxis
 from batchlab.reports.html.metrics import Signs, signs
-from batchlab.reports.html.source import Run
-from batchlab.reports.html.text import share
+from batchlab.reports.html.source import Run, share
 from batchlab.reports.queries.store import opened
 from tests.support.reports.altered import altered
 from tests.support.reports.figures import Row, means, percentile, rows_of

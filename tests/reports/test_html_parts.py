@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchlab.core.text import listed
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import LogAxis, count_ticks, number_label, time_ticks
-from batchlab.reports.html.text import (
+from batchlab.reports.html.source import (
     END,
     ISOLATE,
     adding_up,

@@ -12,7 +12,7 @@ import pytest
 from duckdb import DuckDBPyConnection
 
 from batchlab.core.errors import UsageError
-from batchlab.reports.queries import named_queries, store
+from batchlab.reports.queries import store
 from tests.support.reports.made import Made, write_run
 
 
@@ -27,7 +27,7 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DuckDBPyCon
 
 
 def rows(connection: DuckDBPyConnection, name: str) -> list[dict[str, Any]]:
-    names, found = store.asked(connection, named_queries.named(name).sql)
+    names, found = store.asked(connection, store.named(name).sql)
     assert len(set(names)) == len(names), name
     return [dict(zip(names, row, strict=True)) for row in found]
 
@@ -36,9 +36,9 @@ def column(connection: DuckDBPyConnection, sql: str) -> list[Any]:
     return [row[0] for row in store.asked(connection, sql)[1]]
 
 
-@pytest.mark.parametrize("name", list(named_queries.known()))
+@pytest.mark.parametrize("name", list(store.known()))
 def test_each_answers_for_every_job_and_says_so(connection: DuckDBPyConnection, name: str) -> None:
-    assert named_queries.known()[name].meaning.endswith(".")
+    assert store.known()[name].meaning.endswith(".")
     jobs = {row["job"] for row in rows(connection, name)}
     few = {"failures", "slowest_tasks", "stragglers", "retries"}
     assert jobs <= {"a", "b"} if name in few else jobs == {"a", "b"}
@@ -50,7 +50,7 @@ def test_each_answers_where_there_is_nothing(tmp_path: Path) -> None:
     for name in ("tasks", "bundles", "fleet", "instances", "scaling", "cost", "stages"):
         (tmp_path / "a" / f"{name}.parquet").unlink()
     with store.opened([tmp_path]) as connection:
-        for name in named_queries.known():
+        for name in store.known():
             rows(connection, name)
 
 
@@ -146,5 +146,5 @@ def test_throughput_counts_every_task(connection: DuckDBPyConnection) -> None:
 
 def test_a_name_that_is_none() -> None:
     with pytest.raises(UsageError, match="no query 'slowest'") as caught:
-        named_queries.named("slowest")
+        store.named("slowest")
     assert "slowest_tasks" in caught.value.remedy

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRows
-from batchlab.core.pricing.usage_meter import Accounting
-from batchlab.core.retry import Patience
-from batchlab.manager.recording.report_queue import ReportQueue
+from batchlab.core.pricing.usage import Accounting
+from batchlab.manager.recorder import ReportQueue
 from batchlab.sim import trial
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.plans import draw

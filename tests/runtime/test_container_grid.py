@@ -17,15 +17,27 @@ import yaml
 
 from batchlab.cli import grid
 from batchlab.client.grid_link import Link
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.fleet.api_types import LaunchTemplate
-from batchlab.runtime import container_grid, environment, factory, manager_process
-from batchlab.runtime.compose import deployment, images, project
-from batchlab.runtime.compose.deployment import Deployment
-from batchlab.runtime.compose.images import Recipe, requirements
-from batchlab.runtime.compose.project import Found, Project, name_for, unpulled_of
+from batchlab.runtime import (
+    compose_deployment,
+    compose_project,
+    container_grid,
+    descriptor,
+    factory,
+    manager_process,
+)
+from batchlab.runtime.compose_deployment import Deployment
+from batchlab.runtime.compose_project import (
+    Found,
+    Project,
+    Recipe,
+    name_for,
+    requirements,
+    unpulled_of,
+)
 from batchlab.runtime.home import Home, ManagerRecord, Place
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
@@ -34,40 +46,40 @@ PLACE = Place("http://10.213.70.10:4566", "bucket-1", named=False)
 
 
 def test_a_network_is_chosen_that_overlaps_none() -> None:
-    assert deployment.free_subnet([]) == "10.213.64"
-    assert deployment.free_subnet(["10.213.64.0/24", "172.17.0.0/16"]) == "10.213.65"
-    assert deployment.free_subnet(["10.213.64.0/20"]) == "10.213.80"
-    assert deployment.free_subnet(["10.213.64.7/32", "fd00::/8"]) == "10.213.65"
-    begins = {deployment.free_subnet([], f"batchlab-{n}") for n in range(20)}
+    assert compose_deployment.free_subnet([]) == "10.213.64"
+    assert compose_deployment.free_subnet(["10.213.64.0/24", "172.17.0.0/16"]) == "10.213.65"
+    assert compose_deployment.free_subnet(["10.213.64.0/20"]) == "10.213.80"
+    assert compose_deployment.free_subnet(["10.213.64.7/32", "fd00::/8"]) == "10.213.65"
+    begins = {compose_deployment.free_subnet([], f"batchlab-{n}") for n in range(20)}
     assert len(begins) > 10
     with pytest.raises(UsageError, match="are taken"):
-        deployment.free_subnet(["10.0.0.0/8"])
+        compose_deployment.free_subnet(["10.0.0.0/8"])
 
 
 def test_a_deployment_is_kept_and_forgotten(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    assert deployment.read(home) is None
-    deployment.write(home, AT)
-    assert deployment.read(home) == AT
-    secret = deployment.password_file(home)
+    assert compose_deployment.read(home) is None
+    compose_deployment.write(home, AT)
+    assert compose_deployment.read(home) == AT
+    secret = compose_deployment.password_file(home)
     password = secret.read_text()
     assert len(password) >= 32
     assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700
     assert password in AT.postgres_url(password)
     assert password not in repr(AT)
-    deployment.write(home, AT)
+    compose_deployment.write(home, AT)
     assert secret.read_text() == password
-    deployment.forget(home)
-    assert deployment.read(home) is None
+    compose_deployment.forget(home)
+    assert compose_deployment.read(home) is None
     assert not secret.exists()
 
 
 def test_a_deployment_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    deployment.write(home, AT)
-    (deployment.folder(home) / "deployment.json").write_text('{"project": 1}')
+    compose_deployment.write(home, AT)
+    (compose_deployment.folder(home) / "deployment.json").write_text('{"project": 1}')
     with pytest.raises(BackendError, match="cannot be read"):
-        deployment.read(home)
+        compose_deployment.read(home)
 
 
 def test_every_address_is_in_the_grids_own_network() -> None:
@@ -110,15 +122,15 @@ def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
 
 def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
     """To the manager by Compose, and to instances by their launch templates."""
-    compose = yaml.safe_load((package_data.folder("compose") / "compose.yaml").read_text())
+    compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     services = compose["services"]
-    assert tuple(services["asg"]["environment"]) == environment.PASSED_ON
-    assert set(services["manager"]["environment"]) >= set(environment.PASSED_ON)
-    passed = {name: services["manager"]["environment"][name] for name in environment.PASSED_ON}
+    assert tuple(services["asg"]["environment"]) == descriptor.PASSED_ON
+    assert set(services["manager"]["environment"]) >= set(descriptor.PASSED_ON)
+    passed = {name: services["manager"]["environment"][name] for name in descriptor.PASSED_ON}
     assert not any(passed.values()), "as it is outside, or not at all"
     told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://10.0.0.1:4318", "HOME": "/root", "OTEL_X": "1"}
     path = tmp_path / "templates.toml"
-    more = environment.taken_over(told)
+    more = descriptor.taken_over(told)
     path.write_text(container_grid.templates_for(AT, PLACE, [Pool("default")], more))
     template = TemplateFile(path).template(LaunchTemplate(launch_template_name="worker-default"))
     env = dict(template.env)
@@ -153,16 +165,16 @@ def test_a_mistake_in_notify_toml_is_told_before_anything_is_started(
     with pytest.raises(UsageError, match="NOT_SET_HERE"):
         container_grid.up(home, brought.backend, [], print)
     assert brought.done == []
-    assert deployment.read(home) is None
+    assert compose_deployment.read(home) is None
 
 
 def test_what_the_manager_is_sent_is_not_kept_in_its_memory() -> None:
     """Its /tmp is memory, of which a container has less than one upload may bring."""
-    compose = yaml.safe_load((package_data.folder("compose") / "compose.yaml").read_text())
+    compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     manager = compose["services"]["manager"]
     assert manager["environment"]["TMPDIR"] in manager["volumes"]
     assert manager["environment"]["TMPDIR"] not in manager["tmpfs"]
-    unit = (package_data.folder("backends") / "aws/boot/units/batchlab-manager.service").read_text()
+    unit = (installation.folder("backends") / "aws/boot/units/batchlab-manager.service").read_text()
     assert "TMPDIR=/var/tmp" in unit
     assert "PrivateTmp=yes" in unit, "it is private, and goes with the service"
 
@@ -177,7 +189,7 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
     home = Home(tmp_path)
     project = name_for(home)
     assert Found(project, str(tmp_path), 3).is_orphan
-    deployment.write(home, Deployment(project, "10.213.70", "image", "1:1", "3.13"))
+    compose_deployment.write(home, Deployment(project, "10.213.70", "image", "1:1", "3.13"))
     assert not Found(project, str(tmp_path), 3).is_orphan
     assert Found("batchlab-other", str(tmp_path), 1).is_orphan
     assert not Found("somebody", "", 1).is_orphan
@@ -186,22 +198,22 @@ def test_what_a_folder_knows_nothing_of_is_an_orphan(tmp_path: Path) -> None:
 def test_functions_are_sent_to_the_same_python_only(tmp_path: Path) -> None:
     home, backend = Home(tmp_path), factory.load("localstack")
     backend.check_python(home)
-    deployment.write(home, AT)
+    compose_deployment.write(home, AT)
     with pytest.raises(UsageError, match=r"run on Python 3\.9"):
         backend.check_python(home)
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    deployment.write(home, replace(AT, python=here))
+    compose_deployment.write(home, replace(AT, python=here))
     backend.check_python(home)
 
 
 def test_a_folder_that_cannot_be_asked_is_no_orphan(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    deployment.write(home, AT)
-    (deployment.folder(home) / "deployment.json").write_text("[")
+    compose_deployment.write(home, AT)
+    (compose_deployment.folder(home) / "deployment.json").write_text("[")
     assert not Found(AT.project, str(tmp_path), 3).is_orphan
     no_folder = tmp_path / "file"
     no_folder.touch()
-    assert deployment.read(Home(no_folder)) is None
+    assert compose_deployment.read(Home(no_folder)) is None
 
 
 def test_an_empty_password_is_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,17 +225,17 @@ def test_an_empty_password_is_never_kept(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            deployment.write(home, AT)
-    deployment.write(home, AT)
-    assert len(deployment.password_file(home).read_text()) >= 32
+            compose_deployment.write(home, AT)
+    compose_deployment.write(home, AT)
+    assert len(compose_deployment.password_file(home).read_text()) >= 32
 
 
 def test_groups_end_with_their_grid(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    deployment.write(home, AT)
-    groups = deployment.folder(home) / deployment.STATE / "groups.json"
+    compose_deployment.write(home, AT)
+    groups = compose_deployment.folder(home) / compose_deployment.STATE / "groups.json"
     groups.write_text("{}")
-    deployment.forget(home)
+    compose_deployment.forget(home)
     assert not groups.exists()
 
 
@@ -231,11 +243,11 @@ def test_what_else_is_in_the_folder_stays_whose_it_is(tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.make()
     home.token()
-    deployment.write(home, AT)
+    compose_deployment.write(home, AT)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     handed = container_grid.handed_over(home)
-    assert {tmp_path, tmp_path / "token", deployment.password_file(home)} <= set(handed)
+    assert {tmp_path, tmp_path / "token", compose_deployment.password_file(home)} <= set(handed)
     assert not [path for path in handed if "thesis" in path.parts]
 
 
@@ -269,8 +281,8 @@ class Brought:
         monkeypatch.setattr(Project, "up", up)
         monkeypatch.setattr(Project, "down", down)
         monkeypatch.setattr(Project, "last_line", lambda *_: "said")
-        monkeypatch.setattr(images, "provide", lambda *_: self.image)
-        monkeypatch.setattr(images, "python_of", lambda _: "3.13")
+        monkeypatch.setattr(compose_project, "provide", lambda *_: self.image)
+        monkeypatch.setattr(compose_project, "python_of", lambda _: "3.13")
         monkeypatch.setattr(container_grid, "networks", list)
         monkeypatch.setattr(container_grid, "_hand_over", lambda *_: None)
         monkeypatch.delenv("BATCHLAB_ENDPOINT", raising=False)
@@ -287,7 +299,7 @@ def test_a_grid_that_has_stopped_comes_back_with_todays_code(
 ) -> None:
     home, brought = Home(tmp_path), Brought(monkeypatch)
     brought.up(home, Pool("big", 0, 1, 4))
-    place, path = home.place("localstack"), deployment.folder(home) / "templates.toml"
+    place, path = home.place("localstack"), compose_deployment.folder(home) / "templates.toml"
     path.write_text(path.read_text() + 'market = "spot"\n')
     brought.image = "image:2"
     brought.up(home)
@@ -308,13 +320,13 @@ def test_only_a_grid_that_was_not_there_before_is_taken_back(
     brought.fails = True
     brought.up(home)
     assert [what for what, _ in brought.done] == ["up", "down"]
-    assert deployment.read(home) is None
+    assert compose_deployment.read(home) is None
     brought.fails = False
     brought.up(home)
     brought.fails = True
     brought.up(home)
     assert [what for what, _ in brought.done[2:]] == ["up", "up"]
-    assert deployment.read(home) is not None
+    assert compose_deployment.read(home) is not None
 
 
 def test_a_manager_in_a_container_gets_no_signal_by_its_number_there(
@@ -335,7 +347,7 @@ def test_containers_without_a_manager_are_taken_down_too(
     brought.up(home)
     grid.down(home=tmp_path)
     assert [what for what, _ in brought.done] == ["up", "down"]
-    assert deployment.read(home) is None
+    assert compose_deployment.read(home) is None
 
 
 def test_a_service_that_ends_again_and_again_is_not_waited_for(
@@ -351,7 +363,7 @@ def test_a_service_that_ends_again_and_again_is_not_waited_for(
     monkeypatch.setattr(Project, "_compose", lambda *_: None)
     monkeypatch.setattr(Project, "_keep_logs", lambda _: tmp_path)
     monkeypatch.setattr(Project, "last_line", lambda *_: "no such option")
-    monkeypatch.setattr(project, "_LOOK_S", 0.0)
+    monkeypatch.setattr(compose_project, "_LOOK_S", 0.0)
     with pytest.raises(BackendError, match=r"manager did not become ready: no such option\."):
         Project(Home(tmp_path), AT, settings={}).up(print, storage=False)
     assert next(seen) == 11
@@ -377,7 +389,7 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
 
     def start(home: Home, *_: object, **__: object) -> ManagerRecord:
-        deployment.write(home, replace(AT, python=here))
+        compose_deployment.write(home, replace(AT, python=here))
         return record
 
     monkeypatch.setattr("batchlab.runtime.manager_process.start_manager", start)
@@ -387,7 +399,7 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
     home.write_place("localstack", PLACE)
     if stood:
         start(home)
-        monkeypatch.setattr(deployment, "_MADE_HERE", set())  # another process made it
+        monkeypatch.setattr(compose_deployment, "_MADE_HERE", set())  # another process made it
     monkeypatch.setattr(Home, "record", lambda _: None)
     link = Link(factory.load("localstack"), home, ())
     assert link.ours is not stood
@@ -402,7 +414,7 @@ def test_a_program_waits_for_a_manager_that_docker_starts_again(
     """Of a grid that was up before, and so is none of the program's to bring up."""
     record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
     home, here = Home(tmp_path), f"{sys.version_info.major}.{sys.version_info.minor}"
-    deployment.write(home, replace(AT, python=here))
+    compose_deployment.write(home, replace(AT, python=here))
     home.write_place("localstack", PLACE)
     monkeypatch.setattr(Home, "record", lambda _: record)
     link = Link(factory.load("localstack"), home, ())
@@ -417,7 +429,7 @@ def test_a_program_waits_for_a_manager_that_docker_starts_again(
             return "answer"
 
         assert link.call(ask) == "answer"
-        deployment.forget(home)  # the grid was taken down
+        compose_deployment.forget(home)  # the grid was taken down
         away = iter([True])
         with pytest.raises(Unreachable):
             link.call(ask)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.cli import charts
-from batchlab.scenarios.model import demand_curve
+from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.support.scenarios.files import changed, load
@@ -29,7 +29,7 @@ faults: [{at: 30m, fault: pause, count: 1, for: 10m}, {at: 31m, fault: kill, cou
 
 def test_work_is_slot_seconds_by_pool_and_column(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
-    seen = demand_curve.build_curve(scenario, expand(scenario).jobs, most=7)
+    seen = expansion.build_curve(scenario, expand(scenario).jobs, most=7)
     assert seen.width_s == 600
     assert [column.jobs for column in seen.columns] == [0, 6, 0, 0, 0, 0, 1]
     assert seen.columns[1].tasks == 6 * 105
@@ -39,11 +39,11 @@ def test_work_is_slot_seconds_by_pool_and_column(tmp_path: Path) -> None:
 
 def test_how_far_the_largest_fleet_falls_behind_is_that_of_a_fluid(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
-    ask = demand_curve.build_curve(scenario, expand(scenario).jobs, most=7).asks[0]
+    ask = expansion.build_curve(scenario, expand(scenario).jobs, most=7).asks[0]
     # 12,000 slot seconds meet 20 slots, which do just that in their ten minutes.
     assert (ask.slots, ask.peak, ask.behind_s) == (20, 20.0, 0.0)
     small = load(tmp_path, BURST.replace("max: 5", "max: 2"))
-    ask = demand_curve.build_curve(small, expand(small).jobs, most=7).asks[0]
+    ask = expansion.build_curve(small, expand(small).jobs, most=7).asks[0]
     assert ask.behind_s == pytest.approx((12_000 - 8 * 600) / 8)
     assert ask.behind_at_s == 1200
     assert ask.idle_from_s == pytest.approx(3600 + 2000 / 8)
@@ -53,7 +53,7 @@ def test_how_far_the_largest_fleet_falls_behind_is_that_of_a_fluid(tmp_path: Pat
     ("span_s", "width_s"), [(1, 0.1), (71, 1), (3600, 60), (8 * 3600, 600), (7 * 86_400, 10_800)]
 )
 def test_columns_are_as_wide_as_a_person_counts(span_s: float, width_s: float) -> None:
-    assert demand_curve.column_width_s(span_s, 72) == width_s
+    assert expansion.column_width_s(span_s, 72) == width_s
 
 
 def test_a_trace_that_says_how_long_tasks_take_is_believed(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_trace_that_says_how_long_tasks_take_is_believed(tmp_path: Path) -> No
     text = text.replace("tasks: {lognormal: {median: 20, sigma: 0.5}}", "tasks: 1")
     text = text.replace("at: [0s, {at: 5m, count: 3}]", "at: []")
     scenario = load(tmp_path, text)
-    assert demand_curve.build_curve(scenario, expand(scenario).jobs).work_s == 100 + 300 + 2 * 5
+    assert expansion.build_curve(scenario, expand(scenario).jobs).work_s == 100 + 300 + 2 * 5
 
 
 def test_the_chart_is_as_high_as_the_peak_and_has_the_fleet_as_a_line() -> None:
@@ -89,7 +89,7 @@ def test_a_small_column_is_still_seen() -> None:
 
 def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
-    seen = demand_curve.build_curve(scenario, expand(scenario).jobs, most=61)
+    seen = expansion.build_curve(scenario, expand(scenario).jobs, most=61)
     text = charts.text(scenario, seen)
     [first, second] = [line for line in text.splitlines() if line.startswith(" breaks")]
     assert first == second
@@ -103,7 +103,7 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
 def test_plain_text_has_nothing_but_ascii(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
     text = charts.text(
-        scenario, demand_curve.build_curve(scenario, expand(scenario).jobs), fancy=False
+        scenario, expansion.build_curve(scenario, expand(scenario).jobs), fancy=False
     )
     assert text.isascii()
     assert "#" in text

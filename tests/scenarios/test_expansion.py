@@ -12,7 +12,6 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Pool, TaskSet
 from batchlab.scenarios.model import expansion
-from batchlab.scenarios.model import expansion as times
 from batchlab.scenarios.model.arrivals import FixedTimes, OnOff, Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential, Lognormal
 from batchlab.scenarios.model.expansion import compress_scenario, expand
@@ -149,8 +148,8 @@ def test_a_compressed_scenario_has_the_same_jobs_and_tasks_sooner(
         assert (quick.tasks, quick.template.name) == (slow.tasks, slow.template.name)
     slow, quick = plain[0], fast[0]
     for stage, quick_stage in zip(slow.template.stages, quick.template.stages, strict=True):
-        assert times.task_s(7, quick, quick_stage, 1) * k == pytest.approx(
-            times.task_s(7, slow, stage, 1), rel=1e-9
+        assert expansion.task_s(7, quick, quick_stage, 1) * k == pytest.approx(
+            expansion.task_s(7, slow, stage, 1), rel=1e-9
         )
 
 
@@ -166,37 +165,37 @@ INDICES = st.sets(st.integers(0, 3000), max_size=600).map(TaskSet.of)
 def test_many_tasks_at_once_are_what_each_is_alone(seed: int, tasks: TaskSet, attempt: int) -> None:
     for template, one in ((CLAIMS, 0), (CLAIMS, 1), (MEDIA, 0)):
         stage = template.stages[one]
-        assert times.task_times_s(seed, job(), stage, tasks) == [
-            times.task_s(seed, job(), stage, task) for task in tasks
+        assert expansion.task_times_s(seed, job(), stage, tasks) == [
+            expansion.task_s(seed, job(), stage, task) for task in tasks
         ]
-        assert times.failing_tasks(seed, job(), stage, tasks, attempt) == {
-            task for task in tasks if times.attempt_fails(seed, job(), stage, task, attempt)
+        assert expansion.failing_tasks(seed, job(), stage, tasks, attempt) == {
+            task for task in tasks if expansion.attempt_fails(seed, job(), stage, task, attempt)
         }
 
 
 def test_the_traces_time_is_that_of_root_tasks_only() -> None:
     parse, total = CLAIMS.stages
-    assert times.task_s(1, job(task_s=9.0), parse, 0) == 9.0
-    assert times.task_times_s(1, job(task_s=9.0), parse, TaskSet.span(0, 3)) == [9.0] * 3
-    assert times.task_s(1, job(task_s=9.0), total, 0) == 5.0
+    assert expansion.task_s(1, job(task_s=9.0), parse, 0) == 9.0
+    assert expansion.task_times_s(1, job(task_s=9.0), parse, TaskSet.span(0, 3)) == [9.0] * 3
+    assert expansion.task_s(1, job(task_s=9.0), total, 0) == 5.0
 
 
 def test_the_share_that_fails_is_as_declared_and_each_attempt_is_new() -> None:
     parse = CLAIMS.stages[0]
     every = TaskSet.span(0, 100_000)
-    first, second = (times.failing_tasks(7, job(), parse, every, attempt) for attempt in (1, 2))
+    first, second = (expansion.failing_tasks(7, job(), parse, every, attempt) for attempt in (1, 2))
     # Three standard deviations of a share of 0.3 in 100,000 are 0.0044.
     assert len(first) / 100_000 == pytest.approx(0.3, abs=0.0044)
     assert len(first & second) / 100_000 == pytest.approx(0.09, abs=0.0028)
-    assert times.failing_tasks(7, job(), CLAIMS.stages[1], every, 1) == frozenset()
+    assert expansion.failing_tasks(7, job(), CLAIMS.stages[1], every, 1) == frozenset()
 
 
 def test_the_first_tasks_are_the_poisonous_ones() -> None:
     encode = MEDIA.stages[0]
-    assert [times.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [
+    assert [expansion.kills_worker(job(MEDIA), encode, task) for task in range(4)] == [
         True,
         True,
         False,
         False,
     ]
-    assert not times.kills_worker(job(), CLAIMS.stages[0], 0)
+    assert not expansion.kills_worker(job(), CLAIMS.stages[0], 0)

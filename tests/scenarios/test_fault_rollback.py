@@ -12,13 +12,16 @@ import pytest
 
 from batchlab.adapters.docker.engine import Engine
 from batchlab.core.errors import BackendError
-from batchlab.runtime import factory
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.home import Home, Place
-from batchlab.scenarios.faults import localstack_proxy, rollback, target_grid
+from batchlab.scenarios.faults import proxy, target_grid
 from batchlab.scenarios.faults.fault_injection import FaultInjector, injector_for
-from batchlab.scenarios.faults.rollback import Rollback, RollbackFailed
-from batchlab.scenarios.faults.target_grid import EffectNotSeen, FaultResult
+from batchlab.scenarios.faults.target_grid import (
+    EffectNotSeen,
+    FaultResult,
+    Rollback,
+    RollbackFailed,
+)
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.scenarios.record import InjectedFault
 from tests.support.docker.memory_engine import AT, DockerWorld
@@ -30,8 +33,8 @@ SHORT = 0.01
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_grid, "POLL_S", 0.001)
-    monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
-    monkeypatch.setattr(localstack_proxy, "_answers", lambda *_: True)
+    monkeypatch.setattr(target_grid, "PAUSE_S", 0.001)
+    monkeypatch.setattr(proxy, "_answers", lambda *_: True)
 
 
 # --- The ledger of undos --------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def test_nothing_is_broken_once_all_is_to_be_undone(tmp_path: Path, name: FaultN
 def test_whoever_harm_is_done_by_is_let_go_of(tmp_path: Path) -> None:
     async def go() -> None:
         home = Home(tmp_path)
-        deployment.write(home, AT)
+        compose_deployment.write(home, AT)
         closed: list[Engine] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Engine, "__exit__", lambda self, *_: closed.append(self))

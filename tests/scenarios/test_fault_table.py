@@ -15,8 +15,13 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import aws_stack, processes
-from batchlab.scenarios.faults.fault_injection import injector_for
-from batchlab.scenarios.faults.fault_table import BACKENDS, TABLE, impossible, rows
+from batchlab.scenarios.faults.fault_injection import (
+    BACKENDS,
+    TABLE,
+    impossible,
+    injector_for,
+    rows,
+)
 from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.faults.target_grid import TargetGrid, select_targets
 from batchlab.scenarios.model.values import Fault, FaultName

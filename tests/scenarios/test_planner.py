@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from batchlab.cli import scenario_plan
-from batchlab.cli.signals import INTERRUPTED
+from batchlab.cli.output import INTERRUPTED
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.scenarios.model.values import PoolPlan, Scenario

@@ -11,8 +11,7 @@ import pytest
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import Arrival, JobTemplate, Scenario, Schedule, StageTemplate
-from batchlab.scenarios.traces.columns import Columns, ColumnSum
-from batchlab.scenarios.traces.rows import summarize
+from batchlab.scenarios.traces.rows import Columns, ColumnSum, summarize
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 from tests.support.scenarios.burstiness import cv2, gaps, peak_to_mean
 

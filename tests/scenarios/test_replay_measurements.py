@@ -21,16 +21,15 @@ from batchlab.core.model import (
     TaskSet,
 )
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.money import HOURS_A_MONTH, WORKER_DISK_GB
-from batchlab.core.pricing.usage_meter import Account, Kind
-from batchlab.core.request_counter import Requests
+from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB
+from batchlab.core.pricing.request_costs import Requests
+from batchlab.core.pricing.usage import Account, Kind
 from batchlab.runtime import factory
 from batchlab.scenarios.model.values import PoolPlan
 from batchlab.scenarios.record import StageRun
-from batchlab.scenarios.replay import build_record, driver
+from batchlab.scenarios.replay import driver
 from batchlab.scenarios.replay.measurements import duplicates, succeeded_s
-from batchlab.scenarios.replay.run_state import ManagerConnection
-from batchlab.scenarios.replay.sampling import GridSampler
+from batchlab.scenarios.replay.run_state import GridSampler, ManagerConnection
 from tests.support.cli import a_grid, a_job
 
 
@@ -161,9 +160,9 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     )
     stages = [StageRun("t", "s", "default", 1, 10, 10, 1800.0, 1800.0, 1800.0)]
 
-    def usd(spot: float, kind: str = "m7i.large") -> build_record.RunCost:
+    def usd(spot: float, kind: str = "m7i.large") -> driver.RunCost:
         plan = PoolPlan(Pool("default", 0, 1, 1, instance_type=kind), spot)
-        return build_record.compute_cost(before, after, stages, [plan], local, book)
+        return driver.compute_cost(before, after, stages, [plan], local, book)
 
     hour = book.rate("m7i.large", Market.ON_DEMAND, "").typical
     found = usd(0.0)
@@ -171,7 +170,7 @@ def test_on_a_laptop_instances_cost_what_the_scenarios_would() -> None:
     disk = book.of("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
     assert instances == pytest.approx(hour + disk, rel=0.001)
     assert found.usd == pytest.approx(sum(found.items.values()))
-    assert build_record.wasted_s(before, after) == 10.0
+    assert driver.wasted_s(before, after) == 10.0
     assert usd(1.0).usd < usd(0.5).usd < found.usd < usd(0.0, "m7i.4xlarge").usd
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.fleet.api_types import ScalingPolicy, TargetTracking
-from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
+from batchlab.manager.autoscaler import Backlog, desired_capacity
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Exponential

@@ -17,7 +17,7 @@ from batchlab.scenarios.model.arrivals import Poisson
 from batchlab.scenarios.model.distributions import Constant, Uniform
 from batchlab.scenarios.model.expansion import compress_scenario, expand
 from batchlab.scenarios.model.values import Arrival, JobTemplate, PoolPlan, Scenario, StageTemplate
-from batchlab.scenarios.traces.columns import RECORD_COLUMNS, Columns, ColumnSum
+from batchlab.scenarios.traces.rows import RECORD_COLUMNS, Columns, ColumnSum
 from tests.support.scenarios.records import a_job, a_record
 from tests.support.scenarios.trace_files import (
     arrivals,

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces.columns import SWF_COLUMNS, ColumnSum
+from batchlab.scenarios.traces.rows import SWF_COLUMNS, ColumnSum
 from tests.support.scenarios.trace_files import (
     JOB,
     PROCESSORS,

@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces.columns import Columns, ColumnSum
+from batchlab.scenarios.traces.rows import Columns, ColumnSum
 from tests.support.scenarios.trace_files import (
     LOG,
     arrivals,

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Anomaly
-from batchlab.scenarios.traces.columns import Columns, ColumnSum
-from batchlab.scenarios.traces.rows import AnomalyKind, describe, summarize
+from batchlab.scenarios.traces.rows import AnomalyKind, Columns, ColumnSum, describe, summarize
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 from tests.support.properties import PROPERTY
 from tests.support.scenarios.trace_files import (

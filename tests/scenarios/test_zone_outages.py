@@ -12,17 +12,16 @@ import pytest
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.client.http import Client
 from batchlab.core.model import Pool
-from batchlab.runtime import factory
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.runtime import aws_deployment, factory
+from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.autoscaling_groups import (
+from batchlab.scenarios.faults.aws_stack import (
+    StackFaults,
     ZoneOutage,
     _count_waiting,
     _Group,
     _launched_elsewhere,
 )
-from batchlab.scenarios.faults.aws_stack import StackFaults
 from batchlab.scenarios.faults.target_grid import FaultResult, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from tests.scenarios.test_fault_table import grid
@@ -172,7 +171,7 @@ def test_rds_is_rebooted_and_the_ledger_rebuilt(
         ledger="postgres",
         database=Database(host, 5432, "batchlab", "arn"),
     )
-    deployment.write(home, at)
+    aws_deployment.write(home, at)
     there = StackFaults(TargetGrid(factory.load("aws"), home, manager))
     fault = Fault(FaultName.DATABASE_LOSS, 0.0, for_s=0.1)
     empty = StackFaults(TargetGrid(factory.load("aws"), home, Manager()))

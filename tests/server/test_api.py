@@ -26,9 +26,9 @@ from batchlab.core.errors import (
 from batchlab.core.job_definition import RetryRule, StageDef
 from batchlab.core.model import StageName
 from batchlab.core.protocol import json_format
-from batchlab.runtime.listening import listen
+from batchlab.runtime.home import listen
+from batchlab.server import job_views
 from batchlab.server.http import authentication, common
-from batchlab.server.views import jobs
 from tests.support.server.api import MAP, TOKEN, Rig, get, job, later, post
 
 # --- Who is answered -----------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_wait_beyond_the_longest_is_refused(rig: Rig) -> None:
 
 
 def test_a_bug_is_answered_with_a_sentence_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "queue_view", None)
+    monkeypatch.setattr(job_views, "queue_view", None)
     with pytest.raises(BackendError, match="The manager failed: TypeError"):
         rig.client.grid()
 

@@ -17,8 +17,8 @@ import pytest
 
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.server.http import archive, job_files, upload
-from batchlab.server.views import jobs
+from batchlab.server import job_views
+from batchlab.server.http import job_files, tasks
 from tests.support.server.api import TOKEN, Rig, job, later
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -184,19 +184,19 @@ def test_an_upload_is_on_the_disk_while_it_comes_and_there_must_be_room(
 ) -> None:
     """Neither in memory nor in as many open files: a part of it is either."""
     most_open = 0
-    write = upload._File.write
+    write = job_files._File.write
 
-    def watched(self: upload._File, data: bytes) -> int:
+    def watched(self: job_files._File, data: bytes) -> int:
         nonlocal most_open
         most_open = max(most_open, len(list(Path("/proc/self/fd").iterdir())))
         return write(self, data)
 
     before = len(list(Path("/proc/self/fd").iterdir()))
-    monkeypatch.setattr(upload._File, "write", watched)
+    monkeypatch.setattr(job_files._File, "write", watched)
     many = [(f"sums/data/{number}.txt", "1\n" * 1000) for number in range(200)]
     assert send(rig, [*FILES, *many]).status_code == 201
     assert most_open < before + 20
-    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(job_files, "KEPT_FREE_BYTES", 2**62)
     answer = send(rig)
     assert answer.status_code == 422
     assert "no room" in answer.json()["error"]
@@ -248,7 +248,7 @@ def test_an_archive_of_a_stage_that_there_is_not_leaves_nothing(rig: Rig) -> Non
 
 def test_an_archive_leaves_room_on_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = rig.submit(job(token="room", tasks=1))
-    monkeypatch.setattr(upload, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(job_files, "KEPT_FREE_BYTES", 2**62)
     answer = rig.http.get(f"/v1/jobs/{name}/results", headers=AUTH)
     assert answer.status_code == 422
     assert "job results" in answer.json()["remedy"]
@@ -272,7 +272,7 @@ def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
     rig.ended(name)
     (row,) = rig.run(rig.ledger.bundles(JobId(name), done=True))
     keys = rig.manager.ports.keys
-    key = jobs.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
+    key = job_views.outcome_view(row, rig.run(keys.stored(JobId(name))))["key"]
     outcome = json_format.loads(rig.run(rig.objects.get(key)))
     assert outcome["values"] == [0]
     own = json.loads(json.dumps(value).replace('"files/', f'"files/{name}/'))
@@ -289,8 +289,8 @@ def fetched(rig: Rig, name: str) -> httpx.Response:
 def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
     grid: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "MOST_BYTES", 10_000)
-    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    monkeypatch.setattr(tasks, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(tasks, "MOST_VALUE_BYTES", 1000)
     small = forged(grid, "small", [FILE, VALUE], x=b"x" * 9000, v=b'"fits"')
     assert fetched(grid, small).status_code == 200
     often = forged(grid, "often", [VALUE] * 1000, v=b'"%s"' % (b"v" * 900))
@@ -311,7 +311,7 @@ def test_an_archive_is_no_larger_than_its_budget_whatever_a_result_says(
 def test_a_value_is_read_no_further_than_memory_is_granted(
     grid: Rig, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
-    monkeypatch.setattr(archive, "MOST_VALUE_BYTES", 1000)
+    monkeypatch.setattr(tasks, "MOST_VALUE_BYTES", 1000)
     size = 1100 if value is VALUE else 600
     data = json.dumps("v" * (size - 2)).encode()
     name = forged(grid, f"value-{size}", value, v=data, w=data)
@@ -342,18 +342,18 @@ def test_a_part_ends_where_its_file_does(grid: Rig) -> None:
 def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = forged(grid, "turns", 1)
     begun, go_on = threading.Event(), threading.Event()
-    pack = archive._pack
+    pack = tasks._pack
 
     def slowly(*arguments: Any) -> Path:
         begun.set()
         assert go_on.wait(10)
         return pack(*arguments)
 
-    monkeypatch.setattr(archive, "_pack", slowly)
+    monkeypatch.setattr(tasks, "_pack", slowly)
     first = later(lambda: httpx.get(f"{grid.url}/v1/jobs/{name}/results", headers=AUTH))
     assert begun.wait(10)
     with monkeypatch.context() as hurried:
-        hurried.setattr(archive, "WAITS_S", 0.05)
+        hurried.setattr(tasks, "WAITS_S", 0.05)
         refused = fetched(grid, name)
     go_on.set()
     assert first().status_code == 200

@@ -11,8 +11,8 @@ import pytest
 from batchlab.core.errors import NotFound, Refused
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Control, JobId
-from batchlab.core.protocol import json_format, object_keys, spec_object
-from batchlab.core.protocol.live_logs import Tail, to_bytes
+from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.protocol.messages import Tail, to_bytes
 from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
 
@@ -90,7 +90,7 @@ def test_a_job_that_only_the_bucket_has_can_be_cancelled(rig: Rig) -> None:
     made = job()
     with pytest.raises(NotFound):
         rig.client.cancel(made.id)
-    rig.run(rig.objects.put(object_keys.spec(made.id), spec_object.to_bytes(made)))
+    rig.run(rig.objects.put(object_keys.spec(made.id), commit_keys.to_bytes(made)))
     with pytest.raises(NotFound):
         rig.client.job(made.id)
     assert rig.client.cancel(made.id)["id"] == made.id

@@ -20,7 +20,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.adapters.sql import open_memory
 from batchlab.core.model import Pool
-from batchlab.core.retry import Patience
+from batchlab.core.port_retries import Patience
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import Ports

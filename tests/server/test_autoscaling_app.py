@@ -16,8 +16,7 @@ from botocore.model import OperationModel
 from botocore.parsers import create_parser
 
 from batchlab.adapters.local.access_keys import Keys
-from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App
-from batchlab.server.autoscaling_api.errors import Fault
+from batchlab.server.autoscaling_api.app import MAX_BODY_BYTES, App, Fault
 from batchlab.server.autoscaling_api.query_protocol import QueryService, model
 from batchlab.server.autoscaling_api.scheduled_changes import ALL_ACTIONS as ACTIONS
 from tests.support import ROOT

@@ -13,10 +13,9 @@ from botocore.parsers import create_parser
 from botocore.serialize import create_serializer
 
 from batchlab.fleet.api_types import ScalingPolicy, TargetTracking
-from batchlab.server.autoscaling_api import json_protocol
-from batchlab.server.autoscaling_api.app import Request, Response
+from batchlab.server.autoscaling_api import cloudwatch
+from batchlab.server.autoscaling_api.app import Fault, Request, Response
 from batchlab.server.autoscaling_api.cloudwatch import CloudWatch, MetricStore
-from batchlab.server.autoscaling_api.errors import Fault
 from batchlab.server.autoscaling_api.query_protocol import model
 from tests.support.aws.botocore_shapes import Samples
 from tests.support.fleet import ManualClock
@@ -37,7 +36,7 @@ def test_every_request_arrives_as_it_was_sent(name: str) -> None:
         asked = (shape and Samples(seed, tick=timedelta(seconds=1)).of(shape)) or {}
         sent = create_serializer("json").serialize_to_request(asked, operation)
         target = sent["headers"]["X-Amz-Target"]
-        found, understood = json_protocol.parse(CLOUDWATCH, target, sent["body"])
+        found, understood = cloudwatch.parse(CLOUDWATCH, target, sent["body"])
         assert (found.name, understood) == (name, asked)
 
 
@@ -47,7 +46,7 @@ def test_every_answer_is_read_as_it_was_meant(name: str) -> None:
     shape: Any = operation.output_shape
     for seed in range(5):
         answer = (shape and Samples(seed, tick=timedelta(milliseconds=1)).of(shape)) or {}
-        assert _read(operation, json_protocol.result(operation, answer)) == answer
+        assert _read(operation, cloudwatch.result(operation, answer)) == answer
 
 
 def _read(operation: OperationModel, body: bytes) -> Any:
@@ -76,7 +75,7 @@ WRONG = {
 def test_what_is_no_request_is_refused(wrong: str) -> None:
     target, body, code = WRONG[wrong]
     with pytest.raises(Fault) as refused:
-        json_protocol.parse(CLOUDWATCH, target, body)
+        cloudwatch.parse(CLOUDWATCH, target, body)
     assert refused.value.code == code
 
 

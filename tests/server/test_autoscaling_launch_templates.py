@@ -10,8 +10,7 @@ import pytest
 
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market, Pool
-from batchlab.fleet.api_types import LaunchTemplate
-from batchlab.fleet.errors import ValidationError
+from batchlab.fleet.api_types import LaunchTemplate, ValidationError
 from batchlab.server.autoscaling_api.launch_templates import VARIABLE, TemplateFile, template_id
 
 FILE = """\

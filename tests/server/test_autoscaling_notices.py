@@ -13,8 +13,7 @@ from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.metadata_server import Interruption, Metadata, Signals, iso
 from batchlab.core.errors import Unreachable
 from batchlab.fleet.api_types import Tag
-from batchlab.server.autoscaling_api.app import Request
-from batchlab.server.autoscaling_api.errors import Fault
+from batchlab.server.autoscaling_api.app import Fault, Request
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 from batchlab.server.autoscaling_api.metadata import CREDENTIALS_S, Facts, NoticeService, give
 from tests.fleet.test_spot import SPOT

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchlab.server.autoscaling_api import parameters, query_protocol
-from batchlab.server.autoscaling_api.errors import Fault, Faults
+from batchlab.server.autoscaling_api.app import Fault, Faults
 from tests.support.aws.botocore_shapes import Samples, query_services, service
 
 AUTOSCALING = service("autoscaling")

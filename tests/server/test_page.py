@@ -10,8 +10,7 @@ import pytest
 
 from batchlab.core.errors import Refused
 from batchlab.server.http import create_app
-from batchlab.server.http.authentication import OWN_NAMES
-from batchlab.server.http.sessions import SESSION_S
+from batchlab.server.http.authentication import OWN_NAMES, SESSION_S
 from tests.support.server.api import TOKEN, Rig, job
 from tests.support.server.page import OURS, Visitor, other, rig, routes, stranger, visitor
 

@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 
 from batchlab.core.api_types import EtaView
-from batchlab.core.pricing.money import Usd
+from batchlab.core.pricing.price_book import Usd
 from batchlab.server.web import text as words
 from tests.support.cli import view
 

@@ -23,7 +23,7 @@ from batchlab.core.model import (
 )
 from batchlab.core.ports import AddCut, AddJob, Cut, Fold
 from batchlab.core.protocol import settlement
-from batchlab.core.protocol.seals import UNSEALED
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.server.http.failures import BUDGET
 from tests.support.server.api import MAP, TOKEN, Rig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.local.fleet_state_file import StateFile
-from batchlab.server.http.sessions import CODE_S, MOST_CODES, SESSION_S, Sessions
+from batchlab.server.http.authentication import CODE_S, MOST_CODES, SESSION_S, Sessions
 from tests.support.fleet import ManualClock
 
 TOKEN = "the grid's token"
@@ -119,7 +119,7 @@ def test_who_has_lost_who_has_gone_has_lost_who_came(
 def test_what_is_remembered_of_who_has_gone_is_bounded(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("batchlab.server.http.sessions.MOST_CLOSED", 3)
+    monkeypatch.setattr("batchlab.server.http.authentication.MOST_CLOSED", 3)
     sessions = Sessions(TOKEN, clock, StateFile(tmp_path / "sessions.json"))
     every = [sessions.begin() for _ in range(5)]
     for session, _ in every[:4]:

@@ -16,10 +16,10 @@ from batchlab.core.model import Bundle, Completion, JobId, JobState, StageCounts
 from batchlab.core.ports import BundleRecord, JobRecord, StageRecord
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Beat, Held
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.manager.jobs.admission import admit
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.manager.admission import admit
 from batchlab.manager.state import LiveJob, WorkerStatus
-from batchlab.server.views.jobs import job_view, outcome_view
+from batchlab.server.job_views import job_view, outcome_view
 
 MAP, SUM = StageName("map"), StageName("sum")
 JOB = JobDef(

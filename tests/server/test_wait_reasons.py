@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Bundle, Control, JobState, Pool, StageCounts, TaskSet
-from batchlab.server.views.wait_reasons import why
+from batchlab.server.wait_reasons import why
 from tests.support.server.waiting_jobs import (
     BUSY_ELSEWHERE,
     CPU,

@@ -16,16 +16,16 @@ import pytest
 
 from batchlab.cli.example_data import write_claims
 from batchlab.core.model import JobState, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.retry import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import load
 from batchlab.sim import invariants, trial
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults
 from batchlab.sim.world import World
+from batchlab.worker.inflight_message import Runner
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
-from batchlab.worker.runner import Runner
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "examples" / "claims"

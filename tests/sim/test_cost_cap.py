@@ -12,12 +12,10 @@ import pytest
 
 from batchlab.core.model import JobState, LifecycleState, Pool
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.cap import Budget, Purse
-from batchlab.core.pricing.usage_meter import Accounting, Kind
-from batchlab.server import metrics
+from batchlab.core.pricing.usage import Accounting, Budget, Kind, Purse
+from batchlab.server import job_facts, metrics
 from batchlab.server.http.history import eta_of
-from batchlab.server.views import job_facts
-from batchlab.server.views.wait_reasons import why
+from batchlab.server.wait_reasons import why
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
     A,

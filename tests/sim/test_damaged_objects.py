@@ -11,7 +11,7 @@ import pytest
 from batchlab.core.model import Control, JobId, JobState, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.jobs.retries import Retry
+from batchlab.manager.retry_rounds import Retry
 from batchlab.sim import fuzz, trial
 from batchlab.sim.faults import DAMAGES, FaultKind
 from batchlab.sim.random_faults import Sky

@@ -11,7 +11,7 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
 from batchlab.core.ports import AddJob, Outgoing
 from batchlab.core.protocol import json_format, messages, object_keys
-from batchlab.manager.events.collector import Collector
+from batchlab.manager.collector import Collector
 from batchlab.manager.manager import Manager
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (

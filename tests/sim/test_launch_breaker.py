@@ -12,10 +12,10 @@ import pytest
 
 from batchlab.adapters.memory.launcher import SimInstance
 from batchlab.core.model import Instance, JobState, LifecycleState, Pool
-from batchlab.manager.scaling import fleet_commands
-from batchlab.manager.scaling.autoscaler import LONGEST_PAUSE_S
-from batchlab.server.views import job_facts
-from batchlab.server.views.wait_reasons import why
+from batchlab.manager import fleet_commands
+from batchlab.manager.autoscaler import LONGEST_PAUSE_S
+from batchlab.server import job_facts
+from batchlab.server.wait_reasons import why
 from batchlab.sim.world import World
 from tests.support.sim.scenes import (
     UNHURRIED,

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from batchlab.core.model import JobId
-from batchlab.manager.jobs.live_logs import LiveLogs
+from batchlab.manager.live_logs import LiveLogs
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.sim import fuzz

@@ -17,7 +17,7 @@ from batchlab.core.errors import Refused
 from batchlab.core.model import Control, Failure, FailureKind, JobId, JobState
 from batchlab.core.ports import AddCut, Finish, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.jobs import ledger_rebuild
+from batchlab.manager import ledger_rebuild
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene
 from batchlab.sim.users import bring_items

@@ -16,8 +16,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState, Pool
 from batchlab.core.ports import AddJob, Finish, MoveJob, SetControl
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.jobs import ledger_rebuild
-from batchlab.manager.scaling import fleet_commands
+from batchlab.manager import fleet_commands, ledger_rebuild
 from batchlab.sim import invariants
 from batchlab.sim.tasks import Play, Scene, value_of
 from batchlab.sim.users import bring_items

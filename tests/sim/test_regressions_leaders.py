@@ -14,8 +14,8 @@ from batchlab.core.model import JobState
 from batchlab.core.ports import Outgoing, Reopen
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import read_task_message
-from batchlab.manager.jobs.adoption import SET_BACK_S
-from batchlab.manager.lease import LEASE
+from batchlab.manager.adoption import SET_BACK_S
+from batchlab.manager.manager import LEASE
 from batchlab.sim.world import EPOCH_S, World
 from tests.support.sim.scenes import (
     A,

@@ -13,11 +13,11 @@ import pytest
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, FailureKind, JobId, JobState, Pool, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.settlement import LOSS_LIMIT
-from batchlab.core.retry import Patience
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S

@@ -26,7 +26,7 @@ from batchlab.core.model import (
     Pool,
 )
 from batchlab.core.ports import MAX_MESSAGE_BYTES, Outgoing
-from batchlab.core.protocol import bundle_size, object_keys
+from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Held, events_message, read_events_message
 from batchlab.sim import invariants
@@ -259,10 +259,10 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
 
         around(monkeypatch, world.queue, "send", send)
         rule = RetryRule(attempts=2, backoff_s=0.1)
-        made = job(stage(A, bundle=60_000, retry=rule), items=bundle_size.CAP + 10)
+        made = job(stage(A, bundle=60_000, retry=rule), items=settlement.CAP + 10)
         await ends_well(world, made)
         rows = await world.ledger.bundles(made.id)
-        assert max(len(row.bundle.tasks) for row in rows) == bundle_size.CAP
+        assert max(len(row.bundle.tasks) for row in rows) == settlement.CAP
         assert max(lengths) <= MAX_MESSAGE_BYTES
 
     in_world(act, script=script)

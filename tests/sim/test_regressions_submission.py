@@ -11,7 +11,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobState, Pool
 from batchlab.core.ports import AddJob
 from batchlab.core.protocol import object_keys
-from batchlab.manager.jobs import job_coordinator
+from batchlab.manager import job_coordinator
 from batchlab.sim import invariants
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (

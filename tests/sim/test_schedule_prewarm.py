@@ -9,13 +9,13 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from batchlab.core import due_times
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.usage_meter import Accounting, Kind
+from batchlab.core.pricing.usage import Accounting, Kind
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import due_times
-from batchlab.core.schedules.model import Definition, When
+from batchlab.core.schedules import Definition, When
 from batchlab.sim.world import World
 from tests.support.sim.scenes import leader
 from tests.support.sim.schedule_scenes import (

@@ -10,7 +10,7 @@ from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobState
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules.model import Missed, Overlap, Run, RunState
+from batchlab.core.schedules import Missed, Overlap, Run, RunState
 from batchlab.sim.world import World
 from tests.support.sim.scenes import kill_manager, leader
 from tests.support.sim.schedule_scenes import (

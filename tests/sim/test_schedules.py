@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from batchlab.core.errors import UsageError
-from batchlab.core.schedules.model import Missed, Overlap, Schedule, When, token_of
+from batchlab.core.schedules import Missed, Overlap, Schedule, When, token_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import kill_manager, leader
 from tests.support.sim.schedule_scenes import (

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.core.schedules import decisions
-from batchlab.core.schedules.model import Run, Schedule
+from batchlab.core import schedules
+from batchlab.core.schedules import Run, Schedule
 from batchlab.sim import trial
 from batchlab.sim.faults import Weather
 from batchlab.sim.runtime_checks import Violated
@@ -28,7 +28,7 @@ def test_a_world_with_a_schedule_is_a_function_of_its_seed() -> None:
 
 
 def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lapse, seen = decisions.lapse, 0
+    lapse, seen = schedules.lapse, 0
 
     def losing(schedule: Schedule, now_s: float) -> Schedule:
         nonlocal seen
@@ -37,19 +37,19 @@ def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         lost = after is not schedule and seen == 2
         return replace(schedule, through_s=after.through_s) if lost else after
 
-    monkeypatch.setattr(decisions, "lapse", losing)
+    monkeypatch.setattr(schedules, "lapse", losing)
     with pytest.raises(Violated, match="nothing has run at"):
         trial.run(WHOLE, Weather(timed=True), sql=False)
 
 
 def test_a_run_at_no_due_time_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = decisions.started
+    started = schedules.started
 
     def astray(schedule: Schedule, run: Run, now_s: float) -> Schedule:
         wrong = replace(run, token=f"{run.token[:-2]}7Z")
         runs = tuple(wrong if one is run else one for one in schedule.runs)
         return started(replace(schedule, runs=runs), wrong, now_s)
 
-    monkeypatch.setattr(decisions, "started", astray)
+    monkeypatch.setattr(schedules, "started", astray)
     with pytest.raises(Violated, match="was due at"):
         trial.run(WHOLE, Weather(timed=True), sql=False)

@@ -15,8 +15,7 @@ from batchlab.sim import world as worlds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import EPOCH_S, WORKER, SimWorker, World
 from batchlab.worker.heartbeats import Identity
-from batchlab.worker.loop import Worker
-from batchlab.worker.shutdown import LEAVE_S, POLL_S, poll_notices
+from batchlab.worker.loop import LEAVE_S, POLL_S, Worker, poll_notices
 from tests.support.sim.scenes import A, ended_well, in_world, job, stage, submitted, takes
 
 POOLS = (Pool("default", 2, 2, 1),)
@@ -194,7 +193,7 @@ def test_who_does_not_answer_is_asked_again_and_named_once(
     away = Unreachable("No metadata service answers.")
     script = Script(away, away, None, away, away, away, Notice("the end", 5.0))
     heard: list[Notice] = []
-    with caplog.at_level(logging.INFO, "batchlab.worker.shutdown"):
+    with caplog.at_level(logging.INFO, "batchlab.worker.loop"):
         SimLoop().run(poll_notices(script, heard.append))
     assert heard == [Notice("the end", 5.0)]
     said = [record.getMessage() for record in caplog.records]

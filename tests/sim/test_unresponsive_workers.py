@@ -16,12 +16,11 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.core.errors import BackendError, BatchlabError, Refused
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat
-from batchlab.core.retry import Patience
-from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
-from batchlab.manager.scaling.worker_registry import LOST_S, WorkerRegistry
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports
+from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
+from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.world import World

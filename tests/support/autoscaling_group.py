@@ -21,10 +21,10 @@ from batchlab.fleet.api_types import (
     LaunchTemplate,
     LifecycleHook,
     ScalingPolicy,
+    Template,
+    ValidationError,
 )
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.fleet.errors import ValidationError
-from batchlab.fleet.external_data import Template
 from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_in
 
 GROUP = "g"

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import urlsplit
 
-from batchlab.core import request_signatures
+from batchlab.core import http_connections
 
 _HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
 
@@ -44,11 +44,11 @@ class Answer:
 def proven(token: str, request: Request, answer: Answer) -> Answer:
     """The answer as a manager with that token signs it; unsigned if the request is not signed."""
     given = request.header("Authorization")
-    signed = request_signatures.read(token, given, request.method, request.path)
+    signed = http_connections.read(token, given, request.method, request.path)
     if signed is None:
         return answer
-    proof = request_signatures.whole_proof(token, signed, answer.status, answer.body)
-    return replace(answer, headers=[*answer.headers, (request_signatures.PROOF, proof)])
+    proof = http_connections.whole_proof(token, signed, answer.status, answer.body)
+    return replace(answer, headers=[*answer.headers, (http_connections.PROOF, proof)])
 
 
 class Listening:

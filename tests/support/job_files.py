@@ -11,7 +11,7 @@ import pytest
 from batchlab.core.errors import JobFileError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId
-from batchlab.jobs import api
+from batchlab.jobs import job_file
 from tests.support.mistakes import complete
 
 MINIMAL = """\
@@ -44,14 +44,14 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def load(folder: Path, text: str, **overrides: str) -> api.JobFile:
+def load(folder: Path, text: str, **overrides: str) -> job_file.JobFile:
     (folder / "job.yaml").write_text(textwrap.dedent(text))
-    return api.load(folder / "job.yaml", overrides)
+    return job_file.load(folder / "job.yaml", overrides)
 
 
 def refused(folder: Path, text: str, **overrides: str) -> list[JobFileError]:
     """The mistakes of the file, each with all that a person needs."""
-    with pytest.raises(api.JobFileErrors) as caught:
+    with pytest.raises(job_file.JobFileErrors) as caught:
         load(folder, text, **overrides)
     return list(complete(caught.value.errors, folder / "job.yaml", textwrap.dedent(text)))
 
@@ -60,8 +60,8 @@ def told(errors: list[JobFileError]) -> list[tuple[int | None, str]]:
     return [(error.line, f"{error.message} {error.remedy}") for error in errors]
 
 
-def compiled(jobfile: api.JobFile, submitted_s: float = 0.0) -> JobDef:
-    return api.compile(
+def compiled(jobfile: job_file.JobFile, submitted_s: float = 0.0) -> JobDef:
+    return job_file.compile(
         jobfile,
         job_id=JobId("j-1"),
         token="t",

@@ -22,11 +22,11 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from batchlab.core import package_data
+from batchlab.core import installation
 from tests.support import ROOT
 
 EXTRAS = ("aws", "docker", "ministack", "otel", "web")
-VENDOR = Path(package_data.__file__).parent.parent / "server" / "web" / "static" / "vendor"
+VENDOR = Path(installation.__file__).parent.parent / "server" / "web" / "static" / "vendor"
 
 ALLOWED = frozenset(
     {

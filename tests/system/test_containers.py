@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.project import checked
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_project import checked
 from batchlab.runtime.home import Home
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command as batchlab
@@ -30,7 +30,7 @@ def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) 
     need_containers(tmp_path)
     home = Home(tmp_path / "home")
     batchlab("grid", "up", "--backend", "localstack", "--home", home.path)
-    at = deployment.read(home)
+    at = compose_deployment.read(home)
     assert at is not None
     label = f"label=batchlab.grid={at.project}"
     try:
@@ -49,7 +49,7 @@ def test_a_grid_comes_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) 
         batchlab("grid", "down", "--home", home.path)
     for kind in (("ps", "-aq"), ("network", "ls", "-q"), ("volume", "ls", "-q")):
         assert not checked(*kind, "--filter", label).split(), kind
-    assert deployment.read(home) is None
+    assert compose_deployment.read(home) is None
 
 
 def name_of(one: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def check_restraint(one: dict[str, Any]) -> None:
     assert has_socket == (name == "asg")
 
 
-def desired_capacity_makes_containers(home: Home, at: deployment.Deployment) -> None:
+def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deployment) -> None:
     """The AWS CLI, which nobody here wrote, makes instances come and go."""
     group = f"{at.project}-by-hand"
 
@@ -82,7 +82,7 @@ def desired_capacity_makes_containers(home: Home, at: deployment.Deployment) -> 
             if os.environ.get("CI"):
                 pytest.fail("CI promises the AWS CLI, but BATCHLAB_AWSCLI is not set")
             pytest.skip("BATCHLAB_AWSCLI names no AWS CLI")
-        own = deployment.autoscaling(home, at)
+        own = compose_deployment.autoscaling(home, at)
         keys = {"AWS_ACCESS_KEY_ID": own.access_key, "AWS_SECRET_ACCESS_KEY": own.secret_key}
         done = subprocess.run(
             [cli, "--endpoint-url", at.autoscaling_url, "autoscaling", *arguments],

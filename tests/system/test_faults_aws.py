@@ -12,8 +12,8 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local.processes import living, stat
-from batchlab.runtime.aws import deployment
-from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.runtime import aws_deployment
+from batchlab.scenarios.faults.fault_injection import TABLE
 from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.account import REGION, STACK, Account, account
 from tests.support.aws.ec2_stub import Machines
@@ -40,7 +40,7 @@ def there(
 
 @pytest.fixture(scope="module")
 def machines(there: Account) -> Machines:
-    ledger = deployment.folder(there.home("manager"))
+    ledger = aws_deployment.folder(there.home("manager"))
     return Machines(there.folder / "asg", there.at.manager_group, ledger / "ledger.sqlite")
 
 

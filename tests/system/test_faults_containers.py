@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from batchlab.core.model import Pool
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.deployment import ZONES
-from batchlab.scenarios.faults.autoscaling_groups import with_spot_shares
-from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_deployment import ZONES
+from batchlab.scenarios.faults.aws_stack import with_spot_shares
+from batchlab.scenarios.faults.fault_injection import TABLE
 from batchlab.scenarios.model.values import FaultName
 from tests.support.aws.autoscaling_api import aws
 from tests.support.docker.chaos import Containers, docker
@@ -49,7 +49,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 def groups(grid: LocalGrid) -> list[Any]:
     """As Auto Scaling has them."""
     at = Containers(grid).at
-    scaling = aws(deployment.autoscaling(grid.home, at), "autoscaling")
+    scaling = aws(compose_deployment.autoscaling(grid.home, at), "autoscaling")
     found: list[Any] = scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
     return found
 

@@ -13,8 +13,7 @@ from batchlab.core.model import Pool
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import processes
-from batchlab.scenarios.faults.fault_injection import FaultInjector
-from batchlab.scenarios.faults.fault_table import TABLE
+from batchlab.scenarios.faults.fault_injection import TABLE, FaultInjector
 from batchlab.scenarios.faults.proxy import with_proxy
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.scenarios.record import InjectedFault

@@ -19,17 +19,10 @@ from batchlab.adapters.local.processes import stat
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.core.ports import Outgoing, QueueSpec
-from batchlab.runtime import factory, manager_process
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment, Database
+from batchlab.runtime import aws_deployment, factory, manager_process
+from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home, ManagerRecord
-from batchlab.scenarios.faults import (
-    autoscaling_groups,
-    processes,
-    rollback,
-    services,
-    target_grid,
-)
+from batchlab.scenarios.faults import aws_stack, processes, services, target_grid
 from batchlab.scenarios.faults.aws_stack import StackFaults
 from batchlab.scenarios.faults.proxy import FaultProxy
 from batchlab.scenarios.faults.services import ManagerProcess
@@ -45,7 +38,7 @@ SHORT = 0.01
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_grid, "POLL_S", 0.001)
-    monkeypatch.setattr(rollback, "PAUSE_S", 0.001)
+    monkeypatch.setattr(target_grid, "PAUSE_S", 0.001)
 
 
 class Machine:
@@ -209,7 +202,7 @@ def test_a_database_of_aws_is_rebuilt_wherever_it_is_cancelled(
         ledger="postgres",
         database=Database("db.example", 5432, "batchlab", "arn"),
     )
-    deployment.write(home, at)
+    aws_deployment.write(home, at)
 
     def do(books: Books) -> Coroutine[Any, Any, FaultResult]:
         there = StackFaults(target_grid.TargetGrid(factory.load("aws"), home, books.client))
@@ -294,8 +287,8 @@ def test_groups_have_their_zones_again_wherever_it_is_cancelled(
         return ["i-1: terminated"]
 
     def do(world: Groups) -> Coroutine[Any, Any, FaultResult]:
-        monkeypatch.setattr(autoscaling_groups, "client", lambda *_, **__: world)
-        there = autoscaling_groups.ZoneOutage(Endpoint(), prefix="s-")
+        monkeypatch.setattr(aws_stack, "client", lambda *_, **__: world)
+        there = aws_stack.ZoneOutage(Endpoint(), prefix="s-")
         return there.lose(world.scene, fault, inside=inside, kill=kill)
 
     assert at_every_wait(lambda: Groups(tmp_path), do) > 5

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 import batchlab
-from batchlab.core import package_data
-from batchlab.core.package_data import FOLDERS
+from batchlab.core import installation
+from batchlab.core.installation import FOLDERS
 from tests.support import ROOT
 from tests.support.supply import EXTRAS
 from tests.support.uv import Uv, program, uv
@@ -70,7 +70,7 @@ def test_the_wheel_has_what_was_written_and_nothing_else(built: Built) -> None:
     own = {one for one in content if not one.startswith(f"{info}/")}
     data = {f"{DATA}/{one}" for one in written(*FOLDERS)}
     assert own == written("batchlab") | data
-    assert own == {name for name, _ in package_data.files()}, (
+    assert own == {name for name, _ in installation.files()}, (
         "of these images and releases are made"
     )
     for name in own:

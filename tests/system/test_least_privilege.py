@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 from batchlab.core.api_types import NotificationView
 from batchlab.core.model import JobId, StageName
 from batchlab.core.protocol import object_keys
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 from tests.support.aws import cfn
 from tests.support.aws.account import POOL, Account, opened

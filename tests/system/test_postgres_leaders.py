@@ -11,8 +11,8 @@ from pathlib import Path
 
 from batchlab.adapters.sql import open_memory, open_postgres
 from batchlab.core.model import JobState
-from batchlab.manager.jobs.ledger_rebuild import rebuild
-from batchlab.manager.lease import LEASE
+from batchlab.manager.ledger_rebuild import rebuild
+from batchlab.manager.manager import LEASE
 from tests.support.contract.ledger_suite import ledger_in
 from tests.support.postgres.managers import (
     LEASE_S,

@@ -18,10 +18,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, Engine
 
-from batchlab.adapters.sql import migrate, open_postgres
-from batchlab.adapters.sql.bundle_rows import select_bundles
+from batchlab.adapters.sql import engines, open_postgres
 from batchlab.adapters.sql.engines import transaction
 from batchlab.adapters.sql.postgres import postgres_engine
+from batchlab.adapters.sql.rows import select_bundles
 from batchlab.adapters.sql.tables import HEAD, known_on_postgresql, metadata, versions
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import JobId
@@ -266,11 +266,11 @@ def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
 def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres) -> None:
     other = f"{postgres.schema}-old"
     engine, old = (postgres_engine(postgres.url, name) for name in (postgres.schema, other))
-    migrate.ensure(engine)
+    engines.ensure(engine)
     with transaction(old, writes=True) as connection:
         connection.exec_driver_sql(f'CREATE SCHEMA "{other}"')
         versions.create(connection)
-    migrate.ensure(old)
+    engines.ensure(old)
     found = _described(old, other)
     assert [tuple(str(f).replace(other, "") for f in row) for row in found] == [
         tuple(str(f).replace(postgres.schema, "") for f in row)
@@ -289,14 +289,14 @@ def test_a_schema_that_is_behind_becomes_what_a_fresh_one_is(postgres: Postgres)
 def test_a_schema_is_made_whole_or_not_at_all(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = migrate.create
+    create = engines.create
 
     def create_and_fail(connection: Connection) -> None:
         create(connection)
         raise BackendError("the plug was pulled")
 
     with monkeypatch.context() as patch:
-        patch.setattr(migrate, "create", create_and_fail)
+        patch.setattr(engines, "create", create_and_fail)
         assert "plug" in str(_error(postgres.url, postgres.schema))
     there = f"SELECT 1 FROM pg_namespace WHERE nspname = '{postgres.schema}'"
     assert postgres.server.execute(there) == []

@@ -15,15 +15,15 @@ from random import Random
 import pytest
 from sqlalchemy import Connection, Select
 
-from batchlab.adapters.sql import bundle_rows, job_rows
+from batchlab.adapters.clock import Busy
 from batchlab.adapters.sql import postgres as sql_postgres
-from batchlab.adapters.sql.job_rows import Snapshot
-from batchlab.adapters.threads import Busy
+from batchlab.adapters.sql import rows
+from batchlab.adapters.sql.rows import Snapshot
 from batchlab.core.errors import Unreachable
 from batchlab.core.ledger_projection import Projection
 from batchlab.core.model import Control
+from batchlab.core.port_retries import Patience, patiently
 from batchlab.core.ports import BundleRecord, Fold, SetControl
-from batchlab.core.retry import Patience, patiently
 from tests.support.contract.ledger_suite import (
     BATCH,
     JOB,
@@ -178,7 +178,7 @@ def test_who_sleeps_in_a_transaction_loses_it(
     was about to write is not written when it wakes."""
     monkeypatch.setattr(sql_postgres, "SLEEP_S", 0.3)
     asleep, awake = threading.Event(), threading.Event()
-    real = job_rows.store
+    real = rows.store
 
     def sleepy(connection: Connection, projection: Projection, before: Snapshot) -> None:
         real(connection, projection, before)
@@ -189,7 +189,7 @@ def test_who_sleeps_in_a_transaction_loses_it(
         async with ledger_in(postgres) as ledger, ledger_in(postgres) as other:
             await submit(ledger)
             with monkeypatch.context() as patch:
-                patch.setattr(job_rows, "store", sleepy)
+                patch.setattr(rows, "store", sleepy)
                 sleeping = asyncio.create_task(ledger.apply(SetControl(JOB.id, Control.CANCEL, 0)))
                 await asyncio.to_thread(asleep.wait)
                 try:
@@ -227,7 +227,7 @@ def test_a_long_listing_holds_up_nobody(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listing, go_on = threading.Event(), threading.Event()
-    real = bundle_rows.records
+    real = rows.records
 
     def slow(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:
         found = real(connection, query)
@@ -242,7 +242,7 @@ def test_a_long_listing_holds_up_nobody(
             await submit(ledger)
             await fold(ledger, done(bundle(0, 1)))
             with monkeypatch.context() as patch:
-                patch.setattr(bundle_rows, "records", slow)
+                patch.setattr(rows, "records", slow)
                 asked = asyncio.create_task(ledger.bundles(JOB.id))
                 await asyncio.to_thread(listing.wait)
             try:

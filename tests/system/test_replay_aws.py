@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.runtime.aws import deployment
+from batchlab.runtime import aws_deployment
 from batchlab.scenarios import record
 from tests.support.aws.account import POOL, account
 from tests.support.aws.ec2_stub import Machines
@@ -44,7 +44,7 @@ def test_a_scenario_with_a_kill_is_replayed_on_a_stack(
     with account(ministack, moto, tmp_path / "account", settings=settings) as there:
         until(there.manager_pid, 60)
         home = there.home()
-        disk = deployment.folder(there.home("manager")) / "ledger.sqlite"
+        disk = aws_deployment.folder(there.home("manager")) / "ledger.sqlite"
         machines = Machines(there.folder / "asg", there.at.manager_group, disk)
         with standing(machines) as ec2:
             _, said = command(

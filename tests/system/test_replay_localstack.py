@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import compose_deployment
 from batchlab.runtime.home import Home
 from batchlab.scenarios import record
 from tests.support.docker.grid import need_containers
@@ -41,5 +41,5 @@ def test_a_scenario_with_its_policy_and_a_kill_on_localstack(tmp_path: Path) -> 
     assert run.faults[0].evidence
     assert all(one.type for one in run.instances)
     assert {one.zone for one in run.instances} - {""}, "a group chooses zones"
-    assert deployment.read(Home(home)) is None, "something is still there"
+    assert compose_deployment.read(Home(home)) is None, "something is still there"
     assert not Home(home).settings_file.exists()

@@ -16,7 +16,7 @@ import pytest
 from batchlab.core.api_types import JobView
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.reports.queries import named_queries
+from batchlab.reports.queries import store
 from tests.support.cli import Run
 from tests.support.grid.fixtures import Bring
 from tests.support.reports.simulated_run import answers
@@ -119,7 +119,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     (print_,) = ask("SELECT DISTINCT fingerprint FROM attempts WHERE state = 'FAILED'")
     (group,) = json.loads(run("job", "failures", view["id"], *home, "--json")[1])
     assert print_ == {"fingerprint": group["fingerprint"]}
-    for query in named_queries.known().values():
+    for query in store.known().values():
         ask(query.sql)
 
     # The bill, line by line.

@@ -14,7 +14,7 @@ from batchlab.cli.example_data import ClaimsFacts, write_claims
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
-from batchlab.manager.lease import LEASE
+from batchlab.manager.manager import LEASE
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid, outcomes
 from tests.support.waiting import until

@@ -18,8 +18,8 @@ import pytest
 
 from batchlab.cli.example_data import write_claims, write_records
 from batchlab.core.ports import MAX_MESSAGE_BYTES
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.project import checked
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_project import checked
 from batchlab.runtime.home import Home
 from tests.support import ROOT
 from tests.support.aws.custom_image import own_image
@@ -156,7 +156,7 @@ def test_the_examples_come_to_the_same_everywhere(
 
 def another_manager(home: Home) -> None:
     """In the container of the one before it, which gets no time to end."""
-    at, before = deployment.read(home), home.record()
+    at, before = compose_deployment.read(home), home.record()
     assert at
     checked("restart", "--time", "0", f"{at.project}-manager-1")
     until(lambda: (home.record() or before) != before, 60, pause_s=0.2)

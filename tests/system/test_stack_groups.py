@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_template import DRAIN_HOOK, READY_HOOK
+from batchlab.adapters.aws.group_descriptions import DRAIN_HOOK, READY_HOOK
 from tests.support.aws import cfn
 from tests.support.aws.autoscaling_api import TEMPLATE, ZONE, Behaving, autoscaling, aws, served
 from tests.support.aws.stack_shapes import RELEASE

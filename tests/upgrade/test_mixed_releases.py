@@ -19,26 +19,27 @@ from batchlab.core.errors import BackendError, Malformed, TooNew
 from batchlab.core.job_definition import JobDef, NotifyDef, RetryRule, SplitBy, StageDef
 from batchlab.core.model import Bundle, Control, FailureKind, JobId, Ran, StageName, TaskSet
 from batchlab.core.notifications import Notification
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Outgoing, QueueSpec
-from batchlab.core.protocol import json_format, object_keys, spec_object
-from batchlab.core.protocol.live_logs import Tail, from_bytes, to_bytes
+from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.messages import (
+    Tail,
     TaskMessage,
     events_message,
+    from_bytes,
     read_events_message,
     read_task_message,
     task_message,
+    to_bytes,
 )
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.manager.notifier import Outbox
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import OTHERS_S
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Handle, Work, WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.runner import Handle, Work
-from batchlab.worker.settings import WorkerSettings
 
 BEFORE = Path(__file__).parent / "wire_before"
 """As releases wrote it that knew nothing of targets, traces and protocols."""
@@ -222,7 +223,7 @@ class Scene:
     ) -> str:
         bundle = replace(BUNDLE, job=job.id)
         doc = json.loads(task_message(TaskMessage(bundle, [1, 2])))
-        spec = json.loads(spec_object.to_bytes(job))
+        spec = json.loads(commit_keys.to_bytes(job))
         change(doc, spec)
         await self.objects.put(object_keys.spec(job.id), json_format.to_bytes(spec))
         body = json.dumps(doc)

@@ -11,7 +11,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, insert, select
 
-from batchlab.adapters.sql import SqlLedger, migrate, open_postgres, open_sqlite
+from batchlab.adapters.sql import SqlLedger, engines, open_postgres, open_sqlite
 from batchlab.adapters.sql.engines import sqlite_engine, transaction
 from batchlab.adapters.sql.postgres import postgres_engine
 from batchlab.adapters.sql.tables import HEAD, leases, metadata, versions
@@ -60,9 +60,9 @@ def copy(file: Path, postgres: Postgres, found: str) -> None:
             transaction(source) as old,
             transaction(target, writes=True, lasts=True) as new,
         ):
-            migrate._make_room(new)
+            engines._make_room(new)
             config = Config(attributes={"connection": new})
-            config.set_main_option("script_location", str(migrate.MIGRATIONS))
+            config.set_main_option("script_location", str(engines.MIGRATIONS))
             command.upgrade(config, found)
             for table in metadata.sorted_tables:
                 # Whoever led does so no longer, and how that is written has changed.

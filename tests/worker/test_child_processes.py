@@ -12,7 +12,7 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
-from batchlab.worker.runner import Handle
+from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import (
     USER_CODE,
     alive,

@@ -14,6 +14,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.commit import committed
 from batchlab.core.job_definition import JobDef, RetryRule, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Outgoing, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import (
@@ -22,15 +23,13 @@ from batchlab.core.protocol.messages import (
     read_events_message,
     read_task_message,
 )
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.tracing import NOBODY, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import BundleFinisher
 from batchlab.worker.inflight_message import InflightMessage
-from batchlab.worker.outbox import Outbox
-from batchlab.worker.worker_counters import WorkerCounters
+from batchlab.worker.outbox import Outbox, WorkerCounters
 
 STAGE = StageName("map")
 STAGES = (StageDef(STAGE, handler="m:f", retry=RetryRule(attempts=2)),)

@@ -14,7 +14,7 @@ from batchlab.core.model import FailureKind, Ran
 from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker.child import EXIT_PIPE_LOST
 from batchlab.worker.child_process import describe_exit
-from batchlab.worker.runner import Handle
+from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import (
     alive,
     collect,
@@ -177,7 +177,7 @@ def test_loading_a_handler_has_a_longer_limit_of_its_own(
             how: dict[str, Any] = {"handler": "slow:run", "folder": folder, "timeout_s": 0.2}
             assert await rig.values([1, 2], **how) == [1, 2]
         async with opened(tmp_path) as rig:
-            monkeypatch.setattr("batchlab.worker.resource_limits._IMPORT_S", 0.3)
+            monkeypatch.setattr("batchlab.worker.child_process._IMPORT_S", 0.3)
             reason = "timeout: Loading the handler took longer than 0.3 s."
             assert await rig.values([1, 2], **how) == [reason] * 2
 

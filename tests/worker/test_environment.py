@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.core.retry import Patience
+from batchlab.core.port_retries import Patience
 from batchlab.worker import environment
 
 PATIENCE = Patience(random.Random(0), limit_s=0.0)

@@ -19,8 +19,8 @@ from batchlab.core.protocol import values
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import code_cache
+from batchlab.worker.inflight_message import Handle, Work
 from batchlab.worker.inline_child import InlineChildren, InlineRunner
-from batchlab.worker.runner import Handle, Work
 
 T = TypeVar("T")
 

@@ -16,21 +16,18 @@ from batchlab.adapters.sql import open_memory
 from batchlab.core.errors import Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, Message, StageRecord
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.live_logs import ASKED_S, Tail, from_bytes, to_bytes
-from batchlab.core.protocol.messages import TaskMessage
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs import live_logs
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Ports
+from batchlab.core.protocol.messages import ASKED_S, Tail, TaskMessage, from_bytes, to_bytes
+from batchlab.manager import live_logs
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker import task_log
-from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker import live_logs as task_log
+from batchlab.worker.inflight_message import InflightMessage, Peek
 from batchlab.worker.job_cache import CLOCKS_S, ControlPoller
 from batchlab.worker.live_logs import WORKER_BYTES, LiveLogs
-from batchlab.worker.runner import Peek
 from tests.support.no_fleet import NoFleet
 
 JOB = JobId("talk-0123456789")

@@ -12,18 +12,16 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Outgoing, Queue
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, read_events_message
-from batchlab.core.retry import Patience
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import Runner, WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox
-from batchlab.worker.runner import Runner
-from batchlab.worker.settings import WorkerSettings
-from batchlab.worker.worker_counters import WorkerCounters
+from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MOST_DUPLICATES, Outbox, WorkerCounters
 
 JOB, STAGE = JobId("sums-1"), StageName("map")
 

@@ -11,17 +11,16 @@ import pytest
 
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.model import Bundle, JobId, Outcome, StageName, TaskSet
+from batchlab.core.port_retries import STEP_BACK_S, Patience
 from batchlab.core.ports import Message, QueueSpec
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message
-from batchlab.core.retry import STEP_BACK_S, Patience
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.execution import gathering_s
 from batchlab.worker.heartbeats import MOMENT_S, Heartbeats, Identity
-from batchlab.worker.inflight_message import InflightMessage
+from batchlab.worker.inflight_message import InflightMessage, WorkerSettings
 from batchlab.worker.outbox import LINGER_S, Outbox
-from batchlab.worker.settings import WorkerSettings
 
 JOB, STAGE = JobId("outbox-0123456789"), StageName("map")
 

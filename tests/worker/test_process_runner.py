@@ -14,7 +14,7 @@ import pytest
 
 from batchlab.core.model import FailureKind
 from batchlab.core.protocol import values
-from batchlab.worker.runner import Handle
+from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import (
     children_of,
     go,

@@ -18,7 +18,7 @@ from batchlab.core.errors import BackendError, Unreachable
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.protocol import values
 from batchlab.worker import materialization
-from batchlab.worker.runner import Handle
+from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import (
     Rig,
     collect,

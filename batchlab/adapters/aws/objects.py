@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.bucket import Bucket
+from batchlab.adapters.limits import Bucket
 from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
 from batchlab.core.errors import AlreadyExists, BatchlabError
-from batchlab.core.request_counter import Tally
+from batchlab.core.pricing.request_costs import Tally
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

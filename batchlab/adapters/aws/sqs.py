@@ -36,7 +36,7 @@ from batchlab.core.ports import (
     Outgoing,
     QueueSpec,
 )
-from batchlab.core.request_counter import Tally
+from batchlab.core.pricing.request_costs import Tally
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType

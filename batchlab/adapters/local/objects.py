@@ -3,29 +3,298 @@
 Invariant: a key has one complete object or none, also after a process died while writing it. A
 conditional create has one winner. An object that a job needs is on disk before its put returns. A
 conditional create replaces a damaged file, and an empty document counts as absent.
+
+Files of a bucket that is a folder: atomic writes, and listing in key order.
+
+Invariant: a name appears with its complete content or not at all. A durable write flushes the
+content and the parent folders to disk before the name appears. It flushes the name before the call
+returns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import hashlib
+import json
 import os
+import re
+import shutil
+import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
-from batchlab.adapters.bucket import Bucket
-from batchlab.adapters.limits import check_key, check_prefix, check_size
-from batchlab.adapters.local import local_files
-from batchlab.adapters.local.local_files import FileWriter
-from batchlab.core.atomic_write import Sync, make_folder
+from batchlab.adapters.limits import Bucket, check_key, check_prefix, check_size
+from batchlab.core.atomic_write import (
+    NEVER_EMPTY,
+    STAGED,
+    VOLATILE,
+    Sync,
+    make_folder,
+    private,
+    sync_folder,
+)
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable
-from batchlab.core.object_names import VOLATILE
 from batchlab.core.ports import ObjectInfo
+
+# shutil copies with buffers of this size. The kernel's copy (sendfile) moves 64 KiB at a time and
+# takes several times as long.
+_COPY_BYTES = 256 * 1024
+
+_DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
+_KNOWN_FOLDERS = 10_000
+_FLUSHES = 8
+"""Number of threads that flush the names of new folders."""
+
+Fill = Callable[[BinaryIO], object]
+"""A function that writes an object's content into its file."""
+
+
+_downloads = count()
+
+
+def download_whole(path: Path, write: Callable[[Path], object]) -> int:
+    """Let `write` fill a staged file, rename it to `path`, and return its size in bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process, or a call whose caller was canceled, may download to the same path. Each
+    # download has its own staged file, and the last rename wins.
+    staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
+    try:
+        write(staged)
+        size = staged.stat().st_size
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return size
+
+
+def head(root: Path, key: str) -> ObjectInfo | None:
+    """Return the object `key`, None if it does not exist."""
+    return _info(f"{root}/{key}", key)
+
+
+def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
+    """Yield objects under `prefix` with keys greater than `after`, in key order.
+
+    The names of one folder of each level are held in memory. Objects that are created or deleted
+    during the call may be missing.
+    """
+    folder = prefix.rpartition("/")[0]
+    return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)
+
+
+def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
+    try:
+        with os.scandir(root + folder) as entries:
+            # With its slash, a folder's name sorts like its keys: "a-b" comes before "a/".
+            names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in names:
+        key = folder + name
+        if name.endswith("/"):
+            if key.startswith(prefix) and (key > after or after.startswith(key)):
+                yield from _below(root, key, prefix, after)
+        elif key > after and key.startswith(prefix) and not STAGED.search(name):
+            info = _info(root + key, key)
+            if info is not None:
+                yield info
+
+
+def _info(path: str, key: str) -> ObjectInfo | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a Path costs as much again
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISDIR(found.st_mode) or is_remains(key, found.st_size):
+        return None
+    return ObjectInfo(key, found.st_size, etag_of(found))
+
+
+def etag_of(found: os.stat_result) -> str:
+    """Return the ETag of a file. Two contents within one clock tick may have the same ETag."""
+    return f'"{found.st_ino:x}-{found.st_mtime_ns // 1000:x}-{found.st_size:x}"'
+
+
+def is_remains(key: str, size: int) -> bool:
+    """Return whether a file of that size is left from a power loss and counts as absent."""
+    return not size and key.startswith(NEVER_EMPTY)
+
+
+def damage(root: Path, key: str) -> str | None:
+    """Return the damage of the object's content, or None if no damage is visible.
+
+    Documents must be JSON. An object that is named by its hash must have this hash. Raise OSError
+    if the file cannot be read.
+    """
+    path = root / key
+    if is_remains(key, path.stat().st_size):
+        return "is empty"
+    if named := _DIGEST.match(key):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return None if found == named[1] else "does not have the content that it is named by"
+    if key.startswith(NEVER_EMPTY) and key.endswith(".json"):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            return "is not JSON"
+    return None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the folder that contains `path`. Wait for it if necessary.
+
+    Raise FileNotFoundError if the folder does not exist.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def damaged(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the key and the damage of every object that is visibly damaged."""
+    for prefix in NEVER_EMPTY:
+        for folder, _, names in os.walk(root / prefix):
+            for name in sorted(names):
+                key = (Path(folder) / name).relative_to(root).as_posix()
+                if STAGED.search(name):
+                    continue
+                try:
+                    problem = damage(root, key)
+                except FileNotFoundError:
+                    continue  # deleted during the scan
+                if problem:
+                    yield key, problem
+
+
+class FileWriter:
+    """Writer of the objects of one bucket. With `durable`, a call waits for the disk.
+
+    The file system commits concurrent flushes together. So the names of new folders are flushed at
+    the same time as the content, and not after it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._threads = ThreadPoolExecutor(_FLUSHES, thread_name_prefix="folders")
+        self._on_disk: set[str] = {self._root}
+        """Folders whose names have been flushed to disk."""
+
+    def replace(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """Write the object and return its ETag."""
+        target = f"{self._root}/{key}"
+        staged, etag = self._write(target, fill, durable=durable)
+        with _removed_on_error(staged):
+            os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
+        _settle(target, durable=durable)
+        return etag
+
+    def create(self, key: str, fill: Fill, *, durable: bool) -> str:
+        """Write the object like `replace`. Raise AlreadyExists if it exists and is not damaged."""
+        target = f"{self._root}/{key}"
+        staged, etag = self._write(target, fill, durable=durable)
+        with _removed_on_error(staged):
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                # The other writer may not have flushed the name yet. The caller relies on the
+                # existing object, so the name is flushed here.
+                _settle(target, durable=durable)
+                self._replace_damaged(key, staged, target)
+            else:
+                os.unlink(staged)  # noqa: PTH108
+        _settle(target, durable=durable)
+        return etag
+
+    def _replace_damaged(self, key: str, staged: str, target: str) -> None:
+        # Under the lock, the second of two writers finds the object of the first.
+        with locked(Path(target)):
+            if damage(Path(self._root), key) is None:
+                raise AlreadyExists(f"Object {key!r} exists.")
+            os.rename(staged, target)  # noqa: PTH104
+
+    def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
+        """Write the content to a new file next to `target`. Return its name and its ETag."""
+        staged, file = _stage(target)
+        with _removed_on_error(staged), file:
+            fill(file)
+            file.flush()
+            if durable:
+                self._flush(file.fileno(), os.path.dirname(target))  # noqa: PTH120
+            return staged, etag_of(os.fstat(file.fileno()))
+
+    def _flush(self, file: int, folder: str) -> None:
+        """Wait until the file's content and the names of its parent folders are on disk."""
+        fresh = []
+        while folder not in self._on_disk:
+            fresh.append(folder)
+            folder = os.path.dirname(folder)  # noqa: PTH120
+        names = [self._threads.submit(sync_folder, os.path.dirname(one)) for one in fresh]  # noqa: PTH120
+        try:
+            os.fdatasync(file)
+        finally:
+            wait(names)
+        for name in names:
+            name.result()
+        if len(self._on_disk) > _KNOWN_FOLDERS:
+            self._on_disk = {self._root}
+        self._on_disk.update(fresh)
+
+
+def _settle(target: str, *, durable: bool) -> None:
+    """Wait until the name is on disk."""
+    if durable:
+        sync_folder(os.path.dirname(target))  # noqa: PTH120
+
+
+@contextmanager
+def _removed_on_error(staged: str) -> Iterator[None]:
+    # Only after an error: otherwise the name may already belong to another writer.
+    try:
+        yield
+    except BaseException:
+        os.unlink(staged)  # noqa: PTH108
+        raise
+
+
+def _stage(target: str) -> tuple[str, BinaryIO]:
+    """Open a new file next to `target`, with a name that cannot be a key."""
+    for number in count(1):
+        staged = f"{target}#{number}"
+        try:
+            return staged, open(staged, "xb", opener=private)
+        except FileExistsError:
+            continue  # another writer's file, or left by a process that was killed
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
+    raise AssertionError("numbers do not end")
+
+
+def copy_into(source: BinaryIO) -> Fill:
+    """Return a function that copies `source` into its argument."""
+    return lambda target: _copy(source, target)
+
+
+def copy_out(source: Path, target: Path) -> None:
+    """Write the file `source` to `target`, which must not be a file of the bucket."""
+    with source.open("rb") as file, target.open("wb") as copy:
+        _copy(file, copy)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    shutil.copyfileobj(source, target, _COPY_BYTES)
+
 
 T = TypeVar("T")
 
@@ -74,11 +343,11 @@ class LocalObjects:
             in_place=not durable and len(data) <= _IN_PLACE_BYTES,
         )
 
-    def _exchange(self, etag: str, key: str, fill: local_files.Fill, *, durable: bool) -> str:
+    def _exchange(self, etag: str, key: str, fill: Fill, *, durable: bool) -> str:
         # The lock excludes other conditional puts, but not an unconditional put. The folder has one
         # manager, and this manager makes all puts that need a stronger guarantee.
-        with local_files.locked(self._root / key):
-            found = local_files.head(self._root, key)
+        with locked(self._root / key):
+            found = head(self._root, key)
             if found is None or found.etag != etag:
                 raise AlreadyExists(f"Object {key!r} is another one by now.")
             return self._writer.replace(key, fill, durable=durable)
@@ -93,7 +362,7 @@ class LocalObjects:
         return self._info(key).size
 
     def _info(self, key: str) -> ObjectInfo:
-        found = local_files.head(self._root, key)
+        found = head(self._root, key)
         if found is None:
             raise NotFound(f"No object {key!r}.")
         return found
@@ -122,15 +391,15 @@ class LocalObjects:
 
     def _read_with_etag(self, key: str) -> tuple[bytes, str]:
         with (self._root / key).open("rb") as file:
-            return file.read(), local_files.etag_of(os.fstat(file.fileno()))
+            return file.read(), etag_of(os.fstat(file.fileno()))
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)
-        return await self._do(key, partial(local_files.head, self._root, key), in_place=True)
+        return await self._do(key, partial(head, self._root, key), in_place=True)
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         check_prefix(prefix)
-        found = local_files.walk(self._root, prefix, after)
+        found = walk(self._root, prefix, after)
         while page := await self._do(prefix, lambda: [*islice(found, PAGE)]):
             yield page
 
@@ -155,7 +424,7 @@ class LocalObjects:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             write = self._writer.create if if_absent else self._writer.replace
-            copy = partial(write, key, local_files.copy_into(file), durable=durable)
+            copy = partial(write, key, copy_into(file), durable=durable)
             await self._do(key, copy, in_place=not durable and size <= _IN_PLACE_BYTES)
         return size
 
@@ -164,7 +433,7 @@ class LocalObjects:
         return await self._do(key, partial(self._download, key, path))
 
     def _download(self, key: str, path: Path) -> int:
-        return local_files.download_whole(path, partial(local_files.copy_out, self._root / key))
+        return download_whole(path, partial(copy_out, self._root / key))
 
 
 class FilesInPlace:
@@ -175,7 +444,7 @@ class FilesInPlace:
 
     def path(self, key: str) -> Path | None:
         check_key(key)
-        return self._root / key if local_files.head(self._root, key) else None
+        return self._root / key if head(self._root, key) else None
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from batchlab.adapters.clock import OneThread
 from batchlab.adapters.limits import (
     MAX_IN_FLIGHT,
     check_batch,
@@ -26,9 +27,8 @@ from batchlab.adapters.limits import (
     check_receive,
     check_send,
 )
-from batchlab.adapters.local.fifo_wakeup import EVERYBODY, listen, ring
+from batchlab.adapters.local.local_wakeup_queue import EVERYBODY, listen, ring
 from batchlab.adapters.local.sqlite_messages import SqliteMessages, Taken
-from batchlab.adapters.threads import OneThread
 from batchlab.core.errors import Throttled
 from batchlab.core.ports import Clock, Depth, Message, Outgoing, QueueSpec
 

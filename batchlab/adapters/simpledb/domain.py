@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, translated
 from batchlab.core.errors import BackendError, Throttled, TooLarge, Unreachable, UsageError
 from batchlab.core.model import Json
-from batchlab.core.retry import doubled_s
+from batchlab.core.port_retries import doubled_s
 
 T = TypeVar("T")
 

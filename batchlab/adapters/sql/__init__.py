@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchlab.adapters.sql.ledger import SqlLedger, open_memory, open_postgres, open_sqlite
-from batchlab.adapters.sql.logins import IamLogins, Login, Logins, SecretLogins
+from batchlab.adapters.sql.postgres import IamLogins, Login, Logins, SecretLogins
 
 __all__ = [
     "IamLogins",

@@ -3,6 +3,17 @@
 Invariant: writing transactions exclude each other from their start, and a reading transaction sees
 one state (`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL.
 `postgres` has PostgreSQL's way to begin.
+
+Translation of database errors into batchlab's errors.
+
+Invariant: a temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries
+it. A failure that a person must fix is BackendError at once. No message contains a password.
+
+Migration of a database to the schema that this version expects.
+
+Invariant: one transaction of one writer changes the schema. So two processes that open a new
+database create one schema, and after SIGKILL the schema is the old or the new one. Alembic is
+imported only for a migration, because its import dominates the start-up time.
 """
 
 from __future__ import annotations
@@ -14,9 +25,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    StaticPool,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+)
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.schema import CreateSchema
 
+from batchlab.adapters.clock import Busy
 from batchlab.adapters.local.sqlite_wal import make_private
+from batchlab.adapters.sql.tables import HEAD, metadata, versions
+from batchlab.core.errors import BackendError, NotFound, Unreachable
 
 _BUSY_S = 10.0
 _AGAIN_S = 0.01
@@ -109,3 +141,166 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noq
     # If a transaction began as a reader and then wrote, SQLite would refuse the write without
     # waiting whenever another process has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+_LOCKED = "55P03"
+_FOREIGN_KEY = "23503"
+# First characters of a SQLSTATE. 25006 means that the server has become a standby.
+_PASSING = ("08", "25006", "40", "53", "57", "58")
+# A refused connection has only a text, from the server or from libpq.
+_REMEDIES = (
+    (
+        ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
+        "Look at user and password in the ledger's URL, and at the server's pg_hba.conf.",
+    ),
+    (
+        ("certificate", "does not support SSL", "sslmode"),
+        "Look at sslmode and sslrootcert in the ledger's URL, or at the CA bundle that was named.",
+    ),
+    (
+        ('relation "',),
+        "Its tables are gone. Start the manager again; `batchlab ledger rebuild` then makes them "
+        "anew from the bucket.",
+    ),
+    (("does not exist",), "Make it with `createdb` and `createuser`, or name another one."),
+    (
+        ("invalid connection option",),
+        "Look at what follows the question mark in the ledger's URL.",
+    ),
+    (
+        ("permission denied",),
+        "The ledger's user must own its schema, or may CREATE one in the database.",
+    ),
+)
+
+
+def name_of(engine: Engine) -> str:
+    """Return the name of the database for messages."""
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    host = url.host or url.query.get("host") or "localhost"
+    return f"{url.database or url.username} on {host}" + (f":{url.port}" if url.port else "")
+
+
+def instead(engine: Engine) -> str:
+    """Return advice for the use of another database."""
+    if engine.dialect.name == "sqlite":
+        return "name another folder with --home"
+    return "name another database"
+
+
+@contextmanager
+def translated(engine: Engine) -> Iterator[None]:
+    """Raise batchlab's errors instead of the database's."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(said, sqlite3.Error):
+            raise _from_sqlite(engine, error, said) from error
+        raise _from_postgresql(engine, error, said) from error
+
+
+def _from_sqlite(engine: Engine, error: SQLAlchemyError, said: sqlite3.Error) -> BackendError:
+    code = getattr(said, "sqlite_errorcode", 0) & 0xFF
+    if isinstance(error, IntegrityError):
+        return _nothing_there()
+    if isinstance(error, (OperationalError, InterfaceError)):
+        kind = Busy if code == sqlite3.SQLITE_BUSY else Unreachable
+        return kind(f"The ledger {name_of(engine)} does not answer: {said}.")
+    damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+    return BackendError(
+        f"The ledger {name_of(engine)} cannot be used: {said}.",
+        remedy="Move it away and start the grid again; `batchlab ledger rebuild` then makes it "
+        "anew from the bucket."
+        if damaged
+        else "",
+    )
+
+
+def _from_postgresql(
+    engine: Engine, error: SQLAlchemyError, said: BaseException | None
+) -> BackendError:
+    state = getattr(said, "sqlstate", None) or ""
+    text = plain(said)
+    remedy = next((what for signs, what in _REMEDIES if any(s in text for s in signs)), "")
+    if state == _FOREIGN_KEY:
+        return _nothing_there()
+    if state == _LOCKED:
+        return Busy(f"Somebody else has been writing to the ledger {name_of(engine)} for long.")
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    refused = isinstance(error, OperationalError) and not state and not remedy
+    if lost or refused or state.startswith(_PASSING):
+        return Unreachable(f"The ledger {name_of(engine)} does not answer: {text}.")
+    return BackendError(f"The ledger {name_of(engine)} cannot be used: {text}.", remedy=remedy)
+
+
+def plain(said: BaseException | None) -> str:
+    """Return the text of a database error in one line."""
+    return " ".join(str(said).split()).rstrip(".")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether PostgreSQL or RDS's PAM has refused a password."""
+    return "authentication failed" in str(error)
+
+
+def _nothing_there() -> NotFound:
+    # Rows that may exist are inserted conditionally, so this error is a missing foreign key.
+    return NotFound("The ledger has no such job or stage.")
+
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def ensure(engine: Engine) -> None:
+    """Create or migrate the tables. Raise BackendError if a newer batchlab has migrated them."""
+    with transaction(engine) as connection:
+        if _version(connection) == HEAD:
+            return
+    with transaction(engine, writes=True, lasts=True) as connection:
+        # The version is read again, because from now on no other process can change it.
+        found = _version(connection)
+        if found is None:
+            _make_room(connection)
+            create(connection)
+        elif found != HEAD:
+            upgrade(connection)
+
+
+def _make_room(connection: Connection) -> None:
+    """Create the schema, if the database has schemas and lacks this one."""
+    schema = connection.get_execution_options().get(SCHEMA)
+    # CREATE SCHEMA IF NOT EXISTS would need the permission to create even if the schema exists.
+    if schema and not inspect(connection).has_schema(schema):
+        connection.execute(CreateSchema(schema))
+
+
+def create(connection: Connection) -> None:
+    """Create the newest schema in an empty database."""
+    metadata.create_all(connection, checkfirst=False)
+    connection.execute(insert(versions).values(version_num=HEAD))
+
+
+def upgrade(connection: Connection) -> None:
+    """Run the missing migrations in the caller's transaction."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    command.upgrade(config, "head")
+
+
+def _version(connection: Connection) -> str | None:
+    """Return None for a new database, and "" if Alembic has begun without a migration."""
+    if not inspect(connection).has_table(versions.name):
+        return None
+    found = connection.execute(select(versions.c.version_num)).scalar() or ""
+    if found > HEAD:
+        raise BackendError(
+            f"{name_of(connection.engine)} was written by a newer batchlab (schema {found}).",
+            remedy=f"Install that version, or {instead(connection.engine)}.",
+        )
+    return found

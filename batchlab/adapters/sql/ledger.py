@@ -15,14 +15,15 @@ from typing import Any, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, update
 
+from batchlab.adapters.clock import Inline, OneThread, Run, Threads
 from batchlab.adapters.local.sqlite_wal import WalFlush
-from batchlab.adapters.sql import bundle_rows, job_rows, migrate
-from batchlab.adapters.sql.db_errors import translated
-from batchlab.adapters.sql.engines import sqlite_engine, transaction
-from batchlab.adapters.sql.job_rows import Snapshot
-from batchlab.adapters.sql.logins import Logins
+from batchlab.adapters.sql import engines
+from batchlab.adapters.sql import rows as bundle_rows
+from batchlab.adapters.sql import rows as job_rows
+from batchlab.adapters.sql.engines import sqlite_engine, transaction, translated
+from batchlab.adapters.sql.postgres import Logins
+from batchlab.adapters.sql.rows import Snapshot
 from batchlab.adapters.sql.tables import NOBODY, Upserts, bundles, jobs, leases, stages
-from batchlab.adapters.threads import Inline, OneThread, Run, Threads
 from batchlab.core import ledger_projection
 from batchlab.core.atomic_write import Sync
 from batchlab.core.errors import NotFound
@@ -168,7 +169,7 @@ class SqlLedger:
         existing = job_rows.add(connection, self._upserts, projection)
         if existing is not None:
             return Written(job_rows.load(connection, existing).rows(), is_new=False)
-        bundle_rows.store(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
         return Written(projection.rows(), is_new=True)
 
     def _fold(self, connection: Connection, change: Fold) -> Folded:
@@ -208,7 +209,7 @@ class SqlLedger:
         job_rows.store(connection, projection, before)
         void = [name for name, one in projection.stages.items() if one.void_at != NEVER]
         bundle_rows.make_void(connection, projection.job.id, void)
-        bundle_rows.store(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
 
     # --- Reads -----------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class SqlLedger:
         projection, rows = ledger_projection.restore(past, last - count + 1)
         if job_rows.add(connection, self._upserts, projection) is not None:
             raise NotFound(f"The ledger has no job {job}: another job has its token.")
-        bundle_rows.store(connection, self._upserts, projection, rows)
+        bundle_rows.store_bundle_rows(connection, self._upserts, projection, rows)
         return True
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
@@ -313,7 +314,7 @@ class SqlLedger:
         def call() -> T:
             with translated(self._engine):
                 if not self._has_schema:
-                    migrate.ensure(self._engine)
+                    engines.ensure(self._engine)
                     self._has_schema = True
                 with transaction(self._engine, writes=writes, lasts=not quick) as connection:
                     return work(connection)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchlab.client.debug import debuggers, foreground, verdict
+from batchlab.client.debug import debuggers, foreground, task_folder
 from batchlab.client.debug.task_folder import Ended, Told, Unknown, read, write_ended
 from batchlab.worker import handlers
 from batchlab.worker.shared_memory import IMPORTING, ChildState
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(told.folder)
     write_ended(told.folder, ended)
     if not given.supervised:
-        _say("\n".join(verdict.judge(told, ended, here).lines))
+        _say("\n".join(task_folder.judge(told, ended, here).lines))
     sys.stdout.flush()
     sys.stderr.flush()
     # As in a worker's child process, threads that a handler left behind are not joined.

@@ -26,12 +26,10 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind, StageName
 from batchlab.core.protocol.settlement import LOSS_LIMIT
-from batchlab.worker import commands
-from batchlab.worker.child_process import describe_crash
+from batchlab.worker import programs
+from batchlab.worker.child_process import Limits, describe_crash, family, table
 from batchlab.worker.environment import is_harmless
 from batchlab.worker.handlers import Problem, fault
-from batchlab.worker.process_table import family, table
-from batchlab.worker.resource_limits import Limits
 from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
@@ -217,7 +215,7 @@ class Shell:
     """Task of a command stage, ready for a shell. `command` is the line to type."""
 
     command: str
-    call: commands.Call
+    call: programs.Call
 
 
 def shell(told: Told, passed: Collection[str] = ()) -> Shell:
@@ -232,7 +230,7 @@ def shell(told: Told, passed: Collection[str] = ()) -> Shell:
     request = told.request
     try:
         item: Any = decoded(told.item, pickles=told.request["objects"])
-        call = commands.prepare(
+        call = programs.prepare(
             request["command"], request["stdout"], request["code"], item, told.context
         )
     except Problem as problem:
@@ -243,7 +241,7 @@ def shell(told: Told, passed: Collection[str] = ()) -> Shell:
     return Shell(typed(call), call._replace(environment=given(call.environment, passed)))
 
 
-def typed(call: commands.Call) -> str:
+def typed(call: programs.Call) -> str:
     """Return a call as a line for a shell."""
     line = shlex.join(call.arguments)
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line

@@ -11,24 +11,22 @@ import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from batchlab.client.debug import verdict
+from batchlab.client.debug import task_folder
 from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, Told, write
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.bundle_inputs import NoSuchTask
-from batchlab.core.protocol.references import Own
-from batchlab.core.retry import Patience
-from batchlab.core.task_names import task_name
+from batchlab.core.protocol.bundle_inputs import NoSuchTask, Own
 from batchlab.jobs import attempts
 from batchlab.jobs.attempts import Attempt
 from batchlab.worker import environment, materialization
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.environment import Environment
 from batchlab.worker.handlers import Problem
-from batchlab.worker.runner import Scratch, Work
+from batchlab.worker.inflight_message import Scratch, Work
 
 _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbidden")
 
@@ -157,8 +155,8 @@ async def _bring(
     told = await _fetched(reading, job, bundle, item, folder, attempt, there)
     write(told)
     (folder / object_keys.MADE).touch()
-    (folder / README).write_text(verdict.text(told, attempts.describe(item)))
-    (folder / RUN).write_text(verdict.script(told))
+    (folder / README).write_text(task_folder.text(told, attempts.describe(item)))
+    (folder / RUN).write_text(task_folder.script(told))
     return told
 
 

@@ -11,21 +11,33 @@ uses few imports.
     run/N/in/    the input of task N; each run creates and removes out/ and scratch/ next to it
     run/cwd/     the current folder of a Python handler
     ended.json   how the last local run ended
+
+Comparison of a local run with the run on the grid, and the README and `run.py` of a task folder.
+
+Invariant: the comparison depends only on `task.json`, the end of the run, and the environment. The
+commands in the README work in any folder, with the Python that prepared it. The process that runs
+the task imports this module, which uses few imports.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchlab.core.model import Json
+import batchlab
+from batchlab.core.job_definition import task_name
+from batchlab.core.model import Failure, FailureKind, Json
 from batchlab.core.protocol import json_format, values
+from batchlab.core.protocol.settlement import fingerprint
 from batchlab.core.task_context import Context
-from batchlab.core.task_names import task_name
+from batchlab.worker import environment
 from batchlab.worker.task_executor import ExecutionRequest, context
 
 VERSION = 1
@@ -150,3 +162,169 @@ def read_ended(folder: Path) -> Ended | None:
         return Ended(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:
         return None
+
+
+SAME, DIFFERENT, NOT_AT_ALL = "same", "different", "not at all"
+SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Result of the comparison.
+
+    `word` is "same" (it failed as on the grid), "different", or "not at all" (it did not fail). It
+    is "succeeded" or "failed" if the task did not fail on the grid, and "left" if the user left
+    before the end. `here` and `there` are fingerprints, or "" without a failure.
+    """
+
+    word: str
+    sentence: str
+    here: str = ""
+    there: str = ""
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """Return the result as lines for the user."""
+        if not self.differences:
+            return [self.sentence]
+        return [
+            self.sentence,
+            "What is known to be different here:",
+            *(f"  - {one}" for one in self.differences),
+        ]
+
+
+def failure_of(told: dict[str, Any] | None) -> Failure | None:
+    """Return the Failure with these fields."""
+    if told is None:
+        return None
+    return Failure(**{"task": 0, **told, "kind": FailureKind(told["kind"])})
+
+
+def judge(told: Told, ended: Ended, environ: Mapping[str, str] = os.environ) -> Verdict:
+    """Compare the local run with the run on the grid. `environ` is the user's environment, from
+    which the command withholds variables."""
+    differences = [*_differences(told, environ), *told.notes]
+    there, here = failure_of(told.failure), failure_of(ended.failure)
+    prints = (fingerprint(here) if here else "", fingerprint(there) if there else "")
+    word, sentence = _word(told, ended, there, here, *prints)
+    return Verdict(word, sentence, *prints, differences)
+
+
+def _word(
+    told: Told,
+    ended: Ended,
+    there: Failure | None,
+    here: Failure | None,
+    print_here: str,
+    print_there: str,
+) -> tuple[str, str]:
+    name = told.name
+    if ended.left:
+        return LEFT, f"{name} was left before its end, so it cannot be compared."
+    if here and there:
+        if print_here == print_there:
+            return SAME, f"{name} failed the same way as on the grid ({print_here}): {here.reason}"
+        return DIFFERENT, (
+            f"{name} failed differently. Here ({print_here}): {here.reason} On the grid "
+            f"({print_there}): {there.reason}"
+        )
+    if there:
+        return NOT_AT_ALL, (
+            f"{name} did not fail here. On the grid it did ({print_there}): {there.reason}"
+        )
+    on_grid = "succeeded" if told.state == "SUCCEEDED" else "has not come to an end"
+    if here:
+        return FAILED, f"{name} failed here ({print_here}): {here.reason} On the grid it {on_grid}."
+    if told.state != "SUCCEEDED":
+        return SUCCEEDED, f"{name} succeeded here. On the grid it {on_grid}."
+    return SUCCEEDED, f"{name} succeeded, as on the grid{_result(told, ended)}."
+
+
+def _result(told: Told, ended: Ended) -> str:
+    for value in (told.value, ended.value):
+        if next(values.references(value), None) is not None or values.kind(value):
+            return ""  # the names of files and pickled objects always differ
+    return ", with the same result" if told.value == ended.value else ", with another result"
+
+
+def _differences(told: Told, environ: Mapping[str, str]) -> list[str]:
+    if told.there is None:
+        return []
+    return environment.differences(environment.from_json(told.there), environment.current(environ))
+
+
+def text(told: Told, given: str) -> str:
+    """Return the text of the README. `given` describes the input."""
+    script = f"{shlex.quote(sys.executable)} {shlex.quote(str(told.folder / RUN))}"
+    what = "Its command" if told.is_command else f"The handler `{told.request['handler']}`"
+    files = (
+        f"`{EXECUTION}/{told.task}/in`" if _has_files(told) else f"`item` in `task.json`: {given}"
+    )
+    lines = [
+        f"# {told.name} of {told.job}",
+        "",
+        f"Attempt {told.attempt} of round {told.round}, to be run again here. {_on_grid(told)}",
+        "Nothing of a run here reaches the grid.",
+        "",
+        f"- {what}, code in `{CODE}/`"
+        + ("" if told.request["code"] else " (the job brought none)"),
+        f"- input: {given}" + (f", in {files}" if _has_files(told) else ""),
+        f"- limits on the grid: {limits(told)}; a run by `{RUN}` has none",
+        "",
+        "```sh",
+        script,
+        *([] if told.is_command else [f"{script} --pdb", f"{script} --break"]),
+        "```",
+        "",
+        "`--pdb` debugs where it fails, `--break` stops at the handler's first line. In an IDE, "
+        f"set breakpoints below `{CODE}/`, and debug `{RUN}` with {sys.executable}.",
+        "",
+        "It is the job's code, and runs with your rights. Variables that look like secrets are not "
+        "given to it; `--env NAME` gives it one.",
+    ]
+    if told.there:
+        there = environment.from_json(told.there)
+        lines += ["", f"Its worker: {there}."]
+        if different := environment.differences(there, environment.current()):
+            lines += ["", *(f"- {one}" for one in different)]
+    if told.notes:
+        lines += ["", *(f"- {one}" for one in told.notes)]
+    if told.failure and told.failure["traceback"]:
+        lines += ["", "On the grid:", "", "```", told.failure["traceback"].rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def script(told: Told) -> str:
+    """Return the text of `run.py`."""
+    here = str(Path(batchlab.__file__).resolve().parent.parent)
+    return (
+        f'"""Runs {told.name} of {told.job} again; {README} says more."""\n\n'
+        "import sys\nfrom pathlib import Path\n\n"
+        f"HERE = {here!r}\n"
+        "sys.path[:1] = [] if HERE in sys.path[1:] else [HERE]\n\n"
+        "from batchlab.client.debug.child import main  # noqa: E402\n\n"
+        "main([str(Path(__file__).resolve().parent), *sys.argv[1:]])\n"
+    )
+
+
+def limits(told: Told) -> str:
+    """Return the job's limits in words."""
+    found = []
+    if told.timeout_s is not None:
+        found.append(f"{told.timeout_s:g} s")
+    if told.memory_bytes is not None:
+        found.append(f"{told.memory_bytes / 2**20:g} MiB")
+    return " and ".join(found) or "none"
+
+
+def _has_files(told: Told) -> bool:
+    return (told.folder / EXECUTION / str(told.task) / "in").is_dir()
+
+
+def _on_grid(told: Told) -> str:
+    there = failure_of(told.failure)
+    if there:
+        return f"On the grid it failed ({fingerprint(there)}): {there.reason}"
+    return f"On the grid it ended {told.state}." if told.state else "It has not ended on the grid."

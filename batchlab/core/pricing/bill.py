@@ -10,21 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from batchlab.core.pricing import request_costs
-from batchlab.core.pricing.money import (
+from batchlab.core.pricing.price_book import (
+    AS_IF,
     BILLED_LEAST_S,
     GB,
     HOURS_A_MONTH,
     NOTHING,
     WORKER_DISK_GB,
     Item,
+    PriceBook,
     Usd,
     range_json,
     total,
 )
-from batchlab.core.pricing.price_book import AS_IF, PriceBook
-from batchlab.core.pricing.request_costs import Moved, Pace
-from batchlab.core.pricing.usage_meter import Account, Kind
-from batchlab.core.request_counter import Requests
+from batchlab.core.pricing.request_costs import Moved, Pace, Requests
+from batchlab.core.pricing.usage import Account, Kind
 
 UNUSED = 0.15
 """Assumed idle share of the instance time of a run whose instance time was not counted."""

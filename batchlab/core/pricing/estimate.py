@@ -14,20 +14,19 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Market
 from batchlab.core.pricing import request_costs
-from batchlab.core.pricing.money import (
+from batchlab.core.pricing.price_book import (
     BILLED_LEAST_S,
     GB,
     HOURS_A_MONTH,
     WORKER_DISK_GB,
     Item,
+    PriceBook,
     Usd,
     range_json,
     total,
 )
-from batchlab.core.pricing.price_book import PriceBook
-from batchlab.core.pricing.request_costs import Pace
-from batchlab.core.protocol import bundle_size
-from batchlab.core.request_counter import Requests
+from batchlab.core.pricing.request_costs import Pace, Requests
+from batchlab.core.protocol import settlement
 
 BOOT_S = (30.0, 60.0, 180.0)
 """Seconds from launch to the first bundle, for pools that do not set `boot_s`."""
@@ -118,14 +117,14 @@ def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
     `protocol.bundle_size`)."""
     if tasks <= 0:
         return 0
-    first = [] if fixed is not None else bundle_size.wave(tasks, slots, None, None, tasks)
+    first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, tasks)
     left, found = tasks - sum(first), len(first)
     # While many tasks are left, the task time alone limits the bundle size. Only the last bundles
     # shrink.
-    largest = bundle_size.bundle_size(10**12, slots, mean_s, fixed)
-    bulk = max(0, (left - largest * slots * bundle_size.SHARES) // largest)
+    largest = settlement.bundle_size(10**12, slots, mean_s, fixed)
+    bulk = max(0, (left - largest * slots * settlement.SHARES) // largest)
     left, found = left - bulk * largest, found + bulk
-    return found + len(bundle_size.wave(left, slots, mean_s, fixed, left))
+    return found + len(settlement.wave(left, slots, mean_s, fixed, left))
 
 
 def loads(

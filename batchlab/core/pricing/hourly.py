@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing import request_costs
-from batchlab.core.pricing.money import HOURS_A_MONTH, WORKER_DISK_GB, Item, Usd, range_json, total
-from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.price_book import (
+    HOURS_A_MONTH,
+    WORKER_DISK_GB,
+    Item,
+    PriceBook,
+    Usd,
+    range_json,
+    total,
+)
 
 EGRESS = (request_costs.ENDPOINTS, request_costs.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")

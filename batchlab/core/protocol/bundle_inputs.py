@@ -1,21 +1,30 @@
-"""Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan."""
+"""Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan.
+
+Check of the objects to which references in a job's items and results refer.
+
+Invariant: the manager, workers, and clients read a referenced object only after this check. A
+worker writes an outcome, and a reader of the outcome may have more rights than the worker.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from batchlab.core.commit import read_outcome
-from batchlab.core.errors import Malformed, NotFound, TooNew
-from batchlab.core.job_definition import JobDef
+from batchlab.core.errors import Malformed, NotFound, TooNew, UsageError
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, BundleId, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.protocol import commit_keys, json_format, object_keys, values
 from batchlab.core.protocol.field_checks import (
     MOST_TASKS,
     UNREADABLE,
@@ -25,9 +34,7 @@ from batchlab.core.protocol.field_checks import (
     text,
     whole,
 )
-from batchlab.core.protocol.seals import CommitKey
-from batchlab.core.retry import Patience
-from batchlab.core.task_names import task_name
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.text import count
 
 T = TypeVar("T")
@@ -217,7 +224,7 @@ class Inputs:
             raise NotFound(f"{what} has no plan yet, or its plan is gone: {lost}.")
         key = object_keys.spec(bundle.job)
         data = await self._patience(partial(self._objects.get, key))
-        opening = _whole(key, data, lambda data: spec_object.opening_in(json_format.loads(data)))
+        opening = _whole(key, data, lambda data: commit_keys.opening_in(json_format.loads(data)))
         if opening is None:
             what = f"The plan of stage {bundle.stage} of job {bundle.job}"
             raise NotFound(f"{what} is gone: {lost}.")
@@ -270,7 +277,10 @@ def _whole(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
 
 def _items(name: str, data: bytes) -> Sequence[Json]:
     """Return the items of the part of a plan with that name, which is the digest of its content."""
-    if len(name) == len(object_keys.digest(b"")) and object_keys.digest(data) != name:
+    if (
+        len(name) == len(object_keys.digest_object_keys(b""))
+        and object_keys.digest_object_keys(data) != name
+    ):
         raise Malformed("It is not the content that it is named by.")
     try:
         return listed(json_format.loads(data)["items"])
@@ -306,3 +316,67 @@ def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
 def is_gather(item: Json) -> bool:
     """Return whether the item collects the results of whole stages."""
     return isinstance(item, dict) and "$gather" in item
+
+
+class ForeignReference(UsageError):
+    """A reference names an object that its job may not use, or the object's content has changed."""
+
+
+class Own:
+    """Objects that one job may use.
+
+    A job of the Python API may also use files and raw data of other jobs, because its user passes
+    them on as File objects.
+    """
+
+    def __init__(self, job: JobId, inputs: Iterable[str] = (), *, is_python: bool) -> None:
+        self._job = job
+        named = list(inputs)
+        self._keys = frozenset(one for one in named if not one.endswith("/"))
+        plans = f"jobs/{job}/"
+        folders = [one for one in named if one.endswith("/")]
+        others = ("files/", "raw/") if is_python else (f"files/{job}/", f"raw/{job}/")
+        self._prefixes = (*others, plans, *folders)
+        self.is_python = is_python
+
+    @classmethod
+    def of(cls, job: JobDef) -> Own:
+        """Return the objects that a job may use according to its definition."""
+        keys = job.input.keys if job.input else ()
+        return cls(job.id, keys, is_python=is_python(job))
+
+    def key(self, reference: Json) -> str:
+        """Return the key in a reference. Raise ForeignReference if the job may not use it."""
+        name = reference.get(values.kind(reference) or "")
+        if not isinstance(name, str) or not self._has(name):
+            raise ForeignReference(
+                f"A reference names {str(name)[:200]!r}, which is not an object of job "
+                f"{self._job}.",
+                remedy="No task writes such a reference by itself; see who may write the bucket.",
+            )
+        return name
+
+    def value(self, reference: Json, data: bytes) -> Json:
+        """Return the encoded value in the object of a `$value` reference.
+
+        Raise ForeignReference if the object has another content than the reference was made for.
+        """
+        said = reference.get("sha256")
+        if said is not None and hashlib.sha256(data).hexdigest() != said:
+            raise ForeignReference(
+                f"The object {reference['$value']!r} is not the one that a task stored there.",
+                remedy="Somebody has written over it; run the job again.",
+            )
+        return json.loads(data)
+
+    def _has(self, key: str) -> bool:
+        if key in self._keys:
+            return True
+        return key.startswith(self._prefixes) and not any(
+            part in ("", ".", "..") for part in key.split("/")
+        )
+
+
+def is_python(job: JobDef) -> bool:
+    """Return whether the job comes from the Python API. Its items and results may be pickled."""
+    return any((stage.handler or "").startswith("pickle:") for stage in job.stages)

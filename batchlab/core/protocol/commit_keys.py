@@ -7,24 +7,30 @@ Invariants: the secret is created once, by a conditional PUT. Every program that
 the bucket can derive all commit keys. Workers may not read it, and receive the keys with their
 messages. A proof covers the whole text of its message, so it is not valid for another message. The
 proofs are the first member of the message's object, and the text is the message without it.
+
+Object `jobs/<job>/spec.json`: the definition of a job, and an optional opening.
+
+Invariant: one PUT commits the whole content.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobId
-from batchlab.core.ports import Ids, Objects
+from batchlab.core.model import JobId, Json
+from batchlab.core.port_retries import Patience
+from batchlab.core.ports import Cut, Ids, Objects
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import UNREADABLE, listed
 from batchlab.core.protocol.messages import Events
-from batchlab.core.protocol.seals import (
+from batchlab.core.protocol.object_keys import (
     UNSEALED,
     CommitKey,
     commit_key,
@@ -33,7 +39,6 @@ from batchlab.core.protocol.seals import (
     proof,
     summary,
 )
-from batchlab.core.retry import Patience
 
 KEPT = 4096
 """Maximum number of keys in memory."""
@@ -181,3 +186,49 @@ def split(body: str) -> tuple[str, Mapping[str, str]]:
     if body[end + 1 : end + 2] != ",":
         raise ValueError("it has proofs and nothing else")
     return "{" + body[end + 2 :], proofs
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Additional content of the object with a job's definition, committed with the same PUT.
+
+    It has the encoded items of the root stage, if there are few, and that stage's first cut.
+    """
+
+    items: Sequence[Json]
+    cut: Cut | None = None
+
+
+def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
+    """Return the content of a job's spec object."""
+    doc = json_format.job_to_json(job)
+    if opening:
+        cut = json_format.cut_to_json(opening.cut) if opening.cut else None
+        doc["opening"] = {"items": opening.items, "cut": cut}
+    return json_format.to_bytes(doc)
+
+
+def from_json(doc: dict[str, Any]) -> tuple[JobDef, Opening | None]:
+    """Return the job and the opening in a spec object.
+
+    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    """
+    return json_format.job_from_json(doc), opening_in(doc)
+
+
+def opening_in(doc: dict[str, Any]) -> Opening | None:
+    """Return the opening in a spec object, or None if it does not have one.
+
+    Raise Malformed if the opening cannot be read.
+    """
+    found = doc.get("opening")
+    if found is None:
+        return None
+    try:
+        items = listed(found["items"])
+        cut = json_format.cut_from_json(found["cut"]) if found["cut"] else None
+        if cut and (cut.job, cut.round, cut.seq) != (doc["id"], 0, 0):
+            raise ValueError("its cut is not the first cut of the job")
+        return Opening(items, cut)
+    except UNREADABLE as error:
+        raise Malformed(f"A job's opening cannot be read: {json_format.brief(error)}.") from error

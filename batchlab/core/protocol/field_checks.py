@@ -13,7 +13,7 @@ from math import isfinite
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from batchlab.core.object_names import check_key
+from batchlab.core.atomic_write import check_key
 
 T = TypeVar("T")
 

@@ -3,6 +3,8 @@
 Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of
 `json_format`. A reader refuses any other message as a whole with Malformed, so a message never
 takes effect in part.
+
+Format of live logs: the output of running tasks, stored while a client follows them.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from typing import Any, TypeVar
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.core.ports import MAX_MESSAGE_BYTES
-from batchlab.core.protocol import object_keys
+from batchlab.core.pricing.request_costs import Asked, Requests
+from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import (
     UNREADABLE,
     bundle_name,
     figure,
+    fitted,
     flag,
+    known,
     label,
     listed,
     name,
@@ -41,8 +46,7 @@ from batchlab.core.protocol.json_format import (
     outcome_from_json,
     outcome_text,
 )
-from batchlab.core.protocol.seals import UNSEALED, CommitKey
-from batchlab.core.request_counter import Asked, Requests
+from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 
 T = TypeVar("T")
 
@@ -332,3 +336,38 @@ def _events_from_json(doc: dict[str, Any]) -> Events:
         tuple([_told_from_json(t) for t in listed(doc["m"])]) if "m" in doc else (),
         tuple([_trace_from_json(t) for t in listed(doc["tp"])]) if "tp" in doc else (),
     )
+
+
+ASKED_S = 30.0
+"""Time for which a worker stores live logs after a request. A client that follows a job repeats its
+request twice in this time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The latest output of a running attempt: bytes [start, stop) of its output."""
+
+    stage: str
+    task: int
+    attempt: int
+    round: int
+    bundle: str
+    execution: str
+    start: int
+    stop: int
+    text: str
+
+
+def to_bytes(tails: list[Tail]) -> bytes:
+    return json_format.to_bytes(
+        {"v": json_format.VERSION, "tails": [json_format.fields(one) for one in tails]}
+    )
+
+
+def from_bytes(data: bytes) -> list[Tail]:
+    """Return the live logs in an object. Raise Malformed if they cannot be read."""
+    doc: dict[str, Any] = json_format.loads(data)
+    try:
+        return [fitted(Tail(**known(Tail, one))) for one in listed(doc["tails"])]
+    except UNREADABLE as error:
+        raise Malformed(f"Live logs cannot be read: {json_format.brief(error)}.") from error

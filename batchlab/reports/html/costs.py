@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from batchlab.core.pricing import money
+from batchlab.core.pricing import price_book
 from batchlab.core.text import span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Shape
-from batchlab.reports.html.source import Run
-from batchlab.reports.html.text import adding_up, share, visible
+from batchlab.reports.html.source import Run, adding_up, share, visible
 
 KINDS = {
     "compute": "compute",
@@ -120,7 +119,7 @@ def cost(run: Run) -> Cost | None:
     return Cost(
         total,
         f"{total.quantize(Decimal(1).scaleb(-decimals)):,} USD",
-        money.shown(float(total)),
+        price_book.shown(float(total)),
         parts,
         _parts(lines, decimals),
         _parts(stages, decimals),

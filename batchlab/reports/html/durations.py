@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from batchlab.core.text import count, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
-from batchlab.reports.html.source import Row, Run
-from batchlab.reports.html.text import share, visible
+from batchlab.reports.html.source import Row, Run, share, visible
 
 STAGES = 8
 """Maximum number of histograms. The stages with the most time get one, and the table has all."""

@@ -12,17 +12,16 @@ from functools import partial
 
 from batchlab.core.commit import outcome_at
 from batchlab.core.errors import NotFound
+from batchlab.core.job_definition import task_name
 from batchlab.core.model import BundleId, JobId, Outcome, StageName
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.task_names import task_name
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.text import count, listed, span
 from batchlab.jobs.attempts import log_end
 from batchlab.reports.html.charts import Data
-from batchlab.reports.html.source import Row, Run
-from batchlab.reports.html.text import moment, visible, visible_lines
+from batchlab.reports.html.source import Row, Run, moment, visible, visible_lines
 
 GROUPS = 20
 """Maximum number of groups on the page. The others are summed up."""

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from batchlab.core.text import count, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, Shape, Tick, time_ticks
-from batchlab.reports.html.source import PLACED, PLACES, Row, Run
-from batchlab.reports.html.text import offset, share, visible
+from batchlab.reports.html.source import PLACED, PLACES, Row, Run, offset, share, visible
 
 LANES = 40
 BARS = 1000

@@ -20,8 +20,7 @@ from batchlab.reports.html.charts import (
     count_ticks,
     time_ticks,
 )
-from batchlab.reports.html.source import PLACED, PLACES, Row, Run
-from batchlab.reports.html.text import at, offset, visible
+from batchlab.reports.html.source import PLACED, PLACES, Row, Run, at, offset, visible
 
 BINS = 120
 ROWS = 24

@@ -20,7 +20,7 @@ from batchlab.core.pricing.bill import PoolFacts, StageUse
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.reports import costs
-from batchlab.reports.queries.named_queries import sections
+from batchlab.reports.queries.store import sections
 from batchlab.reports.tables.gather import Gathered
 from batchlab.reports.tables.schema import BY_NAME, TABLES, USD, VERSION, Table
 from batchlab.reports.tables.staging import FILES, plain

@@ -16,13 +16,13 @@ from typing import Any
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Cut, Ending, Objects
-from batchlab.core.pricing.usage_meter import Account
-from batchlab.core.protocol import json_format, object_keys, spec_object
+from batchlab.core.pricing.usage import Account
+from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs.retries import Retry
-from batchlab.manager.recording import recorded_data
+from batchlab.manager import recorded_data
+from batchlab.manager.retry_rounds import Retry
 from batchlab.reports.tables.staging import Staging, universe
 
 AT_ONCE = 8
@@ -71,7 +71,7 @@ class Gatherer:
                 f"The bucket has nothing of a job {job}.",
                 remedy="`batchlab job list` shows the jobs of the grid that is up.",
             ) from None
-        spec, opening = json_format.job_from_json(doc), spec_object.opening_in(doc)
+        spec, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
         retries = await self._retries(job)
         void_before = {
             one.stage: number

@@ -15,7 +15,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, StageName, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.failure_fingerprint import fingerprint
+from batchlab.core.protocol.settlement import fingerprint
 
 CHUNK = 8_192
 """Maximum number of run times in one line."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from batchlab import __version__
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import JobId
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
 from batchlab.reports.tables.build import Building, Setting
 from batchlab.reports.tables.gather import Gatherer
 from batchlab.reports.tables.schema import TABLES, VERSION

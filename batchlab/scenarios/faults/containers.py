@@ -21,18 +21,20 @@ from batchlab.adapters.docker.engine import Engine
 from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.model import Market
 from batchlab.core.text import first_of
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.project import LABEL
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_project import LABEL
 from batchlab.scenarios.faults import services
-from batchlab.scenarios.faults.autoscaling_groups import ZoneOutage
-from batchlab.scenarios.faults.localstack_proxy import PYTHON, LocalStackProxy, networks
-from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
+from batchlab.scenarios.faults.aws_stack import ZoneOutage
+from batchlab.scenarios.faults.proxy import PYTHON, LocalStackProxy, networks
 from batchlab.scenarios.faults.target_grid import (
     EFFECT_TIMEOUT_S,
     NO_INSTANCE,
     FaultAction,
     FaultResult,
+    Rollback,
     TargetGrid,
+    complete,
+    in_thread,
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault, FaultName
@@ -167,7 +169,7 @@ class ContainerFaults:
 
     async def _reaches(self, container: str) -> bool:
         """Return whether a program in the container can reach the metadata service."""
-        argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(deployment.METADATA_PORT)]
+        argv = [PYTHON, "-c", _PROBE, f"{self.at.subnet}.12", str(compose_deployment.METADATA_PORT)]
 
         def probe(api: APIClient) -> bool:
             made = api.exec_create(container, argv)["Id"]
@@ -227,7 +229,7 @@ class ContainerFaults:
         )
 
     async def _notice(self, instance: str, notice_s: float) -> bool:
-        there = deployment.autoscaling(self._scene.home, self.at)
+        there = compose_deployment.autoscaling(self._scene.home, self.at)
         with suppress(UsageError):  # the instance has ended
             await asyncio.to_thread(give, there, instance, "interruption", notice_s)
             return True
@@ -285,7 +287,7 @@ class ContainerFaults:
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
         zones = ZoneOutage(
-            deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
+            compose_deployment.autoscaling(self._scene.home, self.at), prefix=f"{self.at.project}-"
         )
 
         async def kill(instances: Sequence[str]) -> list[str]:

@@ -2,13 +2,18 @@
 
 Each fault is undone, also on a cancellation, and a failed rollback is reported. Faults that would
 affect the same part run one after another.
+
+Support of each fault on each backend: its mechanism, or the reason why it is impossible.
+
+An injector does exactly what its row says. docs/faults.md and `scenario faults` print this table.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from batchlab.client.http import Client
@@ -16,7 +21,6 @@ from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
-from batchlab.scenarios.faults.fault_table import support_of
 from batchlab.scenarios.faults.target_grid import FaultAction, FaultResult, RunEnded, TargetGrid
 from batchlab.scenarios.model.values import Fault, FaultName
 from batchlab.scenarios.record import InjectedFault
@@ -24,6 +28,179 @@ from batchlab.scenarios.replay.run_state import RUN_ENDED
 
 if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
+
+BACKENDS = ("local", "ministack", "localstack", "aws")
+"""The backends with faults. On any other backend, a replay skips every fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultSupport:
+    """Support of one fault on one backend: the mechanism or the reason; the other one is empty."""
+
+    how: str = ""
+    why_not: str = ""
+
+    @property
+    def possible(self) -> bool:
+        return bool(self.how)
+
+
+def _impossible(why: str) -> FaultSupport:
+    return FaultSupport(why_not=why)
+
+
+_KILLED = FaultSupport("SIGKILL to the worker's process and all its child processes")
+_STOPPED = FaultSupport("SIGSTOP to the worker's processes, SIGCONT at the end")
+_ASKED = FaultSupport(
+    "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the "
+    "notice; processes do not have a market, so any of them is hit"
+)
+_RESTARTED = FaultSupport(
+    "SIGKILL to the manager's process; at the end, another manager starts at its address"
+)
+_FORGOTTEN = FaultSupport(
+    "every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket"
+)
+_TWICE = FaultSupport(
+    "messages are received, a copy of each is sent, and the original is returned to the queue"
+)
+_LATE = FaultSupport("messages are received and kept invisible until the end, at most 15 minutes")
+_UNSUPPORTED = _impossible("No fault is implemented for this backend.")
+_NO_ZONES = _impossible("Instances are processes of one machine, and do not have a zone.")
+_HOG = FaultSupport(
+    "programs that write and fsync without a pause, on the disk of the workers' folders"
+)
+
+TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
+    FaultName.KILL: {
+        "local": _KILLED,
+        "ministack": _KILLED,
+        "localstack": FaultSupport("docker kill: SIGKILL to the container's first process"),
+        "aws": FaultSupport(
+            "EC2 TerminateInstances that skips the shutdown of the operating system"
+        ),
+    },
+    FaultName.PAUSE: {
+        "local": _STOPPED,
+        "ministack": _STOPPED,
+        "localstack": FaultSupport("docker pause, docker unpause at the end"),
+        "aws": _impossible(
+            "EC2 does not have a call that freezes and resumes an instance, and the stack does "
+            "not allow commands on its workers."
+        ),
+    },
+    FaultName.PARTITION: {
+        "local": _impossible(
+            "The bucket and the queues are files on the same machine, so a network cannot be "
+            "interrupted."
+        ),
+        "ministack": FaultSupport(
+            "a proxy before the grid's endpoint does not answer requests of the instances until "
+            "the end"
+        ),
+        "localstack": FaultSupport("docker network disconnect, docker network connect at the end"),
+        "aws": _impossible(
+            "A security group does not end existing connections, and a network ACL affects whole "
+            "subnets, including the manager's."
+        ),
+    },
+    FaultName.SPOT_WAVE: {
+        "local": _ASKED,
+        "ministack": _ASKED,
+        "localstack": FaultSupport(
+            "the Auto Scaling endpoint sends Spot instances an interruption notice, and "
+            "terminates the remaining ones at the end of the notice"
+        ),
+        "aws": FaultSupport(
+            "TerminateInstanceInAutoScalingGroup, which the instance reads in its metadata as its "
+            "target state, and EC2 TerminateInstances at the end of the notice; EC2 sends a real "
+            "Spot interruption only through an AWS FIS experiment"
+        ),
+    },
+    FaultName.ZONE_LOSS: {
+        "local": _NO_ZONES,
+        "ministack": _NO_ZONES,
+        "localstack": FaultSupport(
+            "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group "
+            "has only this zone), then docker kill to all containers in it; the zone is restored "
+            "at the end"
+        ),
+        "aws": FaultSupport(
+            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses "
+            "if a group has only these), then EC2 TerminateInstances for all instances in it; the "
+            "subnets are restored at the end"
+        ),
+    },
+    FaultName.S3_ERRORS: {
+        "local": _impossible("The bucket is a folder, so it cannot answer with 503."),
+        "ministack": FaultSupport(
+            "a proxy before the grid's endpoint answers a share of the requests with 503 SlowDown"
+        ),
+        "localstack": FaultSupport(
+            "a proxy takes LocalStack's address on the grid's network and answers a share of the "
+            "requests with 503 SlowDown; LocalStack gets its address back at the end"
+        ),
+        "aws": _impossible(
+            "The user does not control a component between the instances and S3, and S3 cannot be "
+            "made to answer with 503."
+        ),
+    },
+    FaultName.SQS_DUPLICATES: dict.fromkeys(BACKENDS, _TWICE),
+    FaultName.SQS_DELAYS: dict.fromkeys(BACKENDS, _LATE),
+    FaultName.SLOW_DISK: {
+        "local": _HOG,
+        "ministack": _HOG,
+        "localstack": _impossible(
+            "An instance writes only to memory (its root is read-only, and /tmp is a tmpfs), so "
+            "it does not use a disk."
+        ),
+        "aws": _impossible("The stack does not allow commands on its workers."),
+    },
+    FaultName.MANAGER_CRASH: {
+        "local": _RESTARTED,
+        "ministack": _RESTARTED,
+        "localstack": FaultSupport(
+            "SIGKILL to the first process of the manager's container, which Docker restarts "
+            "immediately"
+        ),
+        "aws": FaultSupport(
+            "EC2 TerminateInstances for the manager's instance, which its Auto Scaling group "
+            "replaces"
+        ),
+    },
+    FaultName.DATABASE_LOSS: {
+        "local": _FORGOTTEN,
+        "ministack": _FORGOTTEN,
+        "localstack": FaultSupport(
+            "PostgreSQL is killed and restarted by Docker, and every row of the ledger is "
+            "deleted; at the end, the manager rebuilds it from the bucket"
+        ),
+        "aws": FaultSupport(
+            "RDS is rebooted, a SimpleDB ledger is emptied, or a file is lost with the manager's "
+            "instance; at the end, the manager rebuilds the ledger from the bucket"
+        ),
+    },
+}
+
+
+def support_of(fault: FaultName, backend: str) -> FaultSupport:
+    """Return how the fault is injected on the backend, or why it is impossible."""
+    return TABLE[fault].get(backend, _UNSUPPORTED)
+
+
+def impossible(backend: str) -> dict[FaultName, str]:
+    """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
+    cells = {fault: support_of(fault, backend) for fault in FaultName}
+    return {
+        fault: one.why_not.removesuffix(".") for fault, one in cells.items() if not one.possible
+    }
+
+
+def rows(backends: tuple[str, ...] = BACKENDS) -> Iterator[tuple[FaultName, str, FaultSupport]]:
+    """Yield every fault on each backend, in the order of FaultName."""
+    for fault in FaultName:
+        for backend in backends:
+            yield fault, backend, support_of(fault, backend)
 
 
 class FaultInjector:

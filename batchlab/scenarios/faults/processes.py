@@ -25,18 +25,19 @@ from batchlab.adapters.local.processes import ended, living, start_ticks, stat
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.text import first_of
 from batchlab.scenarios.faults import proxy, services
-from batchlab.scenarios.faults.rollback import Rollback, in_thread
 from batchlab.scenarios.faults.target_grid import (
     NO_INSTANCE,
     NOTHING_HIT,
     EffectNotSeen,
     FaultAction,
     FaultResult,
+    Rollback,
     TargetGrid,
+    in_thread,
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.worker.process_table import family
+from batchlab.worker.child_process import family
 
 if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy

@@ -18,17 +18,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from batchlab.core.errors import BackendError
+from batchlab.core.port_retries import patiently
 from batchlab.core.ports import MAX_DELAY_S, Message, Outgoing, Queue
 from batchlab.core.protocol import object_keys
-from batchlab.core.retry import patiently
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.home import ManagerRecord
-from batchlab.scenarios.faults.rollback import Rollback, complete, in_thread
 from batchlab.scenarios.faults.target_grid import (
     EFFECT_TIMEOUT_S,
     NOTHING_HIT,
     FaultResult,
+    Rollback,
     TargetGrid,
+    complete,
+    in_thread,
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault

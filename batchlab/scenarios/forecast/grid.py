@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.model import JobId, Pool
 from batchlab.core.ports import MAX_WAIT_S, Objects
-from batchlab.manager.jobs.admission import admit
-from batchlab.manager.lease import LEASE
-from batchlab.manager.manager import Manager
+from batchlab.manager.admission import admit
+from batchlab.manager.manager import LEASE, Manager
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.fault_timeline import (
@@ -29,7 +28,7 @@ from batchlab.scenarios.forecast.machines import Machines, calibrated_pool, zone
 from batchlab.scenarios.forecast.results import GridSampler
 from batchlab.scenarios.model.values import FaultName, Job, Scenario
 from batchlab.sim.world import World
-from batchlab.worker.runner import Runner
+from batchlab.worker.inflight_message import Runner
 
 READY_S = 600.0
 """Time in which permanent instances must be ready before the run, beyond their boot time."""

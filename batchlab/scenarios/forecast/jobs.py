@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Ran, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs.stage_plans import FEW, PartWriter
+from batchlab.manager.stage_plans import FEW, PartWriter
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import TENANT_TAG, Job, StageTemplate, WorkKind
 from batchlab.sim.tasks import TimedRunner
-from batchlab.worker.runner import Handle, Work
+from batchlab.worker.inflight_message import Handle, Work
 
 HANDLER = "scenario:declared"
 _ITEMS_PER_PART = 4096

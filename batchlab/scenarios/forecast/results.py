@@ -29,17 +29,17 @@ from batchlab.core.ports import Depth, JobRecord, Ledger, Objects
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, usd_per_s
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
-from batchlab.core.pricing.usage_meter import Kind, Meter
+from batchlab.core.pricing.usage import Kind, Meter
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import ManagerSettings
 from batchlab.scenarios.forecast.jobs import SimulatedWork
 from batchlab.scenarios.forecast.machines import Machines
 from batchlab.scenarios.model.values import Job, StageTemplate
 from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample, StageRun
 from batchlab.scenarios.verdicts import end_s
 from batchlab.sim.world import World
-from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.inflight_message import WorkerSettings
 
 SAMPLE_SIZE = 200
 """Number of task times per stage in the record."""

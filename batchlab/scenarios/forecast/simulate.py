@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from batchlab.core.model import JobId
+from batchlab.core.port_retries import Patience
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.core.retry import Patience
-from batchlab.manager.scaling import fleet_commands
+from batchlab.manager import fleet_commands
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend

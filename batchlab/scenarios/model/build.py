@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from batchlab.core.errors import BatchlabError
 from batchlab.core.model import Pool
-from batchlab.core.pricing import money
-from batchlab.jobs import field_types, job_file, paths
+from batchlab.core.pricing import price_book
+from batchlab.jobs import field_types, handler_lookup, job_file
 from batchlab.jobs.schema import GatherSpec
 from batchlab.jobs.validation import Structure
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
@@ -48,7 +48,7 @@ from batchlab.scenarios.model.values import (
     StageTemplate,
     WorkKind,
 )
-from batchlab.scenarios.traces.columns import RECORD_COLUMNS, SWF_COLUMNS, Columns, ColumnSum
+from batchlab.scenarios.traces.rows import RECORD_COLUMNS, SWF_COLUMNS, Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 from batchlab.scenarios.verdicts import MEASURES, Unit
 
@@ -231,9 +231,9 @@ class ScenarioBuilder:
             remedy = "Write a path relative to the scenario, so that it can be moved with it."
             self.tell(loc, f"{text!r} is not a path relative to the scenario.", remedy)
             return None
-        path = paths.absolute(self.folder / text)
-        if not paths.is_file(path):
-            what = "is a folder" if paths.is_folder(path) else "is not there"
+        path = handler_lookup.absolute(self.folder / text)
+        if not handler_lookup.is_file(path):
+            what = "is a folder" if handler_lookup.is_folder(path) else "is not there"
             remedy = "Write the path of a file, relative to the scenario."
             self.tell(loc, f"The file {str(path)!r} {what}.", remedy)
             return None
@@ -446,6 +446,6 @@ def _expectations(spec: Any, template: str) -> Iterator[Expectation]:
         if bound is not None:
             limits = [bound.least, bound.most]
             if measure.unit is Unit.USD:
-                limits = [None if one is None else money.parse(one) for one in limits]
+                limits = [None if one is None else price_book.parse(one) for one in limits]
             least, most = limits
             yield Expectation(name, least, most, template)

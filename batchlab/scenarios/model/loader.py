@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchlab.core import instance_types, package_data
+from batchlab.core import installation, instance_types
 from batchlab.core.errors import UsageError
-from batchlab.core.pricing import money
-from batchlab.jobs import paths, yaml_source
+from batchlab.core.pricing import price_book
+from batchlab.jobs import handler_lookup, yaml_source
 from batchlab.jobs.field_types import MOST_TASKS
 from batchlab.jobs.validation import Structure, validate
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
@@ -298,7 +298,7 @@ def _bounds(spec: Any, loc: Loc) -> Iterator[Problem]:
 
 
 def _number(limit: float | str) -> float:
-    return money.parse(limit) if isinstance(limit, str) else limit
+    return price_book.parse(limit) if isinstance(limit, str) else limit
 
 
 def _price(subject: CheckedScenario) -> Iterator[Problem]:
@@ -340,14 +340,14 @@ class ShippedScenario:
 
 def names() -> list[str]:
     """Return the sorted names of the shipped scenarios."""
-    return sorted(path.stem for path in package_data.folder(FOLDER).glob(f"*{SUFFIX}"))
+    return sorted(path.stem for path in installation.folder(FOLDER).glob(f"*{SUFFIX}"))
 
 
 def shipped_scenarios() -> list[ShippedScenario]:
     """Return the shipped scenarios, sorted by name."""
     found = []
     for name in names():
-        path = package_data.folder(FOLDER) / f"{name}{SUFFIX}"
+        path = installation.folder(FOLDER) / f"{name}{SUFFIX}"
         found.append(ShippedScenario(name, lesson_of(load(path).about), path))
     return found
 
@@ -363,19 +363,19 @@ def lesson_of(about: str) -> str:
 
 def find(text: str) -> Path:
     """Return the path of the scenario that `text` names: a file or a shipped scenario."""
-    if paths.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
+    if handler_lookup.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
     known = names()
     if text not in known:
         raise UsageError(
             f"There is no scenario {text!r}.", remedy=suggest(text, known, "shipped scenarios")
         )
-    return package_data.folder(FOLDER) / f"{text}{SUFFIX}"
+    return installation.folder(FOLDER) / f"{text}{SUFFIX}"
 
 
 def load(path: Path) -> Scenario:
     """Read and check a scenario. Raise JobFileErrors with all mistakes."""
-    path = paths.absolute(path)
+    path = handler_lookup.absolute(path)
     return parse(yaml_source.text_of(path, SHAPE.what, _REMEDY), path)
 
 

@@ -11,8 +11,7 @@ from pydantic import BeforeValidator, Field, create_model
 
 from batchlab.core.model import Json
 from batchlab.jobs import field_types
-from batchlab.jobs.json_schema import schema_of
-from batchlab.jobs.schema import Keys
+from batchlab.jobs.schema import Keys, schema_of
 from batchlab.jobs.validation import Shape
 from batchlab.jobs.yaml_source import Loc, lies
 from batchlab.scenarios.model.schema_distributions import (

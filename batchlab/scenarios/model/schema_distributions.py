@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from batchlab.core import units
+from batchlab.core import text
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import Keys
 from batchlab.scenarios.model.arrivals import WEEK_FORMS, parse_week_time_s
@@ -19,9 +19,9 @@ _YEARS = range(1000, 9000)
 
 def _number(value: Any, remedy: str = "Write for example 20.") -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise field_types.refusal(f"{units.shown(value)} is not a number.", remedy)
+        raise field_types.refusal(f"{text.shown(value)} is not a number.", remedy)
     if not abs(value) <= field_types.MOST_TASKS:
-        raise field_types.refusal(f"{units.shown(value)} is too large.", remedy)
+        raise field_types.refusal(f"{text.shown(value)} is too large.", remedy)
     return float(value)
 
 
@@ -35,7 +35,7 @@ def _week(value: Any) -> Any:
     try:
         return parse_week_time_s(value)
     except (TypeError, ValueError) as error:
-        what = f"{units.shown(value)} is not a time of the week."
+        what = f"{text.shown(value)} is not a time of the week."
         raise field_types.refusal(what, f"Write {WEEK_FORMS}.") from error
 
 
@@ -44,7 +44,7 @@ def _date(value: Any) -> Any:
     try:
         day = date.fromisoformat(value)
     except (TypeError, ValueError) as error:
-        raise field_types.refusal(f"{units.shown(value)} is not a date.", remedy) from error
+        raise field_types.refusal(f"{text.shown(value)} is not a date.", remedy) from error
     # The days of neighboring months are computed, and a scenario may last a century.
     if day.year not in _YEARS:
         raise field_types.refusal(f"{value!r} is too far away.", remedy)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from batchlab.core import units
+from batchlab.core import text
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import (
     After,
@@ -24,7 +24,7 @@ from batchlab.jobs.schema import (
     StageName,
 )
 from batchlab.scenarios.model.schema_distributions import JobTimes, Numbers, Share, Times
-from batchlab.scenarios.traces.columns import check_unit
+from batchlab.scenarios.traces.rows import check_unit
 
 
 def _gather(value: Any) -> Any:
@@ -155,9 +155,9 @@ _UNIT = "Write s, ms, us, ns, or for example '%d/%b/%Y:%H:%M:%S %z'."
 
 def _per(value: Any) -> Any:
     try:
-        number = float(units.size_bytes(value) if isinstance(value, str) else value)
+        number = float(text.size_bytes(value) if isinstance(value, str) else value)
     except (TypeError, ValueError, OverflowError) as error:
-        what = f"{units.shown(value)} is neither a number nor a size."
+        what = f"{text.shown(value)} is neither a number nor a size."
         raise field_types.refusal(what, "Write for example 1000 or 64 MiB.") from error
     if not 0 < number < float("inf"):
         raise field_types.refusal("It must be above 0.", "Write for example 1000 or 64 MiB.")
@@ -178,7 +178,7 @@ def _delimiter(value: Any) -> Any:
     if value == r"\t":
         return "\t"
     if isinstance(value, str) and (len(value) != 1 or value in '"\r\n'):
-        what = f"{units.shown(value)} cannot be between fields."
+        what = f"{text.shown(value)} cannot be between fields."
         raise field_types.refusal(what, r"Write one character, such as ';' or '\t'.")
     return value
 

@@ -15,9 +15,8 @@ from functools import partial
 from batchlab.core.model import GroupView, Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import UNKNOWN_TASK_S
+from batchlab.manager.autoscaler import Backlog, desired_capacity
+from batchlab.manager.state import UNKNOWN_TASK_S, ManagerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from batchlab.core.model import JobState, Pool, TaskSet
-from batchlab.core.protocol.bundle_size import TARGET_S
+from batchlab.core.protocol.settlement import TARGET_S
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import (

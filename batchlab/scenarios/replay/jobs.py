@@ -15,11 +15,11 @@ from typing import Any
 from batchlab.core.errors import AlreadyExists
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Json, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import object_keys, values
-from batchlab.core.retry import Patience
-from batchlab.jobs import api, submission
-from batchlab.manager.jobs.stage_plans import FEW, FEW_BYTES, PartWriter
+from batchlab.jobs import job_file, submission
+from batchlab.manager.stage_plans import FEW, FEW_BYTES, PartWriter
 from batchlab.scenarios.model import expansion
 from batchlab.scenarios.model.values import TENANT_TAG, Job, JobTemplate, StageTemplate
 from batchlab.scenarios.replay import standin
@@ -63,7 +63,7 @@ class JobPreparer:
         self._clock = clock
         self._patience = patience
         self._stored: set[str] = set()
-        self._files: dict[Path, tuple[api.JobFile, tuple[bytes, str]]] = {}
+        self._files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = {}
 
     async def prepare(self, due: Job) -> PreparedJob:
         """Prepare a job for submission.
@@ -120,7 +120,7 @@ class JobPreparer:
 
     async def _real(self, due: Job, file: Path) -> PreparedJob:
         if file not in self._files:
-            jobfile = api.load(file, {})
+            jobfile = job_file.load(file, {})
             self._files[file] = (jobfile, submission.code_digest(jobfile))
         jobfile, packed = self._files[file]
         job = await submission.prepare(

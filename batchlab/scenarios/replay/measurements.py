@@ -14,11 +14,11 @@ from batchlab.core.api_types import JobView, StageView
 from batchlab.core.commit import outcome_at
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import ENDED, JobId, Outcome, StageName, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.seals import CommitKey
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.jobs.attempts import definition
 from batchlab.scenarios.model.values import Job
 from batchlab.scenarios.record import StageRun

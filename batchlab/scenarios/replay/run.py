@@ -22,13 +22,14 @@ from batchlab.scenarios.model.values import Fault, FaultName, Prewarm
 from batchlab.scenarios.record import InjectedFault
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
 from batchlab.scenarios.replay.run_state import (
+    EVERY_S,
     RUN_ENDED,
+    GridSampler,
     ManagerConnection,
     ReplayProgress,
     RunState,
     SubmittedJob,
 )
-from batchlab.scenarios.replay.sampling import EVERY_S, GridSampler
 
 AHEAD = 64
 """Number of jobs that are prepared ahead."""

@@ -30,23 +30,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from batchlab.core.errors import UsageError
-from batchlab.core.units import shown
+from batchlab.core.text import shown
 from batchlab.scenarios import record
 from batchlab.scenarios.model.values import Anomaly
-from batchlab.scenarios.traces.columns import (
+from batchlab.scenarios.traces.rows import (
+    LEFT_OUT,
     RECORD_COLUMNS,
     SWF_COLUMNS,
     Columns,
-    all_numbers,
-    parse_number,
-)
-from batchlab.scenarios.traces.rows import (
-    LEFT_OUT,
     RawRecord,
     RowMapper,
     TraceContent,
+    all_numbers,
     check_columns,
     list_names,
+    parse_number,
     skip_blank_lines,
 )
 

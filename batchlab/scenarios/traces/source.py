@@ -18,8 +18,15 @@ from typing import Self
 from batchlab.core.errors import UsageError
 from batchlab.scenarios.model.values import Anomaly, Arrival
 from batchlab.scenarios.traces import formats
-from batchlab.scenarios.traces.columns import RECORD_COLUMNS, SWF_COLUMNS, Columns, TimestampKind
-from batchlab.scenarios.traces.rows import TraceContent, TraceRow, describe
+from batchlab.scenarios.traces.rows import (
+    RECORD_COLUMNS,
+    SWF_COLUMNS,
+    Columns,
+    TimestampKind,
+    TraceContent,
+    TraceRow,
+    describe,
+)
 
 
 class TraceFormat(StrEnum):

@@ -16,7 +16,7 @@ from botocore.model import OperationModel, StructureShape
 from batchlab.fleet.api_types import GroupConfig, GroupDetails, InstanceDetails, LifecycleHook, Tag
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.server.autoscaling_api import parameters
-from batchlab.server.autoscaling_api.errors import invalid
+from batchlab.server.autoscaling_api.app import invalid
 from batchlab.server.autoscaling_api.parameters import MOST, Asked, fields, given, page, rest, told
 
 T = TypeVar("T")

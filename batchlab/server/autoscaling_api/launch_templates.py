@@ -28,9 +28,7 @@ from pydantic import ValidationError as Malformed
 
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market, Pool
-from batchlab.fleet.api_types import LaunchTemplate
-from batchlab.fleet.errors import ValidationError
-from batchlab.fleet.external_data import Template
+from batchlab.fleet.api_types import LaunchTemplate, Template, ValidationError
 
 VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
 """Environment variable of an instance with its launch template and version, such as `worker:1`. A

@@ -21,11 +21,10 @@ from batchlab.adapters.aws.metadata_server import (
 )
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.ports import Clock
-from batchlab.fleet import errors
+from batchlab.fleet import api_types
+from batchlab.fleet.api_types import ValidationError
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.fleet.errors import ValidationError
-from batchlab.server.autoscaling_api.app import Request, Response
-from batchlab.server.autoscaling_api.errors import Fault, invalid
+from batchlab.server.autoscaling_api.app import Fault, Request, Response, invalid
 from batchlab.server.autoscaling_api.launch_templates import Role, TemplateFile
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ class NoticeService:
                 self._engine.interrupt(instance, notice_s=notice_s)
             else:
                 self._engine.rebalance(instance)
-        except errors.Fault as fault:
+        except api_types.Fault as fault:
             raise Fault(fault.code, fault.message) from fault
         self._changed()
         return Response(200, b"{}", "application/json")

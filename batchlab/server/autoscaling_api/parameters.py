@@ -23,7 +23,7 @@ from botocore import xform_name
 from botocore.model import ListShape, MapShape, OperationModel, Shape, StructureShape
 
 from batchlab.fleet.api_types import MixedInstancesPolicy, TargetTracking, WarmPool
-from batchlab.server.autoscaling_api.errors import Fault, invalid
+from batchlab.server.autoscaling_api.app import Fault, invalid
 
 _PAIR = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECASE)
 

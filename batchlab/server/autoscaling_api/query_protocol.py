@@ -29,8 +29,7 @@ from botocore.model import (
 )
 
 from batchlab.server.autoscaling_api import parameters
-from batchlab.server.autoscaling_api.app import Request, Response
-from batchlab.server.autoscaling_api.errors import Blame, Fault, Faults, sent_wrong
+from batchlab.server.autoscaling_api.app import Blame, Fault, Faults, Request, Response, sent_wrong
 
 MAX_FIELDS = 10_000
 MAX_DEPTH = 32

@@ -24,12 +24,12 @@ from batchlab.fleet.api_types import (
     ScheduledAction,
     WarmPool,
 )
+from batchlab.fleet.api_types import Fault as EngineFault
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.fleet.errors import Fault as EngineFault
-from batchlab.fleet.requests.policies import ADJUSTMENTS
+from batchlab.fleet.policy_requests import ADJUSTMENTS
 from batchlab.fleet.termination import PLAIN, POLICIES
 from batchlab.server.autoscaling_api import groups
-from batchlab.server.autoscaling_api.errors import Fault, invalid
+from batchlab.server.autoscaling_api.app import Fault, invalid
 from batchlab.server.autoscaling_api.groups import Action, Answer, Call
 from batchlab.server.autoscaling_api.parameters import Asked, fields, given, rest
 from batchlab.server.autoscaling_api.query_protocol import Act

@@ -20,20 +20,9 @@ from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities
 from batchlab.core.errors import BatchlabError
 from batchlab.manager.manager import Manager
 from batchlab.server import metrics
-from batchlab.server.http import (
-    archive,
-    failures,
-    grid,
-    job_files,
-    jobs,
-    logs,
-    schedules,
-    spending,
-    tasks,
-)
-from batchlab.server.http.authentication import OWN_NAMES, Door
+from batchlab.server.http import failures, grid, job_files, jobs, logs, schedules, tasks
+from batchlab.server.http.authentication import OWN_NAMES, Door, Sessions, Store
 from batchlab.server.http.common import Served, answer
-from batchlab.server.http.sessions import Sessions, Store
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared, not listened on
 
@@ -86,12 +75,12 @@ def _routed() -> FastAPI:
     for module in (
         grid,
         job_files,
-        archive,
+        tasks,
         jobs,
         failures,
         tasks,
         logs,
-        spending,
+        grid,
         schedules,
         metrics,
     ):

@@ -33,14 +33,14 @@ from batchlab.core.errors import (
     UsageError,
 )
 from batchlab.core.model import JobId, Outcome
+from batchlab.core.port_retries import set_within
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format
-from batchlab.core.retry import set_within
 from batchlab.manager.manager import Manager
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
+from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
-from batchlab.server.http.sessions import Sessions
 
 Cause = tuple[str, str]
 """Stage and fingerprint of a group of failures."""

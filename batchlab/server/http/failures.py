@@ -15,8 +15,9 @@ from batchlab.core import api_types
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import JobId, StageName, TaskSet
 from batchlab.core.ports import BundleRecord, JobRecord
-from batchlab.manager.jobs.retries import RetriedTasks, TaskSelection
 from batchlab.manager.manager import Manager
+from batchlab.manager.retry_rounds import RetriedTasks, TaskSelection
+from batchlab.server import job_views
 from batchlab.server.http.common import (
     OTHERS,
     Given,
@@ -27,7 +28,6 @@ from batchlab.server.http.common import (
     guarded,
     outcomes_of,
 )
-from batchlab.server.views import jobs
 
 router = guarded()
 
@@ -162,4 +162,4 @@ async def _standing(
         standing = set(taken.standing(row.bundle, failed))
         for at, failure in enumerate(outcome.failed):
             if failure.final and failure.task in standing:
-                yield (seq, at), jobs.failure_view(seq, outcome, failure)
+                yield (seq, at), job_views.failure_view(seq, outcome, failure)

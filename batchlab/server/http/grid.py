@@ -2,6 +2,8 @@
 
 Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs
 define them.
+
+Endpoints of the usage and the cost caps of the grid and its jobs.
 """
 
 from __future__ import annotations
@@ -11,20 +13,20 @@ from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Depends
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab import __version__
-from batchlab.core import api_types, notifications, optional_dependencies
+from batchlab.core import api_types, api_usage_types, installation, notifications
 from batchlab.core.errors import Refused
-from batchlab.core.model import GroupView
+from batchlab.core.model import GroupView, JobId
 from batchlab.core.protocol import object_keys
+from batchlab.manager import fleet_commands
 from batchlab.manager.manager import Manager
 from batchlab.manager.notifier import Notifier
-from batchlab.manager.scaling import fleet_commands
-from batchlab.server.http.authentication import PAGE
-from batchlab.server.http.common import Given, Leader, Limit, guarded
-from batchlab.server.http.sessions import CODE_S, name_of
-from batchlab.server.views import jobs
+from batchlab.manager.spending import Spending
+from batchlab.server import job_views
+from batchlab.server.http.authentication import CODE_S, PAGE, name_of_sessions
+from batchlab.server.http.common import Books, Given, Leader, Limit, guarded
 
 public = APIRouter(prefix="/v1")
 router = guarded()
@@ -53,19 +55,17 @@ async def shutdown(served: Given, after: BackgroundTasks) -> api_types.HealthVie
 async def open_session(served: Given) -> api_types.SessionView:
     """Return a code that opens the web page once. The token itself must not be a part of an
     address."""
-    if module := optional_dependencies.missing("web"):
-        said = optional_dependencies.sentence("web", "The grid's page", module)
+    if module := installation.missing("web"):
+        said = installation.sentence("web", "The grid's page", module)
         # A path of this process helps only a client on the same machine.
         is_here = served.capabilities.local_manager
         raise Refused(
             said,
-            remedy=optional_dependencies.remedy("web")
-            if is_here
-            else optional_dependencies.for_a_manager("web"),
+            remedy=installation.remedy("web") if is_here else installation.for_a_manager("web"),
         )
     code = served.sessions.code()
     path = f"{PAGE}/login#{code}"
-    return {"code": code, "name": name_of(code), "path": path, "valid_s": CODE_S}
+    return {"code": code, "name": name_of_sessions(code), "path": path, "valid_s": CODE_S}
 
 
 @router.get("/sessions/{name}")
@@ -121,7 +121,7 @@ async def activities(
 ) -> api_types.ActivitiesView:
     """Return scaling activities with their causes, newest first."""
     found = await manager.ports.fleet.activities(pool, limit=limit)
-    return {"activities": [jobs.activity_view(activity) for activity in found]}
+    return {"activities": [job_views.activity_view(activity) for activity in found]}
 
 
 @router.get("/grid/history")
@@ -164,7 +164,7 @@ async def _grid(manager: Manager, backend_name: str) -> api_types.GridView:
         "owner": manager.owner,
         "settings": asdict(manager.settings),
         "pools": [_pool(manager, view) for view in groups.values()],
-        "queues": [jobs.queue_view(*one) for one in zip(names, depths, strict=True)],
+        "queues": [job_views.queue_view(*one) for one in zip(names, depths, strict=True)],
         "unreadable": manager.counts.unreadable.total(),
     }
 
@@ -173,7 +173,7 @@ def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
     name = view.pool.name
     scaler = manager.autoscaler
     workers = manager.registry.workers
-    return jobs.pool_view(
+    return job_views.pool_view(
         view,
         scaler.backlog(name),
         workers,
@@ -219,3 +219,54 @@ def _all(telling: Notifier, manager: Manager) -> list[notifications.Target]:
 async def test(telling: Telling, target: str) -> api_types.TestedView:
     """Send one test notification to one of the grid's own targets."""
     return {"target": target, "error": await telling.test(target)}
+
+
+class Cap(BaseModel):
+    """Cap in USD. null removes the cap."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_cost_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+
+
+@router.get("/use")
+async def use(books: Books) -> api_usage_types.UseView:
+    """Return the grid's usage, as AWS bills it, and the instances that are billed now."""
+    return api_usage_types.use_view(books)
+
+
+@router.post("/use/cap")
+async def cap_grid(books: Books, manager: Leader, cap: Cap) -> api_usage_types.UseView:
+    """Set the cap on the grid's cost since its account was opened."""
+    books.set_cap(None, cap.max_cost_usd)
+    manager.wake()
+    return api_usage_types.use_view(books)
+
+
+@router.get("/jobs/{job}/use")
+async def job_use(books: Books, manager: Leader, job: JobId) -> api_usage_types.JobUseView:
+    """Return the usage of a job."""
+    return await _job_use(books, manager, job)
+
+
+@router.post("/jobs/{job}/cap")
+async def cap_job(
+    books: Books, manager: Leader, job: JobId, cap: Cap
+) -> api_usage_types.JobUseView:
+    """Set the cap on the cost of a job that has not ended."""
+    manager.requests.running(job, "capped")
+    books.set_cap(job, cap.max_cost_usd)
+    manager.wake()
+    return await _job_use(books, manager, job)
+
+
+async def _job_use(books: Spending, manager: Manager, job: JobId) -> api_usage_types.JobUseView:
+    record = await manager.ports.ledger.job(job)
+    live = manager.lives.get(job)
+    return api_usage_types.job_use_view(
+        record.job,
+        await books.account(job),
+        manager.pools.values(),
+        max_cost_usd=books.cap_of(live) if live else record.job.max_cost_usd,
+        capped=live.capped if live else "",
+    )

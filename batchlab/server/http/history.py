@@ -16,9 +16,9 @@ from batchlab.core.api_types import EtaView, HistoryView, PoolCurve
 from batchlab.core.eta import Pace, Room, StageWork
 from batchlab.core.model import Control, JobId, JobState, LifecycleState
 from batchlab.manager.manager import Manager
-from batchlab.manager.recording.recorded_data import Point
+from batchlab.manager.recorded_data import Point
 from batchlab.manager.state import LiveJob
-from batchlab.server.views.jobs import running_tasks
+from batchlab.server.job_views import running_tasks
 
 EVERY_S = 2.0
 KEPT = 900

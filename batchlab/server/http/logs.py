@@ -15,9 +15,9 @@ from batchlab.core.model import JobId, Outcome, StageName
 from batchlab.core.ports import BundleRecord
 from batchlab.jobs.attempts import Attempt, attempt_in, printed
 from batchlab.manager.manager import Manager
+from batchlab.server import job_views
 from batchlab.server.http.common import MOST, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
-from batchlab.server.http.waiting import page
-from batchlab.server.views import jobs
+from batchlab.server.http.jobs import page
 
 MOST_BYTES = 32 * 1024**2
 LEFT_OUT = "(left out: an answer holds up to 32 MiB. Name this task alone, or ask for fewer.)\n"
@@ -127,7 +127,7 @@ async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
     found = await manager.tails.of(live)
     shown = sorted((one.stage, one.task, one.attempt, one) for one in found)
     return {
-        "tails": [jobs.tail_view(one) for *_, one in shown],
+        "tails": [job_views.tail_view(one) for *_, one in shown],
         "every_s": manager.tails.every_s,
     }
 
@@ -158,11 +158,11 @@ async def _of(
     for one in wanted:
         (fits if room.takes(outcome, one) else left_out).append(one)
     for attempt, text in await _texts(manager, outcome, fits):
-        yield jobs.log_view(
+        yield job_views.log_view(
             attempt, text if text is not None else NOT_STORED.encode(), text is not None
         )
     for attempt in left_out:
-        yield jobs.log_view(attempt, LEFT_OUT.encode())
+        yield job_views.log_view(attempt, LEFT_OUT.encode())
 
 
 async def _texts(

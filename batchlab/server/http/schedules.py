@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from batchlab.core import api_usage_types
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
-from batchlab.core.schedules.model import Definition, Missed, Overlap, Schedule, When
+from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.server.http.common import Leader, Timetable, guarded, of_our_version
 

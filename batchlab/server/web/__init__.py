@@ -16,7 +16,7 @@ from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchlab.core import optional_dependencies
+from batchlab.core import installation
 from batchlab.core.errors import BatchlabError
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.server.http.authentication import PAGE
@@ -40,9 +40,8 @@ def mount(app: FastAPI, served: Served, *, prices: PriceBook | None = None) -> N
 
 def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     """Return the application that the Guard protects."""
-    from batchlab.server.web import actions, login, schedules, views
-    from batchlab.server.web.rendering import Assets, problem_page
-    from batchlab.server.web.shared import State
+    from batchlab.server.web import actions, views
+    from batchlab.server.web.rendering import Assets, State, problem_page
 
     page = FastAPI(
         openapi_url=None,
@@ -53,7 +52,7 @@ def page_of(served: Served, prices: PriceBook | None) -> FastAPI:
     page.state.page = State(prices)
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         page.add_exception_handler(kind, problem_page)
-    for module in (login, views, schedules, actions):
+    for module in (views, views, actions, actions):
         page.include_router(module.router)
     page.mount("/static", Assets())
     return page
@@ -68,9 +67,9 @@ class _IfThere:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         page = self._page
-        if module := optional_dependencies.missing("web"):
-            said = optional_dependencies.sentence("web", "The grid's page", module)
-            page = PlainTextResponse(f"{said} {optional_dependencies.for_a_manager('web')}\n", 501)
+        if module := installation.missing("web"):
+            said = installation.sentence("web", "The grid's page", module)
+            page = PlainTextResponse(f"{said} {installation.for_a_manager('web')}\n", 501)
         await page(scope, receive, send)
 
 

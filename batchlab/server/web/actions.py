@@ -3,6 +3,8 @@
 Invariant: an irreversible action needs a confirmation, which the server checks. A form without the
 confirmation leads to the question. The submission accepts a job's folder, or its parts, from the
 browser.
+
+Pages of schedules: the list, one schedule with its runs, and the actions on it.
 """
 
 from __future__ import annotations
@@ -11,19 +13,32 @@ import secrets
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.datastructures import FormData
 
+from batchlab.core import api_usage_types, due_times
 from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import parse_tasks
 from batchlab.core.model import JobId, StageName
-from batchlab.core.pricing import money
-from batchlab.core.task_names import parse_tasks
+from batchlab.core.pricing import price_book
 from batchlab.server.http import grid as api_grid
-from batchlab.server.http import jobs, spending
-from batchlab.server.http.common import Books, Given, Leader
+from batchlab.server.http import grid as spending
+from batchlab.server.http import jobs
+from batchlab.server.http import schedules as api
+from batchlab.server.http.common import Books, Given, Leader, Timetable
 from batchlab.server.http.job_files import MOST_BYTES, MOST_FILES, submit_form
+from batchlab.server.web import text
 from batchlab.server.web import text as words
-from batchlab.server.web.rendering import render
-from batchlab.server.web.shared import Page, field_of, form_of, guarded, is_sure, to
+from batchlab.server.web.rendering import (
+    Page,
+    field_of,
+    form_of,
+    guarded,
+    is_sure,
+    live,
+    render,
+    to,
+)
 
 router = guarded()
 
@@ -135,8 +150,8 @@ def _cap(form: FormData) -> spending.Cap:
     text = field_of(form, "amount")
     if not text:
         return spending.Cap(max_cost_usd=None)
-    plain = text if text.upper().endswith(money.CURRENCY) else f"{text} {money.CURRENCY}"
-    return spending.Cap(max_cost_usd=money.parse(plain))
+    plain = text if text.upper().endswith(price_book.CURRENCY) else f"{text} {price_book.CURRENCY}"
+    return spending.Cap(max_cost_usd=price_book.parse(plain))
 
 
 # --- The grid -------------------------------------------------------------------------------------
@@ -224,3 +239,83 @@ async def submit(request: Request, manager: Leader) -> Response:
     finally:
         await form.close()
     return to(request, f"/jobs/{words.path(view['id'])}")
+
+
+COMING = 5
+
+
+@router.get("/schedules")
+async def schedules(request: Request, manager: Leader) -> Response:
+    """Show all schedules, each with its last run."""
+    found: api_usage_types.SchedulesView | None = None
+    if manager.scheduler is not None:
+        found = await api.list_schedules(manager.scheduler)
+    return live(request, "schedules", here="schedules", found=found, shown=_shown)
+
+
+@router.get("/schedules/{name}")
+async def schedule(request: Request, manager: Leader, schedules: Timetable, name: str) -> Response:
+    """Show one schedule with its runs and its next due times."""
+    view = await api.schedule(schedules, name)
+    coming = await api.coming(schedules, manager, name, COMING)
+    return live(
+        request,
+        "schedule",
+        here="schedules",
+        schedule=view,
+        coming=coming["times"],
+        shown=_shown,
+        ask_token=secrets.token_urlsafe(16),
+    )
+
+
+def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
+    """Return a time in the schedule's own time zone, as the command line writes it."""
+    return due_times.shown(at_s, due_times.zone_of(view["timezone"]))
+
+
+@router.post("/schedules/{name}/pause")
+async def pause_schedules(request: Request, schedules: Timetable, name: str) -> Response:
+    """Pause the schedule."""
+    await api.pause_schedule(schedules, name)
+    return to(request, _path(name))
+
+
+@router.post("/schedules/{name}/resume")
+async def resume_schedules(request: Request, schedules: Timetable, name: str) -> Response:
+    """Resume the schedule."""
+    await api.resume_schedule(schedules, name)
+    return to(request, _path(name))
+
+
+@router.post("/schedules/{name}/run")
+async def run(request: Request, schedules: Timetable, name: str) -> Response:
+    """Run the job of the schedule now. The form contains a token, so a repeated submission is the
+    same run."""
+    token = field_of(await form_of(request), "token") or secrets.token_urlsafe(16)
+    try:
+        asking = api.Asking(token=token)
+    except ValidationError as error:
+        raise UsageError("The form is none of this page's.", remedy="Load it anew.") from error
+    await api.run_schedule(schedules, name, asking)
+    return to(request, _path(name))
+
+
+@router.get("/schedules/{name}/remove")
+async def ask_remove(request: Request, schedules: Timetable, name: str) -> Response:
+    """Ask for a confirmation of the removal."""
+    view = await api.schedule(schedules, name)
+    return render(request, "ask_remove.html", here="schedules", schedule=view)
+
+
+@router.post("/schedules/{name}/remove")
+async def remove(request: Request, schedules: Timetable, name: str) -> Response:
+    """Remove the schedule if the form contains the confirmation."""
+    if not is_sure(await form_of(request)):
+        return to(request, f"{_path(name)}/remove")
+    await api.remove_schedule(schedules, name)
+    return to(request, "/schedules")
+
+
+def _path(name: str) -> str:
+    return f"/schedules/{text.path(name)}"

@@ -14,8 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchlab.server.http.authentication import PAGE, SAFE, is_ours, name_of
-from batchlab.server.http.sessions import Session, Sessions
+from batchlab.server.http.authentication import PAGE, SAFE, Session, Sessions, is_ours, name_of
 
 HEADERS = MappingProxyType(
     {

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from batchlab.core import text as in_words
 from batchlab.core.api_types import EtaView, JobView, StageView
-from batchlab.core.pricing.money import Usd
+from batchlab.core.pricing.price_book import Usd
 from batchlab.core.text import count as count
 
 _TICKS = re.compile(r"`([^`]+)`")

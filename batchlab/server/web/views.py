@@ -1,28 +1,33 @@
-"""Pages of jobs, costs, failures, and the grid."""
+"""Pages of jobs, costs, failures, and the grid.
+
+Sign-in page, and the end of a session.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from batchlab.core import api_types, api_usage_types
 from batchlab.core.model import ENDED, JobId, Market, StageName
 from batchlab.core.pricing.bill import burn_usd_h, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.core.pricing.usage_meter import Account, Kind
+from batchlab.core.pricing.usage import Account, Kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
-from batchlab.server.http import archive, spending, tasks
 from batchlab.server.http import failures as api_failures
+from batchlab.server.http import grid as api_costs
 from batchlab.server.http import grid as api_fleet
+from batchlab.server.http import grid as spending
 from batchlab.server.http import jobs as api_jobs
-from batchlab.server.http import spending as api_costs
+from batchlab.server.http import tasks
+from batchlab.server.http.authentication import PAGE, SESSION_S
 from batchlab.server.http.common import Given, Leader
 from batchlab.server.web import text
-from batchlab.server.web.rendering import live, render
-from batchlab.server.web.shared import Page, State, guarded, to
+from batchlab.server.web.rendering import Page, State, field_of, form_of, guarded, live, render, to
+from batchlab.server.web.security import SESSION, below
 
 router = guarded()
 
@@ -35,9 +40,9 @@ async def jobs(
     request: Request, manager: Leader, active: bool = False, before: str | None = None
 ) -> Response:
     """Show the jobs, newest first."""
-    found = (await api_jobs.jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active))[
-        "jobs"
-    ]
+    found = (
+        await api_jobs.jobs_jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active)
+    )["jobs"]
     now_s = manager.ports.clock.now_s()
     rows = [
         {"job": one, "took_s": text.took_s(one, now_s), "eta": await _eta(manager, one)}
@@ -90,7 +95,7 @@ async def _cost(manager: Manager, page: State, job: JobId) -> dict[str, object] 
 @router.get("/jobs/{job}/results.zip")
 async def results(manager: Leader, served: Given, job: JobId) -> Response:
     """Return the job's results as an archive."""
-    return await archive.archive(manager, served, job)
+    return await tasks.archive(manager, served, job)
 
 
 JOBS = 10
@@ -114,7 +119,7 @@ async def _found(manager: Manager, books: Spending, prices: PriceBook) -> dict[s
         for one in use["living"]
     }
     total = api_usage_types.account_of(use["total"])
-    recent = (await api_jobs.jobs(manager, limit=JOBS))["jobs"]
+    recent = (await api_jobs.jobs_jobs(manager, limit=JOBS))["jobs"]
     return {
         "now": text.amount(burn_usd_h(living, types, prices)),
         "spent": text.amount(spent_usd(total, types, prices)),
@@ -155,7 +160,7 @@ FAILURES_PER_PAGE = 50
 @router.get("/failures")
 async def failures(request: Request, manager: Leader, served: Given, page: Page) -> Response:
     """Show the jobs with failed tasks, and the depths of the dead-letter queues."""
-    found = (await api_jobs.jobs(manager, limit=LOOKED_AT))["jobs"]
+    found = (await api_jobs.jobs_jobs(manager, limit=LOOKED_AT))["jobs"]
     grid = await page.grid(manager, served)
     return live(
         request,
@@ -266,3 +271,52 @@ async def grid(request: Request, manager: Leader, served: Given, page: Page) -> 
 async def history(manager: Leader, served: Given) -> Response:
     """Return the data of the curves."""
     return JSONResponse(await api_fleet.history(manager, served))
+
+
+router_login = APIRouter()
+"""Routes without a form token, because a visitor gets a session only by signing in."""
+inside = guarded()
+
+LONGEST = 200
+
+
+@router_login.get("/login")
+async def login_page(request: Request) -> Response:
+    """Ask for the token. The address that `grid open` shows contains a code in its fragment."""
+    return render(request, "login.html", refused=False)
+
+
+@router_login.post("/login")
+async def log_in(request: Request, served: Given) -> Response:
+    """Start a session."""
+    word = field_of(await form_of(request), "word")
+    if not word or len(word) > LONGEST or not served.sessions.opens(word):
+        return render(request, "login.html", status=403, refused=True)
+    session, value = served.sessions.begin()
+    place = served.sessions.place(session)
+    answer = RedirectResponse(f"{below(place)}/", 303)
+    answer.set_cookie(
+        served.sessions.cookie(place),
+        value,
+        max_age=int(SESSION_S),
+        path=below(place),
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
+    )
+    return answer
+
+
+@inside.post("/logout")
+async def log_out(request: Request, served: Given) -> Response:
+    """End the session. Its cookie becomes invalid in every browser."""
+    session = request.scope[SESSION]
+    place = served.sessions.place(session)
+    served.sessions.close(session)
+    answer = RedirectResponse(f"{PAGE}/login", 303)
+    name = served.sessions.cookie(place)
+    answer.delete_cookie(name, path=below(place), httponly=True, samesite="strict")
+    return answer
+
+
+router_login.include_router(inside)

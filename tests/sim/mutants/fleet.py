@@ -12,8 +12,8 @@ from batchlab.core.ledger_projection import BundleRow, Known, Projection
 from batchlab.core.model import GroupView, Pool
 from batchlab.core.ports import Fold
 from batchlab.fleet import termination
-from batchlab.manager.scaling import autoscaler
-from batchlab.manager.scaling.autoscaler import Autoscaler, Backlog
+from batchlab.manager import autoscaler
+from batchlab.manager.autoscaler import Autoscaler, Backlog
 from tests.sim.mutants.kit import Plant, planted
 
 # --- Events and counters -------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 
 from batchlab.core.ports import Depth, Written
-from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.bundling import Bundler
-from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.manager.lease import LeaderLease
-from batchlab.manager.scaling.unresponsive_workers import UnresponsiveWorkers
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.bundling import Bundler
+from batchlab.manager.manager import LeaderLease
+from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.state import LiveJob
+from batchlab.manager.unresponsive_workers import UnresponsiveWorkers
 from tests.sim.mutants.kit import Plant, planted
 
 

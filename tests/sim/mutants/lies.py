@@ -13,24 +13,23 @@ from batchlab.core.commit import read_outcome
 from batchlab.core.errors import Malformed, NotFound, TooNew
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import BundleId, Completion, JobId, Json, Outcome, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import (
     field_checks,
     json_format,
     messages,
     object_keys,
-    seals,
     settlement,
     values,
 )
+from batchlab.core.protocol.bundle_inputs import Own
 from batchlab.core.protocol.messages import Beat, Events, Held
-from batchlab.core.protocol.references import Own
-from batchlab.core.protocol.seals import CommitKey
-from batchlab.core.retry import Patience
-from batchlab.manager.events.collector import Collector, EventVerifier
-from batchlab.manager.jobs import admission
-from batchlab.manager.scaling.unresponsive_workers import WorkEvidence
-from batchlab.manager.scaling.worker_registry import InstanceKeys, WorkerRegistry
+from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.manager import admission
+from batchlab.manager.collector import Collector, EventVerifier
+from batchlab.manager.unresponsive_workers import WorkEvidence
+from batchlab.manager.worker_registry import InstanceKeys, WorkerRegistry
 from batchlab.worker.job_cache import JobCache
 from tests.sim.mutants.kit import Plant, planted
 
@@ -143,7 +142,7 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
     def _known(self: JobCache, job: JobId, key: CommitKey) -> JobDef | None:
         return self._jobs.get(job)
 
-    @plant.everywhere(seals.opens)
+    @plant.everywhere(object_keys.opens)
     def opens(key: CommitKey, job: JobDef) -> bool:
         return True
 

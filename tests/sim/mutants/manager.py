@@ -15,13 +15,13 @@ from batchlab.core.model import Completion, Control, JobId, StageCounts, StageNa
 from batchlab.core.ports import Cut, Depth, JobRecord, Round, SetControl, SetPlanned, Written
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Manifest
-from batchlab.manager.events.ledger_writer import EMPTY, LedgerWriter, OutcomesByBundle, Traces
-from batchlab.manager.jobs import ledger_rebuild, retries
-from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.job_coordinator import JobCoordinator
-from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.manager.jobs.retries import RetryPlanner
-from batchlab.manager.jobs.stage_plans import PartWriter
+from batchlab.manager import ledger_rebuild, retry_rounds
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.ledger_writer import EMPTY, LedgerWriter, OutcomesByBundle, Traces
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.retry_rounds import RetryPlanner
+from batchlab.manager.stage_plans import PartWriter
 from batchlab.manager.state import LiveJob, Outstanding, Ports
 from tests.sim.mutants.kit import Plant, planted
 
@@ -192,7 +192,7 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
     """A retry re-opens the job in the ledger, and then sends its bundles. If the manager ends in
     between, a running job remains without a bundle (I7)."""
 
-    @plant.everywhere(retries.cuts_of_round)
+    @plant.everywhere(retry_rounds.cuts_of_round)
     async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
         return ()
 
@@ -266,7 +266,7 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
         ports: Ports,
         job: JobDef,
         number: int,
-        retry: retries.Retry,
+        retry: retry_rounds.Retry,
         found: ledger_rebuild._JobObjects,
     ) -> Round:
         whole = await original(ports, job, number, retry, found)

@@ -6,12 +6,12 @@ Each docstring describes the code of the mutant, and names the promise that it b
 from __future__ import annotations
 
 from batchlab.core.ports import Cut, JobRecord, Written
-from batchlab.manager.events.quarantine import UnreadableObject
-from batchlab.manager.jobs import ledger_rebuild
-from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.ledger_rebuild import RebuildResult, restore
-from batchlab.manager.jobs.reconciler import Reconciler
-from batchlab.manager.jobs.retries import cuts_of_round
+from batchlab.manager import ledger_rebuild
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.ledger_rebuild import RebuildResult, restore
+from batchlab.manager.quarantine import UnreadableObject
+from batchlab.manager.reconciler import Reconciler
+from batchlab.manager.retry_rounds import cuts_of_round
 from batchlab.manager.state import LiveJob, Ports, list_jobs
 from tests.sim.mutants.kit import Plant, planted
 

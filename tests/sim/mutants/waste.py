@@ -14,12 +14,12 @@ from batchlab.core.model import BundleId, JobId, JobState, Json, StageCounts, St
 from batchlab.core.ports import BundleRecord, Ending, Message, Written
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
-from batchlab.core.protocol.seals import CommitKey
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.protocol.settlement import Verdict
-from batchlab.manager.jobs import stage_plans
-from batchlab.manager.jobs.adoption import Adoption
-from batchlab.manager.jobs.job_coordinator import JobCoordinator
-from batchlab.manager.jobs.reconciler import Reconciler
+from batchlab.manager import stage_plans
+from batchlab.manager.adoption import Adoption
+from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.state import LiveJob, Ports
 from batchlab.worker.commit_and_forward import BundleFinisher
 from batchlab.worker.inflight_message import InflightMessage

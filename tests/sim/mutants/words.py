@@ -8,14 +8,14 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
-from batchlab.core import control_object
+from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists
 from batchlab.core.job_definition import RetryRule
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
 from batchlab.core.ports import JobRecord, Reopen, Written
 from batchlab.core.protocol import object_keys, settlement
-from batchlab.manager.jobs.commands import JobCommands
-from batchlab.manager.jobs.retries import Retry, RetryPlanner, TaskSelection, failed_tasks
+from batchlab.manager.job_commands import JobCommands
+from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection, failed_tasks
 from batchlab.worker.job_cache import ControlPoller
 from batchlab.worker.loop import Worker
 from tests.sim.mutants.kit import Plant, planted
@@ -93,7 +93,7 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
             return await original(self, job, chosen)
         round_ = record.round + 1
         made = await self._retries.plan(record, chosen)
-        await control_object.permit(objects, job, round_, patience)
+        await commit.permit(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._begun.add(job)
         with suppress(AlreadyExists):

@@ -15,18 +15,17 @@ from batchlab.core import commit as product
 from batchlab.core.commit import Addressed, follow_ups
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, Ran, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
-from batchlab.core.protocol.seals import CommitKey
-from batchlab.core.retry import Patience
-from batchlab.manager.jobs.reconciler import Reconciler
+from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.manager.reconciler import Reconciler
 from batchlab.worker.commit_and_forward import BundleFinisher
+from batchlab.worker.heartbeats import VisibilityHeartbeat
 from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.job_cache import ControlPoller
-from batchlab.worker.loop import Worker
+from batchlab.worker.loop import Shutdown, Worker
 from batchlab.worker.poison_detection import PoisonDetector
-from batchlab.worker.shutdown import Shutdown
-from batchlab.worker.visibility_heartbeat import VisibilityHeartbeat
 from tests.sim.mutants.kit import Plant, planted
 
 # --- The commit ----------------------------------------------------------------------------------

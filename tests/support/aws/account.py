@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupForm
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.runtime.aws import deployment
-from batchlab.runtime.aws.deployment import AwsDeployment
+from batchlab.runtime import aws_deployment
+from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 from tests.support.aws.autoscaling_api import aws
 from tests.support.aws.emulators import free_port
@@ -170,7 +170,7 @@ class Account:
     def home(self, name: str = "laptop") -> Home:
         """A folder that knows of the stack."""
         home = Home(self.folder / name)
-        deployment.write(home, self.at)
+        aws_deployment.write(home, self.at)
         return home
 
 

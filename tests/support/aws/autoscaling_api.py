@@ -21,13 +21,13 @@ from botocore.exceptions import ClientError
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
-from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupForm
 from batchlab.adapters.clock import RandomIds, WallClock
 from batchlab.adapters.memory.launcher import MemoryState
 from batchlab.core.model import Machine, Pool
 from batchlab.core.ports import ANY_MACHINE, Clock, Launcher
 from batchlab.fleet.autoscaling import AutoScaling
-from batchlab.runtime.listening import listen
+from batchlab.runtime.home import listen
 from batchlab.server.autoscaling_api.cloudwatch import MetricStore
 from batchlab.server.autoscaling_api.engine_loop import application, run
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile

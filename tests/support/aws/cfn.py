@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from batchlab.core import package_data
+from batchlab.core import installation
 
 Template = dict[str, Any]
 T = TypeVar("T")
@@ -59,7 +59,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def stack_file() -> Path:
-    return package_data.folder("backends") / "aws" / "stack.yaml"
+    return installation.folder("backends") / "aws" / "stack.yaml"
 
 
 def load(text: str | None = None) -> Template:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.runtime.compose import images
+from batchlab.runtime import compose_project
 from tests.support.aws import instance_boot
 from tests.support.aws.account import REGION
 from tests.support.aws.autoscaling_api import aws
@@ -80,10 +80,10 @@ def registry(there: Fleet, trusted: Trusting, folder: Path) -> Iterator[Registry
     """Serve this code's own image, as the localstack grid has it without what tasks may need,
     to the account's instances under NAME."""
     folder.mkdir()
-    recipe = images.Recipe.of(
+    recipe = compose_project.Recipe.of(
         {**os.environ, "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": ""}, apt=(), pip=()
     )
-    tag = images.provide(recipe, folder / "image.log", print)
+    tag = compose_project.provide(recipe, folder / "image.log", print)
     docker("save", "--output", str(folder / "image.tar"), tag)
     trusted.authority.sign(folder, HOST)
     told = aws(Endpoint(there.env["AWS_ENDPOINT_URL_ECR"], REGION), "ecr").get_authorization_token()

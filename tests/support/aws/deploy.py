@@ -16,8 +16,8 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import session
 from batchlab.deploy import template
-from batchlab.deploy.failure_cause import Event
 from batchlab.deploy.plan import Plan
+from batchlab.deploy.stack_records import Event
 
 REGION = "us-east-1"
 SMALL = Path(__file__).with_name("deploy_stack.yaml")

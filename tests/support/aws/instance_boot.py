@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.aws.group_template import GroupForm
+from batchlab.adapters.aws.group_descriptions import GroupForm
 from batchlab.adapters.docker.engine import Engine
-from batchlab.core import package_data
+from batchlab.core import installation
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
 from batchlab.deploy.release import SUFFIX, build_release, key_of, release_of
@@ -41,7 +41,7 @@ from tests.support.http_proxy import standing
 IMAGE = os.environ.get("BATCHLAB_INSTANCE_IMAGE", "batchlab-offline/instance:trixie")
 """compose/offline/build.sh makes the one that is looked for."""
 LOG_GROUP = "/batchlab/try"
-USER_DATA = package_data.folder("backends") / "aws" / "userdata.sh"
+USER_DATA = installation.folder("backends") / "aws" / "userdata.sh"
 
 POOL = Pool("default", 0, 1, 2, boot_s=240.0, instance_type="m7i.large")
 

@@ -19,7 +19,7 @@ from obstore.store import MemoryStore
 from batchlab.adapters import gcs
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.objects import open_s3
-from batchlab.adapters.bucket import Bucket
+from batchlab.adapters.limits import Bucket
 from batchlab.adapters.local.objects import open_local
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.obstore_objects import ObstoreObjects

@@ -23,8 +23,8 @@ from batchlab.adapters.clock import WallClock
 from batchlab.adapters.local.local_wakeup_queue import RungQueue
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.adapters.memory.queue import SimQueue
+from batchlab.core.port_retries import Patience, patiently
 from batchlab.core.ports import Clock, Message, Outgoing, Queue, QueueSpec
-from batchlab.core.retry import Patience, patiently
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults, Weather

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from batchlab.runtime.compose import deployment
+from batchlab.runtime import compose_deployment
 from batchlab.server.autoscaling_api.metadata import give
 from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
@@ -99,8 +99,8 @@ class Containers:
             timer.join()
 
     @property
-    def at(self) -> deployment.Deployment:
-        found = deployment.read(self.grid.home)
+    def at(self) -> compose_deployment.Deployment:
+        found = compose_deployment.read(self.grid.home)
         assert found is not None
         return found
 
@@ -198,7 +198,7 @@ class Containers:
 
     def interrupt(self, instance: str, *, notice_s: float) -> None:
         """Give a Spot instance its notice."""
-        there = deployment.autoscaling(self.grid.home, self.at)
+        there = compose_deployment.autoscaling(self.grid.home, self.at)
         give(there, instance, "interruption", notice_s)
 
 

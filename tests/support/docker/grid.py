@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.cli.doctor_backends import Level, container_findings
+from batchlab.cli.doctor import Level, container_findings
 from batchlab.core.errors import BatchlabError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home

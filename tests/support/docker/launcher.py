@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from batchlab.adapters.docker.launcher import ContainerLauncher
-from batchlab.core.retry import set_within
+from batchlab.core.port_retries import set_within
 from tests.support.docker.containers import DockerGrid
 
 DEADLINE_S = 30.0

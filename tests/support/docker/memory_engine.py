@@ -11,10 +11,9 @@ from typing import Any, TypeVar, cast
 
 from batchlab.adapters.docker.container import INSTANCE
 from batchlab.adapters.docker.engine import Engine
-from batchlab.runtime import factory
-from batchlab.runtime.compose import deployment
-from batchlab.runtime.compose.deployment import Deployment
-from batchlab.runtime.compose.project import LABEL
+from batchlab.runtime import compose_deployment, factory
+from batchlab.runtime.compose_deployment import Deployment
+from batchlab.runtime.compose_project import LABEL
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults.containers import SERVICE, ContainerFaults
 from batchlab.scenarios.faults.target_grid import TargetGrid
@@ -178,7 +177,7 @@ class DockerWorld:
 
     def __init__(self, folder: Path, **docker: Any) -> None:
         home = Home(folder)
-        deployment.write(home, AT)
+        compose_deployment.write(home, AT)
         self.manager = Manager("w-1", "w-2")
         services = {
             name: container({SERVICE: name}, networks={AT.project: {"IPAddress": address}})

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.core.model import GroupView, LifecycleState, Pool
-from batchlab.core.retry import Patience
+from batchlab.core.port_retries import Patience
 from batchlab.jobs import submission
 from batchlab.jobs.job_file import load
-from batchlab.manager.jobs.admission import admit
-from batchlab.manager.scaling.autoscaler import Backlog, desired_capacity
+from batchlab.manager.admission import admit
+from batchlab.manager.autoscaler import Backlog, desired_capacity
 from batchlab.runtime.factory import Backend
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.tasks import TimedRunner

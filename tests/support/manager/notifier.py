@@ -11,11 +11,10 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.core.job_definition import JobDef, NotifyDef, StageDef
 from batchlab.core.model import JobId, JobState, StageCounts, StageName
-from batchlab.core.notification_targets import Directory
-from batchlab.core.notifications import NotDelivered, Notification, Target
+from batchlab.core.notifications import Directory, NotDelivered, Notification, Target
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ending, JobRecord, StageRecord
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.retry import Patience
 from batchlab.manager.counters import Counters
 from batchlab.manager.notifier import NotificationChannels, Notifier
 from batchlab.manager.state import LiveJob, Ports, WorkerStatus

@@ -22,16 +22,15 @@ from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Json, Pool, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, Ledger
 from batchlab.core.protocol import json_format
-from batchlab.core.retry import Patience
 from batchlab.manager.manager import Manager
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import Ports
+from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.sim.tasks import Play, Scene, ScriptedRunner
 from batchlab.worker.heartbeats import Identity
+from batchlab.worker.inflight_message import WorkerSettings
 from batchlab.worker.loop import Worker
-from batchlab.worker.settings import WorkerSettings
 from tests.support import ROOT
 from tests.support.contract.ledger_suite import DumpingLedger, opened_at
 from tests.support.no_fleet import NoFleet

@@ -12,11 +12,11 @@ import pytest
 from duckdb import DuckDBPyConnection
 
 from batchlab.core.model import JobId, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRows, Objects
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill
 from batchlab.core.pricing.request_costs import Pace
-from batchlab.core.retry import Patience
 from batchlab.reports.queries import store
 from batchlab.reports.tables.build import Setting
 from batchlab.reports.tables.write import Index, Writer

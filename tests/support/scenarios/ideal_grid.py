@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchlab.core.model import Pool
-from batchlab.manager.settings import ManagerSettings
+from batchlab.manager.state import ManagerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
@@ -21,7 +21,7 @@ from batchlab.scenarios.model.values import (
     Source,
     StageTemplate,
 )
-from batchlab.worker.settings import WorkerSettings
+from batchlab.worker.inflight_message import WorkerSettings
 
 HOUR_S = 3600.0
 

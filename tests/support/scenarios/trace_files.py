@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from batchlab.scenarios.model.values import Arrival
-from batchlab.scenarios.traces.columns import SWF_COLUMNS, Columns, ColumnSum
+from batchlab.scenarios.traces.rows import SWF_COLUMNS, Columns, ColumnSum
 from batchlab.scenarios.traces.source import Trace, TraceFormat
 
 JOB = "{n} {at} -1 {run} 4 -1 -1 8 -1 -1 1 12 3 -1 0 -1 -1 -1"

@@ -28,17 +28,16 @@ from batchlab.core.api_types import JobView
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import InputDef, JobDef, RetryRule, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, Held, events_message
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.retry import Patience
+from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
-from batchlab.manager.settings import ManagerSettings
-from batchlab.manager.state import LiveJob, Outstanding, Ports
-from batchlab.runtime.listening import listen
+from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.runtime.home import listen
 from batchlab.server import web
 from batchlab.server.http import create_app
 

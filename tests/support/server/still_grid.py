@@ -23,6 +23,7 @@ from batchlab.client.http import Client
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, Market, Ran, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
     AddCut,
     AddJob,
@@ -36,21 +37,18 @@ from batchlab.core.ports import (
     SetControl,
 )
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.usage_meter import Account, Kind, Life
+from batchlab.core.pricing.request_costs import Requests, Tally
+from batchlab.core.pricing.usage import Account, Kind, Life
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.messages import Beat, Held
-from batchlab.core.protocol.seals import UNSEALED
-from batchlab.core.request_counter import Requests, Tally
-from batchlab.core.retry import Patience
-from batchlab.core.schedules.model import Definition, Run, RunState, When
-from batchlab.manager.jobs.stage_plans import StagePlans
+from batchlab.core.protocol.object_keys import UNSEALED
+from batchlab.core.schedules import Definition, Run, RunState, When
 from batchlab.manager.manager import Manager
-from batchlab.manager.settings import ManagerSettings
 from batchlab.manager.spending import JobUsage
-from batchlab.manager.state import Ports, WorkerStatus
+from batchlab.manager.stage_plans import StagePlans
+from batchlab.manager.state import ManagerSettings, Ports, WorkerStatus
 from batchlab.runtime import factory
-from batchlab.runtime.home import Home
-from batchlab.runtime.listening import listen, listen_locally
+from batchlab.runtime.home import Home, listen, listen_locally
 from batchlab.server import web
 from batchlab.server.http import create_app
 from batchlab.server.manager_service import accounting_of

@@ -11,7 +11,7 @@ from typing import Any
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy
 from batchlab.core.model import JobId
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules.model import Definition, Schedule, When
+from batchlab.core.schedules import Definition, Schedule, When
 from batchlab.manager.manager import Manager
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.sim.tasks import Play

@@ -16,8 +16,8 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, JobId, Json, Ran, StageName, TaskSet
 from batchlab.core.ports import LocalFiles, Objects
 from batchlab.worker import code_cache
+from batchlab.worker.inflight_message import Handle, Scratch, Work
 from batchlab.worker.process_runner import ProcessRunner
-from batchlab.worker.runner import Handle, Scratch, Work
 
 USER_CODE = Path(__file__).parent / "user_code"
 

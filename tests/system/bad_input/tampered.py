@@ -15,7 +15,7 @@ from typing import Any
 from batchlab.client.http import Client
 from batchlab.core.errors import BatchlabError
 from batchlab.core.job_definition import JobDef
-from batchlab.jobs import api, submission
+from batchlab.jobs import job_file, submission
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from tests.system.bad_input import jobs
@@ -58,7 +58,7 @@ def _then(change: Callable[[Path], None], where: str) -> Callable[[Shell], str]:
         assert told.code == 0, told
         job = told.out.strip()
         bucket = Home(Path(shell.home)).objects
-        definition = api.load(shell.folder / "job.yaml")
+        definition = job_file.load(shell.folder / "job.yaml")
         digest = submission.code_digest(definition)[1]
         (found,) = bucket.glob(where.format(job=job, digest=digest))
         change(found)
@@ -106,7 +106,7 @@ def _with(data: bytes) -> Callable[[Shell], str]:
 def _prepared(shell: Shell, code: bytes) -> JobDef:
     home, backend = Home(Path(shell.home)), factory.load("local")
     preparing = submission.prepare(
-        api.load(shell.folder / "job.yaml"),
+        job_file.load(shell.folder / "job.yaml"),
         objects=backend.open_objects(home),
         clock=backend.open_clock(),
         patience=factory.patience(),

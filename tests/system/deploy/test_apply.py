@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.deploy.account import Account
-from batchlab.runtime.aws import deployment
+from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import client, group, queues, release, stacks
 from tests.support.cli import Run
@@ -70,7 +70,7 @@ def test_apply_makes_everything_and_says_where_it_is(
     assert (tags["batchlab:pool"], tags["batchlab:slots"]) == ("gpu-big", "4")
 
     # What the home is told.
-    found = deployment.read(home)
+    found = aws_deployment.read(home)
     assert found is not None
     assert found.manager_group == "batchlab-manager"
     assert found.groups_prefix == "batchlab-pool-"
@@ -117,7 +117,7 @@ def test_a_second_apply_changes_nothing_and_a_pool_comes_and_goes_alone(
     assert queues() == ["batchlab-events", "batchlab-tasks-big", "batchlab-tasks-big-dead"]
     assert sqs.receive_message(QueueUrl=url)["Messages"][0]["Body"] == "kept"
     assert client("cloudformation").describe_stacks()["Stacks"][0]["StackId"] == made
-    found = deployment.read(home)
+    found = aws_deployment.read(home)
     assert found is not None
     assert [one.name for one in found.pools] == ["big"]
 
@@ -131,7 +131,7 @@ def test_a_large_template_goes_by_the_stacks_own_bucket(
     code, out, err = deploy("plan", "--json", "--pool", "default:0-20x2")
     assert (code, err) == (0, "")
     assert [one["id"] for one in json.loads(out)["changes"]] == ["PoolGroup"]
-    found = deployment.read(home)
+    found = aws_deployment.read(home)
     assert found is not None
     assert [one["Name"] for one in client("s3").list_buckets()["Buckets"]] == [found.bucket]
     left = client("s3").list_objects_v2(Bucket=found.bucket, Prefix="deploy/")
@@ -180,7 +180,7 @@ def test_instances_that_are_being_replaced_already_are_no_failure(
     code, _, err = deploy("apply", "--yes", "--release", release(tmp_path, "two"))
     assert code == 0, err
     assert "batchlab-manager: instances are being replaced already; apply again later." in err
-    assert deployment.read(home) is not None
+    assert aws_deployment.read(home) is not None
 
 
 def test_without_a_terminal_only_yes_agrees(deploy: Run, tmp_path: Path) -> None:

@@ -16,16 +16,15 @@ from typing import Any
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
-from batchlab.cli.signals import Stopped
+from batchlab.cli.output import Stopped
 from batchlab.core.errors import Refused
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import Apply, StackFailed
-from batchlab.deploy.failure_cause import Event
 from batchlab.deploy.settings import Settings
 from batchlab.deploy.stack import Stack
-from batchlab.deploy.stack_records import State
-from batchlab.runtime.aws import deployment
+from batchlab.deploy.stack_records import Event, State
+from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import REGION, SMALL, Front, client, group, queues, release, stacks
 from tests.support.cli import Run
@@ -103,7 +102,7 @@ def test_an_apply_that_is_interrupted_is_taken_up_by_the_next(
     done = whole(home, front, archive).run()
     assert done is not None
     assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
-    assert deployment.read(home) == done
+    assert aws_deployment.read(home) == done
     told = client("cloudformation").describe_stacks()["Stacks"][0]
     assert told["EnableTerminationProtection"]
     assert group("batchlab-manager")["MinSize"] == 1
@@ -180,7 +179,7 @@ def test_ctrl_c_leaves_aws_to_go_on_and_another_apply_follows_it(
     assert second.returncode == 0, said
     assert "CREATE_COMPLETE Wait" in said
     assert stacks() == {"batchlab": "UPDATE_COMPLETE"}
-    assert deployment.read(home) is not None
+    assert aws_deployment.read(home) is not None
 
 
 def test_a_plan_waits_for_nobody(deploy: Run, home: Home, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.deploy import template
-from batchlab.runtime.aws import deployment
+from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support import ROOT
 from tests.support.aws import cfn
@@ -52,7 +52,7 @@ def test_the_real_stack_with_two_pools_is_made_looked_at_changed_and_gone(
 
     code, _, err = deploy("apply", "--yes", "--release", archive)
     assert code == 0, err
-    at = deployment.read(home)
+    at = aws_deployment.read(home)
     assert at is not None
     assert [(one.name, one.max_size) for one in at.pools] == [("default", 4), ("gpu-large", 1)]
     # Every resource that the stack names is there by its own service's word.
@@ -210,7 +210,7 @@ def test_a_user_of_the_grid_finds_the_stack_from_another_machine(
     code, out, err = run("deploy", "status", "--home", elsewhere.path)
     assert code == 0, err
     assert f"in {REGION}, account {account}" in out
-    known = deployment.read(elsewhere)
+    known = aws_deployment.read(elsewhere)
     assert known is not None
     assert known.stack == "batchlab"
     code, _, err = deploy("destroy", "--yes")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.deploy import settings, template
-from batchlab.runtime.aws import deployment
+from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import SMALL, client, group, queues, release, stacks
 from tests.support.cli import Run, runner
@@ -62,14 +62,14 @@ def test_a_home_that_does_not_know_the_stack_is_told(
 ) -> None:
     """Another laptop: no settings, no deployment, and the stack is found by its name."""
     deploy("apply", "--yes", "--release", release(tmp_path), "--stack", "team")
-    known = deployment.read(home)
+    known = aws_deployment.read(home)
     assert known is not None
-    deployment.path_in(home).unlink()
+    aws_deployment.path_in(home).unlink()
     settings.path_in(home).unlink()
     code, _, err = deploy("status", "--stack", "team")
     assert code == 0
     assert "is written anew (no file)" in err
-    found = deployment.read(home)
+    found = aws_deployment.read(home)
     assert found is not None
     assert found.bucket == known.bucket
     assert found.pools == known.pools
@@ -82,7 +82,7 @@ def test_a_home_that_does_not_know_the_stack_is_told(
 
 def test_a_file_that_has_drifted_is_told_by_field(deploy: Run, home: Home, tmp_path: Path) -> None:
     deploy("apply", "--yes", "--release", release(tmp_path))
-    path = deployment.path_in(home)
+    path = aws_deployment.path_in(home)
     path.write_text(path.read_text().replace('"log_group": "/', '"log_group": "/old/'))
     found = json.loads(deploy("status", "--json")[1])
     assert found["drift"] == ["log_group"]
@@ -113,13 +113,13 @@ def test_a_stack_without_data_goes_wholly(deploy: Run, home: Home, tmp_path: Pat
     # Its bucket had nothing but a release.
     assert client("s3").list_buckets()["Buckets"] == []
     assert client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"] == []
-    assert deployment.read(home) is None
+    assert aws_deployment.read(home) is None
     assert settings.read(home) is not None
 
 
 def filled(home: Home, count: int) -> str:
     """The stack's bucket, with `count` objects of which each has an older version."""
-    found = deployment.read(home)
+    found = aws_deployment.read(home)
     assert found is not None
     s3 = client("s3")
     for number in range(count):

@@ -1,0 +1,354 @@
+"""Delivery of notifications: webhooks, SNS topics, and commands of the grid.
+
+Invariant: every failure of a delivery is a NotDelivered, and every wait has a limit.
+
+Delivery of a notification to an SNS topic or to a command.
+
+Invariant for topics: a message to a FIFO topic has the notification's id for deduplication, and the
+job as its group. boto3 blocks, so it runs in a thread.
+
+Invariant for commands: only the grid's settings name commands. A command runs without a shell, and
+no text of a job is among its arguments. It reads the notification from its standard input. At its
+timeout it is killed with all processes that it started.
+
+Delivery of a notification by a signed HTTP POST, only to allowed addresses.
+
+Invariant: the connection goes to the address that was checked, so a name cannot change its address
+in between. Redirects are not followed, and proxies are not used. Only the status of an answer is
+kept. Logs never contain the address of a webhook, because its path may be a secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import signal
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urlsplit
+
+from batchlab import __version__
+from batchlab.core import installation
+from batchlab.core.errors import BackendError
+from batchlab.core.notifications import (
+    PORTS,
+    TOPIC,
+    NotDelivered,
+    Notification,
+    Target,
+    address_problem,
+    address_refusal,
+    is_loopback,
+    problem,
+)
+from batchlab.core.ports import Clock
+
+if TYPE_CHECKING:
+    import httpx
+
+    from batchlab.adapters.aws.endpoint import Endpoint
+    from batchlab.core.ports import Clock
+
+log = logging.getLogger(__name__)
+
+
+class Deliveries:
+    """Delivery by the kind of the target. `endpoint_of` returns the endpoint of SNS in a region."""
+
+    def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
+
+        self._ways = {
+            "webhook": Webhooks(clock).post,
+            "sns": Topics(endpoint_of).publish,
+            "command": run,
+        }
+
+    async def __call__(self, target: Target, one: Notification) -> None:
+        """Deliver a notification, or raise NotDelivered."""
+        # The target of a job comes from the bucket, so it is checked again.
+        if one.own is not None and (wrong := problem(one.own)):
+            raise NotDelivered(wrong, final=True)
+        try:
+            await self._ways[target.kind](target, one)
+        except NotDelivered:
+            raise
+        except Exception as error:
+            # A bug in the delivery to one target must not stop the manager.
+            log.exception("a notification met a bug", extra={"job": one.job})
+            raise NotDelivered(f"An error inside the manager: {type(error).__name__}.") from error
+
+
+FIFO = ".fifo"
+
+
+class Topics:
+    """Publisher to SNS topics. `endpoint_of` returns the endpoint of SNS in a region."""
+
+    def __init__(self, endpoint_of: Callable[[str], Endpoint]) -> None:
+        self._endpoint_of = endpoint_of
+        self._clients: dict[str, Any] = {}
+
+    async def publish(self, target: Target, one: Notification) -> None:
+        """Deliver a notification, or raise NotDelivered."""
+        try:
+            await asyncio.to_thread(self._publish, target, one)
+        except BackendError as error:
+            raise NotDelivered(error.message) from error
+
+    def _publish(self, target: Target, one: Notification) -> None:
+        from batchlab.adapters.aws.endpoint import client, translated
+
+        if module := installation.missing("aws", "boto3"):
+            told = installation.sentence("aws", "A topic of SNS", module)
+            raise NotDelivered(f"{told} {installation.anywhere('aws')}", final=True)
+        found = TOPIC.fullmatch(target.to)
+        if found is None:
+            raise NotDelivered("Its target is no topic's ARN.", final=True)
+        region = found[1]
+        if region not in self._clients:
+            self._clients[region] = client(self._endpoint_of(region), "sns", connections=1)
+        more = {}
+        if target.to.endswith(FIFO):
+            more = {"MessageGroupId": one.job or "test", "MessageDeduplicationId": one.id}
+        with translated("SNS"):
+            self._clients[region].publish(
+                TopicArn=target.to,
+                Message=one.body,
+                # The subject is for subscribers by mail.
+                Subject=f"batchlab: {one.job or 'test'} {one.moment}"[:100],
+                MessageAttributes={
+                    name: {"DataType": "String", "StringValue": value}
+                    for name, value in (
+                        ("batchlab.id", one.id),
+                        ("batchlab.moment", one.moment),
+                        ("batchlab.job", one.job or "test"),
+                    )
+                },
+                **more,
+            )
+
+
+WHOLE_S = 30.0
+TOLD_BYTES = 4096
+"""Number of bytes that are read from the end of a command's error output."""
+
+
+async def run(target: Target, one: Notification) -> None:
+    """Deliver a notification. Raise NotDelivered unless the command exits with status 0."""
+    environment = {
+        **os.environ,
+        "BATCHLAB_NOTIFICATION": one.id,
+        "BATCHLAB_MOMENT": one.moment,
+        "BATCHLAB_JOB": one.job,
+        "BATCHLAB_ATTEMPT": str(one.attempts + 1),
+    }
+    # A pipe is unsuitable, because a process that the command leaves running could keep it open.
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *target.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=said,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise NotDelivered(
+                f"The program {target.command[0]!r} cannot be run: {error.strerror}."
+            ) from error
+        try:
+            async with asyncio.timeout(WHOLE_S):
+                await _told(process, one.body.encode())
+                status = await process.wait()
+        except TimeoutError:
+            raise NotDelivered(f"It had not ended after {WHOLE_S:.0f} s.") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if status:
+            last = _last_line(said.fileno())
+            raise NotDelivered(f"It ended with status {status}{f': {last}' if last else ''}.")
+
+
+async def _told(process: asyncio.subprocess.Process, body: bytes) -> None:
+    assert process.stdin
+    with suppress(BrokenPipeError, ConnectionResetError):  # the command need not read its input
+        process.stdin.write(body)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+def _last_line(file: int) -> str:
+    size = os.fstat(file).st_size
+    text = os.pread(file, TOLD_BYTES, max(0, size - TOLD_BYTES)).decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line), "")[:200].rstrip(".")
+
+
+WEBHOOK_WHOLE_S = 15.0
+"""Maximum time in seconds from the name lookup to the answer's status."""
+GONE = 410
+
+
+def signature(secret: bytes, at_s: int, body: bytes) -> str:
+    """Return the value of the header `Batchlab-Signature`."""
+    code = hmac.new(secret, f"{at_s}.".encode() + body, hashlib.sha256).hexdigest()
+    return f"t={at_s},v1={code}"
+
+
+def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
+    """Return the key that a target names. Raise NotDelivered if it cannot be read."""
+    kind, _, where = target.secret.partition(":")
+    if kind == "env":
+        found = environ.get(where, "")
+        if not found:
+            raise NotDelivered(f"The manager's environment has no variable {where}, its secret.")
+        return found.encode()
+    try:
+        read = Path(where).read_bytes().strip()
+    except OSError as error:
+        raise NotDelivered(f"The file of its secret cannot be read: {error.strerror}.") from error
+    if not read:
+        raise NotDelivered("The file of its secret is empty.")
+    return read
+
+
+class Webhooks:
+    """Sender of notifications to webhooks."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._tls: ssl.SSLContext | None = None
+        # These libraries log the address of every request.
+        for name in ("httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+    async def post(self, target: Target, one: Notification) -> None:
+        """Deliver a notification, or raise NotDelivered."""
+        if wrong := address_problem("webhook", target.to):
+            raise NotDelivered(wrong, final=True)
+        parts = urlsplit(target.to)
+        try:
+            async with asyncio.timeout(WEBHOOK_WHOLE_S):
+                address = await resolved(parts, stays_out=target.stays_out)
+                status = await self._posted(parts, address, self._headers(target, one), one.body)
+        except TimeoutError:
+            raise NotDelivered(f"It did not answer within {WEBHOOK_WHOLE_S:.0f} s.") from None
+        if 200 <= status < 300:
+            return
+        if 300 <= status < 400:
+            raise NotDelivered(
+                f"It answered with a redirect (HTTP {status}), and none is followed.", final=True
+            )
+        raise NotDelivered(f"It answered with HTTP {status}.", final=status == GONE)
+
+    def _headers(self, target: Target, one: Notification) -> dict[str, str]:
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": f"batchlab/{__version__}",
+            "Batchlab-Notification": one.id,
+            "Batchlab-Moment": one.moment,
+            "Batchlab-Attempt": str(one.attempts + 1),
+        }
+        if target.secret:
+            # The time is that of this try, because receivers refuse old times and a retry may be
+            # hours later.
+            at_s = int(self._clock.now_s())
+            key = secret_of(target, os.environ)
+            headers["Batchlab-Signature"] = signature(key, at_s, one.body.encode())
+        return headers
+
+    async def _posted(
+        self, parts: SplitResult, address: str, headers: Mapping[str, str], body: str
+    ) -> int:
+        import httpx
+
+        host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+        own = "" if port == PORTS[parts.scheme] else f":{port}"
+        query = f"?{parts.query}" if parts.query else ""
+        shown = f"[{address}]" if ":" in address else address
+        url = f"{parts.scheme}://{shown}:{port}{parts.path or '/'}{query}"
+        name = f"[{host}]" if ":" in host else host
+        async with await self._client() as client:
+            request = client.build_request(
+                "POST",
+                url,
+                content=body.encode(),
+                headers={**headers, "Host": f"{name}{own}"},
+                # The connection uses the address, but the certificate must match the name.
+                extensions={"sni_hostname": host},
+            )
+            try:
+                response = await client.send(request, stream=True)
+                await response.aclose()
+            except httpx.TransportError as error:
+                raise NotDelivered(f"It cannot be reached: {_told_webhook(error)}.") from error
+        return response.status_code
+
+    async def _client(self) -> httpx.AsyncClient:
+        import httpx
+
+        if self._tls is None:
+            # This call reads all of the system's certificates.
+            self._tls = await asyncio.to_thread(ssl.create_default_context)
+        return httpx.AsyncClient(
+            verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_WHOLE_S
+        )
+
+
+async def resolved(parts: SplitResult, *, stays_out: bool) -> str:
+    """Return an allowed address of the URL's host. With `stays_out`, this machine is not allowed.
+
+    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused
+    addresses may be an attack.
+    """
+    host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise NotDelivered(
+            f"The name {host} cannot be looked up: {_told_webhook(error)}."
+        ) from error
+    addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
+    for address in addresses:
+        if wrong := address_refusal(address):
+            raise NotDelivered(f"The name {host} leads astray: {wrong}", final=True)
+        if stays_out and is_own(address):
+            raise NotDelivered(
+                f"The name {host} leads astray: {address} is the manager's own machine, where no "
+                "job has anything sent to.",
+                final=True,
+            )
+        if parts.scheme == "http" and not is_loopback(address):
+            raise NotDelivered(
+                f"{host} is not this machine, so only https may be used.", final=True
+            )
+    return addresses[0]
+
+
+def is_own(address: str) -> bool:
+    """Return whether an IP address belongs to this machine."""
+    if is_loopback(address):
+        return True
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect((address, 9))  # sends nothing, but selects the source address
+        except OSError:
+            return False  # the address is unreachable
+        return str(asked.getsockname()[0]) == address
+
+
+def _told_webhook(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).rstrip(".")

@@ -1,0 +1,444 @@
+"""Items of jobs. A conditional put of the item of a job commits a change of the job.
+
+Invariant: the put requires the stamp that was read, and writes a new unique stamp. A change writes
+its other items before the put, and they count only after it. Or the put contains them (`redo`), and
+the next reader or writer of the job writes them.
+
+Items of bundles, and the queries on them.
+
+Invariant: an item only gains attributes: from the write that planned the bundle, and from the write
+that folded it. Each write adds its number. So a reader sees the bundles as of the moment at which
+it read the item of the job, even if other writes happen meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from batchlab.adapters.simpledb import domain
+from batchlab.adapters.simpledb.domain import Item, Pairs, Store, check, quoted
+from batchlab.core.errors import BackendError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection
+from batchlab.core.model import BundleId, JobId, StageName
+from batchlab.core.protocol import json_format
+
+
+def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
+    """Return the items to write for a bundle. Further items for long texts come first."""
+    name = _name(gen, row.key)
+    pairs: list[tuple[str, str]] = []
+    items: dict[str, Pairs] = {}
+    if row.at is not None:
+        pairs += [("gen", gen), ("at", f"{row.at:010d}"), ("stage", row.stage), ("id", row.id)]
+    if row.planned:
+        text = domain.dumps(json_format.bundle_to_json(row.planned))
+        more, extra = domain.lay(name, "b", text, gen)
+        pairs += more
+        items |= extra
+    if row.completion:
+        assert row.seq is not None
+        text = domain.dumps(json_format.completion_to_json(row.completion))
+        more, extra = domain.lay(name, "c", text, gen)
+        pairs += [("done", _order(gen, row.seq)), *more]
+        if row.completion.failed:
+            pairs.append(("fail", _order(gen, row.seq)))
+        items |= extra
+    items[name] = pairs
+    for one, its in items.items():
+        # The check precedes the commit, because a committed change cannot be refused.
+        check(one, its)
+    return items
+
+
+def _name(gen: str, key: Key) -> str:
+    return f"{gen}/{key[0]}/{key[1]}"
+
+
+def _order(gen: str, seq: int) -> str:
+    return f"{gen}/{seq:016d}"
+
+
+class Rows:
+    """Reader of the items of bundles. Calls block."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def known(self, gen: str, keys: Sequence[Key]) -> Known:
+        """Return which of these bundles exist, and whether each is done."""
+        names = {_name(gen, key): key for key in keys}
+        found = self._store.select_named("at, done", list(names))
+        return {names[name]: "done" in item for name, item in found.items()}
+
+    def folded(
+        self,
+        gen: str,
+        projection: Projection,
+        *,
+        stage: StageName | None,
+        after: int,
+        failed: bool,
+        page: int,
+    ) -> Iterator[BundleRow]:
+        """Return the bundles that were folded after the seq `after`, as of `projection`."""
+        key = "fail" if failed else "done"
+        first, last = _order(gen, max(after + 1, 0)), _order(gen, max(projection.last_seq, 0))
+        if after >= projection.last_seq:
+            return
+        where = f"{key} between {quoted(first)} and {quoted(last)}"
+        where += f" and stage = {quoted(stage)}" if stage else ""
+        for _, item in self._store.select("*", where, order=key, page=page):
+            row = self._row(item)
+            if not projection.is_void(row):
+                yield row
+
+    def planned(
+        self, gen: str, projection: Projection, *, stage: StageName | None
+    ) -> list[BundleRow]:
+        """Return the bundles that are not folded as of `projection`, by stage and id."""
+        where = f"gen = {quoted(gen)} and "
+        where += f"stage = {quoted(stage)}" if stage else "stage is not null"
+        where += f" and (done is null or done > {quoted(_order(gen, max(projection.last_seq, 0)))})"
+        rows = (self._row(item) for _, item in self._store.select("*", where))
+        open_ = [row for row in rows if _is_there(row, projection) and not projection.is_void(row)]
+        return sorted(open_, key=lambda row: row.key)
+
+    def all(self, gen: str, projection: Projection) -> list[BundleRow]:
+        """Return all bundles as of `projection`, including those of void plans."""
+        where = f"gen = {quoted(gen)} and stage is not null"
+        rows = (self._row(item) for _, item in self._store.select("*", where))
+        return [row for row in rows if _is_there(row, projection)]
+
+    def _row(self, item: Item) -> BundleRow:
+        planned, completion = self._doc(item, "b"), self._doc(item, "c")
+        return BundleRow(
+            StageName(item["stage"]),
+            BundleId(item["id"]),
+            int(item["at"]),
+            json_format.bundle_from_json(json.loads(planned)) if planned else None,
+            json_format.completion_from_json(json.loads(completion)) if completion else None,
+            int(item["done"].partition("/")[2]) if "done" in item else None,
+        )
+
+    def _doc(self, item: Item, prefix: str) -> str | None:
+        if prefix not in item:
+            return None
+        text = domain.read(item, prefix, self._store.get_all)
+        if text is None:
+            raise BackendError(
+                f"A bundle in the SimpleDB domain {self._store.domain} lacks a part.",
+                remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+            )
+        return text
+
+
+def _is_there(row: BundleRow, projection: Projection) -> bool:
+    return row.at is not None and row.at <= projection.at
+
+
+NOBODY = "-"
+"""Value instead of a job's order: the item reserves a name without a job."""
+_STAMP = "v"
+_LOOKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The item of a job as it was read. `projection` is None for an item without a job.
+
+    The items of the generation `gen` belong to the job. Each generation of `gens` may have items.
+    """
+
+    name: str
+    item: Item
+    projection: Projection | None
+
+    @property
+    def stamp(self) -> str:
+        return self.item[_STAMP]
+
+    @property
+    def gen(self) -> str:
+        return self.item["now"]
+
+    @property
+    def gens(self) -> list[str]:
+        return gens_of(self.item)
+
+
+def fresh() -> str:
+    """Return a unique text."""
+    return secrets.token_hex(8)
+
+
+def gens_of(item: Item) -> list[str]:
+    """Return the generations that the item of a job names."""
+    return [gen for gen in item.get("gens", "").split(",") if gen]
+
+
+def name_of(job: JobId) -> str:
+    return f"job/{job}"
+
+
+def order_of(job: JobDef) -> str:
+    """Return a text that sorts like (submitted_s, id)."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", job.submitted_s))
+    bits = bits ^ 0xFFFFFFFFFFFFFFFF if bits >> 63 else bits | 1 << 63
+    return f"{bits:016x}/{job.id}"
+
+
+@lru_cache(256)
+def _job_def(text: str) -> JobDef:
+    return json_format.job_from_json(json_format.loads(text))
+
+
+class Heads:
+    """Reader and writer of the items of jobs. Calls block."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    # --- Reading ----------------------------------------------------------------------------------
+
+    def get(self, job: JobId, *, settle: bool = True) -> Head | None:
+        """Return the item of the job, or None if it does not exist.
+
+        With `settle`, complete the writes of its last change first.
+        """
+        name = name_of(job)
+        for _ in range(_LOOKS):
+            item = self._store.get(name)
+            if item is None:
+                return None
+            if settle and self._has_redo(item) and not self._settle(name, item):
+                continue
+            head = self._read(name, item)
+            if head:
+                return head
+        raise BackendError(
+            f"Job {job} in the SimpleDB domain {self._store.domain} lacks a part.",
+            remedy="`batchlab ledger rebuild` makes it anew from the bucket.",
+        )
+
+    def _read(self, name: str, item: Item) -> Head | None:
+        """Parse the item of a job.
+
+        Return None if another process has deleted a part of it meanwhile.
+        """
+        if item["okey"] == NOBODY:
+            return Head(name, item, None)
+        job = domain.read(item, "j", self._store.get_all)
+        state = domain.read(item, "s", self._store.get_all)
+        if job is None or state is None:
+            return None
+        return Head(name, item, Projection.from_json(_job_def(job), json.loads(state)))
+
+    def newest(self, *, active: bool, limit: int, before: JobDef | None) -> list[Projection]:
+        """Return at most `limit` jobs that are older than `before`, newest first."""
+        key = "live" if active else "okey"
+        where = f"{key} > '0'"
+        if before:
+            where += f" and {key} < {quoted(order_of(before))}"
+        found: list[Projection] = []
+        for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
+            if len(found) == limit:
+                break
+            head = self._read(name, item) or self.get(
+                JobId(name.removeprefix("job/")), settle=False
+            )
+            if head and head.projection:
+                found.append(head.projection)
+        return found
+
+    def names(self) -> list[str]:
+        """Return the names of all items of jobs, also of those without a job."""
+        return [name for name, _ in self._store.select("itemName()", "okey is not null")]
+
+    # --- Changing ---------------------------------------------------------------------------------
+
+    def commit(self, head: Head, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
+        """Replace the job by `projection` and write `rows`.
+
+        Return False if the job has changed since it was read. Return None if this call may have
+        changed it: its answer was lost, and another process has changed the job since.
+        """
+        gen, stamp = head.gen, fresh()
+        items = _items_of(gen, rows)
+        pairs, extra = self._state(projection, gen, stamp)
+        redo: dict[str, Pairs] = {}
+        if items:
+            told, redo = domain.lay(
+                f"{gen}/redo/{stamp}", "redo", domain.dumps(items), gen, inline=0
+            )
+            pairs += told
+        else:
+            pairs.append(("redo", NOBODY))
+        self._store.put_all({**extra, **redo})
+        is_ours = self._store.put_if(head.name, pairs, _STAMP, head.stamp)
+        if is_ours is False:
+            self._store.delete_all([*extra, *redo])
+        if not is_ours:
+            return is_ours
+        if items:
+            self._settle(head.name, dict(pairs), items)
+        self._store.delete_all(domain.names(head.item, "s"))
+        return True
+
+    def install(
+        self, job: JobId, head: Head | None, projection: Projection, rows: Sequence[BundleRow]
+    ) -> bool:
+        """Replace the job and its bundles.
+
+        Return False if the job has changed since it was read.
+        """
+        name, gen, stamp = name_of(job), fresh(), fresh()
+        held = head.stamp if head else None
+        text = domain.dumps(json_format.job_to_json(projection.job))
+        spec, items = domain.lay(f"{gen}/spec", "j", text, gen)
+        state, extra = self._state(projection, gen, stamp)
+        items |= {**extra, **_items_of(gen, rows)}
+        if items:
+            # The job's item names the generation first, so that its items can be found and deleted
+            # if this process ends here.
+            place = [(_STAMP, fresh())]
+            if head is None:
+                place += [("okey", NOBODY), ("live", NOBODY)]
+            if not self._store.put_if(name, place, _STAMP, held, more=[("gens", gen)]):
+                return False
+            held = place[0][1]
+            self._store.put_all(items)
+        token = _token_name(projection.job.token) if projection.job.token else NOBODY
+        pairs = [*state, *spec, ("now", gen), ("redo", NOBODY), ("token", token)]
+        is_ours = self._store.put_if(name, pairs, _STAMP, held, more=[("gens", gen)])
+        if is_ours is False:
+            self.sweep(gen)
+        if is_ours and head:
+            self._bury(name, head.gens)
+        return bool(is_ours)
+
+    def hold(self, job: JobId, head: Head | None) -> bool:
+        """Change the stamp of an item without a job. Return False if the item has changed.
+
+        Another process that is about to add the job then reads the item again.
+        """
+        pairs = [(_STAMP, fresh()), ("okey", NOBODY), ("live", NOBODY)]
+        held = head.stamp if head else None
+        return bool(self._store.put_if(name_of(job), pairs, _STAMP, held))
+
+    def forget(self, job: JobId) -> None:
+        """Delete the job and all of its items."""
+        name = name_of(job)
+        while head := self.get(job, settle=False):
+            stamp = fresh()
+            pairs = [(_STAMP, stamp), ("okey", NOBODY), ("live", NOBODY), ("redo", NOBODY)]
+            if self._store.put_if(name, pairs, _STAMP, head.stamp):
+                for gen in head.gens:
+                    self.sweep(gen)
+                self._give_up(head.item.get("token", NOBODY), job)
+                # Another process may have begun to add the job again.
+                self._store.delete_if(name, _STAMP, stamp)
+                return
+
+    def sweep(self, gen: str) -> None:
+        """Delete all items of a generation that belongs to no job."""
+        where = f"gen = {quoted(gen)}"
+        self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
+
+    def sweep_lost(self) -> None:
+        """Delete the items of generations that no item of a job names.
+
+        The item of a job names a generation before the generation has items.
+        """
+        found = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
+        for _, item in self._store.select("gens", "okey is not null"):
+            found.difference_update(gens_of(item))
+        for gen in sorted(found):
+            self.sweep(gen)
+
+    def _bury(self, name: str, gens: Iterable[str]) -> None:
+        for gen in gens:
+            self.sweep(gen)
+            self._store.drop_value(name, "gens", gen)
+
+    def _state(
+        self, projection: Projection, gen: str, stamp: str
+    ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
+        """Return the attributes that change with every write, and further items for long texts."""
+        order = order_of(projection.job)
+        text = domain.dumps(projection.to_json())
+        state, items = domain.lay(f"{gen}/state/{stamp}", "s", text, gen)
+        live = NOBODY if projection.state.ended else order
+        return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
+
+    # --- What a commit leaves to be written -------------------------------------------------------
+
+    def _has_redo(self, item: Item) -> bool:
+        return item.get("redo", NOBODY) != NOBODY
+
+    def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
+        """Write the items that the last change contains, and remove them from the change.
+
+        Return False if another process has just done so. A repetition or a delay does no harm.
+        """
+        if items is None:
+            text = domain.read(item, "redo", self._store.get_all)
+            if text is None:
+                return False
+            items = {key: [(k, v) for k, v in pairs] for key, pairs in json.loads(text).items()}
+        self._store.put_all(items)
+        self._store.drop_value(name, "redo", item["redo"])
+        self._store.delete_all(domain.names(item, "redo"))
+        return True
+
+    # --- Tokens -----------------------------------------------------------------------------------
+
+    def claim(self, token: str, job: JobId) -> Projection | None:
+        """Bind the client token to this job. Return the job that already has the token, or None."""
+        name, stamp = _token_name(token), fresh()
+        pairs = [(_STAMP, stamp), ("job", str(job))]
+        while True:
+            item = self._store.get(name)
+            if item is None:
+                if self._store.put_if(name, pairs, _STAMP, None):
+                    return None
+                continue
+            if item["job"] == job:
+                return None
+            other = JobId(item["job"])
+            head = self.get(other, settle=False)
+            if head and head.projection:
+                return head.projection
+            if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
+                break
+        # The process that had the token may have read it before, and may be about to add its job.
+        while not self.hold(other, head):
+            head = self.get(other, settle=False)
+            if head and head.projection:
+                back = [(_STAMP, fresh()), ("job", str(other))]
+                self._store.put_if(name, back, _STAMP, stamp)
+                return head.projection
+        return None
+
+    def _give_up(self, name: str, job: JobId) -> None:
+        item = self._store.get(name) if name != NOBODY else None
+        if item and item["job"] == job:
+            self._store.delete_if(name, _STAMP, item[_STAMP])
+
+
+def _token_name(token: str) -> str:
+    # A client may use any text as its token.
+    return f"token/{hashlib.sha256(token.encode()).hexdigest()}"
+
+
+def _items_of(gen: str, rows: Iterable[BundleRow]) -> dict[str, Pairs]:
+    items: dict[str, Pairs] = {}
+    for row in rows:
+        items |= row_items(gen, row)
+    return items

@@ -1,0 +1,213 @@
+"""Due times of schedules: cron expressions with five fields in a time zone, or one moment.
+
+Invariant: the due times of an expression depend only on the expression and its zone, and not on the
+current time. cron's own rules apply to clock changes. If the change skips a fixed time of day, the
+due time is the first minute after the change. If the change repeats it, the first occurrence is
+due. An expression with `*` as its minute or hour follows the clock. It is due twice in a repeated
+hour, and not at all in a skipped one.
+
+`local_times` is the only reader of cron expressions, and uses cronsim. Its callers decide what
+happens to a local time that a clock change skips or repeats. Schedules follow cron, as above.
+Scheduled actions follow Auto Scaling (`fleet/scaling_policies.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from zoneinfo import ZoneInfo
+
+from batchlab.core.errors import UsageError
+from batchlab.core.text import count
+
+FIELDS = 5
+
+
+class NeverDue(ValueError):
+    """The expression is well formed, but its day does not occur in any of its months."""
+
+
+def local_times(expression: str, after: datetime) -> Iterator[datetime]:
+    """Return the local times after `after`, in order. They are naive if `after` is, else in its
+    zone.
+
+    The sequence ends if no time follows within fifty years. Raise ValueError with the name of the
+    field if the expression is not valid, and NeverDue if it is valid but never due.
+    """
+    from cronsim import CronSim, CronSimError
+
+    fields = expression.split()
+    if len(fields) != FIELDS:
+        # cronsim reads the first of six fields as seconds.
+        noun = "field" if len(fields) == 1 else "fields"
+        raise ValueError(f"it has {len(fields)} {noun}, not {FIELDS}")
+    try:
+        return iter(CronSim(expression, after))
+    except CronSimError as error:
+        minute, hour, day, month, weekday = fields
+        with suppress(CronSimError):
+            CronSim(f"{minute} {hour} {day} * {weekday}", after)
+            CronSim(f"{minute} {hour} * {month} {weekday}", after)
+            raise NeverDue(str(error)) from error
+        raise ValueError(str(error)) from error
+
+
+_DAY_S = 86_400
+_LONGEST = 200
+"""Maximum length of an expression in characters. A longer one is probably a mistake."""
+_NEVER = "Write five fields: minute, hour, day of month, month, weekday, such as '0 2 * * 1-5'."
+_FIRST_WINDOW_S = 3600.0
+
+
+@lru_cache(maxsize=256)
+def zone_of(name: str) -> ZoneInfo:
+    """Return the IANA time zone with that name. Raise UsageError if it does not exist."""
+    try:
+        return ZoneInfo(name)
+    # a name that is a folder of the time zone database raises OSError
+    except (KeyError, ValueError, OSError) as error:
+        raise UsageError(
+            f"There is no time zone {name!r}.",
+            remedy="Write an IANA name such as Europe/Berlin or UTC.",
+        ) from error
+
+
+def check(expression: str, zone: str) -> None:
+    """Raise UsageError if the expression or the zone is not valid, or if it is never due."""
+    known = zone_of(zone)
+    fields = len(expression.split())
+    if fields != FIELDS:
+        raise UsageError(
+            f"The cron expression {expression[:60]!r} has {count(fields, 'field')}, not {FIELDS}.",
+            remedy=_NEVER,
+        )
+    if len(expression) > _LONGEST:
+        raise UsageError(
+            f"A cron expression has at most {_LONGEST} characters.",
+            remedy="Write ranges and steps.",
+        )
+    if next_after(expression, known, 0.0) is None:
+        raise UsageError(f"The cron expression {expression!r} is never due.", remedy=_NEVER)
+
+
+def next_after(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
+    """Return the first due time after `after_s` (epoch seconds), or None.
+
+    None means that no due time follows within fifty years. Raise UsageError if the expression is
+    not valid.
+    """
+    minute, hour, *_ = expression.split()
+    if minute.startswith("*") or hour.startswith("*"):
+        return _by_the_clock(expression, zone, after_s)
+    moments = _cron(expression, datetime.fromtimestamp(after_s, zone))
+    for moment in moments:
+        # If `after_s` is in a repeated hour, the sequence starts with the first pass of this hour.
+        if moment.timestamp() > after_s:
+            return moment.timestamp()
+    return None
+
+
+def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float]:
+    """Yield every due time after `after_s`, in order."""
+    while (found := next_after(expression, zone, after_s)) is not None:
+        yield found
+        after_s = found
+
+
+def latest(
+    expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int
+) -> tuple[list[float], bool]:
+    """Return the last due times in (after_s, until_s], and whether there are more.
+
+    They are in order, at most `most`. The search in a year takes no longer than in a week.
+    """
+    window_s = _FIRST_WINDOW_S
+    while True:
+        begin_s = max(after_s, until_s - window_s)
+        found: list[float] = []
+        for due_s in due_times(expression, zone, begin_s):
+            if due_s > until_s:
+                break
+            found.append(due_s)
+        if len(found) > most or begin_s == after_s:
+            return found[-most:], len(found) > most
+        window_s *= 2
+
+
+def of_local(naive: datetime, zone: ZoneInfo) -> float:
+    """Return the epoch second of a local time, with cron's rules for a fixed time of day."""
+    local = naive.replace(tzinfo=zone)
+    while local.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
+        naive = naive.replace(second=0, microsecond=0) + timedelta(minutes=1)
+        local = naive.replace(tzinfo=zone)
+    return local.timestamp()
+
+
+def shown(at_s: float, zone: ZoneInfo) -> str:
+    """Return a time such as `2026-03-29 03:00:00 CEST`."""
+    return datetime.fromtimestamp(at_s, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
+    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, it is in UTC and ends in
+    Z."""
+    if zone is None:
+        return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(at_s, zone).isoformat(timespec="seconds")
+
+
+# --- Expressions that follow the clock ------------------------------------------------------------
+
+
+def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
+    """Return the next due time of an expression that follows the clock.
+
+    The function handles each span between two clock changes separately, because a span has one
+    offset from UTC. cronsim alone advances by whole hours and misses half an hour of due times if
+    the clock changes by half an hour.
+    """
+    offset = _offset(after_s, zone)
+    start_s = after_s
+    while True:
+        local = datetime.fromtimestamp(start_s, UTC).replace(tzinfo=None) + offset
+        found = next(_cron(expression, local), None)
+        if found is None:
+            return None
+        due_s = (found - offset).replace(tzinfo=UTC).timestamp()
+        change_s = _change(after_s, due_s, zone, offset)
+        if change_s is None:
+            return due_s
+        after_s, offset = change_s, _offset(change_s, zone)
+        start_s = change_s - 1  # that minute itself may be due
+
+
+def _change(after_s: float, until_s: float, zone: ZoneInfo, offset: timedelta) -> float | None:
+    """Return the first second in (after_s, until_s] with another offset, or None."""
+    low_s = int(after_s)
+    while low_s < until_s:
+        high_s = min(low_s + _DAY_S, int(until_s))
+        if _offset(high_s, zone) != offset:
+            while high_s - low_s > 1:
+                middle_s = (low_s + high_s) // 2
+                if _offset(middle_s, zone) == offset:
+                    low_s = middle_s
+                else:
+                    high_s = middle_s
+            return float(high_s)
+        low_s = high_s
+    return None
+
+
+def _offset(at_s: float, zone: ZoneInfo) -> timedelta:
+    return datetime.fromtimestamp(at_s, zone).utcoffset() or timedelta()
+
+
+def _cron(expression: str, after: datetime) -> Iterator[datetime]:
+    try:
+        return local_times(expression, after)
+    except ValueError as error:
+        raise UsageError(
+            f"{expression[:60]!r} is no cron expression: {error}.", remedy=_NEVER
+        ) from error

@@ -1,0 +1,160 @@
+"""Extras of an installation: the packages that only a part of batchlab needs.
+
+Invariant: the check for a package does not import it. The suggested command installs from the
+source of this installation, because batchlab does not own its name on the package index.
+
+Data folders that ship with the code: backends, scenarios, compose, examples.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from batchlab.core.errors import UsageError
+
+MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "aws": ("boto3", "botocore", "packaging", "psycopg"),
+        "docker": ("docker", "boto3", "botocore", "localstack_client", "packaging", "psycopg"),
+        "ministack": ("boto3", "botocore"),
+        # FastAPI depends on OpenTelemetry's API itself.
+        "otel": ("opentelemetry.sdk", "opentelemetry.exporter"),
+        "web": ("jinja2",),
+    }
+)
+"""Import names of the packages of each extra."""
+
+_ELSEWHERE = "file:///…/batchlab-….whl"
+
+
+def missing(extra: str, *modules: str) -> str | None:
+    """Return the first module of the extra that is not installed, or None if all are.
+
+    If `modules` are given, only these are checked.
+    """
+    return next((one for one in modules or MODULES[extra] if not _is_here(one)), None)
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is not installed
+        return False
+
+
+def bringing(module: str) -> str | None:
+    """Return an extra that installs the module, or None if no extra does."""
+    return next((extra for extra, modules in MODULES.items() if module in modules), None)
+
+
+def need(extra: str, what: str, *modules: str) -> None:
+    """Raise UsageError if the extra, or one of `modules`, is not installed.
+
+    `what` needs the extra, and is the subject of the error's sentence.
+    """
+    if module := missing(extra, *modules):
+        raise UsageError(sentence(extra, what, module), remedy=remedy(extra))
+
+
+def sentence(extra: str, what: str, module: str) -> str:
+    """Return the error text for a missing `module` of the extra."""
+    return (
+        f"{what} needs batchlab's extra `{extra}`, which is not installed: "
+        f"there is no package {module!r}."
+    )
+
+
+def remedy(*extras: str) -> str:
+    """Return a sentence with the command that installs the extras into this environment."""
+    told, names = _origin(), ",".join(extras)
+    url = str(told.get("url") or _ELSEWHERE)
+    if told.get("dir_info", {}).get("editable"):
+        what = "-e " + shlex.quote(f"{unquote(urlsplit(url).path)}[{names}]")
+    else:
+        if vcs := told.get("vcs_info"):
+            url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+        what = shlex.quote(f"batchlab[{names}] @ {url}")
+    return f"`{_installer()} {what}` brings {'it' if len(extras) == 1 else 'them'}."
+
+
+def anywhere(extra: str) -> str:
+    """Return the sentence of `remedy` without paths of this machine."""
+    return f"`pip install 'batchlab[{extra}] @ {_ELSEWHERE}'` brings it."
+
+
+def for_a_manager(extra: str) -> str:
+    """Return the sentence of `remedy` for a manager that may run in a container or on AWS."""
+    return (
+        f"{anywhere(extra)} Where the manager runs in a container or on AWS, install it where the "
+        "grid is brought up from, and bring the grid up again (on AWS: `deploy apply`)."
+    )
+
+
+def _origin() -> Mapping[str, Any]:
+    """Return the source of this installation, which the installer recorded in direct_url.json."""
+    from importlib import metadata  # a local import keeps the start of a worker fast
+
+    try:
+        told = metadata.distribution("batchlab").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:  # the code in an image is not an installed distribution
+        return {}
+    found: Mapping[str, Any] = json.loads(told) if told else {}
+    return found
+
+
+def _installer() -> str:
+    here = shlex.quote(sys.executable)
+    return f"{here} -m pip install" if find_spec("pip") else f"uv pip install --python {here}"
+
+
+FOLDERS = ("backends", "scenarios", "compose", "examples")
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_MADE = {"data", "out"}
+
+
+def folder(name: str) -> Path:
+    """Return the folder `name`, in an installed wheel or in a checkout.
+
+    Raise UsageError if neither has it.
+    """
+    for candidate in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise UsageError(f"This installation lacks its {name} folder.", remedy="Install it again.")
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Yield every file of the package as a wheel has it, with its path in the wheel, in order.
+
+    The files are the code and the data folders. Paths begin with "batchlab/". Raise UsageError if a
+    folder is missing.
+    """
+    found = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
+    for name in FOLDERS:
+        root = folder(name)
+        found |= {
+            f"{_PACKAGE.name}/_data/{name}/{path}": root / path
+            for path in _below(root)
+            if name != "examples" or not _is_made(path)
+        }
+    yield from sorted(found.items())
+
+
+def _is_made(path: str) -> bool:
+    """Return whether a run of an example created the file: its input, its results, or a grid."""
+    return any(part in _MADE or part.startswith(".") for part in path.split("/")[:-1])
+
+
+def _below(root: Path) -> Iterator[str]:
+    for path in root.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+            yield path.relative_to(root).as_posix()

@@ -1,0 +1,391 @@
+"""Meter of a grid's usage, as AWS would bill it, by job: instance seconds and requests.
+
+Invariant: the functions are pure arithmetic, and counts never decrease. Every billed second belongs
+to the jobs that the instance runs, else to the jobs that it waits for, else to no job.
+
+Caps on cost: the remaining budget, and the work and the instances that it pays for.
+
+Invariant: the functions are pure arithmetic. An amount taken from a budget is committed. It is
+corrected only when the budget is created again from the actual costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, TypeVar
+
+from batchlab.core.model import Instance, JobId, LifecycleState, Market, Pool
+from batchlab.core.pricing.price_book import BILLED_LEAST_S, shown
+from batchlab.core.pricing.request_costs import Requests, Tally
+
+K = TypeVar("K")
+
+HEARD_KEPT = 20_000
+"""Maximum number of processes whose request counts are stored. The process without a report for the
+longest time is dropped first."""
+_FREE = {
+    LifecycleState.TERMINATED,
+    LifecycleState.WARMED_STOPPED,
+    LifecycleState.WARMED_HIBERNATED,
+}
+"""States in which AWS does not bill an instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Properties that determine the price of an instance. `type` is empty if all machines are
+    alike."""
+
+    pool: str
+    type: str = ""
+    market: Market = Market.ON_DEMAND
+
+
+Rates = Callable[[Kind], float]
+"""Function that returns the USD per hour of an instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Configuration of the accounts.
+
+    `rates` returns the price of instances (USD per hour). Without it, caps do not apply.
+    `request_usd` returns the price of requests. `tally` counts this process's own requests.
+    `max_cost_usd` caps the whole grid.
+    """
+
+    rates: Rates | None = None
+    request_usd: Callable[[Requests], float] = lambda _: 0.0
+    tally: Tally = field(default_factory=Tally)
+    max_cost_usd: float | None = None
+
+
+@dataclass(slots=True)
+class Account:
+    """Usage of one job.
+
+    `billed_s` are instance seconds. `failed_s` (failed attempts) and `lost_s` (runs whose instance
+    died) are slot seconds by pool. `is_whole` is true if all usage since the job's start was
+    counted.
+    """
+
+    billed_s: dict[Kind, float] = field(default_factory=dict)
+    failed_s: dict[str, float] = field(default_factory=dict)
+    lost_s: dict[str, float] = field(default_factory=dict)
+    requests: Requests = field(default_factory=Requests)
+    bundles: int = 0
+    """Number of outcomes."""
+    is_whole: bool = True
+
+    def bill(self, kind: Kind, seconds: float) -> None:
+        self.billed_s[kind] = self.billed_s.get(kind, 0.0) + seconds
+
+    def fail(self, pool: str, seconds: float) -> None:
+        """Count the slot seconds of a failed attempt."""
+        self.failed_s[pool] = self.failed_s.get(pool, 0.0) + seconds
+
+    def lose(self, pool: str, seconds: float) -> None:
+        """Count the slot seconds of runs that ended with their instance."""
+        self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
+
+    def keep_most(self, other: Account) -> None:
+        """Merge the account of another process that started from the same account.
+
+        The larger value of each figure is taken.
+        """
+        _keep_most(self.billed_s, other.billed_s)
+        _keep_most(self.failed_s, other.failed_s)
+        _keep_most(self.lost_s, other.lost_s)
+        self.requests = most(self.requests, other.requests)
+        self.bundles = max(self.bundles, other.bundles)
+        self.is_whole = self.is_whole and other.is_whole
+
+    def usd(self, rates: Rates) -> float:
+        """Return the cost of the account's instances so far."""
+        return sum(rates(kind) * seconds / 3600 for kind, seconds in self.billed_s.items())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "billed": [[k.pool, k.type, k.market.value, s] for k, s in self.billed_s.items()],
+            "failed_s": dict(self.failed_s),
+            "lost_s": dict(self.lost_s),
+            "requests": list(astuple(self.requests)),
+            "bundles": self.bundles,
+            "is_whole": self.is_whole,
+        }
+
+    @classmethod
+    def from_json(cls, doc: Mapping[str, Any]) -> Account:
+        return cls(
+            {Kind(pool, type_, Market(m)): s for pool, type_, m, s in doc["billed"]},
+            dict(doc["failed_s"]),
+            dict(doc["lost_s"]),
+            Requests(*doc["requests"]),
+            doc["bundles"],
+            doc["is_whole"],
+        )
+
+
+@dataclass(slots=True)
+class Life:
+    """A billed instance. `seen_s` is monotonic, or None if another process saw the instance."""
+
+    kind: Kind
+    age_s: float = 0.0
+    billed_s: float = 0.0
+    seen_s: float | None = None
+
+    @property
+    def prepaid_s(self) -> float:
+        """Return the seconds that are billed in advance."""
+        return max(0.0, self.billed_s - self.age_s)
+
+
+class Meter:
+    """Meter of the whole grid. `nobody` is the usage that belongs to no job."""
+
+    def __init__(self) -> None:
+        self.lives: dict[str, Life] = {}
+        """Billed instances by id."""
+        self.nobody = Account()
+        self.total = Account()
+        self._heard: dict[str, Requests] = {}
+        """Last reported counts of each process."""
+
+    def see(
+        self,
+        pool: Pool,
+        instance: Instance,
+        *,
+        now_s: float,
+        monotonic_s: float,
+        shares: Mapping[JobId, float],
+        accounts: Mapping[JobId, Account],
+        is_spot: bool = False,
+    ) -> None:
+        """Bill the instance up to now, divided by these shares. They sum to 1, or are empty.
+
+        The bill begins at the launch and covers at least one minute. The Spot price applies from
+        the time at which `is_spot` is known.
+        """
+        if instance.state in _FREE:
+            self.lives.pop(instance.id, None)
+            return
+        machine = instance.machine
+        market = Market.SPOT if is_spot else machine.market
+        kind = Kind(pool.name, machine.type or pool.instance_type, market)
+        life = self.lives.setdefault(instance.id, Life(kind))
+        life.kind = kind
+        if life.seen_s is None:
+            # The wall clock may jump, so it is read once. After that, the monotonic clock is used.
+            life.age_s = max(life.age_s, now_s - instance.launched_s)
+        else:
+            life.age_s += monotonic_s - life.seen_s
+        life.seen_s = monotonic_s
+        more_s = max(BILLED_LEAST_S, life.age_s) - life.billed_s
+        if more_s <= 0:
+            return
+        life.billed_s += more_s
+        self.total.bill(life.kind, more_s)
+        left = 1.0
+        for job, share in shares.items():
+            if account := accounts.get(job):
+                account.bill(life.kind, more_s * share)
+                left -= share
+        if left > 1e-9:
+            self.nobody.bill(life.kind, more_s * left)
+
+    def keep(self, instances: set[str]) -> bool:
+        """Forget all instances except these. Return whether there were any others."""
+        gone = self.lives.keys() - instances
+        for one in gone:
+            del self.lives[one]
+        return bool(gone)
+
+    def hear(
+        self,
+        process: str,
+        so_far: Requests,
+        shares: Mapping[JobId, float],
+        accounts: Mapping[JobId, Account],
+    ) -> None:
+        """Count the requests of a process, which reports its total since its start.
+
+        A report that is older than the last one changes nothing.
+        """
+        before = self._heard.get(process, Requests())
+        if so_far.sqs < before.sqs or so_far.s3_gets < before.s3_gets:
+            return
+        more = so_far - before
+        # move to the end, so that processes that still report are dropped last
+        self._heard.pop(process, None)
+        self._heard[process] = so_far
+        while len(self._heard) > HEARD_KEPT:
+            del self._heard[next(iter(self._heard))]
+        self.total.requests += more
+        left = 1.0
+        for job, share in shares.items():
+            if account := accounts.get(job):
+                account.requests += more.times(share)
+                left -= share
+        if left > 1e-9:
+            self.nobody.requests += more.times(left)
+
+    def take_in(self, other: Meter) -> None:
+        """Merge the counts of another leader that started from the same counts."""
+        self.nobody.keep_most(other.nobody)
+        self.total.keep_most(other.total)
+        for process, requests in other._heard.items():
+            self._heard[process] = most(requests, self._heard.get(process, Requests()))
+        for name, life in other.lives.items():
+            mine = self.lives.setdefault(name, life)
+            mine.billed_s = max(mine.billed_s, life.billed_s)
+            if mine.age_s < life.age_s:
+                # The other age already covers a part of the interval since our `seen_s`. Without
+                # the reset, this part would be billed twice.
+                mine.age_s, mine.seen_s = life.age_s, None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lives": {
+                name: [one.kind.pool, one.kind.type, one.kind.market.value, one.age_s, one.billed_s]
+                for name, one in self.lives.items()
+            },
+            "heard": {name: list(astuple(one)) for name, one in self._heard.items()},
+            "nobody": self.nobody.to_json(),
+            "total": self.total.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, doc: Mapping[str, Any]) -> Meter:
+        meter = cls()
+        meter.lives = {
+            name: Life(Kind(pool, type_, Market(market)), age_s, billed_s)
+            for name, (pool, type_, market, age_s, billed_s) in doc["lives"].items()
+        }
+        meter._heard = {name: Requests(*one) for name, one in doc["heard"].items()}
+        meter.nobody = Account.from_json(doc["nobody"])
+        meter.total = Account.from_json(doc["total"])
+        return meter
+
+
+def most(a: Requests, b: Requests) -> Requests:
+    """Return the larger value of each count."""
+    return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
+
+
+def _keep_most(mine: dict[K, float], other: Mapping[K, float]) -> None:
+    for key, figure in other.items():
+        mine[key] = max(figure, mine.get(key, 0.0))
+
+
+PROBED_S = 3600.0
+"""Assumed maximum time of a task in a stage without measurements."""
+
+
+@dataclass(slots=True)
+class Purse:
+    """Remaining budget of one cap, in USD."""
+
+    whose: str
+    """Owner of the cap in a sentence: "the grid" or "the job"."""
+    cap_usd: float
+    spent_usd: float = 0.0
+    committed_usd: float = 0.0
+
+    @property
+    def left_usd(self) -> float:
+        return self.cap_usd - self.spent_usd - self.committed_usd
+
+    def take(self, usd: float) -> None:
+        self.committed_usd += usd
+
+    def text(self) -> str:
+        """Return a text about what is spent and what is committed."""
+        return (
+            f"{self.whose} may cost {shown(self.cap_usd)}, has cost {shown(self.spent_usd)}, and "
+            f"{shown(max(0.0, self.committed_usd))} more is committed"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The remaining budgets of all caps that apply to a job.
+
+    `slot_usd_s` has the price of a slot second by pool, and `slots` the slots of an instance by
+    pool.
+    """
+
+    purses: tuple[Purse, ...]
+    slot_usd_s: Mapping[str, float]
+    slots: Mapping[str, int]
+
+    @property
+    def left_usd(self) -> float:
+        return min(purse.left_usd for purse in self.purses)
+
+    def take(self, usd: float) -> None:
+        for purse in self.purses:
+            purse.take(usd)
+
+    def afford(self, sizes: Sequence[int], pool: str, task_s: float) -> list[int]:
+        """Return the first of these bundles that the budget pays for, and commit their cost.
+
+        `task_s` is the slot seconds of one task. The last bundle may be smaller than requested.
+        """
+        usd = self.slot_usd_s.get(pool, 0.0) * task_s
+        paid: list[int] = []
+        for size in sizes:
+            tasks = size if usd <= 0 else min(size, _times(self.left_usd, usd))
+            if not tasks:
+                break
+            self.take(tasks * usd)
+            paid.append(tasks)
+            if tasks < size:
+                break
+        return paid
+
+    def probe(self, sizes: Sequence[int], pool: str, task_s: float, out: int) -> list[int]:
+        """Return the first of these bundles for a stage without measurements. `out` tasks have
+        begun.
+
+        Together with these, the result has at most as many tasks as fit into one instance, or as
+        the budget pays for, if that is more. Each task is assumed to take `task_s`, at most an
+        hour.
+        """
+        usd = self.slot_usd_s.get(pool, 0.0) * min(task_s, PROBED_S)
+        paid = self.slots.get(pool, 1) if usd <= 0 else _times(self.left_usd, usd)
+        room = max(paid, self.slots.get(pool, 1)) - out
+        found: list[int] = []
+        for size in sizes:
+            if (tasks := min(size, room)) <= 0:
+                break
+            found.append(tasks)
+            room -= tasks
+        return found
+
+
+def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:
+    """Return the cost that is due as soon as an instance is launched.
+
+    That is one minute, or its boot and tail if they take longer.
+    """
+    return usd_h * max(BILLED_LEAST_S, tail_s) / 3600
+
+
+def launches(wanted: int, each: float, purses: Sequence[Purse]) -> int:
+    """Return how many of `wanted` launches these budgets pay for, and commit their cost.
+
+    `each` is the cost of one launch in USD.
+    """
+    left = min((purse.left_usd for purse in purses), default=0.0)
+    count = wanted if each <= 0 or not purses else min(wanted, _times(left, each))
+    for purse in purses:
+        purse.take(count * each)
+    return count
+
+
+def _times(left_usd: float, each_usd: float) -> int:
+    """Return how often `each_usd` fits into `left_usd`, with tolerance for rounding errors."""
+    return int(max(0.0, left_usd) / each_usd + 1e-9)

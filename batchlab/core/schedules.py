@@ -1,0 +1,491 @@
+"""Schedules and their runs as frozen, pure values, and their format in the bucket.
+
+Invariant: a run is identified by its schedule and its due time. So every manager that decides a due
+time creates the same run, and the job with the same token.
+
+Schedules: repeated jobs, their due times, and the decision about each due time.
+
+Decisions about due times, as pure functions of a schedule and the time.
+
+Invariant: each due time is decided once, in order, and the decision has a reason. If a clock is set
+back, due times without a run come again. A due time never runs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from batchlab.core import due_times
+from batchlab.core.errors import Malformed, Refused
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import JobId, Json
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import UNREADABLE, figure, fitted, flag, listed, whole
+
+KEPT = 50
+"""Number of runs in a schedule, in addition to the runs that have not ended."""
+
+
+class Missed(StrEnum):
+    """Policies for due times that were missed because no manager was running."""
+
+    RUN_ONCE = "run-once"
+    RUN_ALL = "run-all"
+    SKIP = "skip"
+
+
+class Overlap(StrEnum):
+    """Policies for a due time while the previous run has not ended."""
+
+    SKIP = "skip"
+    QUEUE = "queue"
+    REPLACE = "replace"
+
+
+class RunState(StrEnum):
+    """States of a run. A WAITING run is decided but does not have a job yet. A RUNNING one has or
+    gets a job."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+    SKIPPED = "skipped"
+
+    @property
+    def over(self) -> bool:
+        return self in (RunState.ENDED, RunState.SKIPPED)
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Time of a schedule: either `cron` in `zone`, or once at `at_s` (epoch seconds)."""
+
+    cron: str = ""
+    zone: str = "UTC"
+    at_s: float | None = None
+
+    @property
+    def tz(self) -> ZoneInfo:
+        return due_times.zone_of(self.zone)
+
+    def next_after(self, after_s: float) -> float | None:
+        """Return the first due time after `after_s`, or None."""
+        if self.at_s is not None:
+            return self.at_s if self.at_s > after_s else None
+        return due_times.next_after(self.cron, self.tz, after_s)
+
+    def latest(self, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
+        """Return the last due times in (after_s, until_s], at most `most`, and whether there are
+        more."""
+        if self.at_s is not None:
+            return ([self.at_s] if after_s < self.at_s <= until_s else []), False
+        return due_times.latest(self.cron, self.tz, after_s, until_s, most)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """Definition of a schedule, as its user wrote it. Durations are in seconds.
+
+    `template` is the key of the job's definition, and `job` its name. A run that was missed by more
+    than `missed_within_s` is not made up for. None sets no limit. `capacity` is the number of
+    instances to have `prewarm_s` before a due time. With None, it follows from the last runs. The
+    job's parameter `due_param`, if any, gets the due time. `source` is the job file, and
+    `source_digest` is the digest of its content when the schedule was added.
+    """
+
+    name: str
+    job: str
+    when: When
+    template: str
+    missed: Missed = Missed.RUN_ONCE
+    missed_within_s: float | None = None
+    overlap: Overlap = Overlap.SKIP
+    prewarm_s: float = 0.0
+    capacity: int | None = None
+    due_param: str = ""
+    source: str = ""
+    source_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One due time and its result. Times are epoch seconds.
+
+    `token` is the client token of its job. `asked` is the token of the request if a user requested
+    the run. `result` is the final state of its job. `peak` is the maximum number of instances of
+    each pool that worked for the job at once. `tasks` is the number of tasks in its first stages.
+    """
+
+    due_s: float
+    token: str
+    state: RunState
+    decided_s: float
+    job: JobId | None = None
+    reason: str = ""
+    started_s: float | None = None
+    ended_s: float | None = None
+    result: str = ""
+    asked: str = ""
+    peak: tuple[tuple[str, int], ...] = ()
+    tasks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """State of a schedule.
+
+    Each due time up to `through_s` is decided. `generation` distinguishes the schedule from a
+    removed one with the same name. `runs` are in the order of their decisions. `number` counts the
+    earlier changes. So all contents of the object differ, and a conditional write that is late
+    fails because of its ETag.
+    """
+
+    definition: Definition
+    generation: int
+    added_s: float
+    through_s: float
+    paused: bool = False
+    removed: bool = False
+    runs: tuple[Run, ...] = ()
+    number: int = field(default=0, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def unfinished(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if not run.state.over)
+
+    @property
+    def running(self) -> Run | None:
+        return next((run for run in self.runs if run.state is RunState.RUNNING), None)
+
+    def next_s(self) -> float | None:
+        """Return the next due time to decide. None if there is none, or if it is paused or
+        removed."""
+        if self.paused or self.removed:
+            return None
+        return self.definition.when.next_after(self.through_s)
+
+    def with_run(self, run: Run) -> Schedule:
+        """Return the schedule with this run. It replaces the run with the same token or is the last
+        one."""
+        runs = list(self.runs)
+        for i, one in enumerate(runs):
+            if one.token == run.token:
+                runs[i] = run
+                break
+        else:
+            runs.append(run)
+        over = [one for one in runs if one.state.over]
+        dropped = {one.token for one in over[: max(0, len(over) - KEPT)]}
+        return replace(self, runs=tuple(one for one in runs if one.token not in dropped))
+
+
+def token_of(schedule: Schedule, due_s: float) -> str:
+    """Return the client token of the run at that due time."""
+    return f"schedule/{schedule.name}/{schedule.generation}/{due_times.iso(due_s)}"
+
+
+def token_by_hand(schedule: Schedule, asked: str) -> str:
+    """Return the client token of the run that a user requested."""
+    return f"schedule/{schedule.name}/{schedule.generation}/by-hand/{asked}"
+
+
+def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobDef:
+    """Return the job of a run.
+
+    Except for `submitted_s`, it depends only on the template, the run's name, and its due time.
+    """
+    definition = schedule.definition
+    due = due_times.iso(run.due_s, definition.when.tz)
+    params = template.params
+    if definition.due_param:
+        params = tuple((k, due if k == definition.due_param else v) for k, v in params)
+    own = {"schedule": definition.name, "due": due}
+    return replace(
+        template,
+        id=object_keys.job_id(template.name, run.token),
+        token=run.token,
+        params=params,
+        tags=tuple((own | dict(template.tags)).items()),
+        submitted_s=now_s,
+        start_at_s=None,
+    )
+
+
+# --- Stored format --------------------------------------------------------------------------------
+
+_RENAMED = {"fingerprint": "source_digest"}
+"""Names of fields in objects of earlier releases, with their current names."""
+
+
+def to_bytes(schedule: Schedule) -> bytes:
+    """Return the content of a schedule's object."""
+    return json_format.to_bytes({"v": json_format.VERSION, **_schedule_to_json(schedule)})
+
+
+def from_bytes(data: bytes) -> Schedule:
+    """Return the schedule in an object.
+
+    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    """
+    doc = json_format.loads(data)
+    try:
+        schedule = Schedule(
+            _definition_from_json(doc["definition"]),
+            whole(doc["generation"]),
+            figure(doc["added_s"]),
+            figure(doc["through_s"]),
+            flag(doc["paused"]),
+            flag(doc["removed"]),
+            tuple([_run_from_json(one) for one in listed(doc["runs"])]),
+            whole(doc.get("number", 0)),
+        )
+    except UNREADABLE as error:
+        raise Malformed(f"A schedule cannot be read: {json_format.brief(error)}.") from error
+    return schedule
+
+
+def _definition_from_json(doc: dict[str, Any]) -> Definition:
+    return fitted(
+        Definition(
+            **{
+                **{_RENAMED.get(name, name): value for name, value in doc.items()},
+                "when": fitted(When(**doc["when"])),
+                "missed": Missed(doc["missed"]),
+                "overlap": Overlap(doc["overlap"]),
+            }
+        )
+    )
+
+
+def _schedule_to_json(schedule: Schedule) -> dict[str, Json]:
+    definition, when = schedule.definition, schedule.definition.when
+    return {
+        "definition": {
+            **json_format.fields(definition),
+            "when": json_format.fields(when),
+        },
+        "generation": schedule.generation,
+        "added_s": schedule.added_s,
+        "through_s": schedule.through_s,
+        "paused": schedule.paused,
+        "removed": schedule.removed,
+        "runs": [
+            {name: value for name, value in json_format.fields(one).items() if value is not None}
+            for one in schedule.runs
+        ],
+        "number": schedule.number,
+    }
+
+
+def _run_from_json(doc: dict[str, Any]) -> Run:
+    peak = tuple((pool, count) for pool, count in doc.get("peak", ()))
+    return fitted(Run(**{**doc, "state": RunState(doc["state"]), "peak": peak}))
+
+
+ON_TIME_S = 60.0
+"""A due time that the manager sees later than this is missed."""
+MOST_MISSED = 100
+"""Maximum number of missed due times that are made up for. The latest ones are taken."""
+MOST_WAITING = 100
+"""Maximum number of runs that wait for the one before them. Further due times are skipped."""
+SET_BACK_S = 60.0
+"""If the clock is behind the last decided due time by more than this, it was set back."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fire:
+    """A due time that will run. `late` ones are made up for, one after the other."""
+
+    due_s: float
+    why: str = ""
+    late: bool = False
+
+
+def lapse(schedule: Schedule, now_s: float) -> Schedule:
+    """Decide all due times up to now. Return the schedule itself if there are none."""
+    if schedule.paused or schedule.removed:
+        return schedule
+    schedule = _rewound(schedule, now_s)
+    next_s = schedule.next_s()
+    if next_s is None or next_s > now_s:
+        return schedule
+    found, more = schedule.definition.when.latest(schedule.through_s, now_s, MOST_MISSED)
+    run_already = {run.due_s for run in schedule.runs if run.job and not run.asked}
+    due = [one for one in found if one not in run_already]
+    schedule = replace(schedule, through_s=found[-1])
+    if not due:
+        return schedule
+    fires, skipped = _chosen(schedule, due, more, now_s)
+    if skipped:
+        schedule = schedule.with_run(skipped)
+    for fire in fires:
+        schedule = _overlapped(schedule, fire, now_s)
+    return schedule
+
+
+def _rewound(schedule: Schedule, now_s: float) -> Schedule:
+    if schedule.through_s - now_s <= SET_BACK_S:
+        return schedule
+    at_s = schedule.definition.when.at_s
+    if at_s is not None and any(run.due_s == at_s and run.job for run in schedule.runs):
+        return schedule
+    return replace(schedule, through_s=now_s)
+
+
+def _chosen(
+    schedule: Schedule, due: Sequence[float], more: bool, now_s: float
+) -> tuple[list[_Fire], Run | None]:
+    """Return the due times that will run, and a skipped run that stands for the others, if any."""
+    definition = schedule.definition
+    on_time = [_Fire(one) for one in due if now_s - one <= ON_TIME_S]
+    missed = [one for one in due if now_s - one > ON_TIME_S]
+    if not missed:
+        return on_time, None
+    within_s = definition.missed_within_s
+    made_up = [one for one in missed if within_s is None or now_s - one <= within_s]
+    told = f"{'more than ' if more else ''}{len(missed)} due time{'s' * (len(missed) > 1)}"
+    were = f"{told} {'were' if len(missed) > 1 else 'was'} missed, since no manager was there"
+    if definition.missed is Missed.SKIP:
+        made_up, why = [], f"{were}; its policy is to skip what was missed"
+    elif not made_up:
+        why = f"{were}; all of it longer ago than it makes up for"
+    elif definition.missed is Missed.RUN_ONCE:
+        if on_time:
+            # The latest due time of all is the one that runs once.
+            return [replace(on_time[0], why=f"{were}; this one is on time"), *on_time[1:]], None
+        return [_Fire(made_up[-1], f"{were}; it is the latest of them")], None
+    else:
+        why = f"{were}; {len(made_up)} of them are made up for, one after the other"
+    if made_up:
+        late = [_Fire(one, why, late=True) for one in made_up]
+        return [*late, *(replace(one, late=True) for one in on_time)], None
+    if on_time:
+        return [replace(on_time[0], why=why), *on_time[1:]], None
+    latest = missed[-1]
+    token = token_of(schedule, latest)
+    return [], Run(latest, token, RunState.SKIPPED, now_s, reason=why)
+
+
+def _overlapped(schedule: Schedule, fire: _Fire, now_s: float) -> Schedule:
+    """Return the schedule with the run added, either waiting or skipped because of an unfinished
+    run."""
+    run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
+    unfinished, overlap = schedule.unfinished, schedule.definition.overlap
+    waiting = [one for one in unfinished if one.state is RunState.WAITING]
+    if not unfinished:
+        return schedule.with_run(run)
+    if overlap is Overlap.SKIP and not fire.late:
+        before = named(schedule, unfinished[-1])
+        return schedule.with_run(_skipped(run, now_s, f"{before} had not ended"))
+    if overlap is Overlap.REPLACE:
+        for one in waiting:
+            why = f"{named(schedule, run)} took its place before it had begun"
+            schedule = schedule.with_run(_skipped(one, now_s, why))
+        return schedule.with_run(run)
+    if len(waiting) >= MOST_WAITING:
+        why = f"{len(waiting)} runs wait already for the one before them"
+        return schedule.with_run(_skipped(run, now_s, why))
+    return schedule.with_run(run)
+
+
+def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
+    """Return the schedule with the run that a user requested. A repeated request changes nothing.
+
+    Raise Refused if the previous run has not ended and the overlap policy is to skip.
+    """
+    if any(run.asked == asked for run in schedule.runs):
+        return schedule
+    unfinished, overlap = schedule.unfinished, schedule.definition.overlap
+    waiting = [one for one in unfinished if one.state is RunState.WAITING]
+    if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MOST_WAITING):
+        raise Refused(
+            f"{named(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
+            remedy="Wait for its end, or cancel its job first.",
+        )
+    token = token_by_hand(schedule, asked)
+    run = Run(now_s, token, RunState.WAITING, now_s, reason="asked for by hand", asked=asked)
+    if overlap is Overlap.REPLACE:
+        for one in waiting:
+            why = "a run asked for by hand took its place before it had begun"
+            schedule = schedule.with_run(_skipped(one, now_s, why))
+    return schedule.with_run(run)
+
+
+def startable(schedule: Schedule) -> Run | None:
+    """Return the run that gets its job now, or None.
+
+    A run starts only after the one before it has ended. In a paused schedule, only runs requested
+    by a user start.
+    """
+    if schedule.removed or schedule.running:
+        return None
+    for run in schedule.runs:
+        if run.state is RunState.WAITING and (run.asked or not schedule.paused):
+            return run
+    return None
+
+
+def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
+    """Return the schedule with the run marked as having its job.
+
+    Once this is written, the job must be submitted.
+    """
+    job = object_keys.job_id(schedule.definition.job, run.token)
+    return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
+
+
+def skipped(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
+    """Return the schedule with the run marked as skipped."""
+    return schedule.with_run(_skipped(run, now_s, why))
+
+
+def replaced(schedule: Schedule) -> Run | None:
+    """Return the run whose job is to be canceled because another run waits, or None."""
+    if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
+        return None
+    waits = any(
+        one.state is RunState.WAITING and (one.asked or not schedule.paused)
+        for one in schedule.runs
+    )
+    return schedule.running if waits else None
+
+
+def settled(schedule: Schedule, now_s: float) -> Schedule:
+    """Return the schedule with all due times up to now decided and not run.
+
+    So due times of a paused schedule do not run later.
+    """
+    schedule = _rewound(schedule, now_s)
+    return replace(schedule, through_s=max(now_s, schedule.through_s))
+
+
+def removed(schedule: Schedule, now_s: float) -> Schedule:
+    """Return the schedule marked as removed, as the bucket stores it. Waiting runs are skipped."""
+    for run in schedule.unfinished:
+        if run.state is RunState.WAITING:
+            schedule = skipped(schedule, run, now_s, "its schedule was removed")
+    return replace(schedule, removed=True)
+
+
+def named(schedule: Schedule, run: Run) -> str:
+    """Return the name of a run for a sentence, such as `the run of 2026-03-29 03:00:00 CEST`."""
+    if run.asked:
+        return f"a run asked for by hand at {_at(schedule, run)}"
+    return f"the run of {_at(schedule, run)}"
+
+
+def _at(schedule: Schedule, run: Run) -> str:
+    return due_times.shown(run.due_s, schedule.definition.when.tz)
+
+
+def _skipped(run: Run, now_s: float, why: str) -> Run:
+    told = f"{run.reason}; {why}" if run.reason else why
+    return replace(run, state=RunState.SKIPPED, reason=told, ended_s=now_s)

@@ -1,1 +1,0 @@
-"""Schedules: repeated jobs, their due times, and the decision about each due time."""

@@ -1,0 +1,327 @@
+"""Requests for single instances, Spot notices, instance metadata, and lifecycle hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batchlab.core.model import LifecycleState, Market
+from batchlab.fleet import health, lifecycle_hooks, placement, request_base
+from batchlab.fleet.api_types import (
+    CONTINUE,
+    HEALTHY,
+    LAUNCHING,
+    UNHEALTHY,
+    ActivityDetails,
+    LifecycleHook,
+    LimitExceeded,
+    Metadata,
+    Process,
+    ValidationError,
+)
+from batchlab.fleet.group_state import (
+    ENDING,
+    ON_STANDBY,
+    STARTING,
+    WARM,
+    Asg,
+    Group,
+    Member,
+    Wait,
+    activity_details,
+    weigh,
+)
+from batchlab.fleet.request_base import Requests
+
+_USER = "a user request"
+
+
+class InstanceRequests(Requests):
+    """As AWS's API reference says, under the same names."""
+
+    def terminate_instance_in_auto_scaling_group(
+        self, instance_id: str, *, should_decrement_desired_capacity: bool
+    ) -> ActivityDetails:
+        """Terminate an instance, protected or not, and return the activity.
+
+        If the instance is already ending, return its termination activity.
+        """
+        group, asg, member = self._instance(instance_id)
+        if member.state in WARM:
+            raise ValidationError(f"The instance {instance_id} is in a warm pool.")
+        if member.state not in ENDING:
+            lower = should_decrement_desired_capacity and member.staying
+            least = asg.config.min_size
+            if lower and group.desired - member.bond.weight < least:
+                raise ValidationError(
+                    f"Currently, desiredSize equals minSize ({least}). Terminating instance"
+                    " without replacement will violate group's min size constraint. Either set"
+                    " shouldDecrementDesiredCapacity flag to false or lower group's min size."
+                )
+            size = weigh(group.staying())
+            change = f", shrinking the capacity from {size} to {size - member.bond.weight}"
+            why = _USER + change * lower
+            self._changes.retire(group, member, why=why, note=f"terminated: {_USER}")
+            if lower:
+                self._changes.resize(group, -member.bond.weight)
+            self._save()
+        return self._activity(group, member.end)
+
+    def _activity(self, group: Group, number: int) -> ActivityDetails:
+        activity = self._changes.log.get(group.pool.name, number)
+        assert activity is not None, "an activity that was just added is kept"
+        return activity_details(activity, group)
+
+    def set_instance_health(
+        self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True
+    ) -> None:
+        """Set the health of an instance. The next tick replaces an unhealthy one.
+
+        With `should_respect_grace_period`, Unhealthy is ignored during the group's grace period,
+        which starts when the instance comes into service.
+        """
+        _, asg, member = self._instance(instance_id)
+        if health_status not in (HEALTHY, UNHEALTHY):
+            raise ValidationError(f"Valid instance health states are: [{HEALTHY}, {UNHEALTHY}]")
+        if health_status == HEALTHY:
+            self._changes.call_healthy(member)
+        elif not (should_respect_grace_period and self._in_grace(asg, member)):
+            health.mark_unhealthy(self._changes, member)
+        self._save()
+
+    def _in_grace(self, asg: Asg, member: Member) -> bool:
+        since_s = member.bond.in_service_s
+        grace_s = asg.config.health_check_grace_period
+        if since_s is None:
+            return grace_s > 0
+        return self._changes.steady.now_s() - since_s < grace_s
+
+    def set_instance_protection(
+        self, name: str, instance_ids: Sequence[str], *, protected_from_scale_in: bool
+    ) -> None:
+        """Set the scale-in protection of all these instances, which must be in service or on
+        standby."""
+        group, _ = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.IN_SERVICE and member.state not in ON_STANDBY:
+                raise ValidationError(
+                    f"The instance {member.instance.id} is not in InService or EnteringStandby or"
+                    " Standby."
+                )
+        for member in members:
+            self._changes.protect(member, on=protected_from_scale_in)
+        self._changes.scale_in(group)
+        self._save()
+
+    def enter_standby(
+        self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
+    ) -> Sequence[ActivityDetails]:
+        """Move all these instances into standby. They must be in service."""
+        group, asg = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.IN_SERVICE:
+                raise ValidationError(
+                    f"The instance {member.instance.id} is not in InService state."
+                )
+        lower = should_decrement_desired_capacity
+        if lower and group.desired - weigh(members) < asg.config.min_size:
+            raise ValidationError(_sizes(group, "place into", len(members)))
+        moved = [health.enter(self._changes, group, member, lower=lower) for member in members]
+        self._changes.scale_in(group)
+        self._save()
+        return [self._activity(group, number) for number in moved]
+
+    def exit_standby(self, name: str, instance_ids: Sequence[str]) -> Sequence[ActivityDetails]:
+        """Move all these instances out of standby. Desired capacity grows by them."""
+        group, asg = self._changeable(name)
+        members = self._instances(group, instance_ids)
+        for member in members:
+            if member.state is not LifecycleState.STANDBY:
+                raise ValidationError(f"The instance {member.instance.id} is not in Standby state.")
+        if group.suspended(Process.LAUNCH):
+            raise ValidationError(
+                "An instance cannot leave Standby while the Launch process is suspended."
+            )
+        if group.desired + weigh(members) > asg.config.max_size:
+            raise ValidationError(_sizes(group, "bring out of", len(members)))
+        moved = [health.leave(self._changes, group, member) for member in members]
+        self._save()
+        return [self._activity(group, number) for number in moved]
+
+    def attach_instances(self, name: str, instance_ids: Sequence[str]) -> None:
+        """Raise ValidationError, because this endpoint has no instances outside of groups."""
+        self._changeable(name)
+        raise ValidationError(
+            f"Invalid Instance ID(s): {list(instance_ids)}. This endpoint has no instances but"
+            " those its groups launch."
+        )
+
+    def detach_instances(
+        self, name: str, instance_ids: Sequence[str], *, should_decrement_desired_capacity: bool
+    ) -> Sequence[ActivityDetails]:
+        """Raise ValidationError, because an instance without a group is ended as an orphan."""
+        del should_decrement_desired_capacity
+        group, _ = self._changeable(name)
+        self._instances(group, instance_ids)
+        raise ValidationError(
+            "DetachInstances is not supported by this endpoint: an instance lives with its group."
+            " Use EnterStandby, or TerminateInstanceInAutoScalingGroup."
+        )
+
+    # Spot notices and instance metadata
+
+    def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
+        """Interrupt a Spot instance: it is killed when the notice is over.
+
+        Its group then replaces it, or replaces it at once with capacity rebalancing.
+        """
+        group, asg, member = self._spot(instance_id)
+        now_s = self._changes.steady.now_s()
+        member.bond.interrupted_by_s = now_s + notice_s
+        placement.avoid(asg, member.instance.machine, now_s)
+        self._changes.unsaved = True
+        if asg.config.capacity_rebalance:
+            self._changes.replace_first(group, member, "a Spot interruption notice")
+        self._save()
+
+    def rebalance(self, instance_id: str) -> None:
+        """Recommend a rebalance. Only a group with capacity rebalancing replaces the instance."""
+        group, asg, member = self._spot(instance_id)
+        member.bond.rebalance_s = self._changes.now_s()
+        self._changes.unsaved = True
+        if asg.config.capacity_rebalance:
+            self._changes.replace_first(group, member, "an EC2 instance rebalance recommendation")
+        self._save()
+
+    def _spot(self, instance_id: str) -> tuple[Group, Asg, Member]:
+        group, asg, member = self._instance(instance_id)
+        if member.instance.machine.market is not Market.SPOT:
+            raise ValidationError(
+                f"The instance {instance_id} is not a Spot Instance; only those are interrupted."
+            )
+        return group, asg, member
+
+    def metadata(self, instance_id: str) -> Metadata:
+        """Return an instance's metadata. Raise ValidationError if the instance is unknown."""
+        _, asg, member = self._instance(instance_id)
+        machine, bond = member.instance.machine, member.bond
+        return Metadata(
+            instance_id=instance_id,
+            instance_type=machine.type,
+            availability_zone=machine.zone,
+            instance_life_cycle=machine.market,
+            target_lifecycle_state=_target(asg, member),
+            spot_action="terminate" if bond.interrupted_by_s is not None else "",
+            spot_time=bond.interrupted_by_s,
+            rebalance_time=bond.rebalance_s,
+            tags=tuple((t.key, t.value) for t in asg.tags.values() if t.propagate_at_launch),
+        )
+
+
+def _target(asg: Asg, member: Member) -> str:
+    state = member.state
+    if state in STARTING or state is LifecycleState.IN_SERVICE:
+        return "InService"
+    if state in ON_STANDBY:
+        return "Standby"
+    if state in WARM:
+        return f"Warmed:{asg.warm_pool.pool_state}" if asg.warm_pool else "Warmed:Terminated"
+    return "Terminated"
+
+
+def _sizes(group: Group, move: str, count: int) -> str:
+    pool = group.pool
+    return (
+        f"AutoScalingGroup {pool.name} has min-size={pool.min_size}, max-size={pool.max_size}, and"
+        f" desired-size={group.desired}. To {move} standby {count} instance, please update the"
+        " AutoScalingGroup sizes appropriately."
+    )
+
+
+MOST_HOOKS = 50
+
+
+class HookRequests(Requests):
+    """As AWS's API reference says, under the same names."""
+
+    def put_lifecycle_hook(self, hook: LifecycleHook) -> None:
+        """Create or replace a hook. Instances that already wait in it keep the old timeouts."""
+        _, asg = self._changeable(hook.auto_scaling_group_name)
+        request_base.hook(hook)
+        if hook.lifecycle_hook_name not in asg.hooks and len(asg.hooks) >= MOST_HOOKS:
+            raise LimitExceeded(f"A group may have {MOST_HOOKS} lifecycle hooks.")
+        asg.hooks[hook.lifecycle_hook_name] = hook
+        self._changes.unsaved = True
+        self._save()
+
+    def delete_lifecycle_hook(self, name: str, lifecycle_hook_name: str) -> None:
+        """Delete a hook. Waiting instances proceed: ABANDON on launch, CONTINUE on termination."""
+        group, asg = self._changeable(name)
+        hook = asg.hooks.pop(lifecycle_hook_name, None)
+        if hook is None:
+            raise ValidationError(
+                f"No Lifecycle Hook found with name: {lifecycle_hook_name} and AutoScalingGroup:"
+                f" {name}"
+            )
+        self._changes.unsaved = True
+        lifecycle_hooks.drop(self._changes, group, hook)
+        self._save()
+
+    def describe_lifecycle_hooks(
+        self, name: str, hook_names: Sequence[str] = ()
+    ) -> Sequence[LifecycleHook]:
+        """Return the group's hooks, sorted by name. Ignore names that do not exist."""
+        _, asg = self._named(name)
+        return [
+            asg.hooks[hook] for hook in sorted(asg.hooks) if not hook_names or hook in hook_names
+        ]
+
+    def complete_lifecycle_action(
+        self,
+        name: str,
+        lifecycle_hook_name: str,
+        lifecycle_action_result: str,
+        *,
+        instance_id: str | None = None,
+        lifecycle_action_token: str | None = None,
+    ) -> None:
+        """Complete an action, given by its instance or its token."""
+        request_base.result("LifecycleActionResult", lifecycle_action_result)
+        group, member, wait = self._action(
+            name, lifecycle_hook_name, instance_id, lifecycle_action_token
+        )
+        how = f"Lifecycle Action Completed with {lifecycle_action_result} Result"
+        if lifecycle_action_result == CONTINUE and wait.hook.lifecycle_transition == LAUNCHING:
+            member.bond.vouched = True
+        lifecycle_hooks.complete(self._changes, group, member, wait, lifecycle_action_result, how)
+        self._save()
+
+    def record_lifecycle_action_heartbeat(
+        self,
+        name: str,
+        lifecycle_hook_name: str,
+        *,
+        instance_id: str | None = None,
+        lifecycle_action_token: str | None = None,
+    ) -> None:
+        """Restart the heartbeat timeout of an action, within the global timeout."""
+        _, member, wait = self._action(
+            name, lifecycle_hook_name, instance_id, lifecycle_action_token
+        )
+        lifecycle_hooks.heartbeat(self._changes, member, wait)
+        self._save()
+
+    def _action(
+        self, name: str, hook: str, instance_id: str | None, token: str | None
+    ) -> tuple[Group, Member, Wait]:
+        group, _ = self._named(name)
+        if not instance_id and not token:
+            raise ValidationError(
+                "Valid requests must contain either InstanceId or LifecycleActionToken parameter."
+            )
+        found = lifecycle_hooks.find(group, hook, instance=instance_id, token=token)
+        if found is None:
+            by = f"token {token}" if token else f"instance ID {instance_id}"
+            raise ValidationError(f"No active Lifecycle Action found with {by}")
+        return group, *found

@@ -1,1 +1,0 @@
-"""AWS's Auto Scaling requests over the engine, with one file for each kind."""

@@ -1,0 +1,227 @@
+"""Checks whether a grid can run a job, and storage of the job's webhook addresses.
+
+Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A
+webhook address often contains a secret, and workers may read `jobs/*`. So the spec object has a
+reference in place of each address, and one object below `grid/` has the addresses. A spec of
+release 0.1.0 contains the addresses and stays readable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+from batchlab.core import notifications
+from batchlab.core.atomic_write import check_key
+from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.notifications import Directory
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import handler
+from batchlab.manager.state import Ports
+
+LONGEST_NAME = 200
+LONGEST_TAG = 1000
+LATEST_S = 1e11
+"""Limit of times and durations in seconds. As a time, it is in the year 5138."""
+LARGEST = 2**31 - 1
+"""Limit of counts and priorities: the ledger's columns store no larger number."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def is_name(text: str) -> bool:
+    """Return whether the text can name a job or a stage. A name is part of object keys."""
+    return _NAME.fullmatch(text) is not None
+
+
+def admit(job: JobDef, pools: Mapping[str, int], directory: Directory | None = None) -> None:
+    """Raise UsageError if a grid with these pools (name: slots) can never run the job, or if
+    `directory` does not allow one of its notification targets."""
+    if not job.stages:
+        raise UsageError(f"Job {job.name} has no stages.", remedy="Give it at least one.")
+    for text in (job.id, *(stage.name for stage in job.stages)):
+        if not is_name(text):
+            raise UsageError(
+                f"{text!r} cannot name a job or a stage.",
+                remedy="Use letters, digits, - and _, beginning with a letter or digit.",
+            )
+    _admit_texts(job)
+    _admit_numbers(job)
+    for key in job.input.keys if job.input else ():
+        _admit_key(key)
+    earlier: set[str] = set()
+    for stage in job.stages:
+        _admit_stage(stage, earlier)
+        _admit_to_pool(stage, pools)
+        earlier.add(stage.name)
+    if len(job.notify) > notifications.MOST_TARGETS:
+        raise UsageError(
+            f"Job {job.name} notifies {len(job.notify)} targets.",
+            remedy=f"It may name {notifications.MOST_TARGETS}.",
+        )
+    for one in job.notify:
+        if wrong := notifications.problem(one):
+            raise UsageError(wrong, remedy="Mend `notify` of the job.")
+        if directory and (wrong := directory.refusal(one)):
+            raise UsageError(wrong, remedy="Ask who runs the grid, or leave it out of `notify`.")
+
+
+def _admit_texts(job: JobDef) -> None:
+    """Check texts shown in listings, logs, and messages. Control characters could disguise them."""
+    for what, text, most in (
+        ("The job's name", job.name, LONGEST_NAME),
+        *(("A tag", text, LONGEST_TAG) for pair in job.tags for text in pair),
+    ):
+        if not text.isprintable():
+            raise UsageError(
+                f"{what} holds characters that cannot be printed: {text[:200]!r}.",
+                remedy="Leave out line breaks, escape sequences and the like.",
+            )
+        if len(text) > most:
+            raise UsageError(
+                f"{what} has {len(text):,} characters.", remedy=f"Write {most} at the most."
+            )
+
+
+def _admit_numbers(job: JobDef) -> None:
+    """Raise UsageError for a number that no clock, column, or page can represent."""
+    for what, number, least, most in _numbers(job):
+        if number is not None and not least <= number <= most:  # also rejects NaN
+            raise UsageError(
+                f"{what} is {number!r:.40}.",
+                remedy=f"Write {least:g} to {most:g}, or leave it out.",
+            )
+
+
+def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
+    """Yield each number with its name and its bounds."""
+    yield "The time of submission", job.submitted_s, 0, LATEST_S
+    yield "The time of the start", job.start_at_s, 0, LATEST_S
+    yield "`max_failures`", job.max_failures, 0, LARGEST
+    yield "The priority", job.priority, -LARGEST, LARGEST
+    yield "`items`", job.items, 0, LARGEST
+    if job.input:
+        yield "The size of a part of the input", job.input.size, 1, 2**53
+    for stage in job.stages:
+        of, retry = f"of stage {stage.name}", stage.retry
+        yield f"The timeout {of}", stage.timeout_s, 0, LATEST_S
+        yield f"The memory {of}", stage.memory_bytes, 0, 2**53
+        yield f"The bundle size {of}", stage.bundle, 1, LARGEST
+        yield f"The number of attempts {of}", retry.attempts, 0, LARGEST
+        yield f"The backoff {of}", retry.backoff_s, 0, LATEST_S
+        yield f"The longest backoff {of}", retry.max_backoff_s, 0, LATEST_S
+        yield f"The factor of the backoff {of}", retry.factor, 0, LARGEST
+        yield f"The jitter of the backoff {of}", retry.jitter, 0, LARGEST
+
+
+def _admit_key(key: str) -> None:
+    """Raise UsageError for an impossible key, and for keys of the manager, which a task must not
+    read through its input."""
+    try:
+        check_key(key.removesuffix("/"))
+    except ValueError as error:
+        raise UsageError(f"The input names no object: {error}.", remedy="Mend the key.") from error
+    if key.startswith(object_keys.GRID):
+        raise UsageError(
+            f"The input names {key!r}, which is the grid's own.",
+            remedy="Let the job read its own data.",
+        )
+
+
+def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
+    # Stages are folders, and some file systems do not distinguish "Map" from "map".
+    if stage.name.casefold() in {name.casefold() for name in earlier}:
+        raise UsageError(
+            f"Two stages are named {stage.name!r}.",
+            remedy="Give each a name of its own, upper and lower case apart.",
+        )
+    if stage.name.casefold() in object_keys.NO_STAGES:
+        raise UsageError(
+            f"{stage.name!r} cannot name a stage: the grid stores something of the job there.",
+            remedy="Give it another name.",
+        )
+    for upstream in stage.after:
+        if upstream not in earlier:
+            raise UsageError(
+                f"Stage {stage.name} comes after {upstream!r}, which is no stage before it.",
+                remedy="List the stages in an order in which they can run.",
+            )
+    if (stage.handler is None) != bool(stage.command):
+        raise UsageError(
+            f"Stage {stage.name} must have either a handler or a command.",
+            remedy="Give it exactly one of the two.",
+        )
+    if stage.handler is not None:
+        try:
+            handler(stage.handler)
+        except ValueError as error:
+            raise UsageError(
+                f"Stage {stage.name} names the handler {stage.handler[:80]!r}: {error}.",
+                remedy="Write module:function.",
+            ) from None
+
+
+def _admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+    if stage.pool not in pools:
+        raise UsageError(
+            f"Stage {stage.name} names the pool {stage.pool!r}, which this grid does not have.",
+            remedy=f"Its pools are {', '.join(sorted(pools))}.",
+        )
+    if not 1 <= stage.slots <= pools[stage.pool]:
+        raise UsageError(
+            f"Stage {stage.name} asks for {stage.slots} slots per task, but an instance of pool "
+            f"{stage.pool!r} has {pools[stage.pool]}.",
+            remedy="Ask for as many at the most, or name a pool with larger instances.",
+        )
+
+
+_KIND = "webhook"
+_REFERENCE = re.compile(r"grid:([0-9a-f]{64})#(\d{1,3})")
+
+
+def hide_addresses(job: JobDef) -> JobDef:
+    """Return the job with a reference in place of each webhook address."""
+    digest = hashlib.sha256(_address_document(job)).hexdigest()
+    return replace(
+        job,
+        notify=tuple(
+            replace(one, to=f"grid:{digest}#{number}")
+            if one.kind == _KIND and not _REFERENCE.fullmatch(one.to)
+            else one
+            for number, one in enumerate(job.notify)
+        ),
+    )
+
+
+async def store_addresses(ports: Ports, job: JobDef) -> None:
+    """Store the addresses that `hide_addresses` removed. The key names the content, so a second
+    manager writes the same object."""
+    if hide_addresses(job).notify != job.notify:
+        content = _address_document(job)
+        key = object_keys.addresses(job.id, hashlib.sha256(content).hexdigest())
+        await ports.patience(partial(ports.objects.put, key, content))
+
+
+async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
+    """Return the job with its webhook addresses. A reference without an object stays, and nothing
+    is sent to it."""
+    found = []
+    for one in job.notify:
+        if one.kind == _KIND and (reference := _REFERENCE.fullmatch(one.to)):
+            key = object_keys.addresses(job.id, reference[1])
+            try:
+                to = json_format.loads(await ports.patience(partial(ports.objects.get, key)))["to"]
+                one = replace(one, to=str(to[int(reference[2])]))
+            except (NotFound, LookupError):
+                pass  # `address_problem` refuses the reference when it is called
+        found.append(one)
+    return replace(job, notify=tuple(found))
+
+
+def _address_document(job: JobDef) -> bytes:
+    return json_format.to_bytes(
+        {"v": json_format.VERSION, "job": job.id, "to": [one.to for one in job.notify]}
+    )

@@ -1,0 +1,140 @@
+"""Number and sizes of the bundles that are cut from a stage now.
+
+Invariant: the result depends only on data in memory, and takes effect only when it is committed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageCounts, TaskSet
+from batchlab.core.ports import Clock, Cut, JobRecord, StageRecord
+from batchlab.core.pricing.usage import Budget
+from batchlab.core.protocol import commit_keys, settlement
+from batchlab.manager.state import WINDOW, LiveJob, outstanding_in_pool
+
+
+class Bundler:
+    """Cuts bundles for every job. `slots_of` maps a pool to the slots that it has or can soon
+    have."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        lives: Mapping[JobId, LiveJob],
+        slots_of: Mapping[str, int],
+        window: int = WINDOW,
+    ) -> None:
+        """`window` is the number of outstanding bundles per slot."""
+        self._clock = clock
+        self._lives = lives
+        self._slots_of = slots_of
+        self._window = window
+
+    def opening(self, job: JobDef, items: Sequence[Json]) -> commit_keys.Opening:
+        """Return the items and first bundles that are stored in one object with the job's
+        definition."""
+        waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
+        # A capped job is cut only after the remaining budget is known.
+        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
+            return commit_keys.Opening(items)
+        (stage,) = job.roots()
+        stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
+        live = LiveJob(JobRecord(job, JobState.SUBMITTED), stages)
+        bundles, left = self.wave(live, stage, TaskSet.span(0, len(items)), 0)
+        return commit_keys.Opening(items, Cut(job.id, stage.name, 0, 0, bundles, left, len(items)))
+
+    def wave(
+        self, live: LiveJob, stage: StageDef, left: TaskSet, round_: int
+    ) -> tuple[tuple[Bundle, ...], TaskSet]:
+        """Return the bundles of the next cut that there is room for, and the tasks left after
+        it."""
+        if not left:
+            return (), left  # the check for room iterates over all other jobs
+        pace_s = live.pace_s(stage.name)
+        sizes = settlement.wave(
+            len(left),
+            max(1, self._slots_of.get(stage.pool, 1) // stage.slots),
+            pace_s,
+            stage.bundle,
+            self._room(live, stage),
+        )
+        if live.budget:
+            sizes = _affordable_sizes(live, stage, live.budget, sizes)
+        bundles: list[Bundle] = []
+        for size in sizes:
+            tasks, left = left.take(size)
+            bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
+        return tuple(bundles), left
+
+    def _room(self, live: LiveJob, stage: StageDef) -> int:
+        """Return how many bundles of this stage may be sent now.
+
+        Jobs of the highest priority with uncut tasks share the window evenly. Other jobs wait.
+        """
+        if live.is_held:
+            return 0
+        pool = stage.pool
+        slots, mine = self._slots_of.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
+        window = self._window * slots + 1
+
+        def worth(room: int) -> int:
+            # A cut costs the same for any number of bundles. Cut one for every slot, unless no
+            # other bundle waits behind the running ones.
+            return room if room >= slots or mine <= slots else 0
+
+        # There may be many other jobs, and each of them only reduces the room.
+        room, peers = window - mine, 1
+        if worth(room) <= 0:
+            return 0
+        for rival in self._rivals(live, pool):
+            if rival.job.priority > live.job.priority:
+                return 0
+            peers += 1
+            room = max(1, window // peers) - mine
+            if worth(room) <= 0:
+                return 0
+        if peers == 1:
+            room = min(room, window - outstanding_in_pool(self._unpaused(), pool))
+        return worth(room)
+
+    def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
+        """Yield other jobs of at least this priority with uncut tasks in the pool."""
+        least = live.job.priority
+        for one in self._lives.values():
+            if (
+                one.job.priority >= least
+                and one is not live
+                and one.is_left(pool)
+                and _may_cut(one)
+            ):
+                yield one
+
+    def _unpaused(self) -> Mapping[JobId, LiveJob]:
+        """Return the jobs whose bundles workers have or will receive. Workers drop bundles of
+        paused jobs, so these must not fill the window."""
+        return {
+            job: live
+            for job, live in self._lives.items()
+            if live.record.control is not Control.PAUSE
+        }
+
+
+def _affordable_sizes(
+    live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]
+) -> list[int]:
+    """Return the sizes of the bundles that a cost cap allows."""
+    mean_s = live.stages[stage.name].counts.mean_s
+    if mean_s is not None:
+        return budget.afford(sizes, stage.pool, mean_s * stage.slots)
+    longest_s = math.inf if stage.timeout_s is None else stage.timeout_s
+    return budget.probe(sizes, stage.pool, longest_s * stage.slots, live.cut_tasks(stage.name))
+
+
+def _may_cut(live: LiveJob) -> bool:
+    """Return whether the job may cut now. A job held back by a cap must not make other jobs
+    wait."""
+    runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
+    return runs and not live.is_held

@@ -1,0 +1,294 @@
+"""User commands for jobs: submit, cancel, pause, resume, and retry.
+
+Invariant: each command is committed in the bucket first (spec, control object, or retry object) and
+in the ledger second, so that a rebuild finds it. It is answered when both have it, and may be
+repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from batchlab.core import commit
+from batchlab.core.atomic_write import of_single_call
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, UsageError
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Control, JobId, JobState, Json
+from batchlab.core.port_retries import STEP_BACK_S
+from batchlab.core.ports import MAX_BATCH, AddJob, JobRecord, Reopen, Written
+from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.tracing import NOBODY, Subject, Tracer, ending
+from batchlab.manager import admission
+from batchlab.manager.bundling import Bundler
+from batchlab.manager.collector import PendingSubmissions
+from batchlab.manager.counters import Counters
+from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.quarantine import UnreadableObject, read_stored
+from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection
+from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
+
+log = logging.getLogger(__name__)
+
+
+class JobCommands:
+    """User commands for jobs. `adopt` makes the manager conduct a new or reopened job. `is_staffed`
+    returns whether a pool has instances in service."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        coordinator: JobCoordinator,
+        bundler: Bundler,
+        lives: dict[JobId, LiveJob],
+        adopt: Callable[[Written], Awaitable[LiveJob]],
+        pending_submissions: PendingSubmissions,
+        is_staffed: Callable[[str], bool],
+        counts: Counters | None = None,
+        tracer: Tracer = NOBODY,
+    ) -> None:
+        self._ports = ports
+        self._coordinator = coordinator
+        self._bundler = bundler
+        self._lives = lives
+        self._adopt = adopt
+        self._pending_submissions = pending_submissions
+        self._is_staffed = is_staffed
+        self._retries = RetryPlanner(ports, coordinator.plans)
+        self._counts = counts or Counters()
+        self._tracer = tracer
+        self._begun: set[JobId] = set()
+        """Jobs whose retry may be in the bucket and not in the ledger."""
+
+    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> Written:
+        """Accept a job, with its encoded items if there are few.
+
+        A repeated client token returns the job that it made, and is Refused for a different job.
+        The job continues the trace in its definition, if there is one.
+        """
+        with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
+            sealed = await self._ports.keys.sealed(job)
+            return await self._submit(replace(sealed, trace=submitting.context), items)
+
+    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> Written:
+        opening = self._bundler.opening(job, items) if items is not None else None
+        job, opening, is_ours = await self._define(job, opening)
+        if not is_ours or not opening or not self._may_begin(job, opening):
+            return await self._accept(job, opening, is_ours=is_ours)
+        with self._pending_submissions.of(job.id):
+            return await self._accept(job, opening, is_sent=await self._sent(job, opening))
+
+    def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
+        """Return whether the first bundles may be sent while the ledger's row is written. The job
+        must be new to the bucket and without a token, its bundles must be few, and instances must
+        be in service."""
+        cut = opening.cut
+        if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
+            return False
+        if job.token or job.id in self._lives:
+            return False
+        return self._is_staffed(job.stage(cut.stage).pool)
+
+    async def _sent(self, job: JobDef, opening: commit_keys.Opening) -> bool:
+        try:
+            await self._coordinator.send_opening(job, opening)
+        except BackendError as error:
+            # The bundles are sent again when the ledger has the job, so nothing is lost.
+            log.warning("the first bundles are not sent yet: %s", error, extra={"job": job.id})
+            return False
+        await asyncio.sleep(STEP_BACK_S)
+        return True
+
+    async def _accept(
+        self,
+        job: JobDef,
+        opening: commit_keys.Opening | None,
+        *,
+        is_ours: bool = True,
+        is_sent: bool | None = None,
+    ) -> Written:
+        """Write the job to the ledger, conduct it, and send its first bundles unless `is_sent`
+        (None: not tried). If sending failed, or another request made the job, some bundles may be
+        under way."""
+        now_s = self._ports.clock.now_s()
+        later = job.start_at_s is not None and job.start_at_s > now_s
+        state = JobState.SCHEDULED if later else JobState.SUBMITTED
+        cut = opening.cut if opening else None
+        with of_single_call(job.is_single_call):
+            written = await self._ports.ledger.apply(AddJob(job, state, cut))
+            if is_ours and not written.is_new and written.rows.job.state.ended:
+                # The bucket did not have the definition, so it has lost the job of that row.
+                log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
+                await self._ports.ledger.forget([job.id])
+                written = await self._ports.ledger.apply(AddJob(job, state, cut))
+        if written.is_new:
+            self._counts.submitted += 1
+            log.info("accepted", extra={"job": job.id})
+        if not written.rows.job.state.ended and job.id not in self._lives:
+            # If another manager created the job, its completions may already be in the queue.
+            live = await self._adopt(replace(written, is_new=written.is_new and is_ours))
+            if opening and cut and written.is_new:
+                self._coordinator.begin(live, cut)
+                if not is_sent:
+                    again = is_sent is False or not is_ours
+                    await self._coordinator.send_opening(job, opening, again=again)
+        return written
+
+    async def _define(
+        self, job: JobDef, opening: commit_keys.Opening | None
+    ) -> tuple[JobDef, commit_keys.Opening | None, bool]:
+        """Commit the definition. Return the job and opening that count, and whether they are
+        these."""
+        objects, patience = self._ports.objects, self._ports.patience
+        hidden = admission.hide_addresses(job)
+        key = object_keys.spec(job.id)
+        try:
+            data = commit_keys.to_bytes(hidden, opening)
+        except ValueError as error:
+            raise UsageError(
+                f"Job {job.name} contains a value that JSON cannot represent: {error}.",
+                remedy="Leave out NaN, infinity and halves of UTF-16 pairs.",
+            ) from error
+        await admission.store_addresses(self._ports, job)
+        try:
+            with of_single_call(job.is_single_call):
+                await patience(lambda: objects.put(key, data, if_absent=True))
+        except AlreadyExists:
+            try:
+                known, its = await read_stored(self._ports, key, _read_definition)
+            except UnreadableObject as error:
+                raise Refused(
+                    f"A job with the id {job.id} is in the bucket, and its definition cannot be "
+                    f"read: {error.message}",
+                    remedy=f"Remove the object {key}, or submit the job under another name.",
+                ) from error
+            if _comparable(admission.hide_addresses(known), its) != _comparable(hidden, opening):
+                by = "client token" if job.token else "id"
+                raise Refused(
+                    f"Job {job.id} is another one, submitted with the same {by}.",
+                    remedy=f"Give each job {'a token' if job.token else 'an id'} of its own.",
+                ) from None
+            return await admission.restore_addresses(self._ports, known), its, False
+        return job, opening, True
+
+    async def cancel(self, job: JobId) -> None:
+        """Cancel the job, and return when none of its tasks can start any more (I4). Refused if it
+        has ended."""
+        live = self.running(job, "cancelled")
+        word = json_format.Word(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
+        await self._coordinator.forbid(live, word)
+        live.poke.set()
+
+    async def pause(self, job: JobId) -> None:
+        """Let running tasks finish, and start no further task until `resume`."""
+        live = self.running(job, "paused")
+        await self._control(live, Control.PAUSE)
+        await set_job_state(self._ports, live, JobState.PAUSED)
+
+    async def resume(self, job: JobId) -> None:
+        """Continue the job. Workers dropped the messages of the paused job, so all outstanding
+        bundles are sent."""
+        live = self.running(job, "resumed")
+        if live.record.control is Control.RUN:
+            raise Refused(f"Job {job} is not paused.", remedy="`batchlab job why` shows its state.")
+        await self._control(live, Control.RUN)
+        await set_job_state(self._ports, live, JobState.RUNNABLE)
+        # As copies, for which workers look for an outcome, because some messages may not be dropped
+        # yet.
+        again = [replace(one.bundle, losses=1) for one in live.all_outstanding()]
+        await self._coordinator.send(live.job, again)
+        live.poke.set()
+
+    async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
+        """Run unsuccessful tasks again in a new round, with `chosen` only these of the failed
+        tasks. Refused while the job runs, or if there is nothing to run."""
+        objects, patience = self._ports.objects, self._ports.patience
+        record = await self._ports.ledger.job(job)
+        if not record.state.ended:
+            raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
+        if record.state is JobState.SUCCEEDED:
+            raise Refused(
+                f"Job {job} SUCCEEDED: there is nothing to run again.",
+                remedy="Submit its file again to run all of it anew.",
+            )
+        round_ = record.round + 1
+        made = await self._retries.plan(record, chosen)
+        # Before the round, because a manager that finds the round must not find it forbidden.
+        await commit.permit(objects, job, round_, patience)
+        key = object_keys.retry(job, round_)
+        self._begun.add(job)
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            made = Retry.from_bytes(await patience(lambda: objects.get(key)))
+        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
+        live = await self._adopt(Written(await self._ports.ledger.rows(job), is_new=False))
+        self._begun.discard(job)
+        await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
+        return live.record
+
+    async def look_back(self) -> None:
+        """Find jobs whose retry an earlier leader may have begun: those that ended without
+        success."""
+        async for one in list_jobs(self._ports):
+            if one.state.ended and one.state is not JobState.SUCCEEDED:
+                self._begun.add(one.job.id)
+
+    async def finish_retries(self) -> None:
+        """Complete retries that are in the bucket and not in the ledger. The manager that began one
+        has crashed or returned an error, and the user may not ask again."""
+        for job in sorted(self._begun):
+            # the job was forgotten, or another manager was faster
+            with suppress(NotFound, Refused):
+                round_ = (await self._ports.ledger.job(job)).round + 1
+                head = partial(self._ports.objects.head, object_keys.retry(job, round_))
+                if await self._ports.patience(head):
+                    log.warning("the retry of %s was not finished", job, extra={"job": job})
+                    await self.retry(job)
+            self._begun.discard(job)
+
+    def running(self, job: JobId, verb: str) -> LiveJob:
+        """Return a job that has not ended. Refused if it has, with `verb` in the message."""
+        live = self._lives.get(job)
+        if live is None or live.ended.is_set():
+            raise Refused(
+                f"Job {job} is not running, so it cannot be {verb}.",
+                remedy="`batchlab job list` shows the jobs.",
+            )
+        return live
+
+    async def _control(self, live: LiveJob, wanted: Control) -> None:
+        objects, patience = self._ports.objects, self._ports.patience
+        async with live.control_lock:
+            while True:
+                found = await commit.spoken(objects, live.id, patience)
+                if found and found.word.round > live.round:
+                    raise Superseded(live)
+                if found and found.word.control is Control.CANCEL:
+                    live.doubtful = True  # another leader may have written it
+                    live.poke.set()
+                if Control.CANCEL in (live.record.control, found and found.word.control):
+                    raise Refused(
+                        f"Job {live.id} is being cancelled.",
+                        remedy="Once it has ended, `batchlab job retry` runs the remaining tasks.",
+                    )
+                word = json_format.Word(wanted, round=live.round)
+                if await commit.say(objects, live.id, word, patience, over=found):
+                    break
+            await self._coordinator.record_control(live, wanted)
+
+
+def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
+    doc = json_format.loads(data)
+    return json_format.job_from_json(doc), commit_keys.opening_in(doc)
+
+
+def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> bytes:
+    """Return the job's content without times, trace, and seal. A job of an earlier release is not
+    sealed."""
+    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
+    return commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None)

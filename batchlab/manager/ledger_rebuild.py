@@ -1,0 +1,263 @@
+"""Rebuild of the ledger from the bucket alone (`ledger rebuild`, I3).
+
+Invariant: one transaction restores each job, only if the ledger's rows of it have not changed since
+the bucket was read. So users, and a manager that has just lost the lease, may do anything
+meanwhile. They see a job in its old or its new state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from batchlab.core.commit import read_outcome, word_of
+from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Completion, Control, JobId, JobState, Outcome, StageName
+from batchlab.core.ports import Cut, Ending, JobRows, ObjectInfo, Past, Round
+from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
+from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.manager import admission
+from batchlab.manager.quarantine import UnreadableObject, read_cut, read_stored
+from batchlab.manager.retry_rounds import Retry, read_retry
+from batchlab.manager.state import Ports
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAGE = 1000
+_TRIES = 10
+
+
+@dataclass(slots=True)
+class RebuildResult:
+    """Result of a rebuild."""
+
+    jobs: int
+    """Number of restored jobs."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is
+    restored without it. A job with an unreadable control word is restored as paused. A job with
+    another unreadable object keeps the ledger's rows."""
+
+
+async def rebuild(ports: Ports) -> RebuildResult:
+    """Restore every job from the bucket, and forget jobs that are not there. Raises Unreachable if
+    a job changes all the time."""
+    # first, because a job submitted meanwhile must not be forgotten
+    known = await _in_ledger(ports)
+    found = await _in_bucket(ports)
+    gone = sorted(known - found)
+    if gone:
+        await ports.ledger.forget(gone)
+    rebuilt = RebuildResult(0)
+    for job in sorted(found):
+        try:
+            rebuilt.unreadable |= await restore(ports, job)
+            rebuilt.jobs += 1
+        except (Throttled, Unreachable):
+            raise
+        except BackendError as error:
+            # The other jobs must not wait for this one.
+            key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)
+            rebuilt.unreadable[key] = error.message
+    for key, why in rebuilt.unreadable.items():
+        log.error("the rebuild continued without %s: %s", key, why)
+    return rebuilt
+
+
+async def _in_ledger(ports: Ports) -> set[JobId]:
+    known: set[JobId] = set()
+    last: JobId | None = None
+    while page := await ports.ledger.jobs(limit=_PAGE, before=last):
+        known.update(record.job.id for record in page)
+        last = page[-1].job.id
+    return known
+
+
+async def _in_bucket(ports: Ports) -> set[JobId]:
+    found: set[JobId] = set()
+    async for page in ports.objects.list(object_keys.JOBS):
+        for info in page:
+            job = JobId(info.key.split("/", 2)[1])
+            if info.key == object_keys.spec(job):
+                found.add(job)
+    return found
+
+
+async def restore(ports: Ports, job: JobId) -> dict[str, str]:
+    """Restore one job from the bucket, and return why an outcome object is unreadable, by key.
+    Raises NotFound, UnreadableObject for another unreadable object, or Unreachable if the job
+    changes all the time."""
+    for _ in range(_TRIES):
+        before = await _rows(ports, job)
+        past, unreadable = await _read_history(ports, job)
+        if await ports.ledger.restore(past, over=before):
+            return unreadable
+    raise Unreachable(
+        f"Job {job} changes faster than the bucket can be read.",
+        remedy="Start the rebuild again.",
+    )
+
+
+async def _rows(ports: Ports, job: JobId) -> JobRows | None:
+    try:
+        return await ports.ledger.rows(job)
+    except NotFound:
+        return None
+
+
+@dataclass(slots=True)
+class _JobObjects:
+    """Objects of one job, of all rounds. Only completions of outcomes are kept, because a job's
+    values may exceed the memory."""
+
+    cuts: list[Cut] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Errors of unreadable objects, by key. The job is restored without these objects."""
+
+    async def take(self, ports: Ports, info: ObjectInfo, key: CommitKey) -> None:
+        """Read one object, if it is a cut or an outcome."""
+        name = info.key
+        if object_keys.is_cut(name):
+            self.cuts.append(await read_cut(ports, name))
+        elif object_keys.is_genuine(name, key):
+            try:
+                outcome = await read_outcome(ports.objects, name, ports.patience)
+            except Malformed as error:
+                self.unreadable[name] = error.message
+            else:
+                self.completions.append(settlement.completion(outcome))
+        elif object_keys.is_outcome(name):
+            log.error("an outcome with a wrong seal is ignored: %s", name)
+
+    async def replace(self, ports: Ports, name: str, key: CommitKey) -> None:
+        """Read a replacement of an unreadable outcome."""
+        outcome = await _read_replacement(ports, name)
+        if self.unreadable.pop(object_keys.outcome(outcome.bundle, key), None) is not None:
+            self.completions.append(settlement.completion(outcome))
+
+    def drop_strangers(self, job: JobDef, key: CommitKey) -> None:
+        """Drop completions that do not fit the job."""
+        fits = partial(settlement.fits, job)
+        strangers = [one for one in self.completions if not fits(one.bundle, one.follows)]
+        for one in strangers:
+            self.completions.remove(one)
+            name = object_keys.outcome(one.bundle, key)
+            self.unreadable[name] = "It does not fit the stages of its job."
+
+
+async def _read_history(ports: Ports, job: JobId) -> tuple[Past, dict[str, str]]:
+    found = _JobObjects()
+    spec, opening = await _read(ports, object_keys.spec(job), commit_keys.from_json)
+    if spec.id != job:
+        raise UnreadableObject(object_keys.spec(job), f"It defines the job {spec.id}.")
+    spec = await admission.restore_addresses(ports, spec)
+    if opening and opening.cut:
+        found.cuts.append(opening.cut)
+    key = await _key_of(ports, spec)
+    replacements: list[str] = []
+    async for page in ports.objects.list(object_keys.committed(job)):
+        for info in page:
+            if object_keys.is_replacement(info.key):
+                replacements.append(info.key)
+            else:
+                await found.take(ports, info, key)
+    found.drop_strangers(spec, key)
+    for name in replacements:
+        await found.replace(ports, name, key)
+    # A job with a cut has started, even if the clock was set back since.
+    later = not found.cuts and (spec.start_at_s or 0.0) > ports.clock.now_s()
+    state = JobState.SCHEDULED if later else JobState.SUBMITTED
+    past = Past(spec, state, await _rounds(ports, spec, found), await _control(ports, job, found))
+    return past, found.unreadable
+
+
+async def _key_of(ports: Ports, job: JobDef) -> CommitKey:
+    """Return the job's commit key. Raises UnreadableObject if the definition has the hash of
+    another key, as a damaged one may."""
+    try:
+        return await ports.keys.of(job)
+    except (Throttled, Unreachable, NotFound):
+        raise
+    except BackendError as error:
+        raise UnreadableObject(object_keys.spec(job.id), error.message) from error
+
+
+async def _rounds(ports: Ports, job: JobDef, found: _JobObjects) -> Sequence[Round]:
+    rounds: list[Round] = []
+    retry = Retry((), ())
+    while True:
+        rounds.append(await _round(ports, job, len(rounds), retry, found))
+        try:
+            retry = await read_retry(ports, job, len(rounds))
+        except NotFound:
+            return rounds
+        if rounds[-1].ending is None:
+            final = object_keys.final(job.id, len(rounds) - 1)
+            why = found.unreadable.get(final, "It does not exist, and a retry follows it.")
+            raise UnreadableObject(final, why)
+
+
+async def _round(ports: Ports, job: JobDef, number: int, retry: Retry, found: _JobObjects) -> Round:
+    cuts = sorted(
+        (cut for cut in found.cuts if cut.round == number), key=lambda cut: (cut.stage, cut.seq)
+    )
+    planned: dict[StageName, int] = {}
+    for cut in cuts:
+        if cut.planned is not None:
+            planned |= {stage.name: cut.planned for stage in job.fed_by(cut.stage)}
+    stages = {stage.name for stage in job.stages}
+    for cut in cuts:
+        if cut.stage not in stages:
+            key = object_keys.cut(job.id, cut.stage, cut.round, cut.seq)
+            raise UnreadableObject(key, "It is a cut of a stage that the job does not have.")
+    completions = [one for one in found.completions if one.bundle.round == number]
+    return Round(
+        retry.reopened,
+        (*retry.cuts, *cuts),
+        planned,
+        completions,
+        [settlement.casualties(job, one) for one in completions],
+        await _ending(ports, job.id, number, found),
+    )
+
+
+async def _ending(ports: Ports, job: JobId, round_: int, found: _JobObjects) -> Ending | None:
+    try:
+        return await _read(ports, object_keys.final(job, round_), json_format.ending_from_json)
+    except NotFound:
+        return None
+    except UnreadableObject as error:
+        # The manager computes the end again from the counters.
+        found.unreadable[error.key] = error.message
+        return None
+
+
+async def _control(ports: Ports, job: JobId, found: _JobObjects) -> Control:
+    try:
+        return (await word_of(ports.objects, job, ports.patience)).control
+    except NotFound:
+        return Control.RUN
+    except Malformed as error:
+        # The word may have been a cancellation. The user can resume the job.
+        found.unreadable[object_keys.control(job)] = error.message
+        return Control.PAUSE
+    except TooNew as error:
+        raise UnreadableObject(object_keys.control(job), error.message) from error
+
+
+async def _read(ports: Ports, key: str, read: Callable[[dict[str, Any]], T]) -> T:
+    return await read_stored(ports, key, lambda data: read(json_format.loads(data)))
+
+
+async def _read_replacement(ports: Ports, key: str) -> Outcome:
+    try:
+        return await read_outcome(ports.objects, key, ports.patience)
+    except Malformed as error:
+        raise UnreadableObject(key, error.message) from error

@@ -1,0 +1,146 @@
+"""Live logs of running tasks: requests to workers, and reads of the stored output.
+
+Invariant: the control word stays the same. It is written again only in place of the word that was
+read, with a larger request number. For any number of clients, this costs one GET and one PUT per
+half of the request's validity, and one LIST per half of a control lease. Memory use is bounded, and
+logs are dropped soon after the last read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from batchlab.core import commit
+from batchlab.core.errors import Malformed, TooLarge, TooNew
+from batchlab.core.model import BundleId, Control, JobId, StageName
+from batchlab.core.ports import ObjectInfo
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.messages import ASKED_S, Tail, from_bytes
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+
+log = logging.getLogger(__name__)
+
+JOB_BYTES = 8 * 1024 * 1024
+ALL_BYTES = 8 * JOB_BYTES
+"""Memory limits of stored output, per job and for all jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkerLogs:
+    """Stored output of one worker. `size` is in bytes."""
+
+    etag: str
+    size: int
+    tails: Sequence[Tail]
+
+
+@dataclass(slots=True)
+class _JobLogs:
+    """Stored output of a job's workers, by key. Times are monotonic."""
+
+    asked_s: float = float("-inf")
+    read_s: float = float("-inf")
+    wanted_s: float = float("-inf")
+    stored: dict[str, _WorkerLogs] = field(default_factory=dict)
+
+
+class LiveLogs:
+    """Live logs of all jobs that a manager conducts."""
+
+    def __init__(self, ports: Ports, settings: ManagerSettings) -> None:
+        self._ports = ports
+        self.every_s = settings.control_lease_s
+        """How often new output may appear."""
+        self._jobs: dict[JobId, _JobLogs] = {}
+
+    async def of(self, live: LiveJob) -> list[Tail]:
+        """Return the stored output of the job's running tasks, and ask workers to store it from now
+        on."""
+        looked = self._jobs[live.id] = self._jobs.pop(live.id, _JobLogs())
+        looked.wanted_s = self._ports.clock.monotonic_s()
+        await self._ask(live, looked)
+        await self._read(live, looked)
+        self._make_room()
+        return [tail for one in looked.stored.values() for tail in _running_only(live, one.tails)]
+
+    async def _ask(self, live: LiveJob, looked: _JobLogs) -> None:
+        now_s = self._ports.clock.monotonic_s()
+        if now_s - looked.asked_s < ASKED_S / 2:
+            return
+        async with live.control_lock:
+            if await self._say(live):
+                looked.asked_s = now_s
+
+    async def _say(self, live: LiveJob) -> bool:
+        """Write the request, and return whether workers will see it. If not, the next client tries
+        again."""
+        objects, patience = self._ports.objects, self._ports.patience
+        found = await commit.spoken(objects, live.id, patience)
+        # A job without a control object gets one after a moment.
+        word = found.word if found else json_format.Word(Control.RUN, round=live.round)
+        if word.control is not live.record.control or word.control is Control.CANCEL:
+            return False
+        asked = replace(word, tail=word.tail + 1, tail_s=self._ports.clock.now_s())
+        return await commit.say(objects, live.id, asked, patience, over=found)
+
+    def _make_room(self) -> None:
+        """Drop the output of the jobs that were read least recently, above the limit. It is read
+        again on demand."""
+        sizes = [sum(one.size for one in looked.stored.values()) for looked in self._jobs.values()]
+        too_much = sum(sizes) - ALL_BYTES
+        for looked, size in zip(self._jobs.values(), sizes, strict=True):
+            if too_much <= 0:
+                return
+            looked.stored, looked.read_s = {}, float("-inf")
+            too_much -= size
+
+    def forget(self) -> None:
+        """Drop output that no client has requested lately."""
+        now_s = self._ports.clock.monotonic_s()
+        for job, looked in list(self._jobs.items()):
+            if looked.wanted_s < now_s - 2 * ASKED_S:
+                del self._jobs[job]
+
+    async def _read(self, live: LiveJob, looked: _JobLogs) -> None:
+        now_s = self._ports.clock.monotonic_s()
+        if now_s - looked.read_s < self.every_s / 2:
+            return
+        looked.read_s = now_s
+        stored: dict[str, _WorkerLogs] = {}
+        left = JOB_BYTES
+        async for page in self._ports.objects.list(object_keys.tails(live.id)):
+            for info in page:
+                known = looked.stored.get(info.key)
+                if known is None or known.etag != info.etag:
+                    if info.size > left:
+                        continue  # for this many workers, the output of some is enough
+                    known = await self._stored(info, left)
+                elif not _running_only(live, known.tails):
+                    known = _WorkerLogs(info.etag, 0, ())  # the bundle or its worker has ended
+                if known.size <= left:
+                    stored[info.key] = known
+                    left -= known.size
+        looked.stored = stored
+
+    async def _stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:
+        """Return the output that a worker has stored. Return nothing if it is unreadable or larger
+        than `limit`, because the worker may have written it again since the listing."""
+        get = partial(self._ports.objects.get, info.key, limit=limit)
+        try:
+            data = await self._ports.patience(get)
+            return _WorkerLogs(info.etag, len(data), from_bytes(data))
+        except (Malformed, TooLarge, TooNew) as error:
+            log.error("went on without %s: %s", info.key, error.message)
+            return _WorkerLogs(info.etag, 0, ())
+
+
+def _running_only(live: LiveJob, tails: Sequence[Tail]) -> list[Tail]:
+    """Return the output of outstanding bundles."""
+    return [
+        tail
+        for tail in tails
+        if BundleId(tail.bundle) in live.outstanding.get(StageName(tail.stage), {})
+    ]

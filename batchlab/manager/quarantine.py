@@ -1,0 +1,191 @@
+"""Handling of messages and objects that the manager cannot read.
+
+Invariant: each one is counted and logged once, and none of them blocks the manager or another job.
+An unreadable outcome object is replaced and not overwritten: its key stays taken, and a bucket
+policy may forbid overwriting. A conditional PUT of the replacement decides which outcome counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TypeVar
+
+from batchlab.core.commit import commit, committed, follow_ups, read_outcome, send_all
+from batchlab.core.errors import AlreadyExists, BackendError, Malformed, TooNew
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, JobId, Outcome
+from batchlab.core.ports import Cut
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.manager.counters import BEAT, Counters
+from batchlab.manager.state import Ports
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+KEPT = 20_000
+"""Messages and objects that are remembered, so that a second delivery is not reported again."""
+KEPT_JOBS = 1_000
+KEPT_OF_A_JOB = 20
+
+
+class Quarantine:
+    """Messages and objects that one manager process could not read."""
+
+    def __init__(self, counts: Counters) -> None:
+        self._counts = counts
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._jobs: OrderedDict[JobId, dict[str, str]] = OrderedDict()
+
+    def message(
+        self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None
+    ) -> None:
+        """Report a dropped message of the kind "event" or "dead letter" with `length`
+        characters."""
+        # The content is not logged, because it may be a user's.
+        told = f"{kind} of {length} characters"
+        if self._is_new(kind, f"{kind} {id_}"):
+            article = "an" if kind[0] in "aeiou" else "a"
+            why = json_format.brief(error)
+            about = {"job": job} if job else {}
+            log.error("dropped %s %s that cannot be read: %s", article, told, why, extra=about)
+        if job:
+            self._note(job, f"{kind} {id_}", f"a {told}: {json_format.brief(error)}")
+
+    def unproven(self, id_: str, facts: int, jobs: Collection[JobId]) -> None:
+        """Report an event with unproven facts about these jobs."""
+        why = f"its sender has not proved {facts} facts with the job's key"
+        if self._is_new("unproven event", f"unproven {id_}"):
+            about = {"job": min(jobs)} if jobs else {}
+            log.error("dropped a part of an event: %s", why, extra=about)
+        for job in jobs:
+            self._note(job, f"unproven {id_}", f"an event: {why}")
+
+    def beat(self, instance: str, why: str) -> None:
+        """Report a rejected beat of `instance`. Each is counted, and the first with this reason is
+        logged."""
+        if not self._is_new(BEAT, f"beat {instance} {why}"):
+            self._counts.unreadable[BEAT] += 1
+            return
+        log.error("dropped a heartbeat: %s", why, extra={"instance": instance})
+
+    def object(self, key: str, error: BackendError, job: JobId, kind: str = "outcome") -> None:
+        """Report an unreadable object. `kind` is its label in the metrics."""
+        if self._is_new(kind, key):
+            log.error("went on without %s: %s", key, error.message, extra={"job": job})
+        self._note(job, key, error.message.rstrip("."))
+
+    def _is_new(self, kind: str, name: str) -> bool:
+        if name in self._known:
+            self._known.move_to_end(name)
+            return False
+        self._known[name] = None
+        if len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        self._counts.unreadable[kind] += 1
+        return True
+
+    def _note(self, job: JobId, name: str, why: str) -> None:
+        found = self._jobs.setdefault(job, {})
+        self._jobs.move_to_end(job)
+        if len(found) < KEPT_OF_A_JOB:
+            found[name] = why
+        if len(self._jobs) > KEPT_JOBS:
+            self._jobs.popitem(last=False)
+
+    def of(self, job: JobId) -> Mapping[str, str]:
+        """Return the reason for each unreadable message or object of the job, by its name."""
+        return self._jobs.get(job, {})
+
+    def trouble(self, job: JobId) -> str:
+        """Return a clause about unreadable messages and objects of the job, or ""."""
+        found = self.of(job)
+        if not found:
+            return ""
+        first = next(iter(found.values()))
+        more = " or more" if len(found) == KEPT_OF_A_JOB else ""
+        return f"{len(found)}{more} of its messages and objects cannot be read, the first: {first}"
+
+
+class UnreadableObject(Malformed):
+    """An unreadable object that commits a decision about a job, such as a plan or a cut."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+async def read_stored(ports: Ports, key: str, read: Callable[[bytes], T]) -> T:
+    """Return the result of `read` for an object. Raises NotFound or UnreadableObject."""
+    data = await ports.patience(partial(ports.objects.get, key))
+    try:
+        return read(data)
+    except (Malformed, TooNew) as error:
+        raise UnreadableObject(key, error.message) from error
+
+
+async def read_cut(ports: Ports, key: str) -> Cut:
+    """Return the cut with this key. Raises NotFound, or UnreadableObject also if it is another
+    cut."""
+    cut = await read_stored(
+        ports, key, lambda data: json_format.cut_from_json(json_format.loads(data))
+    )
+    if object_keys.cut(cut.job, cut.stage, cut.round, cut.seq) != key:
+        raise UnreadableObject(key, "It is another cut.")
+    return cut
+
+
+class OutcomeStore:
+    """Access of the manager to committed outcomes."""
+
+    def __init__(self, ports: Ports, quarantine: Quarantine) -> None:
+        self._ports = ports
+        self._quarantine = quarantine
+
+    async def of(self, job: JobDef, bundle: Bundle) -> Outcome | None:
+        """Return the committed outcome of `bundle`, or None. If its object is unreadable, commit a
+        replacement in which its tasks fail or are retried."""
+        try:
+            key = await self._ports.keys.of(job)
+            found = await committed(self._ports.objects, bundle, self._ports.patience, key)
+            return _check_fit(job, found, key) if found else None
+        except Malformed as error:
+            draft = settlement.unreadable(
+                job, bundle, error.message, now_s=self._ports.clock.now_s()
+            )
+            return await self._replaced(job, draft, error)
+
+    async def commit(self, job: JobDef, draft: Outcome) -> Outcome:
+        """Commit `draft` and return the outcome that counts. An unreadable object in its place is
+        replaced by `draft`."""
+        try:
+            key = await self._ports.keys.of(job)
+            found = await commit(self._ports.objects, draft, self._ports.patience, key)
+            return _check_fit(job, found, key)
+        except Malformed as error:
+            return await self._replaced(job, draft, error)
+
+    async def _replaced(self, job: JobDef, draft: Outcome, error: BackendError) -> Outcome:
+        key = await self._ports.keys.of(job)
+        self._quarantine.object(object_keys.outcome(draft.bundle, key), error, job.id)
+        objects, patience = self._ports.objects, self._ports.patience
+        name, data = object_keys.replacement(draft.bundle), json_format.outcome_text(draft).encode()
+        try:
+            await patience(lambda: objects.put(name, data, if_absent=True))
+        except AlreadyExists:
+            draft = await read_outcome(objects, name, patience)
+        # The worker does not send these follow-ups, because it knows another outcome.
+        messages = follow_ups(job, draft, key, now_s=self._ports.clock.now_s())
+        await send_all(self._ports.queue, messages, patience)
+        return draft
+
+
+def _check_fit(job: JobDef, outcome: Outcome, key: CommitKey) -> Outcome:
+    if settlement.fits(job, outcome.bundle, outcome.follows):
+        return outcome
+    name = object_keys.outcome(outcome.bundle, key)
+    raise Malformed(f"The object {name} cannot be read: it does not fit the stages of its job.")

@@ -1,0 +1,388 @@
+"""Recorded data as a document in the bucket: the part of one job, merges, and time series.
+
+Invariants: functions on documents are pure. The steps of a series follow one another without added
+gaps. No step is longer than its age divided by `FINE`, unless it was measured so.
+
+History of instances and workers while jobs ran, as rows for reports.
+
+Invariant: the history is bounded. Rows that no live job needs are dropped first. The rows of a job
+are found without reading older rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, takewhile
+from typing import Any
+
+from batchlab.core.model import GroupView, Instance, JobId, Json, LifecycleState
+from batchlab.core.pricing.usage import Account
+from batchlab.manager.worker_registry import WorkerRegistry
+
+RecordedData = dict[str, Any]
+"""The document of `Recorder`: `pools` by name with `slots`, `type`, and the points of their
+`series`; `scaling`, `instances`, and `workers` as rows; in a job's part also `requests` and
+`duplicates`."""
+
+BEFORE_S = 5.0
+"""A scaling decision may come before the first observation of the job that caused it."""
+
+
+def job_part(doc: RecordedData, job: JobId) -> RecordedData:
+    """Return the part of the whole document that belongs to a job, possibly empty."""
+    own: Mapping[str, Any] | None = doc["jobs"].get(job)
+    earlier: RecordedData | None = doc["earlier"].get(job)
+    if own is None:
+        return earlier or empty_part()
+    since_s = own["since_s"]
+    mine = {name: pool for name, pool in doc["pools"].items() if name in own["pools"]}
+    part = {
+        "pools": {
+            name: {
+                **pool,
+                "series": pool["series"][bisect_right(pool["series"], since_s, key=_at) :],
+            }
+            for name, pool in mine.items()
+        },
+        "scaling": _decisions(doc["scaling"], mine, since_s - BEFORE_S),
+        "instances": {
+            name: list(one)
+            for name, one in doc["instances"].items()
+            if one[0] in mine and (one[6] is None or one[6] >= since_s)
+        },
+        "workers": {
+            name: list(one)
+            for name, one in doc["workers"].items()
+            if one[1] in mine and one[4] >= since_s
+        },
+        "requests": list(own["requests"]),
+        "duplicates": {
+            stage: {kind: list(counted) for kind, counted in kinds.items()}
+            for stage, kinds in own["duplicates"].items()
+        },
+    }
+    return join_rounds(earlier, part) if earlier else part
+
+
+def _at(point: Sequence[Any]) -> float:
+    return float(point[0])
+
+
+def _decisions(
+    every: Sequence[Sequence[Any]], pools: Collection[str], since_s: float
+) -> list[list[Any]]:
+    recent = takewhile(lambda one: one[1] > since_s, reversed(every))
+    return [list(one) for one in recent if one[0] in pools][::-1]
+
+
+def empty_part() -> RecordedData:
+    """Return the part of a job that was not recorded."""
+    return {
+        "pools": {},
+        "scaling": [],
+        "instances": {},
+        "workers": {},
+        "requests": [],
+        "duplicates": {},
+    }
+
+
+def join_rounds(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Join two parts of one job, of which `b` is of a later round."""
+    pools = dict(a["pools"])
+    for name, pool in b["pools"].items():
+        series = [*pools[name]["series"], *pool["series"]] if name in pools else pool["series"]
+        pools[name] = {**pool, "series": series}
+    duplicates: dict[str, dict[str, list[float]]] = {}
+    for one in (a, b):
+        for stage, kinds in one["duplicates"].items():
+            for kind, (count, slot_s) in kinds.items():
+                known = duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
+                known[0] += count
+                known[1] += slot_s
+    workers = dict(a["workers"])
+    for name, worker in b["workers"].items():
+        first_s = min(worker[3], workers[name][3]) if name in workers else worker[3]
+        workers[name] = [*worker[:3], first_s, worker[4]]
+    return {
+        "pools": pools,
+        "scaling": [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])],
+        "instances": {**a["instances"], **b["instances"]},
+        "workers": workers,
+        "requests": [*a["requests"], *b["requests"]],
+        "duplicates": duplicates,
+    }
+
+
+def merge_parts(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge two parts of one job by two leaders that may have observed the same events. Nothing is
+    lost, and nothing counts twice."""
+    return {**merge_fleets(a, b), **_merge_own(a, b)}
+
+
+def _merge_own(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge the data of the job itself: requests and duplicates."""
+    duplicates = {stage: dict(kinds) for stage, kinds in a["duplicates"].items()}
+    for stage, kinds in b["duplicates"].items():
+        known = duplicates.setdefault(stage, {})
+        for kind, counted in kinds.items():
+            before = known.get(kind, [0, 0.0])
+            known[kind] = [max(x, y) for x, y in zip(counted, before, strict=True)]
+    requests = _cumulative(_interleave(a["requests"], b["requests"]))
+    return {"requests": requests, "duplicates": duplicates}
+
+
+def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge the data of the fleet: pools, decisions, instances, and workers."""
+    pools = dict(a["pools"])
+    for name, pool in b["pools"].items():
+        seen = pools[name]["series"] if name in pools else []
+        pools[name] = {**pool, "series": _interleave(seen, pool["series"])}
+    scaling = [*a["scaling"], *(one for one in b["scaling"] if one not in a["scaling"])]
+    instances = dict(a["instances"])
+    for name, instance in b["instances"].items():
+        instances[name] = max(instances.get(name, instance), instance, key=_completeness)
+    workers = dict(a["workers"])
+    for name, worker in b["workers"].items():
+        other = workers.get(name, worker)
+        workers[name] = [*worker[:3], min(worker[3], other[3]), max(worker[4], other[4])]
+    return {
+        "pools": pools,
+        "scaling": sorted(scaling, key=lambda one: float(one[1])),
+        "instances": instances,
+        "workers": workers,
+    }
+
+
+def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
+    """Return how much of an instance's life was observed: its end, and that it was in service."""
+    return instance[6] is not None, instance[5] is not None
+
+
+def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Return the points of `a`, and those of `b` for times without points in `a`."""
+    found = sorted((list(point) for point in a), key=_at)
+    ends = [_at(point) for point in found]
+    for point in b:
+        end, begin = _at(point), _at(point) - point[1]
+        n = bisect_left(ends, end)
+        behind = n < len(ends) and (ends[n] == end or ends[n] - found[n][1] < end)
+        if not behind and not (n and ends[n - 1] > begin):
+            found.insert(n, list(point))
+            ends.insert(n, end)
+    return found
+
+
+def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Make the counts of two observers grow from point to point."""
+    found: list[list[Any]] = []
+    for point in points:
+        most = found[-1][2:] if found else point[2:]
+        found.append([*point[:2], *(max(x, y) for x, y in zip(point[2:], most, strict=True))])
+    return found
+
+
+def merge_documents(a: RecordedData, b: RecordedData) -> RecordedData:
+    """Merge two whole documents, `a` of another leader and `b` of this one, whose live jobs
+    count."""
+    jobs = {**a["jobs"], **b["jobs"]}
+    for job in a["jobs"].keys() & b["jobs"].keys():
+        one, other = a["jobs"][job], b["jobs"][job]
+        since_s = min(one["since_s"], other["since_s"])
+        jobs[job] = {**other, **_merge_own(one, other), "since_s": since_s}
+    earlier = {**a["earlier"], **b["earlier"]}
+    return {**merge_fleets(a, b), "jobs": jobs, "earlier": earlier}
+
+
+FINE = 256
+"""Resolution of a series. A job that has just ended has at least this many steps of similar length.
+A month has fewer than five thousand."""
+EVERY = 64
+"""Points between two attempts to merge."""
+
+Point = list[Json]
+"""Time (seconds since the epoch), duration (seconds), and values."""
+
+
+class TimeSeries:
+    """Points in order of time. Older points are merged into longer steps. `merge` makes one point
+    of two neighbors, and need not handle their times."""
+
+    def __init__(
+        self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()
+    ) -> None:
+        self._merge = merge
+        self.points: list[Point] = [list(point) for point in points]
+        self._new = 0
+
+    def add(self, point: Point) -> None:
+        """Append a point."""
+        self.points.append(point)
+        self._new += 1
+        if self._new >= EVERY:
+            self.thin()
+
+    def thin(self) -> None:
+        """Merge points that are old enough."""
+        self._new = 0
+        if not self.points:
+            return
+        now_s = self.points[-1][0]
+        kept: list[Point] = []
+        for point in self.points:
+            if kept and kept[-1][1] + point[1] <= (now_s - point[0]) / FINE:
+                merged = self._merge(kept[-1], point)
+                kept[-1] = [point[0], kept[-1][1] + point[1], *merged[2:]]
+            else:
+                kept.append(point)
+        self.points = kept
+
+    def since(self, moment_s: float) -> list[Point]:
+        """Return the points after a time."""
+        return [point for point in self.points if point[0] > moment_s]
+
+    def forget(self, moment_s: float) -> None:
+        """Drop the points up to a time."""
+        self.points = self.since(moment_s)
+
+
+def merge_pool_points(a: Point, b: Point) -> Point:
+    """Merge two points of a pool: maximum of queue and backlog, last state of the fleet, and mean
+    of busy slots."""
+    all_s = a[1] + b[1]
+    mean = (a[-1] * a[1] + b[-1] * b[1]) / all_s if all_s else b[-1]
+    return [*b[:2], *(max(x, y) for x, y in zip(a[2:6], b[2:6], strict=True)), *b[6:-1], mean]
+
+
+def latest_point(_a: Point, b: Point) -> Point:
+    """Return the later of two points of growing counts."""
+    return b
+
+
+def request_point(account: Account, now_s: float, step_s: float) -> Point:
+    """Return a point of a job's request counts."""
+    made = account.requests
+    return [
+        round(now_s, 3),
+        round(step_s, 3),
+        made.sqs,
+        made.sqs_empty,
+        made.s3_puts,
+        made.s3_gets,
+        made.s3_deletes,
+    ]
+
+
+MOST_INSTANCES = 20_000
+"""Limit for instances, and the same limit for workers."""
+_GONE = LifecycleState.TERMINATED
+
+
+class InstanceHistory:
+    """Instances from the groups, and workers from their beats."""
+
+    def __init__(self, registry: WorkerRegistry) -> None:
+        self._registry = registry
+        self.living: dict[str, list[Any]] = {}
+        """Instances that have not ended."""
+        self.ended: dict[str, list[Any]] = {}
+        """Ended instances, the latest last."""
+        self.workers: dict[str, list[Any]] = {}
+        """Workers, the most recently seen last."""
+
+    def note_instances(
+        self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]
+    ) -> None:
+        """Record the instances of the groups. `since_s()` is when recording began."""
+        there: set[str] = set()
+        for view in views:
+            for instance in view.instances:
+                there.add(instance.id)
+                self._note(instance, view, now_s, since_s)
+        for one in [name for name in self.living if name not in there]:
+            self.living[one][7] = _GONE.value
+            self._end(one, now_s)
+
+    def _note(
+        self, instance: Instance, view: GroupView, now_s: float, since_s: Callable[[], float]
+    ) -> None:
+        known = self.living.get(instance.id) or self.ended.get(instance.id)
+        if known is None:
+            if instance.state is _GONE and instance.launched_s < since_s():
+                # the instance ended before the recording; a group lists ended instances for a while
+                return
+            launched_s = round(instance.launched_s, 3)
+            known = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
+            self.living[instance.id] = known
+        machine = instance.machine
+        spot = instance.id in self._registry.spot
+        type_ = machine.type or view.pool.instance_type
+        known[1:4] = type_, machine.zone, "spot" if spot else machine.market.value
+        known[7] = instance.state.value
+        known[8] = instance.note or known[8]
+        if instance.state is LifecycleState.IN_SERVICE and known[5] is None:
+            known[5] = round(now_s, 3)
+        if instance.state is _GONE and known[6] is None:
+            self._end(instance.id, now_s)
+
+    def _end(self, instance: str, now_s: float) -> None:
+        known = self.ended[instance] = self.living.pop(instance)
+        known[6] = round(now_s, 3)
+
+    def note_workers(self, now_s: float) -> None:
+        """Record the workers with beats."""
+        for seen in self._registry.workers.values():
+            beat = seen.beat
+            known = self.workers.pop(beat.worker, None)
+            if known is None:
+                known = [beat.instance, beat.pool, beat.slots, round(now_s, 3), 0.0]
+            known[4] = round(now_s, 3)
+            self.workers[beat.worker] = known
+
+    def of(self, pools: Collection[str], since_s: float, most: int | None) -> RecordedData:
+        """Return the rows of these pools since `since_s`, at most `most` of each kind."""
+        ended = takewhile(lambda one: one[1][6] >= since_s, reversed(self.ended.items()))
+        lately = takewhile(lambda one: one[1][4] >= since_s, reversed(self.workers.items()))
+        there = chain(self.living.items(), ended)
+        return {
+            "instances": dict(islice(_in_pools(there, pools, 0), most)),
+            "workers": dict(islice(_in_pools(lately, pools, 1), most)),
+        }
+
+    def forget(self, since_s: float) -> None:
+        """Drop rows that ended before `since_s`, and the oldest rows above the limit."""
+        too_many = len(self.living) + len(self.ended) - MOST_INSTANCES
+        for name, instance in list(self.ended.items()):
+            if instance[6] < since_s or too_many > 0:
+                del self.ended[name]
+                too_many -= 1
+        beating = {seen.beat.worker for seen in self._registry.workers.values()}
+        gone = [name for name in self.workers if name not in beating]
+        too_many = len(self.workers) - MOST_INSTANCES
+        for name in gone:
+            if self.workers[name][4] < since_s or too_many > 0:
+                del self.workers[name]
+                too_many -= 1
+
+    def to_doc(self) -> RecordedData:
+        """Return all rows in the form of RecordedData."""
+        return {"instances": {**self.ended, **self.living}, "workers": self.workers}
+
+    @classmethod
+    def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
+        """Read rows written by `to_doc`, possibly of another leader."""
+        found = cls(registry)
+        found.living = {name: list(one) for name, one in doc["instances"].items()}
+        ended = sorted((one[6], name) for name, one in found.living.items() if one[6] is not None)
+        found.ended = {name: found.living.pop(name) for _, name in ended}
+        workers = sorted((one[4], name) for name, one in doc["workers"].items())
+        found.workers = {name: list(doc["workers"][name]) for _, name in workers}
+        return found
+
+
+def _in_pools(
+    rows: Iterable[tuple[str, list[Any]]], pools: Collection[str], column: int
+) -> Iterator[tuple[str, list[Any]]]:
+    """Return the rows whose pool, in that column, is among these."""
+    return (one for one in rows if one[1][column] in pools)

@@ -1,0 +1,495 @@
+"""Recording of queues, fleet, scaling, instances, and requests while jobs run, for reports.
+
+Invariants: a sample uses only data in memory, and is taken at most once a second. The data is
+bounded, and coarser with age. It is written to the bucket once a minute while there are jobs, and
+with the account of each ended job, so that the next leader continues it.
+
+Queue of ended jobs whose performance data is to be written.
+
+Invariant: nothing waits for it, and an error does not affect a job. Errors are reported, and the
+data can be written later from the bucket alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+from batchlab.core.errors import BackendError
+from batchlab.core.model import GroupView, JobId, JobState, LifecycleState, StageName
+from batchlab.core.port_retries import heed_cancellation
+from batchlab.core.ports import Depth
+from batchlab.core.pricing.usage import Account
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.messages import Duplicate
+from batchlab.manager.autoscaler import Backlog
+from batchlab.manager.counters import Counters
+from batchlab.manager.recorded_data import (
+    InstanceHistory,
+    Point,
+    RecordedData,
+    TimeSeries,
+    job_part,
+    latest_point,
+    merge_documents,
+    merge_pool_points,
+    request_point,
+)
+from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
+from batchlab.manager.worker_registry import WorkerRegistry
+
+log = logging.getLogger(__name__)
+
+SAMPLE_S = 1.0
+REQUESTS_S = 10.0
+"""Interval between samples of a job's requests."""
+SAVE_S = 60.0
+CLOSE_S = 1.0
+SHORT_S = 5.0
+FEW = 64
+"""Instances and workers recorded for a job shorter than `SHORT_S`."""
+MOST_DECISIONS = 2_000
+MOST_JOBS = 200
+"""Jobs whose requests are sampled. For other jobs, only the total is recorded."""
+HEARD = 4_096
+"""Duplicates that are remembered, so that each is counted once."""
+_BOOTING = {
+    LifecycleState.PENDING,
+    LifecycleState.PENDING_WAIT,
+    LifecycleState.PENDING_PROCEED,
+}
+_LEAVING = {
+    LifecycleState.TERMINATING,
+    LifecycleState.TERMINATING_WAIT,
+    LifecycleState.TERMINATING_PROCEED,
+}
+
+
+class _LiveRecording:
+    """Recording of a live job: its start (seconds since the epoch), and the data of the job
+    itself."""
+
+    def __init__(self, since_s: float, pools: Iterable[str]) -> None:
+        self.since_s = since_s
+        self.begun_s = float("inf")
+        """Monotonic time when this process first saw the job."""
+        self.pools = sorted(set(pools))
+        self.requests = TimeSeries(latest_point)
+        self.duplicates: dict[str, dict[str, list[float]]] = {}
+        """By stage and kind: count and slot seconds."""
+        self.live: LiveJob | None = None
+        """The job, once this manager conducts it."""
+
+    def took_s(self, now_s: float, monotonic_s: float) -> float:
+        """Return the duration of this round: by the monotonic clock, or by the wall clock if the
+        round is older than this process. If an earlier manager conducted it, the start of its tasks
+        or its retry counts."""
+        starts: list[float | None] = []
+        if self.live and self.live.round:
+            starts = [self.live.retried_s]  # the tasks include those of earlier rounds
+        elif self.live:
+            starts = [stage.counts.first_start_s for stage in self.live.stages.values()]
+        began_s = min([self.since_s, *(one for one in starts if one is not None)])
+        return max(now_s - began_s, monotonic_s - self.begun_s, 0.0)
+
+    def to_doc(self) -> RecordedData:
+        return {
+            "since_s": self.since_s,
+            "requests": self.requests.points,
+            "duplicates": self.duplicates,
+            "pools": self.pools,
+        }
+
+
+class Recorder:
+    """The leader's recorder."""
+
+    def __init__(
+        self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry
+    ) -> None:
+        self._ports = ports
+        self._lives = lives
+        self._registry = registry
+        self._pools: dict[str, TimeSeries] = {}
+        self._slots: dict[str, tuple[int, str]] = {}
+        """Slots and type of an instance, by pool."""
+        self._decisions: deque[list[Any]] = deque(maxlen=MOST_DECISIONS)
+        self._history = InstanceHistory(registry)
+        self._jobs: dict[JobId, _LiveRecording] = {}
+        self._earlier: dict[JobId, RecordedData] = {}
+        """Data of earlier rounds of jobs that run again."""
+        self._heard: dict[str, None] = {}
+        self._sampled_s: float | None = None
+        """Monotonic time of the last sample."""
+        self._asked_s: float | None = None
+        self._is_due = False
+        self._kept = VersionedDocument(ports, object_keys.RECORD)
+
+    # --- Samples ----------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        views: Mapping[str, GroupView],
+        depths: Mapping[str, Depth],
+        backlog_of: Callable[[str], Backlog],
+    ) -> None:
+        """Take a sample if one is due."""
+        now_s, monotonic_s = self._ports.clock.now_s(), self._ports.clock.monotonic_s()
+        self._note_jobs()
+        for name, view in views.items():
+            self._slots[name] = view.pool.slots, view.pool.instance_type
+        self._history.note_instances(views.values(), now_s, partial(self._since_s, now_s))
+        if not self._jobs:
+            self._sampled_s = None
+            self._forget(now_s)
+            return
+        if self._sampled_s is not None and monotonic_s - self._sampled_s < SAMPLE_S:
+            return
+        step_s = monotonic_s - self._sampled_s if self._sampled_s is not None else 0.0
+        self._sampled_s = monotonic_s
+        self._is_due = True
+        self._history.note_workers(now_s)
+        for name, view in views.items():
+            depth = depths.get(name, Depth(0, 0, 0))
+            point = self._point(view, depth, backlog_of(name), now_s, step_s)
+            self._pools.setdefault(name, TimeSeries(merge_pool_points)).add(point)
+        if self._asked_s is None or monotonic_s - self._asked_s >= REQUESTS_S:
+            step_s = monotonic_s - self._asked_s if self._asked_s is not None else 0.0
+            self._asked_s = monotonic_s
+            self._note_requests(now_s, step_s)
+
+    def _note_jobs(self) -> None:
+        """Add new jobs, and forget ended jobs."""
+        for live in self._lives.values():
+            self.adopt(live)
+        for job in [one for one in self._jobs if one not in self._lives]:
+            del self._jobs[job]
+            self._earlier.pop(job, None)
+
+    def adopt(self, live: LiveJob) -> None:
+        """Record a job from now on. It may end before the next sample."""
+        if live.id in self._jobs:
+            self._jobs[live.id].live = live
+        elif live.record.state is not JobState.SCHEDULED:
+            self._begin(live)
+
+    def _begin(self, live: LiveJob) -> _LiveRecording:
+        now_s = round(self._ports.clock.now_s(), 3)
+        seen = self._jobs[live.id] = _LiveRecording(
+            now_s, (stage.pool for stage in live.job.stages)
+        )
+        seen.begun_s = self._ports.clock.monotonic_s()
+        seen.live = live
+        return seen
+
+    def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
+        """Return the duration of the last round (0 if not observed) and the recorded data of each
+        ended job, and forget these jobs."""
+        now_s = self._ports.clock.now_s()
+        self._history.note_workers(now_s)
+        found: dict[JobId, tuple[float, RecordedData]] = {}
+        for job, account in ended.items():
+            if seen := self._jobs.get(job):
+                seen.requests.add(request_point(account, now_s, 0.0))
+            took_s = seen.took_s(now_s, self._ports.clock.monotonic_s()) if seen else 0.0
+            found[job] = took_s, self._part(job, seen, took_s)
+            # Now and not at the next sample, because a retry may begin before that.
+            self._jobs.pop(job, None)
+            self._earlier.pop(job, None)
+        return found
+
+    def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
+        """Return the data of the job. Older data is not read, because there may be many jobs."""
+        doc: RecordedData = {
+            "jobs": {},
+            "earlier": {job: self._earlier[job]} if job in self._earlier else {},
+        }
+        if seen:
+            # Most jobs are short, and each would include the whole fleet.
+            most = FEW if took_s < SHORT_S else None
+            doc |= {
+                "pools": self._pools_doc(seen.pools),
+                "scaling": self._decisions,
+                **self._history.of(seen.pools, seen.since_s, most),
+                "jobs": {job: seen.to_doc()},
+            }
+        return job_part(doc, job)
+
+    def _point(
+        self, view: GroupView, depth: Depth, backlog: Backlog, now_s: float, step_s: float
+    ) -> Point:
+        states = [instance.state for instance in view.instances]
+        in_service = sum(state is LifecycleState.IN_SERVICE for state in states)
+        holding, busy_slots = self._busy(view.pool.name)
+        return [
+            round(now_s, 3),
+            round(step_s, 3),
+            depth.visible,
+            depth.in_flight,
+            depth.delayed,
+            backlog.tasks,
+            view.desired,
+            sum(state in _BOOTING for state in states),
+            in_service,
+            sum(state in _LEAVING for state in states),
+            holding,
+            in_service * view.pool.slots,
+            busy_slots,
+        ]
+
+    def _busy(self, pool: str) -> tuple[int, float]:
+        """Return the number of instances that hold a bundle, and of slots that run one, by their
+        last beats."""
+        holding, slots = 0, 0.0
+        for seen in self._registry.workers.values():
+            if seen.beat.pool != pool or not seen.beat.held:
+                continue
+            holding += 1
+            for held in seen.beat.held:
+                live = self._lives.get(held.job)
+                if held.running and live:
+                    slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
+        return holding, slots
+
+    def _note_requests(self, now_s: float, step_s: float) -> None:
+        for n, (job, seen) in enumerate(self._jobs.items()):
+            if n < MOST_JOBS and (live := self._lives.get(job)):
+                seen.requests.add(request_point(live.account, now_s, step_s))
+
+    def samples(self, since_s: float) -> dict[str, list[Point]]:
+        """Return each pool's points after a time, as `_point` makes them."""
+        return {name: series.since(since_s) for name, series in self._pools.items()}
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def decided(self, view: GroupView, desired: int, why: str, backlog: Backlog) -> None:
+        """Record a change of a pool's desired capacity."""
+        now_s = round(self._ports.clock.now_s(), 3)
+        in_service = sum(one.state is LifecycleState.IN_SERVICE for one in view.instances)
+        self._decisions.append(
+            [
+                view.pool.name,
+                now_s,
+                view.desired,
+                desired,
+                in_service,
+                backlog.tasks,
+                round(backlog.seconds, 3),
+                why,
+            ]
+        )
+        self._is_due = True
+
+    def repeated(self, job: JobId, stage: StageName) -> None:
+        """Count an outcome that was already counted."""
+        self._count(job, stage, "event", 0.0)
+
+    def told(self, duplicates: Iterable[Duplicate]) -> None:
+        """Count duplicates that workers have met."""
+        for one in duplicates:
+            if one.execution not in self._heard:
+                self._heard[one.execution] = None
+                self._count(one.job, one.stage, one.kind, one.slot_s)
+        while len(self._heard) > HEARD:
+            del self._heard[next(iter(self._heard))]
+
+    def _count(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
+        seen = self._jobs.get(job)
+        if seen is None:
+            live = self._lives.get(job)
+            if live is None:
+                return  # the job's end is recorded
+            seen = self._begin(live)
+        counted = seen.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
+        counted[0] += 1
+        counted[1] = round(counted[1] + slot_s, 6)
+
+    def reopened(self, job: JobId, earlier: RecordedData) -> None:
+        """Keep the data of earlier rounds of a job that runs again."""
+        self._earlier[job] = earlier
+
+    # --- The bucket ------------------------------------------------------------------------------
+
+    def _since_s(self, now_s: float) -> float:
+        """Return the start of the oldest live job (seconds since the epoch), or `now_s`."""
+        return min((seen.since_s for seen in self._jobs.values()), default=now_s)
+
+    def _forget(self, now_s: float) -> None:
+        """Drop data that no live job needs."""
+        since_s = self._since_s(now_s)
+        for series in self._pools.values():
+            series.forget(since_s)
+        while self._decisions and self._decisions[0][1] < since_s - SAVE_S:
+            self._decisions.popleft()
+        self._history.forget(since_s)
+
+    def _to_doc(self) -> RecordedData:
+        return {
+            "pools": self._pools_doc(self._slots),
+            "scaling": list(self._decisions),
+            **self._history.to_doc(),
+            "jobs": {job: seen.to_doc() for job, seen in self._jobs.items()},
+            "earlier": self._earlier,
+        }
+
+    def _pools_doc(self, names: Iterable[str]) -> RecordedData:
+        return {
+            name: {
+                "slots": self._slots[name][0],
+                "type": self._slots[name][1],
+                "series": self._pools[name].points if name in self._pools else [],
+            }
+            for name in names
+            if name in self._slots
+        }
+
+    async def load(self) -> None:
+        """Take over the data of the previous leader."""
+        try:
+            data = await self._kept.read()
+            if data is not None:
+                self._take_over(json_format.loads(data))
+        except UNREADABLE as error:
+            # Data of a later release must not keep a manager from leading.
+            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
+
+    async def reread(self) -> None:
+        """Merge the data of leaders in between."""
+        data = await self._kept.read()
+        if data is not None:
+            self._meet(data)
+
+    def _meet(self, there: bytes) -> bool:
+        try:
+            self._take_over(merge_documents(json_format.loads(there), self._to_doc()))
+        except UNREADABLE as error:
+            log.warning("what was recorded of queues and fleet cannot be read: %r", error)
+        return True
+
+    def _take_over(self, doc: RecordedData) -> None:
+        pools = {
+            name: TimeSeries(merge_pool_points, pool["series"])
+            for name, pool in doc["pools"].items()
+        }
+        slots = {name: (pool["slots"], pool["type"]) for name, pool in doc["pools"].items()}
+        history = InstanceHistory.from_doc(doc, self._registry)
+        jobs: dict[JobId, _LiveRecording] = {}
+        for job, one in doc["jobs"].items():
+            seen = jobs[JobId(job)] = _LiveRecording(one["since_s"], one["pools"])
+            if ours := self._jobs.get(JobId(job)):
+                seen.begun_s, seen.live = ours.begun_s, ours.live
+            seen.requests = TimeSeries(latest_point, one["requests"])
+            seen.duplicates = one["duplicates"]
+        earlier = {JobId(job): one for job, one in doc["earlier"].items()}
+        # Only now, after all of the document could be read.
+        self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
+        self._history = history
+        self._decisions = deque(doc["scaling"], maxlen=MOST_DECISIONS)
+
+    async def leave(self) -> None:
+        """Store the data within `CLOSE_S`, for the next leader."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.save()
+
+    async def keep(self) -> None:
+        """Store the data regularly, forever, without delaying a tick."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await self.save()
+
+    async def save(self) -> None:
+        """Store the data if it has changed."""
+        if not self._is_due:
+            return
+        self._is_due = False
+        self._forget(self._ports.clock.now_s())
+        try:
+            await self._kept.write(self._to_bytes, self._meet)
+        except BackendError as error:
+            log.warning("the recorded data is not stored yet: %s", error)
+            self._is_due = True
+
+    def _to_bytes(self) -> bytes:
+        return json_format.to_bytes({"v": json_format.VERSION, **self._to_doc()})
+
+
+TRIES = 3
+RETRY_S = 30.0
+QUIET_S = 1.0
+"""Nothing is written until no job was submitted for this time, because writing delays short calls
+(DuckDB takes 0.1 s to load)."""
+LATEST_S = 30.0
+"""Latest start of the writing after the job's end, if jobs are submitted all the time."""
+TROUBLES_KEPT = 1_000
+
+
+class Reporter(Protocol):
+    """Writer of a job's performance data to the bucket."""
+
+    async def write(self, job: JobId) -> None:
+        """Write all data outside of the event loop. May raise any error."""
+
+
+class ReportQueue:
+    """Writes the data of one job at a time, oldest first. Does nothing without a `reporter`."""
+
+    def __init__(self, reporter: Reporter | None = None, counts: Counters | None = None) -> None:
+        self._reporter = reporter
+        self._counts = counts or Counters()
+        self._due: dict[JobId, float] = {}
+        """Latest start of each job's writing, by the event loop's clock."""
+        self._is_due = asyncio.Event()
+        self._troubles: dict[JobId, str] = {}
+
+    @property
+    def troubles(self) -> Mapping[JobId, str]:
+        """Return why the data of some jobs could not be written, by job."""
+        return self._troubles
+
+    def ended(self, job: JobId, took_s: float) -> None:
+        """Queue a job that ended after `took_s` seconds. Its account is in the bucket."""
+        if self._reporter and took_s >= SHORT_S and job not in self._due:
+            self._due[job] = asyncio.get_running_loop().time() + LATEST_S
+            self._is_due.set()
+
+    async def keep(self) -> None:
+        """Write the data of queued jobs, forever."""
+        while True:
+            await self._is_due.wait()
+            while self._due:
+                job, latest_s = next(iter(self._due.items()))
+                await self._calm(latest_s)
+                del self._due[job]
+                await self._write(job)
+            self._is_due.clear()
+
+    async def _calm(self, latest_s: float) -> None:
+        """Wait until no job was submitted for a while, or until `latest_s` on the loop's clock."""
+        before = -1
+        while self._counts.submitted != before and asyncio.get_running_loop().time() < latest_s:
+            before = self._counts.submitted
+            await asyncio.sleep(QUIET_S)
+
+    async def _write(self, job: JobId) -> None:
+        assert self._reporter
+        for n in range(TRIES):
+            if n:
+                await asyncio.sleep(RETRY_S)
+            try:
+                await self._reporter.write(job)
+            except Exception as error:  # noqa: BLE001 - whatever it is, no job may suffer from it
+                heed_cancellation()
+                log.warning("the performance data of %s is not written: %s", job, error)
+                self._troubles[job] = str(error)
+                while len(self._troubles) > TROUBLES_KEPT:
+                    del self._troubles[next(iter(self._troubles))]
+            else:
+                self._troubles.pop(job, None)
+                return

@@ -1,0 +1,259 @@
+"""Retries: the tasks that run again, and the results that are taken back.
+
+Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that
+finds it carries out that retry, whatever its own request was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from batchlab.core.errors import Malformed, Refused, Unreachable
+from batchlab.core.job_definition import JobDef, StageDef, task_name
+from batchlab.core.model import Bundle, JobId, StageCounts, StageName, TaskSet
+from batchlab.core.ports import Cut, JobRecord, Reopening, StageRecord
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import UNREADABLE, listed
+from batchlab.core.protocol.settlement import judge
+from batchlab.manager.quarantine import UnreadableObject, read_stored
+from batchlab.manager.stage_plans import StagePlans, successful_bundles
+from batchlab.manager.state import Ports
+
+TaskSelection = Mapping[StageName, TaskSet]
+"""Failed tasks by stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Content of a retry object: results that are taken back, and cuts that run again."""
+
+    reopened: tuple[Reopening, ...]
+    cuts: tuple[Cut, ...]
+
+    def to_bytes(self) -> bytes:
+        return json_format.to_bytes(
+            {
+                "v": json_format.VERSION,
+                "reopened": [json_format.reopening_to_json(r) for r in self.reopened],
+                "cuts": [json_format.cut_to_json(c) for c in self.cuts],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Retry:
+        return cls.from_json(json_format.loads(data))
+
+    @classmethod
+    def from_json(cls, doc: dict[str, Any]) -> Retry:
+        """Return the retry in a document. Raises Malformed."""
+        try:
+            return cls(
+                tuple([json_format.reopening_from_json(r) for r in listed(doc["reopened"])]),
+                tuple([json_format.cut_from_json(c) for c in listed(doc["cuts"])]),
+            )
+        except UNREADABLE as error:
+            raise Malformed(f"A retry cannot be read: {json_format.brief(error)}.") from error
+
+    def redone(self, stage: StageName) -> TaskSet:
+        """Return the tasks of the stage that this retry runs again or plans again."""
+        mine = [cut for cut in self.cuts if cut.stage == stage]
+        return TaskSet.union(
+            [*(cut.left for cut in mine), *(b.tasks for cut in mine for b in cut.bundles)]
+        )
+
+
+async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
+    """Return the cuts of the retry that began the job's current round."""
+    if not record.round:
+        return ()
+    return (await read_retry(ports, record.job, record.round)).cuts
+
+
+async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
+    """Return the retry that began a round. Raises NotFound, or UnreadableObject if it is unreadable
+    or belongs to another job or round."""
+    key = object_keys.retry(job.id, round_)
+    retry = await read_stored(ports, key, Retry.from_bytes)
+    stages = {stage.name for stage in job.stages}
+    for cut in retry.cuts:
+        if (cut.job, cut.round) != (job.id, round_) or cut.stage not in stages:
+            raise UnreadableObject(key, "It has a cut of another job, stage or round.")
+    if any(one.stage not in stages for one in retry.reopened):
+        raise UnreadableObject(key, "It takes back a stage that the job does not have.")
+    return retry
+
+
+@dataclass(frozen=True, slots=True)
+class RetriedTasks:
+    """Tasks that the retries of a job have run again, by round from 1."""
+
+    by_round: tuple[Retry, ...]
+
+    @classmethod
+    async def of(cls, ports: Ports, record: JobRecord) -> RetriedTasks:
+        """Read the retries of the rounds in the record."""
+        rounds = range(1, record.round + 1)
+        return cls(tuple([await read_retry(ports, record.job, number) for number in rounds]))
+
+    def after(self, round_: int, stage: StageName) -> TaskSet:
+        """Return the tasks of the stage that later rounds than `round_` run again."""
+        return TaskSet.union(retry.redone(stage) for retry in self.by_round[round_:])
+
+    def standing(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
+        """Return the failed tasks of the bundle that no later retry has taken back."""
+        return failed - self.after(bundle.round, bundle.stage) if self.by_round else failed
+
+
+async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
+    """Return the tasks whose failure stands, by stage."""
+    taken = await RetriedTasks.of(ports, record)
+    found: dict[StageName, list[TaskSet]] = {}
+    for row in await ports.ledger.bundles(record.job.id, failed=True):
+        if row.completion:
+            standing = taken.standing(row.bundle, row.completion.failed)
+            found.setdefault(row.bundle.stage, []).append(standing)
+    return {stage: tasks for stage, sets in found.items() if (tasks := TaskSet.union(sets))}
+
+
+@dataclass(slots=True)
+class _PlanState:
+    """Decisions about the stages so far, in the order of the list."""
+
+    kept: TaskSelection
+    """Failures that stay."""
+    void: set[StageName] = field(default_factory=set)
+    redone: set[StageName] = field(default_factory=set)
+    out: dict[StageName, TaskSet] = field(default_factory=dict)
+    """Tasks without a result after the retry: failures that stay, and tasks that follow them item
+    by item."""
+
+
+class RetryPlanner:
+    """Plans retries."""
+
+    def __init__(self, ports: Ports, plans: StagePlans) -> None:
+        self._ports = ports
+        self._plans = plans
+
+    async def plan(self, record: JobRecord, chosen: TaskSelection | None) -> Retry:
+        """Return the retry of the job's next round. It includes cancelled tasks and, with `chosen`,
+        only these of the failed tasks. Refused if there is nothing to run."""
+        round_ = record.round + 1
+        rows = await self._ports.ledger.rows(record.job.id)
+        stages = {s.counts.stage: s for s in rows.stages}
+        walk = _PlanState({} if chosen is None else await self._kept(record, stages, chosen))
+        reopened: list[Reopening] = []
+        cuts: list[Cut] = []
+        for stage in record.job.stages:
+            before = stages[stage.name]
+            if _needs_replan(stage, before, walk):
+                walk.void.add(stage.name)
+                reopened.append(_replanned(before))
+                continue
+            upstream = walk.out.get(stage.after[0], TaskSet()) if stage.chained else TaskSet()
+            kept = walk.kept.get(stage.name, TaskSet())
+            walk.out[stage.name] = TaskSet.union((upstream, kept))
+            counts = before.counts
+            # Forged outcomes may have counted more tasks than exist.
+            failed = max(0, counts.failed - len(kept))
+            cancelled = max(0, counts.cancelled - len(upstream))
+            if counts.planned is not None and not failed and not cancelled:
+                continue
+            walk.redone.add(stage.name)
+            reopened.append(Reopening(stage.name, failed=failed, cancelled=cancelled))
+            cut = await self._redo(record, stage, stages, round_, walk.out[stage.name])
+            if cut:
+                cuts.append(cut)
+        if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
+            raise Unreachable(f"The ledger changed while job {record.job.id} was read from it.")
+        return Retry(tuple(reopened), tuple(cuts))
+
+    async def _kept(
+        self, record: JobRecord, stages: Mapping[StageName, StageRecord], chosen: TaskSelection
+    ) -> TaskSelection:
+        """Return the failures that are not chosen."""
+        failed = await failed_tasks(self._ports, record)
+        for name, before in stages.items():
+            if len(failed.get(name, TaskSet())) != before.counts.failed:
+                raise Unreachable(
+                    f"The ledger lacks failures of stage {name} of job {record.job.id}.",
+                    remedy="If nobody is rebuilding it, `batchlab ledger rebuild` does.",
+                )
+        for name, tasks in chosen.items():
+            if others := tasks - failed.get(name, TaskSet()):
+                raise Refused(
+                    f"Task {task_name(name, others.first)} of job {record.job.id} has not failed.",
+                    remedy="`batchlab job failures` lists the failed ones.",
+                )
+        if not any(chosen.values()):
+            raise Refused(
+                f"Job {record.job.id} has no failed task that matches.",
+                remedy="`batchlab job failures` lists the failed tasks.",
+            )
+        kept = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
+        left = [
+            replace(one.counts, failed=len(kept.get(name, TaskSet())))
+            for name, one in stages.items()
+        ]
+        if (verdict := judge(record.job, left)).stop:
+            raise Refused(
+                f"The remaining failures would stop job {record.job.id} at once, by its own "
+                f"policy: {verdict.reason}.",
+                remedy="Retry all of them together.",
+            )
+        return kept
+
+    async def _redo(
+        self,
+        record: JobRecord,
+        stage: StageDef,
+        stages: Mapping[StageName, StageRecord],
+        round_: int,
+        out: TaskSet,
+    ) -> Cut | None:
+        job, before, now_s = record.job, stages[stage.name], self._ports.clock.now_s()
+        mine = await self._succeeded(job.id, before.counts)
+        if not stage.chained:
+            planned = await self._planned_tasks(record, stage, before.counts)
+            return Cut(job.id, stage.name, round_, 0, (), planned - mine - out, at_s=now_s)
+        # Tasks with an input and without a result. The upstream bundles that run again start the
+        # others.
+        bundles = []
+        for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
+            tasks = (row.completion.succeeded if row.completion else TaskSet()) - mine - out
+            if tasks:
+                source = row.bundle.id
+                bundles.append(Bundle(job.id, stage.name, tasks, round=round_, source=source))
+        if not bundles:
+            return None
+        return Cut(job.id, stage.name, round_, 0, tuple(bundles), TaskSet(), at_s=now_s)
+
+    async def _succeeded(self, job: JobId, counts: StageCounts) -> TaskSet:
+        rows = await successful_bundles(self._ports, job, counts)
+        return TaskSet.union(r.completion.succeeded for r in rows if r.completion)
+
+    async def _planned_tasks(
+        self, record: JobRecord, stage: StageDef, counts: StageCounts
+    ) -> TaskSet:
+        for earlier in range(record.round, -1, -1):
+            manifest = await self._plans.existing(record.job, stage.name, earlier)
+            if manifest:
+                return TaskSet.span(0, manifest.count) - manifest.skipped
+        return TaskSet.span(0, counts.planned or 0)
+
+
+def _needs_replan(stage: StageDef, before: StageRecord, walk: _PlanState) -> bool:
+    """Return whether the stage's plan depends on results that change."""
+    changed = bool(walk.void.intersection(stage.after))
+    if stage.gather is not None or len(stage.after) > 1:
+        changed = changed or bool(walk.redone.intersection(stage.after))
+    if not stage.chained:
+        changed = changed or not before.counts.planned
+    return changed
+
+
+def _replanned(before: StageRecord) -> Reopening:
+    counts = before.counts
+    return Reopening(counts.stage, counts.succeeded, counts.failed, counts.cancelled, replan=True)

@@ -1,0 +1,305 @@
+"""Plans of stages: input parts, committed by one conditional PUT of the manifest.
+
+Invariant: parts and large items are named by their content, and the manifest names its parts. So
+two managers that plan the same stage do not overwrite each other's parts, even if their inputs
+differ. The first manifest counts for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import partial
+from operator import itemgetter
+
+from batchlab.core.commit import read_outcome
+from batchlab.core.errors import (
+    AlreadyExists,
+    Malformed,
+    NotFound,
+    TooLarge,
+    Unreachable,
+    UsageError,
+)
+from batchlab.core.job_definition import JobDef, StageDef, task_name
+from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
+from batchlab.core.port_retries import Patience
+from batchlab.core.ports import BundleRecord, Cut, Objects
+from batchlab.core.protocol import commit_keys, json_format, object_keys, values
+from batchlab.core.protocol.bundle_inputs import Manifest, Own, is_gather
+from batchlab.core.protocol.field_checks import UNREADABLE
+from batchlab.manager import input_split
+from batchlab.manager.quarantine import read_stored
+from batchlab.manager.state import Ports
+
+PART_ITEMS = 4096
+PART_BYTES = 1_000_000
+BREATHE = 4
+"""Parts written before other tasks of the event loop run, about 50 ms of work."""
+FEW = 10_000
+FEW_BYTES = 100_000
+"""Limits of the items that are stored with the job's definition. The manager reads this object
+again after the loss of a worker."""
+
+ITEM_BYTES = 100_000
+"""A larger item (for example a gathered group) is a separate object, so that parts stay small and
+only its worker loads it."""
+
+RESULT_WEIGHT = 4 * values.OUTCOME_WEIGHT
+"""Limit of the weight of one large result that the manager reads for a gather by field or a join.
+"""
+
+
+async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> list[BundleRecord]:
+    """Return a stage's bundles with results, by task. Raises Unreachable if the ledger has fewer
+    results than `counts`: during a rebuild, an incomplete plan would stay incomplete."""
+    records = await ports.ledger.bundles(job, stage=counts.stage, done=True)
+    found = [r for r in records if r.completion and r.completion.succeeded]
+    if sum(len(r.completion.succeeded) for r in found if r.completion) != counts.succeeded:
+        raise Unreachable(
+            f"The ledger lacks results of stage {counts.stage} of job {job}.",
+            remedy="If no rebuild is running, start one with `batchlab ledger rebuild`.",
+        )
+    # By task, because the plan must not depend on the order of arrival.
+    return sorted(found, key=lambda r: r.completion.succeeded.first if r.completion else 0)
+
+
+class StagePlans:
+    """Reads and makes plans of stages."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+
+    async def existing(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
+        """Return the committed plan of a round, or None."""
+        key = object_keys.manifest(job.id, stage, round)
+        try:
+            return await read_stored(self._ports, key, Manifest.from_bytes)
+        except NotFound:
+            # A few items are stored with the job's definition.
+            came = job.items is not None and round == 0 and not job.stage(stage).after
+            return await self._brought(job) if came else None
+
+    async def _brought(self, job: JobDef) -> Manifest | None:
+        opening = await self._opening(job)
+        return Manifest.of(opening.items) if opening else None
+
+    async def opened(self, job: JobDef, cut: Cut) -> Cut | None:
+        """Return the cut that was committed with the job's definition in place of this one, or
+        None."""
+        if cut.seq or cut.round or job.items is None:
+            return None
+        opening = await self._opening(job)
+        found = opening.cut if opening else None
+        return found if found and found.stage == cut.stage else None
+
+    async def _opening(self, job: JobDef) -> commit_keys.Opening | None:
+        def opening(data: bytes) -> commit_keys.Opening | None:
+            return commit_keys.opening_in(json_format.loads(data))
+
+        try:
+            return await read_stored(self._ports, object_keys.spec(job.id), opening)
+        except NotFound:
+            return None
+
+    async def of_input(self, job: JobDef, stage: StageDef) -> Manifest:
+        """Plan a root stage from the job's raw input. Raises UsageError if the input is
+        malformed."""
+        assert job.input is not None
+        return await self._write(
+            job, stage.name, 0, input_split.items(self._ports.objects, job.input)
+        )
+
+    async def of_stages(
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
+    ) -> Manifest:
+        """Plan a stage after all upstream stages have ended with these counts."""
+        if stage.gather == "*":
+            items: AsyncIterator[Json] = self._gather_all(job, stage, counts)
+        elif stage.gather is not None:
+            items = self._gather_by(job, stage, stage.gather, counts)
+        else:
+            return await self._join(job, stage, round, counts)
+        return await self._write(job, stage.name, round, items)
+
+    async def _gather_all(
+        self, job: JobDef, stage: StageDef, counts: Mapping[StageName, StageCounts]
+    ) -> AsyncIterator[Json]:
+        bundles = {
+            upstream: [
+                [r.bundle.id, json_format.tasks_to_json(r.completion.succeeded)]
+                for r in await successful_bundles(self._ports, job.id, counts[upstream])
+                if r.completion
+            ]
+            for upstream in stage.after
+        }
+        yield {"$gather": bundles}
+
+    async def _gather_by(
+        self,
+        job: JobDef,
+        stage: StageDef,
+        field: str,
+        counts: Mapping[StageName, StageCounts],
+    ) -> AsyncIterator[Json]:
+        groups: dict[str, list[Json]] = {}
+        for upstream in stage.after:
+            found = [one async for one in self._values(job, counts[upstream])]
+            # A bundle may have several task ranges, and a retried task is in a separate bundle.
+            for task, value in sorted(found, key=itemgetter(0)):
+                for element in value if isinstance(value, list) else [value]:
+                    if not isinstance(element, dict) or field not in element:
+                        raise UsageError(
+                            f"Stage {stage.name} gathers by {field!r}, but the result of task "
+                            f"{task_name(upstream, task)} has no such field.",
+                            remedy=f"Return objects with {field!r}, or lists of them.",
+                        )
+                    groups.setdefault(str(element[field]), []).append(element)
+        for key in sorted(groups):
+            yield groups[key]
+
+    async def _join(
+        self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]
+    ) -> Manifest:
+        planned = {u: counts[u].planned or 0 for u in stage.after}
+        if len(set(planned.values())) > 1:
+            told = ", ".join(f"{u} has {planned[u]}" for u in stage.after)
+            raise UsageError(
+                f"Stage {stage.name} follows several stages item by item, but these differ in "
+                f"their number of tasks: {told}.",
+                remedy="Gather them, or let them have one common input.",
+            )
+        count = planned[stage.after[0]]
+        rows: list[dict[str, Json]] = [{} for _ in range(count)]
+        for upstream in stage.after:
+            async for task, value in self._values(job, counts[upstream]):
+                rows[task][upstream] = value
+        skipped = TaskSet.of(i for i, row in enumerate(rows) if len(row) < len(stage.after))
+        return await self._write(job, stage.name, round, _each(rows), skipped=skipped)
+
+    async def _values(self, job: JobDef, counts: StageCounts) -> AsyncIterator[tuple[int, Json]]:
+        """Yield (task, encoded result) of each success of a stage. Large results are fetched."""
+        stage = counts.stage
+        key, own = await self._ports.keys.of(job), Own.of(job)
+        for record in await successful_bundles(self._ports, job.id, counts):
+            outcome = await self._outcome(stage, object_keys.outcome(record.bundle, key))
+            for task, value in zip(outcome.succeeded, outcome.values, strict=True):
+                if values.kind(value) == "$value":
+                    yield task, await self._result(stage, own, value)
+                else:
+                    yield task, value
+
+    async def _outcome(self, stage: StageName, key: str) -> Outcome:
+        try:
+            return await read_outcome(self._ports.objects, key, self._ports.patience)
+        except (NotFound, Malformed) as error:
+            raise _missing_results(stage, error) from error
+
+    async def _result(self, stage: StageName, own: Own, reference: Json) -> Json:
+        """Return the value in the object of a reference. A worker wrote the object, so it may have
+        any size and content."""
+        key = own.key(reference)
+        get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
+        try:
+            data = await self._ports.patience(get)
+            if values.weight(data.decode("latin-1")) > RESULT_WEIGHT:
+                raise TooLarge(f"its {len(data)} bytes need too much memory")
+            return own.value(reference, data)
+        except NotFound as error:
+            raise _missing_results(stage, error) from error
+        except (TooLarge, *UNREADABLE) as error:
+            raise _missing_results(stage, json_format.unreadable(key, error)) from error
+
+    async def _write(
+        self,
+        job: JobDef,
+        stage: StageName,
+        round: int,
+        items: AsyncIterator[Json],
+        *,
+        skipped: TaskSet | None = None,
+    ) -> Manifest:
+        writer = PartWriter(self._ports.objects, self._ports.patience, job.id, stage, round)
+        async for item in items:
+            await writer.add(item)
+        return await writer.commit(skipped or TaskSet())
+
+
+class PartWriter:
+    """Writes a plan's parts in constant memory, and its manifest at the end."""
+
+    def __init__(
+        self, objects: Objects, patience: Patience, job: JobId, stage: StageName, round: int
+    ) -> None:
+        self._objects = objects
+        self._patience = patience
+        self._job = job
+        self._stage = stage
+        self._round = round
+        self._starts: list[int] = []
+        self._parts: list[str] = []
+        self._count = 0
+        self._items: list[Json] = []
+        self._bytes = 0
+
+    async def add(self, *items: Json) -> None:
+        """Append the inputs of the next tasks."""
+        for item, size in zip(items, map(values.roughly, items), strict=True):
+            if size > ITEM_BYTES and not is_gather(item):
+                item, size = await self._apart(item)
+            if not self._items:
+                self._starts.append(self._count)
+            self._items.append(item)
+            self._count += 1
+            self._bytes += size
+            if len(self._items) >= PART_ITEMS or self._bytes >= PART_BYTES:
+                await self._flush()
+
+    async def _apart(self, item: Json) -> tuple[Json, int]:
+        """Return the item, or a reference to its own object if it is too large, and its size."""
+        data = json_format.to_bytes(item)
+        if len(data) <= ITEM_BYTES:
+            return item, len(data)
+        key = object_keys.item(
+            self._job, self._stage, self._round, object_keys.digest_object_keys(data)
+        )
+        await self._patience(partial(self._objects.put, key, data))
+        return values.value_ref(key), 0
+
+    async def commit(self, skipped: TaskSet) -> Manifest:
+        """Commit the manifest, and return the one that counts."""
+        await self._flush()
+        parts = tuple(self._parts)
+        made = Manifest(self._count, tuple(self._starts), skipped, self._round, parts)
+        key = object_keys.manifest(self._job, self._stage, self._round)
+        objects, patience = self._objects, self._patience
+        try:
+            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
+        except AlreadyExists:
+            return Manifest.from_bytes(await patience(lambda: objects.get(key)))
+        return made
+
+    async def _flush(self) -> None:
+        if not self._items:
+            return
+        data = json_format.to_bytes({"v": json_format.VERSION, "items": self._items})
+        self._parts.append(object_keys.digest_object_keys(data))
+        key = object_keys.part(self._job, self._stage, self._round, self._parts[-1])
+        await self._patience(partial(self._objects.put, key, data))
+        self._items, self._bytes = [], 0
+        if len(self._parts) % BREATHE == 0:
+            # Reads and writes may not have suspended this task, so let others run.
+            await asyncio.sleep(0)
+
+
+def _missing_results(stage: StageName, error: Exception) -> UsageError:
+    how = "have vanished from" if isinstance(error, NotFound) else "cannot be read from"
+    return UsageError(
+        f"The results of stage {stage} {how} the bucket: {error}",
+        remedy="Submit the job again.",
+    )
+
+
+async def _each(rows: Iterable[Json]) -> AsyncIterator[Json]:
+    for row in rows:
+        yield row

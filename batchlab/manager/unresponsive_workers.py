@@ -1,0 +1,221 @@
+"""Replacement of instances whose worker is silent, or shows no evidence of work.
+
+A group replaces instances that fail its own health checks, but keeps an instance whose worker has
+only stopped.
+
+Invariants: only time in which a manager received events counts, including that of the previous
+leader. An outage of the events queue, or a pause of the manager, neither adds to a silence nor
+resets it. If all workers of a pool are silent, the cause may be the manager, so instances are
+replaced one at a time.
+
+A worker's report alone is not evidence of work. Evidence is a counted outcome, or a held bundle of
+a live job whose commit key the worker has. The bundle need not be outstanding, because another
+worker with the key could have reported its end. So a lying worker loses its evidence when its jobs
+have ended. An honest worker that runs only copies of bundles of ended jobs lacks evidence too, and
+the grid would discard its results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+
+from batchlab.core.errors import BackendError, Malformed, NotFound, Refused
+from batchlab.core.model import Control, GroupView, JobId, LifecycleState
+from batchlab.core.ports import Depth, JobRecord
+from batchlab.core.protocol.messages import Beat
+from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
+
+NO_WORK_TAKEN = "its worker has taken no work"
+UNKNOWN_WORK = "its worker reports work of which the manager knows nothing"
+MANAGER = "manager"
+"""Worker name in outcomes that the manager makes."""
+
+
+class WorkEvidence:
+    """Evidence of work for each worker of a grid."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        registry: WorkerRegistry,
+        lives: Mapping[JobId, LiveJob],
+        depths: Mapping[str, Depth],
+        known: Callable[[JobId], Awaitable[JobRecord]],
+    ) -> None:
+        """`known` returns a job of the ledger or the bucket, or raises NotFound."""
+        self._ports = ports
+        self._registry = registry
+        self._lives = lives
+        self._depths = depths
+        self._known = known
+        self.authors: set[str] = set()
+        """Workers of the outcomes counted since the last call of `missing`."""
+
+    def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
+        """Return the reason for each instance without evidence. `pools` maps instances to pools. An
+        idle instance needs no evidence while no work waits in its pool."""
+        waits = {pool: self._waits(pool) for pool in dict.fromkeys(pools.values())}
+        lacking: dict[str, str] = {}
+        for instance, pool in pools.items():
+            seen = self._registry.workers.get(instance)
+            if seen is None or self._is_shown(seen.beat):
+                continue
+            if seen.beat.busy or seen.beat.held:
+                lacking[instance] = UNKNOWN_WORK
+            elif waits[pool]:
+                lacking[instance] = NO_WORK_TAKEN
+        self.authors.clear()
+        return lacking
+
+    async def is_refuted(self, instance: str) -> bool:
+        """Return whether every held bundle belongs to a job that has ended or does not exist.
+
+        This reads the ledger and the bucket, because a manager may have died before it wrote a job
+        to the ledger. Raises BackendError.
+        """
+        seen = self._registry.workers.get(instance)
+        for job in sorted({one.job for one in seen.beat.held} - self._lives.keys() if seen else ()):
+            try:
+                if not (await self._known(job)).state.ended:
+                    return False
+            except (Malformed, NotFound):
+                continue
+        return True
+
+    def _is_shown(self, beat: Beat) -> bool:
+        if any(one.job in self._lives for one in beat.held):
+            return True
+        is_own = self._registry.named.get(beat.worker) == beat.instance
+        return is_own and beat.worker != MANAGER and beat.worker in self.authors
+
+    def _waits(self, pool: str) -> bool:
+        """Return whether the pool's queue has messages, and a bundle is due that no worker holds.
+        Messages alone do not count, because any worker can send messages that no worker can run."""
+        depth = self._depths.get(pool)
+        if depth is None or not depth.visible:
+            return False
+        held = {
+            (one.job, one.stage, one.bundle)
+            for seen in self._registry.workers.values()
+            for one in seen.beat.held
+        }
+        return any(self._has_due(live, pool, held) for live in self._lives.values())
+
+    def _has_due(self, live: LiveJob, pool: str, held: Collection[tuple[str, str, str]]) -> bool:
+        if live.record.control is not Control.RUN:
+            return False
+        now_s = self._ports.clock.monotonic_s()
+        return any(
+            one.heard_s <= now_s and (live.id, stage, bundle) not in held
+            for stage, waiting in live.outstanding.items()
+            if live.job.stage(stage).pool == pool
+            for bundle, one in waiting.items()
+        )
+
+
+log = logging.getLogger(__name__)
+
+SILENCES = 3
+"""The limit in multiples of `silence_s`, so that the bundles were recovered before."""
+STEPS = 10
+"""Silences are stored for the next leader in steps of the limit divided by this."""
+LONG_TICKS = 2
+"""Maximum time that counts between two checks, in ticks."""
+
+
+class UnresponsiveWorkers:
+    """Silence of each instance in service, and time without evidence of work."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: ManagerSettings,
+        registry: WorkerRegistry,
+        evidence: WorkEvidence,
+    ) -> None:
+        self._ports = ports
+        self._registry = registry
+        self._evidence = evidence
+        self._step_s = LONG_TICKS * settings.tick_s
+        self.limit_s = max(LOST_S, SILENCES * settings.silence_s)
+        self._quiet_s: dict[str, float] = {}
+        """Seconds of silence, by instance."""
+        self._useless_s: dict[str, float] = {}
+        """Seconds without evidence of work, by instance."""
+        self._looked_s: float | None = None
+        """Monotonic time of the last check."""
+
+    async def look(self, views: Sequence[GroupView]) -> None:
+        """Update the durations, and replace instances above the limit."""
+        now_s = self._ports.clock.monotonic_s()
+        if self._looked_s is None:
+            self._quiet_s = dict(self._registry.instances.quiet_s)
+        since_s = now_s if self._looked_s is None else self._looked_s
+        self._looked_s = now_s
+        is_deaf = self._registry.outage_s is not None and self._registry.outage_s >= since_s
+        # The silence so far stays. A reset would prevent replacement under steady load.
+        step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
+        pools = {
+            instance.id: view.pool.name
+            for view in views
+            for instance in view.instances
+            if instance.state is LifecycleState.IN_SERVICE
+        }
+        self._quiet_s = {
+            one: 0.0 if self._heard(one, since_s) else self._quiet_s.get(one, 0.0) + step_s
+            for one in pools
+        }
+        for one in self._overdue(self._quiet_s, pools):
+            cause = f"its worker has been silent for {self._quiet_s[one]:.0f} s"
+            await self._replace(one, pools.pop(one), cause)
+            self._quiet_s[one] = 0.0
+        part_s = self.limit_s / STEPS
+        stored_s = {one: part_s * (quiet_s // part_s) for one, quiet_s in self._quiet_s.items()}
+        # Few instances are silent for long, so the stored value rarely changes.
+        self._registry.instances.note_quiet({one: s for one, s in stored_s.items() if s})
+        missing = self._evidence.missing(pools)
+        self._useless_s = {
+            one: self._useless_s.get(one, 0.0) + step_s if one in missing else 0.0 for one in pools
+        }
+        for one in self._overdue(self._useless_s, pools):
+            cause = f"{missing[one]} for {self._useless_s[one]:.0f} s"
+            if await self._is_refuted(one, pools[one], cause):
+                await self._replace(one, pools[one], cause)
+            self._useless_s[one] = 0.0
+
+    def _overdue(self, counted_s: dict[str, float], pools: Mapping[str, str]) -> list[str]:
+        """Return the instances above the limit. If that is the whole pool, return only the first
+        one, and restart the count of the others."""
+        overdue: list[str] = []
+        for pool in dict.fromkeys(pools.values()):
+            members = [one for one in pools if pools[one] == pool]
+            over = [one for one in members if counted_s[one] >= self.limit_s]
+            if len(over) == len(members):
+                counted_s |= dict.fromkeys(over[1:], 0.0)
+                del over[1:]
+            overdue += over
+        return overdue
+
+    def _heard(self, instance: str, since_s: float) -> bool:
+        seen = self._registry.workers.get(instance)
+        return seen is not None and seen.heard_s >= since_s
+
+    async def _is_refuted(self, instance: str, pool: str, cause: str) -> bool:
+        try:
+            return await self._evidence.is_refuted(instance)
+        except BackendError as error:
+            about = {"instance": instance, "pool": pool}
+            log.warning("%s, and its jobs cannot be read: %s", cause, error, extra=about)
+            return False
+
+    async def _replace(self, instance: str, pool: str, cause: str) -> None:
+        about = {"instance": instance, "pool": pool}
+        try:
+            await self._ports.fleet.set_health(instance, healthy=False, cause=cause)
+        except (Refused, BackendError) as error:
+            # The next instance may succeed, and the rest of the tick must run.
+            log.warning("%s, and it cannot be replaced: %s", cause, error, extra=about)
+        else:
+            log.warning("%s: it is replaced", cause, extra=about)

@@ -1,0 +1,515 @@
+"""Comparison of two runs or two sets of runs: changes, confidence, causes, and gates.
+
+Invariants: the runs and the seed alone determine a comparison. A gate fails only if a measure got
+worse by more than the gate allows. If the interval is known, it must also exclude 0.
+
+Measures of each run and of each of its stages, for comparisons between runs.
+
+Invariant: the seed alone determines all random values, so a repeated comparison has equal results.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchlab.core.errors import UsageError
+from batchlab.core.text import figures
+from batchlab.reports.queries import store
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+DRAWS = 200
+"""Resamples of a run's tasks. A comparison draws more samples of the runs (see `comparison`)."""
+FEW = 5
+"""A stage with fewer tasks gets percentiles without resamples."""
+QUANTILES: Mapping[str, float] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+_COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Definition of a measure.
+
+    `unit` is "s", "usd", or "" for a number. `more_is_better` is None if neither direction is
+    better. A gate cannot use such a measure.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    more_is_better: bool | None = False
+
+
+MEASURES: Mapping[str, Measure] = {
+    one.name: one
+    for one in (
+        Measure("took", "s", "from submission to end"),
+        Measure("tasks_per_s", "", "tasks that succeeded per second", more_is_better=True),
+        Measure("cost", "usd", "cost per 1,000 tasks that succeeded"),
+        Measure("p50", "s", "median run time of a task"),
+        Measure("p95", "s", "95th percentile of the run time"),
+        Measure("p99", "s", "99th percentile of the run time"),
+        Measure("wait_p50", "s", "median time from ready to started"),
+        Measure("wait_p95", "s", "95th percentile of that"),
+        Measure("retries", "", "attempts per 1,000 tasks that failed and were tried again"),
+        Measure("failed", "", "tasks per 1,000 that failed for good"),
+        Measure("wasted", "s", "slot time per 1,000 tasks of attempts that came to nothing"),
+        Measure("tasks", "", "tasks", more_is_better=None),
+        Measure("span", "s", "from a stage's first start to its last end", more_is_better=None),
+        Measure("instances", "", "most instances in service", more_is_better=None),
+        Measure("scaling_lag", "s", "median time from wanting to having", more_is_better=None),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Value of a measure in one run, with values of resamples of the run's tasks."""
+
+    value: float
+    draws: Sequence[float] = ()
+
+
+Key = tuple[str, str]
+"""Measure and stage. The stage is "" for the whole run."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Measures of one job."""
+
+    job: str
+    name: str
+    is_final: bool
+    stages: list[str] = field(default_factory=list)
+    samples: dict[Key, Sample] = field(default_factory=dict)
+
+    def put(self, measure: str, stage: str, value: float | None) -> None:
+        if value is not None:
+            self.samples[measure, stage] = Sample(float(value))
+
+    def count(self, measure: str, stage: str, number: int, of: int, rng: random.Random) -> None:
+        """Store a rate per 1,000, with draws that express the uncertainty of a count."""
+        draws = tuple(1000 * rng.gammavariate(number + 0.5, 1.0) / of for _ in range(DRAWS))
+        self.samples[measure, stage] = Sample(1000 * number / of, draws)
+
+
+def runs(folders: Sequence[Path], seed: int) -> list[Run]:
+    """Return every run in the folders in the order of submission. Raise UsageError if data is
+    missing.
+    """
+    with store.opened(folders) as connection:
+        found = {run.job: run for run in _jobs(connection, seed)}
+        for run in found.values():
+            _stages(connection, run, seed)
+            for stage in run.stages:
+                _tasks(connection, run, stage, _rng(seed, run.job, stage, "tasks"))
+        _fleet(connection, found)
+        return list(found.values())
+
+
+def _rng(*of: object) -> random.Random:
+    return random.Random("/".join(map(str, of)))  # noqa: S311 - statistics
+
+
+def _rows(
+    connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()
+) -> Iterator[dict[str, Any]]:
+    done = connection.execute(sql, list(parameters))
+    names = [column[0] for column in done.description or ()]
+    for row in done.fetchall():
+        yield dict(zip(names, row, strict=True))
+
+
+def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[Run]:
+    for row in _rows(connection, "SELECT * FROM jobs ORDER BY submitted_s, job"):
+        run = Run(row["job"], row["name"], row["is_final"])
+        run.put("took", "", row["took_s"])
+        if row["took_s"]:
+            run.put("tasks_per_s", "", row["succeeded"] / row["took_s"])
+        wasted_s = row["failed_run_s"] + row["lost_slot_s"]
+        _per_1000(run, "", row, wasted_s, _rng(seed, run.job))
+        yield run
+
+
+def _stages(connection: DuckDBPyConnection, run: Run, seed: int) -> None:
+    sql = "SELECT * FROM stages WHERE job = ? ORDER BY position"
+    for row in _rows(connection, sql, [run.job]):
+        stage = row["stage"]
+        run.stages.append(stage)
+        wasted_s = row["failed_run_s"] * row["slots"]
+        _per_1000(run, stage, row, wasted_s, _rng(seed, run.job, stage))
+        if row["started_s"] is not None:
+            run.put("span", stage, row["ended_s"] - row["started_s"])
+
+
+def _per_1000(
+    run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng: random.Random
+) -> None:
+    run.put("tasks", stage, row["planned"])
+    if row["planned"]:
+        run.count("retries", stage, row["retried"], row["planned"], rng)
+        run.count("failed", stage, row["failed"], row["planned"], rng)
+        run.put("wasted", stage, 1000 * wasted_s / row["planned"])
+    if row["succeeded"] and row["cost_usd"] is not None:
+        run.put("cost", stage, 1000 * float(row["cost_usd"]) / row["succeeded"])
+
+
+def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
+    """Store the quantiles of a stage's tasks and of resamples.
+
+    A resample's quantile equals the value at a random rank, so the function draws ranks instead of
+    building resamples. DuckDB computes all of them in one pass.
+    """
+    where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
+    (count,) = _rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
+    if not (n := count["n"]):
+        return
+    ranks: list[float] = []
+    for share in QUANTILES.values():
+        ranks.append(share)
+        ranks += [rng.betavariate(n * share + 1, n * (1 - share) + 1) for _ in range(DRAWS)]
+    wanted = ", ".join(repr(min(1.0, max(0.0, rank))) for rank in ranks)
+    columns = ", ".join(f"quantile_cont({c}, [{wanted}]) AS {c}" for _, c in _COLUMNS)
+    (row,) = _rows(connection, f"SELECT {columns} {where}", [run.job, stage])
+    for prefix, column in _COLUMNS:
+        values = row[column]
+        for i, name in enumerate(QUANTILES):
+            measure = f"{prefix}{name}"
+            if values is not None and measure in MEASURES:
+                first = i * (DRAWS + 1)
+                draws = tuple(values[first + 1 : first + 1 + DRAWS]) if n >= FEW else ()
+                run.samples[measure, stage] = Sample(values[first], draws)
+
+
+def _fleet(connection: DuckDBPyConnection, found: Mapping[str, Run]) -> None:
+    most = (
+        "SELECT job, sum(most) AS instances FROM (SELECT job, pool, max(in_service) AS most "
+        "FROM fleet GROUP BY job, pool) GROUP BY job"
+    )
+    for row in _rows(connection, most):
+        found[row["job"]].put("instances", "", row["instances"])
+    for row in _rows(connection, store.named("scaling_lag").sql):
+        run, lag_s = found[row["job"]], row["lag_p50_s"]
+        known = run.samples.get(("scaling_lag", ""))
+        if lag_s is not None and (known is None or lag_s > known.value):
+            run.put("scaling_lag", "", lag_s)
+
+
+RESAMPLES = 1_000
+SURE = 0.95
+GATED = ("p95", "tasks_per_s", "cost")
+"""Measures to which `--threshold` applies."""
+LITTLE = 0.05
+"""A relative change below this value counts as the same if its interval is unknown."""
+FLOOR_S = 0.01
+"""Times that differ by less than this many seconds pass every gate, because of machine noise."""
+_GATE = re.compile(r"\s*(?:(?P<stage>[\w.-]+)\.)?(?P<name>\w+)\s*>\s*(?P<share>[\d.]+)\s*%\s*")
+_SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Change of one measure between the medians of both sides.
+
+    `relative` is B's change as a share of A. It is infinite if A is 0 and B is not. `low` and
+    `high` are the bounds of its 95% confidence interval. They are None if the spread is unknown,
+    for example for a measure of a whole run with one run on each side.
+    """
+
+    measure: Measure
+    stage: str
+    a: float
+    b: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def relative(self) -> float:
+        if self.a:
+            return self.b / self.a - 1
+        return math.inf if self.b else 0.0
+
+    @property
+    def worse_by(self) -> float:
+        """Relative worsening: negative if the measure got better, 0 if no direction counts as
+        better.
+        """
+        if self.measure.more_is_better is None:
+            return 0.0
+        return -self.relative if self.measure.more_is_better else self.relative
+
+    @property
+    def is_sure(self) -> bool | None:
+        """Whether the interval excludes 0, or None if the interval is unknown."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the difference in seconds is too small for a gate."""
+        return self.measure.unit == "s" and abs(self.b - self.a) < FLOOR_S
+
+    @property
+    def verdict(self) -> str:
+        """ "worse", "better", or "same". It is "" if neither direction of the measure is better."""
+        if self.measure.more_is_better is None:
+            return ""
+        unknown = self.is_sure is None and abs(self.relative) < LITTLE
+        if not self.worse_by or self.is_sure is False or self.is_small or unknown:
+            return "same"
+        return "worse" if self.worse_by > 0 else "better"
+
+    def to_json(self) -> dict[str, object]:
+        relative = self.relative
+        return {
+            "measure": self.measure.name,
+            "unit": self.measure.unit,
+            "stage": self.stage,
+            "a": self.a,
+            "b": self.b,
+            "relative": relative if math.isfinite(relative) else None,
+            "low": self.low,
+            "high": self.high,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Limit for the worsening of a measure, as a share.
+
+    An empty `stage` means the whole run and every stage.
+    """
+
+    measure: str
+    stage: str
+    share: float
+
+    def __str__(self) -> str:
+        where = f"{self.stage}." if self.stage else ""
+        return f"{where}{self.measure} > {self.share * 100:g}%"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Result of a comparison.
+
+    `changes` follow the order of the stages. `broken` contains the failed gates with their changes.
+    `causes` are sentences about what got slower and why, largest first.
+    """
+
+    a: Sequence[Run]
+    b: Sequence[Run]
+    changes: Sequence[Change]
+    broken: Sequence[tuple[Gate, Change]]
+    causes: Sequence[str]
+    notes: Sequence[str]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "a": [run.job for run in self.a],
+            "b": [run.job for run in self.b],
+            "changes": [change.to_json() for change in self.changes],
+            "causes": list(self.causes),
+            "broken": [{"gate": str(gate), **change.to_json()} for gate, change in self.broken],
+            "notes": list(self.notes),
+            "ok": not self.broken,
+        }
+
+
+def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
+    """Return the gates of `--threshold` and `--fail-on`. Raise UsageError if one is invalid."""
+    found = []
+    if threshold is not None:
+        share = _SHARE.fullmatch(threshold)
+        if share is None:
+            raise UsageError(
+                f"{threshold!r} is not a percentage.", remedy="Write for example --threshold 10%."
+            )
+        found += [Gate(name, "", float(share["share"]) / 100) for name in GATED]
+    for text in fail_on:
+        told = _GATE.fullmatch(text)
+        known = MEASURES.get(told["name"]) if told else None
+        if told is None or known is None or known.more_is_better is None:
+            names = ", ".join(n for n, m in MEASURES.items() if m.more_is_better is not None)
+            raise UsageError(
+                f"{text!r} is no gate.",
+                remedy=f"Write a measure and by how much it may get worse, such as 'p95 > 10%', or "
+                f"of one stage, 'parse.p95 > 10%'. Measures are {names}.",
+            )
+        found.append(Gate(known.name, told["stage"] or "", _number(told["share"]) / 100))
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"{text!r} is not a number.", remedy="Write a number, such as 10."
+        ) from None
+
+
+def compare(
+    a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0
+) -> Comparison:
+    """Compare B with A. Raise UsageError if a gate names a stage that neither side has."""
+    stages = list(dict.fromkeys(stage for run in (*b, *a) for stage in run.stages))
+    unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
+    if unknown:
+        raise UsageError(
+            f"There is no stage {unknown.stage!r} to fail on.",
+            remedy=f"The stages are {', '.join(stages)}.",
+        )
+    changes = [
+        change
+        for stage in ("", *stages)
+        for name in MEASURES
+        if (change := _change((name, stage), a, b, random.Random(f"{seed}/{name}/{stage}")))  # noqa: S311
+    ]
+    broken = [(gate, one) for gate in wanted for one in changes if _breaks(gate, one)]
+    known = {(one.measure.name, one.stage): one for one in changes}
+    return Comparison(a, b, changes, broken, list(_causes(known, stages)), list(_notes(a, b)))
+
+
+def _breaks(gate: Gate, change: Change) -> bool:
+    if change.measure.name != gate.measure or gate.stage not in ("", change.stage):
+        return False
+    if change.is_small or change.is_sure is False:
+        return False
+    return change.worse_by > gate.share
+
+
+def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) -> Change | None:
+    mine, theirs = _samples(key, a), _samples(key, b)
+    if not mine or not theirs:
+        return None
+    before = statistics.median(one.value for one in mine)
+    after = statistics.median(one.value for one in theirs)
+    made = Change(MEASURES[key[0]], key[1], before, after)
+    spreads = all(len(side) > 1 or side[0].draws for side in (mine, theirs))
+    if not spreads or not before:
+        return made
+    drawn = sorted(_drawn(mine, theirs, rng))
+    if len(drawn) < RESAMPLES:
+        return made  # some resamples of A are 0, so their ratio is undefined
+    tail = (1 - SURE) / 2
+    low, high = drawn[int(tail * RESAMPLES)], drawn[int((1 - tail) * RESAMPLES) - 1]
+    return Change(made.measure, made.stage, before, after, low, high)
+
+
+def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
+    return [run.samples[key] for run in side if key in run.samples]
+
+
+def _drawn(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
+    """Yield relative changes between resamples of the runs and of the tasks within each run."""
+    for _ in range(RESAMPLES):
+        before, after = _resampled(a, rng), _resampled(b, rng)
+        if before:
+            yield after / before - 1
+
+
+def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
+    # This function runs about 100,000 times per comparison. The `random` and `statistics` functions
+    # take five times as long.
+    draw, n = rng.random, len(side)
+    values = []
+    for i in range(n):
+        one = side[int(draw() * n)] if n > 1 else side[i]
+        draws = one.draws
+        values.append(draws[int(draw() * len(draws))] if draws else one.value)
+    values.sort()
+    return values[n // 2] if n % 2 else (values[n // 2 - 1] + values[n // 2]) / 2
+
+
+# --- Causes as sentences -------------------------------------------------------------------------
+
+_TELLING = 0.02
+"""A smaller relative change gets no sentence."""
+
+
+def _causes(known: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
+    """Yield sentences about what got slower or more expensive: stages by growth, then the fleet."""
+
+    def grown_s(stage: str) -> float:
+        span = known.get(("span", stage))
+        return span.b - span.a if span else 0.0
+
+    for stage in sorted(stages, key=grown_s, reverse=True):
+        told = list(_of_stage(known, stage))
+        if told:
+            yield f"{stage}: {'; '.join(told)}"
+    yield from _of_fleet(known)
+    cost = known.get(("cost", ""))
+    if cost and _tells(cost):
+        yield f"1,000 tasks cost {cost.a:.3g} USD before, {cost.b:.3g} USD now ({_percent(cost)})"
+
+
+def _of_stage(known: Mapping[Key, Change], stage: str) -> Iterator[str]:
+    tasks = known.get(("tasks", stage))
+    if tasks and abs(tasks.relative) > _TELLING:
+        yield f"it has {tasks.b:,.0f} tasks in place of {tasks.a:,.0f}"
+    for usual, worst, what in (("p50", "p95", "run"), ("wait_p50", "wait_p95", "wait")):
+        one, other = known.get((usual, stage)), known.get((worst, stage))
+        if one and _tells(one):
+            yield f"its tasks {what} longer, {_before_and_now(one)}"
+        elif other and _tells(other):
+            yield f"its last twentieth {what}s longer, {_before_and_now(other)}"
+    for name, what in (("retries", "were tried again"), ("failed", "failed for good")):
+        one = known.get((name, stage))
+        if one and _tells(one):
+            yield f"of 1,000 tasks {one.b:.3g} {what}, {one.a:.3g} before"
+
+
+def _of_fleet(known: Mapping[Key, Change]) -> Iterator[str]:
+    most = known.get(("instances", ""))
+    if most and most.b != most.a:
+        yield f"the fleet: {most.b:g} instances at the most, {most.a:g} before"
+    lag = known.get(("scaling_lag", ""))
+    if lag and lag.b - lag.a > 1.0 and lag.relative > _TELLING:
+        after, before = figures(lag.b), figures(lag.a)
+        yield f"the fleet: capacity comes {after} after it is wanted, {before} before"
+
+
+def _before_and_now(change: Change) -> str:
+    return f"{figures(change.a)} before and {figures(change.b)} now ({_percent(change)})"
+
+
+def _tells(change: Change) -> bool:
+    return change.verdict == "worse" and change.worse_by > _TELLING
+
+
+def _percent(change: Change) -> str:
+    if not math.isfinite(change.relative):
+        return "from nothing"
+    if change.low is None or change.high is None:
+        return f"{change.relative:+.1%}"
+    return f"{change.relative:+.1%}, 95% between {change.low:+.1%} and {change.high:+.1%}"
+
+
+def _notes(a: Sequence[Run], b: Sequence[Run]) -> Iterator[str]:
+    names = {run.name for run in (*a, *b)}
+    if len(names) > 1:
+        yield f"the runs are of different jobs: {', '.join(sorted(names))}"
+    before, after = ({stage for run in side for stage in run.stages} for side in (a, b))
+    for stage in sorted(before ^ after):
+        yield f"stage {stage} is only in {'B' if stage in after else 'A'}"
+    for run in (*a, *b):
+        if not run.is_final:
+            yield f"{run.job} had not ended when its data was written"
+    if min(len(a), len(b)) == 1:
+        yield (
+            "one run on a side: intervals tell how its own tasks spread, not how runs differ, and "
+            "what is of a whole run has none; several runs on each side tell more"
+        )

@@ -1,0 +1,142 @@
+"""Locations of the parts of a grid on AWS, from the outputs of its stack.
+
+Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so
+a name means the same everywhere. The file contains the ARNs of secrets, but never a secret.
+
+Grid on AWS: the locations of its parts, for its instances and for clients elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from batchlab.core.atomic_write import write_whole
+from batchlab.core.errors import BackendError
+from batchlab.core.model import Pool
+from batchlab.runtime.home import Home
+
+NAME = "aws"
+"""Backend whose folder in the home contains the file."""
+
+MANAGER_PORT = 8080
+"""Port of the manager. The manager listens only on 127.0.0.1 of its own instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """PostgreSQL server.
+
+    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client
+    creates a token for each connection instead. `ca` is a file with the certificates of trusted
+    authorities. If it is empty, the system's certificates apply.
+    """
+
+    host: str
+    port: int
+    name: str
+    secret: str = ""
+    user: str = ""
+    iam: bool = False
+    ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AwsDeployment:
+    """Stack and the locations of its parts.
+
+    The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is
+    the Python version of the instances, such as "3.12". `egress` is the instances' route to AWS:
+    "endpoints", "nat", or the user's "own" network. `python` and `egress` are empty if unknown.
+    """
+
+    stack: str
+    region: str
+    bucket: str
+    prefix: str
+    manager_group: str
+    token_secret: str
+    pools: tuple[Pool, ...]
+    ledger: str = "sqlite"
+    database: Database | None = None
+    domain: str = ""
+    log_group: str = ""
+    python: str = ""
+    egress: str = ""
+
+    @property
+    def groups_prefix(self) -> str:
+        """Prefix of the names of the pools' Auto Scaling groups."""
+        return f"{self.prefix}pool-"
+
+    def document(self) -> dict[str, Any]:
+        """Return the deployment as a JSON object for `parse`."""
+        return asdict(self)
+
+
+def folder(home: Home) -> Path:
+    """Return the backend's folder in a home."""
+    return home.of(NAME)
+
+
+def path_in(home: Home) -> Path:
+    return folder(home) / "deployment.json"
+
+
+def read(home: Home) -> AwsDeployment | None:
+    """Return the deployment of this home, or None if it does not have one.
+
+    Raise BackendError if its file is unreadable or invalid.
+    """
+    path = path_in(home)
+    try:
+        return parse(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BackendError(
+            f"{path} is not a description of a stack: {error}.",
+            remedy="`batchlab deploy status` writes it anew from the stack's outputs.",
+        ) from error
+
+
+def parse(fields: Mapping[str, Any]) -> AwsDeployment:
+    """Return the deployment of a JSON object.
+
+    Raise ValueError, TypeError, or KeyError if the object is not a deployment.
+    """
+    from batchlab.core.pricing.hourly import LEDGERS
+
+    database = fields.get("database")
+    found = AwsDeployment(
+        **{
+            **fields,
+            "pools": tuple(Pool(**{**one, "env": ()}) for one in fields["pools"]),
+            "database": Database(**database) if database else None,
+        }
+    )
+    if found.ledger not in LEDGERS:
+        raise ValueError(f"ledger is {found.ledger!r}, not {', '.join(LEDGERS)}")
+    if (found.ledger == "postgres") != (found.database is not None):
+        raise ValueError("a postgres ledger, and no other, has a database")
+    if (found.ledger == "simpledb") != bool(found.domain):
+        raise ValueError("a simpledb ledger, and no other, has a domain")
+    return found
+
+
+def write(home: Home, deployment: AwsDeployment) -> None:
+    """Save the deployment atomically."""
+    home.make()
+    path = path_in(home)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(deployment.document(), indent=1))
+
+
+def forget(home: Home) -> None:
+    """Delete the record of a stack that no longer exists."""
+    path_in(home).unlink(missing_ok=True)

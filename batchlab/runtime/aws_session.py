@@ -1,0 +1,125 @@
+"""Connection from a client to the manager of a stack, through Session Manager.
+
+Invariant: the instance does not open any port. A client needs AWS's permission for a Session
+Manager session on the instance.
+
+Analytics store of a stack: RDS, SimpleDB, or a file on the manager's disk.
+
+Invariant: every connection to a database is encrypted, and its certificate is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.ports import Ledger
+from batchlab.runtime.aws_deployment import MANAGER_PORT, AwsDeployment, Database
+
+PLUGIN = "session-manager-plugin"
+"""AWS's program that carries a session. The AWS CLI runs it too."""
+_GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
+"""Variable with the session's token. AWS's program reads it if its first argument is this name."""
+_DOCUMENT = "AWS-StartPortForwardingSession"
+
+
+def secret_text(region: str, secret: str) -> str:
+    """Return the text of a secret, given its ARN. Raise BackendError if AWS refuses the request."""
+    manager = client(Endpoint(region=region), "secretsmanager", connections=1)
+    with closing(manager), translated(f"Secret {secret!r}"):
+        return str(manager.get_secret_value(SecretId=secret)["SecretString"])
+
+
+def manager_instance(at: AwsDeployment) -> str:
+    """Return the id of the manager's instance. Raise Unreachable while no instance is InService."""
+    scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
+    try:
+        with translated(f"Auto Scaling group {at.manager_group!r}"):
+            groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])[
+                "AutoScalingGroups"
+            ]
+    finally:
+        scaling.close()
+    if not groups:
+        raise BackendError(
+            f"The stack {at.stack!r} has no Auto Scaling group {at.manager_group!r}.",
+            remedy="`batchlab deploy status` says what it has.",
+        )
+    for instance in groups[0].get("Instances", ()):
+        if instance["LifecycleState"] == "InService":
+            return instance["InstanceId"]
+    raise Unreachable(
+        f"No instance of {at.manager_group!r} is InService: the manager is not up.",
+        remedy="It may be starting; `batchlab deploy status` shows it.",
+    )
+
+
+def find_plugin() -> str:
+    """Return the path of AWS's program. Raise UsageError if it is not installed."""
+    if found := shutil.which(PLUGIN):
+        return found
+    raise UsageError(
+        f"{PLUGIN} is not installed, which carries connections to the manager on AWS.",
+        remedy="Install AWS's Session Manager plugin, or name the manager's URL by "
+        "BATCHLAB_MANAGER_URL where there is another way to it.",
+    )
+
+
+def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start a process that listens on `port` of 127.0.0.1 and forwards connections to the manager.
+
+    The process writes its output to `log`. Raise BackendError if AWS refuses the session.
+    """
+    plugin = find_plugin()
+    wanted: dict[str, Any] = {
+        "Target": instance,
+        "DocumentName": _DOCUMENT,
+        "Parameters": {"portNumber": [str(MANAGER_PORT)], "localPortNumber": [str(port)]},
+    }
+    ssm = client(Endpoint(region=at.region), "ssm", connections=1)
+    with closing(ssm), translated(f"Session on {instance}"):
+        session = ssm.start_session(**wanted)
+        url = ssm.meta.endpoint_url
+    granted = {key: session[key] for key in ("SessionId", "TokenValue", "StreamUrl")}
+    # Pass the session's token in the environment, because every user can read a command line.
+    argv = [plugin, _GRANTED, at.region, "StartSession", "", json.dumps(wanted), url]
+    env = {**os.environ, _GRANTED: json.dumps(granted)}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+
+
+def open_ledger(at: AwsDeployment, file: Path) -> Ledger:
+    """Return the stack's ledger. It connects at the first call.
+
+    `file` is the path of the ledger if the stack stores it in a file.
+    """
+    if at.database:
+        return _postgres(at.database, Endpoint(region=at.region))
+    if at.domain:
+        from batchlab.adapters.simpledb import open_simpledb
+
+        return open_simpledb(Endpoint(region=at.region), at.domain)
+    from batchlab.adapters.sql import open_sqlite
+
+    return open_sqlite(file)
+
+
+def _postgres(at: Database, aws: Endpoint) -> Ledger:
+    from batchlab.adapters.sql import IamLogins, SecretLogins, open_postgres
+
+    return open_postgres(
+        f"postgresql://{at.host}:{at.port}/{at.name}",
+        ca=Path(at.ca) if at.ca else None,
+        logins=IamLogins(aws, host=at.host, port=at.port, user=at.user)
+        if at.iam
+        else SecretLogins(aws, at.secret),
+    )

@@ -1,1 +1,0 @@
-"""Complete architecture on one machine as a project of Docker Compose (compose/compose.yaml)."""

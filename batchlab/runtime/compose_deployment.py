@@ -1,0 +1,198 @@
+"""Locations of the parts of a grid in containers: one private network, and one address per part.
+
+Invariant: an address means the same on the host and in every container, so the URL of a queue works
+on both.
+
+Complete architecture on one machine as a project of Docker Compose (compose/compose.yaml).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+import zlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.local import access_keys, objects
+from batchlab.core.atomic_write import PRIVATE_FOLDER, write_whole
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.runtime.home import Home
+
+NAME = "localstack"
+"""Backend whose folder in the home contains the deployment's file."""
+
+MANAGER_PORT = 8080
+AUTOSCALING_PORT = 8000
+METADATA_PORT = 8001
+POSTGRES_PORT = 5432
+
+TEMPLATE = "worker-{pool}"
+"""Name of a pool's launch template."""
+ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
+
+STATE = "asg"
+"""Folder next to the deployment's file, in which the Auto Scaling endpoint stores groups."""
+
+HOME = "/var/lib/batchlab"
+"""Path of the home in the containers of the manager and the Auto Scaling endpoint."""
+
+_BLOCK = [f"10.213.{n}" for n in range(64, 256)]
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Grid in containers: its name, its network, and its image.
+
+    `subnet` contains the first three numbers of the network's addresses. The manager and the
+    workers run as `user` ("uid:gid") on the Python version `python` ("3.12"). `pools` are the
+    user's pools, as options of the manager.
+    """
+
+    project: str
+    subnet: str
+    image: str
+    user: str
+    python: str
+    pools: tuple[str, ...] = ()
+
+    @property
+    def manager_host(self) -> str:
+        return f"{self.subnet}.13"
+
+    @property
+    def autoscaling_url(self) -> str:
+        return f"http://{self.subnet}.12:{AUTOSCALING_PORT}"
+
+    @property
+    def metadata_url(self) -> str:
+        """Value of AWS_EC2_METADATA_SERVICE_ENDPOINT in an instance."""
+        return f"http://{self.subnet}.12:{METADATA_PORT}"
+
+    def storage_url(self, port: int) -> str:
+        """Return the URL of this grid's own LocalStack."""
+        return f"http://{self.subnet}.10:{port}"
+
+    def postgres_url(self, password: str) -> str:
+        """Return the URL of the ledger. It contains the password, so it must not be shown."""
+        return f"postgresql://batchlab:{password}@{self.subnet}.11:{POSTGRES_PORT}/batchlab"
+
+
+def folder(home: Home) -> Path:
+    """Return the backend's folder in a home."""
+    return home.of(NAME)
+
+
+def password_file(home: Home) -> Path:
+    """Return the path of PostgreSQL's password.
+
+    Only the owner can open the folder. The file itself is readable by all, because it is mounted
+    into a container whose service runs as another user.
+    """
+    return folder(home) / "secrets" / "postgres"
+
+
+def keys_file(home: Home) -> Path:
+    """Return the path of the keys with which clients sign requests to the Auto Scaling endpoint.
+
+    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have
+    keys.
+    """
+    return folder(home) / "secrets" / "autoscaling.json"
+
+
+def autoscaling(home: Home, at: Deployment) -> Endpoint:
+    """Return the Auto Scaling endpoint with its keys. An endpoint of release 0.1.0 has none."""
+    own = access_keys.read(keys_file(home))
+    if own is None:
+        return Endpoint(at.autoscaling_url)
+    return Endpoint(at.autoscaling_url, access_key=own.access_key, secret_key=own.secret_key)
+
+
+def read(home: Home) -> Deployment | None:
+    """Return the deployment of this home, or None if it does not have one.
+
+    Raise BackendError if its file is unreadable or invalid.
+    """
+    path = folder(home) / "deployment.json"
+    try:
+        fields = json.loads(path.read_text())
+        return Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BackendError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BackendError(
+            f"{path} cannot be read: {error}.",
+            # `batchlab gc` skips containers that a home still records, so the file must go first.
+            remedy="Delete the file, then sweep what is left with `batchlab gc`.",
+        ) from error
+
+
+_MADE_HERE: set[Path] = set()
+"""Homes whose deployment this process created."""
+
+
+def is_made_here(home: Home) -> bool:
+    """Return whether this process created the deployment of this home."""
+    return home.path in _MADE_HERE
+
+
+def write(home: Home, deployment: Deployment) -> None:
+    """Save the deployment atomically. Create the password and the keys if they do not exist."""
+    here = folder(home)
+    here.mkdir(parents=True, exist_ok=True)
+    # the manager cannot do it, because its container mounts the folder read-only
+    here.chmod(PRIVATE_FOLDER)
+    password = password_file(home)
+    password.parent.mkdir(mode=0o700, exist_ok=True)
+    if not password.exists():
+        # Write atomically. A full disk could otherwise leave an empty password file.
+        write_whole(password, secrets.token_urlsafe(24), mode=0o444)
+    access_keys.provide(keys_file(home))
+    (here / STATE).mkdir(exist_ok=True)
+    path = here / "deployment.json"
+    if not path.exists():
+        _MADE_HERE.add(home.path)
+    write_whole(path, json.dumps(asdict(deployment), indent=1))
+
+
+def locked(home: Home) -> AbstractContextManager[None]:
+    """Lock this home's deployment, so that only one command changes its containers."""
+    return objects.locked(folder(home) / "deployment.json")
+
+
+def forget(home: Home) -> None:
+    """Delete the files of a deployment whose parts are removed."""
+    # Delete the deployment's own file last, because it records that containers must be removed.
+    password_file(home).unlink(missing_ok=True)
+    keys_file(home).unlink(missing_ok=True)
+    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint
+    # would launch instances for them.
+    (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
+    (folder(home) / "deployment.json").unlink(missing_ok=True)
+    _MADE_HERE.discard(home.path)
+
+
+def free_subnet(taken: Iterable[str], project: str = "") -> str:
+    """Return the first of batchlab's /24 networks that overlaps none of the networks `taken`.
+
+    `taken` contains networks such as "10.0.0.0/8". Each project starts the search at another block,
+    because two projects that start at the same time do not see each other's network. Raise
+    UsageError if all are taken.
+    """
+    networks = [ipaddress.ip_network(one, strict=False) for one in taken]
+    begin = zlib.crc32(project.encode()) % len(_BLOCK)
+    for block in _BLOCK[begin:] + _BLOCK[:begin]:
+        wanted = ipaddress.ip_network(f"{block}.0/24")
+        if not any(wanted.overlaps(one) for one in networks if one.version == wanted.version):
+            return block
+    raise UsageError(
+        "All networks from 10.213.64.0/24 to 10.213.255.0/24 are taken.",
+        remedy="`batchlab gc` sweeps what grids have left behind.",
+    )

@@ -1,0 +1,516 @@
+"""Compose project with a grid's containers: start, wait, stop, and sweep.
+
+Invariant: everything that is created has the label `batchlab.grid` with the project's name. Nothing
+without this label is changed.
+
+Image of the manager, the Auto Scaling endpoint, and the workers. It contains the installed code.
+
+Invariant: an image's tag is a hash of all its inputs, so an existing image is up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from batchlab.adapters.docker import engine as docker_engine
+from batchlab.adapters.docker.engine import Engine
+from batchlab.core import installation
+from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.runtime import compose_deployment
+from batchlab.runtime.compose_deployment import Deployment
+from batchlab.runtime.home import Home
+
+REPOSITORY = "batchlab/grid"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Contents of an image in addition to the code.
+
+    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users'
+    tasks.
+    """
+
+    base: str
+    apt: Sequence[str] = ()
+    pip: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
+        """Return the recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
+
+        Unset variables default to an image with this Python version, and to `apt` and `pip`.
+        """
+        # Functions travel as bytecode, which only the same version of Python can run.
+        ours = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+        return cls(
+            settings.get("BATCHLAB_BASE_IMAGE") or ours,
+            settings["BATCHLAB_IMAGE_APT"].split() if "BATCHLAB_IMAGE_APT" in settings else apt,
+            settings["BATCHLAB_IMAGE_PIP"].split() if "BATCHLAB_IMAGE_PIP" in settings else pip,
+        )
+
+
+def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
+    """Return the tag of the image. Build the image if it does not exist.
+
+    `say` is called before a build. Raise BackendError if the build fails. Its output is in `log`.
+    """
+    if named := os.environ.get("BATCHLAB_IMAGE"):
+        return named
+    with tempfile.TemporaryDirectory(prefix="batchlab-image-") as made:
+        context = Path(made)
+        _fill(context)
+        tag = f"{REPOSITORY}:{_digest(context, recipe)}"
+        if _exists(tag):
+            return tag
+        say(f"Building the image {tag} from {recipe.base}, this once.")
+        _build(context, recipe, tag, log)
+    return tag
+
+
+def python_of(tag: str) -> str:
+    """Return the Python version of an image, such as "3.12".
+
+    Raise BackendError if there is none.
+    """
+    ask = "import sys; print('%d.%d' % sys.version_info[:2])"
+    asked = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", ask)
+    if asked.returncode:
+        told = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BackendError(f"No Python answers in the image {tag}: {told.rstrip('.')}.")
+    return asked.stdout.strip()
+
+
+def _fill(context: Path) -> None:
+    for name, path in installation.files():
+        target = context / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (context / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+    (context / "constraints.txt").write_text("\n".join(constraints()) + "\n")
+    shutil.copy(installation.folder("compose") / "Dockerfile", context / "Dockerfile")
+
+
+def requirements() -> list[str]:
+    """Return batchlab's dependencies and those of its installed extras, with their installed
+    versions.
+    """
+    from packaging.requirements import Requirement
+
+    found = set()
+    for wanted in map(Requirement, metadata.requires("batchlab") or []):
+        marker = wanted.marker
+        if marker is None or any(marker.evaluate({"extra": one}) for one in _extras()):
+            more = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
+            found.add(f"{wanted.name}{more}=={metadata.version(wanted.name)}")
+    return sorted(found)
+
+
+def _extras() -> list[str]:
+    """Return the installed extras, and "" for the required dependencies.
+
+    The extra `otel` is left out. Users who want traces add its packages to the image.
+    """
+    return [
+        "",
+        *(one for one in installation.MODULES if one != "otel" and not installation.missing(one)),
+    ]
+
+
+def constraints() -> list[str]:
+    """Return all direct and indirect dependencies with their installed versions.
+
+    With these constraints, a build does not depend on its date.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [("batchlab", one) for one in _extras()]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        one = metadata.distribution(name)
+        found[name] = f"{name}=={one.version}"
+        for wanted in map(Requirement, one.requires or ()):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                named = canonicalize_name(wanted.name)
+                waiting += [(named, more) for more in ("", *wanted.extras)]
+    del found["batchlab"]
+    return sorted(found.values())
+
+
+def _digest(context: Path, recipe: Recipe) -> str:
+    whole = hashlib.sha256(repr((recipe.base, *recipe.apt, "/", *recipe.pip)).encode())
+    for path in sorted(context.rglob("*")):
+        if path.is_file():
+            whole.update(f"{path.relative_to(context)}\0{path.stat().st_size}\0".encode())
+            whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def _exists(tag: str) -> bool:
+    return not docker("image", "inspect", tag).returncode
+
+
+def _build(context: Path, recipe: Recipe, tag: str, log: Path) -> None:
+    command = ["docker", "build", "--progress", "plain", "-t", tag, "--label", "batchlab.image=1"]
+    command += ["--build-arg", f"BASE_IMAGE={recipe.base}"]
+    command += ["--build-arg", f"APT={' '.join(recipe.apt)}"]
+    command += ["--build-arg", f"PIP={' '.join(recipe.pip)}"]
+    for variable in ("PIP_CERT", "SSL_CERT_FILE"):
+        if (path := os.environ.get(variable)) and Path(path).is_file():
+            command += ["--secret", f"id=ca_bundle,src={path}"]
+            break
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        built = subprocess.run(
+            [*command, str(context)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            check=False,
+            env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        )
+    if built.returncode:
+        raise BackendError(
+            f"The image could not be built: {_cause(log)}.",
+            remedy=f"All of it is in {log}. BATCHLAB_BASE_IMAGE names another base; without an "
+            "image registry, compose/offline has a script that makes one.",
+        )
+
+
+def _cause(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if "ERROR" in line or "error:" in line.lower()]
+    return (told or lines or ["it said nothing"])[-1].rstrip(".")
+
+
+def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the Docker command line client. Raise UsageError if it is not installed."""
+    try:
+        return subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise UsageError(
+            "There is no docker command.",
+            remedy="Install Docker with its compose and buildx plugins, or use --backend local.",
+        ) from error
+
+
+LABEL = "batchlab.grid"
+HOME_LABEL = "batchlab.home"
+START_S = 240.0
+_LOOK_S = 0.3
+_RESTARTS = 3
+"""Number of restarts after which a service counts as failed."""
+_STOP_S = "5"
+_SOCKET = "/var/run/docker.sock"
+
+
+def name_for(home: Home) -> str:
+    """Return the project name of a home.
+
+    It is always the same, so a home has at most one project.
+    """
+    return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
+
+
+def networks() -> list[str]:
+    """Return the subnets of every Docker network. Raise Unreachable if Docker does not respond."""
+    # Use one call. With a list and one call per network, a network could vanish in between.
+    with Engine() as engine:
+        found = engine.do("list the networks", lambda api: api.networks())
+    return [
+        config["Subnet"]
+        for one in found
+        for config in (one.get("IPAM", {}).get("Config") or [])
+        if config.get("Subnet")
+    ]
+
+
+class Project:
+    """Compose project of one home."""
+
+    def __init__(
+        self,
+        home: Home,
+        at: Deployment,
+        *,
+        settings: Mapping[str, str],
+        passed: Sequence[str] = (),
+    ) -> None:
+        """Create the project.
+
+        `passed` names variables of this process's environment that the manager receives.
+        """
+        self._home = home
+        self._at = at
+        self._settings = settings
+        self._passed = passed
+        self._log = compose_deployment.folder(home) / "compose.log"
+        self._more = compose_deployment.folder(home) / "compose.more.json"
+
+    def up(self, say: Callable[[str], None], *, storage: bool) -> None:
+        """Start every service and wait until all are healthy.
+
+        With `storage`, the project includes its own LocalStack. Raise BackendError with the reason
+        if a service fails. The containers that run at this time keep running.
+        """
+        say("Starting the containers; missing images are pulled, which may take minutes.")
+        # Write only the names. Compose takes the values from its environment, so no value is in a
+        # file.
+        more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
+        self._more.parent.mkdir(parents=True, exist_ok=True)
+        self._more.write_text(json.dumps(more))
+        profiles = ["--profile", "localstack"] if storage else []
+        self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
+        self._wait(say)
+
+    def _wait(self, say: Callable[[str], None]) -> None:
+        deadline_s = time.monotonic() + START_S
+        told: set[str] = set()
+        before: dict[str, int] = {}
+        while True:
+            looked = self._inspected()
+            states = {service: _state(one["State"]) for service, one in looked.items()}
+            # Docker restarts a container that ends, so its state is rarely "exited".
+            restarts = {service: int(one["RestartCount"]) for service, one in looked.items()}
+            before = {**restarts, **before}
+            for service, state in sorted(states.items()):
+                if state == "healthy" and service not in told:
+                    told.add(service)
+                    say(f"  {service} is ready")
+            if states and all(state == "healthy" for state in states.values()):
+                return
+            bad = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
+            bad += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
+            if bad or time.monotonic() > deadline_s:
+                missing = bad or sorted(s for s in states if s not in told)
+                raise BackendError(
+                    f"{missing[0]} did not become ready: {self.last_line(missing[0])}.",
+                    remedy=f"The output of all services is in {self._keep_logs()}.",
+                )
+            time.sleep(_LOOK_S)
+
+    def states(self) -> dict[str, str]:
+        """Return the health of each service, such as "healthy", or its state if it does not run."""
+        return {service: _state(one["State"]) for service, one in self._inspected().items()}
+
+    def _inspected(self) -> dict[str, Any]:
+        ids = checked(
+            "ps",
+            "-aq",
+            "--filter",
+            f"label={LABEL}={self._at.project}",
+            "--filter",
+            "label=com.docker.compose.service",
+        ).split()
+        if not ids:
+            return {}
+        return {
+            one["Config"]["Labels"]["com.docker.compose.service"]: one
+            for one in json.loads(checked("inspect", *ids))
+        }
+
+    def last_line(self, service: str) -> str:
+        """Return the last line of a service's output."""
+        said = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
+        lines = (said.stdout + said.stderr).strip().splitlines()
+        return lines[-1].strip().rstrip(".") if lines else "it ended without a word"
+
+    def down(self, *, drain_s: float = 0.0) -> None:
+        """Stop and remove everything, including the instances.
+
+        The instances have `drain_s` seconds to return their work. Parts that no longer exist are
+        ignored.
+        """
+        # A full disk must not prevent the removal of a grid.
+        with suppress(OSError):
+            self._keep_logs()
+        self._run("stop", "--timeout", _STOP_S, "manager")
+        # The endpoint would otherwise replace the instances that end.
+        self._run("kill", "asg")
+        sweep_instances(self._at.project, drain_s=drain_s)
+        # Compose does not remove a network that still has containers. The sweep below removes it.
+        self._run(
+            "--profile",
+            "localstack",
+            "down",
+            "--timeout",
+            _STOP_S,
+            "--volumes",
+            "--remove-orphans",
+        )
+        sweep(self._at.project)
+
+    def _keep_logs(self) -> Path:
+        path = compose_deployment.folder(self._home) / "services.log"
+        said = self._run("logs", "--no-color", "--timestamps")
+        path.write_text(said.stdout + said.stderr)
+        return path
+
+    def _compose(self, *arguments: str) -> None:
+        done = self._run(*arguments)
+        with suppress(OSError):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            self._log.write_text(done.stdout + done.stderr)
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            cause = lines[-1].rstrip(".") if lines else f"exit {done.returncode}"
+            if unpulled := unpulled_of(lines):
+                raise BackendError(
+                    f"The image of {unpulled[0]} cannot be pulled: {cause}.",
+                    remedy="Without an image registry compose/offline/build.sh makes the images, "
+                    "and prints the settings that name them.",
+                )
+            raise BackendError(
+                f"Docker Compose could not do it: {cause}.",
+                remedy=f"Its output is in {self._log}; `batchlab doctor --backend localstack` "
+                "looks for what is missing.",
+            )
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        files = ["--file", str(installation.folder("compose") / "compose.yaml")]
+        if self._more.exists():
+            files += ["--file", str(self._more)]
+        return subprocess.run(
+            ["docker", "compose", *files, "--ansi", "never", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self._environment(),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        at = self._at
+        return {
+            **os.environ,
+            **self._settings,
+            "BATCHLAB_PROJECT": at.project,
+            "COMPOSE_PROJECT_NAME": at.project,
+            "BATCHLAB_SUBNET": at.subnet,
+            "BATCHLAB_IMAGE": at.image,
+            "BATCHLAB_USER": at.user,
+            "BATCHLAB_HOME_FOLDER": str(self._home.path),
+            "BATCHLAB_DOCKER_GROUP": str(_group(os.environ)),
+        }
+
+
+def unpulled_of(lines: Sequence[str]) -> list[str]:
+    """Return the services whose images Compose could not pull, from its output."""
+    parts = ("Container", "Network", "Volume")  # Compose prints " Error " for these parts too
+    failed = [line.split()[0] for line in lines if " Error " in line]
+    return [name for name in failed if name not in parts]
+
+
+def _state(state: Mapping[str, object]) -> str:
+    health = state.get("Health")
+    if state.get("Status") == "running" and isinstance(health, dict):
+        return str(health.get("Status"))
+    return str(state.get("Status"))
+
+
+def _group(settings: Mapping[str, str]) -> int:
+    """Return the group id of Docker's socket, or 0 if the socket is not on this machine."""
+    path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_gid if stat.S_ISSOCK(found.st_mode) else 0
+
+
+def checked(*arguments: str) -> str:
+    """Return the output of a docker command. Raise Unreachable if it fails."""
+    done = docker(*arguments)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise Unreachable(
+            f"Docker does not do `docker {arguments[0]}`: {lines[-1].rstrip('.')}.",
+            remedy="Start Docker, and see that you may use it (`docker info`).",
+        )
+    return done.stdout
+
+
+def sweep_instances(project: str, *, drain_s: float) -> None:
+    """Stop the project's instances within `drain_s` and remove them."""
+    filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
+    if drain_s and (ids := checked("ps", "-q", *filters).split()):
+        docker("stop", "--time", str(math.ceil(drain_s)), *ids)
+    if ids := checked("ps", "-aq", *filters).split():
+        docker("rm", "--force", "--volumes", *ids)
+
+
+def sweep(project: str) -> int:
+    """Remove all containers, networks, and volumes with the project's label.
+
+    Return their number.
+    """
+    with Engine() as engine:
+        return len(docker_engine.sweep(engine, {LABEL: project}))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Parts of one project on this machine."""
+
+    project: str
+    home: str
+    """Folder of the grid, or "" if the labels do not name it."""
+    parts: int
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the grid's folder is missing or does not record the project.
+
+        A project without a folder belongs to its user, for example a separate `asg serve`.
+        """
+        if not self.home:
+            return False
+        try:
+            known = compose_deployment.read(Home(Path(self.home)))
+        except BackendError:
+            return False  # the file is damaged or belongs to another user, so the owner is unknown
+        return known is None or known.project != self.project
+
+
+def projects() -> list[Found]:
+    """Return every project with parts on this machine.
+
+    Raise Unreachable if Docker does not respond.
+    """
+    homes: dict[str, str] = {}
+    parts: Counter[str] = Counter()
+    with Engine() as engine:
+        found = docker_engine.find(engine, {LABEL: None})
+    for one in found:
+        name = one.labels[LABEL]
+        parts[name] += 1
+        homes[name] = homes.get(name) or one.labels.get(HOME_LABEL, "")
+    return [Found(name, homes[name], count) for name, count in sorted(parts.items())]

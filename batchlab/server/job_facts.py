@@ -1,0 +1,169 @@
+"""Facts about a job that `wait_reasons` turns into an explanation. They are read once.
+
+Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fleet. None is a
+guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import (
+    Activity,
+    BundleId,
+    Control,
+    GroupView,
+    Instance,
+    JobId,
+    JobState,
+    LifecycleState,
+    StageName,
+)
+from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.manager import fleet_commands
+from batchlab.manager.manager import Manager
+from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, WorkerStatus
+
+ACTIVITIES = 20
+"""Number of activities that are read per pool. It covers the pauses between the launches of a crash
+loop."""
+
+Key = tuple[StageName, BundleId]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about a job and its grid.
+
+    `groups`, `held` (manually set capacity), `activities` (newest first), `capped` (why a cap on
+    cost stops launches), and `stopped` (why launches that would fail are stopped) are keyed by
+    pool. `workers` is keyed by instance. `live` is None if the manager does not run the job.
+    `trouble` is the reason why the manager's last tick was skipped.
+    """
+
+    record: JobRecord
+    stages: Sequence[StageRecord]
+    now_s: float
+    monotonic_s: float
+    settings: ManagerSettings
+    live: LiveJob | None = None
+    lives: Mapping[JobId, LiveJob] = field(default_factory=dict)
+    groups: Mapping[str, GroupView] = field(default_factory=dict)
+    workers: Mapping[str, WorkerStatus] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    activities: Mapping[str, Sequence[Activity]] = field(default_factory=dict)
+    capped: Mapping[str, str] = field(default_factory=dict)
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    trouble: str = ""
+    lag_s: float = 0.0
+    """Age in seconds of the oldest unprocessed event of the workers."""
+    said: tuple[float, str] | None = None
+    """Last warning about this job in the manager's log: its epoch time and its text."""
+    unreadable: str = ""
+    """Messages and objects of the job that cannot be read, as a clause."""
+    undelivered: str = ""
+    """Reason why a notification of the job is not delivered, as a clause."""
+
+    @cached_property
+    def by_stage(self) -> Mapping[StageName, StageRecord]:
+        return {record.counts.stage: record for record in self.stages}
+
+    @cached_property
+    def open_stages(self) -> list[StageDef]:
+        """Return the stages that have not ended, in order."""
+        return [s for s in self.record.job.stages if not self.by_stage[s.name].counts.ended]
+
+    @cached_property
+    def outstanding(self) -> Mapping[Key, Outstanding]:
+        every = self.live.all_outstanding() if self.live else []
+        # An ended stage may keep an outstanding bundle whose outcome came before the bundle was
+        # expected.
+        open_ = {stage.name for stage in self.open_stages}
+        return {(o.bundle.stage, o.bundle.id): o for o in every if o.bundle.stage in open_}
+
+    @cached_property
+    def running(self) -> Mapping[Key, tuple[float, str]]:
+        """Return the start (monotonic) and the instance of each outstanding bundle that runs."""
+        found: dict[Key, tuple[float, str]] = {}
+        for instance, seen in self.workers.items():
+            for one, since_s in seen.since_s.items():
+                key = (one.stage, one.bundle)
+                if one.job == self.record.job.id and key in self.outstanding:
+                    found[key] = min(found.get(key, (since_s, instance)), (since_s, instance))
+        return found
+
+    @cached_property
+    def idle(self) -> list[Outstanding]:
+        """Return the outstanding bundles that no worker runs."""
+        return [one for key, one in self.outstanding.items() if key not in self.running]
+
+    @cached_property
+    def delayed(self) -> list[Outstanding]:
+        """Return the idle bundles whose backoff has not expired. The one that is due next comes
+        first."""
+        found = [one for one in self.idle if one.heard_s > self.monotonic_s]
+        return sorted(found, key=lambda one: one.heard_s)
+
+    @cached_property
+    def queued(self) -> list[Outstanding]:
+        """Return the other idle bundles. A worker could receive them now, or has prefetched
+        them."""
+        return [one for one in self.idle if one.heard_s <= self.monotonic_s]
+
+    def pools(self) -> list[str]:
+        """Return the pools in which tasks of the job could start now, in order."""
+        busy = {self.record.job.stage(one.bundle.stage).pool for one in self.queued}
+        busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
+        return sorted(busy)
+
+    def in_service(self, pool: str) -> list[Instance]:
+        return self._in(pool, LifecycleState.IN_SERVICE)
+
+    def pending(self, pool: str) -> list[Instance]:
+        return self._in(pool, LifecycleState.PENDING)
+
+    def _in(self, pool: str, state: LifecycleState) -> list[Instance]:
+        return [i for i in self.groups[pool].instances if i.state is state]
+
+    def rivals(self, pool: str) -> Iterator[LiveJob]:
+        """Return the other running jobs that have work for the pool, oldest first."""
+        for live in sorted(self.lives.values(), key=lambda one: (one.job.submitted_s, one.id)):
+            runs = live.record.control is Control.RUN
+            if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
+                continue
+            stages = [s.name for s in live.job.stages if s.pool == pool]
+            if live.is_left(pool) or any(live.outstanding.get(name) for name in stages):
+                yield live
+
+
+async def gather(manager: Manager, job: JobId) -> Facts:
+    """Return the facts about one job. Raise NotFound if it is unknown."""
+    fleet, ledger = manager.ports.fleet, manager.ports.ledger
+    groups = await fleet_commands.groups(manager)
+    activities = {pool: await fleet.activities(pool, limit=ACTIVITIES) for pool in groups}
+    rows = await ledger.rows(job)
+    # Read last and without waits, so that all facts in memory are from one moment.
+    live = manager.lives.get(job)
+    return Facts(
+        record=live.record if live else rows.job,
+        stages=list(live.stages.values()) if live else rows.stages,
+        now_s=manager.ports.clock.now_s(),
+        monotonic_s=manager.ports.clock.monotonic_s(),
+        settings=manager.settings,
+        live=live,
+        lives=manager.lives,
+        groups=groups,
+        workers=manager.registry.workers,
+        held=manager.autoscaler.held,
+        activities=activities,
+        capped=manager.spending.caps.capped if manager.spending else {},
+        stopped=manager.autoscaler.launch_breaker.stopped(),
+        trouble=manager.trouble,
+        lag_s=manager.counts.lag_s,
+        said=manager.recent.of(job) if manager.recent else None,
+        unreadable=manager.quarantine.trouble(job),
+        undelivered=manager.notifier.trouble(job) if manager.notifier else "",
+    )

@@ -1,0 +1,251 @@
+"""Tasks that run a program: placeholders, execution, and output files.
+
+Invariants: arguments never pass through a shell. A program succeeds only if all its declared
+outputs exist. Every child process imports this module, so it imports only light modules.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from batchlab.core.protocol import values as placeholders
+from batchlab.core.task_context import Context, File
+from batchlab.worker.handlers import Problem
+
+if TYPE_CHECKING:
+    import subprocess
+
+_TAIL_BYTES = 4096
+_POLL_MS = 50
+
+
+def run(
+    template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
+) -> File | list[File] | dict[str, File | list[File]] | None:
+    """Run a program and return its outputs: one File, a dict of Files by name, or None.
+
+    An output whose name ends in a slash is a folder, returned as a list of Files. Raise Problem if
+    the program fails.
+    """
+    call = prepare(template, stdout, code, item, ctx)
+    _execute(call)
+    written = {name: _output(ctx.made("out"), name) for name in call.outputs}
+    if len(written) == 1:
+        return next(iter(written.values()))
+    return written or None
+
+
+class Call(NamedTuple):
+    """A prepared program. `stdout` is the file for its standard output; None means the log."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    cwd: Path
+    stdout: Path | None
+    outputs: list[str]
+
+
+def prepare(
+    template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
+) -> Call:
+    """Prepare the arguments, environment, and folders of a program. Raise Problem on failure."""
+    if problems := placeholders.check(template):
+        raise Problem("import", problems[0])
+    names = placeholders.outputs(template)
+    if stdout is not None and stdout not in names:
+        names.append(stdout)
+    out = ctx.made("out")
+    for name in names:
+        (out / name if name.endswith("/") else (out / name).parent).mkdir(
+            parents=True, exist_ok=True
+        )
+    arguments = _arguments(template, code, item, ctx)
+    target = out / stdout if stdout is not None else None
+    return Call(arguments, _environment(code), ctx.scratch, target, names)
+
+
+def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> list[str]:
+    used = placeholders.used(template)
+    values = {"task": str(ctx.task), "code": code}
+    inputs: list[str] = []
+    if "scratch" in used:
+        values["scratch"] = str(ctx.scratch)
+    if "input" in used:
+        values["input"] = _path(item, "item.json", ctx)
+    if "inputs" in used or "inputs_list" in used:
+        several = item if isinstance(item, list) else [item]
+        inputs = [
+            _path(one, f"{number}.json", ctx) for number, one in enumerate(_flat(several), start=1)
+        ]
+    if "inputs_list" in used:
+        listing = ctx.made("in") / "inputs.txt"
+        listing.write_text("".join(f"{path}\n" for path in inputs))
+        values["inputs_list"] = str(listing)
+    for name in used:
+        if name.startswith("params."):
+            values[name] = _param(name.removeprefix("params."), ctx)
+    out = f"{ctx.folder / 'out'}/"
+    return placeholders.expand(template, values, inputs, lambda name: out + name)
+
+
+def _flat(items: list[Any]) -> Iterator[Any]:
+    """Yield upstream results in order. Expand each list of Files."""
+    for one in items:
+        if isinstance(one, list) and one and all(isinstance(part, File) for part in one):
+            yield from one
+        else:
+            yield one
+
+
+def _path(item: Any, name: str, ctx: Context) -> str:
+    """Return the path of an item. Write a JSON value to a file first, with Files as paths."""
+    if isinstance(item, File):
+        return str(item.path)
+    path = ctx.made("in") / name
+    path.write_text(json.dumps(item, default=_as_path))
+    return str(path)
+
+
+def _as_path(value: object) -> str:
+    if isinstance(value, File):
+        return str(value.path)
+    raise Problem("input", f"A command does not accept an item of type {type(value).__name__}.")
+
+
+def _param(key: str, ctx: Context) -> str:
+    if key not in ctx.params:
+        raise Problem("import", f"The command uses {{params.{key}}}; the job does not define it.")
+    value = ctx.params[key]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- Running -------------------------------------------------------------------------------------
+
+
+def _environment(code: str) -> dict[str, str]:
+    environment = dict(os.environ)
+    if code:
+        # The job's own programs and modules can then be called by name.
+        for name in ("PATH", "PYTHONPATH"):
+            before = environment.get(name)
+            environment[name] = f"{code}{os.pathsep}{before}" if before else code
+    return environment
+
+
+def _execute(call: Call) -> None:
+    import subprocess  # Imported here because it is slow, and most tasks are Python.
+
+    program, *arguments = call.arguments
+    with ExitStack() as stack:
+        target: IO[bytes] | None = (
+            stack.enter_context(call.stdout.open("wb")) if call.stdout else None
+        )
+        try:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [_program(program, call.environment), *arguments],
+                    cwd=call.cwd,
+                    env=call.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=target,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        except OSError as error:
+            raise _cannot_run(program, error) from error
+        last = _relay(process)
+        code_ = process.wait()
+    if code_:
+        raise Problem("exit", _exit_reason(code_) + (f": {last}" if last else ""), code=code_)
+
+
+def _program(name: str, environment: dict[str, str]) -> str:
+    # Popen would search the PATH of this process, not the PATH in `environment`.
+    import shutil
+
+    if "/" in name:
+        return name
+    found = shutil.which(name, path=environment.get("PATH"))
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return found
+
+
+def _cannot_run(name: str, error: OSError) -> Problem:
+    if error.errno == errno.ENOENT:
+        reason = f"program {name!r} is not installed on the worker"
+    elif error.errno == errno.E2BIG:
+        reason = (
+            f"the arguments of program {name!r} are too long for the system: use {{inputs_list}}"
+        )
+    else:
+        reason = f"program {name!r} cannot run: {error.strerror}"
+    return Problem("import", reason, error=type(error).__name__)
+
+
+def _exit_reason(code: int) -> str:
+    if code > 0:
+        return f"exit code {code}"
+    try:
+        return f"exit code {code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"exit code {code}"
+
+
+def _relay(process: subprocess.Popen[bytes]) -> str:
+    """Copy standard error to the log until the process ends. Return its last line.
+
+    The end of the pipe does not count, because a descendant may keep the pipe open.
+    """
+    import select
+
+    assert process.stderr is not None
+    fd = process.stderr.fileno()
+    os.set_blocking(fd, False)
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    tail = b""
+    while True:
+        ended = process.poll() is not None
+        while (chunk := _read(fd)) is not None:
+            if not chunk:
+                return _last_line(tail)
+            _write_all(2, chunk)
+            tail = (tail + chunk)[-_TAIL_BYTES:]
+        if ended:
+            return _last_line(tail)
+        poller.poll(_POLL_MS)
+
+
+def _read(fd: int) -> bytes | None:
+    try:
+        return os.read(fd, 65536)
+    except BlockingIOError:
+        return None
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _last_line(data: bytes) -> str:
+    lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _output(out: Path, name: str) -> File | list[File]:
+    path = out / name
+    if name.endswith("/"):
+        found = sorted(one for one in path.rglob("*") if one.is_file())
+        return [File(one, one.relative_to(out).as_posix()) for one in found]
+    if not path.is_file():
+        raise Problem("result", f"The command did not write its output {name!r}.")
+    return File(path, name)
